@@ -1,0 +1,100 @@
+"""The nouns of the program: what flows between the stages, with its shapes.
+
+Letters used in names all over the package (`reward_BG`, `tokens_NT`):
+
+  B  images in the batch            G  captions an image (the group)    N  = B * G captions
+  P  prompt tokens (image included) T  caption tokens                   L  any sequence
+  K  questions an image             Q  question tokens                  A  options a question
+  O  option tokens                  S  patch slots of an image          U  = S / 4 merge units of an image
+  I  image tokens in the prompt     D  model width                      H  heads
+  V  vocabulary                     E  numbers in a patch               W  attention windows of an image
+
+A caption keeps its group axis (`tokens_BGT`); only a model call flattens it to N.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+Array = jax.Array
+Params = Any  # a plain pytree of arrays
+
+
+@flax.struct.dataclass
+class Images:
+  """Patches of a batch of images in window-major order, every image padded to the same number of slots.
+
+  Slot order: windows in raster order, merge units in raster order inside a window, the 2x2 patches of a unit
+  last. A window always takes the same number of slots, so windowed attention is a reshape (`data/images.py`).
+  """
+  patches_BSE: Array  # uint8 pixels (channel, row, column), normalised on the device
+  position_BS2: Array  # int32 row and column of the patch in its image's grid
+  valid_BS: Array  # bool, False for padding
+  unit_BI: Array  # int32 merge unit that holds the i-th image token (raster order); padding repeats 0
+
+
+@flax.struct.dataclass
+class Prompts:
+  """The text part of what the policy reads, image pad tokens included. Padding is on the right."""
+  tokens_BP: Array  # int32, policy vocabulary
+  valid_BP: Array  # bool
+  position_B3P: Array  # int32 M-RoPE positions (time, height, width)
+  next_position_B: Array  # int32 position of the first caption token
+
+
+@flax.struct.dataclass
+class Questions:
+  """Multiple-choice questions as the judge's token ids. Padding is on the right of each piece."""
+  stem_BKQ: Array  # int32, judge vocabulary
+  stem_valid_BKQ: Array  # bool
+  option_BKAO: Array  # int32, judge vocabulary
+  option_valid_BKAO: Array  # bool; an absent option has no valid token
+  gold_BK: Array  # int32 index of the right option
+  valid_BK: Array  # bool, False where the image has fewer than K questions
+  kind_BK: Array  # int32 index into the dataset's list of kinds, for metrics
+  prior_BKA: Array  # float32 mean log-probability of each option's tokens after the baseline caption
+
+
+@flax.struct.dataclass
+class Batch:
+  """One batch as the step sees it. `row_B` is the dataset row, for samples and errors."""
+  images: Images
+  prompts: Prompts
+  questions: Questions
+  row_B: Array  # int32
+
+
+@flax.struct.dataclass
+class Captions:
+  """What the rollout wrote. A caption's end token is part of it: it was sampled, so it counts in the loss."""
+  tokens_BGT: Array  # int32, policy vocabulary; pad after the end token
+  logp_BGT: Array  # float32 log-probability under the distribution sampled from; 0 after the end
+  valid_BGT: Array  # bool, True up to and including the end token
+  ended_BG: Array  # bool, False where the caption was cut at T
+
+
+@flax.struct.dataclass
+class Answers:
+  """What the judge answered from each caption."""
+  choice_BGK: Array  # int32 index of the chosen option in dataset order; -1: none stands out
+  correct_BGK: Array  # bool
+  credit_BGK: Array  # float32 what the reward counts: 0 or 1, or the gold option's probability
+  valid_BGK: Array  # bool, False for absent questions and where the judge was not finite
+  score_BGKA: Array  # float32 the numbers compared, absent options at -inf
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that training changes; a checkpoint is this plus the data iterator."""
+  step: Array  # int32 scalar
+  params: Params  # the policy
+  opt_state: Any
+  key: Array  # typed PRNG key; never consumed, folded with the step
+
+
+@flax.struct.dataclass
+class Frozen:
+  """What the step reads and never changes. `reference` is None unless a KL term asks for it."""
+  judge: Params
+  reference: Params | None = None
