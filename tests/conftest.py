@@ -1,0 +1,8 @@
+"""Settings that every test shares."""
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
