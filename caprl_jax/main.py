@@ -1,0 +1,428 @@
+"""Flags -> jax.distributed -> the run of each mode."""
+
+import ast
+import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import pathlib
+import re
+import sys
+import textwrap
+import traceback
+from typing import Any, NamedTuple
+
+from absl import flags
+import ml_collections
+from tqdm import auto as tqdm
+
+import caprl_jax
+from caprl_jax import configuration
+
+# Named in full, because this module is `__main__` when it is run.
+log = logging.getLogger("caprl_jax.main")
+
+
+class Mode(NamedTuple):
+  """What `config.mode` may name. The module has `run(config, workdir: pathlib.Path) -> None`."""
+
+  module: str
+  line: str
+  example: str
+
+
+MODES = {
+  "train": Mode(
+    "caprl_jax.train",
+    "CapRL: the policy captions, the judge answers from the captions, the policy improves",
+    "--config=configs/quickstart.py --workdir=runs/quickstart",
+  ),
+  "sft": Mode(
+    "caprl_jax.sft",
+    "teach a policy to see and to speak from given captions, before CapRL",
+    "--config=configs/quickstart_sft.py --workdir=runs/quickstart_sft",
+  ),
+  "evaluate": Mode(
+    "caprl_jax.evaluate",
+    "judge accuracy, caption length and examples on the evaluation split",
+    "--config=configs/quickstart.py --workdir=runs/quickstart --config.mode=evaluate",
+  ),
+}
+
+OK, FAILED, BAD_INPUT, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
+
+# --config.section.key=value; --config.section.key and --noconfig.section.key are True and False.
+_OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+  """Runs the modes that the command line asks for and returns the exit code.
+
+  Args:
+    argv: the program's name, then its arguments.
+  """
+  options = _define_flags()
+  show_traceback = "--traceback" in argv  # known before the flags are, for errors in the flags
+  try:
+    if any(arg in ("-h", "--help", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
+      print(_help_page(options))
+      return OK
+    config, workdir = _parse(options, argv)
+    modes = _modes(config)
+    process = _start_distributed(options.distributed)
+    if options.compilation_cache:
+      _set_compilation_cache()
+    with _logging_to(workdir, process):
+      return _run(modes, config, workdir, show_traceback)
+  except ValueError as error:
+    _complain(error, show_traceback)
+    return BAD_INPUT
+  except KeyboardInterrupt:
+    print("interrupted before the run began", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _run(
+  modes: dict[str, Mode], config: ml_collections.ConfigDict, workdir: pathlib.Path, trace: bool
+) -> int:
+  """Runs the modes in a row. What ends one of them early is put into words here, once."""
+  log_file = workdir / "log.txt"
+  try:
+    log.debug("config: %s", configuration.to_plain(config))
+    # All of them first, so that what the last mode lacks shows before the first has run.
+    modules = {name: importlib.import_module(mode.module) for name, mode in modes.items()}
+    for i, (name, module) in enumerate(modules.items()):
+      which = f" ({i + 1} of {len(modules)})" if len(modules) > 1 else ""
+      log.info("caprl_jax %s, mode %s%s, in %s", caprl_jax.__version__, name, which, workdir)
+      module.run(config, workdir)
+  except (ValueError, FloatingPointError) as error:
+    log.debug("error: %s", error, exc_info=True)  # DEBUG goes to the file and not to the terminal
+    _complain(error, trace, note=f"(the traceback is in {log_file})")
+    return NOT_FINITE if isinstance(error, FloatingPointError) else BAD_INPUT
+  except KeyboardInterrupt:
+    # Said after the mode has unwound, which is when it has written what it wants to keep.
+    log.warning("interrupted; the last checkpoint is usable, run the same command to go on")
+    return INTERRUPTED
+  except Exception:  # not the user's doing: all of it, on the terminal and in the file
+    log.exception("caprl_jax failed; this looks like a fault in it or in its installation")
+    return FAILED
+  return OK
+
+
+def _complain(error: Exception, trace: bool, note: str = "(--traceback shows where)") -> None:
+  if trace:
+    traceback.print_exception(error)
+  print(f"error: {error}", file=sys.stderr)
+  if not trace:
+    print(note, file=sys.stderr)
+
+
+# ---- the command line ----
+
+
+def _define_flags() -> flags.FlagValues:
+  # Not absl's global flags: those bring a page of logging flags that mean nothing here, and could
+  # be parsed only once in a process.
+  options = flags.FlagValues()
+  flags.DEFINE_string(
+    "config", None, "Config file, e.g. configs/quickstart.py: Python with a get_config().",
+    flag_values=options,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics, samples and the report. A run that is "
+    "started again in its workdir goes on where it stopped.", flag_values=options,
+  )  # fmt: skip
+  flags.DEFINE_boolean(
+    "distributed", None, "Join the other hosts before any device is used. Without the flag: on a "
+    "TPU slice of several hosts. Also reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+    "JAX_PROCESS_ID.", flag_values=options,
+  )  # fmt: skip
+  flags.DEFINE_boolean(
+    "compilation_cache", True, "On accelerators, keep compiled programs in the user's cache "
+    "folder, or in JAX_COMPILATION_CACHE_DIR if that is set.", flag_values=options,
+  )  # fmt: skip
+  flags.DEFINE_boolean(
+    "traceback", False, "Show the Python traceback of an error too.", flag_values=options
+  )
+  return options
+
+
+def _help_page(options: flags.FlagValues) -> str:
+  command = "python -m caprl_jax.main"
+  lines = [
+    "caprl_jax trains an image captioner by reinforcement: a language model that cannot see the",
+    "image answers questions from the caption alone, and a caption earns what it gets right.",
+    "",
+    f"  {command} --config=FILE --workdir=DIR [--config.section.key=value ...]",
+    "",
+    "Modes (config.mode; several joined by commas run in a row, e.g. --config.mode=sft,train):",
+  ]
+  for name, mode in MODES.items():
+    lines += ["", f"  {name:<10}{mode.line}", f"  {'':<10}{command} {mode.example}"]
+  table = {"--config.section.key=...": "Change one value of the config file; None empties it."}
+  for name in sorted(options):
+    table[f"--[no]{name}" if options[name].boolean else f"--{name}=..."] = options[name].help
+  lines += ["", "Flags:", ""]
+  for shown in sorted(table, key=lambda shown: (shown.startswith("--[no]"), shown)):
+    first, *others = textwrap.wrap(table[shown], 70)
+    lines += [f"  {shown:<26}{first}", *(f"  {'':<26}{line}" for line in others)]
+  return "\n".join(lines)
+
+
+def _parse(
+  options: flags.FlagValues, argv: list[str]
+) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+  """Parses the flags and applies the overrides. Makes the workdir."""
+  options.set_gnu_getopt(True)  # flags may stand in any order
+  try:
+    rest = options(argv, known_only=True)[1:]
+  except flags.Error as error:
+    raise ValueError(f"{error} (--help lists the flags)") from error
+  overrides = []
+  for arg in rest:
+    match = _OVERRIDE.fullmatch(arg)
+    if match:
+      overrides.append(match)
+    elif arg.startswith("-"):
+      name = arg.lstrip("-").partition("=")[0]
+      hint = configuration.did_you_mean(name, options)
+      raise ValueError(
+        f"unknown flag {arg}{hint} (flags: {', '.join(sorted(options))}; "
+        "values of the config: --config.section.key=value)"
+      )
+    else:
+      raise ValueError(
+        f"unexpected argument {arg!r}; write --config=FILE --workdir=DIR and, for values of the "
+        "config, --config.section.key=value with the equals sign"
+      )
+  for name, example in (("config", "configs/quickstart.py"), ("workdir", "runs/quickstart")):
+    if not options[name].value:
+      raise ValueError(f"--{name} is missing, e.g. --{name}={example} (--help shows examples)")
+  config = _load_config(options.config)
+  for override in overrides:
+    _override(config, override, options.config)
+  return config, _make_workdir(options.workdir)
+
+
+def _load_config(path: str) -> ml_collections.ConfigDict:
+  """The locked ConfigDict of a config file. `FILE:ARGUMENT` calls `get_config(ARGUMENT)`."""
+  file, *argument = path.split(":", 1)
+  if not os.path.isfile(file):
+    shipped = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+    hint = configuration.did_you_mean(file, shipped)
+    listed = f" (in configs/: {', '.join(shipped)})" if shipped else ""
+    raise ValueError(f"config file {file!r} does not exist in {os.getcwd()}{hint}{listed}")
+  spec = importlib.util.spec_from_loader(
+    "caprl_jax_config", importlib.machinery.SourceFileLoader("caprl_jax_config", file)
+  )
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise ValueError("it has no get_config()")
+    config = module.get_config(*argument)
+  except Exception as error:  # a config file is a program: it may raise anything
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    raise ValueError(f"config file {file}: {kind}{error}") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      f"config file {file}: get_config() returned {type(config).__name__}; "
+      "it must return an ml_collections.ConfigDict"
+    )
+  return config.lock()
+
+
+def _override(config: ml_collections.ConfigDict, override: re.Match, file: str) -> None:
+  """Sets one value of the config, by the type it has there.
+
+  Not by ml_collections.config_flags: it looks a key up as an attribute first, so that
+  `config.update.learning_rate` would find ConfigDict's method `update`, and it cannot set a value
+  that is a list, or None in the file.
+  """
+  key, text = override["key"], override["text"]
+  *sections, leaf = key.split(".")
+  holder = config
+  for section in sections:
+    holder = holder[section] if _is_section(holder) and section in holder else None
+  if not _is_section(holder) or leaf not in holder:
+    known = _leaves(config)
+    near = configuration.nearest(key, known)
+    hint = f"; did you mean {' or '.join(f'--config.{k}' for k in near)}?" if near else ""
+    raise ValueError(f"--config.{key} is not a key of {file}{hint} (keys: {', '.join(known)})")
+  kind = holder.get_type(leaf)
+  if issubclass(kind, ml_collections.ConfigDict):
+    keys = ", ".join(f"--config.{key}.{k}" for k in _leaves(holder[leaf]))
+    raise ValueError(f"--config.{key} is a section; set its keys one by one ({keys})")
+  if override["no"] or text is None:
+    if kind is not bool or (override["no"] and text is not None):
+      raise ValueError(f"{override[0]}: write --config.{key}=VALUE ({kind.__name__} in {file})")
+    text = "False" if override["no"] else "True"
+  try:
+    holder[leaf] = _parse_value(text, kind)
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"--config.{key}={text}: not a value of type {kind.__name__}, which {file} gives it"
+    ) from error
+
+
+def _parse_value(text: str, kind: type) -> Any:
+  if text == "None":
+    return None  # whether the section allows it is for `configuration.load_section` to say
+  if kind is str:
+    return text
+  if kind is bool:
+    if text.lower() not in ("true", "1", "false", "0"):
+      raise ValueError(text)
+    return text.lower() in ("true", "1")
+  if kind in (int, float):
+    return kind(text)
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if kind is type(None):
+    return value
+  if kind in (tuple, list):
+    return kind(value) if isinstance(value, (tuple, list)) else kind([value])
+  if not isinstance(value, kind):
+    raise ValueError(text)
+  return value
+
+
+def _is_section(value: Any) -> bool:
+  return isinstance(value, ml_collections.ConfigDict)
+
+
+def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+  """The dotted keys of all values."""
+  keys = []
+  for key in config.keys():
+    nested = issubclass(config.get_type(key), ml_collections.ConfigDict)
+    keys += _leaves(config[key], f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+  return keys
+
+
+def _modes(config: ml_collections.ConfigDict) -> dict[str, Mode]:
+  listed = ", ".join(MODES)
+  mode = config.get("mode")
+  if not isinstance(mode, str) or not mode:
+    raise ValueError(
+      f"config.mode is {mode!r}; set it to one of {listed}, or to several joined by commas"
+    )
+  names = [name.strip() for name in mode.split(",")]
+  for name in names:
+    if name not in MODES:
+      hint = configuration.did_you_mean(name, MODES)
+      raise ValueError(f"config.mode {name!r} is not a mode{hint} (modes: {listed})")
+  if len(set(names)) < len(names):
+    raise ValueError(f"config.mode {mode!r} names a mode twice; name each once")
+  return {name: MODES[name] for name in names}
+
+
+# ---- the process ----
+
+
+def _make_workdir(path: str) -> pathlib.Path:
+  workdir = pathlib.Path(path).expanduser()
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "log.txt", "a", encoding="utf-8"):
+      pass  # a folder that exists may still not be ours to write in
+  except OSError as error:
+    raise ValueError(
+      f"workdir {workdir} cannot be written: {error.strerror} ({error.filename}); "
+      "choose another folder with --workdir"
+    ) from error
+  return workdir
+
+
+def _start_distributed(asked: bool | None) -> int:
+  """Joins the other hosts, where there are any, and returns this process's number among them.
+
+  Comes before anything that uses a device.
+  """
+  hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
+  several = "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+  if not (several if asked is None else asked):
+    return 0
+  import jax  # here and below: --help and a mistyped flag need not wait for it
+
+  known = {}  # jax reads the address from the environment, but not these two
+  for argument in ("num_processes", "process_id"):
+    value = os.environ.get(f"JAX_{argument.upper()}")
+    if value is not None:
+      if not value.isdecimal():
+        raise ValueError(f"JAX_{argument.upper()}={value!r} must be a whole number")
+      known[argument] = int(value)
+  try:
+    jax.distributed.initialize(**known)
+  except (ValueError, RuntimeError) as error:
+    raise ValueError(
+      f"could not join the other hosts: {error} Off TPU slices, Slurm and MPI set "
+      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; on one host leave out "
+      "--distributed"
+    ) from error
+  return jax.process_index()
+
+
+def _set_compilation_cache() -> None:
+  """Keeps compiled programs between runs, for accelerators only.
+
+  On some CPUs jaxlib 0.10 refuses its own cached programs on the very machine that wrote them, with
+  a page of errors about machine features (github.com/jax-ml/jax/issues/38445).
+  """
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return  # jax reads it
+  plugins = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+  if not any(importlib.util.find_spec(plugin) for plugin in plugins):
+    return  # decided without waking the backend, whose number of CPU devices a mode may still set
+  import jax
+
+  if (jax.config.jax_platforms or "").startswith("cpu") or jax.default_backend() == "cpu":
+    return
+  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+  jax.config.update("jax_compilation_cache_dir", str(cache / "caprl_jax" / "compiled"))
+
+
+class _Terminal(logging.Handler):
+  """Writes lines to stderr above a progress bar instead of through it."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _Formatter(logging.Formatter):
+  def format(self, record: logging.LogRecord) -> str:
+    line = super().format(record)
+    if record.levelno < logging.WARNING:
+      return line
+    time, _, rest = line.partition(" ")
+    return f"{time} {record.levelname.lower()}: {rest}"
+
+
+@contextlib.contextmanager
+def _logging_to(workdir: pathlib.Path, process: int):
+  """Our lines from INFO on and everybody's warnings go to stderr; to a file, our DEBUG too."""
+  name = "log.txt" if process == 0 else f"log.{process}.txt"
+  terminal = _Terminal(logging.INFO)
+  terminal.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  file = logging.FileHandler(workdir / name, encoding="utf-8")
+  file.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+  ours = logging.getLogger("caprl_jax")
+  level = ours.level
+  ours.setLevel(logging.DEBUG)
+  for handler in (terminal, file):
+    logging.root.addHandler(handler)
+  try:
+    yield
+  finally:
+    ours.setLevel(level)
+    for handler in (terminal, file):
+      logging.root.removeHandler(handler)
+    file.close()
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

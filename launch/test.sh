@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Every test, in an environment of its own (.venv-test).
+#
+#   bash launch/test.sh [pytest arguments]          all of them, or e.g. tests/loss_test.py -k clip
+#
+# PYTHON and CAPRL_JAX_EXTRAS are as in launch/quickstart.sh. The parity tests need torch: where the index offers a
+# CUDA build and you want the small CPU one, point PIP_EXTRA_INDEX_URL at an index of CPU builds.
+set -euo pipefail
+
+# shellcheck source=launch/quickstart.sh
+source "$(dirname "${BASH_SOURCE[0]}")/quickstart.sh"
+
+# The test of report.html opens it in a real browser and is skipped where there is none.
+install_browser() {
+  local browser
+  for browser in chromium chromium-browser google-chrome; do
+    if command -v "$browser" >/dev/null 2>&1; then
+      return
+    fi
+  done
+  if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null 2>&1; then
+    echo "Installing chromium for the report's test ..." >&2
+    # The time limit is for systems whose chromium package waits for a snap store.
+    if (
+      export DEBIAN_FRONTEND=noninteractive
+      timeout 120 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends chromium
+    ) </dev/null >/dev/null; then
+      return
+    fi
+    echo "warning: chromium could not be installed" >&2
+  fi
+  echo "No chromium: the report's browser test will be skipped." >&2
+}
+
+cd "$repository"
+make_environment .venv-test "test${CAPRL_JAX_EXTRAS:+,$CAPRL_JAX_EXTRAS}" torch==2.13.0
+install_browser
+exec .venv-test/bin/python -m pytest -q --durations=15 --timeout=1200 "$@"
