@@ -94,7 +94,32 @@ class TrainState:
 
 
 @flax.struct.dataclass
+class Vocabulary:
+  """What the stages need to know of the policy's vocabulary."""
+  allowed_V: Array  # bool, what the sampler may emit: text and end tokens
+  judge_id_V: Array  # int32 id of the same text in the judge's vocabulary; -1 for special tokens
+  end_ids: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  pad_id: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class JudgePrompt:
+  """The judge's prompt around caption, question and options, as token ids cut at its seams.
+
+  `option_pmi` needs only `head_L`; the `letter` readings lay options out in slots: label, option, line end.
+  """
+  head_L: Array  # int32, before the caption
+  label_AL: Array  # int32 [A, L], before the option of slot a ("- A)")
+  label_valid_AL: Array
+  line_end_L: Array  # int32, after each option
+  tail_L: Array  # int32, after the options, up to where the answer's letter stands
+  letter_A: Array  # int32, the answer's letters
+
+
+@flax.struct.dataclass
 class Frozen:
   """What the step reads and never changes. `reference` is None unless a KL term asks for it."""
   judge: Params
+  prompt: JudgePrompt
+  vocabulary: Vocabulary
   reference: Params | None = None

@@ -1,0 +1,110 @@
+"""Rows -> batches of fixed shape, shuffled, sharded by process, resumable: a Grain pipeline."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+import grain
+import jax
+import numpy as np
+from PIL import Image
+
+from caprl_jax.data.images import pad_image, patchify, smart_size
+from caprl_jax.data.prompts import build_prompt, stack_prompts
+from caprl_jax.data.questions import QuestionShape, TokenizedQuestion, pad_questions, pick_questions
+from caprl_jax.data.rows import CaptionRow, QARow, read_image
+from caprl_jax.models.policy import PolicyConfig
+from caprl_jax.models.tokenizer import Tokenizer
+from caprl_jax.types import Batch, Images, Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageShape:
+  """Padded sizes of a run's images: patch slots S and image tokens I."""
+  slots: int
+  tokens: int
+
+
+def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageShape:
+  """The smallest shape that holds every image; reads only the files' headers. Raises ValueError as `read_image`."""
+  vision, slots, tokens = cfg.vision, 0, 0
+  unit, side = vision.patch_size * vision.merge_size, vision.window_units
+  for size in {_header_size(row) for row in rows}:
+    down, across = (length // unit for length in smart_size(size[1], size[0], vision))
+    slots = max(slots, -(-down // side) * -(-across // side) * vision.window_slots)
+    tokens = max(tokens, down * across)
+  return ImageShape(slots, tokens)
+
+
+def _header_size(row) -> tuple[int, int]:
+  if isinstance(row.image, bytes):
+    return read_image(row).size
+  try:
+    with Image.open(row.image) as image:
+      return image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # turned by EXIF
+  except OSError:
+    return read_image(row).size  # raises the error that names row and file
+
+
+class ImagePrompt:
+  """A row -> its image and prompt, padded to the run's shape."""
+
+  def __init__(self, cfg: PolicyConfig, tokenizer: Tokenizer, instruction: str, shape: ImageShape):
+    self.cfg, self.shape = cfg, shape
+    self.before = tokenizer.encode("<|im_start|>user\n<|vision_start|>")
+    self.after = tokenizer.encode("<|vision_end|>") + tokenizer.encode_plain(instruction) + tokenizer.encode(
+        "<|im_end|>\n<|im_start|>assistant\n")
+    self.length = len(self.before) + shape.tokens + len(self.after)
+
+  def __call__(self, row: QARow | CaptionRow, image: Image.Image | None = None) -> tuple[Images, Prompts]:
+    """Arrays without a batch axis. `image` replaces the row's own (an augmented one)."""
+    try:
+      patches = patchify(image or read_image(row), self.cfg.vision)
+      padded = pad_image(patches, self.shape.slots, self.shape.tokens)
+    except ValueError as error:
+      raise ValueError(f"row {row.name!r}: {error}") from error
+    prompt = build_prompt(self.before, patches.grid_units, self.after, self.cfg.image_token)
+    return Images(**padded), jax.tree.map(lambda x: x[0], stack_prompts([prompt], self.length))
+
+
+class QABatcher:
+  """Row indices -> `types.Batch`: images, prompts and K questions each."""
+
+  def __init__(self, rows: Sequence[QARow], tokenized: Sequence[Sequence[TokenizedQuestion]], prompt: ImagePrompt,
+               questions: int, shape: QuestionShape):
+    self.rows, self.tokenized, self.prompt, self.count, self.shape = rows, tokenized, prompt, questions, shape
+
+  def example(self, index: int, rng: np.random.Generator) -> Batch:
+    """One row's arrays without a batch axis; `rng` picks its questions."""
+    images, prompts = self.prompt(self.rows[index])
+    picked = pick_questions(self.tokenized[index], self.count, rng)
+    return Batch(images, prompts, pad_questions(picked, self.count, self.shape), np.int32(index))
+
+
+def stack(examples: Sequence) -> Batch:
+  """Examples -> one batch, along a new first axis."""
+  return jax.tree.map(lambda *x: np.stack(x), *examples)
+
+
+def train_iterator(example: Callable, count: int, batch_size: int, seed: int) -> grain.DatasetIterator:
+  """Endless shuffled batches of this process's share; `get_state` / `set_state` resume it exactly.
+
+  Args:
+    example: (row index, numpy Generator) -> arrays without a batch axis; the generator is seeded by the position in
+      the stream, so what is drawn does not depend on what was skipped.
+    count: rows. Each process reads its own rows, `batch_size / process_count` of them a batch.
+  """
+  shard, shards = jax.process_index(), jax.process_count()
+  if count < shards:
+    raise ValueError(f"{count} rows cannot be split over {shards} processes")
+  dataset = (grain.MapDataset.range(count)[shard::shards].seed(seed).shuffle().repeat()
+             .random_map(lambda index, rng: example(int(index), rng))
+             .batch(batch_size // shards, batch_fn=stack))
+  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def eval_batches(example: Callable, count: int, batch_size: int, seed: int):
+  """Every row once, in order, in batches; yields (batch, real rows in it): the last one is filled up with its last
+  row. Each row's generator is seeded by (seed, index)."""
+  for start in range(0, count, batch_size):
+    index = [min(i, count - 1) for i in range(start, start + batch_size)]
+    yield stack([example(i, np.random.default_rng([seed, i])) for i in index]), min(batch_size, count - start)

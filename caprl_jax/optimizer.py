@@ -1,0 +1,65 @@
+"""Config -> optax chain and its learning-rate schedule."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """adamw, or muon for the matrices of layers with adamw for everything else (embeddings, norms, biases).
+
+  learning_rate is the peak, reached after `warmup_steps`; `cosine` then falls to `final_fraction` of it at the last
+  step. With muon, `learning_rate` is the matrices' and `adam_learning_rate` the rest's.
+  """
+  name: Literal["adamw", "muon"] = "adamw"
+  learning_rate: float = 1e-6
+  adam_learning_rate: float | None = None
+  schedule: Literal["constant", "cosine"] = "constant"
+  warmup_steps: int = 0
+  final_fraction: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    if self.learning_rate <= 0 or self.clip_norm <= 0 or self.warmup_steps < 0:
+      raise ValueError(f"learning_rate = {self.learning_rate} and clip_norm = {self.clip_norm} must be positive, "
+                       f"warmup_steps = {self.warmup_steps} >= 0")
+
+
+def _muon_dimensions(params):
+  """Which parameters are matrices: kernels, with the layer axis in front where layers are stacked."""
+  def dimensions(path, leaf):
+    if path[-1].key != "kernel":
+      return None
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+  return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def learning_rate_schedule(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+  """Linear warm-up to `peak`, then constant or cosine until `steps`."""
+  warmup = min(cfg.warmup_steps, max(steps - 1, 0))
+  if cfg.schedule == "cosine":
+    after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=cfg.final_fraction)
+  else:
+    after = optax.constant_schedule(peak)
+  if not warmup:
+    return after
+  return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])
+
+
+def build_optimizer(cfg: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The gradient transformation for a run of `steps` updates, and the schedule that metrics report."""
+  schedule = learning_rate_schedule(cfg, cfg.learning_rate, steps)
+  if cfg.name == "muon":
+    rest = learning_rate_schedule(cfg, cfg.adam_learning_rate or cfg.learning_rate, steps)
+    rule = optax.contrib.muon(schedule, adam_learning_rate=rest, adam_b1=cfg.b1, adam_b2=cfg.b2,
+                              weight_decay=cfg.weight_decay, adam_weight_decay=cfg.weight_decay,
+                              muon_weight_dimension_numbers=_muon_dimensions)
+  else:
+    rule = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay)
+  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule), schedule

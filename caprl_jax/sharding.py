@@ -1,0 +1,105 @@
+"""Mesh, the table from logical to mesh axes, shardings of a tree. The only module that spells a mesh axis.
+
+Mesh axes: `data` replicates parameters, `fsdp` shards them over their width and is gathered on use, `tensor`
+splits heads, MLPs and vocabulary. A batch is split over `data` and `fsdp` together.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES = (
+    ("vocab", "tensor"), ("embed", "fsdp"), ("vision_embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"),
+    ("kv_heads", "tensor"), ("norm", None), ("layers", None),
+)
+P = jax.sharding.PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1, at most once, takes what is left."""
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
+  """A mesh over all devices. Raises ValueError when the sizes do not multiply to their number."""
+  devices = jax.devices() if devices is None else devices
+  sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+  known = math.prod(s for s in sizes if s != -1)
+  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+    raise ValueError(f"config.mesh {dict(zip(MESH_AXES, sizes))}: sizes are positive, and at most one is -1")
+  if -1 in sizes and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if -1 in sizes or math.prod(sizes) != len(devices):
+    raise ValueError(f"config.mesh {dict(zip(MESH_AXES, sizes))} does not multiply to the {len(devices)} devices here")
+  kinds = (jax.sharding.AxisType.Auto,) * 3
+  if devices[0].platform == "tpu":  # orders devices by the torus they sit on
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+  return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=kinds)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  return jax.sharding.NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """The first axis of every array of a batch over `data` and `fsdp`."""
+  return jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh, name: str) -> None:
+  """Raises ValueError when a batch cannot be split evenly over the mesh."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % parts:
+    raise ValueError(f"{name} = {batch_size} images cannot be split over data x fsdp = {parts} devices; "
+                     f"use a multiple of {parts}")
+
+
+def abstract_params(init: Callable[[], Any]) -> Any:
+  """The parameters' shapes, boxed with their logical axes, without any memory. `init` returns flax variables."""
+  return jax.eval_shape(init)["params"]
+
+
+def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Shardings of a boxed tree by `RULES`; an axis that its mesh axis does not divide stays whole."""
+  rules = dict(RULES)
+
+  def one(leaf):
+    names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
+    shape = nn.unbox(leaf).shape
+    axes = [rules[name] if name is not None else None for name in names]
+    used = [a for a in axes if a is not None]
+    if len(used) != len(set(used)):
+      raise ValueError(f"logical axes {names} put two dimensions on one mesh axis: {axes}")
+    return jax.sharding.NamedSharding(
+        mesh, P(*(a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape))))
+
+  return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def placer(shardings: Any) -> Callable[[tuple, np.ndarray], jax.Array]:
+  """(tree path, host array) -> device array in the sharding of that path; for readers of checkpoints."""
+  by_path = dict(jax.tree_util.tree_leaves_with_path(shardings))
+  return lambda path, array: jax.device_put(array, by_path[path])
+
+
+def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Shardings of the optimizer's state: what has a parameter's shape lies where the parameter lies."""
+  state = jax.eval_shape(tx.init, params)
+  return optax.tree_map_params(tx, lambda _, sharding: sharding, state, shardings,
+                               transform_non_params=lambda _: replicated(mesh))
+
+
+def put_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """This process's share of a batch, as numpy, -> global device arrays split over the batch axis."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
