@@ -78,10 +78,11 @@ def _question(stem: str, answer: str, identity: str) -> rows.Question:
     )
   kind = _KIND[answer]
   # Not hash(): it differs from process to process.
-  generator = np.random.default_rng(list(hashlib.sha256(identity.encode()).digest()))
+  digest = hashlib.sha256(identity.encode()).digest()
+  generator = np.random.default_rng(int.from_bytes(digest, "big"))
   others = [other for other in _ANSWERS[kind] if other != answer]
-  wrong = generator.permutation(others)[: _MAX_OPTIONS - 1]
-  options = tuple(str(option) for option in generator.permutation([answer, *wrong]))
+  drawn = [answer] + [others[i] for i in generator.permutation(len(others))[: _MAX_OPTIONS - 1]]
+  options = tuple(drawn[i] for i in generator.permutation(len(drawn)))
   return rows.Question(stem, options, options.index(answer), kind)
 
 

@@ -72,12 +72,12 @@ def check_question(question: Question, where: str) -> None:
   for i, option in enumerate(question.options):
     if not option.strip():
       raise ValueError(f"{where}: option {i} is empty; write its text or remove it")
-    twin = first.setdefault(_folded(option), option)
-    if twin is not option or i != len(first) - 1:
+    if _folded(option) in first:
       raise ValueError(
-        f"{where} has the options {twin!r} and {option!r}, which differ at most in case and outer "
-        "spaces; keep one of them"
+        f"{where} has the options {first[_folded(option)]!r} and {option!r}, which differ at most "
+        "in case and outer spaces; keep one of them"
       )
+    first[_folded(option)] = option
   gold = question.gold
   if isinstance(gold, bool) or not isinstance(gold, int):
     raise ValueError(f"{where} has gold {gold!r}; it must be the index of the right option")
@@ -234,10 +234,10 @@ def _parse_question(item: Any, where: str) -> Question:
 
 def _find_option(gold: str, options: Sequence[str], where: str) -> int:
   """The index of the option whose letter or text is `gold`, if there is exactly one."""
-  letters = string.ascii_uppercase
+  letters = dict(enumerate(string.ascii_uppercase))
   found = [
     i for i, option in enumerate(options)
-    if _folded(option) == _folded(gold) or letters[i : i + 1] == gold.strip() != ""
+    if _folded(option) == _folded(gold) or letters.get(i) == gold.strip()
   ]  # fmt: skip
   if len(found) != 1:
     fits = " and ".join(repr(options[i]) for i in found) or "none"

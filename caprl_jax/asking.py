@@ -1,0 +1,132 @@
+"""Captions and questions as text -> the judge's answers, on the host: for curation, the gate and priors.
+
+Asks each distinct thing once. Rows of one caption and a few questions go through `judging.answer_questions` in
+fixed shapes, so the caption is shared and one program is compiled.
+"""
+
+from collections.abc import Iterable, Sequence
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from caprl_jax.data.batches import stack
+from caprl_jax.data.questions import QuestionTokenizer, pad_questions, question_shape
+from caprl_jax.data.rows import Question
+from caprl_jax.judging import JudgeConfig, answer_questions
+from caprl_jax.models.load import Loaded
+
+Ask = tuple[str, Question]  # a caption and a question about it
+
+
+class Asker:
+  """A judge that remembers what it was asked."""
+
+  def __init__(self, judge: Loaded, tokenize: QuestionTokenizer, cfg: JudgeConfig, seed: int,
+               questions_per_row: int = 8, rows_per_call: int = 8):
+    self.tokenize, self.cfg = tokenize, cfg
+    self.K, self.rows = questions_per_row, rows_per_call
+    self.key = jax.random.key(seed)
+    self.known: dict[tuple, float | int] = {}
+    self._params = judge.params
+    self._answer = jax.jit(functools.partial(answer_questions, judge.model, cfg=cfg))
+
+  @property
+  def baseline(self) -> str:
+    return self.tokenize.template.baseline
+
+  def priors(self, questions: Iterable[Question]) -> None:
+    """Learns the options' log-probabilities after the baseline caption, which `prior_of` then knows."""
+    if self.cfg.reading == "option_pmi":
+      self._learn_options((self.baseline, q) for q in questions)
+
+  def prior_of(self, question: Question) -> list[float]:
+    """Mean log-probability of each option after the baseline caption; zeros where the reading has no prior."""
+    if self.cfg.reading != "option_pmi":
+      return [0.0] * len(question.options)
+    return [self.known[self.baseline, question.stem, option] for option in question.options]
+
+  def choices(self, asks: Sequence[Ask], what: str = "judging") -> np.ndarray:
+    """The option chosen for each (caption, question), int [len(asks)]; -1 for none."""
+    if self.cfg.reading != "option_pmi":
+      self._learn_choices(asks, what)
+      return np.array([self.known[caption, q.stem, q.options] for caption, q in asks], int)
+    self._learn_options([(self.baseline, q) for _, q in asks])
+    self._learn_options(asks, what)
+    chosen = []
+    for caption, q in asks:
+      score = np.array([self.known[caption, q.stem, option] for option in q.options]) - self.prior_of(q)
+      best, second = np.sort(score)[::-1][:2]
+      chosen.append(int(np.argmax(score)) if best - second > self.cfg.margin else -1)
+    return np.array(chosen, int)
+
+  def correct(self, asks: Sequence[Ask], what: str = "judging") -> np.ndarray:
+    """Whether each (caption, question) is answered right, bool [len(asks)]."""
+    gold = np.array([q.gold for _, q in asks], int)
+    return self.choices(asks, what) == gold
+
+  def _learn_options(self, asks: Iterable[Ask], what: str = "judging") -> None:
+    """option_pmi: an option's score depends on nothing but caption, stem and itself, so each is asked once."""
+    wanted: dict[str, dict[str, dict[str, None]]] = {}
+    for caption, q in asks:
+      for option in q.options:
+        if (caption, q.stem, option) not in self.known:
+          wanted.setdefault(caption, {}).setdefault(q.stem, {})[option] = None
+    widest = 4
+    todo = []
+    for caption, stems in wanted.items():
+      for stem, options in stems.items():
+        options = list(options)
+        for i in range(0, len(options), widest):
+          # Padded with a repetition to two options at least; scores do not depend on each other.
+          group = tuple(options[i:i + widest])
+          todo.append((caption, Question(stem, group, 0, self.tokenize.kinds[0])))
+    for (caption, q), scores in zip(todo, self._ask(todo, widest, what), strict=True):
+      for option, score in zip(q.options, scores):
+        self.known[caption, q.stem, option] = float(score)
+
+  def _learn_choices(self, asks: Sequence[Ask], what: str) -> None:
+    """letter readings: the answer depends on all options."""
+    todo = list({(c, q.stem, q.options): (c, q) for c, q in asks if (c, q.stem, q.options) not in self.known}.values())
+    widest = max((len(q.options) for _, q in todo), default=2)
+    for (caption, q), choice in zip(todo, self._ask(todo, widest, what), strict=True):
+      self.known[caption, q.stem, q.options] = int(choice)
+
+  def _ask(self, asks: Sequence[Ask], options: int, what: str) -> list:
+    """Asks all, in rows of one caption and up to K questions; scores without prior, or choices."""
+    if not asks:
+      return []
+    by_caption: dict[str, list[int]] = {}
+    for i, (caption, _) in enumerate(asks):
+      by_caption.setdefault(caption, []).append(i)
+    rows = [(caption, order[i:i + self.K]) for caption, order in by_caption.items()
+            for i in range(0, len(order), self.K)]
+    tokenized = [self.tokenize(q) for _, q in asks]
+    shape = question_shape(tokenized)
+    # Lengths rounded up: later calls of other lengths find the program compiled.
+    shape = type(shape)(options, -(-shape.stem_tokens // 8) * 8, -(-shape.option_tokens // 2) * 2)
+    captions = {caption: self.tokenize.caption_ids(caption) for caption in by_caption}
+    T = -(-max(1, *map(len, captions.values())) // 16) * 16
+    prompt = self.tokenize.prompt(options) if self.cfg.reading != "option_pmi" else self.tokenize.prompt(2)
+    answers: list = [None] * len(asks)
+    for start in tqdm(range(0, len(rows), self.rows), desc=what, unit="batch", leave=False, delay=5):
+      part = rows[start:start + self.rows]
+      part = part + [part[-1]] * (self.rows - len(part))
+      ids = np.zeros((self.rows, 1, T), np.int32)
+      keep = np.zeros((self.rows, 1, T), bool)
+      for r, (caption, _) in enumerate(part):
+        ids[r, 0, :len(captions[caption])] = captions[caption]
+        keep[r, 0, :len(captions[caption])] = True
+      questions = stack([pad_questions([tokenized[i] for i in order], self.K, shape) for _, order in part])
+      out = self._answer(self._params, prompt, jnp.asarray(ids), jnp.asarray(keep), jax.tree.map(jnp.asarray, questions),
+                         key=jax.random.fold_in(self.key, start))
+      score, choice, valid = jax.device_get((out.score_BGKA, out.choice_BGK, out.valid_BGK))
+      for r, (caption, order) in enumerate(part):
+        for k, i in enumerate(order):
+          if not valid[r, 0, k]:
+            raise ValueError(f"the judge gave numbers that are not finite for the question {asks[i][1].stem!r} on the "
+                             f"caption {caption!r}; check judge.source and its dtype")
+          answers[i] = score[r, 0, k] if self.cfg.reading == "option_pmi" else choice[r, 0, k]
+    return answers

@@ -1,0 +1,103 @@
+"""Questions, the judge -> the questions that can teach: answered with a caption of the image, not without.
+
+CapRL's curation rule (arXiv 2509.22647, section 3; thresholds of its released code) in small: where a dataset
+knows true captions, the judge itself is the filter. Informed presentations are true captions of the image, blind
+ones are the empty caption and true captions of images that share no fact with it: a question answered right from
+those needs no caption of this image.
+"""
+
+import dataclasses
+import logging
+
+import numpy as np
+
+from caprl_jax.asking import Asker
+from caprl_jax.data.rows import QARow, Question
+
+log = logging.getLogger("caprl_jax.curate")
+
+
+@dataclasses.dataclass(frozen=True)
+class CurateConfig:
+  """informed: templates of true captions with {fact} places; none: every question is kept as it is.
+
+  A question is kept when the share of informed presentations answered right is above `min_informed` and that of
+  blind ones (the empty caption and `mismatched` others) is below `max_blind`. CapRL: 0.75 and 0.25.
+  """
+  informed: tuple[str, ...] = ()
+  mismatched: int = 4
+  min_informed: float = 0.75
+  max_blind: float = 0.25
+
+
+def mismatched_facts(row: QARow, pool: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
+  """Up to `count` fact sets from `pool` that share no value with the row's, the same for the same facts."""
+  others = [facts for facts in pool if not set(facts.items()) & set(row.facts.items())]
+  rng = np.random.default_rng([seed, *"".join(sorted(row.facts.values())).encode()])
+  return [others[i] for i in rng.permutation(len(others))[:count]]
+
+
+def curate(rows: list[QARow], asker: Asker, cfg: CurateConfig, seed: int, where: str):
+  """Applies the rule.
+
+  Returns:
+    The rows with the questions kept (rows without any are left out), and counts: `kept/<kind>`, `dropped/<kind>`.
+
+  Raises:
+    ValueError: nothing is left.
+  """
+  if not cfg.informed:
+    return rows, {}
+  pool = [dict(items) for items in sorted({tuple(sorted(r.facts.items())) for r in rows if _knows(r, cfg)})]
+  pairs = [(row, q) for row in rows for q in row.questions if _knows(row, cfg)]
+  alive = np.ones(len(pairs), bool)
+  right = np.zeros(len(pairs))
+  for template in cfg.informed:  # what fails one too often is not asked again
+    live = np.flatnonzero(alive)
+    right[live] += asker.correct([(template.format(**pairs[i][0].facts), pairs[i][1]) for i in live], "informed")
+    missed = cfg.informed.index(template) + 1 - right
+    alive &= (len(cfg.informed) - missed) / len(cfg.informed) > cfg.min_informed
+  blind, total = np.zeros(len(pairs)), np.ones(len(pairs))
+  live = np.flatnonzero(alive)
+  blind[live] += asker.correct([("", pairs[i][1]) for i in live], "blind")
+  asks, owner = [], []
+  for i in live:
+    for facts in mismatched_facts(pairs[i][0], pool, cfg.mismatched, seed):
+      asks.append((cfg.informed[0].format(**facts), pairs[i][1]))
+      owner.append(i)
+  if asks:
+    np.add.at(blind, owner, asker.correct(asks, "blind"))
+    np.add.at(total, owner, 1)
+  alive &= blind / total < cfg.max_blind
+  return _collect(rows, pairs, alive, where)
+
+
+def _knows(row: QARow, cfg: CurateConfig) -> bool:
+  try:
+    for template in cfg.informed:
+      template.format(**(row.facts or {}))
+  except KeyError:
+    return False
+  return True
+
+
+def _collect(rows: list[QARow], pairs: list[tuple[QARow, Question]], alive: np.ndarray, where: str):
+  kept: dict[str, list[Question]] = {}
+  counts: dict[str, int] = {}
+  for (row, question), keep in zip(pairs, alive):
+    kind = question.kind or "question"
+    for verdict in ("kept", "dropped"):
+      counts.setdefault(f"{verdict}/{kind}", 0)
+    counts[f"{'kept' if keep else 'dropped'}/{kind}"] += 1
+    if keep:
+      kept.setdefault(row.name, []).append(question)
+  unknown = sum(len(r.questions) for r in rows) - len(pairs)
+  if unknown:
+    counts["dropped/without facts"] = unknown
+  if not kept:
+    raise ValueError(f"{where}: curation left none of {len(pairs)} questions: the judge answers none of them from a "
+                     f"true caption and fails it without one. Counts: {counts}. Use a stronger judge (judge.source), "
+                     "another judge.reading, or other curate thresholds")
+  rows = [dataclasses.replace(row, questions=tuple(kept[row.name])) for row in rows if row.name in kept]
+  log.info("%s: %d images kept, %s", where, len(rows), ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
+  return rows, counts

@@ -1,0 +1,112 @@
+"""Step, state, batches -> trained state: dispatches step n, then reads the numbers of step n - 1."""
+
+from collections.abc import Callable
+import logging
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from caprl_jax import sharding
+from caprl_jax.checkpoint import Checkpoints
+from caprl_jax.metrics import MetricsWriter, Progress
+from caprl_jax.types import TrainState
+
+log = logging.getLogger("caprl_jax.loop")
+
+
+class CompileCounter:
+  """Counts how often XLA compiles while it is entered; a step must not after its first call."""
+
+  def __init__(self):
+    self.count = 0
+
+  def _on_event(self, event: str, *_, **__) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      self.count += 1
+
+  def __enter__(self) -> "CompileCounter":
+    jax.monitoring.register_event_duration_secs_listener(self._on_event)
+    return self
+
+  def __exit__(self, *_) -> None:
+    jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+
+def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh: jax.sharding.Mesh,
+             checkpoints: Checkpoints, config: dict, workdir: pathlib.Path, what: str, reward_name: str,
+             on_samples: Callable[[int, Any, Any], None] | None = None) -> TrainState:
+  """Runs `step_fn(state, batch) -> (state, metrics, samples)` up to step `steps`.
+
+  Args:
+    state: donated to the first step. Its `step` says where to begin.
+    iterator: yields this process's share of a batch as numpy; has `get_state`.
+    on_samples: called as (step, batch, samples) after each step, on the main process.
+
+  Raises:
+    FloatingPointError: loss or gradient not finite; the state before that step is saved first.
+    KeyboardInterrupt: passed on after a checkpoint of the last finished step.
+  """
+  start = int(state.step)
+  main = jax.process_index() == 0
+  writer = MetricsWriter(workdir) if main else None
+  if writer:
+    writer.truncate_after(start)
+  progress = Progress(steps, start, what) if main else None
+  pending, before = None, time.perf_counter()
+
+  def report(pending) -> None:
+    """Reads the numbers of a step that was dispatched earlier; waits for it."""
+    nonlocal before
+    step, metrics, batch, samples = pending
+    numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    now = time.perf_counter()
+    numbers["time/step_secs"], before = now - before, now
+    if numbers.get("update/nonfinite"):
+      raise FloatingPointError(
+          f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
+          f"the parameters before it are kept in the checkpoint of step {step}. Lower optimizer.learning_rate or "
+          "look at the batch's rows in samples/")
+    if main:
+      writer.write(step, numbers)
+      progress.update(numbers.get(reward_name))
+      if on_samples:
+        on_samples(step, batch, samples)
+
+  save = lambda force=False: checkpoints.save(state, iterator.get_state(), config, force=force)
+  try:
+    with CompileCounter() as compiles:
+      for step in range(start + 1, steps + 1):
+        host_batch = next(iterator)
+        state, metrics, samples = step_fn(state, sharding.put_batch(host_batch, mesh))
+        if pending:
+          report(pending)
+        pending = (step, metrics, host_batch, samples)
+        if step == start + 1:
+          jax.block_until_ready(metrics)
+          after_first = compiles.count
+        save()
+      if pending:
+        done, pending = pending, None
+        report(done)
+      if start < steps:
+        extra = compiles.count - after_first
+        log.info("%s: %d compilations after the first step", what, extra)
+  except (KeyboardInterrupt, FloatingPointError):
+    save(force=True)
+    raise
+  finally:
+    if progress:
+      progress.close()
+    if writer:
+      writer.close()
+  save(force=True)
+  return state
+
+
+def to_host(tree: Any) -> Any:
+  """A copy of a tree of device arrays as numpy, on every process. (A view would keep donation from working.)"""
+  gather = lambda x: np.array(jax.device_get(x))
+  return jax.tree.map(gather, tree)
