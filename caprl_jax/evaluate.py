@@ -1,0 +1,101 @@
+"""Mode `evaluate`: captions of held-out images -> the judge's accuracy, caption length, flat groups, examples."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from caprl_jax import sharding
+from caprl_jax.advantages import flat_groups
+from caprl_jax.data.batches import eval_batches
+from caprl_jax.files import write_json
+from caprl_jax.judging import judge_captions
+from caprl_jax.reward import caption_reward
+from caprl_jax.rollout import RolloutConfig, sample_captions
+from caprl_jax.samples import save_samples
+from caprl_jax.setup_run import Run, read_settings, set_up, workdir_file
+from caprl_jax.step import stage_keys
+from caprl_jax.types import Batch, Frozen, Params
+from tqdm import tqdm
+
+log = logging.getLogger("caprl_jax.evaluate")
+
+
+def caption_and_judge(params: Params, frozen: Frozen, batch: Batch, key, *, policy, judge, rollout: RolloutConfig, cfg):
+  """Captions and their answers and rewards, without an update. One jitted program."""
+  caption_key, judge_key = stage_keys(key, jnp.int32(0))
+  captions = sample_captions(policy, params, batch, caption_key, frozen.vocabulary, rollout)
+  answers = judge_captions(judge, frozen.judge, frozen.prompt, captions, batch.questions, frozen.vocabulary,
+                           judge_key, cfg.judge)
+  reward_BG, scored_BG, _ = caption_reward(answers, batch.questions.valid_BK, cfg.reward)
+  return captions, answers, reward_BG, scored_BG
+
+
+class Evaluator:
+  """Compiles once; `__call__` evaluates any parameters of the run's captioner."""
+
+  def __init__(self, run: Run):
+    self.run = run
+    settings = run.settings
+    rollout = settings.step.rollout
+    sampling = dataclasses.replace(rollout.sampling, temperature=settings.evaluate.temperature)
+    make = lambda group, sampling: jax.jit(functools.partial(
+        caption_and_judge, policy=run.policy.model, judge=run.judge.model,
+        rollout=RolloutConfig(group, sampling), cfg=settings.step))
+    self._single = make(1, sampling)
+    self._group = make(rollout.group_size, rollout.sampling)
+
+  def _batches(self, rows: int, size: int, what: str):
+    batcher, seed = self.run.eval, self.run.settings.seed
+    rows = min(rows, len(self.run.eval_rows))
+    batches = eval_batches(batcher.example, rows, size, seed)
+    for batch, real in tqdm(batches, total=-(-rows // size), desc=what, unit="batch", leave=False):
+      yield batch, sharding.put_batch(batch, self.run.mesh), real
+
+  def __call__(self, params: Params, samples_path: pathlib.Path, stage: str, step: int) -> dict[str, float]:
+    """Evaluates on all held-out rows and writes example captions; figures by name."""
+    run, cfg = self.run, self.run.settings.evaluate
+    key = jax.random.key(run.settings.seed)
+    correct, kind, length, unscored, ended, saved = [], [], [], 0, [], []
+    for number, (host, batch, real) in enumerate(self._batches(len(run.eval_rows), cfg.batch_size, stage)):
+      captions, answers, reward, scored = jax.device_get(
+          self._single(params, run.frozen, batch, jax.random.fold_in(key, number)))
+      valid = answers.valid_BGK[:real, 0]
+      correct.append(answers.correct_BGK[:real, 0][valid])
+      kind.append(host.questions.kind_BK[:real][valid])
+      length.append(captions.valid_BGT[:real].sum(-1)[:, 0])
+      ended.append(captions.ended_BG[:real, 0])
+      unscored += int((~scored[:real]).sum())
+      saved.append(jax.tree.map(lambda x: x[:real], (host, (captions, answers, reward, scored, None))))
+    correct, kind, length = (np.concatenate(x) for x in (correct, kind, length))
+    flat, groups = 0.0, 0
+    for number, (_, batch, real) in enumerate(self._batches(cfg.group_images, run.settings.data.batch_size, "groups")):
+      _, _, reward, scored = self._group(params, run.frozen, batch, jax.random.fold_in(key, 10_000 + number))
+      flat += float(np.asarray(flat_groups(reward, scored))[:real].sum())
+      groups += real
+    figures = {"accuracy": float(correct.mean()), "questions": int(len(correct)), "images": len(length),
+               "length_tokens": float(length.mean()), "truncated": float(1 - np.concatenate(ended).mean()),
+               "flat_groups": flat / max(groups, 1), "unscored": unscored}
+    figures |= {f"accuracy/{name}": float(correct[kind == i].mean()) for i, name in enumerate(run.kinds)
+                if (kind == i).any()}
+    save_samples(samples_path, stage, step, saved, run.eval, run.policy.tokenizer, cfg.samples)
+    log.info("%s: accuracy %.3f on %d questions (%s), %.1f tokens a caption, flat groups %.2f", stage,
+             figures["accuracy"], len(correct), ", ".join(
+                 f"{n} {figures[f'accuracy/{n}']:.3f}" for n in run.kinds if f"accuracy/{n}" in figures),
+             figures["length_tokens"], figures["flat_groups"])
+    return figures
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Evaluates `policy.checkpoint`; writes summary.json (`before`) and samples/before.json."""
+  settings = read_settings(config)
+  with jax.set_mesh(sharding.make_mesh(settings.mesh)):
+    made = set_up(settings)
+    figures = Evaluator(made)(made.policy.params, workdir / "samples" / "before.json", "before", 0)
+  write_json(workdir_file(workdir), {"before": figures, "counts": made.counts})
+
+

