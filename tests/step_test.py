@@ -1,0 +1,166 @@
+"""The step on tiny real models: stages by hand, microbatches, on-policy ratios, compilations, finiteness."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from caprl_jax import sharding
+from caprl_jax.advantages import group_advantages
+from caprl_jax.judging import judge_captions
+from caprl_jax.loop import CompileCounter, run_loop
+from caprl_jax.optimizer import build_optimizer
+from caprl_jax.reward import caption_reward
+from caprl_jax.rollout import caption_logprobs, sample_captions
+from caprl_jax.setup_run import read_settings, set_up
+from caprl_jax.step import stage_keys, train_step
+from caprl_jax.train import make_state
+from caprl_jax.update import UpdateConfig, loss_gradients, update_policy
+from caprl_jax.data.batches import train_iterator
+from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  config = tiny.write_all(tmp_path_factory.mktemp("tiny"))
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    yield set_up(read_settings(config))
+
+
+def a_batch(made):
+  return sharding.put_batch(next(train_iterator(made.train.example, 12, 8, 0)), made.mesh)
+
+
+def fresh_state(made, tx):
+  return make_state(made.policy.params, tx, made.policy.shardings, 0, made.mesh)
+
+
+def jitted(made, tx, cfg=None):
+  return jax.jit(functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
+                                   cfg=cfg or made.settings.step, kinds=made.kinds), donate_argnums=0)
+
+
+def optimizer(made):
+  return build_optimizer(made.settings.optimizer, 4)[0]
+
+
+def test_stages_by_hand_are_the_jitted_step(made):
+  tx, cfg, batch = optimizer(made), made.settings.step, a_batch(made)
+  state, vocabulary = fresh_state(made, tx), made.frozen.vocabulary
+  rollout_key, judge_key = stage_keys(state.key, state.step)
+  captions = sample_captions(made.policy.model, state.params, batch, rollout_key, vocabulary, cfg.rollout)
+  answers = judge_captions(made.judge.model, made.frozen.judge, made.frozen.prompt, captions, batch.questions,
+                           vocabulary, judge_key, cfg.judge)
+  reward, scored, _ = caption_reward(answers, batch.questions.valid_BK, cfg.reward)
+  advantage = group_advantages(reward, scored, cfg.advantage)
+  by_hand, metrics = update_policy(made.policy.model, tx, state, made.frozen, batch, captions, scored, advantage, 1.0,
+                                   cfg.update)
+  together, numbers, samples = jitted(made, tx)(fresh_state(made, tx), made.frozen, batch)
+  np.testing.assert_array_equal(captions.tokens_BGT, samples[0].tokens_BGT)
+  np.testing.assert_array_equal(reward, samples[2])
+  assert 0 < float(numbers["reward/mean"]) < 1 and float(numbers["advantage/flat_groups"]) < 1
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, numbers[name], rtol=1e-3, atol=1e-5, err_msg=name)
+  for a, b in zip(jax.tree.leaves(by_hand.params), jax.tree.leaves(together.params), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-5)
+
+
+def test_the_first_update_is_on_policy(made):
+  _, numbers, _ = jitted(made, optimizer(made))(fresh_state(made, optimizer(made)), made.frozen, a_batch(made))
+  assert abs(float(numbers["update/ratio_max"]) - 1) < 1e-4 and abs(float(numbers["update/ratio_min"]) - 1) < 1e-4
+  assert float(numbers["update/ratio_max"]) != float(numbers["update/ratio_min"])  # measured, not assumed
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_gradients_do_not_depend_on_microbatches(made, aggregation):
+  batch = a_batch(made)
+  captions = jax.jit(lambda p: sample_captions(made.policy.model, p, batch, jax.random.key(1), made.frozen.vocabulary,
+                                               made.settings.step.rollout))(made.policy.params)
+  rng = np.random.default_rng(0)
+  advantage = jnp.asarray(rng.normal(size=captions.ended_BG.shape), jnp.float32)
+  scored = jnp.asarray(rng.random(captions.ended_BG.shape) < 0.8)
+  loss = dataclasses.replace(made.settings.step.update.loss, aggregation=aggregation)
+  results = [jax.jit(lambda p, m=m: loss_gradients(
+      made.policy.model, p, made.frozen, batch, captions, scored, advantage, 1.0,
+      UpdateConfig(loss, m)))(made.policy.params) for m in (1, 2, 8)]
+  scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(results[0][0]))
+  assert scale > 1e-3
+  for other in results[1:]:
+    for a, b in zip(jax.tree.leaves(results[0][0]), jax.tree.leaves(other[0]), strict=True):
+      np.testing.assert_allclose(a, b, atol=2e-5 * scale)
+    np.testing.assert_allclose(results[0][1], other[1], rtol=1e-4, atol=1e-6)
+    for name in results[0][2]:
+      np.testing.assert_allclose(results[0][2][name], other[2][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(made):
+  """sampled = teacher-forced with the shared prefix = every caption alone in a batch of its own image."""
+  batch, vocabulary = a_batch(made), made.frozen.vocabulary
+  cfg = made.settings.step.rollout
+  captions = jax.jit(lambda p: sample_captions(made.policy.model, p, batch, jax.random.key(2), vocabulary, cfg))(
+      made.policy.params)
+  score = jax.jit(lambda p, batch, captions: caption_logprobs(made.policy.model, p, batch, captions, vocabulary, 1.0)[0])
+  valid = np.asarray(captions.valid_BGT)
+  shared = np.asarray(score(made.policy.params, batch, captions))
+  np.testing.assert_allclose(np.asarray(captions.logp_BGT)[valid], shared[valid], atol=1e-4)
+  for g in range(captions.tokens_BGT.shape[1]):
+    alone = jax.tree.map(lambda x: x[:, g:g + 1], captions)
+    single = np.asarray(score(made.policy.params, batch, alone))[:, 0]
+    np.testing.assert_allclose(single[valid[:, g]], shared[:, g][valid[:, g]], atol=1e-4)
+  allowed = np.asarray(vocabulary.allowed_V)
+  assert allowed[np.asarray(captions.tokens_BGT)[valid]].all() and not allowed.all()
+  ends = np.isin(np.asarray(captions.tokens_BGT), vocabulary.end_ids) & valid
+  assert (ends.sum(-1) <= 1).all() and (ends.any(-1) == np.asarray(captions.ended_BG)).all()
+
+
+def test_nothing_compiles_after_the_first_step_and_the_state_is_donated(made):
+  tx = optimizer(made)
+  step, state = jitted(made, tx), fresh_state(made, tx)
+  iterator = train_iterator(made.train.example, 12, 8, 0)
+  old = state
+  state, metrics, _ = step(state, made.frozen, sharding.put_batch(next(iterator), made.mesh))
+  jax.block_until_ready(metrics)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
+  with CompileCounter() as compiles:
+    for _ in range(3):
+      state, metrics, _ = step(state, made.frozen, sharding.put_batch(next(iterator), made.mesh))
+      jax.block_until_ready(metrics)
+  assert compiles.count == 0
+  with CompileCounter() as compiles:  # the counter does count
+    jax.jit(lambda x: x * 3 + 1.5)(jnp.arange(7.0))
+  assert compiles.count > 0
+
+
+def test_a_kl_term_pulls_towards_the_reference(made):
+  cfg = dataclasses.replace(made.settings.step, update=UpdateConfig(
+      dataclasses.replace(made.settings.step.update.loss, kl=0.5)))
+  frozen = made.frozen.replace(reference=jax.tree.map(lambda x: x * 1.5, made.policy.params))
+  tx = optimizer(made)
+  _, numbers, _ = jitted(made, tx, cfg)(fresh_state(made, tx), frozen, a_batch(made))
+  assert float(numbers["update/kl"]) > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(made, tmp_path):
+  tx = optimizer(made)
+  step = jitted(made, tx)
+  broken = made.frozen
+
+  def wrapped(state, batch):
+    nonlocal broken
+    if int(state.step) == 1:  # the third batch's pixels are fine; its advantages are not
+      cfg = dataclasses.replace(made.settings.step, reward=dataclasses.replace(made.settings.step.reward,
+                                                                              accuracy=float("inf")))
+      return jitted(made, tx, cfg)(state, broken, batch)
+    return step(state, broken, batch)
+
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=100))
+  with pytest.raises(FloatingPointError, match="step 2: .*not finite"):
+    run_loop(wrapped, fresh_state(made, tx), train_iterator(made.train.example, 12, 8, 0), steps=4, mesh=made.mesh,
+             checkpoints=checkpoints, config={}, workdir=tmp_path, what="test", reward_name="reward/mean")
+  state, _ = checkpoints.restore(fresh_state(made, tx))
+  assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
