@@ -34,7 +34,7 @@ def get_config():
   config.reward = dict(accuracy=1.0)
   config.advantage = dict(estimator="grpo")
   config["update"] = dict(microbatches=1, loss=dict(clip_low=0.2, clip_high=0.28, aggregation="token_mean", kl=0.0))
-  config.optimizer = dict(name="adamw", learning_rate=2e-4, schedule="cosine", warmup_steps=3, b2=0.95, clip_norm=1.0)
+  config.optimizer = dict(name="adamw", learning_rate=1.5e-4, schedule="cosine", warmup_steps=3, b2=0.95, clip_norm=1.0)
 
   config.train = dict(steps=50, sample_every=10)
   config.evaluate = dict(batch_size=20, temperature=0.0, group_images=16)
