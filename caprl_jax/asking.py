@@ -111,7 +111,7 @@ class Asker:
     T = -(-max(1, *map(len, captions.values())) // 16) * 16
     prompt = self.tokenize.prompt(options) if self.cfg.reading != "option_pmi" else self.tokenize.prompt(2)
     answers: list = [None] * len(asks)
-    for start in tqdm(range(0, len(rows), self.rows), desc=what, unit="batch", leave=False, delay=5):
+    for start in tqdm(range(0, len(rows), self.rows), desc=what, unit="batch", leave=False, delay=5, disable=None):
       part = rows[start:start + self.rows]
       part = part + [part[-1]] * (self.rows - len(part))
       ids = np.zeros((self.rows, 1, T), np.int32)

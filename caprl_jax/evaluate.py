@@ -53,7 +53,7 @@ class Evaluator:
     batcher, seed = self.run.eval, self.run.settings.seed
     rows = min(rows, len(self.run.eval_rows))
     batches = eval_batches(batcher.example, rows, size, seed)
-    for batch, real in tqdm(batches, total=-(-rows // size), desc=what, unit="batch", leave=False):
+    for batch, real in tqdm(batches, total=-(-rows // size), desc=what, unit="batch", leave=False, disable=None):
       yield batch, sharding.put_batch(batch, self.run.mesh), real
 
   def __call__(self, params: Params, samples_path: pathlib.Path, stage: str, step: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Step, state, batches -> trained state: dispatches step n, then reads the numbers of step n - 1."""
 
+import collections
 from collections.abc import Callable
 import logging
 import pathlib
@@ -46,7 +47,7 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
     on_samples: called as (step, batch, samples) after each step, on the main process.
 
   Raises:
-    FloatingPointError: loss or gradient not finite; the state before that step is saved first.
+    FloatingPointError: loss or gradient not finite; that step changed no parameters, and they are saved first.
     KeyboardInterrupt: passed on after a checkpoint of the last finished step.
   """
   start = int(state.step)
@@ -55,20 +56,21 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
   if writer:
     writer.truncate_after(start)
   progress = Progress(steps, start, what) if main else None
-  pending, before = None, time.perf_counter()
+  pending, before = collections.deque(), time.perf_counter()  # steps whose numbers were not read yet
 
-  def report(pending) -> None:
-    """Reads the numbers of a step that was dispatched earlier; waits for it."""
+  def report() -> None:
+    """Reads the numbers of the oldest pending step; waits for it."""
     nonlocal before
-    step, metrics, batch, samples = pending
+    step, metrics, batch, samples = pending[0]
     numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
     now = time.perf_counter()
     numbers["time/step_secs"], before = now - before, now
     if numbers.get("update/nonfinite"):
       raise FloatingPointError(
           f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
-          f"the parameters before it are kept in the checkpoint of step {step}. Lower optimizer.learning_rate or "
-          "look at the batch's rows in samples/")
+          f"it left the parameters as they were, and the checkpoint of step {int(state.step)} keeps them. Lower "
+          "optimizer.learning_rate or look at the batch's rows in samples/")
+    pending.popleft()
     if main:
       writer.write(step, numbers)
       progress.update(numbers.get(reward_name))
@@ -81,21 +83,25 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
       for step in range(start + 1, steps + 1):
         host_batch = next(iterator)
         state, metrics, samples = step_fn(state, sharding.put_batch(host_batch, mesh))
-        if pending:
-          report(pending)
-        pending = (step, metrics, host_batch, samples)
+        pending.append((step, metrics, host_batch, samples))
+        if len(pending) > 1:
+          report()
         if step == start + 1:
           jax.block_until_ready(metrics)
           after_first = compiles.count
-        save()
-      if pending:
-        done, pending = pending, None
-        report(done)
+        if step % checkpoints.cfg.every_steps == 0:
+          while pending:  # before the checkpoint: a kill after it must leave no gap in metrics.jsonl
+            report()
+          save()
+      while pending:
+        report()
       if start < steps:
         extra = compiles.count - after_first
         log.info("%s: %d compilations after the first step", what, extra)
-  except (KeyboardInterrupt, FloatingPointError):
+  except (KeyboardInterrupt, FloatingPointError) as error:
     save(force=True)
+    while pending and isinstance(error, KeyboardInterrupt):
+      report()
     raise
   finally:
     if progress:

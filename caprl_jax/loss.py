@@ -64,7 +64,7 @@ def policy_loss(logp_BGT: Array, old_logp_BGT: Array, reference_logp_BGT: Array 
       "max/ratio": masked_max(ratio, counts_BGT), "min/ratio": masked_min(ratio, counts_BGT),
   }
   if reference_logp_BGT is not None:
-    kl_BGT = k3_kl(logp_BGT, jnp.where(counts_BGT, reference_logp_BGT, logp_BGT))
+    kl_BGT = k3_kl(*(jnp.where(counts_BGT, x, 0.0) for x in (logp_BGT, reference_logp_BGT)))
     loss_BGT += cfg.kl * kl_BGT
     metrics["sum/kl"] = masked_sum(kl_BGT, counts_BGT)
   if cfg.aggregation == "token_mean":

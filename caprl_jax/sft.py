@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from PIL import Image
 
 from caprl_jax import configuration, sharding
 from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
@@ -118,9 +119,8 @@ class CaptionExample:
                       np.arange(length) < len(ids))
 
 
-def shift_and_mirror(image, rng: np.random.Generator):
+def shift_and_mirror(image: Image.Image, rng: np.random.Generator) -> Image.Image:
   """Moves a picture by up to an eighth of each side, repeating its edge, and mirrors it half of the time."""
-  from PIL import Image
   pixels = np.asarray(image)
   reach = (pixels.shape[0] // 8, pixels.shape[1] // 8)
   padded = np.pad(pixels, ((reach[0],) * 2, (reach[1],) * 2, (0, 0)), mode="edge")
