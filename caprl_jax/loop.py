@@ -68,7 +68,7 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
     if numbers.get("update/nonfinite"):
       raise FloatingPointError(
           f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
-          f"it left the parameters as they were, and the checkpoint of step {int(state.step)} keeps them. Lower "
+          f"it changed no parameters, and the checkpoint of step {int(state.step)} holds finite ones. Lower "
           "optimizer.learning_rate or look at the batch's rows in samples/")
     pending.popleft()
     if main:

