@@ -75,17 +75,22 @@ class Asker:
         if (caption, q.stem, option) not in self.known:
           wanted.setdefault(caption, {}).setdefault(q.stem, {})[option] = None
     widest = 4
-    todo = []
+    # Options of one token need no run of their own (`judging._option_scores`): they are asked apart from longer ones.
+    todo: dict[bool, list[Ask]] = {False: [], True: []}
     for caption, stems in wanted.items():
       for stem, options in stems.items():
-        options = list(options)
-        for i in range(0, len(options), widest):
-          # Padded with a repetition to two options at least; scores do not depend on each other.
-          group = tuple(options[i:i + widest])
-          todo.append((caption, Question(stem, group, 0, self.tokenize.kinds[0])))
-    for (caption, q), scores in zip(todo, self._ask(todo, widest, what), strict=True):
-      for option, score in zip(q.options, scores):
-        self.known[caption, q.stem, option] = float(score)
+        for is_long in todo:
+          some = [o for o in options if self._is_long(o) == is_long]
+          for i in range(0, len(some), widest):
+            todo[is_long].append((caption, Question(stem, tuple(some[i:i + widest]), 0, self.tokenize.kinds[0])))
+    for asked in todo.values():
+      for (caption, q), scores in zip(asked, self._ask(asked, widest, what), strict=True):
+        for option, score in zip(q.options, scores):
+          self.known[caption, q.stem, option] = float(score)
+
+  @functools.cache
+  def _is_long(self, option: str) -> bool:
+    return len(self.tokenize.tokenizer.encode_plain(self.tokenize.template.option.format(option=option))) > 1
 
   def _learn_choices(self, asks: Sequence[Ask], what: str) -> None:
     """letter readings: the answer depends on all options."""
@@ -106,7 +111,7 @@ class Asker:
     tokenized = [self.tokenize(q) for _, q in asks]
     shape = question_shape(tokenized)
     # Lengths rounded up: later calls of other lengths find the program compiled.
-    shape = type(shape)(options, -(-shape.stem_tokens // 8) * 8, -(-shape.option_tokens // 2) * 2)
+    shape = type(shape)(options, -(-shape.stem_tokens // 8) * 8, shape.option_tokens)
     captions = {caption: self.tokenize.caption_ids(caption) for caption in by_caption}
     T = -(-max(1, *map(len, captions.values())) // 16) * 16
     prompt = self.tokenize.prompt(options) if self.cfg.reading != "option_pmi" else self.tokenize.prompt(2)
