@@ -1,7 +1,8 @@
 """Questions as text -> the judge's token ids: prompt pieces, padded tables, which K questions an image is asked.
 
 The prompt is cut where the device splices it. Every seam is a newline or a place where byte-level BPE never
-merges, so that the pieces' ids are those of the joined string (tested seam by seam).
+merges, so that the pieces' ids are those of the joined string (tested seam by seam), unless a caption begins with two white
+spaces.
 """
 
 from collections.abc import Sequence
