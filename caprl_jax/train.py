@@ -59,9 +59,18 @@ def make_state(params: Params, tx: optax.GradientTransformation, shardings, seed
 def build_step(made: Run, tx: optax.GradientTransformation):
   """The one jit of training: `(state, batch) -> (state, metrics, samples)`, the state donated. The judge is an
   argument of the program, never a constant in it."""
-  step = jax.jit(functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
-                                   cfg=made.settings.step, kinds=made.kinds), donate_argnums=0)
-  return lambda state, batch: step(state, made.frozen, batch)
+  stages = functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
+                             cfg=made.settings.step, kinds=made.kinds)
+  step = None
+
+  def run(state: TrainState, batch):
+    nonlocal step
+    if step is None:  # the state comes out where it went in: another layout would compile the step anew
+      shardings = jax.tree.map(lambda x: x.sharding, state)
+      step = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, None, None))
+    return step(state, made.frozen, batch)
+
+  return run
 
 
 def train(made: Run, config: dict, workdir: pathlib.Path) -> TrainState:
