@@ -70,7 +70,8 @@ def abstract_params(init: Callable[[], Any]) -> Any:
 
 
 def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Shardings of a boxed tree by `RULES`; an axis that its mesh axis does not divide stays whole."""
+  """Shardings of a boxed tree by `RULES`; an axis that its mesh axis does not divide, or that has one
+  device, stays whole."""
   rules = dict(RULES)
 
   def one(leaf):
@@ -81,7 +82,7 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     if len(used) != len(set(used)):
       raise ValueError(f"logical axes {names} put two dimensions on one mesh axis: {axes}")
     return jax.sharding.NamedSharding(
-        mesh, P(*(a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape))))
+        mesh, P(*(a if a and mesh.shape[a] > 1 and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape))))
 
   return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
