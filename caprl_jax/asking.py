@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from caprl_jax.data.batches import stack
-from caprl_jax.data.questions import QuestionTokenizer, pad_questions, question_shape
+from caprl_jax.data.questions import QuestionShape, QuestionTokenizer, pad_questions, question_shape
 from caprl_jax.data.rows import Question
 from caprl_jax.judging import JudgeConfig, answer_questions
 from caprl_jax.models.load import Loaded
@@ -25,7 +25,7 @@ class Asker:
   """A judge that remembers what it was asked."""
 
   def __init__(self, judge: Loaded, tokenize: QuestionTokenizer, cfg: JudgeConfig, seed: int,
-               questions_per_row: int = 8, rows_per_call: int = 8):
+               questions_per_row: int = 8, rows_per_call: int = 4):
     self.tokenize, self.cfg = tokenize, cfg
     self.K, self.rows = questions_per_row, rows_per_call
     self.key = jax.random.key(seed)
@@ -106,19 +106,22 @@ class Asker:
     by_caption: dict[str, list[int]] = {}
     for i, (caption, _) in enumerate(asks):
       by_caption.setdefault(caption, []).append(i)
-    rows = [(caption, order[i:i + self.K]) for caption, order in by_caption.items()
-            for i in range(0, len(order), self.K)]
     tokenized = [self.tokenize(q) for _, q in asks]
-    shape = question_shape(tokenized)
-    # Lengths rounded up: later calls of other lengths find the program compiled.
-    shape = type(shape)(options, -(-shape.stem_tokens // 8) * 8, shape.option_tokens)
     captions = {caption: self.tokenize.caption_ids(caption) for caption in by_caption}
-    T = -(-max(1, *map(len, captions.values())) // 16) * 16
+    # Questions of a like length share a row and rows a call, so that little is padded ...
+    length = lambda i: len(tokenized[i].stem)
+    rows = [(caption, order[i:i + self.K]) for caption, order in by_caption.items()
+            for order in [sorted(order, key=length)] for i in range(0, len(order), self.K)]
+    rows.sort(key=lambda row: (max(map(length, row[1])), len(captions[row[0]])))
+    option_tokens = question_shape(tokenized).option_tokens
     prompt = self.tokenize.prompt(options) if self.cfg.reading != "option_pmi" else self.tokenize.prompt(2)
     answers: list = [None] * len(asks)
     for start in tqdm(range(0, len(rows), self.rows), desc=what, unit="batch", leave=False, delay=5, disable=None):
       part = rows[start:start + self.rows]
       part = part + [part[-1]] * (self.rows - len(part))
+      # ... and lengths are rounded up, so that few programs are compiled.
+      shape = QuestionShape(options, _round_up(max(length(i) for _, order in part for i in order), 4), option_tokens)
+      T = _round_up(max(1, *(len(captions[caption]) for caption, _ in part)), 8)
       ids = np.zeros((self.rows, 1, T), np.int32)
       keep = np.zeros((self.rows, 1, T), bool)
       for r, (caption, _) in enumerate(part):
@@ -135,3 +138,7 @@ class Asker:
                              f"caption {caption!r}; check judge.source and its dtype")
           answers[i] = score[r, 0, k] if self.cfg.reading == "option_pmi" else choice[r, 0, k]
     return answers
+
+
+def _round_up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple

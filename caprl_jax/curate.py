@@ -6,7 +6,9 @@ ones are the empty caption and true captions of images that share no fact with i
 those needs no caption of this image.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import itertools
 import logging
 
 import numpy as np
@@ -37,46 +39,52 @@ def mismatched_facts(row: QARow, pool: list[dict[str, str]], count: int, seed: i
   return [others[i] for i in rng.permutation(len(others))[:count]]
 
 
-def curate(rows: list[QARow], asker: Asker, cfg: CurateConfig, seed: int, where: str):
-  """Applies the rule.
+def curate(splits: Sequence[tuple[str, list[QARow]]], asker: Asker, cfg: CurateConfig, seed: int):
+  """Applies the rule to all splits at once, which asks what they share but once.
+
+  Args:
+    splits: (where the rows come from, for messages; the rows).
 
   Returns:
-    The rows with the questions kept (rows without any are left out), and counts: `kept/<kind>`, `dropped/<kind>`.
+    A list, a split an item, of: the rows with the questions kept (rows without any are left out), and counts
+    `kept/<kind>`, `dropped/<kind>`.
 
   Raises:
-    ValueError: nothing is left.
+    ValueError: nothing is left of a split.
   """
   if not cfg.informed:
-    return rows, {}
-  pool = [dict(items) for items in sorted({tuple(sorted(r.facts.items())) for r in rows if _knows(r, cfg)})]
-  pairs = [(row, q) for row in rows for q in row.questions if _knows(row, cfg)]
-  alive = np.ones(len(pairs), bool)
-  right = np.zeros(len(pairs))
+    return [(rows, {}) for _, rows in splits]
+  known = [[(row, q) for row in rows for q in row.questions if _knows(row, cfg)] for _, rows in splits]
+  alive = _judge(list(itertools.chain(*known)), asker, cfg, seed)
+  ends = np.cumsum([len(pairs) for pairs in known])[:-1]
+  return [_collect(rows, pairs, kept, where)
+          for (where, rows), pairs, kept in zip(splits, known, np.split(alive, ends), strict=True)]
 
-  def inform(templates, asked: int) -> None:
-    """Asks with true captions; what has failed too many to pass is not asked again."""
-    for number, template in enumerate(templates, asked + 1):
-      live = np.flatnonzero(alive)
-      right[live] += asker.correct([(template.format(**pairs[i][0].facts), pairs[i][1]) for i in live], "informed")
-      alive[:] &= 1 - (number - right) / len(cfg.informed) > cfg.min_informed
+
+def _judge(pairs: list[tuple[QARow, Question]], asker: Asker, cfg: CurateConfig, seed: int) -> np.ndarray:
+  """Which questions pass, bool [len(pairs)]. What has failed too often to pass is not asked again."""
+  pool = [dict(items) for items in sorted({tuple(sorted(row.facts.items())) for row, _ in pairs})]
+  alive = np.ones(len(pairs), bool)
+  right, hits = np.zeros(len(pairs)), np.zeros(len(pairs))
+
+  def inform(number: int, template: str) -> None:
+    live = np.flatnonzero(alive)
+    right[live] += asker.correct([(template.format(**pairs[i][0].facts), pairs[i][1]) for i in live], "informed")
+    alive[:] &= 1 - (number - right) / len(cfg.informed) > cfg.min_informed
 
   # The blind presentations mostly repeat captions of the first template, which the asker remembers, and drop much:
   # they come before the other templates.
-  inform(cfg.informed[:1], 0)
-  blind, total = np.zeros(len(pairs)), np.ones(len(pairs))
-  live = np.flatnonzero(alive)
-  blind[live] += asker.correct([("", pairs[i][1]) for i in live], "blind")
-  asks, owner = [], []
-  for i in live:
-    for facts in mismatched_facts(pairs[i][0], pool, cfg.mismatched, seed):
-      asks.append((cfg.informed[0].format(**facts), pairs[i][1]))
-      owner.append(i)
-  if asks:
-    np.add.at(blind, owner, asker.correct(asks, "blind"))
-    np.add.at(total, owner, 1)
-  alive &= blind / total < cfg.max_blind
-  inform(cfg.informed[1:], 1)
-  return _collect(rows, pairs, alive, where)
+  inform(1, cfg.informed[0])
+  others = [mismatched_facts(row, pool, cfg.mismatched, seed) for row, _ in pairs]
+  total = np.array([1 + len(facts) for facts in others])
+  for number in range(1 + cfg.mismatched):
+    live = np.flatnonzero(alive & (number < total))
+    hits[live] += asker.correct([("" if number == 0 else cfg.informed[0].format(**others[i][number - 1]), pairs[i][1])
+                                 for i in live], "blind")
+    alive &= hits / total < cfg.max_blind
+  for number, template in enumerate(cfg.informed[1:], 2):
+    inform(number, template)
+  return alive
 
 
 def _knows(row: QARow, cfg: CurateConfig) -> bool:

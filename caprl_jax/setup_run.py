@@ -169,8 +169,8 @@ def set_up(settings: Settings) -> Run:
   asker = Asker(judge, tokenize, settings.step.judge, settings.seed)
   log.info("captioner %.1fM parameters, judge %.1fM, %d + %d images", _millions(policy), _millions(judge),
            len(train_rows), len(eval_rows))
-  train_rows, counts = curate(train_rows, asker, settings.curate, settings.seed, data.train)
-  eval_rows, eval_counts = curate(eval_rows, asker, settings.curate, settings.seed, data.eval)
+  (train_rows, counts), (eval_rows, eval_counts) = curate(
+      [(data.train, train_rows), (data.eval, eval_rows)], asker, settings.curate, settings.seed)
   asker.priors(q for row in [*train_rows, *eval_rows] for q in row.questions)
   tokenized = [[[tokenize(q, asker.prior_of(q)) for q in row.questions] for row in rows]
                for rows in (train_rows, eval_rows)]

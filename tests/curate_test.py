@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from caprl_jax.curate import CurateConfig, curate, mismatched_facts
+from caprl_jax import curate as module
+from caprl_jax.curate import CurateConfig, mismatched_facts
 from caprl_jax.data.rows import QARow, Question
 
 COLOR = Question("what color?", ("red", "blue"), 0, "color")
@@ -36,6 +37,11 @@ def honest(caption, question):
 
 def config(**kwargs):
   return CurateConfig(**{"informed": INFORMED, **kwargs})
+
+
+def curate(rows, asker, cfg, seed, where):
+  """Of one split."""
+  return module.curate([(where, rows)], asker, cfg, seed)[0]
 
 
 def test_mismatched_facts_share_no_fact():
@@ -118,3 +124,23 @@ def test_no_templates_keeps_every_row():
   asker = FakeAsker(honest)
   assert curate(ROWS, asker, CurateConfig(), 0, "train") == (ROWS, {})
   assert not asker.asked
+
+
+def test_splits_are_judged_together_and_kept_apart():
+  asker = FakeAsker(honest)
+  (train, counts), (test, test_counts) = module.curate([("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(
+      max_blind=1.1, min_informed=-1), 0)
+  assert [r.name for r in train] == ["b", "c"] and [r.name for r in test] == ["a"]
+  assert counts["kept/color"] == 2 and test_counts["kept/color"] == 1
+  asker = FakeAsker(honest)
+  with pytest.raises(ValueError, match="train: curation left none of 4"):
+    module.curate([("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(), 0)
+
+
+def test_what_cannot_pass_any_more_is_not_asked_again():
+  many = [row(str(i), f"c{i}", f"s{i}") for i in range(9)]
+  asker = FakeAsker(lambda c, q: True)
+  with pytest.raises(ValueError, match="left none"):
+    curate(many, asker, config(mismatched=8), 0, "train")
+  # Nine blind presentations: with the third right answer 3/9 >= 0.25, so six are never asked.
+  assert sum(what == "blind" for what, _, _ in asker.asked) == 3 * 2 * 9
