@@ -176,7 +176,7 @@ def set_up(settings: Settings) -> Run:
                for rows in (train_rows, eval_rows)]
   flat = [q for rows in tokenized for questions in rows for q in questions]
   shape = question_shape(flat)
-  prompt = ImagePrompt(policy.model.cfg, policy.tokenizer, settings.policy.instruction,
+  prompt = ImagePrompt(policy.model.cfg, policy.prompt_pieces(settings.policy.instruction),
                        image_shape([*train_rows, *eval_rows], policy.model.cfg))
   batcher = lambda rows, tokens: QABatcher(rows, tokens, prompt, data.questions, shape)
   vocabulary = relate_vocabularies(policy.tokenizer, judge.tokenizer, policy.model.cfg.text.vocab_size)

@@ -239,7 +239,7 @@ def _train_phases(policy: Loaded, rows, section, cfg: SFTConfig, config, seed, m
   measured_places = {name for _, name, _, _ in string.Formatter().parse(cfg.recognition or "") if name}
   eval_rows = [] if cfg.eval is None else [
       row for row in read_qa_rows(cfg.eval, seed) if measured_places <= (row.facts or {}).keys()][:cfg.eval_rows]
-  prompt = ImagePrompt(policy.model.cfg, policy.tokenizer, section.instruction,
+  prompt = ImagePrompt(policy.model.cfg, policy.prompt_pieces(section.instruction),
                        image_shape([*rows, *eval_rows], policy.model.cfg))
   log.info("%d rows, %.2fM parameters, vocabulary %d", len(rows),
            sum(x.size for x in jax.tree.leaves(policy.params)) / 1e6, policy.model.cfg.text.vocab_size)

@@ -8,7 +8,6 @@ from PIL import Image
 import pytest
 
 from caprl_jax.data.batches import ImagePrompt, ImageShape, QABatcher, eval_batches, image_shape, train_iterator
-from caprl_jax.data.images import patchify
 from caprl_jax.data.questions import TokenizedQuestion, question_shape
 from caprl_jax.data.rows import QARow
 from caprl_jax.models.policy import PolicyConfig
@@ -26,13 +25,13 @@ SIZES = [(32, 32), (48, 16), (48, 64), (16, 80), (31, 33), (64, 64), (200, 20)] 
 INSTRUCTION = "Say it."
 
 
-class FakeTokenizer:
+def encode(text):
   """A token a character."""
+  return [1 + ord(c) % 50 for c in text]
 
-  def encode(self, text):
-    return [1 + ord(c) % 50 for c in text]
 
-  encode_plain = encode
+PIECES = (encode("<|im_start|>user\n<|vision_start|>"),
+          encode(f"<|vision_end|>{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"))
 
 
 def encoded(size, color=(200, 30, 30)) -> bytes:
@@ -52,7 +51,7 @@ def batcher(rows):
   tokenized = [[TokenizedQuestion((100 + i, q), ((1,), (2,)), 0, q % 2, (0.0, 0.0)) for q in range(5)]
                for i in range(len(rows))]
   shape = question_shape([q for row in tokenized for q in row])
-  prompt = ImagePrompt(CFG, FakeTokenizer(), INSTRUCTION, image_shape(rows, CFG))
+  prompt = ImagePrompt(CFG, PIECES, image_shape(rows, CFG))
   return QABatcher(rows, tokenized, prompt, 2, shape)
 
 
@@ -120,7 +119,7 @@ def test_batches_hold_each_rows_own_image_prompt_and_questions(batcher, rows):
     np.testing.assert_array_equal(batch.questions.stem_BKQ[i, :, 0], 100 + index)
     assert sorted(batch.questions.kind_BK[i]) == [0, 1]
     with Image.open(io.BytesIO(rows[index].image)) as image:
-      patches = patchify(image.convert("RGB"), CFG.vision)
+      patches = CFG.vision.pixels.patchify(image.convert("RGB"))
     slots = len(patches.valid_S)
     np.testing.assert_array_equal(batch.images.patches_BSE[i, :slots], patches.patches_SE)
     assert batch.images.valid_BS[i].sum() == 4 * patches.num_tokens
@@ -152,7 +151,7 @@ def test_image_shape_holds_every_image_and_is_the_smallest(rows, tmp_path):
     path.write_bytes(row.image)
     files.append(QARow(path, (), row.name))
     with Image.open(path) as image:
-      patches.append(patchify(image.convert("RGB"), CFG.vision))
+      patches.append(CFG.vision.pixels.patchify(image.convert("RGB")))
   want = ImageShape(max(len(p.valid_S) for p in patches), max(p.num_tokens for p in patches))
   assert image_shape(rows, CFG) == image_shape(files, CFG) == want
   # 32 x 32 pixels are 2 x 2 units of 16 pixels: one window of 2 x 2 units of 4 patches
@@ -168,19 +167,19 @@ def test_image_shape_minds_the_orientation(tmp_path):
   Image.new("RGB", (20, 64)).save(upright)
   row = lambda path: QARow(path, (), path.name)
   assert image_shape([row(turned)], CFG) == image_shape([row(upright)], CFG)
-  images, prompts = ImagePrompt(CFG, FakeTokenizer(), INSTRUCTION, image_shape([row(turned)], CFG))(row(turned))
+  images, prompts = ImagePrompt(CFG, PIECES, image_shape([row(turned)], CFG))(row(turned))
   assert (prompts.tokens_BP == IMAGE).sum() == 4
 
 
 def test_an_image_larger_than_the_bucket_names_row_and_remedy(rows):
-  prompt = ImagePrompt(CFG, FakeTokenizer(), INSTRUCTION, ImageShape(16, 4))
+  prompt = ImagePrompt(CFG, PIECES, ImageShape(16, 4))
   assert prompt(rows[0])[0].valid_BS.shape == (16,)
   with pytest.raises(ValueError, match="row 'row5'.*16 slots and 4 tokens.*max_pixels"):
     prompt(rows[5])
 
 
 def test_a_prompt_longer_than_the_bucket_is_refused_and_not_cut(rows):
-  prompt = ImagePrompt(CFG, FakeTokenizer(), INSTRUCTION, image_shape(rows, CFG))
+  prompt = ImagePrompt(CFG, PIECES, image_shape(rows, CFG))
   prompt.length = 10
   with pytest.raises(ValueError, match="more than data.prompt_tokens = 10.*cut its image"):
     prompt(rows[0])
@@ -193,7 +192,7 @@ def test_an_unreadable_image_names_the_row(image, tmp_path):
   for source in (image, path):
     broken = QARow(source, (), "the broken one")
     with pytest.raises(ValueError, match="row 'the broken one'"):
-      ImagePrompt(CFG, FakeTokenizer(), INSTRUCTION, ImageShape(16, 4))(broken)
+      ImagePrompt(CFG, PIECES, ImageShape(16, 4))(broken)
   with pytest.raises(ValueError, match="row 'gone'"):
     image_shape([QARow(tmp_path / "gone.png", (), "gone")], CFG)
 
@@ -208,7 +207,7 @@ def test_an_error_in_the_pipeline_reaches_the_caller(batcher, rows):
 def test_an_extreme_image_names_the_row(rows):
   long = QARow(encoded((2010, 10)), (), "the long one")
   with pytest.raises(ValueError, match="row 'the long one'.*2010x10"):
-    ImagePrompt(CFG, FakeTokenizer(), INSTRUCTION, image_shape(rows, CFG))(long)
+    ImagePrompt(CFG, PIECES, image_shape(rows, CFG))(long)
 
 
 def test_fewer_rows_than_processes_are_refused(monkeypatch):

@@ -10,11 +10,12 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "caprl_jax"
 # Top to bottom: a module may import only what stands above it. A new module goes where it belongs.
 ORDER = [
   "types", "masked", "files", "configuration", "sharding",
-  "data.rows", "data.easy_vqa", "data.sources",
+  "data.rows", "data.easy_vqa", "data.sources", "data.images",
   "models.gguf", "models.files", "models.tokenizer",
-  "models.layers", "models.attention", "models.decoder", "models.vision",
-  "models.policy", "models.head", "models.weights", "models.load",
-  "data.images", "data.prompts", "data.questions", "data.batches",
+  "models.layers", "models.attention", "models.decoder",
+  "models.family", "models.qwen25_vl", "models.qwen3_vl", "models.internvl", "models.families",
+  "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load",
+  "data.prompts", "data.questions", "data.batches",
   "sampling", "rollout", "judging", "reward", "advantages", "loss",
   "optimizer", "update", "step",
   "metrics", "checkpoint", "loop", "asking", "curate", "setup_run",

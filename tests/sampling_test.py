@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from caprl_jax.data.images import pad_image, patchify
+from caprl_jax.data.images import pad_image
 from caprl_jax.data.prompts import build_prompt, stack_prompts
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import head_matrix
@@ -37,7 +37,7 @@ def model():
   rng = np.random.default_rng(0)
   pictures = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
               for height, width in ((32, 32), (48, 16), (64, 48))]
-  patches = [patchify(picture, policy.cfg.vision) for picture in pictures]
+  patches = [policy.cfg.vision.pixels.patchify(picture) for picture in pictures]
   padded = [pad_image(p, 80, 14) for p in patches]
   images = Images(**{k: np.stack([p[k] for p in padded]) for k in padded[0]})
   prompts = stack_prompts([build_prompt([1, 2], p.grid_units, [3, *range(4, 5 + i)], IMAGE)
@@ -70,7 +70,7 @@ def forward(policy, params, images, tokens, position):
   """Hidden states of one sequence, image and all, through the language model in one piece: no prefix."""
   def run(m):
     x = m.language_model.embed(tokens)
-    x = merge_image_features(x, m.visual(images), images.unit_BI, tokens == IMAGE)
+    x = merge_image_features(x, m.visual(images).main_BUD, images.unit_BI, tokens == IMAGE)
     return m.language_model(x, position, jnp.ones(tokens.shape, bool))[0]
   return policy.apply({"params": params}, method=run)[0] @ head_matrix(policy.cfg.text, params["language_model"]).T
 

@@ -8,12 +8,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from caprl_jax.data.images import pad_image, patchify, smart_size
+from caprl_jax.data.images import pad_image
 from caprl_jax.data.prompts import build_prompt, stack_prompts
 from caprl_jax.data.questions import QuestionShape, TokenizedQuestion, pad_questions, pick_questions
 from caprl_jax.data.rows import CaptionRow, QARow, read_image
 from caprl_jax.models.policy import PolicyConfig
-from caprl_jax.models.tokenizer import Tokenizer
 from caprl_jax.types import Batch, Images, Prompts
 
 
@@ -26,12 +25,10 @@ class ImageShape:
 
 def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageShape:
   """The smallest shape that holds every image; reads only the files' headers. Raises ValueError as `read_image`."""
-  vision, slots, tokens = cfg.vision, 0, 0
-  unit, side = vision.patch_size * vision.merge_size, vision.window_units
-  for size in {_header_size(row) for row in rows}:
-    down, across = (length // unit for length in smart_size(size[1], size[0], vision))
-    slots = max(slots, -(-down // side) * -(-across // side) * vision.window_slots)
-    tokens = max(tokens, down * across)
+  slots, tokens = 0, 0
+  for width, height in {_header_size(row) for row in rows}:
+    shape = cfg.vision.pixels.shape(height, width)
+    slots, tokens = max(slots, shape[0]), max(tokens, shape[1])
   return ImageShape(slots, tokens)
 
 
@@ -46,23 +43,22 @@ def _header_size(row) -> tuple[int, int]:
 
 
 class ImagePrompt:
-  """A row -> its image and prompt, padded to the run's shape."""
+  """A row -> its image and prompt, padded to the run's shape. `pieces`: token ids before and after the image's."""
 
-  def __init__(self, cfg: PolicyConfig, tokenizer: Tokenizer, instruction: str, shape: ImageShape):
+  def __init__(self, cfg: PolicyConfig, pieces: tuple[list[int], list[int]], shape: ImageShape):
     self.cfg, self.shape = cfg, shape
-    self.before = tokenizer.encode("<|im_start|>user\n<|vision_start|>")
-    self.after = tokenizer.encode("<|vision_end|>") + tokenizer.encode_plain(instruction) + tokenizer.encode(
-        "<|im_end|>\n<|im_start|>assistant\n")
+    self.before, self.after = pieces
     self.length = len(self.before) + shape.tokens + len(self.after)
 
   def __call__(self, row: QARow | CaptionRow, image: Image.Image | None = None) -> tuple[Images, Prompts]:
     """Arrays without a batch axis. `image` replaces the row's own (an augmented one)."""
     try:
-      patches = patchify(image or read_image(row), self.cfg.vision)
+      patches = self.cfg.vision.pixels.patchify(image or read_image(row))
       padded = pad_image(patches, self.shape.slots, self.shape.tokens)
     except ValueError as error:
       raise ValueError(f"row {row.name!r}: {error}") from error
-    prompt = build_prompt(self.before, patches.grid_units, self.after, self.cfg.image_token)
+    prompt = build_prompt(self.before, patches.grid_units, self.after, self.cfg.image_token,
+                          self.cfg.text.mrope_sections is not None)
     return Images(**padded), jax.tree.map(lambda x: x[0], stack_prompts([prompt], self.length))
 
 

@@ -15,19 +15,22 @@ class Prompt:
   next_position: int
 
 
-def build_prompt(before: list[int], grid_units: tuple[int, int], after: list[int], image_token: int) -> Prompt:
-  """Text, one image of rows x columns tokens, text.
+def build_prompt(before: list[int], grid_units: tuple[int, int], after: list[int], image_token: int,
+                 mrope: bool = True) -> Prompt:
+  """Text, one image of rows x columns tokens, text; without `mrope`, every token is one further than the last.
 
   Text advances all three positions together; image tokens keep the time of their first and count rows and
   columns; text after the image goes on from the largest position used (Qwen2-VL, arXiv 2409.12191).
   """
   rows, columns = grid_units
   start = len(before)
+  tokens = np.concatenate([before, np.full(rows * columns, image_token), after]).astype(np.int32)
+  if not mrope:
+    return Prompt(tokens, np.broadcast_to(np.arange(len(tokens), dtype=np.int32), (3, len(tokens))), len(tokens))
   row, column = np.divmod(np.arange(rows * columns), columns)
   image = np.stack([np.zeros_like(row), row, column]) + start
   resume = start + max(rows, columns)
   text = lambda count, first: np.broadcast_to(np.arange(count) + first, (3, count))
-  tokens = np.concatenate([before, np.full(rows * columns, image_token), after]).astype(np.int32)
   position = np.concatenate([text(start, 0), image, text(len(after), resume)], axis=1).astype(np.int32)
   return Prompt(tokens, position, resume + len(after))
 

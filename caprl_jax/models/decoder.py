@@ -1,4 +1,4 @@
-"""Token embeddings, positions, prefixes -> hidden states: the decoder of the Llama, Qwen2 and Qwen2.5-VL families.
+"""Token embeddings, positions, prefixes -> hidden states: the decoder of the Llama, Qwen2 and Qwen3 families and their VLMs.
 
 One definition serves the judge and the policy's language model. It owns no cache: it takes prefixes
 (`attention.Prefix`) and returns the keys and values of the new tokens.
@@ -12,9 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from caprl_jax.models.attention import Prefix, attend, causal_mask
-from caprl_jax.models.layers import GatedMLP, RMSNorm, linear, rotary_tables, rotate
+from caprl_jax.models.layers import GatedMLP, LoraConfig, RMSNorm, linear, rotary_tables, rotate
 
 Array = jax.Array
 
@@ -33,37 +34,77 @@ class DecoderConfig:
   rms_norm_eps: float
   tie_embeddings: bool
   qkv_bias: bool
+  o_bias: bool = False
+  qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
   activation: str = "silu"
   mrope_sections: tuple[int, ...] | None = None
+  mrope_interleaved: bool = False
+  rope_scaling: "Llama3Rope | None" = None
   init_std: float = 0.02
   dtype: Any = jnp.float32  # of activations; parameters keep their own
   remat: bool = False  # recompute each layer in the backward pass
+  lora: LoraConfig | None = None
 
   @classmethod
   def from_hf(cls, config: dict, **overrides) -> "DecoderConfig":
-    """Reads a config.json dict of model_type llama, qwen2 or qwen2_5_vl(_text). Raises ValueError for others."""
+    """Reads a config.json dict of a text model in `DECODERS`. Raises ValueError for others."""
     kind = config.get("model_type", "")
-    biased = {"llama": False, "qwen2": True, "qwen2_5_vl": True, "qwen2_5_vl_text": True}
-    if kind not in biased:
-      raise ValueError(f"model_type {kind!r} is not a decoder this version knows; it knows {sorted(biased)}")
+    if kind not in DECODERS:
+      raise ValueError(f"model_type {kind!r} is not a decoder this version knows; it knows {sorted(DECODERS)}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "mrope"):
-      raise ValueError(f"rope type {rope_type!r} of model_type {kind!r} is not supported; supported: default, mrope")
+    if rope_type not in ("default", "mrope", "llama3"):
+      raise ValueError(f"rope type {rope_type!r} of model_type {kind!r} is not supported; supported: default, mrope, "
+                       "llama3")
     if config.get("use_sliding_window"):
       raise ValueError("use_sliding_window: true is not supported; the checkpoints this package serves leave it off")
     heads = config["num_attention_heads"]
     sections = rope.get("mrope_section")
+    qkv_bias, qk_norm = DECODERS[kind]
+    bias = bool(config.get("attention_bias", False))
     return cls(**{**dict(
         vocab_size=config["vocab_size"], hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"], num_layers=config["num_hidden_layers"], num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=config.get("head_dim") or (128 if qk_norm else config["hidden_size"] // heads),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         rms_norm_eps=config["rms_norm_eps"], tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=bool(config.get("attention_bias", False)) or biased[kind],
-        activation=config.get("hidden_act", "silu"), mrope_sections=tuple(sections) if sections else None,
+        qkv_bias=bias or qkv_bias, o_bias=bias, qk_norm=qk_norm, activation=config.get("hidden_act", "silu"),
+        mrope_sections=tuple(sections) if sections else None, mrope_interleaved=kind == "qwen3_vl_text",
+        rope_scaling=Llama3Rope.from_hf(rope) if rope_type == "llama3" else None,
         init_std=config.get("initializer_range", 0.02)), **overrides})
+
+  @property
+  def frequency_h(self) -> np.ndarray:
+    """Rotary frequencies, float32 [head_dim / 2]."""
+    frequency = self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+    return (self.rope_scaling.scale(frequency) if self.rope_scaling else frequency).astype(np.float32)
+
+
+# model_type -> (queries, keys and values have biases whatever `attention_bias` says, heads are normed)
+DECODERS = {
+    "llama": (False, False), "qwen2": (True, False), "qwen2_5_vl_text": (True, False), "qwen3": (False, True),
+    "qwen3_vl_text": (False, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+  """Llama 3.1's stretched rotary frequencies: slow ones divided by `factor`, fast ones kept, between them blended."""
+  factor: float
+  low: float
+  high: float
+  original_length: int
+
+  @classmethod
+  def from_hf(cls, rope: dict) -> "Llama3Rope":
+    return cls(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
+               rope["original_max_position_embeddings"])
+
+  def scale(self, frequency: np.ndarray) -> np.ndarray:
+    turns = self.original_length * frequency / (2 * np.pi)  # in the length that the model was first trained on
+    keep = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+    return keep * frequency + (1 - keep) * frequency / self.factor
 
 
 class Attention(nn.Module):
@@ -74,32 +115,42 @@ class Attention(nn.Module):
   def __call__(self, x_NLD, cos_NLh, sin_NLh, own_mask_NLL, prefixes):
     cfg = self.cfg
     N, L, _ = x_NLD.shape
-    options = dict(use_bias=cfg.qkv_bias, init_std=cfg.init_std, dtype=cfg.dtype)
+    options = dict(use_bias=cfg.qkv_bias, init_std=cfg.init_std, dtype=cfg.dtype, lora=cfg.lora)
     q = linear(cfg.num_heads * cfg.head_dim, ("embed", "heads"), "q_proj", **options)(x_NLD)
     k = linear(cfg.num_kv_heads * cfg.head_dim, ("embed", "kv_heads"), "k_proj", **options)(x_NLD)
     v = linear(cfg.num_kv_heads * cfg.head_dim, ("embed", "kv_heads"), "v_proj", **options)(x_NLD)
-    q_NLHh = rotate(q.reshape(N, L, cfg.num_heads, cfg.head_dim), cos_NLh, sin_NLh)
-    k_NLJh = rotate(k.reshape(N, L, cfg.num_kv_heads, cfg.head_dim), cos_NLh, sin_NLh)
+    q, k = q.reshape(N, L, cfg.num_heads, cfg.head_dim), k.reshape(N, L, cfg.num_kv_heads, cfg.head_dim)
+    if cfg.qk_norm:
+      q, k = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
+    q_NLHh, k_NLJh = rotate(q, cos_NLh, sin_NLh), rotate(k, cos_NLh, sin_NLh)
     v_NLJh = v.reshape(N, L, cfg.num_kv_heads, cfg.head_dim)
     out = attend(q_NLHh, (k_NLJh, v_NLJh), own_mask_NLL, prefixes).reshape(N, L, -1)
-    out = linear(cfg.hidden_size, ("heads", "embed"), "o_proj", use_bias=False, init_std=cfg.init_std,
-                 dtype=cfg.dtype)(out)
+    out = linear(cfg.hidden_size, ("heads", "embed"), "o_proj", use_bias=cfg.o_bias, init_std=cfg.init_std,
+                 dtype=cfg.dtype, lora=cfg.lora)(out)
     return out, (k_NLJh, v_NLJh)
 
 
 class DecoderLayer(nn.Module):
-  """Pre-norm attention and gated MLP. Scanned over layers: prefix keys and values arrive without the layer axis."""
+  """Pre-norm attention and gated MLP. Scanned over layers: prefix keys and values arrive without the layer axis.
+
+  `deep_XNLD`: what layers 0 to X - 1 add to their output (DeepStack, arXiv 2406.04334), or None.
+  """
   cfg: DecoderConfig
 
   @nn.compact
-  def __call__(self, x_NLD, prefix_keys_values, prefix_valid, cos_NLh, sin_NLh, own_mask_NLL):
+  def __call__(self, x_NLD, prefix_keys_values, number, prefix_valid, cos_NLh, sin_NLh, own_mask_NLL, deep_XNLD):
     cfg = self.cfg
     prefixes = tuple((k, v, valid) for (k, v), valid in zip(prefix_keys_values, prefix_valid))
     out, own = Attention(cfg, name="self_attn")(
         RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x_NLD), cos_NLh, sin_NLh, own_mask_NLL, prefixes)
     x_NLD = x_NLD + out
-    mlp = GatedMLP(cfg.intermediate_size, cfg.activation, False, cfg.init_std, cfg.dtype, name="mlp")
-    return x_NLD + mlp(RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x_NLD)), own
+    mlp = GatedMLP(cfg.intermediate_size, cfg.activation, False, cfg.init_std, cfg.dtype, cfg.lora, name="mlp")
+    x_NLD = x_NLD + mlp(RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x_NLD))
+    if deep_XNLD is not None:
+      last = len(deep_XNLD) - 1
+      add = lambda x: x + jax.lax.dynamic_index_in_dim(deep_XNLD, jnp.minimum(number, last), keepdims=False)
+      x_NLD = jax.lax.cond(number <= last, add, lambda x: x, x_NLD)
+    return x_NLD, own
 
 
 class Decoder(nn.Module):
@@ -113,7 +164,7 @@ class Decoder(nn.Module):
     layer = nn.remat(DecoderLayer, prevent_cse=False) if cfg.remat else DecoderLayer
     self.layers = nn.scan(
         layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=cfg.num_layers,
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0,
+        in_axes=(0, 0, *(nn.broadcast,) * 5), out_axes=0,
         metadata_params={nn.PARTITION_NAME: "layers"})(cfg)
     self.norm = RMSNorm(cfg.rms_norm_eps)
     if not cfg.tie_embeddings:
@@ -123,8 +174,8 @@ class Decoder(nn.Module):
     """Token ids -> embeddings [N, L, D] in the activations' dtype."""
     return self.embed_tokens(tokens_NL)
 
-  def __call__(self, x_NLD: Array, position: Array, valid_NL: Array,
-               prefixes: tuple[Prefix, ...] = ()) -> tuple[Array, Prefix]:
+  def __call__(self, x_NLD: Array, position: Array, valid_NL: Array, prefixes: tuple[Prefix, ...] = (),
+               deep_XNLD: Array | None = None) -> tuple[Array, Prefix]:
     """Runs new tokens after their prefixes.
 
     Args:
@@ -132,6 +183,7 @@ class Decoder(nn.Module):
       position: int [N, L], or [N, 3, L] for M-RoPE.
       valid_NL: bool; an invalid token is seen by nobody, so padding may stand anywhere.
       prefixes: nearest last; each one's rows divide N.
+      deep_XNLD: what the first X layers add to their output, where the model has a vision tower with DeepStack.
 
     Returns:
       Hidden states after the final norm [N, L, D], and the new tokens' keys and values as a Prefix with N rows.
@@ -140,11 +192,12 @@ class Decoder(nn.Module):
     assert valid_NL.shape == x_NLD.shape[:2], (valid_NL.shape, x_NLD.shape)
     if cfg.mrope_sections is not None and position.ndim == 2:  # text: the three positions are one
       position = jnp.broadcast_to(position[:, None], (position.shape[0], 3, position.shape[1]))
-    cos, sin = rotary_tables(position, cfg.head_dim, cfg.rope_theta, cfg.mrope_sections)
+    cos, sin = rotary_tables(position, cfg.frequency_h, cfg.mrope_sections, cfg.mrope_interleaved)
     cos, sin = cos.astype(cfg.dtype), sin.astype(cfg.dtype)
     keys_values = tuple((p.key_YRSJh, p.value_YRSJh) for p in prefixes)
     x_NLD, (key, value) = self.layers(
-        x_NLD, keys_values, tuple(p.valid_RS for p in prefixes), cos, sin, causal_mask(valid_NL))
+        x_NLD, keys_values, jnp.arange(cfg.num_layers), tuple(p.valid_RS for p in prefixes), cos, sin,
+        causal_mask(valid_NL), None if deep_XNLD is None else deep_XNLD.astype(x_NLD.dtype))
     return self.norm(x_NLD), Prefix(key, value, valid_NL)
 
 

@@ -100,7 +100,7 @@ def read_directory(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str
   config = read_json(path / "config.json")
   if not (path / INDEX).exists():
     file = _open(path / WEIGHTS)
-    return config, _Tensors(path, {name: file for name in file.keys()})
+    return config, _Tensors(path, {name: file for name in file.keys()}, {name: WEIGHTS for name in file.keys()})
   names = read_json(path / INDEX)["weight_map"]
   shards = {shard: _open(path / shard) for shard in sorted(set(names.values()))}
   held = {shard: frozenset(file.keys()) for shard, file in shards.items()}
@@ -109,7 +109,24 @@ def read_directory(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str
     raise ValueError(f"{path / names[absent[0]]}: {len(absent)} tensors that {INDEX} promises are "
                      f"absent, first {absent[0]!r}. The files are of different versions: download "
                      "the model again.")
-  return config, _Tensors(path, {name: shards[shard] for name, shard in names.items()})
+  return config, _Tensors(path, {name: shards[shard] for name, shard in names.items()}, names)
+
+
+def read_preprocessor(path: pathlib.Path) -> dict[str, Any]:
+  """What a checkpoint says of its image processor: preprocessor_config.json, or a part of processor_config.json."""
+  if (path / "preprocessor_config.json").exists():
+    return read_json(path / "preprocessor_config.json")
+  if (path / "processor_config.json").exists():
+    return read_json(path / "processor_config.json").get("image_processor") or {}
+  return {}
+
+
+def read_small_files(path: pathlib.Path) -> dict[str, bytes]:
+  """All that a checkpoint needs besides config.json and weights, as it stands: tokenizer, template, processor."""
+  skip = {"config.json", INDEX, "recognition.json", "adapter_config.json"}
+  kinds = (".json", ".jinja", ".txt", ".model")
+  return {file.name: file.read_bytes() for file in sorted(path.iterdir())
+          if file.is_file() and file.suffix in kinds and file.name not in skip}
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -142,6 +159,7 @@ class _Tensors(Mapping):
   """Tensor name -> array, read when asked for."""
   path: pathlib.Path
   files: dict[str, Any]  # tensor name -> open safetensors file
+  places: dict[str, str]  # tensor name -> the file's name
 
   def __getitem__(self, name: str) -> np.ndarray:
     file = self.files[name]
@@ -151,6 +169,20 @@ class _Tensors(Mapping):
       raise ValueError(f"{self.path}: tensor {name!r} is stored as "
                        f"{file.get_slice(name).get_dtype()}, which NumPy lacks. Use the checkpoint "
                        "in bfloat16, float16 or float32.") from error
+
+  def shape_of(self, name: str) -> tuple[int, ...]:
+    """Shape of a tensor that is not read."""
+    return tuple(self.files[name].get_slice(name).get_shape())
+
+  def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor; no more of it is read."""
+    if all(s == slice(None) or (not s.start and s.stop in (None, n)) for s, n in zip(index, self.shape_of(name))):
+      return self[name]
+    return self.files[name].get_slice(name)[index]
+
+  def place_of(self, name: str) -> str:
+    """The file that holds a tensor."""
+    return self.places.get(name, str(self.path))
 
   def __iter__(self) -> Iterator[str]:
     return iter(self.files)

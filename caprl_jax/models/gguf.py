@@ -185,6 +185,10 @@ class _Tensors(Mapping):
   entries: dict[str, Any]  # Hugging Face name -> gguf.ReaderTensor
   rope_heads: dict[str, int]  # module -> its heads, where llama.cpp's rope order has to be undone
 
+  def shape_of(self, name: str) -> tuple[int, ...]:
+    """Shape of a tensor that is not read."""
+    return tuple(int(n) for n in reversed(self.entries[name].shape))
+
   def __getitem__(self, name: str) -> np.ndarray:
     import gguf
     tensor = self.entries[name]

@@ -1,29 +1,77 @@
-"""Layers that every model shares: linear maps with logical axes, RMSNorm, gated MLP, rotary positions.
+"""Layers that every model shares: linear maps with logical axes and LoRA, norms, MLPs, rotary positions.
 
 Letters: L tokens, D width, h head width. Logical axis names are resolved to mesh axes in `sharding.py`.
 """
 
 from collections.abc import Sequence
+import dataclasses
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
-def linear(features: int, axes: tuple[str, str], name: str, *, use_bias: bool, init_std: float, dtype) -> nn.Dense:
-  """A Dense layer whose kernel [in, out] carries the logical axes `axes`. Call inside a compact method."""
-  return nn.Dense(
-      features, use_bias=use_bias, name=name, dtype=dtype,
-      kernel_init=nn.with_logical_partitioning(nn.initializers.normal(init_std), axes),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]))
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters (Hu et al., arXiv 2106.09685): y += x A B * alpha / rank, on the linear maps named in `targets`."""
+  rank: int
+  alpha: float
+  targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+class Linear(nn.Module):
+  """x @ kernel + bias. The kernel [in, out] carries the logical axes `axes`.
+
+  An int8 kernel (`models/quantize.py`) comes with a `kernel_scale` a column and is widened on use.
+  """
+  features: int
+  axes: tuple[str, str]
+  use_bias: bool
+  init_std: float
+  dtype: jnp.dtype
+  lora: LoraConfig | None = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    init = nn.initializers.normal(self.init_std)
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+    x = x.astype(self.dtype)
+    y = x @ kernel.astype(self.dtype)
+    if self.has_variable("params", "kernel_scale"):
+      y = y * self.get_variable("params", "kernel_scale").astype(self.dtype)
+    if self.lora is not None and self.name in self.lora.targets:
+      # A starts random and B at zero, so that the model starts as it was.
+      a = self.param("lora_a", nn.with_logical_partitioning(
+          nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (self.axes[0], None)), (shape[0], self.lora.rank))
+      b = self.param("lora_b", nn.with_logical_partitioning(
+          nn.initializers.zeros_init(), (None, self.axes[1])), (self.lora.rank, shape[1]))
+      y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype) * jnp.asarray(self.lora.scale, self.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:]),
+                        (self.features,))
+      y = y + bias.astype(self.dtype)
+    return y
+
+
+def linear(features: int, axes: tuple[str, str], name: str, *, use_bias: bool, init_std: float, dtype,
+           lora: LoraConfig | None = None) -> Linear:
+  """A `Linear`; call inside a compact method."""
+  return Linear(features, axes, use_bias, init_std, dtype, lora, name=name)
 
 
 class RMSNorm(nn.Module):
@@ -39,6 +87,21 @@ class RMSNorm(nn.Module):
     return weight.astype(x.dtype) * wide.astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+  """(x - mean) / std * scale + bias, in float32, given back in x's dtype."""
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    boxed = lambda init: nn.with_logical_partitioning(init, ("norm",))
+    scale = self.param("scale", boxed(nn.initializers.ones_init()), (x.shape[-1],))
+    bias = self.param("bias", boxed(nn.initializers.zeros_init()), (x.shape[-1],))
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+    return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 class GatedMLP(nn.Module):
   """down(act(gate(x)) * up(x)), [..., D] -> [..., D]."""
   intermediate_size: int
@@ -46,29 +109,97 @@ class GatedMLP(nn.Module):
   use_bias: bool
   init_std: float
   dtype: jnp.dtype
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    options = dict(use_bias=self.use_bias, init_std=self.init_std, dtype=self.dtype)
+    options = dict(use_bias=self.use_bias, init_std=self.init_std, dtype=self.dtype, lora=self.lora)
     gate = linear(self.intermediate_size, ("embed", "mlp"), "gate_proj", **options)(x)
     up = linear(self.intermediate_size, ("embed", "mlp"), "up_proj", **options)(x)
     down = linear(x.shape[-1], ("mlp", "embed"), "down_proj", **options)
     return down(ACTIVATIONS[self.activation](gate) * up)
 
 
-def rotary_tables(position: Array, head_dim: int, theta: float,
-                  sections: Sequence[int] | None = None) -> tuple[Array, Array]:
-  """Cosines and sines of rotary positions, float32 [N, L, h] each.
+class MLP(nn.Module):
+  """second(act(first(x))), [..., D] -> [..., features]; `names` are the two maps'."""
+  hidden_size: int
+  features: int
+  activation: str
+  names: tuple[str, str]
+  axes: tuple[str, str]  # logical axes of input and output
+  init_std: float
+  dtype: jnp.dtype
 
-  `position` is [N, L]; with `sections` it is [N, 3, L] (time, height, width) and consecutive blocks of
-  frequencies take their position from one of the three in turn (M-RoPE; Qwen2-VL, arXiv 2409.12191).
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    options = dict(use_bias=True, init_std=self.init_std, dtype=self.dtype)
+    x = linear(self.hidden_size, (self.axes[0], "mlp"), self.names[0], **options)(x)
+    return linear(self.features, ("mlp", self.axes[1]), self.names[1], **options)(ACTIVATIONS[self.activation](x))
+
+
+class PatchEmbed(nn.Module):
+  """uint8 pixels -> normalised -> linear: patches [B, S, E] -> [B, S, features].
+
+  `frames` > 0: the checkpoint's kernel is a 3-D convolution over that many frames; a still image is its frame
+  repeated, so it is a product with the kernel summed over time.
   """
-  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angle = position.astype(jnp.float32)[..., None] * frequency
-  if sections is not None:
-    assert position.ndim == 3 and sum(sections) == head_dim // 2, (position.shape, sections)
-    stops = [sum(sections[:i + 1]) for i in range(len(sections) - 1)]
-    angle = jnp.concatenate([block[:, i % 3] for i, block in enumerate(jnp.split(angle, stops, axis=-1))], axis=-1)
+  features: int
+  in_channels: int
+  patch_size: int
+  frames: int
+  use_bias: bool
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  init_std: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, patches_BSE: Array) -> Array:
+    time = (self.frames,) if self.frames else ()
+    shape = (self.features, self.in_channels, *time, self.patch_size, self.patch_size)
+    kernel = self.param("proj", nn.with_logical_partitioning(
+        nn.initializers.normal(self.init_std), ("vision_embed", *(None,) * (len(shape) - 1))), shape)
+    B, S, E = patches_BSE.shape
+    assert E == self.in_channels * self.patch_size ** 2, (patches_BSE.shape, shape)
+    pixels = patches_BSE.reshape(B, S, self.in_channels, -1).astype(jnp.float32) / 255.0
+    mean, std = (jnp.asarray(x, jnp.float32)[:, None] for x in (self.mean, self.std))
+    pixels = ((pixels - mean) / std).reshape(B, S, E).astype(self.dtype)
+    kernel = kernel.astype(self.dtype)
+    out = pixels @ (kernel.sum(2) if self.frames else kernel).reshape(self.features, E).T
+    if self.use_bias:
+      bias = self.param("proj_bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)),
+                        (self.features,))
+      out = out + bias.astype(self.dtype)
+    return out
+
+
+def rotary_tables(position: Array, frequency_h: np.ndarray, sections: Sequence[int] | None = None,
+                  interleaved: bool = False) -> tuple[Array, Array]:
+  """Cosines and sines of rotary positions, float32 [N, L, h] each; `frequency_h` has h / 2 numbers.
+
+  `position` is [N, L]; with `sections` it is [N, 3, L] (time, height, width) and each frequency takes its position
+  from one of the three: consecutive blocks in turn (M-RoPE; Qwen2-VL, arXiv 2409.12191), or interleaved, height and
+  width at every third frequency up to three times their section (Qwen3-VL).
+  """
+  frequency = jnp.asarray(frequency_h, jnp.float32)
+  if sections is None:
+    angle = position.astype(jnp.float32)[..., None] * frequency
+  else:
+    assert position.ndim == 3 and sum(sections) == len(frequency_h), (position.shape, sections)
+    if interleaved:
+      order = np.arange(len(frequency_h))
+      source = np.where((order % 3 > 0) & (order < 3 * np.asarray(sections)[order % 3]), order % 3, 0)
+    else:
+      source = np.repeat(np.arange(len(sections)) % 3, sections)
+    angle = jnp.swapaxes(position[:, source], 1, 2).astype(jnp.float32) * frequency
+  angle = jnp.concatenate([angle, angle], axis=-1)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def axial_tables(position_BS2: Array, head_dim: int, theta: float = 10_000.0) -> tuple[Array, Array]:
+  """Rotary cosines and sines [B, S, h]: half of the frequencies turn with the row, half with the column."""
+  frequency = theta ** (-jnp.arange(0, head_dim // 2, 2, dtype=jnp.float32) / (head_dim // 2))
+  angle = (position_BS2.astype(jnp.float32)[..., None] * frequency).reshape(*position_BS2.shape[:2], -1)
   angle = jnp.concatenate([angle, angle], axis=-1)
   return jnp.cos(angle), jnp.sin(angle)
 

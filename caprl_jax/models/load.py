@@ -13,32 +13,42 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.models import files, weights
+from caprl_jax.models.chat import default_template, find_template, prompt_pieces
 from caprl_jax.models.decoder import Decoder, DecoderConfig
+from caprl_jax.models.families import family_of, is_vision_language
+from caprl_jax.models.family import DECODER_KEYS, Keys
+from caprl_jax.models.layers import LoraConfig
+from caprl_jax.models.lora import merge, merge_lora, new_lora, split_lora
 from caprl_jax.models.policy import Policy, PolicyConfig
 from caprl_jax.models.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
 from caprl_jax.types import Images, Params, Prompts, Vocabulary
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A model with its parameters on the mesh. `config` and `preprocessor` are the checkpoint's JSON files."""
+  """A model with its parameters on the mesh. `config` and `preprocessor` are the checkpoint's JSON files, `files` its
+  other small ones (tokenizer, chat template, ...) as they stand."""
   model: Any
   params: Params
   tokenizer: Tokenizer
   config: dict
   preprocessor: dict
   shardings: Any
+  files: dict[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
+
+  def prompt_pieces(self, instruction: str) -> tuple[list[int], list[int]]:
+    """Token ids before and after the image's, for a captioner asked `instruction`, by its own chat template."""
+    family = self.model.cfg.family
+    settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+    text = lambda token: token["content"] if isinstance(token, dict) else token
+    special = {k: text(settings[k]) for k in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(k)}
+    template = find_template(self.files) or default_template(family)
+    return prompt_pieces(template, family, self.tokenizer, instruction, special)
 
 
 def init_policy(cfg: PolicyConfig) -> Callable[[jax.Array], Any]:
-  """key -> flax variables of a captioner; the inputs that the tower and the decoder are traced with are one window."""
-  S, E = cfg.vision.window_slots, cfg.vision.in_channels * cfg.vision.patch_size ** 2
+  """key -> flax variables of a captioner; the inputs that the tower and the decoder are traced with are minimal."""
+  S, E = cfg.vision.slots_multiple, cfg.vision.in_channels * cfg.vision.pixels.patch_size ** 2
   images = Images(jnp.zeros((1, S, E), jnp.uint8), jnp.zeros((1, S, 2), jnp.int32), jnp.ones((1, S), bool),
                   jnp.zeros((1, 1), jnp.int32))
   prompts = Prompts(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), jnp.zeros((1, 3, 2), jnp.int32),
@@ -56,38 +66,52 @@ def init_decoder(cfg: DecoderConfig) -> Callable[[jax.Array], Any]:
   return init
 
 
-def _fill(init, table, tensors, source, mesh, dtype) -> tuple[Params, Any]:
+def _fill(init, keys: Keys, tensors, source, mesh, dtype) -> tuple[Params, Any]:
   boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
   shardings = sharding.param_shardings(boxed, mesh)
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
-  place = sharding.placer(shardings)
-  return weights.params_from_tensors(abstract, tensors, table, source, place), shardings
+  base, adapters = split_lora(abstract)
+  base_shardings, adapter_shardings = split_lora(shardings)
+  params = weights.params_from_tensors(base, tensors, keys, source, base_shardings)
+  return merge(params, new_lora(adapters, adapter_shardings)), shardings
 
 
 def load_judge(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32) -> Loaded:
-  """Loads a text-only language model from whatever `files.resolve_model` accepts. Raises ValueError for a
-  checkpoint that is missing, damaged, of another family, or whose tokenizer has more ids than it has rows."""
+  """Loads a text-only language model, or the decoder of a vision-language one, from whatever `files.resolve_model`
+  accepts. Raises ValueError for a checkpoint that is missing, damaged, of another family, or whose tokenizer has more
+  ids than it has rows."""
   path = files.resolve_model(source)
   config, tensors = files.read_model(path)
+  keys = DECODER_KEYS
+  if is_vision_language(config):
+    family = family_of(config)
+    config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
+    keys, config = family.decoder_keys, family.text(config)
   cfg = DecoderConfig.from_hf(config, dtype=dtype)
   tokenizer = load_tokenizer(path)
   check_tokenizer(tokenizer, cfg.vocab_size, source)
-  params, shardings = _fill(init_decoder(cfg), weights.DECODER_KEYS, tensors, source, mesh, dtype)
+  params, shardings = _fill(init_decoder(cfg), keys, tensors, source, mesh, dtype)
   return Loaded(Decoder(cfg), params, tokenizer, config, {}, shardings)
 
 
 def load_policy(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32, param_dtype=jnp.float32,
-                remat: bool = False) -> Loaded:
-  """Loads a Qwen2.5-VL captioner from a Hugging Face directory or hub name. Raises ValueError as `load_judge`."""
+                remat: bool = False, lora: LoraConfig | None = None, min_pixels: int | None = None,
+                max_pixels: int | None = None) -> Loaded:
+  """Loads a captioner of any family from a Hugging Face directory or hub name. Raises ValueError as `load_judge`.
+
+  `min_pixels` and `max_pixels` take the place of the preprocessor's.
+  """
   path = files.resolve_model(source)
   config, tensors = files.read_directory(path)
-  extra = path / "preprocessor_config.json"
-  preprocessor = files.read_json(extra) if extra.exists() else {}
-  cfg = PolicyConfig.from_hf(config, preprocessor, dtype=dtype, remat=remat)
+  family = family_of(config)
+  config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
+  preprocessor = files.read_preprocessor(path)
+  limits = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v}
+  cfg = PolicyConfig.from_hf(config, {**preprocessor, **limits}, dtype=dtype, remat=remat, lora=lora)
   tokenizer = load_tokenizer(path)
   check_tokenizer(tokenizer, cfg.text.vocab_size, source)
-  params, shardings = _fill(init_policy(cfg), weights.QWEN25_VL_KEYS, tensors, source, mesh, param_dtype)
-  return Loaded(Policy(cfg), params, tokenizer, config, preprocessor, shardings)
+  params, shardings = _fill(init_policy(cfg), family.keys, tensors, source, mesh, param_dtype)
+  return Loaded(Policy(cfg), params, tokenizer, config, preprocessor, shardings, files.read_small_files(path))
 
 
 def new_policy(config: dict, preprocessor: dict, tokenizer: Tokenizer, key: jax.Array,
@@ -101,24 +125,35 @@ def new_policy(config: dict, preprocessor: dict, tokenizer: Tokenizer, key: jax.
   return Loaded(Policy(cfg), params, tokenizer, config, preprocessor, shardings)
 
 
-def save_policy(path: str | pathlib.Path, loaded: Loaded, params: Params, dtype=None) -> None:
-  """Writes a directory that transformers, vLLM and `load_policy` read. `dtype` casts the parameters."""
-  host = jax.tree.map(lambda x: np.asarray(x).astype(dtype or x.dtype), params)
-  name = np.dtype(dtype or jax.tree.leaves(params)[0].dtype).name
-  config = {**loaded.config, "dtype": name}
-  end = loaded.tokenizer.end_ids
+def new_policy_files(tokenizer: Tokenizer, family) -> dict[str, bytes]:
+  """Tokenizer and generation files for a captioner that came from no checkpoint."""
+  end = tokenizer.end_ids
   tokenizer_config = {
-      "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>",
-      "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False, "extra_special_tokens": {
+      "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": default_template(family),
+      "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
+      "extra_special_tokens": {
           "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_bos_token": "<|vision_start|>",
           "vision_eos_token": "<|vision_end|>"}}
-  files.write_directory(
-      path, config, weights.tensors_from_params(host, weights.QWEN25_VL_KEYS),
-      tokenizer_files={"tokenizer.json": loaded.tokenizer.to_json(),
-                       "tokenizer_config.json": json.dumps(tokenizer_config, indent=2)},
-      json_files={"preprocessor_config.json": loaded.preprocessor,
-                  "generation_config.json": {"eos_token_id": list(end), "pad_token_id": end[-1], "do_sample": True,
-                                             "temperature": 1.0}})
+  generation = {"eos_token_id": list(end), "pad_token_id": end[-1], "do_sample": True, "temperature": 1.0}
+  return {"tokenizer.json": tokenizer.to_json().encode(),
+          "tokenizer_config.json": json.dumps(tokenizer_config, indent=2).encode(),
+          "generation_config.json": json.dumps(generation, indent=2).encode()}
+
+
+def save_policy(path: str | pathlib.Path, loaded: Loaded, params: Params, dtype=None,
+                max_shard_bytes: int = 5_000_000_000, card: str | None = None) -> None:
+  """Writes a directory that transformers, vLLM and `load_policy` read. `dtype` casts the parameters; adapters are
+  merged into the matrices that they adapt; `card` becomes README.md."""
+  family = loaded.model.cfg.family
+  params = merge_lora(params, loaded.model.cfg.text.lora)
+  tensors = weights.TensorsOfParams(params, family.keys, dtype)
+  config = {**loaded.config, "dtype": np.dtype(dtype or jax.tree.leaves(params)[0].dtype).name}
+  config.pop("torch_dtype", None)  # the same under its old name
+  small = loaded.files or new_policy_files(loaded.tokenizer, family)
+  small = {**small, **({"README.md": card.encode()} if card else {})}
+  if "preprocessor_config.json" not in small and loaded.preprocessor and "processor_config.json" not in small:
+    small["preprocessor_config.json"] = json.dumps(loaded.preprocessor, indent=2).encode()
+  files.write_directory(path, config, tensors, tokenizer_files=small, max_shard_bytes=max_shard_bytes)
 
 
 def relate_vocabularies(policy: Tokenizer, judge: Tokenizer, vocab_size: int) -> Vocabulary:

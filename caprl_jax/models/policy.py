@@ -1,4 +1,4 @@
-"""Images, prompt, caption tokens -> hidden states: the Qwen2.5-VL captioner.
+"""Images, prompt, caption tokens -> hidden states: the captioner, of any family.
 
 The image and the prompt are a prefix (`prefill`) that the captions of a group share; captions `extend` it. Both
 are differentiable, so rollout and loss run the same code.
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import Decoder, DecoderConfig
-from caprl_jax.models.vision import VisionConfig, VisionTower
+from caprl_jax.models.families import family_of
+from caprl_jax.models.family import Family, VisionConfig
+from caprl_jax.models.layers import LoraConfig
 from caprl_jax.types import Images, Prompts
 
 Array = jax.Array
@@ -24,21 +26,19 @@ class PolicyConfig:
   vision: VisionConfig
   text: DecoderConfig
   image_token: int
+  family: Family = dataclasses.field(repr=False)
 
   @classmethod
-  def from_hf(cls, config: dict, preprocessor: dict | None = None, **overrides) -> "PolicyConfig":
-    """Reads a Qwen2.5-VL config.json, nested (transformers 5) or flat (the published files).
+  def from_hf(cls, config: dict, preprocessor: dict | None = None, lora: LoraConfig | None = None,
+              **overrides) -> "PolicyConfig":
+    """Reads config.json (and preprocessor_config.json) of a family in `families.py`.
 
-    `overrides` (dtype, remat) go to both towers. Raises ValueError for another model_type.
+    `overrides` (dtype, remat) go to tower and decoder, `lora` to the decoder. Raises ValueError for another
+    model_type.
     """
-    if config.get("model_type") != "qwen2_5_vl":
-      raise ValueError(f"policy model_type {config.get('model_type')!r} is not supported; supported: qwen2_5_vl")
-    text = {**config, **(config.get("text_config") or {})}
-    text["model_type"] = "qwen2_5_vl_text"
-    # Writers disagree about where the tie is said; transformers reads either.
-    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    return cls(VisionConfig.from_hf(config["vision_config"], preprocessor, **overrides),
-               DecoderConfig.from_hf(text, **overrides), config["image_token_id"])
+    family = family_of(config)
+    return cls(family.vision(config, preprocessor, **overrides),
+               DecoderConfig.from_hf(family.text(config), lora=lora, **overrides), config[family.image_token], family)
 
 
 def merge_image_features(x_BPD: Array, features_BUD: Array, unit_BI: Array, is_image_BP: Array) -> Array:
@@ -55,15 +55,22 @@ class Policy(nn.Module):
   cfg: PolicyConfig
 
   def setup(self):
-    self.visual = VisionTower(self.cfg.vision)
+    self.visual = self.cfg.vision.tower()
     self.language_model = Decoder(self.cfg.text)
 
   def prefill(self, images: Images, prompts: Prompts) -> tuple[Array, Prefix]:
     """Encodes images and runs the prompt once an image: hidden [B, P, D] and the prefix (B rows)."""
     x_BPD = self.language_model.embed(prompts.tokens_BP)
     is_image_BP = (prompts.tokens_BP == self.cfg.image_token) & prompts.valid_BP
-    x_BPD = merge_image_features(x_BPD, self.visual(images), images.unit_BI, is_image_BP)
-    return self.language_model(x_BPD, prompts.position_B3P, prompts.valid_BP)
+    features = self.visual(images)
+    x_BPD = merge_image_features(x_BPD, features.main_BUD, images.unit_BI, is_image_BP)
+    deep_XBPD = None
+    if features.deep_XBUD is not None:
+      place = lambda deep: merge_image_features(jnp.zeros_like(x_BPD), deep, images.unit_BI, is_image_BP)
+      deep_XBPD = jax.vmap(place)(features.deep_XBUD)
+    mrope = self.cfg.text.mrope_sections is not None
+    position = prompts.position_B3P if mrope else prompts.position_B3P[:, 0]
+    return self.language_model(x_BPD, position, prompts.valid_BP, (), deep_XBPD)
 
   def extend(self, tokens_NL: Array, position_NL: Array, valid_NL: Array,
              prefixes: tuple[Prefix, ...]) -> tuple[Array, Prefix]:

@@ -1,120 +1,130 @@
-"""Parameter trees <-> Hugging Face tensors: one readable rule a model, layers stacked on the way in.
+"""Parameter trees <-> Hugging Face tensors, by a model's `Keys`; layers stacked on the way in.
 
-A parameter's path is its checkpoint key: `kernel` is a transposed `weight`, `embedding` and `scale` are `weight`,
-what lives under `layers` or `blocks` is stacked over the number that stands there in the checkpoint.
+Nothing is read before the device that needs it asks for its part, so the host never holds a model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import re
+from typing import Any
 
 import jax
 import numpy as np
 
+from caprl_jax.models.family import Keys
 from caprl_jax.types import Params
 
-# (path prefix in our tree, key prefixes that writers have used; the first one is what we write)
-DECODER_KEYS = (
-    ("lm_head", ("lm_head.weight",)),
-    ("", ("model.",)),
-)
-QWEN25_VL_KEYS = (
-    ("language_model.lm_head", ("lm_head.weight",)),
-    ("language_model.", ("model.", "model.language_model.", "language_model.model.")),
-    ("visual.", ("visual.", "model.visual.")),
-)
-# Tensors that a checkpoint may hold and no parameter needs: buffers that old writers saved.
-UNUSED_KEYS = re.compile(r".*rotary_emb\.inv_freq$|.*rotary_pos_emb\.inv_freq$")
 
-
-def _leaf_key(path: str) -> tuple[str, bool]:
-  """A parameter's path -> its checkpoint key and whether the matrix is transposed there."""
-  path = path.replace("merger.mlp_", "merger.mlp.")
-  head, _, leaf = path.rpartition(".")
-  if leaf == "kernel":
-    return f"{head}.weight", True
-  if leaf in ("embedding", "scale"):
-    return f"{head}.weight", False
-  if leaf == "proj":  # the patch embedding's 5-D kernel is stored as it is
-    return f"{path}.weight", False
-  return path, False
-
-
-def _candidates(path: str, table) -> list[str]:
-  """Checkpoint keys that a parameter may have, `{}` standing for the layer number; ours first."""
-  for ours, theirs in table:
-    if path == ours or (path.startswith(ours) and (ours == "" or ours.endswith("."))):
-      rest = path[len(ours):]
-      rest = re.sub(r"^(layers|blocks)\.", r"\1.{}.", rest)
-      return [prefix + rest for prefix in theirs]
-  raise KeyError(path)
-
-
-def _entries(params: Params, table) -> Iterator[tuple[tuple, str, list[str], bool, tuple[int, ...], np.dtype]]:
+def _entries(params: Params, keys: Keys) -> Iterator[tuple[tuple, str, list[str], bool, Any]]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = ".".join(p.key for p in path)
-    if name.rpartition(".")[2] == "lm_head":
-      keys, transposed = _candidates(name, table), False
-    else:
-      key, transposed = _leaf_key(name)
-      keys = _candidates(key, table)
-    yield path, name, keys, transposed, leaf.shape, leaf.dtype
+    yield path, name, *keys.candidates(name), leaf
 
 
-def params_from_tensors(abstract: Params, tensors: Mapping[str, np.ndarray], table, source: str,
-                        place: Callable[[tuple, np.ndarray], jax.Array] | None = None) -> Params:
+class _Leaf:
+  """One parameter's tensors in the checkpoint; `read` gives any part of it."""
+
+  def __init__(self, tensors: Mapping, names: list[str], stacked: bool, transposed: bool, dtype):
+    self.tensors, self.names, self.stacked, self.transposed, self.dtype = tensors, names, stacked, transposed, dtype
+    self.known: dict[tuple, np.ndarray] = {}
+
+  def read(self, index: tuple[slice, ...]) -> np.ndarray:
+    key = tuple((s.start, s.stop) for s in index)
+    if key not in self.known:  # replicas on several devices ask for the same part
+      if self.stacked:
+        names, inner = self.names[index[0]], index[1:]
+        parts = [self._one(name, inner) for name in names[:1]]
+        whole = np.empty((len(names), *parts[0].shape), self.dtype)
+        whole[0] = parts.pop()
+        for i, name in enumerate(names[1:], 1):
+          whole[i] = self._one(name, inner)
+        self.known = {key: whole}
+      else:
+        self.known = {key: self._one(self.names[0], index).astype(self.dtype)}
+    return self.known[key]
+
+  def _one(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    index = index[::-1] if self.transposed else index
+    read = getattr(self.tensors, "read_part", None)
+    tensor = read(name, index) if read else np.asarray(self.tensors[name])[index]
+    return tensor.T if self.transposed else tensor
+
+
+def _shape(tensors: Mapping, name: str) -> tuple[int, ...]:
+  of = getattr(tensors, "shape_of", None)
+  return tuple(of(name)) if of else np.shape(tensors[name])
+
+
+def params_from_tensors(abstract: Params, tensors: Mapping, keys: Keys, source: str, shardings: Any = None) -> Params:
   """Fills a tree of ShapeDtypeStructs from a checkpoint.
 
   Args:
     abstract: the parameters' shapes and dtypes (`jax.eval_shape` of an init).
-    tensors: checkpoint key -> array; may be lazy.
-    table: `DECODER_KEYS` or `QWEN25_VL_KEYS`.
+    tensors: checkpoint key -> array; may be lazy, and offer `shape_of(name)` and `read_part(name, index)`.
     source: names the checkpoint in errors.
-    place: (tree path, host array) -> device array, to put each one straight into its sharding.
+    shardings: a tree like `abstract`; each device is given its part and no more is read for it.
 
   Raises:
-    ValueError: tensors missing or left over (both listed), or a shape that does not fit.
+    ValueError: tensors missing or left over (both listed), or a shape that does not fit, all before any is read.
   """
   used, missing, leaves = set(), [], []
-  for path, name, keys, transposed, shape, dtype in _entries(abstract, table):
-    stacked = "{}" in keys[0]
-    numbers = range(shape[0]) if stacked else (None,)
-    pieces = []
-    for i in numbers:
-      names = [key.format(i) for key in keys]
-      found = next((n for n in names if n in tensors), None)
-      if found is None:
+  for path, name, candidates, transposed, leaf in _entries(abstract, keys):
+    stacked = "{}" in candidates[0]
+    found = []
+    for i in range(leaf.shape[0]) if stacked else (None,):
+      names = [key.format(i) for key in candidates]
+      there = next((n for n in names if n in tensors), None)
+      if there is None:
         missing.append(names[0])
         continue
-      tensor = np.asarray(tensors[found])
-      tensor = tensor.T if transposed else tensor
-      want = shape[1:] if stacked else shape
-      if tensor.shape != want:
-        raise ValueError(f"{source}: tensor {found} has shape {tensor.shape[::-1] if transposed else tensor.shape}, "
-                         f"but config.json asks for {want[::-1] if transposed else want} ({name})")
-      used.add(found)
-      pieces.append(tensor.astype(dtype))
-    if len(pieces) == len(numbers):
-      array = np.stack(pieces) if stacked else pieces[0]
-      leaves.append(place(path, array) if place else jax.numpy.asarray(array))
+      want = leaf.shape[1:] if stacked else leaf.shape
+      want = want[::-1] if transposed else want
+      shape = _shape(tensors, there)
+      if shape != want:
+        place = getattr(tensors, "place_of", lambda _: "")(there)
+        raise ValueError(f"{source}: tensor {there}{place and f' in {place}'} has shape {shape}, but config.json asks "
+                         f"for {want} ({name})")
+      used.add(there)
+      found.append(there)
+    leaves.append(_Leaf(tensors, found, stacked, transposed, leaf.dtype))
   if missing:
     raise ValueError(f"{source}: {len(missing)} tensors are missing, for example {missing[:5]}")
   # A tied head may be written out too; it is the embedding once more.
-  extra = [k for k in tensors if k not in used and k != "lm_head.weight" and not UNUSED_KEYS.match(k)]
+  extra = [k for k in tensors if k not in used and not re.fullmatch(
+      rf"(language_model\.)?lm_head\.weight|{keys.unused}", k)]
   if extra:
     raise ValueError(f"{source}: {len(extra)} tensors fit no parameter, for example {sorted(extra)[:5]}; "
                      "is config.json of another model?")
-  return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), leaves)
-
-
-def tensors_from_params(params: Params, table) -> dict[str, np.ndarray]:
-  """The checkpoint's tensors under the names this package writes; the inverse of `params_from_tensors`."""
-  tensors = {}
-  leaves = jax.tree_util.tree_leaves(params)
-  for leaf, (_, _, keys, transposed, _, _) in zip(leaves, _entries(params, table)):
-    array = np.asarray(leaf)
-    if "{}" in keys[0]:
-      for i, layer in enumerate(array):
-        tensors[keys[0].format(i)] = np.ascontiguousarray(layer.T if transposed else layer)
+  structure = jax.tree_util.tree_structure(abstract)
+  shapes = jax.tree.leaves(abstract)
+  places = [None] * len(leaves) if shardings is None else structure.flatten_up_to(shardings)
+  filled = []
+  for leaf, shape, place in zip(leaves, shapes, places):
+    if place is None:
+      filled.append(jax.numpy.asarray(leaf.read((slice(None),) * len(shape.shape))))
     else:
-      tensors[keys[0]] = np.ascontiguousarray(array.T if transposed else array)
-  return tensors
+      filled.append(jax.make_array_from_callback(shape.shape, place, leaf.read))
+      leaf.known.clear()
+  return jax.tree_util.tree_unflatten(structure, filled)
+
+
+class TensorsOfParams(Mapping):
+  """The checkpoint's tensors under the names this package writes, each made when asked for; the inverse of
+  `params_from_tensors`. `dtype` casts them."""
+
+  def __init__(self, params: Params, keys: Keys, dtype=None):
+    self.dtype, self.sources = dtype, {}
+    for _, _, candidates, transposed, leaf in _entries(params, keys):
+      for i in range(leaf.shape[0]) if "{}" in candidates[0] else (None,):
+        self.sources[candidates[0].format(i)] = (leaf, i, transposed)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    leaf, number, transposed = self.sources[name]
+    array = np.asarray(leaf if number is None else leaf[number])
+    array = array.T if transposed else array
+    return np.ascontiguousarray(array if self.dtype is None else array.astype(self.dtype))
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.sources)
+
+  def __len__(self) -> int:
+    return len(self.sources)

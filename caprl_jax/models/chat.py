@@ -1,0 +1,52 @@
+"""A checkpoint's chat template, an instruction -> token ids before and after the image."""
+
+from collections.abc import Mapping
+import json
+
+from caprl_jax.models.family import Family
+from caprl_jax.models.tokenizer import Tokenizer
+
+# ChatML with one image, as Qwen's and InternVL's templates write it when no system message is given.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def default_template(family: Family) -> str:
+  """What a new model of the family is given."""
+  return DEFAULT_TEMPLATE.replace("IMAGE", family.marker + family.after_marker)
+
+
+def find_template(files: Mapping[str, bytes]) -> str | None:
+  """The chat template among a checkpoint's small files, where transformers' processors look for it; None if absent."""
+  if "chat_template.jinja" in files:
+    return files["chat_template.jinja"].decode("utf-8")
+  for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+    template = json.loads(files[name]).get("chat_template") if name in files else None
+    if isinstance(template, list):  # several, by name
+      template = {t["name"]: t["template"] for t in template}.get("default")
+    if template:
+      return template
+  return None
+
+
+def prompt_pieces(template: str, family: Family, tokenizer: Tokenizer, instruction: str,
+                  special: Mapping[str, str] | None = None) -> tuple[list[int], list[int]]:
+  """Token ids of a user's turn with one image and an instruction, cut where the image's tokens go.
+
+  Raises ValueError for a template that does not write the family's image marker once.
+  """
+  from transformers.utils.chat_template_utils import render_jinja_template  # late: it takes a second
+  turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}
+  try:
+    (text,), _ = render_jinja_template([[turn]], chat_template=template, add_generation_prompt=True, **(special or {}))
+  except Exception as error:  # a template is a program: it may raise anything
+    raise ValueError(f"the checkpoint's chat template failed on a turn with an image: {type(error).__name__}: {error}; "
+                     "mend chat_template.jinja") from error
+  before, found, after = text.partition(family.marker)
+  if not found or (family.marker in after and family.marker not in instruction):
+    raise ValueError(f"the checkpoint's chat template writes {text!r} for an image and an instruction; it must hold "
+                     f"{family.marker!r} once. Is it of the text-only model?")
+  return tokenizer.encode(before + family.open), tokenizer.encode(family.close + after)
