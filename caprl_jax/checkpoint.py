@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from caprl_jax.types import TrainState
@@ -50,7 +51,8 @@ class Checkpoints:
     """The newest state, in the shapes and shardings of `like`, and the iterator's state. Raises ValueError where
     the checkpoint is of another model or optimizer."""
     step = self.manager.latest_step()
-    packed = like.replace(key=jax.random.key_data(like.key))
+    is_key = jnp.issubdtype(like.key.dtype, jax.dtypes.prng_key)
+    packed = like.replace(key=jax.random.key_data(like.key)) if is_key else like
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, packed)
     try:
       found = self.manager.restore(step, args=ocp.args.Composite(

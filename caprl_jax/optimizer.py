@@ -9,13 +9,13 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """adamw, or muon for the matrices of layers with NAdamW, as optax has it, for everything else (embeddings, norms,
+  """adamw; adafactor, whose second moments are a row and a column a matrix; or muon for the matrices of layers with NAdamW, as optax has it, for everything else (embeddings, norms,
   biases).
 
   learning_rate is the peak, reached after `warmup_steps`; `cosine` then falls to `final_fraction` of it at the last
   step. With muon, `learning_rate` is the matrices' and `adam_learning_rate` the rest's.
   """
-  name: Literal["adamw", "muon"] = "adamw"
+  name: Literal["adamw", "adafactor", "muon"] = "adamw"
   learning_rate: float = 1e-6
   adam_learning_rate: float | None = None
   schedule: Literal["constant", "cosine"] = "constant"
@@ -25,6 +25,7 @@ class OptimizerConfig:
   b2: float = 0.95
   weight_decay: float = 0.0
   clip_norm: float = 1.0
+  moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of adamw's first moment
 
   def __post_init__(self):
     if self.learning_rate <= 0 or self.clip_norm <= 0 or self.warmup_steps < 0:
@@ -61,6 +62,9 @@ def build_optimizer(cfg: OptimizerConfig, steps: int) -> tuple[optax.GradientTra
     rule = optax.contrib.muon(schedule, adam_learning_rate=rest, adam_b1=cfg.b1, adam_b2=cfg.b2,
                               weight_decay=cfg.weight_decay, adam_weight_decay=cfg.weight_decay,
                               muon_weight_dimension_numbers=_muon_dimensions)
+  elif cfg.name == "adafactor":
+    rule = optax.adafactor(schedule, multiply_by_parameter_scale=False, clipping_threshold=None,
+                           weight_decay_rate=cfg.weight_decay or None)
   else:
-    rule = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay)
+    rule = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mu_dtype=cfg.moment_dtype)
   return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule), schedule

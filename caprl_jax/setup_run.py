@@ -18,7 +18,9 @@ from caprl_jax.data.questions import QuestionTokenizer, question_shape, template
 from caprl_jax.data.rows import QARow, kinds
 from caprl_jax.data.sources import read_qa_rows
 from caprl_jax.judging import JudgeConfig
+from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.load import Loaded, load_judge, load_policy, relate_vocabularies
+from caprl_jax.models.lora import Trainable, split, trained
 from caprl_jax.optimizer import OptimizerConfig
 from caprl_jax.reward import RewardConfig
 from caprl_jax.rollout import RolloutConfig
@@ -34,12 +36,27 @@ KNOWN_SECTIONS = ("mode", "seed", "mesh", "policy", "judge", "data", "curate", "
 
 @dataclasses.dataclass(frozen=True)
 class PolicySection:
-  """checkpoint: directory or hub name; instruction: what the captioner is asked (CapRL's own by default)."""
+  """checkpoint: directory or hub name; instruction: what the captioner is asked (CapRL's own by default).
+
+  trainable: `full`; `decoder` (the tower and projector stay); `projector` alone; or `lora`, adapters on the decoder's
+    linear maps as `lora` says. What is not trained has no gradient, no optimizer state and no place in checkpoints.
+  dtype: of activations; param_dtype: of parameters. float32 parameters with bfloat16 activations are master weights.
+  min_pixels, max_pixels: in place of the checkpoint's own limits on image size.
+  """
   checkpoint: str
   instruction: str = "Please describe this image in detail."
-  dtype: str = "float32"  # of activations
+  dtype: str = "float32"
   param_dtype: str = "float32"
   remat: bool = False
+  trainable: Trainable = "full"
+  lora: LoraConfig = LoraConfig(rank=16, alpha=32.0)
+  min_pixels: int | None = None
+  max_pixels: int | None = None
+
+  def load(self, mesh: jax.sharding.Mesh) -> Loaded:
+    """The captioner. Raises ValueError as `load_policy`."""
+    return load_policy(self.checkpoint, mesh, jnp.dtype(self.dtype), jnp.dtype(self.param_dtype), self.remat,
+                       self.lora if self.trainable == "lora" else None, self.min_pixels, self.max_pixels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +178,7 @@ def set_up(settings: Settings) -> Run:
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
   train_rows = read_qa_rows(data.train, settings.seed, data.max_train_rows)
   eval_rows = read_qa_rows(data.eval, settings.seed, data.max_eval_rows)
-  policy = load_policy(settings.policy.checkpoint, mesh, jnp.dtype(settings.policy.dtype),
-                       jnp.dtype(settings.policy.param_dtype), settings.policy.remat)
+  policy = settings.policy.load(mesh)
   judge = load_judge(settings.judge.source, mesh, jnp.dtype(settings.judge.dtype))
   names = tuple(kinds([*train_rows, *eval_rows]))
   tokenize = QuestionTokenizer(judge.tokenizer, template_for(settings.judge.reading), names)
@@ -181,10 +197,15 @@ def set_up(settings: Settings) -> Run:
   batcher = lambda rows, tokens: QABatcher(rows, tokens, prompt, data.questions, shape)
   vocabulary = relate_vocabularies(policy.tokenizer, judge.tokenizer, policy.model.cfg.text.vocab_size)
   put = lambda tree: jax.device_put(tree, sharding.replicated(mesh))
+  trained_params, base = policy.params, None
+  if settings.policy.trainable != "full":
+    trained_params, base = split(policy.params, trained(settings.policy.trainable, policy.model.cfg.family))
+    log.info("training %s: %.2fM of %.1fM parameters", settings.policy.trainable,
+             sum(x.size for x in jax.tree.leaves(trained_params)) / 1e6, _millions(policy))
   # The reference starts as a copy: the state's own parameters are donated to the step.
-  reference = jax.tree.map(jnp.copy, policy.params) if settings.step.update.loss.kl > 0 else None
+  reference = jax.tree.map(jnp.copy, trained_params) if settings.step.update.loss.kl > 0 else None
   options = shape.options if settings.judge.reading != "option_pmi" else 2
-  frozen = Frozen(judge.params, put(tokenize.prompt(options)), put(vocabulary), reference)
+  frozen = Frozen(judge.params, put(tokenize.prompt(options)), put(vocabulary), reference, base)
   counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows), **counts,
             **{f"eval/{k}": v for k, v in eval_counts.items()}}
   return Run(settings, mesh, policy, judge, frozen, asker, names, train_rows, eval_rows,

@@ -96,8 +96,8 @@ def placer(shardings: Any) -> Callable[[tuple, np.ndarray], jax.Array]:
 def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: jax.sharding.Mesh) -> Any:
   """Shardings of the optimizer's state: what has a parameter's shape lies where the parameter lies."""
   state = jax.eval_shape(tx.init, params)
-  return optax.tree_map_params(tx, lambda _, sharding: sharding, state, shardings,
-                               transform_non_params=lambda _: replicated(mesh))
+  place = lambda x, param, sharding: sharding if x.shape == param.shape else replicated(mesh)  # Adafactor's are vectors
+  return optax.tree_map_params(tx, place, state, params, shardings, transform_non_params=lambda _: replicated(mesh))
 
 
 def put_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -10,6 +10,7 @@ from caprl_jax.advantages import AdvantageConfig, flat_groups, group_advantages
 from caprl_jax.judging import JudgeConfig, judge_captions
 from caprl_jax.masked import masked_mean, masked_std
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.lora import whole
 from caprl_jax.models.policy import Policy
 from caprl_jax.reward import RewardConfig, caption_reward
 from caprl_jax.rollout import RolloutConfig, sample_captions
@@ -41,7 +42,7 @@ def train_step(state: TrainState, frozen: Frozen, batch: Batch, *, policy: Polic
   advantage_BG) for people to read.
   """
   rollout_key, judge_key = stage_keys(state.key, state.step)
-  captions = sample_captions(policy, state.params, batch, rollout_key, frozen.vocabulary, cfg.rollout)
+  captions = sample_captions(policy, whole(state.params, frozen.base), batch, rollout_key, frozen.vocabulary, cfg.rollout)
   answers = judge_captions(judge, frozen.judge, frozen.prompt, captions, batch.questions, frozen.vocabulary,
                            judge_key, cfg.judge)
   reward_BG, scored_BG, terms = caption_reward(answers, batch.questions.valid_BK, cfg.reward)

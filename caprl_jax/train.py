@@ -18,6 +18,7 @@ from caprl_jax.files import write_json
 from caprl_jax.loop import run_loop
 from caprl_jax.metrics import StageClock
 from caprl_jax.models.load import save_policy
+from caprl_jax.models.lora import save_adapters, split, trained, whole
 from caprl_jax.optimizer import build_optimizer
 from caprl_jax.report import write_report
 from caprl_jax.samples import save_samples
@@ -49,11 +50,26 @@ def versions() -> dict[str, str]:
 
 
 def make_state(params: Params, tx: optax.GradientTransformation, shardings, seed: int, mesh) -> TrainState:
-  """The state before the first step. `params` is copied: the state is donated, others may still hold it."""
-  params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(params)
+  """The state before the first step. It owns `params`, and is donated to the step with them."""
   opt_state = jax.jit(tx.init, out_shardings=sharding.optimizer_shardings(tx, params, shardings, mesh))(params)
   put = lambda x: jax.device_put(x, sharding.replicated(mesh))
   return TrainState(put(jnp.int32(0)), params, opt_state, put(jax.random.key(seed)))
+
+
+def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, mesh) -> TrainState:
+  """Shapes and shardings of the state, for restoring one without having another in memory."""
+  with_sharding = lambda tree, places: jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+  params = with_sharding(params, shardings)
+  opt_state = with_sharding(jax.eval_shape(tx.init, params), sharding.optimizer_shardings(tx, params, shardings, mesh))
+  scalar = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
+  return TrainState(scalar(jnp.int32(0)), params, opt_state, scalar(jax.random.key_data(jax.random.key(0))))
+
+
+def policy_shardings(made: Run):
+  """Shardings of the parameters that are trained."""
+  kind = made.settings.policy.trainable
+  return split(made.policy.shardings, trained(kind, made.policy.model.cfg.family))[0]
 
 
 def build_step(made: Run, tx: optax.GradientTransformation):
@@ -74,16 +90,20 @@ def build_step(made: Run, tx: optax.GradientTransformation):
 
 
 def train(made: Run, config: dict, workdir: pathlib.Path) -> TrainState:
-  """Runs the CapRL steps from the newest checkpoint, if there is one."""
+  """Runs the CapRL steps from the newest checkpoint, if there is one; else from `made.policy.params`, which the steps
+  use up."""
   settings = made.settings
   tx, _ = build_optimizer(settings.optimizer, settings.train.steps)
-  state = make_state(made.policy.params, tx, made.policy.shardings, settings.seed, made.mesh)
+  kind = trained(settings.policy.trainable, made.policy.model.cfg.family)
+  params, shardings = split(made.policy.params, kind)[0], policy_shardings(made)
   iterator = train_iterator(made.train.example, len(made.train_rows), settings.data.batch_size, settings.seed)
   checkpoints = Checkpoints(workdir, settings.checkpoint)
   if checkpoints.latest_step() is not None:
-    state, position = checkpoints.restore(state)
+    state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))
     iterator.set_state(position)
     log.info("resuming after step %d", int(state.step))
+  else:
+    state = make_state(params, tx, shardings, settings.seed, made.mesh)
 
   def keep_samples(step: int, batch, samples) -> None:
     if step == 1 or step % settings.train.sample_every == 0:
@@ -133,9 +153,12 @@ def run(config, workdir: pathlib.Path) -> None:
       if jax.process_index() == 0:
         write_report(workdir)
     with clock("after"):
-      after = evaluator(state.params, workdir / "samples" / "after.json", "after", settings.train.steps)
+      params = whole(state.params, made.frozen.base)
+      after = evaluator(params, workdir / "samples" / "after.json", "after", settings.train.steps)
     summary.put(after=after, wall_secs=clock.secs)
     if jax.process_index() == 0:
-      save_policy(workdir / "policy", made.policy, state.params)
+      save_policy(workdir / "policy", made.policy, params)
+      if settings.policy.trainable == "lora":
+        save_adapters(workdir / "adapters", params, settings.policy.lora, settings.policy.checkpoint)
   if jax.process_index() == 0:
     log.info("report: %s   captioner: %s", write_report(workdir), workdir / "policy")

@@ -88,7 +88,7 @@ class Answers:
 class TrainState:
   """Everything that training changes; a checkpoint is this plus the data iterator."""
   step: Array  # int32 scalar
-  params: Params  # the policy
+  params: Params  # the policy's, those that are trained
   opt_state: Any
   key: Array  # typed PRNG key; never consumed, folded with the step
 
@@ -118,8 +118,13 @@ class JudgePrompt:
 
 @flax.struct.dataclass
 class Frozen:
-  """What the step reads and never changes. `reference` is None unless a KL term asks for it."""
+  """What the step reads and never changes.
+
+  `reference` is None unless a KL term asks for it. `base` holds the policy's parameters that are not trained, where
+  `TrainState.params` are but a part (`models/lora.py`); None where all are trained.
+  """
   judge: Params
   prompt: JudgePrompt
   vocabulary: Vocabulary
   reference: Params | None = None
+  base: Params | None = None

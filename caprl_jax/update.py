@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from caprl_jax.loss import LossConfig, policy_loss
+from caprl_jax.models.lora import whole
 from caprl_jax.models.policy import Policy
 from caprl_jax.rollout import caption_logprobs
 from caprl_jax.types import Array, Batch, Captions, Frozen, Params, TrainState
@@ -36,13 +37,14 @@ def _combine(a: dict, b: dict) -> dict:
 
 def loss_gradients(policy: Policy, params: Params, frozen: Frozen, batch: Batch, captions: Captions,
                    scored_BG: Array, advantage_BG: Array, temperature: float, cfg: UpdateConfig):
-  """Gradient of the mean loss over the whole batch, whatever the number of microbatches.
+  """Gradient of the mean loss over the whole batch, whatever the number of microbatches, for the trained `params`;
+  the others have none, nor memory for any.
 
   Returns gradients (float32), loss, and token-mean metrics.
   """
   def microbatch(params, piece):
     batch, captions, scored_BG, advantage_BG = piece
-    score = lambda p: caption_logprobs(policy, p, batch, captions, frozen.vocabulary, temperature, cfg.chunk_tokens)
+    score = lambda p: caption_logprobs(policy, whole(p, frozen.base), batch, captions, frozen.vocabulary, temperature, cfg.chunk_tokens)
     logp, entropy = score(params)
     reference = None if frozen.reference is None else jax.lax.stop_gradient(score(frozen.reference)[0])
     counts = captions.valid_BGT & scored_BG[..., None]

@@ -64,7 +64,7 @@ def a_batch(made):
 
 
 def fresh_state(made, tx):
-  return make_state(made.policy.params, tx, made.policy.shardings, 0, made.mesh)
+  return make_state(jax.tree.map(jnp.copy, made.policy.params), tx, made.policy.shardings, 0, made.mesh)
 
 
 _steps = {}  # compiled once for all tests

@@ -49,6 +49,11 @@ def merge(a: Params, b: Params) -> Params:
   return out
 
 
+def whole(trained: Params, base: Params | None) -> Params:
+  """All parameters, from those that are trained and the others."""
+  return trained if base is None else merge(trained, base)
+
+
 def is_lora(path: str) -> bool:
   return path.rpartition(".")[2] in ("lora_a", "lora_b")
 
