@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from caprl_jax import sharding
 from caprl_jax.data.batches import stack
 from caprl_jax.data.questions import QuestionShape, QuestionTokenizer, pad_questions, question_shape
 from caprl_jax.data.rows import Question
@@ -31,7 +32,9 @@ class Asker:
     self.key = jax.random.key(seed)
     self.known: dict[tuple, float | int] = {}
     self._params = judge.params
-    self._answer = jax.jit(functools.partial(answer_questions, judge.model, cfg=cfg))
+    mesh = jax.tree.leaves(judge.params)[0].sharding.mesh
+    self._answer = jax.jit(functools.partial(answer_questions, judge.model, cfg=cfg),
+                           out_shardings=sharding.replicated(mesh))  # every process reads all answers
 
   @property
   def baseline(self) -> str:

@@ -33,13 +33,14 @@ class Checkpoints:
         item_names=("state", "data", "config"))
 
   def save(self, state: TrainState, iterator_state: dict, config: dict, *, force: bool = False) -> None:
-    """Writes a checkpoint named after the state's step when one is due or `force` asks for it."""
+    """Writes a checkpoint named after the state's step when one is due or `force` asks for it. All processes call it,
+    with the same iterator state."""
     step = int(state.step)
     if (not force and step % self.cfg.every_steps) or step in self.manager.all_steps():
       return
     packed = state.replace(key=jax.random.key_data(state.key))
     self.manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(packed), data=ocp.args.JsonSave({f"process_{jax.process_index()}": iterator_state}),
+        state=ocp.args.StandardSave(packed), data=ocp.args.JsonSave(iterator_state),
         config=ocp.args.JsonSave(config)), force=True)
     self.manager.wait_until_finished()
     log.info("checkpoint of step %d written", step)
@@ -64,7 +65,7 @@ class Checkpoints:
     state = found["state"]
     # Fresh buffers: donating memory that the restore still refers to would copy on every backend anyway.
     state = state.replace(key=jax.random.wrap_key_data(state.key))
-    return state, found["data"][f"process_{jax.process_index()}"]
+    return state, found["data"]
 
   def close(self) -> None:
     self.manager.close()

@@ -26,13 +26,13 @@ log = logging.getLogger("caprl_jax.evaluate")
 
 
 def caption_and_judge(params: Params, frozen: Frozen, batch: Batch, key, *, policy, judge, rollout: RolloutConfig, cfg):
-  """Captions and their answers and rewards, without an update. One jitted program."""
+  """The batch without its images, captions, their answers and rewards; no update. One jitted program."""
   caption_key, judge_key = stage_keys(key, jnp.int32(0))
   captions = sample_captions(policy, params, batch, caption_key, frozen.vocabulary, rollout)
   answers = judge_captions(judge, frozen.judge, frozen.prompt, captions, batch.questions, frozen.vocabulary,
                            judge_key, cfg.judge)
   reward_BG, scored_BG, _ = caption_reward(answers, batch.questions.valid_BK, cfg.reward)
-  return captions, answers, reward_BG, scored_BG
+  return batch.replace(images=None, prompts=None), captions, answers, reward_BG, scored_BG
 
 
 class Evaluator:
@@ -45,24 +45,26 @@ class Evaluator:
     sampling = dataclasses.replace(rollout.sampling, temperature=settings.evaluate.temperature)
     make = lambda group, sampling: jax.jit(functools.partial(
         caption_and_judge, policy=run.policy.model, judge=run.judge.model,
-        rollout=RolloutConfig(group, sampling), cfg=settings.step))
+        rollout=RolloutConfig(group, sampling), cfg=settings.step),
+        out_shardings=sharding.replicated(run.mesh))  # every process reads the whole batch's figures
     self._single = make(1, sampling)
     self._group = make(rollout.group_size, rollout.sampling)
 
   def _batches(self, rows: int, size: int, what: str):
     batcher, seed = self.run.eval, self.run.settings.seed
     rows = min(rows, len(self.run.eval_rows))
-    batches = eval_batches(batcher.example, rows, size, seed)
-    for batch, real in tqdm(batches, total=-(-rows // size), desc=what, unit="batch", leave=False, disable=None):
-      yield batch, sharding.put_batch(batch, self.run.mesh), real
+    batches = eval_batches(batcher.example, rows, size, seed, sharding.batch_share(self.run.mesh, size))
+    hidden = jax.process_index() > 0 or None  # None: hidden where there is no terminal
+    for batch, real in tqdm(batches, total=-(-rows // size), desc=what, unit="batch", leave=False, disable=hidden):
+      yield sharding.put_batch(batch, self.run.mesh), real
 
   def __call__(self, params: Params, samples_path: pathlib.Path, stage: str, step: int) -> dict[str, float]:
     """Evaluates on all held-out rows and writes example captions; figures by name."""
     run, cfg = self.run, self.run.settings.evaluate
     key = jax.random.key(run.settings.seed)
     correct, kind, length, unscored, ended, saved = [], [], [], 0, [], []
-    for number, (host, batch, real) in enumerate(self._batches(len(run.eval_rows), cfg.batch_size, stage)):
-      captions, answers, reward, scored = jax.device_get(
+    for number, (batch, real) in enumerate(self._batches(len(run.eval_rows), cfg.batch_size, stage)):
+      host, captions, answers, reward, scored = jax.device_get(
           self._single(params, run.frozen, batch, jax.random.fold_in(key, number)))
       valid = answers.valid_BGK[:real, 0]
       correct.append(answers.correct_BGK[:real, 0][valid])
@@ -73,8 +75,9 @@ class Evaluator:
       saved.append(jax.tree.map(lambda x: x[:real], (host, (captions, answers, reward, scored, None))))
     correct, kind, length = (np.concatenate(x) for x in (correct, kind, length))
     flat, groups = 0.0, 0
-    for number, (_, batch, real) in enumerate(self._batches(cfg.group_images, run.settings.data.batch_size, "groups")):
-      _, _, reward, scored = self._group(params, run.frozen, batch, jax.random.fold_in(key, 10_000 + number))
+    for number, (batch, real) in enumerate(self._batches(cfg.group_images, run.settings.data.batch_size, "groups")):
+      *_, reward, scored = jax.device_get(
+          self._group(params, run.frozen, batch, jax.random.fold_in(key, 10_000 + number)))
       flat += float(np.asarray(flat_groups(reward, scored))[:real].sum())
       groups += real
     figures = {"accuracy": float(correct.mean()), "questions": int(len(correct)), "images": len(length),
@@ -82,7 +85,8 @@ class Evaluator:
                "flat_groups": flat / max(groups, 1), "unscored": unscored}
     figures |= {f"accuracy/{name}": float(correct[kind == i].mean()) for i, name in enumerate(run.kinds)
                 if (kind == i).any()}
-    save_samples(samples_path, stage, step, saved, run.eval, run.policy.tokenizer, cfg.samples)
+    if jax.process_index() == 0:
+      save_samples(samples_path, stage, step, saved, run.eval, run.policy.tokenizer, cfg.samples)
     log.info("%s: accuracy %.3f on %d questions (%s), %.1f tokens a caption, flat groups %.2f", stage,
              figures["accuracy"], len(correct), ", ".join(
                  f"{n} {figures[f'accuracy/{n}']:.3f}" for n in run.kinds if f"accuracy/{n}" in figures),
@@ -96,6 +100,7 @@ def run(config, workdir: pathlib.Path) -> None:
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
     made = set_up(settings)
     figures = Evaluator(made)(made.policy.params, workdir / "samples" / "before.json", "before", 0)
-  write_json(workdir_file(workdir), {"before": figures, "counts": made.counts})
+  if jax.process_index() == 0:
+    write_json(workdir_file(workdir), {"before": figures, "counts": made.counts})
 
 

@@ -3,12 +3,14 @@
 import collections
 from collections.abc import Callable
 import logging
+import os
 import pathlib
+import signal
 import time
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
 from caprl_jax import sharding
 from caprl_jax.checkpoint import Checkpoints
@@ -36,6 +38,36 @@ class CompileCounter:
     jax.monitoring.unregister_event_duration_listener(self._on_event)
 
 
+class Interrupts:
+  """Ctrl-C while it is entered. One process: KeyboardInterrupt at once, as ever.
+
+  Several must stop after the same step, or their checkpoint is none. SIGINT becomes SIGTERM, which jax takes as a
+  notice of preemption and tells all processes; `check` then raises in all of them before the same step.
+  """
+
+  def __init__(self):
+    self.asked, self.several = False, jax.process_count() > 1
+
+  def __enter__(self) -> "Interrupts":
+    if self.several:
+      self.previous = signal.signal(signal.SIGINT, self._pass_on)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self.several:
+      signal.signal(signal.SIGINT, self.previous)
+
+  def _pass_on(self, *_) -> None:
+    signal.signal(signal.SIGINT, self.previous)  # a second one ends this process at once
+    self.asked = True
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  def check(self, step: int) -> None:
+    """Called before each step."""
+    if self.several and multihost_utils.reached_preemption_sync_point(step):
+      raise KeyboardInterrupt
+
+
 def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh: jax.sharding.Mesh,
              checkpoints: Checkpoints, config: dict, workdir: pathlib.Path, what: str, reward_name: str,
              on_samples: Callable[[int, Any, Any], None] | None = None) -> TrainState:
@@ -43,8 +75,8 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
 
   Args:
     state: donated to the first step. Its `step` says where to begin.
-    iterator: yields this process's share of a batch as numpy; has `get_state`.
-    on_samples: called as (step, batch, samples) after each step, on the main process.
+    iterator: yields this process's share of a batch as numpy; has `get_state`, the same in every process.
+    on_samples: called as (step, this process's share of the batch, samples) after each step, on the main process.
 
   Raises:
     FloatingPointError: loss or gradient not finite; that step changed no parameters, and they are saved first.
@@ -77,12 +109,15 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
       if on_samples:
         on_samples(step, batch, samples)
 
-  save = lambda force=False: checkpoints.save(state, iterator.get_state(), config, force=force)
+  position = iterator.get_state()  # after the batch of the last step
+  save = lambda force=False: checkpoints.save(state, position, config, force=force)
   try:
-    with CompileCounter() as compiles:
+    with CompileCounter() as compiles, Interrupts() as interrupts:
       for step in range(start + 1, steps + 1):
+        interrupts.check(step)
         host_batch = next(iterator)
         state, metrics, samples = step_fn(state, sharding.put_batch(host_batch, mesh))
+        position = iterator.get_state()
         pending.append((step, metrics, host_batch, samples))
         if len(pending) > 1:
           report()
@@ -109,10 +144,6 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
     if writer:
       writer.close()
   save(force=True)
+  if interrupts.asked:  # too late for a step to be left
+    raise KeyboardInterrupt
   return state
-
-
-def to_host(tree: Any) -> Any:
-  """A copy of a tree of device arrays as numpy, on every process. (A view would keep donation from working.)"""
-  gather = lambda x: np.array(jax.device_get(x))
-  return jax.tree.map(gather, tree)

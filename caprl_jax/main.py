@@ -31,6 +31,7 @@ class Mode(NamedTuple):
   module: str
   line: str
   example: str
+  workdir: str | None = None  # where logs go when --workdir is not given; None: it must be
 
 
 MODES = {
@@ -48,6 +49,19 @@ MODES = {
     "caprl_jax.evaluate",
     "judge accuracy, caption length and examples on the evaluation split",
     "--config=configs/quickstart.py --workdir=runs/quickstart --config.mode=evaluate",
+  ),
+  "caption": Mode(
+    "caprl_jax.caption",
+    "caption a folder of images, or the images of a JSON lines file",
+    "--config=configs/caption.py --config.policy.checkpoint=DIR --config.caption.input=FOLDER "
+    "--config.caption.output=captions.jsonl",
+    workdir="runs/caption",
+  ),
+  "export": Mode(
+    "caprl_jax.export",
+    "a run's captioner (or any checkpoint) as a directory that transformers and vLLM load",
+    "--config=configs/export.py --config.export.run=runs/quickstart --config.export.output=DIR",
+    workdir="runs/export",
   ),
 }
 
@@ -136,8 +150,8 @@ def _define_flags() -> flags.FlagValues:
   )  # fmt: skip
   flags.DEFINE_boolean(
     "distributed", None, "Join the other hosts before any device is used. Without the flag: on a "
-    "TPU slice of several hosts. Also reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-    "JAX_PROCESS_ID.", flag_values=options,
+    "TPU slice of several hosts, or where JAX_COORDINATOR_ADDRESS is set. Also reads "
+    "JAX_NUM_PROCESSES and JAX_PROCESS_ID.", flag_values=options,
   )  # fmt: skip
   flags.DEFINE_boolean(
     "compilation_cache", True, "On accelerators, keep compiled programs in the user's cache "
@@ -197,13 +211,15 @@ def _parse(
         f"unexpected argument {arg!r}; write --config=FILE --workdir=DIR and, for values of the "
         "config, --config.section.key=value with the equals sign"
       )
-  for name, example in (("config", "configs/quickstart.py"), ("workdir", "runs/quickstart")):
-    if not options[name].value:
-      raise ValueError(f"--{name} is missing, e.g. --{name}={example} (--help shows examples)")
+  if not options.config:
+    raise ValueError("--config is missing, e.g. --config=configs/quickstart.py (--help shows examples)")
   config = _load_config(options.config)
   for override in overrides:
     _override(config, override, options.config)
-  return config, _make_workdir(options.workdir)
+  workdir = options.workdir or [*_modes(config).values()][0].workdir
+  if not workdir:
+    raise ValueError("--workdir is missing, e.g. --workdir=runs/quickstart (--help shows examples)")
+  return config, _make_workdir(workdir)
 
 
 def _load_config(path: str) -> ml_collections.ConfigDict:
@@ -250,7 +266,12 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str) 
     known = _leaves(config)
     near = configuration.nearest(key, known)
     hint = f"; did you mean {' or '.join(f'--config.{k}' for k in near)}?" if near else ""
-    raise ValueError(f"--config.{key} is not a key of {file}{hint} (keys: {', '.join(known)})")
+    place = key.rpartition(".")[0]
+    while place and not any(k.startswith(f"{place}.") for k in known):
+      place = place.rpartition(".")[0]
+    listed = [k for k in known if k.startswith(f"{place}.")] if place else sorted({k.partition(".")[0] for k in known})
+    raise ValueError(f"--config.{key} is not a key of {file}{hint} ({'keys of ' + place if place else 'sections'}: "
+                     f"{', '.join(listed)})")
   kind = holder.get_type(leaf)
   if issubclass(kind, ml_collections.ConfigDict):
     keys = ", ".join(f"--config.{key}.{k}" for k in _leaves(holder[leaf]))
@@ -344,7 +365,9 @@ def _start_distributed(asked: bool | None) -> int:
   Comes before anything that uses a device.
   """
   hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
-  several = "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+  several = "," in hosts or any(
+    name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+  )
   if not (several if asked is None else asked):
     return 0
   import jax  # here and below: --help and a mistyped flag need not wait for it
@@ -404,9 +427,12 @@ class _Formatter(logging.Formatter):
 
 @contextlib.contextmanager
 def _logging_to(workdir: pathlib.Path, process: int):
-  """Our lines from INFO on and everybody's warnings go to stderr; to a file, our DEBUG too."""
+  """Our lines from INFO on and everybody's warnings go to stderr; to a file, our DEBUG too.
+
+  Of several processes the first speaks; the others' stderr has warnings only.
+  """
   name = "log.txt" if process == 0 else f"log.{process}.txt"
-  terminal = _Terminal(logging.INFO)
+  terminal = _Terminal(logging.INFO if process == 0 else logging.WARNING)
   terminal.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   file = logging.FileHandler(workdir / name, encoding="utf-8")
   file.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))

@@ -38,12 +38,19 @@ def sample_captions(policy: Policy, params: Params, batch: Batch, key: Array, vo
   hidden_BPD, prefix = policy.apply({"params": params}, batch.images, batch.prompts, method="prefill")
   hidden_ND = jnp.repeat(last_hidden(hidden_BPD, batch.prompts.valid_BP), G, axis=0)
 
+  seen_NV = None
+  if cfg.sampling.repetition_penalty != 1:
+    V = policy.cfg.text.vocab_size
+    put = lambda seen_V, tokens_P, valid_P: seen_V.at[jnp.where(valid_P, tokens_P, V)].set(True, mode="drop")
+    seen_BV = jax.vmap(put)(jnp.zeros((B, V), bool), batch.prompts.tokens_BP, batch.prompts.valid_BP)
+    seen_NV = jnp.repeat(seen_BV, G, axis=0)
+
   def extend(tokens, position, valid, cache):
     return policy.apply({"params": params}, tokens, position, valid, (prefix, cache), method="extend")
 
   end = decode(extend, head_matrix(policy.cfg.text, params["language_model"]), hidden_ND,
                jnp.repeat(batch.prompts.next_position_B, G), empty_cache(prefix, B * G, T), vocabulary, key,
-               cfg.sampling)
+               cfg.sampling, seen_NV)
   group = lambda x: x.reshape(B, G, *x.shape[1:])
   return Captions(group(end.tokens_NT), group(end.logp_NT), group(end.valid_NT), group(end.done_N))
 

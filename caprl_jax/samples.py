@@ -16,7 +16,8 @@ def save_samples(path: pathlib.Path, stage: str, step: int, parts: list, batcher
   """Writes up to `limit` images with captions, per-question answers and rewards.
 
   Args:
-    parts: (host batch, (captions, answers, reward_BG, scored_BG, advantage_BG or None)) of numpy arrays.
+    parts: (batch, (captions, answers, reward_BG, scored_BG, advantage_BG or None)) of numpy arrays; the batch may lack
+      images and prompts.
     batcher: made the batch; says which row an image is.
   """
   rows = []

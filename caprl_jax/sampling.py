@@ -20,11 +20,16 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How tokens are drawn. Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave the distribution whole."""
+  """How tokens are drawn. Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave the distribution whole.
+
+  repetition_penalty: logits of tokens that prompt or caption hold are divided by it where positive, multiplied where
+  negative (Keskar et al., arXiv 1909.05858), as transformers does; 1 leaves them. Not for training.
+  """
   max_tokens: int
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  repetition_penalty: float = 1.0
 
   def __post_init__(self):
     if self.max_tokens < 1:
@@ -32,6 +37,8 @@ class SamplingConfig:
     if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
       raise ValueError(f"temperature = {self.temperature} must be >= 0, top_p = {self.top_p} in (0, 1] and "
                        f"top_k = {self.top_k} >= 0")
+    if self.repetition_penalty <= 0:
+      raise ValueError(f"repetition_penalty = {self.repetition_penalty} must be positive; 1 is none")
 
 
 @flax.struct.dataclass
@@ -42,6 +49,7 @@ class DecodeState:
   logp_NT: Array
   valid_NT: Array
   done_N: Array  # bool, the end token was drawn
+  seen_NV: Array | None  # bool, tokens of prompt and caption, where a repetition penalty asks for them
   cache: Prefix  # keys and values of the captions' tokens, T slots; slot t is written when token t has run
 
 
@@ -62,7 +70,7 @@ def draw(logits_NV: Array, key: Array, cfg: SamplingConfig) -> Array:
 
 
 def decode(extend: Callable, head_VD: Array, first_hidden_ND: Array, first_position_N: Array, cache: Prefix,
-           vocabulary: Vocabulary, key: Array, cfg: SamplingConfig) -> DecodeState:
+           vocabulary: Vocabulary, key: Array, cfg: SamplingConfig, seen_NV: Array | None = None) -> DecodeState:
   """Draws up to `max_tokens` tokens a row.
 
   Args:
@@ -72,6 +80,7 @@ def decode(extend: Callable, head_VD: Array, first_hidden_ND: Array, first_posit
     first_position_N: position of the first token.
     cache: empty Prefix with N rows and T = max_tokens slots.
     key: folded with the token's number; the same key gives the same captions.
+    seen_NV: bool, the prompt's tokens, for a repetition penalty.
 
   Returns:
     The last state. `logp_NT` is under the temperature and the allowed tokens (1 where greedy), before top-k and top-p.
@@ -80,10 +89,15 @@ def decode(extend: Callable, head_VD: Array, first_hidden_ND: Array, first_posit
 
   def emit(state: DecodeState, hidden_ND: Array) -> DecodeState:
     logits = scaled_logits(hidden_ND, head_VD, vocabulary.allowed_V, temperature)
+    if state.seen_NV is not None:
+      penalty = cfg.repetition_penalty
+      logits = jnp.where(state.seen_NV, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     token_N = draw(logits, jax.random.fold_in(key, state.step), cfg)
     logp_N = jnp.take_along_axis(jax.nn.log_softmax(logits), token_N[:, None], axis=1)[:, 0]
     live_N = ~state.done_N
     ends_N = jnp.isin(token_N, jnp.asarray(vocabulary.end_ids, jnp.int32))
+    if state.seen_NV is not None:
+      state = state.replace(seen_NV=state.seen_NV.at[jnp.arange(len(token_N)), token_N].set(True))
     put = lambda array_NT, value_N: array_NT.at[:, state.step].set(value_N)
     return state.replace(
         step=state.step + 1, done_N=state.done_N | ends_N,
@@ -103,6 +117,6 @@ def decode(extend: Callable, head_VD: Array, first_hidden_ND: Array, first_posit
   N, T = first_hidden_ND.shape[0], cfg.max_tokens
   state = DecodeState(
       step=jnp.int32(0), tokens_NT=jnp.full((N, T), vocabulary.pad_id, jnp.int32), logp_NT=jnp.zeros((N, T)),
-      valid_NT=jnp.zeros((N, T), bool), done_N=jnp.zeros(N, bool), cache=cache)
+      valid_NT=jnp.zeros((N, T), bool), done_N=jnp.zeros(N, bool), seen_NV=seen_NV, cache=cache)
   state = emit(state, first_hidden_ND)
   return jax.lax.while_loop(lambda s: (s.step < T) & ~jnp.all(s.done_N), advance, state)

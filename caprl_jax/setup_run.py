@@ -31,7 +31,8 @@ from caprl_jax.update import UpdateConfig, check_microbatches
 log = logging.getLogger("caprl_jax.setup_run")
 
 KNOWN_SECTIONS = ("mode", "seed", "mesh", "policy", "judge", "data", "curate", "gate", "rollout", "reward", "advantage",
-                  "update", "optimizer", "train", "evaluate", "checkpoint", "sft")
+                  "update", "optimizer", "train", "evaluate", "checkpoint", "sft", "caption",
+                  "export")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +144,10 @@ def read_settings(config: Any) -> Settings:
   check_group_size(step.rollout.group_size, step.advantage)
   check_microbatches(settings.data.batch_size, step.update)
   sampling = step.rollout.sampling
-  if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k:
+  if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k or sampling.repetition_penalty != 1:
     raise ValueError(f"config.rollout.sampling: temperature = {sampling.temperature}, top_p = {sampling.top_p}, top_k = "
-                     f"{sampling.top_k}: the policy gradient needs samples of the whole distribution; use a positive "
-                     "temperature, top_p 1 and top_k 0")
+                     f"{sampling.top_k}, repetition_penalty = {sampling.repetition_penalty}: the policy gradient needs samples of the whole distribution; use a positive "
+                     "temperature, top_p 1, top_k 0 and repetition_penalty 1")
   if settings.data.questions < 1 or settings.data.batch_size < 1:
     raise ValueError(f"config.data: questions = {settings.data.questions} and batch_size = "
                      f"{settings.data.batch_size} must be at least 1")

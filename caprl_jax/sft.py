@@ -184,7 +184,7 @@ def recognition(policy: Loaded, params, rows: list[QARow], prompt: ImagePrompt, 
         made = example(index, rng)
         made.valid[made.valid.sum() - 1] = False
         return made
-      scores.append(np.concatenate([np.asarray(score(params, batch))[:real] for batch, real in
+      scores.append(np.concatenate([sharding.to_host(score(params, batch))[:real] for batch, real in
                                     eval_batches(without_end, len(rows), 100, 0)]))
     best = np.array(values)[np.argmax(scores, axis=0)]
     rates[place] = float(np.mean(best == [row.facts[place] for row in rows]))
@@ -246,13 +246,14 @@ def _train_phases(policy: Loaded, rows, section, cfg: SFTConfig, config, seed, m
   params, first, measured = policy.params, 0, []
   for number, phase in enumerate(cfg.phases):
     tx, _ = build_optimizer(phase.optimizer, phase.steps)
-    state = TrainState(jnp.int32(0), params, jax.jit(tx.init)(params), jax.random.key(seed))
+    put = lambda x: jax.device_put(x, sharding.replicated(mesh))
+    state = TrainState(put(jnp.int32(0)), params, jax.jit(tx.init)(params), put(jax.random.key(seed)))
     step = jax.jit(functools.partial(sft_step, policy=policy.model, tx=tx, vocabulary=vocabulary), donate_argnums=0)
     place = workdir / f"phase_{number}"
     place.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=1))
     iterator = train_iterator(CaptionExample(rows, policy.tokenizer, prompt, phase, cfg), len(rows), cfg.batch_size,
-                              seed + number)
+                              seed + number, sharding.batch_share(mesh, cfg.batch_size))
     if checkpoints.latest_step():
       state, position = checkpoints.restore(state)
       iterator.set_state(position)
@@ -265,9 +266,9 @@ def _train_phases(policy: Loaded, rows, section, cfg: SFTConfig, config, seed, m
       measured.append(recognition(policy, params, eval_rows, prompt, vocabulary, cfg))
       log.info("after phase %d (%d steps), recognition on %d images of %s: %s", number, first, len(eval_rows),
                cfg.eval, measured[-1])
+  dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
+  output = pathlib.Path(cfg.output) if pathlib.Path(cfg.output).is_absolute() else workdir / cfg.output
+  save_policy(output, policy, params, dtype)
   if jax.process_index() == 0:
-    dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
-    output = pathlib.Path(cfg.output) if pathlib.Path(cfg.output).is_absolute() else workdir / cfg.output
-    save_policy(output, policy, params, dtype)
     write_json(workdir / "recognition.json", {"rows": len(eval_rows), "phases": measured})
     log.info("wrote %s; use it with --config.policy.checkpoint=%s", output, output)

@@ -6,6 +6,7 @@ splits heads, MLPs and vocabulary. A batch is split over `data` and `fsdp` toget
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -100,7 +101,36 @@ def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings
   return optax.tree_map_params(tx, place, state, params, shardings, transform_non_params=lambda _: replicated(mesh))
 
 
+def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
+  """Places in a batch that lie on this process's devices, ascending. Processes overlap where `tensor` spans them."""
+  places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[index] for index in places]))
+
+
 def put_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """This process's share of a batch, as numpy, -> global device arrays split over the batch axis."""
-  sharding = batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+  """This process's share of a batch (`batch_share`), as numpy, -> global device arrays split over the batch axis."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  here = batch_share(mesh, parts).tolist()  # a batch of `parts` rows has one a part
+
+  def put(x):
+    x = np.asarray(x)
+    rows = len(x) // len(here)
+
+    def part(index):
+      first = here.index((index[0].start or 0) // rows) * rows
+      return x[first:first + rows]
+
+    return jax.make_array_from_callback((rows * parts, *x.shape[1:]), batch_sharding(mesh), part)
+
+  return jax.tree.map(put, tree)
+
+
+def to_host(tree: Any) -> Any:
+  """Arrays as numpy, whole on every process. Where there are several, all of them must call it."""
+  split = lambda x: isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+  return jax.device_get(jax.tree.map(lambda x: _replicate(x.sharding.mesh)(x) if split(x) else x, tree))
+
+
+@functools.cache
+def _replicate(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))

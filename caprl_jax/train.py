@@ -83,7 +83,8 @@ def build_step(made: Run, tx: optax.GradientTransformation):
     nonlocal step
     if step is None:  # the state comes out where it went in: another layout would compile the step anew
       shardings = jax.tree.map(lambda x: x.sharding, state)
-      step = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, None, None))
+      everywhere = sharding.replicated(made.mesh)  # every process reads metrics and samples
+      step = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
     return step(state, made.frozen, batch)
 
   return run
@@ -96,7 +97,8 @@ def train(made: Run, config: dict, workdir: pathlib.Path) -> TrainState:
   tx, _ = build_optimizer(settings.optimizer, settings.train.steps)
   kind = trained(settings.policy.trainable, made.policy.model.cfg.family)
   params, shardings = split(made.policy.params, kind)[0], policy_shardings(made)
-  iterator = train_iterator(made.train.example, len(made.train_rows), settings.data.batch_size, settings.seed)
+  share = sharding.batch_share(made.mesh, settings.data.batch_size)
+  iterator = train_iterator(made.train.example, len(made.train_rows), settings.data.batch_size, settings.seed, share)
   checkpoints = Checkpoints(workdir, settings.checkpoint)
   if checkpoints.latest_step() is not None:
     state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))
@@ -107,7 +109,7 @@ def train(made: Run, config: dict, workdir: pathlib.Path) -> TrainState:
 
   def keep_samples(step: int, batch, samples) -> None:
     if step == 1 or step % settings.train.sample_every == 0:
-      host = jax.device_get(samples)
+      host = jax.tree.map(lambda x: x[share], jax.device_get(samples))
       save_samples(workdir / "samples" / f"step_{step:06d}.json", "train", step, [(batch, host)], made.train,
                    made.policy.tokenizer, settings.train.sample_images)
 
@@ -156,9 +158,8 @@ def run(config, workdir: pathlib.Path) -> None:
       params = whole(state.params, made.frozen.base)
       after = evaluator(params, workdir / "samples" / "after.json", "after", settings.train.steps)
     summary.put(after=after, wall_secs=clock.secs)
-    if jax.process_index() == 0:
-      save_policy(workdir / "policy", made.policy, params)
-      if settings.policy.trainable == "lora":
-        save_adapters(workdir / "adapters", params, settings.policy.lora, settings.policy.checkpoint)
+    save_policy(workdir / "policy", made.policy, params)
+    if settings.policy.trainable == "lora":
+      save_adapters(workdir / "adapters", params, settings.policy.lora, settings.policy.checkpoint)
   if jax.process_index() == 0:
     log.info("report: %s   captioner: %s", write_report(workdir), workdir / "policy")

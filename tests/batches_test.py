@@ -210,18 +210,14 @@ def test_an_extreme_image_names_the_row(rows):
     ImagePrompt(CFG, PIECES, image_shape(rows, CFG))(long)
 
 
-def test_fewer_rows_than_processes_are_refused(monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 4)
-  with pytest.raises(ValueError, match="3 rows cannot be split over 4"):
-    train_iterator(light, 3, 8, 0)
+def test_a_share_reads_its_own_rows_only():
+  read = []
 
+  def example(index, rng):
+    read.append(index)
+    return light(index, rng)
 
-def test_processes_read_disjoint_rows(monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  seen = []
-  for index in range(2):
-    monkeypatch.setattr(jax, "process_index", lambda: index)
-    batches = take(train_iterator(light, 12, 4, 0), 3)
-    assert all(b["row"].shape == (2,) for b in batches)
-    seen.append(set(np.concatenate([b["row"] for b in batches]).tolist()))
-  assert seen[0] == set(range(0, 12, 2)) and seen[1] == set(range(1, 12, 2))
+  batches = take(train_iterator(example, 12, 4, 0, share=[1, 3]), 3)
+  whole = np.concatenate([batch["row"] for batch in take(train_iterator(light, 12, 4, 0), 3)])
+  np.testing.assert_array_equal(np.concatenate([batch["row"] for batch in batches]), whole[1::2])
+  assert set(read[:6]) == set(whole[1::2].tolist())

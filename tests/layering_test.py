@@ -20,7 +20,7 @@ ORDER = [
   "optimizer", "update", "step",
   "metrics", "checkpoint", "loop", "asking", "curate", "setup_run",
   "samples", "evaluate", "curves", "report_template", "report",
-  "sft", "train",
+  "sft", "train", "caption", "export",
   "main",
 ]  # fmt: skip
 

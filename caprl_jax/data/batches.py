@@ -1,4 +1,4 @@
-"""Rows -> batches of fixed shape, shuffled, sharded by process, resumable: a Grain pipeline."""
+"""Rows -> batches of fixed shape, shuffled, resumable, the same for any number of processes: a Grain pipeline."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -81,26 +81,29 @@ def stack(examples: Sequence) -> Batch:
   return jax.tree.map(lambda *x: np.stack(x), *examples)
 
 
-def train_iterator(example: Callable, count: int, batch_size: int, seed: int) -> grain.DatasetIterator:
-  """Endless shuffled batches of this process's share; `get_state` / `set_state` resume it exactly.
+def train_iterator(example: Callable, count: int, batch_size: int, seed: int,
+                   share: Sequence[int] | None = None) -> grain.DatasetIterator:
+  """Endless shuffled batches; `get_state` / `set_state` resume it exactly, with any number of processes.
 
   Args:
     example: (row index, numpy Generator) -> arrays without a batch axis; the generator is seeded by the position in
       the stream, so what is drawn does not depend on what was skipped.
-    count: rows. Each process reads its own rows, `batch_size / process_count` of them a batch.
+    count: rows.
+    share: places in each batch that are made here (`sharding.batch_share`): only those are read. None: all.
   """
-  shard, shards = jax.process_index(), jax.process_count()
-  if count < shards:
-    raise ValueError(f"{count} rows cannot be split over {shards} processes")
-  dataset = (grain.MapDataset.range(count)[shard::shards].seed(seed).shuffle().repeat()
-             .random_map(lambda index, rng: example(int(index), rng))
-             .batch(batch_size // shards, batch_fn=stack))
+  places = range(batch_size) if share is None else [int(i) for i in share]
+  stream = (grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+            .random_map(lambda index, rng: example(int(index), rng)))
+  dataset = grain.MapDataset.range(len(stream) // batch_size).map(
+      lambda number: stack([stream[number * batch_size + i] for i in places]))
   return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def eval_batches(example: Callable, count: int, batch_size: int, seed: int):
+def eval_batches(example: Callable, count: int, batch_size: int, seed: int, share: Sequence[int] | None = None):
   """Every row once, in order, in batches; yields (batch, real rows in it): the last one is filled up with its last
-  row. Each row's generator is seeded by (seed, index)."""
+  row. Each row's generator is seeded by (seed, index). `share` is that of `train_iterator`; the real rows are counted
+  in the whole batch."""
+  places = range(batch_size) if share is None else share
   for start in range(0, count, batch_size):
-    index = [min(i, count - 1) for i in range(start, start + batch_size)]
+    index = [min(start + int(i), count - 1) for i in places]
     yield stack([example(i, np.random.default_rng([seed, i])) for i in index]), min(batch_size, count - start)

@@ -20,11 +20,16 @@ def default_template(family: Family) -> str:
 
 
 def find_template(files: Mapping[str, bytes]) -> str | None:
-  """The chat template among a checkpoint's small files, where transformers' processors look for it; None if absent."""
-  if "chat_template.jinja" in files:
-    return files["chat_template.jinja"].decode("utf-8")
-  for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-    template = json.loads(files[name]).get("chat_template") if name in files else None
+  """The chat template among a checkpoint's small files; None if absent.
+
+  Where there are several, the one that transformers' processors take; a tokenizer's own only where there is no other.
+  """
+  for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
+    if name not in files:
+      continue
+    template = files[name].decode("utf-8")
+    if not name.endswith(".jinja"):
+      template = json.loads(template).get("chat_template")
     if isinstance(template, list):  # several, by name
       template = {t["name"]: t["template"] for t in template}.get("default")
     if template:
@@ -36,8 +41,13 @@ def prompt_pieces(template: str, family: Family, tokenizer: Tokenizer, instructi
                   special: Mapping[str, str] | None = None) -> tuple[list[int], list[int]]:
   """Token ids of a user's turn with one image and an instruction, cut where the image's tokens go.
 
-  Raises ValueError for a template that does not write the family's image marker once.
+  Raises ValueError for an instruction that spells the family's image token, and for a template that does not write
+  the family's image marker once.
   """
+  image = family.marker.removeprefix(family.open).removesuffix(family.close)
+  if image in instruction:  # it would be one more image token than there are image features
+    raise ValueError(f"the instruction {instruction!r} holds {image!r}, which stands for an image; the chat template "
+                     "writes it where it belongs: take it out of the instruction")
   from transformers.utils.chat_template_utils import render_jinja_template  # late: it takes a second
   turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}
   try:
@@ -46,7 +56,7 @@ def prompt_pieces(template: str, family: Family, tokenizer: Tokenizer, instructi
     raise ValueError(f"the checkpoint's chat template failed on a turn with an image: {type(error).__name__}: {error}; "
                      "mend chat_template.jinja") from error
   before, found, after = text.partition(family.marker)
-  if not found or (family.marker in after and family.marker not in instruction):
+  if not found or text.count(image) != 1:
     raise ValueError(f"the checkpoint's chat template writes {text!r} for an image and an instruction; it must hold "
                      f"{family.marker!r} once. Is it of the text-only model?")
   return tokenizer.encode(before + family.open), tokenizer.encode(family.close + after)

@@ -143,10 +143,14 @@ def new_policy_files(tokenizer: Tokenizer, family) -> dict[str, bytes]:
 def save_policy(path: str | pathlib.Path, loaded: Loaded, params: Params, dtype=None,
                 max_shard_bytes: int = 5_000_000_000, card: str | None = None) -> None:
   """Writes a directory that transformers, vLLM and `load_policy` read. `dtype` casts the parameters; adapters are
-  merged into the matrices that they adapt; `card` becomes README.md."""
+  merged into the matrices that they adapt; `card` becomes README.md. All processes call it, the first one writes."""
   family = loaded.model.cfg.family
   params = merge_lora(params, loaded.model.cfg.text.lora)
   tensors = weights.TensorsOfParams(params, family.keys, dtype)
+  if jax.process_index() > 0:
+    for name in tensors:
+      tensors[name]  # its part in gathering them  # pylint: disable=pointless-statement
+    return
   config = {**loaded.config, "dtype": np.dtype(dtype or jax.tree.leaves(params)[0].dtype).name}
   config.pop("torch_dtype", None)  # the same under its old name
   small = loaded.files or new_policy_files(loaded.tokenizer, family)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from caprl_jax import sharding
 from caprl_jax.models.family import Family
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.types import Params
@@ -109,12 +110,16 @@ def _peft_name(path: str, number: int) -> str:
 
 
 def save_adapters(folder: pathlib.Path, params: Params, lora: LoraConfig, base: str) -> None:
-  """Writes adapter_config.json and adapter_model.safetensors, which `peft` loads onto the base model.
+  """Writes adapter_config.json and adapter_model.safetensors, which `peft` loads onto the base model. All processes
+  call it, the first one writes.
 
   Args:
     base: name or directory of the base model, for adapter_config.json.
   """
   _, adapters = split_lora(params)
+  adapters = sharding.to_host(adapters)
+  if jax.process_index() > 0:
+    return
   tensors = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
     name = ".".join(p.key for p in path)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from caprl_jax import sharding
 from caprl_jax.models.family import Keys
 from caprl_jax.types import Params
 
@@ -108,8 +109,8 @@ def params_from_tensors(abstract: Params, tensors: Mapping, keys: Keys, source: 
 
 
 class TensorsOfParams(Mapping):
-  """The checkpoint's tensors under the names this package writes, each made when asked for; the inverse of
-  `params_from_tensors`. `dtype` casts them."""
+  """The checkpoint's tensors under the names this package writes, each made when asked for (by all processes alike);
+  the inverse of `params_from_tensors`. `dtype` casts them."""
 
   def __init__(self, params: Params, keys: Keys, dtype=None):
     self.dtype, self.sources = dtype, {}
@@ -119,7 +120,7 @@ class TensorsOfParams(Mapping):
 
   def __getitem__(self, name: str) -> np.ndarray:
     leaf, number, transposed = self.sources[name]
-    array = np.asarray(leaf if number is None else leaf[number])
+    array = np.asarray(sharding.to_host(leaf if number is None else leaf[number]))
     array = array.T if transposed else array
     return np.ascontiguousarray(array if self.dtype is None else array.astype(self.dtype))
 
