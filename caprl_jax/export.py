@@ -19,6 +19,7 @@ from caprl_jax.setup_run import PolicySection, read_settings, workdir_file
 from caprl_jax.train import abstract_state
 from caprl_jax.types import Params
 
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 log = logging.getLogger("caprl_jax.export")
 
 
@@ -78,7 +79,8 @@ def trained_params(workdir: pathlib.Path, mesh) -> tuple[Loaded, Params, dict]:
 def run(config, workdir: pathlib.Path) -> None:
   """Writes `export.output`."""
   cfg = configuration.load_section(config, "export", ExportConfig)
-  dtype = ml_dtypes.bfloat16 if cfg.dtype == "bfloat16" else np.dtype(cfg.dtype)
+  if cfg.dtype not in DTYPES:
+    raise ValueError(f"export.dtype = {cfg.dtype!r}; use one of {', '.join(DTYPES)}")
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
   output, summary = pathlib.Path(cfg.output).expanduser(), {}
   with jax.set_mesh(mesh):
@@ -95,5 +97,5 @@ def run(config, workdir: pathlib.Path) -> None:
     if cfg.adapters:
       save_adapters(output, params, lora, base)
     else:
-      save_policy(output, loaded, params, dtype, int(cfg.shard_gb * 1e9), model_card(base, summary, cfg.dtype))
+      save_policy(output, loaded, params, DTYPES[cfg.dtype], int(cfg.shard_gb * 1e9), model_card(base, summary, cfg.dtype))
   log.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in output.iterdir())))

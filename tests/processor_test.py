@@ -7,11 +7,9 @@ import json
 import pathlib
 import tempfile
 from unittest import mock
-import warnings
 
-import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 import pytest
 import tokenizers
 import transformers
@@ -26,7 +24,7 @@ from caprl_jax.models import files
 from caprl_jax.models.chat import find_template
 from caprl_jax.models.load import Loaded
 from caprl_jax.models.policy import Policy, PolicyConfig
-from caprl_jax.models.tokenizer import load_tokenizer
+from caprl_jax.models.tokenizer import Tokenizer, load_tokenizer
 from tests import qwen_vocabulary
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl")
@@ -182,14 +180,14 @@ def make_pair(family: str, released: bool = False) -> Pair:
   path = pathlib.Path(_folder().name) / f"{family}-{tile}"
   theirs.save_pretrained(path)
   (path / "config.json").write_text(json.dumps(hf_config(family, tile)))
-  return Pair(theirs, read(path), path)
+  return Pair(theirs, read(path, make_pair(family).ours.tokenizer if released else load_tokenizer(path)), path)
 
 
-def read(path: pathlib.Path) -> Loaded:
-  """What `load_policy` reads of a directory, weights aside."""
+def read(path: pathlib.Path, tokenizer: Tokenizer) -> Loaded:
+  """What `load_policy` reads of a directory, weights and the slow tokenizer aside."""
   config, preprocessor = files.read_json(path / "config.json"), files.read_preprocessor(path)
   cfg = PolicyConfig.from_hf(config, preprocessor)
-  return Loaded(Policy(cfg), {}, load_tokenizer(path), config, preprocessor, None, files.read_small_files(path))
+  return Loaded(Policy(cfg), {}, tokenizer, config, preprocessor, None, files.read_small_files(path))
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -228,24 +226,33 @@ def test_the_vocabulary_is_the_real_one():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_equal_those_of_transformers(family, tmp_path):
-  """From tokenizer.json, and from vocab.json, merges.txt and tokenizer_config.json as older repositories have it."""
-  path = qwen_vocabulary.tokenizer_directory(family)
-  vocab, merges = qwen_vocabulary.vocabulary()
-  (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-  (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-  (tmp_path / "tokenizer_config.json").write_bytes((path / "tokenizer_config.json").read_bytes())
-  theirs, ours, old = hf_tokenizer(family), load_tokenizer(path), load_tokenizer(tmp_path)
+def test_tokens_equal_those_of_transformers(family):
+  """Of the directory that transformers' tokenizer was read from, and of that which its processor wrote."""
+  written = make_pair(family).ours.tokenizer
+  theirs, ours = hf_tokenizer(family), load_tokenizer(qwen_vocabulary.tokenizer_directory(family))
   ids = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652,
          "<|vision_end|>": 151653, "<|vision_pad|>": 151654, "<|image_pad|>": 151655, "<|video_pad|>": 151656,
          "<tool_call>": 151657, "<|file_sep|>": 151664}
   ids |= {"<tool_response>": 151665, "</think>": 151668} if family != "qwen2_5_vl" else {}
   ids |= {"<img>": 151669, "</img>": 151670, "<IMG_CONTEXT>": 151671} if family == "internvl" else {}
   for token, token_id in ids.items():
-    assert ours.id_of(token) == old.id_of(token) == theirs.convert_tokens_to_ids(token) == token_id
-  assert ours.special_ids == old.special_ids == set(range(151643, len(theirs)))
+    assert ours.id_of(token) == written.id_of(token) == theirs.convert_tokens_to_ids(token) == token_id
+  assert ours.special_ids == written.special_ids == set(range(151643, len(theirs)))
   for text in (*INSTRUCTIONS, *ids, "".join(ids)):
-    assert ours.encode(text) == old.encode(text) == theirs(text)["input_ids"], text
+    assert ours.encode(text) == written.encode(text) == theirs(text)["input_ids"], text
+
+
+def test_tokens_from_vocab_and_merges(tmp_path):
+  """As older repositories have them: vocab.json, merges.txt and the added tokens in tokenizer_config.json."""
+  path = qwen_vocabulary.tokenizer_directory("qwen2_5_vl")
+  vocab, merges = qwen_vocabulary.vocabulary()
+  (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+  (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+  (tmp_path / "tokenizer_config.json").write_bytes((path / "tokenizer_config.json").read_bytes())
+  ours, theirs = load_tokenizer(tmp_path), hf_tokenizer("qwen2_5_vl")
+  assert ours.special_ids == set(range(151643, len(theirs)))
+  for text in (*INSTRUCTIONS, "".join(qwen_vocabulary.SPECIAL + qwen_vocabulary.QWEN25)):
+    assert ours.encode(text) == theirs(text)["input_ids"], text
     assert ours.special_ids.isdisjoint(ours.encode_plain(text))
 
 
@@ -303,21 +310,20 @@ def test_released_files_say_the_same_in_every_layout(family, tmp_path):
   """The hub's layout (preprocessor_config.json, chat_template.json) and that of transformers 5 (processor_config.json,
   chat_template.jinja)."""
   pair = make_pair(family, released=True)
-  for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-    (tmp_path / name).symlink_to(pair.path / name)
+  for name in ("tokenizer_config.json", "config.json"):
+    (tmp_path / name).write_bytes((pair.path / name).read_bytes())
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(RELEASED[family]))
   (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": qwen_vocabulary.TEMPLATES[family]}))
   if family == "internvl":
     (tmp_path / "processor_config.json").write_text(json.dumps(dict(image_seq_length=256)))
-  hub = read(tmp_path)
+  hub = read(tmp_path, pair.ours.tokenizer)
   assert hub.model.cfg == pair.cfg
   assert hub.prompt_pieces(INSTRUCTION) == pair.ours.prompt_pieces(INSTRUCTION)
   (tmp_path / "chat_template.json").unlink()
   config = json.loads((pair.path / "tokenizer_config.json").read_bytes())
-  (tmp_path / "tokenizer_config.json").unlink()
   (tmp_path / "tokenizer_config.json").write_text(
       json.dumps({**config, "chat_template": qwen_vocabulary.TEMPLATES[family]}))
-  assert read(tmp_path).prompt_pieces(INSTRUCTION) == pair.ours.prompt_pieces(INSTRUCTION)
+  assert read(tmp_path, pair.ours.tokenizer).prompt_pieces(INSTRUCTION) == pair.ours.prompt_pieces(INSTRUCTION)
 
 
 def test_released_image_of_full_size():
@@ -396,7 +402,7 @@ def opaque() -> dict[str, bytes]:
       "GIF": _encode(picture.quantize(64), "GIF"), "BMP": _encode(picture, "BMP"),
       "CMYK JPEG": _encode(picture.convert("CMYK"), "JPEG"), "CMYK TIFF": _encode(picture.convert("CMYK"), "TIFF"),
       "L JPEG": _encode(picture.convert("L"), "JPEG"), "1 TIFF": _encode(picture.convert("1"), "TIFF"),
-      "YCbCr TIFF": _encode(picture.convert("YCbCr"), "TIFF"), "LAB TIFF": _encode(picture.convert("RGB"), "TIFF"),
+      "YCbCr TIFF": _encode(picture.convert("YCbCr"), "TIFF"), "LAB TIFF": _encode(Image.frombytes("LAB", (61, 47), picture.tobytes()), "TIFF"),
       "WebP": _encode(picture, "WEBP"), "PNG with EXIF": _encode(picture, exif=_exif(6)),
   }
   return made | {f"EXIF {i}": _turned(i) for i in range(1, 9)}
@@ -451,7 +457,6 @@ def test_transparency_is_laid_over_white(family, tmp_path):
     path.write_bytes(data)
     with Image.open(path) as image:
       assert "A" in image.getbands() or "transparency" in image.info
-      from PIL import ImageOps
       _compare_file(pair, path, ImageOps.exif_transpose(image))
   row = CaptionRow(transparent()["clear RGBA"], "", "clear")
   assert np.asarray(read_image(row)).min() == 255
@@ -464,7 +469,7 @@ def test_more_than_8_bits_are_scaled(family, tmp_path):
   pair = make_pair(family)
   grey = np.random.default_rng(3).integers(0, 65536, (30, 40)).astype(np.uint16)
   made = {"I;16.png": Image.fromarray(grey), "I;16.tiff": Image.fromarray(grey),
-          "I.tiff": Image.fromarray(grey.astype(np.int32)), "F.tiff": Image.fromarray(grey.astype(np.float32))}
+          "I;16B.tiff": Image.fromarray(grey.astype(">u2")), "I.tiff": Image.fromarray(grey.astype(np.int32)), "F.tiff": Image.fromarray(grey.astype(np.float32))}
   expected = Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
   for name, image in made.items():
     path = tmp_path / name
