@@ -15,6 +15,7 @@ from caprl_jax.masked import NEGATIVE, masked_sum
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.head import token_logprobs
+from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import Answers, Array, Captions, JudgePrompt, Params, Questions, Vocabulary
 
 
@@ -27,11 +28,13 @@ class JudgeConfig:
     distribution over option letters after a prompt that lists permuted options: `letter_argmax`, `letter_prob`
     (the credit is the gold letter's probability) or `letter_sample` at `temperature`.
   margin: an answer must beat the runner-up by more than this, or it counts as none (in nats).
+  microbatches: pieces of the batch that are judged one after the other, to save memory.
   """
   reading: Literal["option_pmi", "letter_argmax", "letter_prob", "letter_sample"] = "option_pmi"
   temperature: float = 0.6
   margin: float = 1e-3
   chunk_tokens: int = 1024
+  microbatches: int = 1
 
   def __post_init__(self):
     if self.temperature <= 0 or self.margin < 0:
@@ -43,7 +46,16 @@ def judge_captions(judge: Decoder, params: Params, prompt: JudgePrompt, captions
   """Asks every question of an image about each of its captions; special tokens are stripped first."""
   judge_id_BGT = vocabulary.judge_id_V[captions.tokens_BGT]
   keep_BGT = captions.valid_BGT & (judge_id_BGT >= 0)
-  return answer_questions(judge, params, prompt, jnp.maximum(judge_id_BGT, 0), keep_BGT, questions, key, cfg)
+  judge_id_BGT = jnp.maximum(judge_id_BGT, 0)
+  if cfg.microbatches == 1:
+    return answer_questions(judge, params, prompt, judge_id_BGT, keep_BGT, questions, key, cfg)
+
+  def some(piece):
+    number, ids, keep, questions = piece
+    return answer_questions(judge, params, prompt, ids, keep, questions, jax.random.fold_in(key, number), cfg)
+
+  pieces = microbatches((judge_id_BGT, keep_BGT, questions), cfg.microbatches)
+  return join_microbatches(jax.lax.map(some, (jnp.arange(cfg.microbatches), *pieces)))
 
 
 def answer_questions(judge: Decoder, params: Params, prompt: JudgePrompt, caption_BGT: Array, keep_BGT: Array,

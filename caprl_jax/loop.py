@@ -127,7 +127,9 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
         if step % checkpoints.cfg.every_steps == 0:
           while pending:  # before the checkpoint: a kill after it must leave no gap in metrics.jsonl
             report()
+          known = compiles.count
           save()
+          after_first += compiles.count - known  # Orbax cuts what has copies: no program of ours
       while pending:
         report()
       if start < steps:

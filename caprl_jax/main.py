@@ -57,6 +57,12 @@ MODES = {
     "--config.caption.output=captions.jsonl",
     workdir="runs/caption",
   ),
+  "plan": Mode(
+    "caprl_jax.plan",
+    "memory and largest arrays of a training config's step on a TPU topology, without a TPU",
+    "--config=configs/caprl_3b.py --config.mode=plan --config.plan.topology=v5p:2x2x2",
+    workdir="runs/plan",
+  ),
   "export": Mode(
     "caprl_jax.export",
     "a run's captioner (or any checkpoint) as a directory that transformers and vLLM load",

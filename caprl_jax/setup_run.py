@@ -32,7 +32,7 @@ log = logging.getLogger("caprl_jax.setup_run")
 
 KNOWN_SECTIONS = ("mode", "seed", "mesh", "policy", "judge", "data", "curate", "gate", "rollout", "reward", "advantage",
                   "update", "optimizer", "train", "evaluate", "checkpoint", "sft", "caption",
-                  "export")
+                  "export", "plan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ class JudgeSection:
   temperature: float = 0.6
   margin: float = 1e-3
   chunk_tokens: int = 1024
+  microbatches: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,8 @@ def read_settings(config: Any) -> Settings:
   section = lambda name, cls: configuration.load_section(config, name, cls)
   judge = section("judge", JudgeSection)
   judge_config = configuration.load_section(
-      {"judge": {k: getattr(judge, k) for k in ("reading", "temperature", "margin", "chunk_tokens")}}, "judge",
+      {"judge": {k: getattr(judge, k) for k in ("reading", "temperature", "margin", "chunk_tokens",
+                                                          "microbatches")}}, "judge",
       JudgeConfig)
   step = StepConfig(section("rollout", RolloutConfig), judge_config, section("reward", RewardConfig),
                     section("advantage", AdvantageConfig), section("update", UpdateConfig))
@@ -143,6 +145,9 @@ def read_settings(config: Any) -> Settings:
       checkpoint=section("checkpoint", CheckpointConfig), step=step)
   check_group_size(step.rollout.group_size, step.advantage)
   check_microbatches(settings.data.batch_size, step.update)
+  if settings.data.batch_size % step.judge.microbatches:
+    raise ValueError(f"judge.microbatches = {step.judge.microbatches} does not divide data.batch_size = "
+                     f"{settings.data.batch_size}")
   sampling = step.rollout.sampling
   if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k or sampling.repetition_penalty != 1:
     raise ValueError(f"config.rollout.sampling: temperature = {sampling.temperature}, top_p = {sampling.top_p}, top_k = "

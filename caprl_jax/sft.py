@@ -247,8 +247,12 @@ def _train_phases(policy: Loaded, rows, section, cfg: SFTConfig, config, seed, m
   for number, phase in enumerate(cfg.phases):
     tx, _ = build_optimizer(phase.optimizer, phase.steps)
     put = lambda x: jax.device_put(x, sharding.replicated(mesh))
-    state = TrainState(put(jnp.int32(0)), params, jax.jit(tx.init)(params), put(jax.random.key(seed)))
-    step = jax.jit(functools.partial(sft_step, policy=policy.model, tx=tx, vocabulary=vocabulary), donate_argnums=0)
+    moments = sharding.optimizer_shardings(tx, params, policy.shardings, mesh)
+    state = TrainState(put(jnp.int32(0)), params, jax.jit(tx.init, out_shardings=moments)(params),
+                       put(jax.random.key(seed)))
+    # The state comes out where it went in: another layout would compile the step anew.
+    step = jax.jit(functools.partial(sft_step, policy=policy.model, tx=tx, vocabulary=vocabulary), donate_argnums=0,
+                   out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None))
     place = workdir / f"phase_{number}"
     place.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=1))

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -55,6 +56,34 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   """The first axis of every array of a batch over `data` and `fsdp`."""
   return jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def microbatches(tree: Any, count: int) -> Any:
+  """[B, ...] -> [count, B / count, ...]: every count-th row, so that each device's rows stay where they are."""
+  def cut(x):
+    x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+    if jax.sharding.get_abstract_mesh().empty:
+      return x
+    return jax.lax.with_sharding_constraint(x, P(None, ("data", "fsdp")))
+  return jax.tree.map(cut, tree)
+
+
+def join_microbatches(tree: Any) -> Any:
+  """The inverse of `microbatches`."""
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def gathered(shardings: Any) -> Any:
+  """Shardings of parameters that many short programs use in a row, as decoding does: not split over `fsdp`, which
+  would be gathered anew for each token."""
+  def one(s):
+    return jax.sharding.NamedSharding(s.mesh, P(*(None if axis == "fsdp" else axis for axis in s.spec)))
+  return jax.tree.map(one, shardings)
+
+
+def splits_parameters(mesh: jax.sharding.Mesh) -> bool:
+  """Whether parameters are split along an axis that is gathered on use."""
+  return mesh.shape["fsdp"] > 1
 
 
 def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh, name: str) -> None:

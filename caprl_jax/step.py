@@ -35,14 +35,19 @@ def stage_keys(key: Array, step: Array) -> tuple[Array, Array]:
 
 
 def train_step(state: TrainState, frozen: Frozen, batch: Batch, *, policy: Policy, judge: Decoder,
-               tx: optax.GradientTransformation, cfg: StepConfig, kinds: tuple[str, ...] = ()):
+               tx: optax.GradientTransformation, cfg: StepConfig, kinds: tuple[str, ...] = (), rollout_shardings=None):
   """Caption each image G times, judge the captions, improve the policy.
 
+  `rollout_shardings`: where the policy's parameters lie while captions are written, if elsewhere than in the update.
   Returns the new state, metrics named `stage/name`, and samples (captions, answers, reward_BG, scored_BG,
   advantage_BG) for people to read.
   """
   rollout_key, judge_key = stage_keys(state.key, state.step)
-  captions = sample_captions(policy, whole(state.params, frozen.base), batch, rollout_key, frozen.vocabulary, cfg.rollout)
+  params = whole(state.params, frozen.base)
+  if rollout_shardings is not None:  # gathered once, in the dtype that is computed in
+    params = jax.tree.map(lambda x: x.astype(policy.cfg.text.dtype), params)
+    params = jax.lax.with_sharding_constraint(params, rollout_shardings)
+  captions = sample_captions(policy, params, batch, rollout_key, frozen.vocabulary, cfg.rollout)
   answers = judge_captions(judge, frozen.judge, frozen.prompt, captions, batch.questions, frozen.vocabulary,
                            judge_key, cfg.judge)
   reward_BG, scored_BG, terms = caption_reward(answers, batch.questions.valid_BK, cfg.reward)

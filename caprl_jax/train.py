@@ -66,6 +66,11 @@ def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, 
   return TrainState(scalar(jnp.int32(0)), params, opt_state, scalar(jax.random.key_data(jax.random.key(0))))
 
 
+def rollout_shardings(shardings, mesh):
+  """Of the policy's parameters while captions are written; None where they need not move."""
+  return sharding.gathered(shardings) if sharding.splits_parameters(mesh) else None
+
+
 def policy_shardings(made: Run):
   """Shardings of the parameters that are trained."""
   kind = made.settings.policy.trainable
@@ -76,7 +81,8 @@ def build_step(made: Run, tx: optax.GradientTransformation):
   """The one jit of training: `(state, batch) -> (state, metrics, samples)`, the state donated. The judge is an
   argument of the program, never a constant in it."""
   stages = functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
-                             cfg=made.settings.step, kinds=made.kinds)
+                             cfg=made.settings.step, kinds=made.kinds,
+                             rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh))
   step = None
 
   def run(state: TrainState, batch):

@@ -10,6 +10,7 @@ from caprl_jax.loss import LossConfig, policy_loss
 from caprl_jax.models.lora import whole
 from caprl_jax.models.policy import Policy
 from caprl_jax.rollout import caption_logprobs
+from caprl_jax.sharding import microbatches
 from caprl_jax.types import Array, Batch, Captions, Frozen, Params, TrainState
 
 
@@ -58,7 +59,7 @@ def loss_gradients(policy: Policy, params: Params, frozen: Frozen, batch: Batch,
     (total, (count, metrics)), grads = gradient(params, piece)
     grads = wide(grads)
   else:
-    pieces = jax.tree.map(lambda x: x.reshape(cfg.microbatches, -1, *x.shape[1:]), piece)
+    pieces = microbatches(piece, cfg.microbatches)
     take = lambda i: jax.tree.map(lambda x: x[i], pieces)
 
     def add(carry, piece):

@@ -194,7 +194,8 @@ mountpoint -q ~/gcs/"$bucket" || gcsfuse --implicit-dirs --rename-dir-limit=1000
 EOF
 }
 
-# setsid makes the run a process group of its own, which one kill ends whole.
+# setsid makes the run a process group of its own, which one kill ends whole. The trap is for the moment before nohup
+# is at work, in which the connection may already close.
 remote_start() { # the run's command as "$@"
   cat <<'EOF'
 set -eu
@@ -218,6 +219,7 @@ rm -f exit_code
 echo "$*" >command
 : >log.txt
 cd ~/caprl_jax
+trap '' HUP
 nohup setsid bash -c "\"\$@\"; echo \$? >~/caprl_jax_run/exit_code" run "$@" \
   >>~/caprl_jax_run/log.txt 2>&1 </dev/null &
 echo $! >~/caprl_jax_run/pid
@@ -246,7 +248,7 @@ EOF
 pack_lines() {
   cat <<'EOF'
 mkdir -p build/tpu_vm
-git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+git ls-files -z --cached --others --exclude-standard -- . ':!build/tpu_vm' | while IFS= read -r -d '' file; do
   if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\0' "$file"; fi
 done | COPYFILE_DISABLE=1 tar --null -czf build/tpu_vm/code.tar.gz -T -
 EOF

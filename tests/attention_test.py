@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from caprl_jax.models import attention
 from caprl_jax.models.attention import attend, attend_part, causal_mask, merge_parts
 
 N, L, H, J, h = 12, 5, 4, 2, 8
@@ -111,3 +112,23 @@ def test_causal_mask():
 def test_rows_that_do_not_divide_the_branches_are_refused():
   with pytest.raises(AssertionError):
     attend_part(normal(0, 4, 1, H, h), normal(1, 3, 2, J, h), normal(2, 3, 2, J, h), jnp.ones((3, 2), bool))
+
+
+@pytest.mark.parametrize("length", [9, 12])
+def test_queries_in_chunks_give_the_same(length, monkeypatch):
+  """Values and gradients; the last chunk is not full for one of the lengths."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  q, key, value = draw(4, length, 4, 8), draw(4, length, 2, 8), draw(4, length, 2, 8)
+  mask = attention.causal_mask(jnp.asarray(rng.random((4, length)) < 0.8))
+  prefix = (draw(2, 5, 2, 8), draw(2, 5, 2, 8), jnp.asarray(rng.random((2, 5)) < 0.7))
+
+  def run(q, key, value):
+    out = attention.attend(q, (key, value), mask, (prefix,))
+    return (out * jnp.arange(out.size).reshape(out.shape) / out.size).sum(), out
+  whole = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(q, key, value)
+  monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
+  cut = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(q, key, value)
+  assert "scan" in str(jax.make_jaxpr(run)(q, key, value))
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)

@@ -33,15 +33,18 @@ def folder(tmp_path_factory):
   """Tiny models and data, and a config file that main reads."""
   folder = tmp_path_factory.mktemp("tiny")
   config = tiny.write_all(folder)
+  config.evaluate.group_images = 0  # one program less to compile
+  config.mesh = dict(data=1, fsdp=2, tensor=2)  # parameters are split over the processes
   (folder / "config.py").write_text(CONFIG.format(text=config.to_json()))
   return folder
 
 
-def start(folder, workdir, processes, devices, *overrides):
+def start(folder, workdir, processes, devices, *flags, program=("-m", "caprl_jax.main")):
   """`main`, once a process, on loopback."""
   environment = os.environ | {
-      "JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"}
-  command = [sys.executable, "-m", "caprl_jax.main", f"--config={folder / 'config.py'}", f"--workdir={workdir}", *overrides]
+      "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
+      "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"}
+  command = [sys.executable, *program, f"--config={folder / 'config.py'}", f"--workdir={workdir}", *flags]
   if processes > 1:
     with socket.socket() as probe:
       probe.bind(("localhost", 0))
@@ -87,11 +90,15 @@ def files_of(workdir):
   return {name for name in found if not name.startswith("checkpoints/")}
 
 
-def assert_close(a, b, name):
+def one_device():
+  return sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+
+
+def assert_close(a, b, name, rtol=1e-4):
   assert a.keys() == b.keys(), name
   for key in a:
     if not key.startswith("time/"):
-      np.testing.assert_allclose(b[key], a[key], rtol=1e-4, atol=1e-6, err_msg=f"{name}: {key}")
+      np.testing.assert_allclose(b[key], a[key], rtol=rtol, atol=1e-6, err_msg=f"{name}: {key}")
 
 
 def test_metrics_and_figures_are_those_of_one_process(one, two):
@@ -107,8 +114,7 @@ def test_metrics_and_figures_are_those_of_one_process(one, two):
 
 
 def test_the_captioner_is_that_of_one_process(one, two):
-  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  a, b = (load_policy(str(workdir / "policy"), mesh).params for workdir in (one, two))
+  a, b = (load_policy(str(workdir / "policy"), one_device()).params for workdir in (one, two))
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(y, x, atol=2e-4, err_msg=jax.tree_util.keystr(path))  # Adam moved them by up to 4e-3
 
@@ -123,28 +129,67 @@ def test_one_process_writes(one, two):
   assert "CapRL" not in errors and "report:" not in errors
 
 
-def test_parameters_split_over_processes_train_the_same(folder, one):
-  """fsdp and tensor across both processes; Ctrl-C in one of them stops both, and they go on to the end."""
-  workdir = folder / "stopped"
-  mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-  endless = ("--config.train.steps=100000", "--config.checkpoint.every_steps=100000")
-  started = start(folder, workdir, 2, 2, *mesh, *endless)
-  deadline = time.time() + 200
+# A mode with the real loop, checkpoints and batches, and a model that compiles in a moment.
+FAKE_MODE = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from caprl_jax import configuration, main, sharding
+from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
+from caprl_jax.data.batches import train_iterator
+from caprl_jax.loop import run_loop
+from caprl_jax.types import TrainState
+
+def example(index, rng):
+  return dict(row=np.int32(index), noise=rng.normal())
+
+def run(config, workdir):
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4))
+  split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  places = TrainState(everywhere, split, everywhere, everywhere)
+  @functools.partial(jax.jit, out_shardings=(places, everywhere, None), donate_argnums=0)
+  def step(state, batch):
+    params = state.params * 0.9 + batch["noise"] + batch["row"]
+    return state.replace(step=state.step + 1, params=params), {"loss": params.sum(), "first": params[0]}, None
+  with jax.set_mesh(mesh):
+    state = jax.jit(lambda: TrainState(jnp.int32(0), jnp.zeros(8), (), jax.random.key(0)), out_shardings=places)()
+    checkpoints = Checkpoints(workdir, CheckpointConfig(100_000))
+    iterator = train_iterator(example, 11, 8, 0, sharding.batch_share(mesh, 8))
+    if checkpoints.latest_step():
+      state, position = checkpoints.restore(state)
+      iterator.set_state(position)
+    run_loop(step, state, iterator, steps=config.steps, mesh=mesh, checkpoints=checkpoints, config={},
+             workdir=workdir, what="fake", reward_name="loss")
+"""
+
+
+def test_ctrl_c_in_one_process_stops_both_and_they_go_on(tmp_path):
+  """The state is split over both processes; what they end with is the run of one process that nothing stopped."""
+  (tmp_path / "fake_mode.py").write_text(FAKE_MODE)
+  (tmp_path / "config.py").write_text(CONFIG.format(text=json.dumps(dict(mode="fake", steps=100_000))))
+  program = ("-c", "import sys; from caprl_jax import main; main.MODES['fake'] = main.Mode('fake_mode', '', ''); "
+             "sys.exit(main.main(sys.argv))")
+  begin = lambda name, processes, *flags: start(tmp_path, tmp_path / name, processes, 4 // processes, *flags,
+                                                program=program)
+  workdir = tmp_path / "stopped"
+  started = begin("stopped", 2)
+  deadline = time.time() + 100
   while not ((workdir / "metrics.jsonl").exists() and read_metrics(workdir / "metrics.jsonl")):
     assert time.time() < deadline and all(process.poll() is None for process in started)
-    time.sleep(0.1)
+    time.sleep(0.05)
   started[1].send_signal(signal.SIGINT)
   errors = wait(started, workdir, 130)
   assert all("run the same command to go on" in text for text in errors)
-  done = [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
+  first = read_metrics(workdir / "metrics.jsonl")
+  steps = len(first)
   checkpoints = Checkpoints(workdir, CheckpointConfig())
-  assert done == list(range(1, checkpoints.latest_step() + 1))
+  assert [row["step"] for row in first] == list(range(1, steps + 1)) and checkpoints.latest_step() == steps
   checkpoints.close()
-  first = read_metrics(workdir / "metrics.jsonl")[0]
-  assert_close(read_metrics(one / "metrics.jsonl")[0], first, "step 1")
-  wait(start(folder, workdir, 2, 2, *mesh, f"--config.train.steps={done[-1] + 2}", endless[1]), workdir)
-  assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == [*done, done[-1] + 1, done[-1] + 2]
-  assert (workdir / "policy" / "model.safetensors").is_file()
+  wait(begin("stopped", 2, f"--config.steps={steps + 2}"), workdir)
+  wait(begin("whole", 1, f"--config.steps={steps + 2}"), tmp_path / "whole")
+  rows, whole = (read_metrics(folder / "metrics.jsonl") for folder in (workdir, tmp_path / "whole"))
+  assert rows[:steps] == first and len(rows) == steps + 2
+  for a, b in zip(whole, rows, strict=True):
+    assert_close(a, b, f"step {a['step']}")
 
 
 def light(index, rng):

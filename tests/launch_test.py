@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -63,7 +62,7 @@ mkdir -p runs/a
 printf '%s\0' "$@" >runs/a/arguments
 printf %s "${HF_TOKEN-}" >runs/a/token
 echo the last line of the log
-sleep "${FAKE_SLEEP:-0}"
+/bin/sleep "${FAKE_SLEEP:-0}"
 exit 3
 END
 chmod +x .venv/bin/python
@@ -102,7 +101,8 @@ class Sandbox:
 
   def run(self, *args: str, text: str | None = None, **more) -> subprocess.CompletedProcess:
     """launch/tpu_vm.sh with these arguments, or a bash script of this text, from another folder."""
-    command = ["bash", "-e"] if text is not None else ["bash", str(self.repository / "launch" / "tpu_vm.sh"), *args]
+    script = [str(self.repository / "launch" / "tpu_vm.sh"), *args]
+    command = ["bash", *(["-euo", "pipefail"] if text is not None else script)]
     return subprocess.run(command, input=text or "", cwd=self.bin, env=self.environment(**more), capture_output=True,
                           text=True, timeout=60)
 
@@ -215,7 +215,7 @@ def test_what_is_run_is_what_a_dry_run_prints(sandbox, args):
   by_hand = sandbox.run(text=printed.stdout, HF_TOKEN=TOKEN)
   assert by_hand.returncode == 0, by_hand.stderr
   assert run == sandbox.calls() != []
-  assert not list(sandbox.repository.rglob("hf_token"))
+  assert not list(sandbox.repository.rglob("hf_token")) and not (sandbox.bin / "build").exists()
   assert TOKEN not in printed.stdout + printed.stderr + done.stdout + done.stderr + json.dumps(run)
 
 
@@ -258,13 +258,15 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the workers are L
 
 @on_linux
 def test_from_the_slice_to_the_result(sandbox):
-  for name, text in {".gitignore": "build/\nruns/\n*.secret\n", "kept file.txt": "1", "deleted.txt": "1"}.items():
+  for name, text in {".gitignore": "runs/\n*.secret\n", "kept file.txt": "1", "deleted.txt": "1"}.items():
     (sandbox.repository / name).write_text(text)
   sandbox.git("add", ".")
   sandbox.git("commit", "--quiet", "--message=a")
   (sandbox.repository / "kept file.txt").write_text("2")
   (sandbox.repository / "new.txt").write_text("3")
   (sandbox.repository / "a.secret").write_text("4")
+  (sandbox.repository / "build" / "tpu_vm").mkdir(parents=True)
+  (sandbox.repository / "build" / "tpu_vm" / "hf_token").write_text(TOKEN)  # left by a run that was killed
   (sandbox.repository / "deleted.txt").unlink()
 
   done = sandbox.run("all", *SLICE, *TYPE, *RUN, "--delete", "--", *OVERRIDES, HF_TOKEN=TOKEN,
@@ -273,7 +275,7 @@ def test_from_the_slice_to_the_result(sandbox):
   assert done.returncode == 3, done.stderr
   code = sandbox.worker / "caprl_jax"
   assert (code / "kept file.txt").read_text() == "2" and (code / "new.txt").is_file()
-  assert not (code / "a.secret").exists() and not (code / "deleted.txt").exists()
+  assert not any((code / name).exists() for name in ("a.secret", "deleted.txt", "build"))
   fetched = sandbox.repository / "runs" / "a"
   assert (fetched / "arguments").read_text().split("\0")[:-1] == [
     "-m", "caprl_jax.main", "--config=configs/a.py", "--workdir=runs/a", "--distributed", *OVERRIDES]
@@ -299,7 +301,6 @@ def test_a_worker_runs_one_run(sandbox):
   finally:
     kill = re.search(r"kill -- -\$\(cat .*\)", other.stderr)[0]  # the remedy in the message
     subprocess.run(["bash", "-c", kill], env=os.environ | {"HOME": str(sandbox.worker)}, check=True)
-  time.sleep(0.2)
   lost = sandbox.run("logs", *SLICE, **home)
   assert lost.returncode == 2 and "ended without an exit code" in lost.stderr
 

@@ -14,13 +14,13 @@ ORDER = [
   "models.gguf", "models.files", "models.tokenizer",
   "models.layers", "models.attention", "models.decoder",
   "models.family", "models.qwen25_vl", "models.qwen3_vl", "models.internvl", "models.families",
-  "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load",
+  "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load", "models.published",
   "data.prompts", "data.questions", "data.batches",
   "sampling", "rollout", "judging", "reward", "advantages", "loss",
   "optimizer", "update", "step",
   "metrics", "checkpoint", "loop", "asking", "curate", "setup_run",
   "samples", "evaluate", "curves", "report_template", "report",
-  "sft", "train", "caption", "export",
+  "sft", "train", "caption", "export", "plan",
   "main",
 ]  # fmt: skip
 

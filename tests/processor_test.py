@@ -230,9 +230,10 @@ def test_tokens_equal_those_of_transformers(family):
   """Of the directory that transformers' tokenizer was read from, and of that which its processor wrote."""
   written = make_pair(family).ours.tokenizer
   theirs, ours = hf_tokenizer(family), load_tokenizer(qwen_vocabulary.tokenizer_directory(family))
-  ids = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652,
-         "<|vision_end|>": 151653, "<|vision_pad|>": 151654, "<|image_pad|>": 151655, "<|video_pad|>": 151656,
-         "<tool_call>": 151657, "<|file_sep|>": 151664}
+  ids = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|object_ref_start|>": 151646,
+         "<|box_end|>": 151649, "<|quad_start|>": 151650, "<|vision_start|>": 151652, "<|vision_end|>": 151653,
+         "<|vision_pad|>": 151654, "<|image_pad|>": 151655, "<|video_pad|>": 151656, "<tool_call>": 151657,
+         "<|file_sep|>": 151664}
   ids |= {"<tool_response>": 151665, "</think>": 151668} if family != "qwen2_5_vl" else {}
   ids |= {"<img>": 151669, "</img>": 151670, "<IMG_CONTEXT>": 151671} if family == "internvl" else {}
   for token, token_id in ids.items():
@@ -402,7 +403,8 @@ def opaque() -> dict[str, bytes]:
       "GIF": _encode(picture.quantize(64), "GIF"), "BMP": _encode(picture, "BMP"),
       "CMYK JPEG": _encode(picture.convert("CMYK"), "JPEG"), "CMYK TIFF": _encode(picture.convert("CMYK"), "TIFF"),
       "L JPEG": _encode(picture.convert("L"), "JPEG"), "1 TIFF": _encode(picture.convert("1"), "TIFF"),
-      "YCbCr TIFF": _encode(picture.convert("YCbCr"), "TIFF"), "LAB TIFF": _encode(Image.frombytes("LAB", (61, 47), picture.tobytes()), "TIFF"),
+      "YCbCr TIFF": _encode(picture.convert("YCbCr"), "TIFF"),
+      "LAB TIFF": _encode(Image.frombytes("LAB", (61, 47), picture.tobytes()), "TIFF"),
       "WebP": _encode(picture, "WEBP"), "PNG with EXIF": _encode(picture, exif=_exif(6)),
   }
   return made | {f"EXIF {i}": _turned(i) for i in range(1, 9)}
@@ -469,7 +471,8 @@ def test_more_than_8_bits_are_scaled(family, tmp_path):
   pair = make_pair(family)
   grey = np.random.default_rng(3).integers(0, 65536, (30, 40)).astype(np.uint16)
   made = {"I;16.png": Image.fromarray(grey), "I;16.tiff": Image.fromarray(grey),
-          "I;16B.tiff": Image.fromarray(grey.astype(">u2")), "I.tiff": Image.fromarray(grey.astype(np.int32)), "F.tiff": Image.fromarray(grey.astype(np.float32))}
+          "I;16B.tiff": Image.fromarray(grey.astype(">u2")), "I.tiff": Image.fromarray(grey.astype(np.int32)),
+          "F.tiff": Image.fromarray(grey.astype(np.float32))}
   expected = Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
   for name, image in made.items():
     path = tmp_path / name

@@ -192,8 +192,9 @@ def _session() -> tempfile.TemporaryDirectory:
 def tokenizer_directory(family: str) -> pathlib.Path:
   """A directory with the family's tokenizer.json, tokenizer_config.json and chat_template.jinja; kept for the session."""
   path = pathlib.Path(_session().name) / family
+  contents = tokenizer_json(family)
   path.mkdir()
-  (path / "tokenizer.json").write_text(tokenizer_json(family), encoding="utf-8")
+  (path / "tokenizer.json").write_text(contents, encoding="utf-8")
   (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(family), indent=2), encoding="utf-8")
   (path / "chat_template.jinja").write_text(TEMPLATES[family], encoding="utf-8")
   return path

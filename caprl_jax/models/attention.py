@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from caprl_jax.masked import NEGATIVE
 
 Array = jax.Array
+QUERY_CHUNK = 512
 
 
 @flax.struct.dataclass
@@ -86,8 +87,25 @@ def attend(q_NLHh: Array, own: tuple[Array, Array], own_mask_NLL: Array,
            prefixes: tuple[tuple[Array, Array, Array], ...] = ()) -> Array:
   """Attention of new tokens over prefixes, each (key_RSJh, value_RSJh, valid_RS), and over themselves.
 
+  Long runs of queries are taken in chunks of `QUERY_CHUNK`, whose scores are made again in the backward pass: scores of
+  all queries at once would be the largest array in the program.
+
   Returns [N, L, H, h] in the queries' dtype.
   """
-  parts = [attend_part(q_NLHh, key, value, valid) for key, value, valid in prefixes]
-  parts.append(attend_part(q_NLHh, *own, own_mask_NLL))
-  return merge_parts(parts).astype(q_NLHh.dtype)
+  def some(q_NCHh: Array, mask_NCL: Array) -> Array:
+    parts = [attend_part(q_NCHh, key, value, valid) for key, value, valid in prefixes]
+    parts.append(attend_part(q_NCHh, *own, mask_NCL))
+    return merge_parts(parts).astype(q_NCHh.dtype)
+
+  N, L, H, h = q_NLHh.shape
+  if L <= 2 * QUERY_CHUNK:
+    return some(q_NLHh, own_mask_NLL)
+  chunks = -(-L // QUERY_CHUNK)
+  pad = chunks * QUERY_CHUNK - L
+
+  def split(x: Array) -> Array:  # [N, L, ...] -> [chunks, N, QUERY_CHUNK, ...]
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(N, chunks, QUERY_CHUNK, *x.shape[2:]), 1, 0)
+
+  out = jax.lax.map(lambda x: jax.checkpoint(some)(*x), (split(q_NLHh), split(own_mask_NLL)))
+  return jnp.moveaxis(out, 0, 1).reshape(N, -1, H, h)[:, :L]

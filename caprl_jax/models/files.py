@@ -114,11 +114,18 @@ def read_directory(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str
 
 def read_preprocessor(path: pathlib.Path) -> dict[str, Any]:
   """What a checkpoint says of its image processor: preprocessor_config.json, or a part of processor_config.json."""
-  if (path / "preprocessor_config.json").exists():
-    return read_json(path / "preprocessor_config.json")
-  if (path / "processor_config.json").exists():
-    return read_json(path / "processor_config.json").get("image_processor") or {}
-  return {}
+  found = {}
+  for name in ("preprocessor_config.json", "processor_config.json"):  # transformers prefers the latter
+    if (path / name).exists():
+      held = read_json(path / name)
+      found = held if name == "preprocessor_config.json" else held.get("image_processor") or found
+  changed = {k: found[k] for k in ("do_resize", "do_rescale", "do_normalize") if found.get(k) is False}
+  if found.get("resample", 3) != 3:
+    changed["resample"] = found["resample"]
+  if changed:
+    raise ValueError(f"{path}: the image processor has {changed}; only bicubic resizing, rescaling and normalising are "
+                     "supported")
+  return found
 
 
 def read_small_files(path: pathlib.Path) -> dict[str, bytes]:

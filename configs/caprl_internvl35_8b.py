@@ -1,0 +1,22 @@
+"""CapRL-InternVL3.5-8B: InternVL3.5-8B captions, Qwen3-4B answers.
+
+  python -m caprl_jax.main --config=configs/caprl_internvl35_8b.py --workdir=runs/NAME --config.data.train=FILE.jsonl
+
+The recipe of configs/caprl_3b.py, where what was released for these captioners says nothing else.
+"""
+
+import importlib.util
+import pathlib
+
+
+def get_config():
+  spec = importlib.util.spec_from_file_location("caprl_3b", pathlib.Path(__file__).with_name("caprl_3b.py"))
+  base = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(base)
+  config = base.get_config()
+  config.policy.checkpoint = "OpenGVLab/InternVL3_5-8B-HF"
+  config.judge.source = "Qwen/Qwen3-4B"
+  # Images are cut into up to 12 tiles, not limited in pixels.
+  del config.policy.min_pixels
+  del config.policy.max_pixels
+  return config

@@ -1,0 +1,19 @@
+"""CapRL 2.0: Qwen3-VL-4B captions, Qwen3-4B answers.
+
+  python -m caprl_jax.main --config=configs/caprl_qwen3vl_4b.py --workdir=runs/NAME --config.data.train=FILE.jsonl
+
+The recipe of configs/caprl_3b.py, where what was released for these captioners says nothing else.
+"""
+
+import importlib.util
+import pathlib
+
+
+def get_config():
+  spec = importlib.util.spec_from_file_location("caprl_3b", pathlib.Path(__file__).with_name("caprl_3b.py"))
+  base = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(base)
+  config = base.get_config()
+  config.policy.checkpoint = "Qwen/Qwen3-VL-4B-Instruct"
+  config.judge.source = "Qwen/Qwen3-4B"
+  return config
