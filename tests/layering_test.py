@@ -14,7 +14,7 @@ ORDER = [
   "models.gguf", "models.files", "models.tokenizer",
   "models.layers", "models.attention", "models.decoder",
   "models.family", "models.qwen25_vl", "models.qwen3_vl", "models.internvl", "models.families",
-  "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load", "models.published",
+  "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load", "models.published", "models.quantize",
   "data.prompts", "data.questions", "data.batches",
   "sampling", "rollout", "judging", "reward", "advantages", "loss",
   "optimizer", "update", "step",

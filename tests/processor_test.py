@@ -345,7 +345,6 @@ def test_the_template_is_the_one_that_transformers_takes(present, tmp_path):
   assert find_template(files.read_small_files(tmp_path)) == found["chat_template"]
 
 
-@pytest.mark.xfail(reason="files.read_preprocessor looks at preprocessor_config.json first", strict=True)
 def test_the_image_processor_is_the_one_that_transformers_takes(tmp_path):
   """transformers 5 saves processor_config.json next to a preprocessor_config.json that was there before."""
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(max_pixels=1)))
