@@ -13,7 +13,7 @@ from caprl_jax import sharding
 from caprl_jax.advantages import flat_groups
 from caprl_jax.data.batches import eval_batches
 from caprl_jax.files import write_json
-from caprl_jax.judging import judge_captions
+from caprl_jax.judging import judge_captions, judge_ids
 from caprl_jax.reward import caption_reward
 from caprl_jax.rollout import RolloutConfig, sample_captions
 from caprl_jax.samples import save_samples
@@ -35,6 +35,27 @@ def caption_and_judge(params: Params, frozen: Frozen, batch: Batch, key, *, poli
   return batch.replace(images=None, prompts=None), captions, answers, reward_BG, scored_BG
 
 
+def judge_translated(frozen: Frozen, batch: Batch, captions, ids_BGT, keep_BGT, key, *, judge, cfg):
+  """As `caption_and_judge`, for captions in the judge's ids."""
+  _, judge_key = stage_keys(key, jnp.int32(0))
+  answers = judge_ids(judge, frozen.judge, frozen.prompt, ids_BGT, keep_BGT, batch.questions, judge_key, cfg.judge)
+  reward_BG, scored_BG, _ = caption_reward(answers, batch.questions.valid_BK, cfg.reward)
+  return batch.replace(images=None, prompts=None), captions, answers, reward_BG, scored_BG
+
+
+def two_programs(run: Run, rollout: RolloutConfig):
+  """`caption_and_judge` with the captions' text tokenised anew in between."""
+  write = jax.jit(lambda params, frozen, batch, key: sample_captions(
+      run.policy.model, params, batch, stage_keys(key, jnp.int32(0))[0], frozen.vocabulary, rollout))
+  judge = jax.jit(functools.partial(judge_translated, judge=run.judge.model, cfg=run.settings.step))
+
+  def both(params, frozen, batch, key):
+    captions = write(params, frozen, batch, key)
+    ids, keep, _ = run.translator(jax.device_get(captions))
+    return judge(frozen, batch, captions, *sharding.put_batch((ids, keep), run.mesh), key)
+  return both
+
+
 class Evaluator:
   """Compiles once; `__call__` evaluates any parameters of the run's captioner."""
 
@@ -47,6 +68,8 @@ class Evaluator:
         caption_and_judge, policy=run.policy.model, judge=run.judge.model,
         rollout=RolloutConfig(group, sampling), cfg=settings.step),
         out_shardings=sharding.replicated(run.mesh))  # every process reads the whole batch's figures
+    if run.translator:
+      make = lambda group, sampling: two_programs(run, RolloutConfig(group, sampling))
     self._single = make(1, sampling)
     self._group = make(rollout.group_size, rollout.sampling)
 

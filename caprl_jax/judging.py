@@ -46,7 +46,12 @@ def judge_captions(judge: Decoder, params: Params, prompt: JudgePrompt, captions
   """Asks every question of an image about each of its captions; special tokens are stripped first."""
   judge_id_BGT = vocabulary.judge_id_V[captions.tokens_BGT]
   keep_BGT = captions.valid_BGT & (judge_id_BGT >= 0)
-  judge_id_BGT = jnp.maximum(judge_id_BGT, 0)
+  return judge_ids(judge, params, prompt, jnp.maximum(judge_id_BGT, 0), keep_BGT, questions, key, cfg)
+
+
+def judge_ids(judge: Decoder, params: Params, prompt: JudgePrompt, judge_id_BGT: Array, keep_BGT: Array,
+              questions: Questions, key: Array, cfg: JudgeConfig) -> Answers:
+  """`answer_questions`, in `cfg.microbatches` pieces."""
   if cfg.microbatches == 1:
     return answer_questions(judge, params, prompt, judge_id_BGT, keep_BGT, questions, key, cfg)
 

@@ -26,6 +26,7 @@ from caprl_jax.optimizer import OptimizerConfig
 from caprl_jax.reward import RewardConfig
 from caprl_jax.rollout import RolloutConfig
 from caprl_jax.step import StepConfig
+from caprl_jax.translate import Translator
 from caprl_jax.types import Frozen
 from caprl_jax.update import UpdateConfig, check_microbatches
 
@@ -177,6 +178,7 @@ class Run:
   train: QABatcher
   eval: QABatcher
   counts: dict[str, int]
+  translator: Translator | None = None  # where captioner and judge have different vocabularies
 
 
 def set_up(settings: Settings) -> Run:
@@ -204,7 +206,15 @@ def set_up(settings: Settings) -> Run:
   prompt = ImagePrompt(policy.model.cfg, policy.prompt_pieces(settings.policy.instruction),
                        image_shape([*train_rows, *eval_rows], policy.model.cfg))
   batcher = lambda rows, tokens: QABatcher(rows, tokens, prompt, data.questions, shape)
-  vocabulary = relate_vocabularies(policy.tokenizer, judge.tokenizer, policy.model.cfg.text.vocab_size)
+  vocabulary, absent = relate_vocabularies(policy.tokenizer, judge.tokenizer, policy.model.cfg.text.vocab_size)
+  translator = None
+  if absent:
+    log.warning("captioner and judge have different vocabularies (%d of the captioner's text tokens are none of the "
+                "judge's): captions go through the host as text, between two programs a step", absent)
+    if jax.process_count() > 1:
+      raise ValueError("captioner and judge have different vocabularies, which works in one process only; use a "
+                       "captioner and a judge of one family")
+    translator = Translator(policy.tokenizer, judge.tokenizer, settings.step.rollout.sampling.max_tokens)
   put = lambda tree: jax.device_put(tree, sharding.replicated(mesh))
   trained_params, base = policy.params, None
   if settings.policy.trainable != "full":
@@ -222,7 +232,7 @@ def set_up(settings: Settings) -> Run:
   counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows), **counts,
             **{f"eval/{k}": v for k, v in eval_counts.items()}}
   return Run(settings, mesh, policy, judge, frozen, asker, names, train_rows, eval_rows,
-             batcher(train_rows, tokenized[0]), batcher(eval_rows, tokenized[1]), counts)
+             batcher(train_rows, tokenized[0]), batcher(eval_rows, tokenized[1]), counts, translator)
 
 
 def quantized(judge: Loaded, asker: Asker, rows: list[QARow], settings: Settings, most: int = 256):

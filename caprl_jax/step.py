@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from caprl_jax.advantages import AdvantageConfig, flat_groups, group_advantages
-from caprl_jax.judging import JudgeConfig, judge_captions
+from caprl_jax.judging import JudgeConfig, judge_captions, judge_ids
 from caprl_jax.masked import masked_mean, masked_std
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.lora import whole
@@ -39,17 +39,40 @@ def train_step(state: TrainState, frozen: Frozen, batch: Batch, *, policy: Polic
   """Caption each image G times, judge the captions, improve the policy.
 
   `rollout_shardings`: where the policy's parameters lie while captions are written, if elsewhere than in the update.
+
   Returns the new state, metrics named `stage/name`, and samples (captions, answers, reward_BG, scored_BG,
   advantage_BG) for people to read.
   """
-  rollout_key, judge_key = stage_keys(state.key, state.step)
+  _, judge_key = stage_keys(state.key, state.step)
+  captions = write_captions(state, frozen, batch, policy=policy, cfg=cfg, rollout_shardings=rollout_shardings)
+  answers = judge_captions(judge, frozen.judge, frozen.prompt, captions, batch.questions, frozen.vocabulary,
+                           judge_key, cfg.judge)
+  return learn(state, frozen, batch, captions, answers, policy=policy, tx=tx, cfg=cfg, kinds=kinds)
+
+
+def write_captions(state: TrainState, frozen: Frozen, batch: Batch, *, policy: Policy, cfg: StepConfig,
+                   rollout_shardings=None) -> Captions:
+  """The rollout: G captions an image by the parameters as they stand."""
+  rollout_key, _ = stage_keys(state.key, state.step)
   params = whole(state.params, frozen.base)
   if rollout_shardings is not None:  # gathered once, in the dtype that is computed in
     params = jax.tree.map(lambda x: x.astype(policy.cfg.text.dtype), params)
     params = jax.lax.with_sharding_constraint(params, rollout_shardings)
-  captions = sample_captions(policy, params, batch, rollout_key, frozen.vocabulary, cfg.rollout)
-  answers = judge_captions(judge, frozen.judge, frozen.prompt, captions, batch.questions, frozen.vocabulary,
-                           judge_key, cfg.judge)
+  return sample_captions(policy, params, batch, rollout_key, frozen.vocabulary, cfg.rollout)
+
+
+def judge_and_learn(state: TrainState, frozen: Frozen, batch: Batch, captions: Captions, judge_id_BGT: Array,
+                    keep_BGT: Array, *, policy: Policy, judge: Decoder, tx: optax.GradientTransformation,
+                    cfg: StepConfig, kinds: tuple[str, ...] = ()):
+  """What follows the rollout, where captions come in the judge's ids (`translate.py`); returns as `train_step`."""
+  _, judge_key = stage_keys(state.key, state.step)
+  answers = judge_ids(judge, frozen.judge, frozen.prompt, judge_id_BGT, keep_BGT, batch.questions, judge_key, cfg.judge)
+  return learn(state, frozen, batch, captions, answers, policy=policy, tx=tx, cfg=cfg, kinds=kinds)
+
+
+def learn(state: TrainState, frozen: Frozen, batch: Batch, captions: Captions, answers: Answers, *, policy: Policy,
+          tx: optax.GradientTransformation, cfg: StepConfig, kinds: tuple[str, ...] = ()):
+  """Rewards, advantages, update; returns as `train_step`."""
   reward_BG, scored_BG, terms = caption_reward(answers, batch.questions.valid_BK, cfg.reward)
   advantage_BG = group_advantages(reward_BG, scored_BG, cfg.advantage)
   state, update_metrics = update_policy(policy, tx, state, frozen, batch, captions, scored_BG, advantage_BG,

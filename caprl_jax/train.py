@@ -23,7 +23,7 @@ from caprl_jax.optimizer import build_optimizer
 from caprl_jax.report import write_report
 from caprl_jax.samples import save_samples
 from caprl_jax.setup_run import Run, gate, read_settings, set_up, workdir_file
-from caprl_jax.step import train_step
+from caprl_jax.step import judge_and_learn, train_step, write_captions
 from caprl_jax.types import Params, TrainState
 
 log = logging.getLogger("caprl_jax.train")
@@ -79,7 +79,9 @@ def policy_shardings(made: Run):
 
 def build_step(made: Run, tx: optax.GradientTransformation):
   """The one jit of training: `(state, batch) -> (state, metrics, samples)`, the state donated. The judge is an
-  argument of the program, never a constant in it."""
+  argument of the program, never a constant in it. Two jits where captions have to be translated between them."""
+  if made.translator:
+    return _build_two_programs(made, tx)
   stages = functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
                              cfg=made.settings.step, kinds=made.kinds,
                              rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh))
@@ -92,6 +94,28 @@ def build_step(made: Run, tx: optax.GradientTransformation):
       everywhere = sharding.replicated(made.mesh)  # every process reads metrics and samples
       step = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
     return step(state, made.frozen, batch)
+
+  return run
+
+
+def _build_two_programs(made: Run, tx: optax.GradientTransformation):
+  cfg, everywhere = made.settings.step, sharding.replicated(made.mesh)
+  write = jax.jit(functools.partial(write_captions, policy=made.policy.model, cfg=cfg,
+                                    rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh)))
+  stages = functools.partial(judge_and_learn, policy=made.policy.model, judge=made.judge.model, tx=tx, cfg=cfg,
+                             kinds=made.kinds)
+  learn = None
+
+  def run(state: TrainState, batch):
+    nonlocal learn
+    if learn is None:
+      shardings = jax.tree.map(lambda x: x.sharding, state)
+      learn = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
+    captions = write(state, made.frozen, batch)
+    ids, keep, cut = made.translator(jax.device_get(captions))
+    ids, keep = sharding.put_batch((ids, keep), made.mesh)
+    state, metrics, samples = learn(state, made.frozen, batch, captions, ids, keep)
+    return state, {**metrics, "judge/cut": jnp.float32(cut)}, samples
 
   return run
 

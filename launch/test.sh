@@ -34,5 +34,8 @@ install_browser() {
 
 cd "$repository"
 make_environment .venv-test "test${CAPRL_JAX_EXTRAS:+,$CAPRL_JAX_EXTRAS}" torch==2.13.0
+# Only its data file is needed, the real Qwen vocabulary; tests that want it are skipped where it is missing.
+.venv-test/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("dashscope") is None)' ||
+  install .venv-test --no-deps dashscope==2.0.2 || echo "warning: dashscope could not be installed" >&2
 install_browser
 exec .venv-test/bin/python -m pytest -q --durations=15 --timeout=1200 "$@"

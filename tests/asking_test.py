@@ -1,7 +1,9 @@
 """Asking the judge from the host: each distinct thing once, and as if each were asked alone."""
 
 import collections
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +26,12 @@ COLOR = Question("what color is the shape?", ("red", "green", "blue"), 0, "color
 MANY = Question("what color is the shape?", ("red", "dark red", "teal", "blue circle", "the image", "a red rectangle",
                                              "blue", "green question"), 1, "color")
 SHAPE = Question("what shape is present?", ("circle", "a blue rectangle"), 0, "shape")
-LONG = Question("Please describe this image in detail. what shape is present?", ("a red circle", "blue circle"), 1,
-                "shape")
-QUESTIONS = (COLOR, MANY, SHAPE, LONG)
-CAPTIONS = ("", "The image shows a red circle.", "The image shows a blue rectangle. The image shows a green circle.")
+QUESTIONS = (COLOR, MANY, SHAPE)
+CAPTIONS = ("", "red", "The image shows a blue rectangle.")
 ASKS = [(caption, q) for caption in CAPTIONS for q in QUESTIONS]
+# The tiny judge's tokenizer has letters for four options.
+LETTER_QUESTIONS = (COLOR, dataclasses.replace(MANY, options=MANY.options[:4]), SHAPE)
+LETTER_ASKS = [(caption, q) for caption in CAPTIONS for q in LETTER_QUESTIONS]
 CLEAR = 1e-3  # what a choice must be sure by, for rounding not to change it
 
 
@@ -44,7 +47,8 @@ def forward(judge):
   @jax.jit
   def run(params, ids):
     embedded = judge.model.apply({"params": params}, ids[None], method="embed")
-    hidden, _ = judge.model.apply({"params": params}, embedded, jnp.arange(len(ids))[None], jnp.ones((1, len(ids)), bool))
+    hidden, _ = judge.model.apply({"params": params}, embedded, jnp.arange(len(ids))[None],
+                                  jnp.ones((1, len(ids)), bool))
     return jax.nn.log_softmax(hidden[0] @ head_matrix(judge.model.cfg, params).T)
   return lambda ids: np.asarray(run(judge.params, jnp.asarray(np.pad(ids, (0, 128 - len(ids))))))[:len(ids)]
 
@@ -75,9 +79,14 @@ def expected(alone):
   return chosen
 
 
-def new_asker(judge, cfg=PMI, seed=0, **sizes):
+PROGRAMS = {}  # what askers compiled: one jit for all of a reading, for the tests to be fast
+
+
+def new_asker(judge, cfg=PMI, seed=0, patched=False, **sizes):
   template = PMI_TEMPLATE if cfg.reading == "option_pmi" else LETTER_TEMPLATE
-  return Asker(judge, QuestionTokenizer(judge.tokenizer, template, ("color", "shape")), cfg, seed, **sizes)
+  asker = Asker(judge, QuestionTokenizer(judge.tokenizer, template, ("color", "shape")), cfg, seed, **sizes)
+  asker._answer = PROGRAMS.setdefault((judge.model, cfg, patched), asker._answer)
+  return asker
 
 
 @pytest.fixture(scope="module")
@@ -133,22 +142,32 @@ def test_each_distinct_option_is_asked_once(learnt):
 
 def test_options_of_one_token_are_asked_apart(learnt, judge):
   *_, shapes, _ = learnt
-  assert {O for *_, O in shapes} == {1, max(len(judge.tokenizer.encode_plain(" " + o)) for q in QUESTIONS for o in q.options)}
+  lengths = [len(judge.tokenizer.encode_plain(f" {option}")) for q in QUESTIONS for option in q.options]
+  assert {O for *_, O in shapes} == {1, max(lengths)}
   asker = new_asker(judge)
   _, shapes = watch(asker)
   asker.choices([(CAPTIONS[1], COLOR)])
   assert [O for *_, O in shapes] == [1, 1]  # the baseline's, the caption's
 
 
-@pytest.mark.parametrize("sizes", [dict(questions_per_row=1, rows_per_call=1), dict(questions_per_row=3, rows_per_call=2)])
-def test_sizes_do_not_change_what_is_learnt(judge, learnt, sizes):
-  asker = new_asker(judge, seed=1, **sizes)
+def test_sizes_and_seed_do_not_change_what_is_learnt(judge, learnt):
+  asker = new_asker(judge, seed=1, questions_per_row=3, rows_per_call=2)
   _, shapes = watch(asker)
   assert asker.choices(ASKS).tolist() == learnt[-1].tolist()
-  assert {(B, K) for B, K, *_ in shapes} == {(sizes["rows_per_call"], sizes["questions_per_row"])}
+  assert {(B, K) for B, K, *_ in shapes} == {(2, 3)} and len(shapes) > len(learnt[2])
   assert asker.known.keys() == learnt[0].known.keys()
   for key, score in learnt[0].known.items():
     assert asker.known[key] == pytest.approx(score, abs=2e-5), key
+
+
+def test_captions_and_stems_of_other_lengths(judge, alone):
+  asker = new_asker(judge)
+  long = Question("Please describe this image in detail. what color is the shape?", COLOR.options, 0, "color")
+  caption = "The image shows a red circle. The image shows a green rectangle."
+  asker.choices([(caption, COLOR), ("", long), ("red", COLOR)])
+  assert len(asker.known) == 5 * 3
+  for key, score in asker.known.items():
+    assert score == pytest.approx(alone(*key), abs=2e-5), key
 
 
 def test_priors(judge, alone):
@@ -159,7 +178,7 @@ def test_priors(judge, alone):
     np.testing.assert_allclose(asker.prior_of(q), [alone("An image.", q.stem, o) for o in q.options], atol=2e-5)
   assert {caption for caption, *_ in asked} == {"An image."} == {asker.baseline} and set(asked.values()) == {1}
   calls = len(shapes)
-  assert asker.choices([("An image.", q) for q in QUESTIONS]).tolist() == [-1] * 4  # it says nothing: all scores are 0
+  assert asker.choices([("An image.", q) for q in QUESTIONS]).tolist() == [-1] * 3  # it says nothing: all scores are 0
   assert len(shapes) == calls
 
 
@@ -178,11 +197,11 @@ def test_letter_readings_choose_what_a_prompt_on_its_own_chooses(judge, forward,
   # In the dataset's order: the permutations are drawn anew for each place in a batch.
   monkeypatch.setattr(judging, "draw_orders", lambda key, present: jnp.argsort(~present, axis=-1, stable=True))
   encode, template = judge.tokenizer.encode_plain, LETTER_TEMPLATE
-  letters = [encode(f" {letter}")[0] for letter in "ABCDEFGH"]
+  letters = [encode(f" {letter}")[0] for letter in "ABCD"]
   expected = []
-  for caption, q in ASKS:
+  for caption, q in LETTER_ASKS:
     ids = [*encode(template.head), *encode(caption), *encode(template.stem.format(question=q.stem))]
-    for letter, option in zip("ABCDEFGH", q.options):
+    for letter, option in zip("ABCD", q.options):
       ids += [*encode(f"- {letter})"), *encode(f" {option}"), *encode("\n")]
     logp = forward([*ids, *encode(template.tail)])[-1][letters[:len(q.options)]]
     second, best = np.sort(logp)[-2:]
@@ -190,43 +209,44 @@ def test_letter_readings_choose_what_a_prompt_on_its_own_chooses(judge, forward,
     expected.append(int(np.argmax(logp)))
   # So cold that a sample is the best option.
   cfg = JudgeConfig(reading=reading, temperature=1e-5 if reading == "letter_sample" else 0.6)
-  for sizes in (dict(), dict(questions_per_row=3, rows_per_call=2)):
-    asker = new_asker(judge, cfg, **sizes)
-    assert asker.choices(ASKS).tolist() == expected
-  assert len(set(expected)) > 1
+  assert new_asker(judge, cfg, patched=True).choices(LETTER_ASKS).tolist() == expected and len(set(expected)) > 1
+  if reading == "letter_argmax":
+    asker = new_asker(judge, cfg, patched=True, questions_per_row=2, rows_per_call=1)
+    assert asker.choices(LETTER_ASKS).tolist() == expected
 
 
 def test_letter_readings_ask_once_and_have_no_prior(judge):
   asker = new_asker(judge, JudgeConfig(reading="letter_argmax"))
   asked, shapes = watch(asker)
-  asker.priors(QUESTIONS)
-  assert not shapes and asker.prior_of(MANY) == [0.0] * 8
+  asker.priors(LETTER_QUESTIONS)
+  assert not shapes and asker.prior_of(LETTER_QUESTIONS[1]) == [0.0] * 4
   renamed = Question(COLOR.stem, COLOR.options, 2, "shape")  # the judge sees neither gold nor kind
-  got = asker.choices([*ASKS, (CAPTIONS[1], renamed), *ASKS])
-  assert got[:len(ASKS)].tolist() == got[-len(ASKS):].tolist() and got[len(ASKS)] == got[ASKS.index((CAPTIONS[1], COLOR))]
+  asks = [*LETTER_ASKS, (CAPTIONS[1], renamed), *LETTER_ASKS]
+  got, count = asker.choices(asks), len(LETTER_ASKS)
+  assert got[:count].tolist() == got[-count:].tolist()
+  assert got[count] == got[LETTER_ASKS.index((CAPTIONS[1], COLOR))]
   # "red" and "blue" are options of two questions with one stem, which differ: both are asked.
   assert asked[CAPTIONS[1], COLOR.stem, "red"] == 2 and asked[CAPTIONS[1], COLOR.stem, "green"] == 1
   calls = len(shapes)
-  asker.choices(ASKS)
+  asker.choices(LETTER_ASKS)
   assert len(shapes) == calls
-  assert all(-1 <= choice < len(q.options) for choice, (_, q) in zip(got, ASKS))
+  assert all(-1 <= choice < len(q.options) for choice, (_, q) in zip(got, LETTER_ASKS))
   again = new_asker(judge, JudgeConfig(reading="letter_argmax"))
-  assert again.choices([*ASKS, (CAPTIONS[1], renamed), *ASKS]).tolist() == got.tolist()
+  assert again.choices(asks).tolist() == got.tolist()
 
 
 @pytest.mark.parametrize("reading", ["option_pmi", "letter_argmax"])
 def test_a_judge_that_is_not_finite_names_the_question_and_the_caption(judge, reading):
-  only = "what shape is teal?"
-  broken = Question(only, ("circle", "rectangle"), 0, "shape")
-  [token] = judge.tokenizer.encode_plain(" teal")
-  params = dict(judge.params)
-  [name] = [k for k in params if "embed" in k]
-  params[name] = jax.tree.map(lambda x: x.at[token].set(jnp.nan), params[name])
-  import dataclasses
+  stem = "what shape describe?"
+  [token] = judge.tokenizer.encode_plain(" describe")  # its row is what is broken: no other question has it
+  params = {name: jax.tree.map(lambda x: x.at[token].set(jnp.nan), value) if "embed" in name else value
+            for name, value in judge.params.items()}
   asker = new_asker(dataclasses.replace(judge, params=params), JudgeConfig(reading=reading))
+  asks = ASKS if reading == "option_pmi" else LETTER_ASKS
   # The caption that says nothing is asked first by option_pmi.
   caption = "An image." if reading == "option_pmi" else CAPTIONS[1]
-  with pytest.raises(ValueError, match=rf"not finite for the question {only!r} on the\s+caption '{caption}'; "
-                                       r"check judge\.source and its dtype".replace("?", r"\?", 1)):
-    asker.choices([(CAPTIONS[1], COLOR), (CAPTIONS[1], broken)])
-  assert len(asker.choices([(CAPTIONS[1], COLOR), (CAPTIONS[1], SHAPE)])) == 2  # the others are well
+  message = f"not finite for the question {stem!r} on the caption {caption!r}; check judge.source and its dtype"
+  with pytest.raises(ValueError, match=re.escape(message)):
+    asker.choices([*asks, (CAPTIONS[1], Question(stem, ("circle", "a blue rectangle"), 0, "shape"))])
+  assert not any(stem in key for key in asker.known)
+  assert len(asker.choices(asks)) == len(asks)  # the other questions are well

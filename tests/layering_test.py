@@ -18,7 +18,7 @@ ORDER = [
   "data.prompts", "data.questions", "data.batches",
   "sampling", "rollout", "judging", "reward", "advantages", "loss",
   "optimizer", "update", "step",
-  "metrics", "checkpoint", "loop", "asking", "curate", "setup_run",
+  "translate", "metrics", "checkpoint", "loop", "asking", "curate", "setup_run",
   "samples", "evaluate", "curves", "report_template", "report",
   "sft", "train", "caption", "export", "plan",
   "main",

@@ -262,13 +262,18 @@ def test_distributed_is_tried_only_where_there_are_hosts(monkeypatch):
     process_index=lambda: 1,
   )
   monkeypatch.setitem(sys.modules, "jax", fake_jax)
-  for name in ("TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"):
+  for name in (
+    "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"
+  ):  # fmt: skip
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
   assert main_module._start_distributed(None) == 0 and joined == []
   monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
   assert main_module._start_distributed(False) == 0 and joined == []
   assert main_module._start_distributed(None) == 1 and joined == [{}]
+  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:1")
+  assert main_module._start_distributed(None) == 1 and joined == [{}, {}]
   monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
   with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' must be a whole number"):
     main_module._start_distributed(True)

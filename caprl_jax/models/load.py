@@ -160,20 +160,25 @@ def save_policy(path: str | pathlib.Path, loaded: Loaded, params: Params, dtype=
   files.write_directory(path, config, tensors, tokenizer_files=small, max_shard_bytes=max_shard_bytes)
 
 
-def relate_vocabularies(policy: Tokenizer, judge: Tokenizer, vocab_size: int) -> Vocabulary:
-  """Which ids the policy may write, and what they are to the judge.
+def relate_vocabularies(policy: Tokenizer, judge: Tokenizer, vocab_size: int) -> tuple[Vocabulary, int]:
+  """Which ids the policy may write and what they are to the judge, and how many of its text tokens the judge lacks.
+
+  Where it lacks any, the table is of no use: captions have to be translated (`translate.py`).
 
   Args:
     vocab_size: rows of the policy's embedding; rows beyond the tokenizer are never sampled.
 
   Raises:
-    ValueError: a text token of the policy that the judge does not have, or no end token.
+    ValueError: the policy has no end token.
   """
   table = np.full(vocab_size, -1, np.int32)
-  ids = id_table(policy, judge)
+  ids = id_table(policy, judge, require_all=False)
   table[:len(ids)] = ids
   if not policy.end_ids:
     raise ValueError("the policy's tokenizer has no end token (<|im_end|>, <|endoftext|> or eos_token_id)")
-  allowed = table >= 0
+  text = np.zeros(vocab_size, bool)
+  text[[i for i in policy.backend.get_vocab().values() if i not in policy.special_ids]] = True
+  absent = int((text & (table < 0)).sum())
+  allowed = text.copy()
   allowed[list(policy.end_ids)] = True
-  return Vocabulary(jnp.asarray(allowed), jnp.asarray(table), tuple(policy.end_ids), policy.end_ids[-1])
+  return Vocabulary(jnp.asarray(allowed), jnp.asarray(table), tuple(policy.end_ids), policy.end_ids[-1]), absent
