@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -99,17 +100,19 @@ def read_directory(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str
   path = pathlib.Path(path)
   config = read_json(path / "config.json")
   if not (path / INDEX).exists():
-    file = _open(path / WEIGHTS)
-    return config, _Tensors(path, {name: file for name in file.keys()}, {name: WEIGHTS for name in file.keys()})
+    with _open(path / WEIGHTS) as file:
+      return config, _Tensors(path, {name: WEIGHTS for name in file.keys()})
   names = read_json(path / INDEX)["weight_map"]
-  shards = {shard: _open(path / shard) for shard in sorted(set(names.values()))}
-  held = {shard: frozenset(file.keys()) for shard, file in shards.items()}
+  held = {}
+  for shard in sorted(set(names.values())):
+    with _open(path / shard) as file:
+      held[shard] = frozenset(file.keys())
   absent = [name for name, shard in names.items() if name not in held[shard]]
   if absent:
     raise ValueError(f"{path / names[absent[0]]}: {len(absent)} tensors that {INDEX} promises are "
                      f"absent, first {absent[0]!r}. The files are of different versions: download "
                      "the model again.")
-  return config, _Tensors(path, {name: shards[shard] for name, shard in names.items()}, names)
+  return config, _Tensors(path, names)
 
 
 def read_preprocessor(path: pathlib.Path) -> dict[str, Any]:
@@ -163,39 +166,48 @@ def _open(path: pathlib.Path):
 
 @dataclasses.dataclass(frozen=True)
 class _Tensors(Mapping):
-  """Tensor name -> array, read when asked for."""
+  """Tensor name -> array, read when asked for. A file is open while a tensor of it is read and no longer: what is read
+  of an open one counts as the process's memory."""
   path: pathlib.Path
-  files: dict[str, Any]  # tensor name -> open safetensors file
-  places: dict[str, str]  # tensor name -> the file's name
+  places: dict[str, str]  # tensor name -> name of its file
 
   def __getitem__(self, name: str) -> np.ndarray:
-    file = self.files[name]
-    try:
-      return file.get_tensor(name)
-    except AttributeError as error:  # safetensors looks for a NumPy type of this name
-      raise ValueError(f"{self.path}: tensor {name!r} is stored as "
-                       f"{file.get_slice(name).get_dtype()}, which NumPy lacks. Use the checkpoint "
-                       "in bfloat16, float16 or float32.") from error
+    with _open(self.path / self.places[name]) as file:
+      try:
+        return file.get_tensor(name)
+      except AttributeError as error:  # safetensors looks for a NumPy type of this name
+        raise ValueError(f"{self.path}: tensor {name!r} is stored as "
+                         f"{file.get_slice(name).get_dtype()}, which NumPy lacks. Use the checkpoint "
+                         "in bfloat16, float16 or float32.") from error
 
   def shape_of(self, name: str) -> tuple[int, ...]:
     """Shape of a tensor that is not read."""
-    return tuple(self.files[name].get_slice(name).get_shape())
+    return self._shapes[name]
+
+  @functools.cached_property
+  def _shapes(self) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for place in sorted(set(self.places.values())):
+      with _open(self.path / place) as file:
+        shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return shapes
 
   def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
     """A part of a tensor; no more of it is read."""
-    if all(s == slice(None) or (not s.start and s.stop in (None, n)) for s, n in zip(index, self.shape_of(name))):
+    if all(not s.start and s.stop in (None, n) for s, n in zip(index, self.shape_of(name))):
       return self[name]
-    return self.files[name].get_slice(name)[index]
+    with _open(self.path / self.places[name]) as file:
+      return file.get_slice(name)[index]
 
   def place_of(self, name: str) -> str:
     """The file that holds a tensor."""
-    return self.places.get(name, str(self.path))
+    return self.places[name]
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self.files)
+    return iter(self.places)
 
   def __len__(self) -> int:
-    return len(self.files)
+    return len(self.places)
 
 
 def write_directory(path: str | os.PathLike, config: dict[str, Any], tensors: Mapping[str, Any], *,
