@@ -81,9 +81,10 @@ def find_images(source: str) -> list[CaptionRow]:
 
 
 def end_ids(loaded: Loaded) -> tuple[int, ...]:
-  """What ends a text, as transformers' `generate` has it: generation_config.json, else config.json."""
-  configs = [json.loads(loaded.files.get("generation_config.json", b"{}")), loaded.config,
-             loaded.config.get("text_config") or {}]
+  """What ends a text, as transformers' `generate` has it: generation_config.json, config.json where there is none."""
+  configs = [loaded.config, loaded.config.get("text_config") or {}]
+  if "generation_config.json" in loaded.files:
+    configs = [json.loads(loaded.files["generation_config.json"])]
   for config in configs:
     end = config.get("eos_token_id")
     if end is not None:

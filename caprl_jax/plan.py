@@ -215,12 +215,18 @@ def run(config, workdir: pathlib.Path) -> None:
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
   total = arguments + temporaries + output
+  try:
+    largest = largest_arrays(compiled.as_text())
+  except jax.errors.JaxRuntimeError as error:  # libtpu may be newer than jaxlib, which then cannot read its programs
+    log.warning("the largest arrays are not known: jaxlib cannot read the program that libtpu made (%s)",
+                str(error).splitlines()[0])
+    largest = []
   report = {
       "topology": plan.topology, "devices": len(devices), "compile_secs": time.perf_counter() - start,
       "gib_per_device": {"arguments": arguments / GIB, "temporaries": temporaries / GIB, "output": output / GIB,
                          "total": total / GIB},
       "gib_all_devices": {k: v / GIB for k, v in kinds.items() if v}, "flops": cost.get("flops"),
-      "bytes_accessed": cost.get("bytes accessed"), "largest": largest_arrays(compiled.as_text())}
+      "bytes_accessed": cost.get("bytes accessed"), "largest": largest}
   write_json(workdir / "plan.json", report)
   lines = [f"{name:>12} {value:8.2f} GiB" for name, value in report["gib_per_device"].items()]
   log.info("memory of a device:\n%s", "\n".join(lines))
@@ -229,7 +235,8 @@ def run(config, workdir: pathlib.Path) -> None:
   # The compiler counts a loop's body once.
   log.info("compiler's count, loops' bodies once: %.3g FLOPs, %.3g bytes", report["flops"] or 0,
            report["bytes_accessed"] or 0)
-  log.info("largest arrays:\n%s", "\n".join(f"{g:8.2f} GiB {what} {op} x{n}" for g, what, op, n in report["largest"]))
+  if largest:
+    log.info("largest arrays:\n%s", "\n".join(f"{g:8.2f} GiB {what} {op} x{n}" for g, what, op, n in largest))
   limit = HBM.get((plan.topology or "").partition(":")[0])
   if limit and total > limit:
     raise ValueError(f"the step needs {total / GIB:.1f} GiB a device, and a {plan.topology} chip has "

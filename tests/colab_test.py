@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 for needed in ("nbformat", "nbclient", "ipykernel"):
-  pytest.importorskip(needed, reason=f"{needed} is missing: {sys.executable} -m pip install nbformat nbclient ipykernel")
+  pytest.importorskip(
+      needed, reason=f"{needed} is missing: {sys.executable} -m pip install nbformat nbclient ipykernel")
 import nbclient  # pylint: disable=wrong-import-position
 import nbformat  # pylint: disable=wrong-import-position
 

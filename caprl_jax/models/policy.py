@@ -37,8 +37,12 @@ class PolicyConfig:
     model_type.
     """
     family = family_of(config)
-    return cls(family.vision(config, preprocessor, **overrides),
-               DecoderConfig.from_hf(family.text(config), lora=lora, **overrides), config[family.image_token], family)
+    try:
+      return cls(family.vision(config, preprocessor, **overrides),
+                 DecoderConfig.from_hf(family.text(config), lora=lora, **overrides), config[family.image_token], family)
+    except KeyError as error:
+      raise ValueError(f"config.json (model_type {family.model_type!r}) lacks the key {error}; take the whole file of "
+                       "the checkpoint") from error
 
 
 def merge_image_features(x_BPD: Array, features_BUD: Array, unit_BI: Array, is_image_BP: Array) -> Array:
