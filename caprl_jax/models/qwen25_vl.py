@@ -80,6 +80,13 @@ class VisionConfig:
     return (self.pixels.window_units * self.pixels.merge_size) ** 2
 
 
+def rotated_qkv(qkv_BSE: Array, cfg, cos_BSh: Array, sin_BSh: Array) -> tuple[Array, Array, Array]:
+  """The fused map's output cut into queries, keys and values [B, S, H, h], the first two rotated."""
+  B, S, _ = qkv_BSE.shape
+  q, k, v = jnp.moveaxis(qkv_BSE.reshape(B, S, 3, cfg.num_heads, cfg.head_dim), 2, 0)
+  return rotate(q, cos_BSh, sin_BSh).astype(cfg.dtype), rotate(k, cos_BSh, sin_BSh).astype(cfg.dtype), v
+
+
 class VisionAttention(nn.Module):
   """Attention among the patches of a window, or of the whole image."""
   cfg: VisionConfig
@@ -89,9 +96,7 @@ class VisionAttention(nn.Module):
     cfg = self.cfg
     B, S, D = x_BSD.shape
     options = dict(use_bias=True, init_std=cfg.init_std, dtype=cfg.dtype)
-    qkv = linear(3 * D, ("vision_embed", "heads"), "qkv", **options)(x_BSD)
-    q, k, v = jnp.moveaxis(qkv.reshape(B, S, 3, cfg.num_heads, cfg.head_dim), 2, 0)
-    q, k = rotate(q, cos_BSh, sin_BSh).astype(cfg.dtype), rotate(k, cos_BSh, sin_BSh).astype(cfg.dtype)
+    q, k, v = rotated_qkv(linear(3 * D, ("vision_embed", "heads"), "qkv", **options)(x_BSD), cfg, cos_BSh, sin_BSh)
 
     def within(slots: int):
       def run(q, k, v, valid):

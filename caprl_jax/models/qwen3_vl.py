@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from caprl_jax.data.images import SmartResize
 from caprl_jax.models.attention import attend
 from caprl_jax.models.family import Family, Features, Keys
-from caprl_jax.models.layers import MLP, LayerNorm, PatchEmbed, axial_tables, linear, rotate
-from caprl_jax.models.qwen25_vl import smart_resize
+from caprl_jax.models.layers import MLP, LayerNorm, PatchEmbed, axial_tables, linear
+from caprl_jax.models.qwen25_vl import rotated_qkv, smart_resize
 from caprl_jax.types import Images
 
 Array = jax.Array
@@ -79,9 +79,7 @@ class VisionAttention(nn.Module):
     cfg = self.cfg
     B, S, D = x_BSD.shape
     options = dict(use_bias=True, init_std=cfg.init_std, dtype=cfg.dtype)
-    qkv = linear(3 * D, ("vision_embed", "heads"), "qkv", **options)(x_BSD)
-    q, k, v = jnp.moveaxis(qkv.reshape(B, S, 3, cfg.num_heads, cfg.head_dim), 2, 0)
-    q, k = rotate(q, cos_BSh, sin_BSh).astype(cfg.dtype), rotate(k, cos_BSh, sin_BSh).astype(cfg.dtype)
+    q, k, v = rotated_qkv(linear(3 * D, ("vision_embed", "heads"), "qkv", **options)(x_BSD), cfg, cos_BSh, sin_BSh)
     out = attend(q, (k, v), jnp.broadcast_to(valid_BS[:, None], (B, S, S))).reshape(B, S, D)
     return linear(D, ("heads", "vision_embed"), "proj", **options)(out)
 
