@@ -13,6 +13,8 @@ from caprl_jax import main, plan
 from caprl_jax.models.published import CONFIGS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIBTPU = os.environ.get("CAPRL_JAX_LIBTPU", "")  # launch/test.sh puts it where jax does not see it
+HAS_LIBTPU = pathlib.Path(LIBTPU, "libtpu").is_dir() if LIBTPU else importlib.util.find_spec("libtpu") is not None
 
 # Parameters of the files on the Hugging Face hub.
 COUNTS = {
@@ -51,15 +53,16 @@ def test_largest_arrays():
   assert plan.largest_arrays(text) == [(4 / 256, "f32[4,1024,1024]", "fusion", 1), (1 / 512, "bf16[1024,1024]", "dot", 1)]
 
 
-def command(tmp_path, *more, config="colab_lora", **env):
+def command(tmp_path, *more, config="colab_lora"):
   return subprocess.run(
       [sys.executable, "-m", "caprl_jax.main", f"--config=configs/{config}.py", "--config.mode=plan",
-       f"--workdir={tmp_path}", "--config.plan.layers=1", *more], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
+       f"--workdir={tmp_path}", "--config.plan.layers=1", *more], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(
+           p for p in (LIBTPU, os.environ.get("PYTHONPATH")) if p)},
       capture_output=True, text=True, timeout=1100)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu")
+@pytest.mark.skipif(not HAS_LIBTPU, reason="pip install libtpu")
 def test_the_step_compiles_for_a_tpu(tmp_path):
   """The LoRA config on one v5e chip, of reduced depth."""
   done = command(tmp_path)
