@@ -88,13 +88,15 @@ def rollout_metrics(captions: Captions) -> dict[str, Array]:
 
 
 def judge_metrics(answers: Answers, kind_BK: Array, kinds: tuple[str, ...]) -> dict[str, Array]:
-  """Accuracy over all questions and per kind, and the share of questions with no or a wrong answer."""
+  """Accuracy over all questions and per kind (NaN for a kind that no question of the batch has), and the share of
+  questions with no or a wrong answer."""
   valid = answers.valid_BGK
   metrics = {"judge/accuracy": masked_mean(answers.correct_BGK, valid),
              "judge/abstained": masked_mean(answers.choice_BGK < 0, valid),
              "judge/misled": masked_mean((answers.choice_BGK >= 0) & ~answers.correct_BGK, valid)}
   for i, kind in enumerate(kinds):
-    metrics[f"judge/accuracy/{kind}"] = masked_mean(answers.correct_BGK, valid & (kind_BK == i)[:, None])
+    of_kind = valid & (kind_BK == i)[:, None]
+    metrics[f"judge/accuracy/{kind}"] = jnp.where(of_kind.any(), masked_mean(answers.correct_BGK, of_kind), jnp.nan)
   return metrics
 
 

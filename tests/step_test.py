@@ -18,8 +18,9 @@ from caprl_jax.optimizer import build_optimizer
 from caprl_jax.reward import caption_reward
 from caprl_jax.rollout import caption_logprobs, sample_captions
 from caprl_jax.setup_run import read_settings, set_up
-from caprl_jax.step import stage_keys, train_step
+from caprl_jax.step import judge_metrics, stage_keys, train_step
 from caprl_jax.train import make_state
+from caprl_jax.types import Answers
 from caprl_jax.update import UpdateConfig, loss_gradients, update_policy
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
@@ -232,3 +233,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(made, tmp_
   state, _ = checkpoints.restore(fresh_state(made, tx))
   checkpoints.close()
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_kind_that_the_batch_does_not_ask_about_has_no_accuracy():
+  correct = jnp.array([[[True, False]], [[True, True]]])
+  answers = Answers(jnp.zeros((2, 1, 2), int), correct, None, jnp.array([[[True, True]], [[True, False]]]), None)
+  numbers = judge_metrics(answers, jnp.array([[0, 1], [0, 2]]), ("color", "shape", "size"))
+  assert numbers["judge/accuracy/color"] == 1 and numbers["judge/accuracy/shape"] == 0
+  assert np.isnan(numbers["judge/accuracy/size"])  # its only question is not valid
+  np.testing.assert_allclose(numbers["judge/accuracy"], 2 / 3, rtol=1e-6)
