@@ -124,10 +124,18 @@ def placer(shardings: Any) -> Callable[[tuple, np.ndarray], jax.Array]:
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Shardings of the optimizer's state: what has a parameter's shape lies where the parameter lies."""
-  state = jax.eval_shape(tx.init, params)
-  place = lambda x, param, sharding: sharding if x.shape == param.shape else replicated(mesh)  # Adafactor's are vectors
-  return optax.tree_map_params(tx, place, state, params, shardings, transform_non_params=lambda _: replicated(mesh))
+  """Shardings of the optimizer's state: what lies at a parameter's path and has its shape lies where it lies; the rest
+  (counts, Adafactor's vectors) is replicated."""
+  shapes = dict(jax.tree_util.tree_leaves_with_path(params))
+  places = dict(jax.tree_util.tree_leaves_with_path(shardings))
+
+  def place(path, x):
+    for start in range(len(path)):  # a state holds trees like `params`, somewhere
+      found = shapes.get(path[start:])
+      if found is not None and found.shape == x.shape:
+        return places[path[start:]]
+    return replicated(mesh)
+  return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
 
 
 def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:

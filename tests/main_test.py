@@ -120,7 +120,7 @@ def test_overrides_take_the_type_of_the_value_in_the_file(cli, override, key, va
     (
       "--config.update.learning_rat=1",
       r"--config\.update\.learning_rat is not a key of \S+config\.py; did you mean "
-      r"--config\.update\.learning_rate\?.*\(keys: mode, update\.buckets, ",
+      r"--config\.update\.learning_rate\?.*\(keys of update: update\.buckets, ",
     ),
     ("--config.learning_rate=1", r"did you mean --config\.update\.learning_rate\?"),
     ("--config.update.learning_rate.x=1", r"\.x is not a key .*--config\.update\.learning_rate"),
