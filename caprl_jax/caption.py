@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import pathlib
 
 import jax
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from caprl_jax import configuration, sharding
 from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, stack
 from caprl_jax.data.rows import CaptionRow
+from caprl_jax.files import write_text
 from caprl_jax.models.load import Loaded
 from caprl_jax.rollout import RolloutConfig, sample_captions
 from caprl_jax.sampling import SamplingConfig
@@ -168,7 +168,7 @@ class Captioner:
 
 class Output:
   """The output file: finished rows are appended to `<output>.partial`, which a second run goes on with; when all are
-  there, they are put in order and renamed into place."""
+  there, they are written in order to the output, whole or not at all."""
 
   def __init__(self, path: pathlib.Path, header: dict):
     self.path, self.partial = path, path.with_name(path.name + ".partial")
@@ -183,7 +183,7 @@ class Output:
         number, row = json.loads(line)
         self.rows[number] = row
     text = json.dumps(header) + "\n" + "".join(json.dumps(item) + "\n" for item in self.rows.items())
-    self.partial.write_text(text, "utf-8")
+    write_text(self.partial, text)
     self.file = open(self.partial, "a", encoding="utf-8")
 
   def put(self, number: int, row: dict) -> None:
@@ -193,12 +193,8 @@ class Output:
 
   def finish(self) -> None:
     self.file.close()
-    with open(self.partial, "w", encoding="utf-8") as file:
-      for _, row in sorted(self.rows.items()):
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-      file.flush()
-      os.fsync(file.fileno())
-    self.partial.rename(self.path)
+    write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in sorted(self.rows.items())))
+    self.partial.unlink()  # only now: a kill before this loses nothing
 
 
 def run(config, workdir: pathlib.Path) -> None:

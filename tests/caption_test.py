@@ -175,3 +175,24 @@ def test_what_cannot_be_captioned_is_said(checkpoint, tmp_path, capsys):
                              (broken, "broken.png", ("--config.caption.skip_bad_images=False",))):
     assert command(checkpoint, source, tmp_path / "out.jsonl", *more) == 2
     assert what in capsys.readouterr().err
+
+
+def test_a_kill_while_the_output_is_written_loses_no_row(tmp_path, monkeypatch):
+  path = tmp_path / "out.jsonl"
+  output = caption.Output(path, {"a": 1})
+  output.put(1, {"image": "b"})
+  output.put(0, {"image": "a"})
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(caption, "write_text", killed)
+  with pytest.raises(KeyboardInterrupt):
+    output.finish()
+  with pytest.raises(KeyboardInterrupt):  # and while a second run takes up what is there
+    caption.Output(path, {"a": 1})
+  monkeypatch.undo()
+  again = caption.Output(path, {"a": 1})
+  assert again.rows == {0: {"image": "a"}, 1: {"image": "b"}}
+  again.finish()
+  assert read(path) == [{"image": "a"}, {"image": "b"}] and not again.partial.exists()

@@ -126,7 +126,9 @@ def save_adapters(folder: pathlib.Path, params: Params, lora: LoraConfig, base: 
     for i, layer in enumerate(np.asarray(leaf)):  # every adapter sits in the stack of decoder layers
       tensors[_peft_name(name, i)] = np.ascontiguousarray(layer.T)
   folder.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+  partial = folder / "adapter_model.partial"
+  safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
+  partial.replace(folder / "adapter_model.safetensors")
   config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
             "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
             # The language model's only: a tower may have maps of the same names.
