@@ -16,7 +16,8 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
-from caprl_jax.data.questions import PMI_TEMPLATE, QuestionTokenizer, pad_questions, question_shape
+from caprl_jax.data.judge_prompts import PMI
+from caprl_jax.data.questions import QuestionTokenizer, pad_questions, question_shape
 from caprl_jax.data.rows import Question
 from caprl_jax.judging import JudgeConfig, answer_questions
 from caprl_jax.models.load import load_judge
@@ -42,7 +43,7 @@ def main() -> None:
   mesh = sharding.make_mesh(sharding.MeshConfig())
   with jax.set_mesh(mesh):
     judge = load_judge(args.source, mesh)
-    tokenize = QuestionTokenizer(judge.tokenizer, PMI_TEMPLATE, [""])
+    tokenize = QuestionTokenizer(judge.tokenizer, PMI, [""])
     words = ("red", "green", "blue", "black")
     asked = [tokenize(Question(f"what color is thing number {i}?", words, 0)) for i in range(args.questions)]
     shape = question_shape(asked)

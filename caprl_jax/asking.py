@@ -5,6 +5,7 @@ fixed shapes, so the caption is shared and one program is compiled.
 """
 
 from collections.abc import Iterable, Sequence
+import dataclasses
 import functools
 
 import jax
@@ -27,11 +28,14 @@ class Asker:
 
   def __init__(self, judge: Loaded, tokenize: QuestionTokenizer, cfg: JudgeConfig, seed: int,
                questions_per_row: int = 8, rows_per_call: int = 4):
+    # Each question once, for one caption at a time: what is drawn, and for how many captions, is the step's business.
+    cfg = dataclasses.replace(cfg, draws=0, independent=False, blind=False, microbatches=1)
     self.tokenize, self.cfg = tokenize, cfg
     self.K, self.rows = questions_per_row, rows_per_call
     self.key = jax.random.key(seed)
     self.known: dict[tuple, float | int] = {}
     self._params = judge.params
+    self._written = judge.model.cfg.vocab_size if cfg.reading == "generate" else None
     mesh = jax.tree.leaves(judge.params)[0].sharding.mesh
     self._answer = jax.jit(functools.partial(answer_questions, judge.model, cfg=cfg),
                            out_shardings=sharding.replicated(mesh))  # every process reads all answers
@@ -58,12 +62,19 @@ class Asker:
       return np.array([self.known[caption, q.stem, q.options] for caption, q in asks], int)
     self._learn_options([(self.baseline, q) for _, q in asks])
     self._learn_options(asks, what)
-    chosen = []
-    for caption, q in asks:
-      score = np.array([self.known[caption, q.stem, option] for option in q.options]) - self.prior_of(q)
-      best, second = np.sort(score)[::-1][:2]
-      chosen.append(int(np.argmax(score)) if best - second > self.cfg.margin else -1)
-    return np.array(chosen, int)
+    return np.array([self.best(caption, q) if self.gap(caption, q) > self.cfg.margin else -1 for caption, q in asks], int)
+
+  def _scores(self, caption: str, question: Question) -> np.ndarray:
+    return np.array([self.known[caption, question.stem, option] for option in question.options]) - self.prior_of(question)
+
+  def best(self, caption: str, question: Question) -> int:
+    """`option_pmi`: the best option of what was asked before, whatever the margin."""
+    return int(np.argmax(self._scores(caption, question)))
+
+  def gap(self, caption: str, question: Question) -> float:
+    """`option_pmi`: by how much that beats the runner-up, in nats."""
+    second, best = np.sort(self._scores(caption, question))[-2:]
+    return float(best - second)
 
   def correct(self, asks: Sequence[Ask], what: str = "judging") -> np.ndarray:
     """Whether each (caption, question) is answered right, bool [len(asks)]."""
@@ -117,7 +128,7 @@ class Asker:
             for order in [sorted(order, key=length)] for i in range(0, len(order), self.K)]
     rows.sort(key=lambda row: (max(map(length, row[1])), len(captions[row[0]])))
     option_tokens = question_shape(tokenized).option_tokens
-    prompt = self.tokenize.prompt(options) if self.cfg.reading != "option_pmi" else self.tokenize.prompt(2)
+    prompt = self.tokenize.prompt(options if self.cfg.reading != "option_pmi" else 2, self._written)
     answers: list = [None] * len(asks)
     for start in tqdm(range(0, len(rows), self.rows), desc=what, unit="batch", leave=False, delay=5, disable=None):
       part = rows[start:start + self.rows]

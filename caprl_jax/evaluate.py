@@ -29,25 +29,25 @@ def caption_and_judge(params: Params, frozen: Frozen, batch: Batch, key, *, poli
   """The batch without its images, captions, their answers and rewards; no update. One jitted program."""
   caption_key, judge_key = stage_keys(key, jnp.int32(0))
   captions = sample_captions(policy, params, batch, caption_key, frozen.vocabulary, rollout)
-  answers = judge_captions(judge, frozen.judge, frozen.prompt, captions, batch.questions, frozen.vocabulary,
-                           judge_key, cfg.judge)
-  reward_BG, scored_BG, _ = caption_reward(answers, batch.questions.valid_BK, cfg.reward)
+  answers, _ = judge_captions(judge, frozen.judge, frozen.prompt, captions, batch.questions, frozen.vocabulary,
+                              judge_key, cfg.judge)
+  reward_BG, scored_BG, _ = caption_reward(answers, captions, cfg.reward, frozen.stamps_VX)
   return batch.replace(images=None, prompts=None), captions, answers, reward_BG, scored_BG
 
 
 def judge_translated(frozen: Frozen, batch: Batch, captions, ids_BGT, keep_BGT, key, *, judge, cfg):
   """As `caption_and_judge`, for captions in the judge's ids."""
   _, judge_key = stage_keys(key, jnp.int32(0))
-  answers = judge_ids(judge, frozen.judge, frozen.prompt, ids_BGT, keep_BGT, batch.questions, judge_key, cfg.judge)
-  reward_BG, scored_BG, _ = caption_reward(answers, batch.questions.valid_BK, cfg.reward)
+  answers, _ = judge_ids(judge, frozen.judge, frozen.prompt, ids_BGT, keep_BGT, batch.questions, judge_key, cfg.judge)
+  reward_BG, scored_BG, _ = caption_reward(answers, captions, cfg.reward, frozen.stamps_VX)
   return batch.replace(images=None, prompts=None), captions, answers, reward_BG, scored_BG
 
 
-def two_programs(run: Run, rollout: RolloutConfig):
+def two_programs(run: Run, rollout: RolloutConfig, cfg):
   """`caption_and_judge` with the captions' text tokenised anew in between."""
   write = jax.jit(lambda params, frozen, batch, key: sample_captions(
       run.policy.model, params, batch, stage_keys(key, jnp.int32(0))[0], frozen.vocabulary, rollout))
-  judge = jax.jit(functools.partial(judge_translated, judge=run.judge.model, cfg=run.settings.step))
+  judge = jax.jit(functools.partial(judge_translated, judge=run.judge.model, cfg=cfg))
 
   def both(params, frozen, batch, key):
     captions = write(params, frozen, batch, key)
@@ -63,13 +63,16 @@ class Evaluator:
     self.run = run
     settings = run.settings
     rollout = settings.step.rollout
+    # Every question once, in one batch with the others: draws are a matter of the training reward.
+    cfg = dataclasses.replace(settings.step, judge=dataclasses.replace(
+        settings.step.judge, draws=0, independent=False, blind=False, microbatches=1))
     sampling = dataclasses.replace(rollout.sampling, temperature=settings.evaluate.temperature)
     make = lambda group, sampling: jax.jit(functools.partial(
         caption_and_judge, policy=run.policy.model, judge=run.judge.model,
-        rollout=RolloutConfig(group, sampling), cfg=settings.step),
+        rollout=RolloutConfig(group, sampling), cfg=cfg),
         out_shardings=sharding.replicated(run.mesh))  # every process reads the whole batch's figures
     if run.translator:
-      make = lambda group, sampling: two_programs(run, RolloutConfig(group, sampling))
+      make = lambda group, sampling: two_programs(run, RolloutConfig(group, sampling), cfg)
     self._single = make(1, sampling)
     self._group = make(rollout.group_size, rollout.sampling)
 
@@ -85,25 +88,27 @@ class Evaluator:
     """Evaluates on all held-out rows and writes example captions; figures by name."""
     run, cfg = self.run, self.run.settings.evaluate
     key = jax.random.key(run.settings.seed)
-    correct, kind, length, unscored, ended, saved = [], [], [], 0, [], []
+    correct, abstained, kind, length, unscored, ended, saved = [], [], [], [], 0, [], []
     for number, (batch, real) in enumerate(self._batches(len(run.eval_rows), cfg.batch_size, stage)):
       host, captions, answers, reward, scored = jax.device_get(
           self._single(params, run.frozen, batch, jax.random.fold_in(key, number)))
       valid = answers.valid_BGK[:real, 0]
       correct.append(answers.correct_BGK[:real, 0][valid])
+      abstained.append(answers.choice_BGK[:real, 0][valid] < 0)
       kind.append(host.questions.kind_BK[:real][valid])
       length.append(captions.valid_BGT[:real].sum(-1)[:, 0])
       ended.append(captions.ended_BG[:real, 0])
       unscored += int((~scored[:real]).sum())
       saved.append(jax.tree.map(lambda x: x[:real], (host, (captions, answers, reward, scored, None))))
-    correct, kind, length = (np.concatenate(x) for x in (correct, kind, length))
+    correct, abstained, kind, length = (np.concatenate(x) for x in (correct, abstained, kind, length))
     flat, groups = 0.0, 0
     for number, (batch, real) in enumerate(self._batches(cfg.group_images, run.settings.data.batch_size, "groups")):
       *_, reward, scored = jax.device_get(
           self._group(params, run.frozen, batch, jax.random.fold_in(key, 10_000 + number)))
       flat += float(np.asarray(flat_groups(reward, scored))[:real].sum())
       groups += real
-    figures = {"accuracy": float(correct.mean()), "questions": int(len(correct)), "images": len(length),
+    figures = {"accuracy": float(correct.mean()), "abstained": float(abstained.mean()),
+               "misled": float((~correct & ~abstained).mean()), "questions": int(len(correct)), "images": len(length),
                "length_tokens": float(length.mean()), "truncated": float(1 - np.concatenate(ended).mean()),
                "flat_groups": flat / max(groups, 1), "unscored": unscored}
     figures |= {f"accuracy/{name}": float(correct[kind == i].mean()) for i, name in enumerate(run.kinds)

@@ -14,9 +14,8 @@ from caprl_jax import __version__, configuration, sharding
 from caprl_jax.checkpoint import Checkpoints
 from caprl_jax.models.load import Loaded, save_policy
 from caprl_jax.models.lora import save_adapters, split, trained, whole
-from caprl_jax.optimizer import build_optimizer
 from caprl_jax.setup_run import PolicySection, read_settings, workdir_file
-from caprl_jax.train import abstract_state
+from caprl_jax.train import abstract_state, make_optimizer
 from caprl_jax.types import Params
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
@@ -69,7 +68,7 @@ def trained_params(workdir: pathlib.Path, mesh) -> tuple[Loaded, Params, dict]:
   checkpoints = Checkpoints(workdir, settings.checkpoint)
   if checkpoints.latest_step() is None:
     raise ValueError(f"export.run = {str(workdir)!r} has no checkpoint yet")
-  tx, _ = build_optimizer(settings.optimizer, settings.train.steps)
+  tx, _ = make_optimizer(settings)
   state, _ = checkpoints.restore(abstract_state(params, tx, shardings, mesh))
   checkpoints.close()
   log.info("parameters after step %d of %s", int(state.step), workdir)

@@ -2,7 +2,7 @@
 
 The prompt's head is run once, each caption once after it, each question once after its caption. Pieces are
 spliced by position and mask: a padded or stripped token keeps its slot, is seen by nobody, and counts for no
-position. Letters as in `types.py`.
+position. Letters as in `types.py`; where "can not answer" is an option, A counts it and it is the last.
 """
 
 import dataclasses
@@ -15,52 +15,94 @@ from caprl_jax.masked import NEGATIVE, masked_sum
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.head import token_logprobs
+from caprl_jax.rollout import empty_cache
+from caprl_jax.sampling import SamplingConfig, decode
 from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import Answers, Array, Captions, JudgePrompt, Params, Questions, Vocabulary
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-  """How answers are read.
+  """What the judge is shown and how its answer is read.
 
   reading: `option_pmi`, the mean log-probability of an option's tokens after the question, minus the same after a
-    caption that says nothing (Holtzman et al., arXiv 2104.08315): for small and base models; or the next-token
-    distribution over option letters after a prompt that lists permuted options: `letter_argmax`, `letter_prob`
-    (the credit is the gold letter's probability) or `letter_sample` at `temperature`.
-  margin: an answer must beat the runner-up by more than this, or it counts as none (in nats).
+    caption that says nothing (Holtzman et al., arXiv 2104.08315): for small and base models. Or, after a prompt that
+    lists the options: the next-token distribution over their letters, as `letter_argmax`, `letter_prob` (the credit is
+    the gold letter's probability) or `letter_sample` at `temperature`; or `generate`, what CapRL's released code does: up
+    to `max_tokens` sampled tokens, of which the first of the letters A to I is the answer.
+  prompt: `plain`, our own; `official`, CapRL's to the byte (ChatML); `official_video`, CapRL++'s.
+  abstain: "can not answer" as an option more, `last` or `permuted` with the others; it scores nothing and does not
+    mislead. abstain_letter: of the last one, the `next` letter or always `F`, as the released shuffle has it.
+  shuffle: a new random order of the options for every presentation.
+  permutations: orders over which the log-probabilities of `letter_argmax` and `letter_prob` are averaged, each
+    turned on by one place, so that an option visits different letters.
+  draws: presentations a caption, drawn from its image's questions with or without `replacement`; 0: each once.
+  independent: draws and orders anew for every caption, not the same for a group (a noisier baseline, as released).
+  margin: an answer must beat the runner-up by more than this, or the judge abstains (in nats; mode `calibrate` finds it).
+  blind: ask an empty caption too, for the metric `judge/blind`; it costs one caption more a group.
   microbatches: pieces of the batch that are judged one after the other, to save memory.
   """
-  reading: Literal["option_pmi", "letter_argmax", "letter_prob", "letter_sample"] = "option_pmi"
+  reading: Literal["option_pmi", "letter_argmax", "letter_prob", "letter_sample", "generate"] = "option_pmi"
+  prompt: Literal["plain", "official", "official_video"] = "plain"
+  abstain: Literal["none", "last", "permuted"] = "none"
+  abstain_letter: Literal["next", "F"] = "next"
+  shuffle: bool = True
+  permutations: int = 1
+  draws: int = 0
+  replacement: bool = True
+  independent: bool = False
   temperature: float = 0.6
+  max_tokens: int = 10
   margin: float = 1e-3
+  blind: bool = True
   chunk_tokens: int = 1024
   microbatches: int = 1
 
   def __post_init__(self):
     if self.temperature <= 0 or self.margin < 0:
       raise ValueError(f"temperature = {self.temperature} must be > 0 and margin = {self.margin} >= 0")
+    if self.permutations < 1 or self.draws < 0 or self.max_tokens < 1:
+      raise ValueError(f"permutations = {self.permutations} and max_tokens = {self.max_tokens} must be at least 1, draws "
+                       f"= {self.draws} at least 0")
+    if self.permutations > 1 and (self.reading not in ("letter_argmax", "letter_prob") or not self.shuffle):
+      raise ValueError(f"permutations = {self.permutations} averages log-probabilities of letters over shuffled orders: it needs "
+                       f"reading letter_argmax or letter_prob and shuffle, not {self.reading!r} and {self.shuffle}")
+    if self.reading == "option_pmi" and (self.prompt != "plain" or self.abstain != "none"):
+      raise ValueError(f"reading 'option_pmi' shows no list of options: it goes with prompt 'plain' and abstain 'none' (it "
+                       f"abstains by `margin`), not {self.prompt!r} and {self.abstain!r}")
+    if self.reading == "generate" and self.margin > 1e-3:
+      raise ValueError(f"margin = {self.margin} has no meaning for reading 'generate'; leave it out")
 
 
 def judge_captions(judge: Decoder, params: Params, prompt: JudgePrompt, captions: Captions, questions: Questions,
-                   vocabulary: Vocabulary, key: Array, cfg: JudgeConfig) -> Answers:
-  """Asks every question of an image about each of its captions; special tokens are stripped first."""
+                   vocabulary: Vocabulary, key: Array, cfg: JudgeConfig) -> tuple[Answers, Answers | None]:
+  """Asks every caption about its image; special tokens are stripped first, so that no caption can close the judge's turn.
+
+  Returns the answers and, with `cfg.blind`, those that an empty caption got (G = 1).
+  """
   judge_id_BGT = vocabulary.judge_id_V[captions.tokens_BGT]
   keep_BGT = captions.valid_BGT & (judge_id_BGT >= 0)
   return judge_ids(judge, params, prompt, jnp.maximum(judge_id_BGT, 0), keep_BGT, questions, key, cfg)
 
 
 def judge_ids(judge: Decoder, params: Params, prompt: JudgePrompt, judge_id_BGT: Array, keep_BGT: Array,
-              questions: Questions, key: Array, cfg: JudgeConfig) -> Answers:
-  """`answer_questions`, in `cfg.microbatches` pieces."""
+              questions: Questions, key: Array, cfg: JudgeConfig) -> tuple[Answers, Answers | None]:
+  """As `judge_captions`, from captions in the judge's ids; in `cfg.microbatches` pieces."""
+  if cfg.blind:  # the empty caption is a member more of each group
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+    judge_id_BGT, keep_BGT = pad(judge_id_BGT), pad(keep_BGT)
   if cfg.microbatches == 1:
-    return answer_questions(judge, params, prompt, judge_id_BGT, keep_BGT, questions, key, cfg)
+    answers = answer_questions(judge, params, prompt, judge_id_BGT, keep_BGT, questions, key, cfg)
+  else:
+    def some(piece):
+      number, ids, keep, questions = piece
+      return answer_questions(judge, params, prompt, ids, keep, questions, jax.random.fold_in(key, number), cfg)
 
-  def some(piece):
-    number, ids, keep, questions = piece
-    return answer_questions(judge, params, prompt, ids, keep, questions, jax.random.fold_in(key, number), cfg)
-
-  pieces = microbatches((judge_id_BGT, keep_BGT, questions), cfg.microbatches)
-  return join_microbatches(jax.lax.map(some, (jnp.arange(cfg.microbatches), *pieces)))
+    pieces = microbatches((judge_id_BGT, keep_BGT, questions), cfg.microbatches)
+    answers = join_microbatches(jax.lax.map(some, (jnp.arange(cfg.microbatches), *pieces)))
+  if not cfg.blind:
+    return answers, None
+  return jax.tree.map(lambda x: x[:, :-1], answers), jax.tree.map(lambda x: x[:, -1:], answers)
 
 
 def answer_questions(judge: Decoder, params: Params, prompt: JudgePrompt, caption_BGT: Array, keep_BGT: Array,
@@ -69,45 +111,121 @@ def answer_questions(judge: Decoder, params: Params, prompt: JudgePrompt, captio
 
   Args:
     caption_BGT, keep_BGT: ids and which of them count.
-    questions: the same for all captions of an image, and so are the permutations of their options.
-    key: consumed by the `letter` readings (permutations, sampling).
+    questions: of each image. What is presented, and in which order of options, is the same for all captions of an
+      image, unless `cfg.independent`.
+    key: consumed, by draws, orders and sampling.
   """
   B, G, T = caption_BGT.shape
-  B, K, A, O = questions.option_BKAO.shape
-  present_BKA = questions.option_valid_BKAO.any(-1)
-  head = prompt.head_L[None]
-  _, head_prefix = _run(judge, params, head, jnp.ones(head.shape, bool), jnp.zeros(1, jnp.int32), ())
-  flat = lambda x: x.reshape(B * G, T)
-  start_N = jnp.full(B * G, head.shape[1], jnp.int32)
-  _, caption_prefix = _run(judge, params, flat(caption_BGT), flat(keep_BGT), start_N, (head_prefix,))
-  prefixes = (head_prefix, caption_prefix)
-  after_N = start_N + flat(keep_BGT).sum(1)
+  if cfg.independent and G > 1:  # every caption is an image of its own
+    fold = lambda x: x.reshape(B * G, 1, T)
+    wide = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), questions)
+    answers = answer_questions(judge, params, prompt, fold(caption_BGT), fold(keep_BGT), wide, key, cfg)
+    return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[2:]), answers)
+
+  draw_key, order_key, sample_key = jax.random.split(key, 3)
+  index_BK, drawn_BK = draw_questions(draw_key, questions.valid_BK, cfg)
+  # Where the order is not shuffled, a question drawn again is answered from the same numbers: it is run once.
+  run_once = cfg.reading == "option_pmi" or (not cfg.shuffle and cfg.reading != "generate")
+  presented = questions if run_once or not cfg.draws else take_questions(questions, index_BK)
+  caption_BGT, keep_BGT = _spaced(prompt, caption_BGT, keep_BGT)
+  prefixes, after_N = _caption_prefixes(judge, params, prompt, caption_BGT, keep_BGT)
 
   if cfg.reading == "option_pmi":
-    score_BGKA = _option_scores(judge, params, questions, prefixes, after_N, G, cfg) - questions.prior_BKA[:, None]
-    choice_BGK = _choose(score_BGKA, present_BKA[:, None], cfg.margin)
+    score_BGKA = _option_scores(judge, params, presented, prefixes, after_N, G, cfg) - presented.prior_BKA[:, None]
   else:
-    order_key, draw_key = jax.random.split(key)
-    order_BKA = draw_orders(order_key, present_BKA)
-    slot_BGKA = _letter_logprobs(judge, params, prompt, questions, order_BKA, prefixes, after_N, G, cfg)
-    # Slot s shows option order[s]; back to the dataset's order, where the gold index lives.
-    back_BKA = jnp.argsort(order_BKA, axis=-1)
-    score_BGKA = jnp.take_along_axis(slot_BGKA, back_BKA[:, None], axis=-1)
-    choice_BGK = _choose(score_BGKA, present_BKA[:, None], cfg.margin)
-    if cfg.reading == "letter_sample":
-      logits = jnp.where(present_BKA[:, None], score_BGKA / cfg.temperature, NEGATIVE)
-      choice_BGK = jax.random.categorical(draw_key, logits)
+    sheet = _Sheet.of(prompt, presented, order_key, cfg)
+    if cfg.reading == "generate":
+      choice_BGK, score_BGKA = _written(judge, params, prompt, sheet, prefixes, after_N, G, sample_key, cfg)
+    else:
+      score_BGKA = _letter_logprobs(judge, params, prompt, sheet, prefixes, after_N, G, cfg)
+  if run_once and cfg.draws:
+    score_BGKA = jnp.take_along_axis(score_BGKA, index_BK[:, None, :, None], axis=2)
+    presented = take_questions(questions, index_BK)
 
-  score_BGKA = jnp.where(present_BKA[:, None], score_BGKA, -jnp.inf)
-  finite_BGK = jnp.where(present_BKA[:, None], jnp.isfinite(score_BGKA), True).all(-1)
-  valid_BGK = finite_BGK & questions.valid_BK[:, None]
-  correct_BGK = (choice_BGK == questions.gold_BK[:, None]) & valid_BGK
-  credit_BGK = correct_BGK.astype(jnp.float32)
+  present_BGKA = _present(presented, cfg)[:, None]
+  if cfg.reading == "letter_sample":
+    choice_BGK = jax.random.categorical(sample_key, jnp.where(present_BGKA, score_BGKA / cfg.temperature, NEGATIVE))
+  elif cfg.reading != "generate":
+    choice_BGK = _choose(score_BGKA, present_BGKA, cfg.margin)
+  asked_BGK = jnp.broadcast_to(drawn_BK[:, None], choice_BGK.shape)
+  index_BGK = jnp.broadcast_to(index_BK[:, None], choice_BGK.shape)
+  return _answers(choice_BGK, score_BGKA, present_BGKA, presented, asked_BGK, index_BGK, cfg)
+
+
+def draw_questions(key: Array, valid_BK: Array, cfg: JudgeConfig) -> tuple[Array, Array]:
+  """Which questions are presented: int32 indices [B, draws] and whether each exists. The key is consumed."""
+  B, K = valid_BK.shape
+  if not cfg.draws:
+    return jnp.broadcast_to(jnp.arange(K), (B, K)), valid_BK
+  count_B1 = valid_BK.sum(1, keepdims=True)
+  first_BK = jnp.argsort(~valid_BK, axis=1, stable=True)  # the existing ones, in order
+  if cfg.replacement:
+    share = jax.random.uniform(key, (B, cfg.draws))
+    place = jnp.minimum((share * count_B1).astype(jnp.int32), jnp.maximum(count_B1 - 1, 0))
+    return jnp.take_along_axis(first_BK, place, axis=1), jnp.broadcast_to(count_B1 > 0, place.shape)
+  order_BK = jnp.argsort(jax.random.uniform(key, (B, K)) + jnp.where(valid_BK, 0.0, 2.0), axis=1)
+  place = jnp.arange(cfg.draws)
+  index = order_BK[:, jnp.minimum(place, K - 1)]
+  return index, jnp.broadcast_to(place, index.shape) < count_B1
+
+
+def take_questions(questions: Questions, index_BK: Array) -> Questions:
+  """The tables of given questions of each image."""
+  take = lambda x: jnp.take_along_axis(x, index_BK.reshape(*index_BK.shape, *[1] * (x.ndim - 2)), axis=1)
+  return jax.tree.map(take, questions)
+
+
+def _answers(choice_BGK, score_BGKA, present_BGKA, presented: Questions, asked_BGK, index_BGK, cfg) -> Answers:
+  gold_BGK = presented.gold_BK[:, None]
+  score_BGKA = jnp.where(present_BGKA, score_BGKA, -jnp.inf)
+  valid_BGK = jnp.where(present_BGKA, jnp.isfinite(score_BGKA), True).all(-1) & asked_BGK
+  if cfg.abstain != "none":
+    choice_BGK = jnp.where(choice_BGK == score_BGKA.shape[-1] - 1, -1, choice_BGK)
+  choice_BGK = jnp.where(valid_BGK, choice_BGK, -1)
+  correct_BGK = (choice_BGK == gold_BGK) & valid_BGK
+  credit_BGK, misled_BGK = correct_BGK, (choice_BGK >= 0) & ~correct_BGK
   if cfg.reading == "letter_prob":
-    share = jax.nn.softmax(jnp.where(present_BKA[:, None], score_BGKA, NEGATIVE), axis=-1)
-    gold = jnp.broadcast_to(questions.gold_BK[:, None, :, None], (B, G, K, 1))
-    credit_BGK = jnp.where(valid_BGK, jnp.take_along_axis(share, gold, axis=-1)[..., 0], 0.0)
-  return Answers(jnp.where(valid_BGK, choice_BGK, -1), correct_BGK, credit_BGK, valid_BGK, score_BGKA)
+    share_BGKA = jax.nn.softmax(jnp.where(present_BGKA, score_BGKA, NEGATIVE), axis=-1)
+    gold = jnp.broadcast_to(gold_BGK[..., None], (*share_BGKA.shape[:3], 1))
+    credit_BGK = jnp.take_along_axis(share_BGKA, gold, axis=-1)[..., 0]
+    misled_BGK = 1 - credit_BGK - (share_BGKA[..., -1] if cfg.abstain != "none" else 0)
+  number = lambda x: jnp.where(valid_BGK, x.astype(jnp.float32), 0.0)
+  return Answers(choice_BGK, correct_BGK, number(credit_BGK), number(misled_BGK), asked_BGK, valid_BGK, index_BGK,
+                 score_BGKA)
+
+
+def _present(questions: Questions, cfg: JudgeConfig) -> Array:
+  """Which options exist, "can not answer" included, bool [B, K, A]."""
+  present_BKA = questions.option_valid_BKAO.any(-1)
+  if cfg.abstain == "none":
+    return present_BKA
+  return jnp.concatenate([present_BKA, jnp.ones((*present_BKA.shape[:2], 1), bool)], axis=-1)
+
+
+def _spaced(prompt: JudgePrompt, caption_BGT, keep_BGT) -> tuple[Array, Array]:
+  """Where the prompt puts a space before the caption, its first token becomes the one that has that space, as in the
+  joined text; a slot more in front holds a space for those that have none."""
+  if prompt.spaced_V is None:
+    return caption_BGT, keep_BGT
+  T = caption_BGT.shape[-1]
+  first_BG1 = jnp.argmax(keep_BGT, axis=-1)[..., None]
+  is_first = (jnp.arange(T) == first_BG1) & keep_BGT
+  spaced_BGT = prompt.spaced_V[caption_BGT]
+  swap = is_first & (spaced_BGT >= 0)
+  space = jnp.broadcast_to(prompt.space, (*caption_BGT.shape[:2], 1))
+  return (jnp.concatenate([space, jnp.where(swap, spaced_BGT, caption_BGT)], axis=-1),
+          jnp.concatenate([~swap.any(-1, keepdims=True), keep_BGT], axis=-1))
+
+
+def _caption_prefixes(judge, params, prompt: JudgePrompt, caption_BGT, keep_BGT):
+  """Runs head and captions; their prefixes, and each caption's next position."""
+  head = jnp.asarray(prompt.head_L)[None]
+  _, head_prefix = _run(judge, params, head, jnp.ones(head.shape, bool), jnp.zeros(1, jnp.int32), ())
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  caption_NT, keep_NT = flat(caption_BGT), flat(keep_BGT)
+  start_N = jnp.full(caption_NT.shape[0], head.shape[1], jnp.int32)
+  _, caption_prefix = _run(judge, params, caption_NT, keep_NT, start_N, (head_prefix,))
+  return (head_prefix, caption_prefix), start_N + keep_NT.sum(1)
 
 
 def _run(judge, params, tokens_NL, valid_NL, start_N, prefixes) -> tuple[Array, Prefix]:
@@ -151,32 +269,116 @@ def _option_scores(judge, params, questions: Questions, prefixes, after_N, G: in
   return mean.reshape(B, G, K, A)
 
 
-def draw_orders(key: Array, present_BKA: Array) -> Array:
-  """For each question a random order of its options, int32 [B, K, A]; absent options come last."""
-  rank = jax.random.uniform(key, present_BKA.shape) + jnp.where(present_BKA, 0.0, 2.0)
-  return jnp.argsort(rank, axis=-1)
+def draw_orders(key: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
+  """For each question the order in which its options are shown, int32 [B, K, A]; absent ones come last, "can not
+  answer" after the others where it is not permuted."""
+  B, K, A = present_BKA.shape
+  rank = jax.random.uniform(key, present_BKA.shape) if cfg.shuffle else jnp.broadcast_to(
+      jnp.arange(A) / A, present_BKA.shape)
+  if cfg.abstain == "last":
+    rank = jnp.where(jnp.arange(A) == A - 1, 1.5, rank)
+  return jnp.argsort(rank + jnp.where(present_BKA, 0.0, 2.0), axis=-1)
 
 
-def _letter_logprobs(judge, params, prompt: JudgePrompt, questions: Questions, order_BKA, prefixes, after_N, G: int,
+def _turned(order_BKA: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
+  """`cfg.permutations` orders of each question, [B, K * permutations, A], each turned on by one place."""
+  B, K, A = order_BKA.shape
+  fixed = 1 if cfg.abstain == "last" else 0
+  count = jnp.maximum(present_BKA.sum(-1, keepdims=True) - fixed, 1)
+  slot = jnp.arange(A)
+  turns = [jnp.take_along_axis(order_BKA, jnp.where(slot < count, (slot + p) % count, slot), axis=-1)
+           for p in range(cfg.permutations)]
+  return jnp.stack(turns, axis=2).reshape(B, K * cfg.permutations, A)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sheet:
+  """Questions with their options laid out, as the judge is shown them."""
+  tokens_BKL: Array
+  valid_BKL: Array
+  order_BKA: Array  # option in each slot
+  letter_BKA: Array  # index of each slot's letter
+  used_BKA: Array  # bool, the slot shows an option
+
+  @classmethod
+  def of(cls, prompt: JudgePrompt, questions: Questions, key: Array, cfg: JudgeConfig) -> "_Sheet":
+    """Draws the orders (consumes the key) and lays out stem, labels, options and tail."""
+    present_BKA = _present(questions, cfg)
+    order_BKA = draw_orders(key, present_BKA, cfg)
+    option, option_valid = questions.option_BKAO, questions.option_valid_BKAO
+    if cfg.abstain != "none":
+      option, option_valid = _with_abstain(option, option_valid, prompt.abstain_L)
+    stem, stem_valid = questions.stem_BKQ, questions.stem_valid_BKQ
+    if cfg.permutations > 1:
+      order_BKA = _turned(order_BKA, present_BKA, cfg)
+      option, option_valid, stem, stem_valid = (
+          jnp.repeat(x, cfg.permutations, axis=1) for x in (option, option_valid, stem, stem_valid))
+    B, K, A = order_BKA.shape
+    option = jnp.take_along_axis(option, order_BKA[..., None], axis=2)
+    option_valid = jnp.take_along_axis(option_valid, order_BKA[..., None], axis=2)
+    letter_BKA = jnp.broadcast_to(jnp.arange(A), order_BKA.shape)
+    if cfg.abstain == "last" and cfg.abstain_letter == "F":
+      letter_BKA = jnp.where(order_BKA == A - 1, jnp.maximum(letter_BKA, 5), letter_BKA)
+    label, label_valid = jnp.asarray(prompt.label_AL)[letter_BKA], jnp.asarray(prompt.label_valid_AL)[letter_BKA]
+    slot = jnp.concatenate([label, option], axis=-1).reshape(B, K, -1)
+    used = option_valid.any(-1, keepdims=True)
+    slot_valid = jnp.concatenate([label_valid & used, option_valid], axis=-1).reshape(B, K, -1)
+    tail = jnp.broadcast_to(prompt.tail_L, (B, K, prompt.tail_L.shape[0]))
+    return cls(jnp.concatenate([stem, slot, tail], axis=-1),
+               jnp.concatenate([stem_valid, slot_valid, jnp.ones_like(tail, bool)], axis=-1), order_BKA, letter_BKA,
+               used[..., 0])
+
+
+def _with_abstain(option_BKAO, valid_BKAO, abstain_L) -> tuple[Array, Array]:
+  """The option tables with "can not answer" as one more."""
+  B, K, _, O = option_BKAO.shape
+  width = max(O, abstain_L.shape[0])
+  wide = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - O)))
+  one = jnp.broadcast_to(jnp.pad(jnp.asarray(abstain_L), (0, width - abstain_L.shape[0])), (B, K, 1, width))
+  one_valid = jnp.broadcast_to(jnp.arange(width) < abstain_L.shape[0], one.shape)
+  return jnp.concatenate([wide(option_BKAO), one], axis=2), jnp.concatenate([wide(valid_BKAO), one_valid], axis=2)
+
+
+def _letter_logprobs(judge, params, prompt: JudgePrompt, sheet: _Sheet, prefixes, after_N, G: int,
                      cfg: JudgeConfig) -> Array:
-  """Log-probability of each slot's letter after a question whose options stand in `order`, [B, G, K, A]."""
-  B, K, A, O = questions.option_BKAO.shape
-  option = jnp.take_along_axis(questions.option_BKAO, order_BKA[..., None], axis=2)
-  option_valid = jnp.take_along_axis(questions.option_valid_BKAO, order_BKA[..., None], axis=2)
-  used = option_valid.any(-1, keepdims=True)
-  wide = lambda x: jnp.broadcast_to(x, (B, K, A, x.shape[-1]))
-  slot = jnp.concatenate([wide(prompt.label_AL[:A]), option, wide(prompt.line_end_L)], axis=-1)
-  slot_valid = jnp.concatenate(
-      [wide(prompt.label_valid_AL[:A]) & used, option_valid, wide(jnp.ones_like(prompt.line_end_L, bool)) & used], -1)
-  tail = jnp.broadcast_to(prompt.tail_L, (B, K, prompt.tail_L.shape[0]))
-  tokens = jnp.concatenate([questions.stem_BKQ, slot.reshape(B, K, -1), tail], axis=-1)
-  valid = jnp.concatenate([questions.stem_valid_BKQ, slot_valid.reshape(B, K, -1), jnp.ones_like(tail, bool)], axis=-1)
-  tokens, valid = _branch(tokens, G), _branch(valid, G)
+  """Log-probability of each option's letter, in the dataset's order, the mean over permutations: [B, G, K, A]."""
+  B, K, A = sheet.order_BKA.shape
+  tokens, valid = _branch(sheet.tokens_BKL, G), _branch(sheet.valid_BKL, G)
   hidden, _ = _run(judge, params, tokens, valid, jnp.repeat(after_N, K), prefixes)
-  letters = jnp.broadcast_to(prompt.letter_A[:A], (hidden.shape[0], A))
+  letters = _branch(jnp.asarray(prompt.letter_A)[sheet.letter_BKA], G)
   logp, _ = token_logprobs(_last(hidden, valid), head_matrix(judge.cfg, params), letters,
                            chunk_tokens=cfg.chunk_tokens)
-  return logp.reshape(B, G, K, A)
+  # Slot s shows option order[s]; back to the dataset's order, where the gold index lives.
+  back_BKA = jnp.argsort(sheet.order_BKA, axis=-1)
+  score_BGKA = jnp.take_along_axis(logp.reshape(B, G, K, A), back_BKA[:, None], axis=-1)
+  return score_BGKA.reshape(B, G, K // cfg.permutations, cfg.permutations, A).mean(3)
+
+
+def _written(judge, params, prompt: JudgePrompt, sheet: _Sheet, prefixes, after_N, G: int, key: Array,
+             cfg: JudgeConfig) -> tuple[Array, Array]:
+  """Samples an answer and parses it: the option whose letter is the first of A to I in it, -1 where that is no
+  option's; int32 [B, G, K]. The scores are 0, or nan where the judge was not finite."""
+  B, K, A = sheet.order_BKA.shape
+  tokens, valid = _branch(sheet.tokens_BKL, G), _branch(sheet.valid_BKL, G)
+  start = jnp.repeat(after_N, K)
+  hidden, sheet_prefix = _run(judge, params, tokens, valid, start, prefixes)
+
+  def extend(tokens, position, valid, cache):
+    embedded = judge.apply({"params": params}, tokens, method="embed")
+    return judge.apply({"params": params}, embedded, position, valid, (*prefixes, sheet_prefix, cache))
+
+  end = decode(extend, head_matrix(judge.cfg, params), _last(hidden, valid), start + valid.sum(1),
+               empty_cache(sheet_prefix, B * G * K, cfg.max_tokens), prompt.words, key,
+               SamplingConfig(max_tokens=cfg.max_tokens, temperature=cfg.temperature))
+  letter = jnp.where(end.valid_NT, jnp.asarray(prompt.letter_V)[end.tokens_NT], -1)
+  first = jnp.argmax(letter >= 0, axis=1)[:, None]
+  letter_BGK1 = jnp.take_along_axis(letter, first, axis=1).reshape(B, G, K, 1)
+  hit_BGKA = (sheet.letter_BKA[:, None] == letter_BGK1) & sheet.used_BKA[:, None]
+  slot_BGK = jnp.argmax(hit_BGKA, axis=-1)
+  order_BGKA = jnp.broadcast_to(sheet.order_BKA[:, None], hit_BGKA.shape)
+  chosen = jnp.take_along_axis(order_BGKA, slot_BGK[..., None], axis=-1)[..., 0]
+  finite = jnp.isfinite(end.logp_NT).all(1).reshape(B, G, K, 1)
+  return jnp.where(hit_BGKA.any(-1), chosen, -1), jnp.where(jnp.broadcast_to(finite, hit_BGKA.shape), 0.0, jnp.nan)
 
 
 def _choose(score: Array, present: Array, margin: float) -> Array:

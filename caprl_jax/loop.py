@@ -1,7 +1,7 @@
 """Step, state, batches -> trained state: dispatches step n, then reads the numbers of step n - 1."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import logging
 import math
 import os
@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from caprl_jax import sharding
 from caprl_jax.checkpoint import Checkpoints
 from caprl_jax.metrics import MetricsWriter, Progress
+from caprl_jax.trackers import Tracker
 from caprl_jax.types import TrainState
 
 log = logging.getLogger("caprl_jax.loop")
@@ -71,13 +72,17 @@ class Interrupts:
 
 def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh: jax.sharding.Mesh,
              checkpoints: Checkpoints, config: dict, workdir: pathlib.Path, what: str, reward_name: str,
-             on_samples: Callable[[int, Any, Any], None] | None = None) -> TrainState:
+             on_samples: Callable[[int, Any, Any], None] | None = None,
+             evaluate: Callable[[int, TrainState], dict[str, float]] | None = None, evaluate_every: int = 0,
+             trackers: Sequence[Tracker] = ()) -> TrainState:
   """Runs `step_fn(state, batch) -> (state, metrics, samples)` up to step `steps`.
 
   Args:
     state: donated to the first step. Its `step` says where to begin.
     iterator: yields this process's share of a batch as numpy; has `get_state`, the same in every process.
     on_samples: called as (step, this process's share of the batch, samples) after each step, on the main process.
+    evaluate: called as (step, state) after every `evaluate_every`-th step, in all processes; its numbers join the step's.
+    trackers: get every number that metrics.jsonl gets.
 
   Raises:
     FloatingPointError: loss or gradient not finite; that step changed no parameters, and they are saved first.
@@ -90,6 +95,7 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
     writer.truncate_after(start)
   progress = Progress(steps, start, what) if main else None
   pending, before = collections.deque(), time.perf_counter()  # steps whose numbers were not read yet
+  evaluated: dict[int, dict[str, float]] = {}
 
   def report() -> None:
     """Reads the numbers of the oldest pending step; waits for it."""
@@ -100,6 +106,7 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
                if not (name.startswith("judge/accuracy/") and math.isnan(value))}
     now = time.perf_counter()
     numbers["time/step_secs"], before = now - before, now
+    numbers |= evaluated.pop(step, {})
     if numbers.get("update/nonfinite"):
       raise FloatingPointError(
           f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
@@ -108,6 +115,8 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
     pending.popleft()
     if main:
       writer.write(step, numbers)
+      for tracker in trackers:
+        tracker.write(step, numbers)
       progress.update(numbers.get(reward_name))
       if on_samples:
         on_samples(step, batch, samples)
@@ -127,6 +136,11 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
         if step == start + 1:
           jax.block_until_ready(metrics)
           after_first = compiles.count
+        if evaluate and evaluate_every and step % evaluate_every == 0:
+          known, began = compiles.count, time.perf_counter()
+          evaluated[step] = evaluate(step, state)
+          after_first += compiles.count - known
+          before += time.perf_counter() - began  # no part of a step's seconds
         if step % checkpoints.cfg.every_steps == 0:
           while pending:  # before the checkpoint: a kill after it must leave no gap in metrics.jsonl
             report()

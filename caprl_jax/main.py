@@ -19,7 +19,7 @@ import ml_collections
 from tqdm import auto as tqdm
 
 import caprl_jax
-from caprl_jax import configuration
+from caprl_jax import configuration, presets
 
 # Named in full, because this module is `__main__` when it is run.
 log = logging.getLogger("caprl_jax.main")
@@ -49,6 +49,11 @@ MODES = {
     "caprl_jax.evaluate",
     "judge accuracy, caption length and examples on the evaluation split",
     "--config=configs/quickstart.py --workdir=runs/quickstart --config.mode=evaluate",
+  ),
+  "calibrate": Mode(
+    "caprl_jax.calibrate",
+    "whether a judge can be trusted: accuracy by caption, position bias, agreement, the margin to abstain by",
+    "--config=configs/quickstart.py --workdir=runs/calibrate --config.mode=calibrate",
   ),
   "caption": Mode(
     "caprl_jax.caption",
@@ -219,16 +224,25 @@ def _parse(
       )
   if not options.config:
     raise ValueError("--config is missing, e.g. --config=configs/quickstart.py (--help shows examples)")
-  config = _load_config(options.config)
-  for override in overrides:
+  config = load_config(options.config)
+  # A preset first: what it fills in can then be overridden like what the file says.
+  named = [override for override in overrides if override["key"] == "preset"]
+  if named and "preset" not in config:
+    with config.unlocked():
+      config.preset = None
+  for override in named:
     _override(config, override, options.config)
+  presets.expand(config)
+  for override in overrides:
+    if override not in named:
+      _override(config, override, options.config)
   workdir = options.workdir or [*_modes(config).values()][0].workdir
   if not workdir:
     raise ValueError("--workdir is missing, e.g. --workdir=runs/quickstart (--help shows examples)")
   return config, _make_workdir(workdir)
 
 
-def _load_config(path: str) -> ml_collections.ConfigDict:
+def load_config(path: str) -> ml_collections.ConfigDict:
   """The locked ConfigDict of a config file. `FILE:ARGUMENT` calls `get_config(ARGUMENT)`."""
   file, *argument = path.split(":", 1)
   if not os.path.isfile(file):

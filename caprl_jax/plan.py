@@ -31,10 +31,9 @@ from caprl_jax.models.load import init_decoder, init_policy
 from caprl_jax.models.lora import split, trained
 from caprl_jax.models.policy import Policy, PolicyConfig
 from caprl_jax.models.published import CONFIGS
-from caprl_jax.optimizer import build_optimizer
 from caprl_jax.setup_run import Settings, read_settings
 from caprl_jax.step import train_step
-from caprl_jax.train import abstract_state, rollout_shardings
+from caprl_jax.train import abstract_state, make_optimizer, rollout_images, rollout_shardings
 from caprl_jax.types import Batch, Frozen, Images, JudgePrompt, Prompts, Questions, Vocabulary
 
 log = logging.getLogger("caprl_jax.plan")
@@ -55,7 +54,7 @@ class PlanConfig:
   stem_tokens: int = 48
   options: int = 4
   option_tokens: int = 16
-  judge_prompt_tokens: int = 64
+  judge_prompt_tokens: int = 352  # the official prompt's
   layers: int | None = None
 
 
@@ -120,7 +119,7 @@ def _placed(tree: Any, place) -> Any:
 
 def abstract_batch(settings: Settings, plan: PlanConfig, cfg: PolicyConfig, mesh) -> Batch:
   """A batch's shapes, split over the mesh."""
-  B, K = settings.data.batch_size, settings.data.questions
+  B, K = rollout_images(settings), settings.data.questions
   S, I = cfg.vision.pixels.shape(*plan.image)
   P, E = I + plan.prompt_tokens, cfg.vision.in_channels * cfg.vision.pixels.patch_size ** 2
   A, Q, O = plan.options, plan.stem_tokens, plan.option_tokens
@@ -158,7 +157,7 @@ def lower_step(settings: Settings, plan: PlanConfig, devices: list):
   judge_params, _ = abstract(init_decoder(judge_cfg), settings.judge.dtype)
   kind = trained(section.trainable, cfg.family)
   (chosen, base), chosen_places = split(policy_params, kind), split(places, kind)[0]
-  tx, _ = build_optimizer(settings.optimizer, settings.train.steps)
+  tx, _ = make_optimizer(settings)
   state = abstract_state(chosen, tx, chosen_places, mesh)
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = state.replace(key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh)))
@@ -166,9 +165,15 @@ def lower_step(settings: Settings, plan: PlanConfig, devices: list):
   whole = sharding.replicated(mesh)
   V, A, W = cfg.text.vocab_size, plan.options, plan.judge_prompt_tokens
   struct = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-  prompt = JudgePrompt(struct(W), struct(A, 4), struct(A, 4, dtype=jnp.bool_), struct(1), struct(W), struct(A))
+  judge_step, rows, labels = settings.step.judge, judge_cfg.vocab_size, max(A + 1, 6)
+  spaced = (struct(rows), struct()) if judge_step.prompt != "plain" else (None, None)
+  writing = (struct(rows), Vocabulary(struct(rows, dtype=jnp.bool_), struct(0), (0,), 0)) if (
+      judge_step.reading == "generate") else (None, None)
+  prompt = JudgePrompt(struct(W), struct(labels, 8), struct(labels, 8, dtype=jnp.bool_), struct(8), struct(labels),
+                       struct(0 if judge_step.abstain == "none" else 8), *spaced, *writing)
   vocabulary = Vocabulary(struct(V, dtype=jnp.bool_), struct(V), (0,), 0)
-  frozen = Frozen(judge_params, prompt, vocabulary, chosen if settings.step.update.loss.kl > 0 else None, base or None)
+  frozen = Frozen(judge_params, prompt, vocabulary, chosen if settings.step.update.loss.kl > 0 else None, base or None,
+                  struct(V, 3, dtype=jnp.uint8) if settings.step.reward.timestamps else None)
   batch = abstract_batch(settings, plan, cfg, mesh)
 
   stages = functools.partial(train_step, policy=Policy(cfg), judge=Decoder(judge_cfg), tx=tx, cfg=settings.step,

@@ -94,10 +94,11 @@ def _read_samples(path: pathlib.Path) -> dict[str, Any] | None:
       row["name"], row["image"], row["row"]  # pylint: disable=pointless-statement
       for caption in row["captions"]:
         caption["text"], caption["reward"]  # pylint: disable=pointless-statement
-        for question, answer in zip(row["questions"], caption["answers"], strict=True):
+        for answer in caption["answers"]:
+          question = row["questions"][answer["question"]]
           if not -1 <= answer["choice"] < len(question["options"]):
             raise ValueError(f"choice {answer['choice']} of {len(question['options'])} options")
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, IndexError, TypeError, ValueError) as error:
     raise ValueError(f"{path}: not samples as a run writes them ({type(error).__name__}: {error})"
                      "; write the file again or delete it") from error
   return samples
@@ -270,8 +271,9 @@ def _caption(label: str, caption: dict[str, Any], row: dict[str, Any], questions
   if markup.number(caption.get("length_tokens")):
     pill += f" · {caption['length_tokens']} tokens"
   text = markup.text(caption["text"]) if caption["text"].strip() else "<i class=soft>(empty)</i>"
+  asked = [row["questions"][answer["question"]] for answer in caption["answers"]]
   answers = "".join(_answer(questions.index(question) + 1, question, answer)
-                    for question, answer in zip(row["questions"], caption["answers"]))
+                    for question, answer in zip(asked, caption["answers"]))
   return (f"<li><span class=who>{label}</span><div><p class=text>{text}</p>"
           f"<p class=marks>{answers}<span class=soft>{pill}</span></p></div></li>")
 

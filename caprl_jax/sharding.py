@@ -68,6 +68,13 @@ def microbatches(tree: Any, count: int) -> Any:
   return jax.tree.map(cut, tree)
 
 
+def split_over_batch(tree: Any) -> Any:
+  """Inside jit: the first axis of every array over `data` and `fsdp`, as a batch lies."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(("data", "fsdp"))), tree)
+
+
 def join_microbatches(tree: Any) -> Any:
   """The inverse of `microbatches`."""
   return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)

@@ -5,9 +5,11 @@ import json
 import logging
 import pathlib
 import platform
+import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from caprl_jax import __version__, configuration, sharding
@@ -22,8 +24,9 @@ from caprl_jax.models.lora import save_adapters, split, trained, whole
 from caprl_jax.optimizer import build_optimizer
 from caprl_jax.report import write_report
 from caprl_jax.samples import save_samples
-from caprl_jax.setup_run import Run, gate, read_settings, set_up, workdir_file
-from caprl_jax.step import judge_and_learn, train_step, write_captions
+from caprl_jax.setup_run import Run, Settings, gate, read_settings, set_up, workdir_file
+from caprl_jax.step import ask_judge, learn, train_step, write_captions
+from caprl_jax.trackers import open_trackers
 from caprl_jax.types import Params, TrainState
 
 log = logging.getLogger("caprl_jax.train")
@@ -77,13 +80,14 @@ def policy_shardings(made: Run):
   return split(made.policy.shardings, trained(kind, made.policy.model.cfg.family))[0]
 
 
-def build_step(made: Run, tx: optax.GradientTransformation):
+def build_step(made: Run, tx: optax.GradientTransformation, schedule: optax.Schedule | None = None):
   """The one jit of training: `(state, batch) -> (state, metrics, samples)`, the state donated. The judge is an
-  argument of the program, never a constant in it. Two jits where captions have to be translated between them."""
-  if made.translator:
-    return _build_two_programs(made, tx)
+  argument of the program, never a constant in it. Several jits where captions have to be translated between them, or
+  `train.fused` is off."""
+  if made.translator or not made.settings.train.fused:
+    return _build_stages(made, tx, schedule)
   stages = functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
-                             cfg=made.settings.step, kinds=made.kinds,
+                             cfg=made.settings.step, kinds=made.kinds, schedule=schedule,
                              rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh))
   step = None
 
@@ -98,37 +102,84 @@ def build_step(made: Run, tx: optax.GradientTransformation):
   return run
 
 
-def _build_two_programs(made: Run, tx: optax.GradientTransformation):
+def _build_stages(made: Run, tx: optax.GradientTransformation, schedule):
+  """Rollout, judge and update as three programs; waits for each and adds its seconds to the metrics."""
   cfg, everywhere = made.settings.step, sharding.replicated(made.mesh)
   write = jax.jit(functools.partial(write_captions, policy=made.policy.model, cfg=cfg,
                                     rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh)))
-  stages = functools.partial(judge_and_learn, policy=made.policy.model, judge=made.judge.model, tx=tx, cfg=cfg,
-                             kinds=made.kinds)
-  learn = None
+  judge = jax.jit(functools.partial(ask_judge, judge=made.judge.model, cfg=cfg))
+  stages = functools.partial(learn, policy=made.policy.model, tx=tx, cfg=cfg, kinds=made.kinds, schedule=schedule)
+  update = None
 
   def run(state: TrainState, batch):
-    nonlocal learn
-    if learn is None:
+    nonlocal update
+    if update is None:
       shardings = jax.tree.map(lambda x: x.sharding, state)
-      learn = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
-    captions = write(state, made.frozen, batch)
-    ids, keep, cut = made.translator(jax.device_get(captions))
-    ids, keep = sharding.put_batch((ids, keep), made.mesh)
-    state, metrics, samples = learn(state, made.frozen, batch, captions, ids, keep)
-    return state, {**metrics, "judge/cut": jnp.float32(cut)}, samples
+      update = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
+    clock, extra, translated = StageClock(), {}, None
+    with clock("rollout"):
+      captions = jax.block_until_ready(write(state, made.frozen, batch))
+    if made.translator:
+      ids, keep, cut = made.translator(jax.device_get(captions))
+      translated, extra["judge/cut"] = sharding.put_batch((ids, keep), made.mesh), np.float32(cut)
+    with clock("judge"):
+      answers, blind = jax.block_until_ready(judge(state, made.frozen, batch, captions, translated))
+    with clock("update"):
+      state, metrics, samples = update(state, made.frozen, batch, captions, answers, blind)
+      jax.block_until_ready(metrics)
+    return state, {**metrics, **extra, **{f"time/{k}_secs": np.float32(v) for k, v in clock.secs.items()}}, samples
 
   return run
 
 
-def train(made: Run, config: dict, workdir: pathlib.Path) -> TrainState:
+class Best:
+  """The best captioner so far by held-out accuracy, in workdir/best, with its figures in best.json."""
+
+  def __init__(self, made: Run, workdir: pathlib.Path):
+    self.made, self.folder = made, workdir / "best"
+    figures = self.folder / "best.json"
+    self.accuracy = json.loads(figures.read_text())["accuracy"] if figures.exists() else float("-inf")
+
+  def keep(self, step: int, params: Params, accuracy: float) -> None:
+    """Writes the captioner where it is the best. A kill leaves the old one or the new one."""
+    if not accuracy > self.accuracy:
+      return
+    self.accuracy = accuracy
+    new, old = self.folder.with_name("best.new"), self.folder.with_name("best.old")
+    main = jax.process_index() == 0
+    if main:
+      shutil.rmtree(new, ignore_errors=True)
+    save_policy(new, self.made.policy, params)
+    if main:
+      write_json(new / "best.json", {"step": step, "accuracy": accuracy})
+      shutil.rmtree(old, ignore_errors=True)
+      if self.folder.exists():
+        self.folder.rename(old)
+      new.rename(self.folder)
+      shutil.rmtree(old, ignore_errors=True)
+      log.info("best so far: step %d, held-out accuracy %.3f, kept in %s", step, accuracy, self.folder)
+
+
+def rollout_images(settings: Settings) -> int:
+  """Images that a step captions."""
+  return settings.data.batch_size * settings.step.rollout.oversample
+
+
+def make_optimizer(settings: Settings) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimizer of a run; its schedule counts optimizer steps, of which a rollout may take several."""
+  return build_optimizer(settings.optimizer, settings.train.steps * settings.step.update.steps)
+
+
+def train(made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator | None = None) -> TrainState:
   """Runs the CapRL steps from the newest checkpoint, if there is one; else from `made.policy.params`, which the steps
-  use up."""
+  use up. `evaluator` is for held-out figures on the way (`evaluate.every_steps`)."""
   settings = made.settings
-  tx, _ = build_optimizer(settings.optimizer, settings.train.steps)
+  tx, schedule = make_optimizer(settings)
   kind = trained(settings.policy.trainable, made.policy.model.cfg.family)
   params, shardings = split(made.policy.params, kind)[0], policy_shardings(made)
-  share = sharding.batch_share(made.mesh, settings.data.batch_size)
-  iterator = train_iterator(made.train.example, len(made.train_rows), settings.data.batch_size, settings.seed, share)
+  images = rollout_images(settings)
+  share = sharding.batch_share(made.mesh, images)
+  iterator = train_iterator(made.train.example, len(made.train_rows), images, settings.seed, share)
   checkpoints = Checkpoints(workdir, settings.checkpoint)
   if checkpoints.latest_step() is not None:
     state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))
@@ -137,18 +188,33 @@ def train(made: Run, config: dict, workdir: pathlib.Path) -> TrainState:
   else:
     state = make_state(params, tx, shardings, settings.seed, made.mesh)
 
+  trackers = open_trackers(settings.train.trackers, workdir, config, int(state.step),
+                           settings.train.wandb_mode) if jax.process_index() == 0 else []
+  best = Best(made, workdir)
+
   def keep_samples(step: int, batch, samples) -> None:
     if step == 1 or step % settings.train.sample_every == 0:
       host = jax.tree.map(lambda x: x[share], jax.device_get(samples))
-      save_samples(workdir / "samples" / f"step_{step:06d}.json", "train", step, [(batch, host)], made.train,
-                   made.policy.tokenizer, settings.train.sample_images)
+      path = workdir / "samples" / f"step_{step:06d}.json"
+      save_samples(path, "train", step, [(batch, host)], made.train, made.policy.tokenizer, settings.train.sample_images)
+      for tracker in trackers:
+        tracker.samples(step, path)
+
+  def held_out(step: int, state: TrainState) -> dict[str, float]:
+    params = whole(state.params, made.frozen.base)
+    figures = evaluator(params, workdir / "samples" / f"eval_{step:06d}.json", "eval", step)
+    best.keep(step, params, figures["accuracy"])
+    return {f"eval/{name}": value for name, value in figures.items()}
 
   try:
-    return run_loop(build_step(made, tx), state, iterator, steps=settings.train.steps, mesh=made.mesh,
+    return run_loop(build_step(made, tx, schedule), state, iterator, steps=settings.train.steps, mesh=made.mesh,
                     checkpoints=checkpoints, config=config, workdir=workdir, what="CapRL", reward_name="reward/mean",
-                    on_samples=keep_samples)
+                    on_samples=keep_samples, evaluate=held_out if evaluator else None,
+                    evaluate_every=settings.evaluate.every_steps, trackers=trackers)
   finally:
     checkpoints.close()
+    for tracker in trackers:
+      tracker.close()
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -179,7 +245,7 @@ def run(config, workdir: pathlib.Path) -> None:
       summary.put(before=before, wall_secs=clock.secs)
     try:
       with clock("train"):
-        state = jax.block_until_ready(train(made, plain, workdir))
+        state = jax.block_until_ready(train(made, plain, workdir, evaluator))
     finally:
       summary.put(wall_secs=clock.secs)
       if jax.process_index() == 0:

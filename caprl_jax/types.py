@@ -76,12 +76,15 @@ class Captions:
 
 @flax.struct.dataclass
 class Answers:
-  """What the judge answered from each caption."""
-  choice_BGK: Array  # int32 index of the chosen option in dataset order; -1: none stands out
+  """What the judge answered from each caption. K counts presentations: an image's questions, or draws from them."""
+  choice_BGK: Array  # int32 index of the chosen option in dataset order; -1: it abstained
   correct_BGK: Array  # bool
   credit_BGK: Array  # float32 what the reward counts: 0 or 1, or the gold option's probability
-  valid_BGK: Array  # bool, False for absent questions and where the judge was not finite
-  score_BGKA: Array  # float32 the numbers compared, absent options at -inf
+  misled_BGK: Array  # float32 a wrong option was chosen: 0 or 1, or the probability of it. Abstaining is not misled
+  asked_BGK: Array  # bool, the presentation exists
+  valid_BGK: Array  # bool, it exists and the judge was finite
+  question_BGK: Array  # int32 which of the image's questions (an index into `Questions`) was presented
+  score_BGKA: Array  # float32 the numbers compared, absent options at -inf; abstaining comes last where it is an option
 
 
 @flax.struct.dataclass
@@ -106,14 +109,19 @@ class Vocabulary:
 class JudgePrompt:
   """The judge's prompt around caption, question and options, as token ids cut at its seams.
 
-  `option_pmi` needs only `head_L`; the `letter` readings lay options out in slots: label, option, line end.
+  `option_pmi` needs only `head_L`; the other readings lay options out in slots, each a label and an option. One row of
+  `label_AL` and `letter_A` more than options, and six at least, stand for "can not answer".
   """
   head_L: Array  # int32, before the caption
   label_AL: Array  # int32 [A, L], before the option of slot a ("- A)")
   label_valid_AL: Array
-  line_end_L: Array  # int32, after each option
   tail_L: Array  # int32, after the options, up to where the answer's letter stands
   letter_A: Array  # int32, the answer's letters
+  abstain_L: Array  # int32, "can not answer" as an option; empty where it is none
+  spaced_V: Array | None = None  # int32 id of a token's text after a space, or -1: the prompt puts a space before captions
+  space: Array | None = None  # int32 id of that space
+  letter_V: Array | None = None  # int32 the first of A to I in a token's text, 0 to 8, or -1; for `generate`
+  words: Vocabulary | None = None  # what the judge may write, for `generate`
 
 
 @flax.struct.dataclass
@@ -121,10 +129,12 @@ class Frozen:
   """What the step reads and never changes.
 
   `reference` is None unless a KL term asks for it. `base` holds the policy's parameters that are not trained, where
-  `TrainState.params` are but a part (`models/lora.py`); None where all are trained.
+  `TrainState.params` are but a part (`models/lora.py`); None where all are trained. `stamps_VX` is what the reward for
+  timestamps has to know of the captioner's vocabulary (`caption_terms.stamp_table`).
   """
   judge: Params
   prompt: JudgePrompt
   vocabulary: Vocabulary
   reference: Params | None = None
   base: Params | None = None
+  stamps_VX: Array | None = None

@@ -2,7 +2,7 @@
 
   python -m caprl_jax.main --config=configs/caprl_qwen3vl_4b.py --workdir=runs/NAME --config.data.train=FILE.jsonl
 
-The recipe of configs/caprl_3b.py, where what was released for these captioners says nothing else.
+What was released for CapRL++ on images (preset official_caprlpp), on the batch and schedule of configs/caprl_3b.py.
 """
 
 import importlib.util
@@ -16,4 +16,5 @@ def get_config():
   config = base.get_config()
   config.policy.checkpoint = "Qwen/Qwen3-VL-4B-Instruct"
   config.judge.source = "Qwen/Qwen3-4B"
+  config.preset = "official_caprlpp"
   return config

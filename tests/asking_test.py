@@ -13,7 +13,8 @@ import pytest
 import tiny
 from caprl_jax import judging, sharding
 from caprl_jax.asking import Asker
-from caprl_jax.data.questions import LETTER_TEMPLATE, PMI_TEMPLATE, QuestionTokenizer
+from caprl_jax.data.judge_prompts import PLAIN as LETTER_TEMPLATE, PMI as PMI_TEMPLATE
+from caprl_jax.data.questions import QuestionTokenizer
 from caprl_jax.data.rows import Question
 from caprl_jax.judging import JudgeConfig
 from caprl_jax.models.decoder import head_matrix
@@ -194,15 +195,15 @@ def test_correct_and_the_margin(judge, learnt):
 
 @pytest.mark.parametrize("reading", LETTERS)
 def test_letter_readings_choose_what_a_prompt_on_its_own_chooses(judge, forward, monkeypatch, reading):
-  # In the dataset's order: the permutations are drawn anew for each place in a batch.
-  monkeypatch.setattr(judging, "draw_orders", lambda key, present: jnp.argsort(~present, axis=-1, stable=True))
+  # In the dataset's order: the orders are drawn anew for each place in a batch.
+  monkeypatch.setattr(judging, "draw_orders", lambda key, present, cfg: jnp.argsort(~present, axis=-1, stable=True))
   encode, template = judge.tokenizer.encode_plain, LETTER_TEMPLATE
   letters = [encode(f" {letter}")[0] for letter in "ABCD"]
   expected = []
   for caption, q in LETTER_ASKS:
     ids = [*encode(template.head), *encode(caption), *encode(template.stem.format(question=q.stem))]
     for letter, option in zip("ABCD", q.options):
-      ids += [*encode(f"- {letter})"), *encode(f" {option}"), *encode("\n")]
+      ids += [*encode(f"\n- {letter})"), *encode(f" {option}")]
     logp = forward([*ids, *encode(template.tail)])[-1][letters[:len(q.options)]]
     second, best = np.sort(logp)[-2:]
     assert best - second > PMI.margin + CLEAR

@@ -21,8 +21,8 @@ KEY = jax.random.key(7)
 PROMPT = JudgePrompt(
     head_L=np.array([1, 2, 3], np.int32),
     label_AL=np.array([[4, 5, 0], [4, 6, 5], [4, 7, 0], [4, 8, 5]], np.int32),
-    label_valid_AL=np.array([[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]], bool), line_end_L=np.array([9], np.int32),
-    tail_L=np.array([10, 11], np.int32), letter_A=np.array([12, 13, 14, 15], np.int32))
+    label_valid_AL=np.array([[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]], bool),
+    tail_L=np.array([10, 11], np.int32), letter_A=np.array([12, 13, 14, 15], np.int32), abstain_L=np.zeros(0, np.int32))
 # Stem, options, gold of each image's questions; the second image has two.
 ASKED = [[([20, 21], [[30], [31, 32], [33, 34, 35]], 1), ([22, 23, 24, 25], [[30, 31], [36]], 0),
           ([26], [[37], [38, 39], [40, 41], [42]], 3)],
@@ -122,7 +122,7 @@ def test_option_pmi_equals_scoring_each_joined_prompt_on_its_own(params, asked, 
 def test_letters_equal_the_joined_prompt_with_its_options_in_the_drawn_order(params, reading):
   table = questions(ASKED)
   got = ask(params, table, JudgeConfig(reading=reading))
-  order = np.asarray(draw_orders(jax.random.split(KEY)[0], jnp.asarray(table.option_valid_BKAO.any(-1))))
+  order = np.asarray(draw_orders(jax.random.split(KEY, 3)[1], jnp.asarray(table.option_valid_BKAO.any(-1)), JudgeConfig()))
   moved = 0
   for b, g, k, stem, options, gold, caption in every(ASKED):
     shown = [a for a in order[b, k] if a < len(options)]
@@ -130,7 +130,7 @@ def test_letters_equal_the_joined_prompt_with_its_options_in_the_drawn_order(par
     moved += shown != sorted(shown)
     prompt = [*PROMPT.head_L, *caption, *stem]
     for slot, a in enumerate(shown):
-      prompt += [*PROMPT.label_AL[slot][PROMPT.label_valid_AL[slot]], *options[a], *PROMPT.line_end_L]
+      prompt += [*PROMPT.label_AL[slot][PROMPT.label_valid_AL[slot]], *options[a]]
     logp = next_logp(params, prompt + [*PROMPT.tail_L])[-1]
     scores = np.zeros(len(options))
     for slot, a in enumerate(shown):
@@ -160,10 +160,10 @@ def test_special_tokens_in_a_caption_are_stripped(params, reading):
                       [[10, 11, 0, 0, 0, 0], [19, 20, 21, 22, 23, 24], [0] * 6]])
   kept = np.array([[3, 0, 2], [2, 6, 0]])
   valid = np.arange(T) < length[..., None]
-  cfg = JudgeConfig(reading=reading)
+  cfg = JudgeConfig(reading=reading, blind=False)
   written = Captions(jnp.asarray(with_special), jnp.zeros((B, G, T)), jnp.asarray(valid), jnp.ones((B, G), bool))
   run = jax.jit(functools.partial(judge_captions, JUDGE, cfg=cfg))
-  got = run(params, PROMPT, written, table, vocabulary, KEY)
+  got, _ = run(params, PROMPT, written, table, vocabulary, KEY)
   want = ask(params, table, cfg, without.astype(np.int32), np.arange(T) < kept[..., None])
   np.testing.assert_allclose(got.score_BGKA, want.score_BGKA, atol=1e-4)
   np.testing.assert_array_equal(got.choice_BGK, want.choice_BGK)
@@ -198,7 +198,7 @@ def test_absent_options_and_questions_are_never_chosen(params, reading):
   table.prior_BKA[~table.option_valid_BKAO.any(-1)] = -1e6  # as good as it gets
   count = table.option_valid_BKAO.any(-1).sum(-1)
   for seed in range(5):
-    for cfg in (JudgeConfig(reading=reading), *([JudgeConfig("letter_sample")] if reading != "option_pmi" else [])):
+    for cfg in (JudgeConfig(reading=reading), *([JudgeConfig(reading="letter_sample")] if reading != "option_pmi" else [])):
       got = ask(params, table, cfg, key=jax.random.key(seed))
       assert (got.choice_BGK < np.maximum(count, 1)[:, None]).all()
   absent = np.broadcast_to(~table.valid_BK[:, None], got.valid_BGK.shape)
@@ -230,7 +230,7 @@ def test_one_question_that_is_not_finite_leaves_the_others_valid(params):
 
 def test_orders_are_uniform_permutations_with_absent_options_last():
   present = jnp.broadcast_to(jnp.array([True, False, True, True]), (3000, 1, 4))
-  order = np.asarray(draw_orders(jax.random.key(0), present))[:, 0]
+  order = np.asarray(draw_orders(jax.random.key(0), present, JudgeConfig()))[:, 0]
   np.testing.assert_array_equal(np.sort(order, 1), np.broadcast_to(np.arange(4), (3000, 4)))
   assert (order[:, 3] == 1).all()
   _, counts = np.unique(order, axis=0, return_counts=True)

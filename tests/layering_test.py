@@ -9,16 +9,16 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "caprl_jax"
 
 # Top to bottom: a module may import only what stands above it. A new module goes where it belongs.
 ORDER = [
-  "types", "masked", "files", "configuration", "sharding",
-  "data.rows", "data.easy_vqa", "data.sources", "data.images",
+  "types", "masked", "files", "configuration", "presets", "sharding",
+  "data.rows", "data.released", "data.easy_vqa", "data.sources", "data.images",
   "models.gguf", "models.files", "models.tokenizer",
   "models.layers", "models.attention", "models.decoder",
   "models.family", "models.qwen25_vl", "models.qwen3_vl", "models.internvl", "models.families",
   "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load", "models.published", "models.quantize",
-  "data.prompts", "data.questions", "data.batches",
-  "sampling", "rollout", "judging", "reward", "advantages", "loss",
+  "data.prompts", "data.judge_prompts", "data.questions", "data.batches",
+  "sampling", "rollout", "judging", "caption_terms", "reward", "advantages", "loss",
   "optimizer", "update", "step",
-  "translate", "metrics", "checkpoint", "loop", "asking", "curate", "setup_run",
+  "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "curate", "setup_run", "calibrate",
   "samples", "evaluate", "curves", "report_template", "report",
   "sft", "train", "caption", "export", "plan",
   "main",

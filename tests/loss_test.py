@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from caprl_jax.loss import LossConfig, k3_kl, loss_count, policy_loss
+from caprl_jax.loss import LossConfig, kl_estimate, loss_count, policy_loss
+
+k3_kl = lambda logp, reference: kl_estimate(logp, reference, "k3")
 
 B, G, T = 2, 3, 5
 
@@ -65,7 +67,7 @@ def test_loss_gradient_and_metrics_match_the_formula(case, aggregation, kl, high
   want, want_grad, want_metrics = literal(logp, old, reference, entropy, advantage, counts, cfg)
 
   def mean(logp):
-    total, count, metrics = policy_loss(logp, old, reference, entropy, advantage, jnp.asarray(counts), cfg)
+    total, count, metrics = policy_loss(logp, old, None, reference, entropy, advantage, jnp.asarray(counts), cfg)
     return total / count, metrics
 
   (got, metrics), grad = jax.value_and_grad(mean, has_aux=True)(jnp.asarray(logp))
@@ -92,7 +94,7 @@ def test_clip_higher_by_hand(ratio, advantage, loss, slope):
 
   def f(logp):
     one = jnp.ones((1, 1, 1), bool)
-    return policy_loss(logp, jnp.zeros((1, 1, 1)), None, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), one, cfg)[0]
+    return policy_loss(logp, jnp.zeros((1, 1, 1)), None, None, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), one, cfg)[0]
 
   got, grad = jax.value_and_grad(f)(jnp.full((1, 1, 1), math.log(ratio)))
   np.testing.assert_allclose([got, grad[0, 0, 0]], [loss, slope], rtol=1e-6)
@@ -126,7 +128,7 @@ def test_garbage_that_does_not_count_changes_nothing(case, aggregation, garbage)
   dirty = lambda x: np.where(counts, x, garbage)
 
   def f(logp, old, reference, entropy):
-    total, count, metrics = policy_loss(logp, old, reference, entropy, advantage, jnp.asarray(counts), cfg)
+    total, count, metrics = policy_loss(logp, old, None, reference, entropy, advantage, jnp.asarray(counts), cfg)
     return total / count, metrics
 
   run = jax.value_and_grad(f, has_aux=True)
@@ -139,15 +141,15 @@ def test_garbage_that_does_not_count_changes_nothing(case, aggregation, garbage)
 
 def test_on_policy_the_gradient_is_minus_the_advantage(case):
   logp, _, _, entropy, advantage, counts = case
-  total = lambda x: policy_loss(x, logp, None, entropy, advantage, jnp.asarray(counts), LossConfig())[0]
+  total = lambda x: policy_loss(x, logp, None, None, entropy, advantage, jnp.asarray(counts), LossConfig())[0]
   np.testing.assert_allclose(jax.grad(total)(jnp.asarray(logp)), -advantage[..., None] * counts, rtol=1e-6)
 
 
 def test_microbatches_add_up(case):
   cfg = LossConfig(aggregation="sequence_mean", kl=0.1)
   *arrays, counts = (jnp.asarray(x) for x in case)
-  total, count, _ = policy_loss(*arrays, counts, cfg)
-  parts = [policy_loss(*(x[b:b + 1] for x in arrays), counts[b:b + 1], cfg) for b in range(B)]
+  total, count, _ = policy_loss(*arrays[:2], None, *arrays[2:], counts, cfg)
+  parts = [policy_loss(*(x[b:b + 1] for x in arrays[:2]), None, *(x[b:b + 1] for x in arrays[2:]), counts[b:b + 1], cfg) for b in range(B)]
   np.testing.assert_allclose(total, sum(p[0] for p in parts), rtol=1e-6)
   assert count == sum(p[1] for p in parts)
 

@@ -21,7 +21,7 @@ from caprl_jax.setup_run import read_settings, set_up
 from caprl_jax.step import judge_metrics, stage_keys, train_step
 from caprl_jax.train import make_state
 from caprl_jax.types import Answers
-from caprl_jax.update import UpdateConfig, loss_gradients, update_policy
+from caprl_jax.update import Rollout, UpdateConfig, loss_gradients, update_policy
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
 
@@ -34,19 +34,27 @@ GOLDEN = {
     'judge/accuracy': 0.421875,
     'judge/accuracy/color': 0.28125,
     'judge/accuracy/shape': 0.5625,
+    'judge/blind': 0.5,
     'judge/misled': 0.578125,
     'reward/accuracy': 0.421875,
     'reward/group_std': 0.179511,
     'reward/mean': 0.421875,
+    'reward/misled': 0.578125,
     'reward/unscored': 0,
     'rollout/length': 6,
+    'rollout/tokens': 192,
     'rollout/truncated': 1,
     'update/clip_fraction': 0,
     'update/entropy': 5.77627,
     'update/grad_norm': 0.90844,
+    'update/grad_norm_decoder': 0.847282,
+    'update/grad_norm_projector': 0.288192,
+    'update/grad_norm_vision': 0.155956,
     'update/logp_difference': 1.93715e-07,
+    'update/logp_difference_max': 9.53674e-07,
     'update/loss': 2.35935e-08,
     'update/nonfinite': 0,
+    'update/ratio': 1,
     'update/ratio_max': 1,
     'update/ratio_min': 0.999999,
 }
@@ -97,12 +105,12 @@ def test_stages_by_hand_are_the_jitted_step(made):
   # Each stage a program of its own: op by op they would compile hundreds.
   captions = jax.jit(lambda *a: sample_captions(made.policy.model, *a, cfg.rollout))(
       state.params, batch, rollout_key, vocabulary)
-  answers = jax.jit(lambda *a: judge_captions(made.judge.model, *a, cfg.judge))(
+  answers, _ = jax.jit(lambda *a: judge_captions(made.judge.model, *a, cfg.judge))(
       made.frozen.judge, made.frozen.prompt, captions, batch.questions, vocabulary, judge_key)
-  reward, scored, _ = caption_reward(answers, batch.questions.valid_BK, cfg.reward)
+  reward, scored, _ = caption_reward(answers, captions, cfg.reward)
   advantage = group_advantages(reward, scored, cfg.advantage)
   by_hand, metrics = jax.jit(lambda *a: update_policy(made.policy.model, tx, *a, 1.0, cfg.update))(
-      state, made.frozen, batch, captions, scored, advantage)
+      state, made.frozen, Rollout(batch, captions, scored, advantage))
   together, numbers, samples = jitted(made)(fresh_state(made, tx), made.frozen, batch)
   np.testing.assert_array_equal(captions.tokens_BGT, samples[0].tokens_BGT)
   np.testing.assert_array_equal(reward, samples[2])
@@ -128,8 +136,8 @@ def test_gradients_do_not_depend_on_microbatches(made, aggregation, counts):
   scored = jnp.asarray(rng.random(captions.ended_BG.shape) < 0.8)
   loss = dataclasses.replace(made.settings.step.update.loss, aggregation=aggregation)
   # All arrays are arguments: XLA would spend minutes on folding constants.
-  results = [jax.jit(lambda p, *arrays, m=m: loss_gradients(made.policy.model, p, *arrays, 1.0, UpdateConfig(loss, m)))(
-      made.policy.params, made.frozen, batch, captions, scored, advantage) for m in counts]
+  results = [jax.jit(lambda p, *arrays, m=m: loss_gradients(made.policy.model, p, *arrays, 1.0, UpdateConfig(loss, microbatches=m)))(
+      made.policy.params, made.frozen, Rollout(batch, captions, scored, advantage)) for m in counts]
   scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(results[0][0]))
   assert scale > 1e-3
   for other in results[1:]:
@@ -237,7 +245,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(made, tmp_
 
 def test_a_kind_that_the_batch_does_not_ask_about_has_no_accuracy():
   correct = jnp.array([[[True, False]], [[True, True]]])
-  answers = Answers(jnp.zeros((2, 1, 2), int), correct, None, jnp.array([[[True, True]], [[True, False]]]), None)
+  valid = jnp.array([[[True, True]], [[True, False]]])
+  question = jnp.broadcast_to(jnp.arange(2), valid.shape)
+  answers = Answers(jnp.zeros((2, 1, 2), int), correct, None, None, valid, valid, question, None)
   numbers = judge_metrics(answers, jnp.array([[0, 1], [0, 2]]), ("color", "shape", "size"))
   assert numbers["judge/accuracy/color"] == 1 and numbers["judge/accuracy/shape"] == 0
   assert np.isnan(numbers["judge/accuracy/size"])  # its only question is not valid

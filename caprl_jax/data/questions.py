@@ -1,43 +1,21 @@
 """Questions as text -> the judge's token ids: prompt pieces, padded tables, which K questions an image is asked.
 
-The prompt is cut where the device splices it. Every seam is a newline or a place where byte-level BPE never
-merges, so that the pieces' ids are those of the joined string (tested seam by seam), unless a caption begins with two white
-spaces.
+The prompt is cut where the device splices it, at places where byte-level BPE does not merge, so that the pieces' ids
+are those of the joined string (tested seam by seam). Where a line break belongs, to the piece before it (Qwen's
+pre-tokenizer joins it to punctuation) or to the spaces after it (GPT-2's), the tokenizer is asked.
 """
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import string
 
 import numpy as np
 
+from caprl_jax.data.judge_prompts import JudgeTemplate
 from caprl_jax.data.rows import Question
 from caprl_jax.models.tokenizer import Tokenizer
-from caprl_jax.types import JudgePrompt, Questions
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeTemplate:
-  """The judge's prompt: head, caption, stem; for the letter readings then label + option + line_end a slot, tail."""
-  head: str = "Caption:\n"
-  stem: str = "\nQuestion: {question}\nAnswer:"
-  option: str = " {option}"
-  label: str = "- {letter})"
-  line_end: str = "\n"
-  tail: str = "The answer is"
-  letter: str = " {letter}"
-  baseline: str = "An image."  # the caption that says nothing, for option_pmi
-
-
-PMI_TEMPLATE = JudgeTemplate()
-LETTER_TEMPLATE = JudgeTemplate(
-    head="Answer the multiple-choice question strictly based on the caption.\n\nCaption:\n",
-    stem="\nQuestion: {question}\n")
-
-
-def template_for(reading: str) -> JudgeTemplate:
-  """The default template of a reading."""
-  return PMI_TEMPLATE if reading == "option_pmi" else LETTER_TEMPLATE
+from caprl_jax.types import JudgePrompt, Questions, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,35 +37,99 @@ class QuestionShape:
 
 
 class QuestionTokenizer:
-  """Text of questions -> ids, with one judge's tokenizer and template."""
+  """Text of questions -> ids, with one judge's tokenizer and template.
 
-  def __init__(self, tokenizer: Tokenizer, template: JudgeTemplate, kinds: Sequence[str]):
-    self.tokenizer, self.template, self.kinds = tokenizer, template, list(kinds)
+  abstain: whether "can not answer" is an option more, `last` or `permuted` with the others.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, template: JudgeTemplate, kinds: Sequence[str], abstain: str = "none"):
+    self.tokenizer, self.template, self.kinds, self.abstain = tokenizer, template, list(kinds), abstain
+    tail = template.tail
+    if abstain != "last" and template.label and not tail.startswith("\n"):
+      tail = "\n" + tail  # the official prompt ends its last line otherwise, but knows only `last`
+    same = lambda left, right: tokenizer.encode(left + right) == tokenizer.encode(left) + tokenizer.encode(right)
+    label = template.label.format(letter="B")
+    # A line break goes to the piece before it where that changes nothing, or else to the piece after it.
+    self.break_before = label.startswith("\n") and same("a.\n", label[1:]) and same("a\n", label[1:])
+    move = self.break_before
+    self._label = template.label[1:] if move else template.label
+    self._stem = template.stem + ("\n" if move else "")
+    self._option = template.option + ("\n" if move else "")
+    self._tail = tail[1:] if move and tail.startswith("\n") else tail
+    self._abstain = (self._option if tail.startswith("\n") else template.option).format(option=template.abstain)
 
   def __call__(self, question: Question, prior: Sequence[float] | None = None) -> TokenizedQuestion:
     """Tokenises a question; chat tokens written in it stay plain text."""
     encode = self.tokenizer.encode_plain
+    # Outer spaces belong to the template; line breaks inside an option would look like the next one.
+    option = lambda text: self._option.format(option=" ".join(text.split()))
     return TokenizedQuestion(
-        stem=tuple(encode(self.template.stem.format(question=question.stem))),
-        options=tuple(tuple(encode(self.template.option.format(option=o))) for o in question.options),
+        stem=tuple(encode(self._stem.format(question=question.stem.strip()))),
+        options=tuple(tuple(encode(option(o))) for o in question.options),
         gold=question.gold, kind=self.kinds.index(question.kind),
         prior=tuple(prior or [0.0] * len(question.options)))
 
-  def prompt(self, options: int) -> JudgePrompt:
-    """The pieces around caption and question, for up to `options` options."""
-    encode = lambda text: np.asarray(self.tokenizer.encode(text), np.int32)
-    letters = string.ascii_uppercase[:options]
-    labels = [encode(self.template.label.format(letter=letter)) for letter in letters]
-    letter_ids = [encode(self.template.letter.format(letter=letter)) for letter in letters]
-    if any(len(ids) != 1 for ids in letter_ids):
-      raise ValueError(f"the judge's tokenizer does not write each of {self.template.letter!r} for {letters} as one "
+  @functools.lru_cache(maxsize=8)
+  def prompt(self, options: int, rows: int | None = None) -> JudgePrompt:
+    """The pieces around caption and question.
+
+    Args:
+      options: the most that a question has, "can not answer" not counted.
+      rows: of the judge's embedding, for the reading `generate`, which writes tokens; None for the others.
+
+    Raises:
+      ValueError: the tokenizer writes a letter as several tokens, or lacks the template's chat tokens.
+    """
+    template, tokenizer = self.template, self.tokenizer
+    for token in template.specials:
+      if tokenizer.backend.token_to_id(token) not in tokenizer.special_ids:
+        raise ValueError(f"the judge's prompt {template.name!r} is a chat in ChatML, but the judge's tokenizer has no "
+                         f"token {token!r}; use judge.prompt = 'plain'")
+    encode = lambda text: np.asarray(tokenizer.encode(text), np.int32)
+    letters = string.ascii_uppercase[:max(options + 1, 6)]  # one more for "can not answer", which may be F
+    labels = [encode(self._label.format(letter=letter)) for letter in letters]
+    letter_ids = [encode(template.letter.format(letter=letter)) for letter in letters]
+    if any(len(ids) != 1 for ids in letter_ids) and template.label:
+      raise ValueError(f"the judge's tokenizer does not write each of {template.letter!r} for {letters} as one "
                        "token; use judge.reading = 'option_pmi'")
     width = max(map(len, labels))
+    head, spaced, space = template.head, None, None
+    if head.endswith(" "):
+      head, spaced, space = head[:-1], self._spaced(), encode(" ")
+      if len(space) != 1:
+        raise ValueError("the judge's tokenizer does not write a space as one token; use judge.prompt = 'plain'")
     return JudgePrompt(
-        head_L=encode(self.template.head), label_AL=np.stack([_pad(ids, width) for ids in labels]),
-        label_valid_AL=np.stack([np.arange(width) < len(ids) for ids in labels]),
-        line_end_L=encode(self.template.line_end), tail_L=encode(self.template.tail),
-        letter_A=np.concatenate(letter_ids))
+        head_L=encode(head), label_AL=np.stack([_pad(ids, width) for ids in labels]),
+        label_valid_AL=np.stack([np.arange(width) < len(ids) for ids in labels]), tail_L=encode(self._tail),
+        letter_A=np.stack([ids[0] for ids in letter_ids]),
+        abstain_L=np.asarray(tokenizer.encode_plain(self._abstain) if self.abstain != "none" else [], np.int32),
+        spaced_V=spaced, space=None if space is None else space[0],
+        **({} if rows is None else self._writing(rows)))
+
+  def _spaced(self) -> np.ndarray:
+    """For each id the id of the same text after a space, where that is one token; -1 elsewhere. int32 [V]."""
+    vocabulary = self.tokenizer.backend.get_vocab()
+    spaced = np.full(self.tokenizer.vocab_size, -1, np.int32)
+    ids = [i for token, i in vocabulary.items() if i not in self.tokenizer.special_ids and not token.startswith("\u0120")]
+    texts = [" " + self.tokenizer.decode([i]) for i in ids]
+    for i, text, encoding in zip(ids, texts, self.tokenizer.backend.encode_batch(texts, add_special_tokens=False),
+                                 strict=True):
+      if len(encoding.ids) == 1 and "\ufffd" not in text:
+        spaced[i] = encoding.ids[0]
+    return spaced
+
+  def _writing(self, rows: int) -> dict:
+    """What the reading `generate` needs: which tokens may be written, and the first of A to I in each one's text."""
+    text = np.zeros(rows, bool)
+    letter = np.full(rows, -1, np.int32)
+    for token, i in self.tokenizer.backend.get_vocab().items():
+      text[i] = True
+      if i not in self.tokenizer.special_ids:  # byte-level BPE spells ASCII letters as themselves
+        letter[i] = next((ord(c) - ord("A") for c in token if "A" <= c <= "I"), -1)
+    ends = self.tokenizer.end_ids
+    if not ends:
+      raise ValueError("the judge's tokenizer has no end token; use another judge.reading than 'generate'")
+    return {"letter_V": letter, "words": Vocabulary(text, np.zeros(0, np.int32), tuple(ends), ends[-1])}
 
   def caption_ids(self, caption: str) -> list[int]:
     """A caption written as text, as the judge sees one that the policy wrote."""

@@ -47,3 +47,20 @@ def token_logprobs(hidden_MD: Array, head_VD: Array, target_MX: Array, *, allowe
   split = lambda x: jnp.pad(x, ((0, chunks * chunk_tokens - M), (0, 0))).reshape(chunks, chunk_tokens, -1)
   logp, entropy = jax.lax.map(lambda x: jax.checkpoint(chunk)(*x), (split(hidden_MD), split(target_MX)))
   return logp.reshape(-1, target_MX.shape[1])[:M], entropy.reshape(-1)[:M]
+
+
+def token_kl(hidden_MD: Array, head_VD: Array, other_MD: Array, other_head_VD: Array, *, allowed_V: Array | None = None,
+             temperature: float = 1.0, chunk_tokens: int = 1024) -> Array:
+  """KL(p || q) of whole distributions, float32 [M] in nats: p from `hidden` and `head`, q from the others. Chunked and
+  recomputed in the backward pass as in `token_logprobs`."""
+  def chunk(hidden, other):
+    logp = jax.nn.log_softmax(scaled_logits(hidden, head_VD, allowed_V, temperature), axis=-1)
+    logq = jax.nn.log_softmax(scaled_logits(other, other_head_VD, allowed_V, temperature), axis=-1)
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+
+  M = hidden_MD.shape[0]
+  if M <= chunk_tokens:
+    return jax.checkpoint(chunk)(hidden_MD, other_MD)
+  chunks = -(-M // chunk_tokens)
+  split = lambda x: jnp.pad(x, ((0, chunks * chunk_tokens - M), (0, 0))).reshape(chunks, chunk_tokens, -1)
+  return jax.lax.map(lambda x: jax.checkpoint(chunk)(*x), (split(hidden_MD), split(other_MD))).reshape(-1)[:M]

@@ -72,6 +72,18 @@ class Tokenizer:
     """The contents of `tokenizer.json`."""
     return self.backend.to_str()
 
+  def texts(self, rows: int) -> list[bytes]:
+    """The bytes that each id below `rows` stands for; none for special tokens and for ids without a token."""
+    # Byte-level BPE spells printable bytes as themselves, and the others, in order, as the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in printable)
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    texts = [b""] * rows
+    for token, token_id in self.backend.get_vocab().items():
+      if token_id not in self.special_ids:
+        texts[token_id] = bytes(byte_of[character] for character in token)
+    return texts
+
   @functools.cached_property
   def _plain(self) -> tokenizers.Tokenizer:
     # The flag `encode_special_tokens` would spare only tokens that are flagged as special.
