@@ -46,13 +46,24 @@ PANELS = (
           ("judge/accuracy", "judge/accuracy/*"),
           "From the captions of the training batch alone, overall and by kind of question.",
           percent=True),
+    Panel("Held-out accuracy", "questions answered right", ("eval/accuracy", "eval/accuracy/*"),
+          "Greedy captions of the evaluation split, during training.", percent=True),
+    Panel("Silence and falsehood", "questions", ("judge/abstained", "judge/misled", "judge/blind"),
+          "Where the judge gave no answer, where it gave a wrong one, and what it gets right from an empty caption.",
+          percent=True),
+    Panel("Reward terms", "mean of the term", ("reward/accuracy", "reward/length", "reward/repetition",
+                                               "reward/timestamps", "reward/truncated"),
+          "Each before its weight."),
     Panel("Caption length", "tokens a caption", ("rollout/length",),
           "Grows where more detail answers more questions. Growth without reward is padding."),
     Panel("Entropy", "nats a token", ("update/entropy",),
           "How undecided the policy is. Near zero, siblings are alike and nothing is learned."),
     Panel("Distance to the reference", "KL, nats a token", ("update/kl",),
           "How far the policy has moved. Jumps say that a step was too large."),
-    Panel("Gradient norm", "norm", ("update/grad_norm",),
+    Panel("Sampler against update", "nats a token", ("update/logp_difference", "update/logp_difference_max"),
+          "How far the sampler's log-probabilities are from the update's own: rounding, or a fault.", log_if_wide=True),
+    Panel("Gradient norm", "norm", ("update/grad_norm", "update/grad_norm_vision", "update/grad_norm_projector",
+                                    "update/grad_norm_decoder"),
           "Before clipping. Spikes are the first sign of trouble.", log_if_wide=True),
     Panel("Flat groups", "groups", ("advantage/flat_groups",),
           "Groups whose captions all earned the same: they teach nothing.", percent=True),
@@ -101,7 +112,8 @@ def _series(rows: Rows, panel: Panel) -> dict[str, tuple[np.ndarray, np.ndarray]
       matches = sorted({key for row in rows for key in row if key.startswith(prefix)})
       labels = {match: match[len(prefix):] for match in matches}
     else:
-      labels = {name: "overall" if len(panel.names) > 1 else name}
+      wildcard = any(other.endswith("/*") for other in panel.names)
+      labels = {name: "overall" if wildcard else name.partition("/")[2] if len(panel.names) > 1 else name}
     for match, label in labels.items():
       pairs = [(row["step"], row[match]) for row in rows if match in row]
       steps = np.array([step for step, _ in pairs])

@@ -205,7 +205,7 @@ def set_up(settings: Settings) -> Run:
   judge = load_judge(settings.judge.source, mesh, jnp.dtype(settings.judge.dtype))
   names = tuple(kinds([*train_rows, *eval_rows]))
   tokenize = QuestionTokenizer(judge.tokenizer, template_for(settings.judge.reading, settings.judge.prompt), names,
-                               settings.judge.abstain)
+                               settings.judge.abstain, settings.judge.abstain_letter)
   asker = Asker(judge, tokenize, settings.step.judge, settings.seed)
   log.info("captioner %.1fM parameters, judge %.1fM, %d + %d images", _millions(policy), _millions(judge),
            len(train_rows), len(eval_rows))

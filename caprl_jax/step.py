@@ -148,4 +148,5 @@ def reward_metrics(reward_BG: Array, scored_BG: Array, terms: dict[str, Array], 
           "reward/group_std": masked_std(reward_BG, scored_BG, axis=1).mean(),
           "reward/unscored": 1.0 - scored_BG.mean(),
           **{f"reward/{name}": masked_mean(value, scored_BG) for name, value in terms.items()},
-          "advantage/flat_groups": flat_B.mean()}
+          "advantage/flat_groups": flat_B.mean(),
+          "advantage/excluded_groups": (scored_BG.sum(1) < 2).mean()}

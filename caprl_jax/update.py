@@ -150,7 +150,7 @@ def optimizer_step(policy: Policy, tx: optax.GradientTransformation, params: Par
   """One step: new parameters, optimizer state, metrics. When loss or gradient is not finite both stay as they were and
   the metric `nonfinite` is 1."""
   grads, loss, metrics = loss_gradients(policy, params, frozen, rollout, temperature, cfg)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(loss)
   metrics = {"loss": loss, "grad_norm": norm, **part_norms(policy, grads), "nonfinite": 1.0 - finite, **metrics}
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)

@@ -29,6 +29,7 @@ from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
 # The first step's metrics on seed 0; the failing test prints what to put here.
 GOLDEN = {
     'advantage/abs': 0.54509,
+    'advantage/excluded_groups': 0,
     'advantage/flat_groups': 0.25,
     'judge/abstained': 0,
     'judge/accuracy': 0.421875,

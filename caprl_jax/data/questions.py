@@ -39,11 +39,13 @@ class QuestionShape:
 class QuestionTokenizer:
   """Text of questions -> ids, with one judge's tokenizer and template.
 
-  abstain: whether "can not answer" is an option more, `last` or `permuted` with the others.
+  abstain, abstain_letter: as `judging.JudgeConfig` has them.
   """
 
-  def __init__(self, tokenizer: Tokenizer, template: JudgeTemplate, kinds: Sequence[str], abstain: str = "none"):
-    self.tokenizer, self.template, self.kinds, self.abstain = tokenizer, template, list(kinds), abstain
+  def __init__(self, tokenizer: Tokenizer, template: JudgeTemplate, kinds: Sequence[str], abstain: str = "none",
+               abstain_letter: str = "next"):
+    self.tokenizer, self.template, self.kinds = tokenizer, template, list(kinds)
+    self.abstain, self.abstain_letter = abstain, abstain_letter
     tail = template.tail
     if abstain != "last" and template.label and not tail.startswith("\n"):
       tail = "\n" + tail  # the official prompt ends its last line otherwise, but knows only `last`
@@ -89,8 +91,9 @@ class QuestionTokenizer:
     letters = string.ascii_uppercase[:max(options + 1, 6)]  # one more for "can not answer", which may be F
     labels = [encode(self._label.format(letter=letter)) for letter in letters]
     letter_ids = [encode(template.letter.format(letter=letter)) for letter in letters]
-    if any(len(ids) != 1 for ids in letter_ids) and template.label:
-      raise ValueError(f"the judge's tokenizer does not write each of {template.letter!r} for {letters} as one "
+    needed = 6 if self.abstain_letter == "F" else options + (self.abstain != "none")
+    if any(len(ids) != 1 for ids in letter_ids[:needed]) and template.label:
+      raise ValueError(f"the judge's tokenizer does not write each of {template.letter!r} for {letters[:needed]} as one "
                        "token; use judge.reading = 'option_pmi'")
     width = max(map(len, labels))
     head, spaced, space = template.head, None, None
