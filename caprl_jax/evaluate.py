@@ -63,18 +63,23 @@ class Evaluator:
     self.run = run
     settings = run.settings
     rollout = settings.step.rollout
-    # Every question once, in one batch with the others: draws are a matter of the training reward.
-    cfg = dataclasses.replace(settings.step, judge=dataclasses.replace(
-        settings.step.judge, draws=0, independent=False, blind=False, microbatches=1))
+
+    def protocol(images: int):
+      """Every question once: draws are a matter of the training reward. Pieces where they fit the batch."""
+      judge = settings.step.judge
+      pieces = judge.microbatches if images % judge.microbatches == 0 else 1
+      judge = dataclasses.replace(judge, draws=0, independent=False, blind=False, microbatches=pieces)
+      return dataclasses.replace(settings.step, judge=judge)
+
     sampling = dataclasses.replace(rollout.sampling, temperature=settings.evaluate.temperature)
-    make = lambda group, sampling: jax.jit(functools.partial(
+    make = lambda group, sampling, images: jax.jit(functools.partial(
         caption_and_judge, policy=run.policy.model, judge=run.judge.model,
-        rollout=RolloutConfig(group, sampling), cfg=cfg),
+        rollout=RolloutConfig(group, sampling), cfg=protocol(images)),
         out_shardings=sharding.replicated(run.mesh))  # every process reads the whole batch's figures
     if run.translator:
-      make = lambda group, sampling: two_programs(run, RolloutConfig(group, sampling), cfg)
-    self._single = make(1, sampling)
-    self._group = make(rollout.group_size, rollout.sampling)
+      make = lambda group, sampling, images: two_programs(run, RolloutConfig(group, sampling), protocol(images))
+    self._single = make(1, sampling, settings.evaluate.batch_size)
+    self._group = make(rollout.group_size, rollout.sampling, settings.data.batch_size)
 
   def _batches(self, rows: int, size: int, what: str):
     batcher, seed = self.run.eval, self.run.settings.seed

@@ -240,8 +240,9 @@ def _lines(row: Mapping[str, Any]) -> Iterator[tuple[tuple, list[tuple]]]:
   """For each caption of an image its three columns, and for each question that it was asked the other four."""
   for caption in row["captions"]:
     asked = []
-    for question, answer in zip(row["questions"], caption["answers"], strict=True):
-      options, chosen = question["options"], answer["choice"]
+    for answer in caption["answers"]:
+      question, chosen = row["questions"][answer["question"]], answer["choice"]
+      options = question["options"]
       asked.append((question["stem"], options[question["gold"]], "-" if chosen < 0 else options[chosen],
                     answer["correct"] if answer["valid"] else None))
     yield (caption["text"], caption["reward"], caption.get("advantage")), asked or [(None,) * 4]

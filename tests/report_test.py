@@ -14,10 +14,10 @@ from caprl_jax import curves, metrics, report
 
 QUESTION = {"stem": "what is the red shape?", "options": ["circle", "triangle", "rectangle"],
             "gold": 0, "kind": "shape"}
-RIGHT = {"choice": 0, "correct": True, "valid": True}
-WRONG = {"choice": 2, "correct": False, "valid": True}
-NONE = {"choice": -1, "correct": False, "valid": True}
-ABSENT = {"choice": -1, "correct": False, "valid": False}
+RIGHT = {"question": 0, "choice": 0, "correct": True, "valid": True}
+WRONG = {"question": 0, "choice": 2, "correct": False, "valid": True}
+NONE = {"question": 0, "choice": -1, "correct": False, "valid": True}
+ABSENT = {"question": 0, "choice": -1, "correct": False, "valid": False}
 
 
 def caption(text, answer, reward, **more):
@@ -44,7 +44,8 @@ def write_metrics(workdir, steps):
     for step in range(1, steps + 1):
       writer.write(step, {
           "reward/mean": 0.4 + step / 100, "judge/accuracy": 0.5, "judge/accuracy/shape": 0.4,
-          "rollout/length": 5 + step / 10, "update/entropy": 1.2, "advantage/flat_groups": 0.1,
+          "eval/accuracy": 0.5, "judge/abstained": 0.1, "judge/misled": 0.4, "reward/accuracy": 0.5,
+          "update/logp_difference": 1e-6, "rollout/length": 5 + step / 10, "update/entropy": 1.2, "advantage/flat_groups": 0.1,
           "update/grad_norm": 500 if step == 20 else 1,
           "update/kl": math.nan if step == 2 else 0.01, "time/step_secs": 3.0})
 
@@ -168,7 +169,7 @@ def test_a_bad_file_is_named_and_the_old_report_stays(workdir, name, text, messa
   assert (workdir / "report.html").read_text() == old
 
 
-@pytest.mark.parametrize("answers", [[], [RIGHT, RIGHT], [RIGHT | {"choice": 3}]])
+@pytest.mark.parametrize("answers", [[RIGHT | {"question": 1}], [RIGHT | {"choice": 3}], [{"choice": 0}]])
 def test_answers_that_do_not_fit_their_questions_are_refused(workdir, answers):
   write_samples(workdir, "after", [[caption("x", RIGHT, 1.0) | {"answers": answers}]])
   with pytest.raises(ValueError, match="after.json: not samples"):

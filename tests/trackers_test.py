@@ -21,8 +21,10 @@ def save_some_samples(folder, stage="train", advantage=True):
   """As `samples.save_samples` writes them: two images; the second caption of the first one was not scored."""
   questions = [{"stem": "What colour?", "options": ["red", "a|b"], "gold": 0, "kind": "colour"},
                {"stem": "What shape?", "options": ["disc", "ring"], "gold": 1, "kind": "shape"}]
-  right, wrong = {"choice": 0, "correct": True, "valid": True}, {"choice": 0, "correct": False, "valid": True}
-  none, unscored = {"choice": -1, "correct": False, "valid": True}, {"choice": -1, "correct": False, "valid": False}
+  answer = lambda question, choice, correct, valid: {
+      "question": question, "choice": choice, "correct": correct, "valid": valid}
+  right, wrong = answer(0, 0, True, True), answer(1, 0, False, True)
+  none, unscored = answer(0, -1, False, True), answer(1, -1, False, False)
   rows = [
       {"row": 7, "name": "a/x.png", "image": "images/a_x.png", "questions": questions, "captions": [
           {"text": "A *red* <b>|\nring.", "length_tokens": 5, "reward": 0.5, "answers": [right, wrong]},

@@ -90,7 +90,8 @@ def test_trackers_have_the_numbers_and_the_samples(workdir):
   rows = read_metrics(workdir / "metrics.jsonl")
   np.testing.assert_allclose([e.value for e in events.Scalars("reward/mean")], [row["reward/mean"] for row in rows], rtol=1e-5)
   assert [e.step for e in events.Scalars("eval/accuracy")] == [2, 4]
-  assert events.Tags()["images"] and list(workdir.glob("wandb/offline-run-*/*.wandb"))
+  assert events.Tags()["images"] and events.Tags()["tensors"]
+  assert list(workdir.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_the_report_shows_them(workdir):
