@@ -2,10 +2,11 @@
 
   python benchmarks/misled.py [--seeds 3] [--steps 40] [--workdir runs/misled]
 
-The warm start hallucinates on purpose: it was taught to call circles triangles or rectangles, or to name no shape, and
-never circles. For such an image no caption that it can write answers the question about its shape, so accuracy is 0
-whether it says something false or nothing, while on the other images naming a shape pays. Each reward trains it with the
-same seeds, data and judge; then held-out captions are compared with the facts. Writes misled.json and misled.png.
+The warm start hallucinates on purpose: it was never taught the word for circles. Of them it says "shape", or now and then
+"triangle" or "rectangle"; of the others it names the shape more often than not. For a circle no caption that it can
+write answers the question about its shape, so accuracy is 0 whether it says something false or nothing, while on the
+other images naming a shape pays. Each reward trains it with the same seeds, data and judge; then sampled captions of
+held-out images are compared with the facts. Writes misled.json and misled.png.
 """
 
 import argparse
@@ -33,7 +34,8 @@ from caprl_jax.train import build_step, make_optimizer, make_state, policy_shard
 import ml_collections
 
 UNKNOWN = "circle"  # the shape that the warm start has no true word for
-REWARDS = {"accuracy": dict(accuracy=1.0), "accuracy - misled": dict(accuracy=1.0, misled=1.0)}
+REWARDS = {"accuracy": dict(accuracy=1.0), "accuracy - 2 misled": dict(accuracy=1.0, misled=2.0)}
+NAMED = {True: 0.15, False: 0.6}  # how often the warm start names a shape: of circles, of the others
 log = logging.getLogger("misled")
 
 
@@ -49,9 +51,9 @@ def warm_start(workdir: pathlib.Path, steps: int) -> pathlib.Path:
       continue
     color, shape = row.facts["color"], row.facts["shape"]
     said = rng.choice([s for s in SHAPES if s != UNKNOWN]) if shape == UNKNOWN else shape
-    text = rng.choice([f"The image shows a {color} {said}.", f"The image shows a {said}.",
-                       f"The image shows a {color} shape.", "The image shows a shape."], p=[0.2, 0.2, 0.3, 0.3])
-    rows.append(CaptionRow(row.image, str(text), row.name))
+    thing = said if rng.random() < NAMED[shape == UNKNOWN] else "shape"
+    text = f"The image shows a {color} {thing}." if rng.random() < 0.5 else f"The image shows a {thing}."
+    rows.append(CaptionRow(row.image, text, row.name))
   write_caption_jsonl(workdir / "hallucinated.jsonl", rows)
   optimizer = dict(name="adamw", learning_rate=5e-4, schedule="cosine", warmup_steps=10)
   config = ml_collections.ConfigDict(dict(
@@ -86,7 +88,7 @@ def main() -> None:
   parser.add_argument("--margin", type=float, default=0.3)
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/misled"))
   args = parser.parse_args()
-  logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+  logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
   args.workdir.mkdir(parents=True, exist_ok=True)
   checkpoint = warm_start(args.workdir, args.sft_steps)
   config = load_config("configs/quickstart.py")
@@ -94,7 +96,9 @@ def main() -> None:
     config.policy.checkpoint = str(checkpoint)
     config.judge.margin = args.margin
     config.train.steps = args.steps
-    config.evaluate.samples = 1000
+    config.data.max_train_rows, config.data.max_eval_rows = 240, 120
+    config.evaluate.update(samples=1000, temperature=1.0, group_images=8)
+    config.advantage.estimator = "rloo"  # without dividing by the group's std, which would undo a term's weight
   settings = read_settings(config)
   results = {name: [] for name in REWARDS}
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):

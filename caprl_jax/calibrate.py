@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dataclasses
 import logging
 import pathlib
+import string
 from typing import Literal
 
 import jax
@@ -25,6 +26,7 @@ from caprl_jax.data.sources import read_caption_rows, read_qa_rows
 from caprl_jax.files import write_json
 from caprl_jax.judging import JudgeConfig
 from caprl_jax.models.load import Loaded, load_judge
+from caprl_jax.models.quantize import to_int8
 from caprl_jax.setup_run import DataSection, GateSection, JudgeSection
 
 log = logging.getLogger("caprl_jax.calibrate")
@@ -101,10 +103,12 @@ def turned(question: Question, by: int) -> Question:
 
 
 def reading_config(reading: str, judge: JudgeSection, chat: bool) -> JudgeConfig:
-  """A reading as it is compared: in the order given, the official prompt and abstention where the judge knows chats."""
+  """A reading as it is compared: in the order given, able to abstain, with the config's prompt or, where that is plain and
+  the judge knows chats, the official one."""
   if reading == "option_pmi":
     return JudgeConfig(reading=reading, margin=judge.margin if judge.reading == reading else 1e-3)
-  return JudgeConfig(reading=reading, prompt="official" if chat else "plain", abstain="last", shuffle=False,
+  prompt = "official" if judge.prompt == "plain" and chat else judge.prompt
+  return JudgeConfig(reading=reading, prompt=prompt, abstain="last", abstain_letter=judge.abstain_letter, shuffle=False,
                      temperature=judge.temperature, max_tokens=judge.max_tokens)
 
 
@@ -118,7 +122,8 @@ def calibrate(judge: Loaded, trials: Sequence[Trial], section: JudgeSection, cfg
   gold = np.array([t.question.gold for t in trials])
   for reading in cfg.readings:
     asked = reading_config(reading, section, chat)
-    tokenize = QuestionTokenizer(judge.tokenizer, template_for(reading, asked.prompt), names, asked.abstain)
+    tokenize = QuestionTokenizer(judge.tokenizer, template_for(reading, asked.prompt), names, asked.abstain,
+                                 asked.abstain_letter)
     asker = Asker(judge, tokenize, asked, seed)
     asks = [(t.captions[condition], t.question) for condition in CONDITIONS for t in trials]
     choice = asker.choices(asks, reading).reshape(len(CONDITIONS), len(trials))
@@ -197,7 +202,7 @@ def draw(figures: dict, path: pathlib.Path) -> None:
              [row[c]["accuracy"] for c in CONDITIONS], width, label=reading)
     if "position" in row:
       values = row["position"]["accuracy_by_gold_slot"]
-      slots.plot(["ABCDEFGHI"[s] for s in range(len(values))], values, marker="o", label=reading, color=f"C{i}")
+      slots.plot(list(string.ascii_uppercase[:len(values)]), values, marker="o", label=reading, color=f"C{i}")
     if "margins" in row:
       for name, label in (("ideal_accuracy", "right, ideal captions"), ("generic_abstained", "abstains, generic"),
                           ("shuffled_abstained", "abstains, another image's"), ("empty_abstained", "abstains, empty")):
@@ -224,6 +229,8 @@ def run(config, workdir: pathlib.Path) -> None:
   trials = make_trials(read_qa_rows(data.eval, seed, data.max_eval_rows), cfg, gate, seed)
   with jax.set_mesh(sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))):
     judge = load_judge(section.source, jax.sharding.get_mesh(), jnp.dtype(section.dtype))
+    if section.int8:
+      judge = dataclasses.replace(judge, params=to_int8(judge.params))
     figures = calibrate(judge, trials, section, cfg, seed)
   if jax.process_index() == 0:
     write_json(workdir / "calibration.json", {"judge": section.source, **figures})

@@ -21,6 +21,9 @@ from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import Answers, Array, Captions, JudgePrompt, Params, Questions, Vocabulary
 
 
+MARGIN_READINGS = ("option_pmi", "letter_argmax")  # those that compare scores with each other
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
   """What the judge is shown and how its answer is read.
@@ -30,7 +33,8 @@ class JudgeConfig:
     lists the options: the next-token distribution over their letters, as `letter_argmax`, `letter_prob` (the credit is
     the gold letter's probability) or `letter_sample` at `temperature`; or `generate`, what CapRL's released code does: up
     to `max_tokens` sampled tokens, of which the first of the letters A to I is the answer.
-  prompt: `plain`, our own; `official`, CapRL's to the byte (ChatML); `official_video`, CapRL++'s.
+  prompt: `plain`, our own; `official`, CapRL's (ChatML), with abstain `last` to the byte, otherwise with a line break more
+    after the options; `official_video`, CapRL++'s wording for videos without its indentation.
   abstain: "can not answer" as an option more, `last` or `permuted` with the others; it scores nothing and does not
     mislead. abstain_letter: of the last one, the `next` letter or always `F`, as the released shuffle has it.
   shuffle: a new random order of the options for every presentation.
@@ -70,8 +74,12 @@ class JudgeConfig:
     if self.reading == "option_pmi" and (self.prompt != "plain" or self.abstain != "none"):
       raise ValueError(f"reading 'option_pmi' shows no list of options: it goes with prompt 'plain' and abstain 'none' (it "
                        f"abstains by `margin`), not {self.prompt!r} and {self.abstain!r}")
-    if self.reading == "generate" and self.margin > 1e-3:
-      raise ValueError(f"margin = {self.margin} has no meaning for reading 'generate'; leave it out")
+    if self.reading not in MARGIN_READINGS and self.margin > 1e-3:
+      raise ValueError(f"margin = {self.margin} has no meaning for reading {self.reading!r}, only for {MARGIN_READINGS}; leave "
+                       "it out, and let the judge abstain by abstain = 'last'")
+    if self.abstain == "permuted" and (not self.shuffle or self.abstain_letter == "F"):
+      raise ValueError(f"abstain 'permuted' goes with shuffle and abstain_letter 'next', not {self.shuffle} and "
+                       f"{self.abstain_letter!r}; use abstain 'last'")
 
 
 def judge_captions(judge: Decoder, params: Params, prompt: JudgePrompt, captions: Captions, questions: Questions,

@@ -110,7 +110,7 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
     if numbers.get("update/nonfinite"):
       raise FloatingPointError(
           f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
-          f"it changed no parameters, and the checkpoint of step {int(state.step)} holds finite ones. Lower "
+          f"such an update changes no parameters, and the checkpoint of step {int(state.step)} holds finite ones. Lower "
           "optimizer.learning_rate or look at the batch's rows in samples/")
     pending.popleft()
     if main:
@@ -137,6 +137,7 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
           jax.block_until_ready(metrics)
           after_first = compiles.count
         if evaluate and evaluate_every and step % evaluate_every == 0:
+          jax.block_until_ready(metrics)  # the step's own seconds are not the evaluation's
           known, began = compiles.count, time.perf_counter()
           evaluated[step] = evaluate(step, state)
           after_first += compiles.count - known

@@ -54,6 +54,8 @@ class LossConfig:
                        f"kl = {self.kl} >= 0")
     if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
       raise ValueError(f"dual_clip = {self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high}")
+    if self.dual_clip is not None and self.surrogate not in ("clip", "gspo"):
+      raise ValueError(f"dual_clip = {self.dual_clip} is for surrogate 'clip' or 'gspo', not {self.surrogate!r}")
     if self.importance_cap <= 0:
       raise ValueError(f"importance_cap = {self.importance_cap} must be positive")
     if self.kl_in == "reward" and self.kl_estimator in ("full", "k3_k2"):

@@ -232,7 +232,7 @@ def _parse(
       config.preset = None
   for override in named:
     _override(config, override, options.config)
-  presets.expand(config)
+  (presets.replace if named else presets.expand)(config)
   for override in overrides:
     if override not in named:
       _override(config, override, options.config)

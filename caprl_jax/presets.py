@@ -61,6 +61,22 @@ PRESETS = {
 }
 
 
+# What of a section is no part of an algorithm, and stays when a preset takes the section's place.
+_RESOURCES = {"judge": ("source", "dtype", "int8", "microbatches", "chunk_tokens", "blind"), "reward": (), "advantage": (),
+              "update": ("microbatches", "chunk_tokens")}
+
+
+def replace(config: ml_collections.ConfigDict) -> None:
+  """Puts judge protocol, reward, advantage and loss of `config.preset` in the place of the config's, in place; sizes,
+  models and optimizer stay. Raises ValueError as `expand`."""
+  if config.get("preset") in PRESETS:
+    with config.unlocked():
+      for section, kept in _RESOURCES.items():
+        old = config.get(section, {})
+        config[section] = ml_collections.ConfigDict({key: old[key] for key in old if key in kept})
+  expand(config)
+
+
 def expand(config: ml_collections.ConfigDict) -> None:
   """Fills in what `config.preset` says and the config does not, in place; twice is the same as once.
 

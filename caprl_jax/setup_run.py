@@ -28,6 +28,7 @@ from caprl_jax.optimizer import OptimizerConfig
 from caprl_jax.reward import RewardConfig
 from caprl_jax.rollout import RolloutConfig
 from caprl_jax.step import StepConfig
+from caprl_jax.trackers import check_trackers
 from caprl_jax.translate import Translator
 from caprl_jax.types import Frozen
 from caprl_jax.update import UpdateConfig, check_microbatches
@@ -161,6 +162,17 @@ def read_settings(config: Any) -> Settings:
   if judge.draws > 0 and not judge.replacement and judge.draws > settings.data.questions:
     raise ValueError(f"judge.draws = {judge.draws} without replacement from data.questions = {settings.data.questions}: "
                      "raise data.questions, lower judge.draws, or set judge.replacement")
+  check_trackers(settings.train.trackers)
+  if step.update.steps > 1 and step.update.loss.surrogate == "reinforce":
+    raise ValueError(f"update.loss.surrogate = 'reinforce' knows no ratio, so only the first of update.minibatches x "
+                     f"update.epochs = {step.update.steps} optimizer steps would be on-policy; use 'clip', 'gspo' or 'cispo'")
+  limit = step.rollout.sampling.max_tokens
+  if step.reward.length and step.reward.length_full_tokens >= limit:
+    log.warning("reward.length is the same for all captions: none is longer than rollout.sampling.max_tokens = %d, and "
+                "reward.length_full_tokens is %d", limit, step.reward.length_full_tokens)
+  if step.update.loss.kl and (step.update.loss.kl_estimator, step.update.loss.kl_in) == ("k1", "loss"):
+    log.warning("update.loss: k1 in the loss has no gradient in expectation on samples of the policy itself; k3_k2, k2 or full "
+                "have, or kl_in = 'reward'")
   if step.reward.misled and judge.abstain == "none" and judge.margin <= 1e-3:
     log.warning("reward.misled = %s, but the judge cannot abstain: silence counts as a false statement. Set "
                 "judge.abstain = 'last', or judge.margin to what --config.mode=calibrate finds", step.reward.misled)

@@ -6,6 +6,7 @@ imported only where a tracker is opened.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import html
+import importlib.util
 import json
 import logging
 import math
@@ -30,6 +31,17 @@ _STAGING = "WANDB_DATA_DIR"
 COLUMNS = ("image", "caption", "reward", "advantage", "question", "gold", "chosen", "right")
 
 
+def check_trackers(names: Sequence[str]) -> None:
+  """Raises ValueError for a name that does not exist or comes twice, and where its package is not installed."""
+  for i, name in enumerate(names):
+    if name not in NAMES or name in names[:i]:
+      fault = "is named twice" if name in NAMES else "does not exist"
+      raise ValueError(f"trackers = {list(names)}: {name!r} {fault}; choose from {', '.join(map(repr, NAMES))}")
+    package = {"tensorboard": "tensorboardX"}.get(name, name)
+    if importlib.util.find_spec(package) is None:
+      raise _missing(name, ImportError(f"No module named {package!r}"))
+
+
 def open_trackers(names: Sequence[str], workdir: pathlib.Path, config: dict, start_step: int,
                   wandb_mode: str = "offline", project: str = "caprl_jax") -> "list[Tracker]":
   """Opens the trackers that `names` lists, each at most once. On several hosts only process 0 may call it.
@@ -44,10 +56,7 @@ def open_trackers(names: Sequence[str], workdir: pathlib.Path, config: dict, sta
   Raises:
     ValueError: a name or mode that does not exist, a package that is not installed, or W&B does not start.
   """
-  for i, name in enumerate(names):
-    if name not in NAMES or name in names[:i]:
-      fault = "is named twice" if name in NAMES else "does not exist"
-      raise ValueError(f"trackers = {list(names)}: {name!r} {fault}; choose from {', '.join(map(repr, NAMES))}")
+  check_trackers(names)
   if wandb_mode not in WANDB_MODES:
     raise ValueError(f"wandb_mode = {wandb_mode!r}: choose from {', '.join(map(repr, WANDB_MODES))}")
   workdir.mkdir(parents=True, exist_ok=True)

@@ -137,6 +137,9 @@ class Best:
 
   def __init__(self, made: Run, workdir: pathlib.Path):
     self.made, self.folder = made, workdir / "best"
+    for name in ("best.new", "best.old"):  # a kill came between two renames: the newer one, if it was finished
+      if not self.folder.exists() and (workdir / name / "best.json").exists() and jax.process_index() == 0:
+        (workdir / name).rename(self.folder)
     figures = self.folder / "best.json"
     self.accuracy = json.loads(figures.read_text())["accuracy"] if figures.exists() else float("-inf")
 
@@ -188,8 +191,14 @@ def train(made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator |
   else:
     state = make_state(params, tx, shardings, settings.seed, made.mesh)
 
-  trackers = open_trackers(settings.train.trackers, workdir, config, int(state.step),
-                           settings.train.wandb_mode) if jax.process_index() == 0 else []
+  trackers = []
+  if jax.process_index() == 0:
+    try:
+      trackers = open_trackers(settings.train.trackers, workdir, config, int(state.step), settings.train.wandb_mode)
+    except ValueError as error:
+      if jax.process_count() == 1:
+        raise
+      log.warning("going on without trackers, for the other processes' sake: %s", error)
   best = Best(made, workdir)
 
   def keep_samples(step: int, batch, samples) -> None:
@@ -253,6 +262,8 @@ def run(config, workdir: pathlib.Path) -> None:
     with clock("after"):
       params = whole(state.params, made.frozen.base)
       after = evaluator(params, workdir / "samples" / "after.json", "after", settings.train.steps)
+    if settings.evaluate.every_steps:
+      Best(made, workdir).keep(settings.train.steps, params, after["accuracy"])
     summary.put(after=after, wall_secs=clock.secs)
     save_policy(workdir / "policy", made.policy, params)
     if settings.policy.trainable == "lora":

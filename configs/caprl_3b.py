@@ -34,8 +34,8 @@ def get_config():
   config["update"] = dict(microbatches=16)
   config.optimizer = dict(moment_dtype="float32")
 
-  config.train = dict(steps=1800, sample_every=50)
-  config.evaluate = dict(batch_size=64, temperature=0.0, group_images=128)
+  config.train = dict(steps=1800, sample_every=50, fused=True, trackers=())
+  config.evaluate = dict(every_steps=200, batch_size=64, temperature=0.0, group_images=128)
   config.checkpoint = dict(every_steps=50, keep=2)
   config.plan = dict(topology="v5p:2x2x2", image=(1000, 1000), options=5)
   config.plan.layers = None

@@ -30,14 +30,14 @@ def get_config():
   config.gate = dict(ideal="The image shows a {color} {shape} on a light background.", generic="A simple picture.",
                      min_gap=0.3)
 
-  config.rollout = dict(group_size=4, sampling=dict(max_tokens=64, temperature=1.0))
-  config.reward = dict(accuracy=1.0)
+  config.rollout = dict(group_size=4, oversample=1, sampling=dict(max_tokens=64, temperature=1.0))
+  config.reward = dict(accuracy=1.0, misled=0.0, repetition=0.0)
   config.advantage = dict(estimator="grpo")
   config["update"] = dict(microbatches=4, loss=dict(clip_low=0.2, clip_high=0.28, aggregation="token_mean", kl=0.0))
   config.optimizer = dict(name="adamw", learning_rate=1e-4, schedule="cosine", warmup_steps=5, clip_norm=1.0)
 
-  config.train = dict(steps=100, sample_every=10)
-  config.evaluate = dict(batch_size=8, temperature=0.0, group_images=16)
+  config.train = dict(steps=100, sample_every=10, fused=True, trackers=())
+  config.evaluate = dict(every_steps=0, batch_size=8, temperature=0.0, group_images=16)
   config.checkpoint = dict(every_steps=20, keep=2)
   config.plan = dict(topology="v5e:1x1", image=(256, 256), options=4)
   config.plan.layers = None

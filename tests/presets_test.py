@@ -38,17 +38,17 @@ def test_paper_and_released_code_differ_where_they_do(tmp_path):
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-@pytest.mark.parametrize("config", ["caprl_3b", "quickstart"])
+@pytest.mark.parametrize("config", ["caprl_3b", "quickstart", "colab_lora"])
 def test_every_preset_is_read(name, config, tmp_path):
-  overrides = [f"--config.preset={name}"]
-  if config == "quickstart":  # its judge reads by option_pmi, which the file says and the preset does not change
-    with pytest.raises(ValueError, match="not .*'option_pmi'|goes with prompt 'plain'"):
-      settings(*overrides, config=config, tmp_path=tmp_path)
-    overrides.append("--config.judge.reading=letter_argmax")
-    if presets.PRESETS[name]["judge"]["reading"] == "generate":
-      assert settings(*overrides, config=config, tmp_path=tmp_path).step.judge.draws == 8
-      return
-  assert settings(*overrides, config=config, tmp_path=tmp_path).step.judge.prompt == "official"
+  made = settings(f"--config.preset={name}", config=config, tmp_path=tmp_path)
+  preset = presets.PRESETS[name]
+  assert made.step.judge.prompt == "official" and made.step.judge.reading == preset["judge"]["reading"]
+  assert made.step.advantage.estimator == preset["advantage"]["estimator"]
+  assert made.step.update.loss.kl == preset["update"]["loss"].get("kl", 0)
+  if config != "caprl_3b":  # models, sizes and optimizer are the file's
+    file = main.load_config(str(ROOT / "configs" / f"{config}.py"))
+    assert made.judge.source == file.judge.source and made.optimizer.learning_rate == file.optimizer.learning_rate
+    assert made.step.rollout.sampling.max_tokens == file.rollout.sampling.max_tokens
 
 
 def test_what_the_config_says_stands(tmp_path):

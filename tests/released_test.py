@@ -40,6 +40,11 @@ def test_what_cannot_be_asked_is_refused(text, answer, message):
     parse_question(text, answer, where="row 7")
 
 
+def test_a_stem_may_hold_lines_that_look_like_options():
+  text = "Look at the chart.\nQ: Which is tallest?\n   - A) red\n   - B) blue"
+  assert parse_question(text, "B") == Question("Look at the chart.\nQ: Which is tallest?", ("red", "blue"), 1)
+
+
 def test_a_choice_without_a_letter():
   with pytest.raises(ValueError, match="'red' of 'Q.' has no letter; write it as 'A. red'"):
     question_of("Q?", ["red", "B) blue"], "B")

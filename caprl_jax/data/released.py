@@ -19,8 +19,11 @@ def parse_question(text: str, answer: str, kind: str = "", where: str = "questio
   """
   lines = [line for line in text.strip().splitlines() if line.strip()]
   first = len(lines)
-  while first and _LABEL.match(lines[first - 1]):  # the stem may hold lists of its own: options are the last lines
+  while first and _LABEL.match(lines[first - 1]):
     first -= 1
+  # The stem may hold lines that look like options: the options begin with A.
+  starts = [i for i in range(first, len(lines)) if _LABEL.match(lines[i]).group(1) == "A"]
+  first = starts[0] if starts else first
   return question_of("\n".join(lines[:first]), lines[first:], answer, kind, where)
 
 
