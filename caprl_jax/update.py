@@ -59,6 +59,7 @@ def check_microbatches(batch_size: int, cfg: UpdateConfig) -> None:
   for name, value, total, of in (
       ("minibatches", cfg.minibatches, batch_size, f"data.batch_size = {batch_size}"),
       ("microbatches", cfg.microbatches, batch_size // max(cfg.minibatches, 1),
+       f"data.batch_size = {batch_size}" if cfg.minibatches == 1 else
        f"data.batch_size / update.minibatches = {batch_size // max(cfg.minibatches, 1)}")):
     if value < 1 or total % value:
       fitting = [m for m in range(1, total + 1) if total % m == 0]
