@@ -218,7 +218,7 @@ def _spaced(prompt: JudgePrompt, caption_BGT, keep_BGT) -> tuple[Array, Array]:
   T = caption_BGT.shape[-1]
   first_BG1 = jnp.argmax(keep_BGT, axis=-1)[..., None]
   is_first = (jnp.arange(T) == first_BG1) & keep_BGT
-  spaced_BGT = prompt.spaced_V[caption_BGT]
+  spaced_BGT = jnp.asarray(prompt.spaced_V)[caption_BGT]
   swap = is_first & (spaced_BGT >= 0)
   space = jnp.broadcast_to(prompt.space, (*caption_BGT.shape[:2], 1))
   return (jnp.concatenate([space, jnp.where(swap, spaced_BGT, caption_BGT)], axis=-1),
