@@ -12,7 +12,6 @@ import argparse
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax import sharding
@@ -20,8 +19,9 @@ from caprl_jax.data.batches import stack
 from caprl_jax.data.judge_prompts import OFFICIAL, PMI
 from caprl_jax.data.questions import QuestionTokenizer, pad_questions, question_shape
 from caprl_jax.data.rows import Question
-from caprl_jax.judging import JudgeConfig, answer_questions
+from caprl_jax.judging import answer_questions
 from caprl_jax.models.load import load_judge
+from caprl_jax.presenting import JudgeConfig
 
 
 def best_secs(run, repeats: int = 3) -> float:

@@ -27,8 +27,7 @@ from caprl_jax.data.easy_vqa import COLORS, SHAPES
 from caprl_jax.data.rows import CaptionRow, write_caption_jsonl
 from caprl_jax.data.sources import read_qa_rows
 from caprl_jax.evaluate import Evaluator
-from caprl_jax.main import load_config
-from caprl_jax.models.load import load_policy
+from caprl_jax.config_file import load_config
 from caprl_jax.setup_run import read_settings, set_up
 from caprl_jax.train import build_step, make_optimizer, make_state, policy_shardings
 import ml_collections

@@ -17,8 +17,9 @@ from caprl_jax import sharding
 from caprl_jax.data.batches import stack
 from caprl_jax.data.questions import QuestionShape, QuestionTokenizer, pad_questions, question_shape
 from caprl_jax.data.rows import Question
-from caprl_jax.judging import JudgeConfig, answer_questions
+from caprl_jax.judging import answer_questions
 from caprl_jax.models.load import Loaded
+from caprl_jax.presenting import JudgeConfig
 
 Ask = tuple[str, Question]  # a caption and a question about it
 
@@ -62,19 +63,15 @@ class Asker:
       return np.array([self.known[caption, q.stem, q.options] for caption, q in asks], int)
     self._learn_options([(self.baseline, q) for _, q in asks])
     self._learn_options(asks, what)
-    return np.array([self.best(caption, q) if self.gap(caption, q) > self.cfg.margin else -1 for caption, q in asks], int)
+    return np.array([best if gap > self.cfg.margin else -1 for best, gap in map(self.best_of, asks)], int)
 
-  def _scores(self, caption: str, question: Question) -> np.ndarray:
-    return np.array([self.known[caption, question.stem, option] for option in question.options]) - self.prior_of(question)
-
-  def best(self, caption: str, question: Question) -> int:
-    """`option_pmi`: the best option of what was asked before, whatever the margin."""
-    return int(np.argmax(self._scores(caption, question)))
-
-  def gap(self, caption: str, question: Question) -> float:
-    """`option_pmi`: by how much that beats the runner-up, in nats."""
-    second, best = np.sort(self._scores(caption, question))[-2:]
-    return float(best - second)
+  def best_of(self, ask: Ask) -> tuple[int, float]:
+    """`option_pmi`: the best option of what was asked before, whatever the margin, and its lead over the runner-up in
+    nats."""
+    caption, question = ask
+    score = np.array([self.known[caption, question.stem, option] for option in question.options]) - self.prior_of(question)
+    second, best = np.sort(score)[-2:]
+    return int(np.argmax(score)), float(best - second)
 
   def correct(self, asks: Sequence[Ask], what: str = "judging") -> np.ndarray:
     """Whether each (caption, question) is answered right, bool [len(asks)]."""

@@ -24,9 +24,9 @@ from caprl_jax.data.questions import QuestionTokenizer
 from caprl_jax.data.rows import QARow, Question, kinds
 from caprl_jax.data.sources import read_caption_rows, read_qa_rows
 from caprl_jax.files import write_json
-from caprl_jax.judging import JudgeConfig
 from caprl_jax.models.load import Loaded, load_judge
 from caprl_jax.models.quantize import to_int8
+from caprl_jax.presenting import JudgeConfig
 from caprl_jax.setup_run import DataSection, GateSection, JudgeSection
 
 log = logging.getLogger("caprl_jax.calibrate")
@@ -144,9 +144,10 @@ def calibrate(judge: Loaded, trials: Sequence[Trial], section: JudgeSection, cfg
 
 def margins(asker: Asker, asks: Sequence[Ask], trials: Sequence[Trial]) -> list[dict[str, float]]:
   """For each of `MARGINS`: accuracy with ideal captions, and abstention with each of the others (`option_pmi`)."""
-  gaps = np.array([asker.gap(caption, q) for caption, q in asks]).reshape(len(CONDITIONS), len(trials))
-  best = np.array([asker.best(caption, q) == q.gold for caption, q in asks]).reshape(gaps.shape)
-  return [{"margin": m, "ideal_accuracy": float((best[0] & (gaps[0] > m)).mean()),
+  found = [asker.best_of(ask) for ask in asks]
+  gaps = np.array([gap for _, gap in found]).reshape(len(CONDITIONS), len(trials))
+  right = np.array([best == q.gold for (best, _), (_, q) in zip(found, asks)]).reshape(gaps.shape)
+  return [{"margin": m, "ideal_accuracy": float((right[0] & (gaps[0] > m)).mean()),
            **{f"{name}_abstained": float((gaps[i] <= m).mean()) for i, name in enumerate(CONDITIONS) if i}}
           for m in MARGINS]
 

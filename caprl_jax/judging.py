@@ -5,9 +5,6 @@ spliced by position and mask: a padded or stripped token keeps its slot, is seen
 position. Letters as in `types.py`; where "can not answer" is an option, A counts it and it is the last.
 """
 
-import dataclasses
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
@@ -15,71 +12,11 @@ from caprl_jax.masked import NEGATIVE, masked_sum
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.head import token_logprobs
+from caprl_jax.presenting import JudgeConfig, Sheet, draw_questions, present_options, take_questions
 from caprl_jax.rollout import empty_cache
 from caprl_jax.sampling import SamplingConfig, decode
 from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import Answers, Array, Captions, JudgePrompt, Params, Questions, Vocabulary
-
-
-MARGIN_READINGS = ("option_pmi", "letter_argmax")  # those that compare scores with each other
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
-  """What the judge is shown and how its answer is read.
-
-  reading: `option_pmi`, the mean log-probability of an option's tokens after the question, minus the same after a
-    caption that says nothing (Holtzman et al., arXiv 2104.08315): for small and base models. Or, after a prompt that
-    lists the options: the next-token distribution over their letters, as `letter_argmax`, `letter_prob` (the credit is
-    the gold letter's probability) or `letter_sample` at `temperature`; or `generate`, what CapRL's released code does: up
-    to `max_tokens` sampled tokens, of which the first of the letters A to I is the answer.
-  prompt: `plain`, our own; `official`, CapRL's (ChatML), with abstain `last` to the byte, otherwise with a line break more
-    after the options; `official_video`, CapRL++'s wording for videos without its indentation.
-  abstain: "can not answer" as an option more, `last` or `permuted` with the others; it scores nothing and does not
-    mislead. abstain_letter: of the last one, the `next` letter or always `F`, as the released shuffle has it.
-  shuffle: a new random order of the options for every presentation.
-  permutations: orders over which the log-probabilities of `letter_argmax` and `letter_prob` are averaged, each
-    turned on by one place, so that an option visits different letters.
-  draws: presentations a caption, drawn from its image's questions with or without `replacement`; 0: each once.
-  independent: draws and orders anew for every caption, not the same for a group (a noisier baseline, as released).
-  margin: an answer must beat the runner-up by more than this, or the judge abstains (in nats; mode `calibrate` finds it).
-  blind: ask an empty caption too, for the metric `judge/blind`; it costs one caption more a group.
-  microbatches: pieces of the batch that are judged one after the other, to save memory.
-  """
-  reading: Literal["option_pmi", "letter_argmax", "letter_prob", "letter_sample", "generate"] = "option_pmi"
-  prompt: Literal["plain", "official", "official_video"] = "plain"
-  abstain: Literal["none", "last", "permuted"] = "none"
-  abstain_letter: Literal["next", "F"] = "next"
-  shuffle: bool = True
-  permutations: int = 1
-  draws: int = 0
-  replacement: bool = True
-  independent: bool = False
-  temperature: float = 0.6
-  max_tokens: int = 10
-  margin: float = 1e-3
-  blind: bool = True
-  chunk_tokens: int = 1024
-  microbatches: int = 1
-
-  def __post_init__(self):
-    if self.temperature <= 0 or self.margin < 0:
-      raise ValueError(f"temperature = {self.temperature} must be > 0 and margin = {self.margin} >= 0")
-    if self.permutations < 1 or self.draws < 0 or self.max_tokens < 1:
-      raise ValueError(f"permutations = {self.permutations} and max_tokens = {self.max_tokens} must be at least 1, draws "
-                       f"= {self.draws} at least 0")
-    if self.permutations > 1 and (self.reading not in ("letter_argmax", "letter_prob") or not self.shuffle):
-      raise ValueError(f"permutations = {self.permutations} averages log-probabilities of letters over shuffled orders: it needs "
-                       f"reading letter_argmax or letter_prob and shuffle, not {self.reading!r} and {self.shuffle}")
-    if self.reading == "option_pmi" and (self.prompt != "plain" or self.abstain != "none"):
-      raise ValueError(f"reading 'option_pmi' shows no list of options: it goes with prompt 'plain' and abstain 'none' (it "
-                       f"abstains by `margin`), not {self.prompt!r} and {self.abstain!r}")
-    if self.reading not in MARGIN_READINGS and self.margin > 1e-3:
-      raise ValueError(f"margin = {self.margin} has no meaning for reading {self.reading!r}, only for {MARGIN_READINGS}; leave "
-                       "it out, and let the judge abstain by abstain = 'last'")
-    if self.abstain == "permuted" and (not self.shuffle or self.abstain_letter == "F"):
-      raise ValueError(f"abstain 'permuted' goes with shuffle and abstain_letter 'next', not {self.shuffle} and "
-                       f"{self.abstain_letter!r}; use abstain 'last'")
 
 
 def judge_captions(judge: Decoder, params: Params, prompt: JudgePrompt, captions: Captions, questions: Questions,
@@ -141,7 +78,7 @@ def answer_questions(judge: Decoder, params: Params, prompt: JudgePrompt, captio
   if cfg.reading == "option_pmi":
     score_BGKA = _option_scores(judge, params, presented, prefixes, after_N, G, cfg) - presented.prior_BKA[:, None]
   else:
-    sheet = _Sheet.of(prompt, presented, order_key, cfg)
+    sheet = Sheet.of(prompt, presented, order_key, cfg)
     if cfg.reading == "generate":
       choice_BGK, score_BGKA = _written(judge, params, prompt, sheet, prefixes, after_N, G, sample_key, cfg)
     else:
@@ -150,7 +87,7 @@ def answer_questions(judge: Decoder, params: Params, prompt: JudgePrompt, captio
     score_BGKA = jnp.take_along_axis(score_BGKA, index_BK[:, None, :, None], axis=2)
     presented = take_questions(questions, index_BK)
 
-  present_BGKA = _present(presented, cfg)[:, None]
+  present_BGKA = present_options(presented, cfg)[:, None]
   if cfg.reading == "letter_sample":
     choice_BGK = jax.random.categorical(sample_key, jnp.where(present_BGKA, score_BGKA / cfg.temperature, NEGATIVE))
   elif cfg.reading != "generate":
@@ -158,29 +95,6 @@ def answer_questions(judge: Decoder, params: Params, prompt: JudgePrompt, captio
   asked_BGK = jnp.broadcast_to(drawn_BK[:, None], choice_BGK.shape)
   index_BGK = jnp.broadcast_to(index_BK[:, None], choice_BGK.shape)
   return _answers(choice_BGK, score_BGKA, present_BGKA, presented, asked_BGK, index_BGK, cfg)
-
-
-def draw_questions(key: Array, valid_BK: Array, cfg: JudgeConfig) -> tuple[Array, Array]:
-  """Which questions are presented: int32 indices [B, draws] and whether each exists. The key is consumed."""
-  B, K = valid_BK.shape
-  if not cfg.draws:
-    return jnp.broadcast_to(jnp.arange(K), (B, K)), valid_BK
-  count_B1 = valid_BK.sum(1, keepdims=True)
-  first_BK = jnp.argsort(~valid_BK, axis=1, stable=True)  # the existing ones, in order
-  if cfg.replacement:
-    share = jax.random.uniform(key, (B, cfg.draws))
-    place = jnp.minimum((share * count_B1).astype(jnp.int32), jnp.maximum(count_B1 - 1, 0))
-    return jnp.take_along_axis(first_BK, place, axis=1), jnp.broadcast_to(count_B1 > 0, place.shape)
-  order_BK = jnp.argsort(jax.random.uniform(key, (B, K)) + jnp.where(valid_BK, 0.0, 2.0), axis=1)
-  place = jnp.arange(cfg.draws)
-  index = order_BK[:, jnp.minimum(place, K - 1)]
-  return index, jnp.broadcast_to(place, index.shape) < count_B1
-
-
-def take_questions(questions: Questions, index_BK: Array) -> Questions:
-  """The tables of given questions of each image."""
-  take = lambda x: jnp.take_along_axis(x, index_BK.reshape(*index_BK.shape, *[1] * (x.ndim - 2)), axis=1)
-  return jax.tree.map(take, questions)
 
 
 def _answers(choice_BGK, score_BGKA, present_BGKA, presented: Questions, asked_BGK, index_BGK, cfg) -> Answers:
@@ -200,14 +114,6 @@ def _answers(choice_BGK, score_BGKA, present_BGKA, presented: Questions, asked_B
   number = lambda x: jnp.where(valid_BGK, x.astype(jnp.float32), 0.0)
   return Answers(choice_BGK, correct_BGK, number(credit_BGK), number(misled_BGK), asked_BGK, valid_BGK, index_BGK,
                  score_BGKA)
-
-
-def _present(questions: Questions, cfg: JudgeConfig) -> Array:
-  """Which options exist, "can not answer" included, bool [B, K, A]."""
-  present_BKA = questions.option_valid_BKAO.any(-1)
-  if cfg.abstain == "none":
-    return present_BKA
-  return jnp.concatenate([present_BKA, jnp.ones((*present_BKA.shape[:2], 1), bool)], axis=-1)
 
 
 def _spaced(prompt: JudgePrompt, caption_BGT, keep_BGT) -> tuple[Array, Array]:
@@ -277,77 +183,7 @@ def _option_scores(judge, params, questions: Questions, prefixes, after_N, G: in
   return mean.reshape(B, G, K, A)
 
 
-def draw_orders(key: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
-  """For each question the order in which its options are shown, int32 [B, K, A]; absent ones come last, "can not
-  answer" after the others where it is not permuted."""
-  B, K, A = present_BKA.shape
-  rank = jax.random.uniform(key, present_BKA.shape) if cfg.shuffle else jnp.broadcast_to(
-      jnp.arange(A) / A, present_BKA.shape)
-  if cfg.abstain == "last":
-    rank = jnp.where(jnp.arange(A) == A - 1, 1.5, rank)
-  return jnp.argsort(rank + jnp.where(present_BKA, 0.0, 2.0), axis=-1)
-
-
-def _turned(order_BKA: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
-  """`cfg.permutations` orders of each question, [B, K * permutations, A], each turned on by one place."""
-  B, K, A = order_BKA.shape
-  fixed = 1 if cfg.abstain == "last" else 0
-  count = jnp.maximum(present_BKA.sum(-1, keepdims=True) - fixed, 1)
-  slot = jnp.arange(A)
-  turns = [jnp.take_along_axis(order_BKA, jnp.where(slot < count, (slot + p) % count, slot), axis=-1)
-           for p in range(cfg.permutations)]
-  return jnp.stack(turns, axis=2).reshape(B, K * cfg.permutations, A)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sheet:
-  """Questions with their options laid out, as the judge is shown them."""
-  tokens_BKL: Array
-  valid_BKL: Array
-  order_BKA: Array  # option in each slot
-  letter_BKA: Array  # index of each slot's letter
-  used_BKA: Array  # bool, the slot shows an option
-
-  @classmethod
-  def of(cls, prompt: JudgePrompt, questions: Questions, key: Array, cfg: JudgeConfig) -> "_Sheet":
-    """Draws the orders (consumes the key) and lays out stem, labels, options and tail."""
-    present_BKA = _present(questions, cfg)
-    order_BKA = draw_orders(key, present_BKA, cfg)
-    option, option_valid = questions.option_BKAO, questions.option_valid_BKAO
-    if cfg.abstain != "none":
-      option, option_valid = _with_abstain(option, option_valid, prompt.abstain_L)
-    stem, stem_valid = questions.stem_BKQ, questions.stem_valid_BKQ
-    if cfg.permutations > 1:
-      order_BKA = _turned(order_BKA, present_BKA, cfg)
-      option, option_valid, stem, stem_valid = (
-          jnp.repeat(x, cfg.permutations, axis=1) for x in (option, option_valid, stem, stem_valid))
-    B, K, A = order_BKA.shape
-    option = jnp.take_along_axis(option, order_BKA[..., None], axis=2)
-    option_valid = jnp.take_along_axis(option_valid, order_BKA[..., None], axis=2)
-    letter_BKA = jnp.broadcast_to(jnp.arange(A), order_BKA.shape)
-    if cfg.abstain == "last" and cfg.abstain_letter == "F":
-      letter_BKA = jnp.where(order_BKA == A - 1, jnp.maximum(letter_BKA, 5), letter_BKA)
-    label, label_valid = jnp.asarray(prompt.label_AL)[letter_BKA], jnp.asarray(prompt.label_valid_AL)[letter_BKA]
-    slot = jnp.concatenate([label, option], axis=-1).reshape(B, K, -1)
-    used = option_valid.any(-1, keepdims=True)
-    slot_valid = jnp.concatenate([label_valid & used, option_valid], axis=-1).reshape(B, K, -1)
-    tail = jnp.broadcast_to(prompt.tail_L, (B, K, prompt.tail_L.shape[0]))
-    return cls(jnp.concatenate([stem, slot, tail], axis=-1),
-               jnp.concatenate([stem_valid, slot_valid, jnp.ones_like(tail, bool)], axis=-1), order_BKA, letter_BKA,
-               used[..., 0])
-
-
-def _with_abstain(option_BKAO, valid_BKAO, abstain_L) -> tuple[Array, Array]:
-  """The option tables with "can not answer" as one more."""
-  B, K, _, O = option_BKAO.shape
-  width = max(O, abstain_L.shape[0])
-  wide = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - O)))
-  one = jnp.broadcast_to(jnp.pad(jnp.asarray(abstain_L), (0, width - abstain_L.shape[0])), (B, K, 1, width))
-  one_valid = jnp.broadcast_to(jnp.arange(width) < abstain_L.shape[0], one.shape)
-  return jnp.concatenate([wide(option_BKAO), one], axis=2), jnp.concatenate([wide(valid_BKAO), one_valid], axis=2)
-
-
-def _letter_logprobs(judge, params, prompt: JudgePrompt, sheet: _Sheet, prefixes, after_N, G: int,
+def _letter_logprobs(judge, params, prompt: JudgePrompt, sheet: Sheet, prefixes, after_N, G: int,
                      cfg: JudgeConfig) -> Array:
   """Log-probability of each option's letter, in the dataset's order, the mean over permutations: [B, G, K, A]."""
   B, K, A = sheet.order_BKA.shape
@@ -362,7 +198,7 @@ def _letter_logprobs(judge, params, prompt: JudgePrompt, sheet: _Sheet, prefixes
   return score_BGKA.reshape(B, G, K // cfg.permutations, cfg.permutations, A).mean(3)
 
 
-def _written(judge, params, prompt: JudgePrompt, sheet: _Sheet, prefixes, after_N, G: int, key: Array,
+def _written(judge, params, prompt: JudgePrompt, sheet: Sheet, prefixes, after_N, G: int, key: Array,
              cfg: JudgeConfig) -> tuple[Array, Array]:
   """Samples an answer and parses it: the option whose letter is the first of A to I in it, -1 where that is no
   option's; int32 [B, G, K]. The scores are 0, or nan where the judge was not finite."""

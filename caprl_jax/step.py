@@ -9,12 +9,13 @@ import optax
 
 from caprl_jax import sharding
 from caprl_jax.advantages import AdvantageConfig, flat_groups, group_advantages
-from caprl_jax.judging import JudgeConfig, judge_captions, judge_ids
+from caprl_jax.judging import judge_captions, judge_ids
 from caprl_jax.loss import kl_estimate
 from caprl_jax.masked import masked_mean, masked_std, masked_sum
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.lora import whole
 from caprl_jax.models.policy import Policy
+from caprl_jax.presenting import JudgeConfig
 from caprl_jax.reward import RewardConfig, caption_reward
 from caprl_jax.rollout import RolloutConfig, sample_captions
 from caprl_jax.types import Answers, Array, Batch, Captions, Frozen, TrainState
@@ -80,44 +81,43 @@ def learn(state: TrainState, frozen: Frozen, batch: Batch, captions: Captions, a
           policy: Policy, tx: optax.GradientTransformation, cfg: StepConfig, kinds: tuple[str, ...] = (),
           schedule: Callable[[Array], Array] | None = None):
   """Rewards, advantages, update; returns as `train_step`."""
+  written = captions
   reward_BG, scored_BG, terms = caption_reward(answers, captions, cfg.reward, frozen.stamps_VX)
-  weighted = [(weight, terms[name]) for name, weight in cfg.reward.weights().items() if weight]
+  weights = {name: weight for name, weight in cfg.reward.weights().items() if weight}
   flat_B = flat_groups(reward_BG, scored_BG)
   if cfg.advantage.estimator == "gdpo":  # a group teaches where any term differs
-    flat_B = jnp.stack([flat_groups(value, scored_BG) for _, value in weighted]).all(0)
+    flat_B = jnp.stack([flat_groups(terms[name], scored_BG) for name in weights]).all(0)
   metrics = {**rollout_metrics(captions), **judge_metrics(answers, batch.questions.kind_BK, kinds),
              **reward_metrics(reward_BG, scored_BG, terms, flat_B)}
   if blind is not None:
     metrics["judge/blind"] = masked_mean(blind.credit_BGK, blind.valid_BGK)
 
-  rollout = Rollout(batch, captions, scored_BG, reward_BG)  # the reward stands in until there are advantages
-  chosen_B = None
+  # From here on, the images that are learned from.
+  used, chosen_B = (batch, captions, reward_BG, scored_BG, terms), None
   if cfg.rollout.oversample > 1:
     chosen_B = jnp.argsort(flat_B, stable=True)[:flat_B.shape[0] // cfg.rollout.oversample]
-    take = lambda tree: sharding.split_over_batch(jax.tree.map(lambda x: x[chosen_B], tree))
-    rollout, weighted = take(rollout), [(weight, take(value)) for weight, value in weighted]
+    used = sharding.split_over_batch(jax.tree.map(lambda x: x[chosen_B], used))
     metrics["advantage/flat_groups_used"] = flat_B[chosen_B].mean()
-  temperature, loss = cfg.rollout.sampling.temperature, cfg.update.loss
+  batch, captions, used_reward_BG, used_BG, terms = used
+  weighted = [(weight, terms[name]) for name, weight in weights.items()]
+  temperature, loss, reference = cfg.rollout.sampling.temperature, cfg.update.loss, None
   if loss.kl > 0 and loss.kl_estimator != "full":
-    reference = score_captions(policy, whole(frozen.reference, frozen.base), frozen, rollout.batch, rollout.captions,
-                               temperature, cfg.update)
-    rollout = dataclasses.replace(rollout, reference_logp_BGT=reference)
+    reference = score_captions(policy, whole(frozen.reference, frozen.base), frozen, batch, captions, temperature,
+                               cfg.update)
     if loss.kl_in == "reward":
-      kl_BGT = kl_estimate(rollout.captions.logp_BGT, reference, loss.kl_estimator)
-      penalty_BG = masked_sum(kl_BGT, rollout.captions.valid_BGT, axis=-1)
-      rollout = dataclasses.replace(rollout, advantage_BG=rollout.advantage_BG - loss.kl * penalty_BG)
+      kl_BGT = kl_estimate(captions.logp_BGT, reference, loss.kl_estimator)
+      penalty_BG = masked_sum(kl_BGT, captions.valid_BGT, axis=-1)
+      used_reward_BG -= loss.kl * penalty_BG
       weighted = [*weighted, (-loss.kl, penalty_BG)]
-  used_BG = rollout.scored_BG
-  advantage_BG = group_advantages(rollout.advantage_BG, used_BG, cfg.advantage, weighted,
-                                  rollout.captions.valid_BGT.sum(-1))
-  rollout = dataclasses.replace(rollout, advantage_BG=advantage_BG)
+  advantage_BG = group_advantages(used_reward_BG, used_BG, cfg.advantage, weighted, captions.valid_BGT.sum(-1))
+  rollout = Rollout(batch, captions, used_BG, advantage_BG, reference)
   metrics["advantage/abs"] = jnp.abs(advantage_BG).mean()
   if schedule is not None:
     metrics["update/learning_rate"] = schedule(state.step * cfg.update.steps)
   state, update_metrics = update_policy(policy, tx, state, frozen, rollout, temperature, cfg.update)
-  if chosen_B is not None:
+  if chosen_B is not None:  # samples are of all images
     advantage_BG = jnp.zeros(reward_BG.shape).at[chosen_B].set(advantage_BG)
-  return state, {**metrics, **update_metrics}, (captions, answers, reward_BG, scored_BG, advantage_BG)
+  return state, {**metrics, **update_metrics}, (written, answers, reward_BG, scored_BG, advantage_BG)
 
 
 def rollout_metrics(captions: Captions) -> dict[str, Array]:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import tiny
-from caprl_jax import judging, sharding
+from caprl_jax import presenting, sharding
 from caprl_jax.asking import Asker
 from caprl_jax.data.judge_prompts import PLAIN as LETTER_TEMPLATE, PMI as PMI_TEMPLATE
 from caprl_jax.data.questions import QuestionTokenizer
 from caprl_jax.data.rows import Question
-from caprl_jax.judging import JudgeConfig
+from caprl_jax.presenting import JudgeConfig
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.load import load_judge
 
@@ -196,7 +196,7 @@ def test_correct_and_the_margin(judge, learnt):
 @pytest.mark.parametrize("reading", LETTERS)
 def test_letter_readings_choose_what_a_prompt_on_its_own_chooses(judge, forward, monkeypatch, reading):
   # In the dataset's order: the orders are drawn anew for each place in a batch.
-  monkeypatch.setattr(judging, "draw_orders", lambda key, present, cfg: jnp.argsort(~present, axis=-1, stable=True))
+  monkeypatch.setattr(presenting, "draw_orders", lambda key, present, cfg: jnp.argsort(~present, axis=-1, stable=True))
   encode, template = judge.tokenizer.encode_plain, LETTER_TEMPLATE
   letters = [encode(f" {letter}")[0] for letter in "ABCD"]
   expected = []

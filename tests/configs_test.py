@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from caprl_jax import caption, configuration, export, main, plan, setup_run, sft, sharding
+from caprl_jax import caption, config_file, configuration, export, main, plan, setup_run, sft, sharding
 from caprl_jax.optimizer import build_optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -14,7 +14,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_built_and_read(path):
-  config = main.load_config(str(path))
+  config = config_file.load_config(str(path))
   assert config.is_locked
   plain = configuration.to_plain(config)  # what a checkpoint keeps of it
   assert plain["mode"] == config.mode and isinstance(config.get("seed", 0), int)
@@ -44,7 +44,7 @@ def test_every_config_is_built_and_read(path):
 
 def test_the_quickstart_s_files_are_here():
   assert {path.stem for path in CONFIGS} >= {"quickstart", "quickstart_sft"}
-  settings = setup_run.read_settings(main.load_config(str(ROOT / "configs" / "quickstart.py")))
+  settings = setup_run.read_settings(config_file.load_config(str(ROOT / "configs" / "quickstart.py")))
   assert (pathlib.Path(settings.policy.checkpoint) / "config.json").is_file()
   assert settings.data.train == "easy_vqa:train" and settings.data.eval == "easy_vqa:test"
 
@@ -65,12 +65,12 @@ def test_an_unknown_key_names_the_nearest(override, message, tmp_path, capsys):
 
 
 def test_an_unknown_key_in_a_file_names_the_nearest():
-  config = main.load_config(str(ROOT / "configs" / "quickstart.py"))
+  config = config_file.load_config(str(ROOT / "configs" / "quickstart.py"))
   with config.unlocked():
     config.rollout.group_sise = 4
   with pytest.raises(ValueError, match=r"config\.rollout\.group_sise is not a known key; did you mean 'group_size'\?"):
     setup_run.read_settings(config)
-  config = main.load_config(str(ROOT / "configs" / "quickstart.py"))
+  config = config_file.load_config(str(ROOT / "configs" / "quickstart.py"))
   with config.unlocked():
     config.rolout = {}
   with pytest.raises(ValueError, match=r"config\.rolout is not a known key; did you mean 'rollout'\?"):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.judging import JudgeConfig, answer_questions, draw_orders, judge_captions
+from caprl_jax.judging import answer_questions, judge_captions
+from caprl_jax.presenting import JudgeConfig, draw_orders
 from caprl_jax.models.decoder import Decoder, DecoderConfig, head_matrix
 from caprl_jax.types import Captions, JudgePrompt, Questions, Vocabulary
 
@@ -254,7 +255,17 @@ def test_letter_sample_follows_the_temperature(params):
   np.testing.assert_array_equal(cold.choice_BGK, np.where(cold.valid_BGK, best, -1))
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=0.0), dict(margin=-1.0)])
-def test_wrong_settings_are_refused(wrong):
-  with pytest.raises(ValueError, match=next(iter(wrong))):
+@pytest.mark.parametrize("wrong, message", [
+    (dict(temperature=0.0), "temperature = 0.0 must be > 0"), (dict(margin=-1.0), "margin = -1.0 >= 0"),
+    (dict(draws=-1), "draws = -1"), (dict(permutations=0), "permutations = 0"), (dict(max_tokens=0), "max_tokens = 0"),
+    (dict(permutations=2), "permutations = 2 averages .*not 'option_pmi'"),
+    (dict(reading="letter_argmax", permutations=2, shuffle=False), "permutations = 2 averages .*and False"),
+    (dict(prompt="official"), "'option_pmi' shows no list"), (dict(abstain="last"), "'option_pmi' shows no list"),
+    (dict(reading="letter_prob", margin=0.3), "margin = 0.3 has no meaning for reading 'letter_prob'"),
+    (dict(reading="letter_sample", margin=0.3), "margin = 0.3 has no meaning for reading 'letter_sample'"),
+    (dict(reading="generate", margin=0.3), "margin = 0.3 has no meaning for reading 'generate'"),
+    (dict(reading="letter_prob", abstain="permuted", shuffle=False), "abstain 'permuted' goes with shuffle"),
+    (dict(reading="letter_prob", abstain="permuted", abstain_letter="F"), "abstain 'permuted' goes with shuffle")])
+def test_wrong_settings_are_refused(wrong, message):
+  with pytest.raises(ValueError, match=message):
     JudgeConfig(**wrong)

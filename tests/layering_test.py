@@ -9,14 +9,14 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "caprl_jax"
 
 # Top to bottom: a module may import only what stands above it. A new module goes where it belongs.
 ORDER = [
-  "types", "masked", "files", "configuration", "presets", "sharding",
+  "types", "masked", "files", "configuration", "presets", "config_file", "sharding",
   "data.rows", "data.released", "data.easy_vqa", "data.sources", "data.images",
   "models.gguf", "models.files", "models.tokenizer",
   "models.layers", "models.attention", "models.decoder",
   "models.family", "models.qwen25_vl", "models.qwen3_vl", "models.internvl", "models.families",
   "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load", "models.published", "models.quantize",
   "data.prompts", "data.judge_prompts", "data.questions", "data.batches",
-  "sampling", "rollout", "judging", "caption_terms", "reward", "advantages", "loss",
+  "sampling", "rollout", "presenting", "judging", "caption_terms", "reward", "advantages", "loss",
   "optimizer", "update", "step",
   "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "curate", "setup_run", "calibrate",
   "samples", "evaluate", "curves", "report_template", "report",

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from caprl_jax import main, plan
+from caprl_jax import config_file, plan
 from caprl_jax.models.published import CONFIGS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ def test_parameters_are_as_many_as_published(name):
 
 @pytest.mark.parametrize("name", ["caprl_3b", "caprl_qwen3vl_2b", "caprl_qwen3vl_4b", "caprl_internvl35_8b", "colab_lora"])
 def test_the_recipes_name_published_models(name):
-  config = main.load_config(str(ROOT / "configs" / f"{name}.py"))
+  config = config_file.load_config(str(ROOT / "configs" / f"{name}.py"))
   assert config.policy.checkpoint in COUNTS and config.judge.source in COUNTS
 
 

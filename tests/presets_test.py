@@ -5,7 +5,7 @@ import pathlib
 import ml_collections
 import pytest
 
-from caprl_jax import main, presets, setup_run
+from caprl_jax import config_file, main, presets, setup_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,7 @@ def test_every_preset_is_read(name, config, tmp_path):
   assert made.step.advantage.estimator == preset["advantage"]["estimator"]
   assert made.step.update.loss.kl == preset["update"]["loss"].get("kl", 0)
   if config != "caprl_3b":  # models, sizes and optimizer are the file's
-    file = main.load_config(str(ROOT / "configs" / f"{config}.py"))
+    file = config_file.load_config(str(ROOT / "configs" / f"{config}.py"))
     assert made.judge.source == file.judge.source and made.optimizer.learning_rate == file.optimizer.learning_rate
     assert made.step.rollout.sampling.max_tokens == file.rollout.sampling.max_tokens
 

@@ -14,7 +14,8 @@ from caprl_jax.data.judge_prompts import OFFICIAL, OFFICIAL_VIDEO, PLAIN
 from caprl_jax.data.questions import QuestionTokenizer, pad_questions, question_shape
 from caprl_jax.data.released import parse_question
 from caprl_jax.data.rows import Question
-from caprl_jax.judging import JudgeConfig, answer_questions, draw_orders, draw_questions, judge_captions
+from caprl_jax.judging import answer_questions, judge_captions
+from caprl_jax.presenting import JudgeConfig, draw_orders, draw_questions
 from caprl_jax.models.decoder import Decoder, DecoderConfig, head_matrix
 from caprl_jax.models.files import resolve_model
 from caprl_jax.models.load import init_decoder

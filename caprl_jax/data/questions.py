@@ -39,7 +39,7 @@ class QuestionShape:
 class QuestionTokenizer:
   """Text of questions -> ids, with one judge's tokenizer and template.
 
-  abstain, abstain_letter: as `judging.JudgeConfig` has them.
+  abstain, abstain_letter: as `presenting.JudgeConfig` has them.
   """
 
   def __init__(self, tokenizer: Tokenizer, template: JudgeTemplate, kinds: Sequence[str], abstain: str = "none",
