@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -70,6 +70,67 @@ class Interrupts:
       raise KeyboardInterrupt
 
 
+class StepReports:
+  """Steps whose numbers were not read yet, and where these go: metrics.jsonl, progress bar, trackers, `on_samples`; only
+  on the main process."""
+
+  def __init__(self, workdir: pathlib.Path, start: int, steps: int, what: str, reward_name: str,
+               on_samples: Callable[[int, Any, Any], None] | None, trackers: Sequence[Tracker]):
+    self.main = jax.process_index() == 0
+    self.reward_name, self.on_samples, self.trackers = reward_name, on_samples, trackers
+    self.pending, self.extra = collections.deque(), {}
+    self.before = time.perf_counter()
+    if self.main:
+      self.writer, self.progress = MetricsWriter(workdir), Progress(steps, start, what)
+      self.writer.truncate_after(start)
+
+  def add(self, step: int, metrics: dict, batch: Any, samples: Any) -> None:
+    """A step that was dispatched."""
+    self.pending.append((step, metrics, batch, samples))
+
+  def read(self, most_pending: int = 0) -> None:
+    """Reads the oldest steps, and waits for them, until `most_pending` are left.
+
+    Raises FloatingPointError where loss or gradient were not finite; that step stays pending.
+    """
+    while len(self.pending) > most_pending:
+      step, metrics, batch, samples = self.pending[0]
+      numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      numbers = {name: value for name, value in numbers.items()  # a kind that the batch does not ask about has none
+                 if not (name.startswith("judge/accuracy/") and math.isnan(value))}
+      now = time.perf_counter()
+      numbers["time/step_secs"], self.before = now - self.before, now
+      numbers |= self.extra.pop(step, {})
+      if numbers.get("update/nonfinite"):
+        raise FloatingPointError(
+            f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
+            f"such an update changes no parameters, and the checkpoint of step {self.pending[-1][0]} holds finite ones. "
+            "Lower optimizer.learning_rate or look at the batch's rows in samples/")
+      self.pending.popleft()
+      if self.main:
+        self._write(step, numbers, batch, samples)
+
+  def _write(self, step: int, numbers: dict[str, float], batch: Any, samples: Any) -> None:
+    self.writer.write(step, numbers)
+    for tracker in self.trackers:
+      tracker.write(step, numbers)
+    self.progress.update(numbers.get(self.reward_name))
+    if self.on_samples:
+      self.on_samples(step, batch, samples)
+
+  def evaluate(self, step: int, state: TrainState, evaluate: Callable[[int, TrainState], dict[str, float]]) -> None:
+    """Evaluates after a step; the figures join its numbers, the seconds are no step's."""
+    jax.block_until_ready(self.pending[-1][1])
+    began = time.perf_counter()
+    self.extra[step] = evaluate(step, state)
+    self.before += time.perf_counter() - began
+
+  def close(self) -> None:
+    if self.main:
+      self.progress.close()
+      self.writer.close()
+
+
 def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh: jax.sharding.Mesh,
              checkpoints: Checkpoints, config: dict, workdir: pathlib.Path, what: str, reward_name: str,
              on_samples: Callable[[int, Any, Any], None] | None = None,
@@ -85,84 +146,42 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
     trackers: get every number that metrics.jsonl gets.
 
   Raises:
-    FloatingPointError: loss or gradient not finite; that step changed no parameters, and they are saved first.
+    FloatingPointError: loss or gradient not finite; that update changed no parameters, and they are saved first.
     KeyboardInterrupt: passed on after a checkpoint of the last finished step.
   """
   start = int(state.step)
-  main = jax.process_index() == 0
-  writer = MetricsWriter(workdir) if main else None
-  if writer:
-    writer.truncate_after(start)
-  progress = Progress(steps, start, what) if main else None
-  pending, before = collections.deque(), time.perf_counter()  # steps whose numbers were not read yet
-  evaluated: dict[int, dict[str, float]] = {}
-
-  def report() -> None:
-    """Reads the numbers of the oldest pending step; waits for it."""
-    nonlocal before
-    step, metrics, batch, samples = pending[0]
-    numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    numbers = {name: value for name, value in numbers.items()  # a kind that the batch does not ask about has none
-               if not (name.startswith("judge/accuracy/") and math.isnan(value))}
-    now = time.perf_counter()
-    numbers["time/step_secs"], before = now - before, now
-    numbers |= evaluated.pop(step, {})
-    if numbers.get("update/nonfinite"):
-      raise FloatingPointError(
-          f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
-          f"such an update changes no parameters, and the checkpoint of step {int(state.step)} holds finite ones. Lower "
-          "optimizer.learning_rate or look at the batch's rows in samples/")
-    pending.popleft()
-    if main:
-      writer.write(step, numbers)
-      for tracker in trackers:
-        tracker.write(step, numbers)
-      progress.update(numbers.get(reward_name))
-      if on_samples:
-        on_samples(step, batch, samples)
-
+  reports = StepReports(workdir, start, steps, what, reward_name, on_samples, trackers)
   position = iterator.get_state()  # after the batch of the last step
   save = lambda force=False: checkpoints.save(state, position, config, force=force)
   try:
     with CompileCounter() as compiles, Interrupts() as interrupts:
       for step in range(start + 1, steps + 1):
         interrupts.check(step)
-        host_batch = next(iterator)
-        state, metrics, samples = step_fn(state, sharding.put_batch(host_batch, mesh))
+        batch = next(iterator)
+        state, metrics, samples = step_fn(state, sharding.put_batch(batch, mesh))
         position = iterator.get_state()
-        pending.append((step, metrics, host_batch, samples))
-        if len(pending) > 1:
-          report()
+        reports.add(step, metrics, batch, samples)
+        reports.read(most_pending=1)  # step n - 1, while the devices work on step n
         if step == start + 1:
           jax.block_until_ready(metrics)
           after_first = compiles.count
+        known = compiles.count  # evaluation and Orbax, which cuts what has copies, have programs of their own
         if evaluate and evaluate_every and step % evaluate_every == 0:
-          jax.block_until_ready(metrics)  # the step's own seconds are not the evaluation's
-          known, began = compiles.count, time.perf_counter()
-          evaluated[step] = evaluate(step, state)
-          after_first += compiles.count - known
-          before += time.perf_counter() - began  # no part of a step's seconds
+          reports.evaluate(step, state, evaluate)
         if step % checkpoints.cfg.every_steps == 0:
-          while pending:  # before the checkpoint: a kill after it must leave no gap in metrics.jsonl
-            report()
-          known = compiles.count
+          reports.read()  # before the checkpoint: a kill after it must leave no gap in metrics.jsonl
           save()
-          after_first += compiles.count - known  # Orbax cuts what has copies: no program of ours
-      while pending:
-        report()
+        after_first += compiles.count - known
+      reports.read()
       if start < steps:
-        extra = compiles.count - after_first
-        log.info("%s: %d compilations after the first step", what, extra)
+        log.info("%s: %d compilations after the first step", what, compiles.count - after_first)
   except (KeyboardInterrupt, FloatingPointError) as error:
     save(force=True)
-    while pending and isinstance(error, KeyboardInterrupt):
-      report()
+    if isinstance(error, KeyboardInterrupt):
+      reports.read()
     raise
   finally:
-    if progress:
-      progress.close()
-    if writer:
-      writer.close()
+    reports.close()
   save(force=True)
   if interrupts.asked:  # too late for a step to be left
     raise KeyboardInterrupt

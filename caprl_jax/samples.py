@@ -3,8 +3,6 @@
 import pathlib
 import re
 
-import numpy as np
-
 from caprl_jax.data.batches import QABatcher
 from caprl_jax.data.rows import Question, read_image
 from caprl_jax.files import write_json

@@ -21,11 +21,11 @@ from PIL import Image
 from caprl_jax import configuration, sharding
 from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
 from caprl_jax.data.batches import ImagePrompt, eval_batches, image_shape, train_iterator
-from caprl_jax.data.rows import CaptionRow, QARow, read_image
+from caprl_jax.data.rows import QARow, read_image
 from caprl_jax.data.sources import read_caption_rows, read_qa_rows
 from caprl_jax.files import write_json
 from caprl_jax.loop import run_loop
-from caprl_jax.masked import masked_mean, masked_sum
+from caprl_jax.masked import masked_sum
 from caprl_jax.models import files
 from caprl_jax.models.load import Loaded, load_policy, new_policy, save_policy
 from caprl_jax.models.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer

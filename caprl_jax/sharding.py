@@ -58,21 +58,22 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def _constrain(tree: Any, spec: P) -> Any:
+  """Inside jit: every array lies as `spec` says, where there is a mesh."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+
+
 def microbatches(tree: Any, count: int) -> Any:
   """[B, ...] -> [count, B / count, ...]: every count-th row, so that each device's rows stay where they are."""
-  def cut(x):
-    x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
-    if jax.sharding.get_abstract_mesh().empty:
-      return x
-    return jax.lax.with_sharding_constraint(x, P(None, ("data", "fsdp")))
-  return jax.tree.map(cut, tree)
+  cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+  return _constrain(jax.tree.map(cut, tree), P(None, ("data", "fsdp")))
 
 
 def split_over_batch(tree: Any) -> Any:
   """Inside jit: the first axis of every array over `data` and `fsdp`, as a batch lies."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return tree
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(("data", "fsdp"))), tree)
+  return _constrain(tree, P(("data", "fsdp")))
 
 
 def join_microbatches(tree: Any) -> Any:

@@ -4,6 +4,7 @@ Extras that a config names: metrics.jsonl and samples/ are written without them.
 imported only where a tracker is opened.
 """
 
+import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import html
 import importlib.util
@@ -72,7 +73,7 @@ def open_trackers(names: Sequence[str], workdir: pathlib.Path, config: dict, sta
   return trackers
 
 
-class Tracker:
+class Tracker(abc.ABC):
   """Takes the numbers and samples of a run.
 
   Once open it never stops the run: whatever fails in `write`, `samples` or `close` is a warning in the log, the first
@@ -99,14 +100,17 @@ class Tracker:
     """Writes out what is left. Nothing may come after it."""
     self._try("the last numbers", self._close)
 
+  @abc.abstractmethod
   def _write(self, step: int, numbers: Mapping[str, float | None]) -> None:
-    raise NotImplementedError
+    """`write`, which may fail."""
 
+  @abc.abstractmethod
   def _samples(self, step: int, path: pathlib.Path) -> None:
-    raise NotImplementedError
+    """`samples`, which may fail."""
 
+  @abc.abstractmethod
   def _close(self) -> None:
-    raise NotImplementedError
+    """`close`, which may fail."""
 
   def _try(self, what: str, method: Callable[..., None], *args) -> None:
     try:

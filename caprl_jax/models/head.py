@@ -3,6 +3,9 @@
 Letters: M tokens, D width, V vocabulary, X targets a token.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +18,17 @@ def scaled_logits(hidden_MD: Array, head_VD: Array, allowed_V: Array | None, tem
   """float32 logits [M, V] over `temperature`; what is not allowed is at `NEGATIVE`."""
   logits = jnp.einsum("md,vd->mv", hidden_MD.astype(jnp.float32), head_VD.astype(jnp.float32)) / temperature
   return logits if allowed_V is None else jnp.where(allowed_V, logits, NEGATIVE)
+
+
+def _in_chunks(function: Callable, arrays: tuple[Array, ...], chunk_tokens: int) -> Any:
+  """function(*arrays), applied to `chunk_tokens` rows at a time, each chunk recomputed in the backward pass."""
+  M = arrays[0].shape[0]
+  if M <= chunk_tokens:
+    return jax.checkpoint(function)(*arrays)
+  chunks = -(-M // chunk_tokens)
+  split = lambda x: jnp.pad(x, ((0, chunks * chunk_tokens - M), (0, 0))).reshape(chunks, chunk_tokens, -1)
+  out = jax.lax.map(lambda x: jax.checkpoint(function)(*x), tuple(map(split, arrays)))
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:M], out)
 
 
 def token_logprobs(hidden_MD: Array, head_VD: Array, target_MX: Array, *, allowed_V: Array | None = None,
@@ -40,13 +54,7 @@ def token_logprobs(hidden_MD: Array, head_VD: Array, target_MX: Array, *, allowe
     logp = logits - norm
     return jnp.take_along_axis(logits, target, axis=1) - norm, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
-  M = hidden_MD.shape[0]
-  if M <= chunk_tokens:
-    return jax.checkpoint(chunk)(hidden_MD, target_MX)
-  chunks = -(-M // chunk_tokens)
-  split = lambda x: jnp.pad(x, ((0, chunks * chunk_tokens - M), (0, 0))).reshape(chunks, chunk_tokens, -1)
-  logp, entropy = jax.lax.map(lambda x: jax.checkpoint(chunk)(*x), (split(hidden_MD), split(target_MX)))
-  return logp.reshape(-1, target_MX.shape[1])[:M], entropy.reshape(-1)[:M]
+  return _in_chunks(chunk, (hidden_MD, target_MX), chunk_tokens)
 
 
 def token_kl(hidden_MD: Array, head_VD: Array, other_MD: Array, other_head_VD: Array, *, allowed_V: Array | None = None,
@@ -58,9 +66,4 @@ def token_kl(hidden_MD: Array, head_VD: Array, other_MD: Array, other_head_VD: A
     logq = jax.nn.log_softmax(scaled_logits(other, other_head_VD, allowed_V, temperature), axis=-1)
     return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
 
-  M = hidden_MD.shape[0]
-  if M <= chunk_tokens:
-    return jax.checkpoint(chunk)(hidden_MD, other_MD)
-  chunks = -(-M // chunk_tokens)
-  split = lambda x: jnp.pad(x, ((0, chunks * chunk_tokens - M), (0, 0))).reshape(chunks, chunk_tokens, -1)
-  return jax.lax.map(lambda x: jax.checkpoint(chunk)(*x), (split(hidden_MD), split(other_MD))).reshape(-1)[:M]
+  return _in_chunks(chunk, (hidden_MD, other_MD), chunk_tokens)
