@@ -69,7 +69,7 @@ def our_loss(case, cfg, sampled=None):
   return float(value), np.asarray(grad)
 
 
-def agree(ours, theirs):
+def assert_same_loss(ours, theirs):
   np.testing.assert_allclose(ours[0], theirs[0], rtol=2e-5)
   np.testing.assert_allclose(ours[1], theirs[1], rtol=2e-4, atol=1e-6)
   assert np.abs(theirs[1]).max() > 1e-3
@@ -79,25 +79,25 @@ def agree(ours, theirs):
                                                     ("constant", "dr_grpo")])
 @pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.5)])
 def test_clipped_surrogate_and_aggregations(case, aggregation, loss_type, low, high):
-  agree(our_loss(case, LossConfig(clip_low=low, clip_high=high, aggregation=aggregation)),
+  assert_same_loss(our_loss(case, LossConfig(clip_low=low, clip_high=high, aggregation=aggregation)),
         trl_loss(case, loss_type, low=low, high=high))
 
 
 def test_dual_clip_is_trls_two_sided_clipping(case):
   plain = our_loss(case, LossConfig())
   ours = our_loss(case, LossConfig(dual_clip=1.3))
-  agree(ours, trl_loss(case, "bnpo", delta=1.3))
+  assert_same_loss(ours, trl_loss(case, "bnpo", delta=1.3))
   assert ours[0] != plain[0]
 
 
 def test_gspo(case):
-  agree(our_loss(case, LossConfig(surrogate="gspo", clip_low=0.05, clip_high=0.05, aggregation="sequence_mean")),
+  assert_same_loss(our_loss(case, LossConfig(surrogate="gspo", clip_low=0.05, clip_high=0.05, aggregation="sequence_mean")),
         trl_loss(case, "grpo", level="sequence", low=0.05, high=0.05))
 
 
 def test_cispo(case):
   # TRL's epsilon_high is the largest weight itself, and it has no lower bound.
-  agree(our_loss(case, LossConfig(surrogate="cispo", clip_low=1.0, clip_high=0.3)), trl_loss(case, "cispo", high=1.3))
+  assert_same_loss(our_loss(case, LossConfig(surrogate="cispo", clip_low=1.0, clip_high=0.3)), trl_loss(case, "cispo", high=1.3))
 
 
 def test_reinforce_is_minus_advantage_times_logp(case):
@@ -109,11 +109,11 @@ def test_reinforce_is_minus_advantage_times_logp(case):
 
 @pytest.mark.parametrize("aggregation, loss_type", [("sequence_mean", "grpo"), ("token_mean", "bnpo")])
 def test_k3_in_the_loss(case, aggregation, loss_type):
-  agree(our_loss(case, LossConfig(kl=0.3, aggregation=aggregation)), trl_loss(case, loss_type, beta=0.3))
+  assert_same_loss(our_loss(case, LossConfig(kl=0.3, aggregation=aggregation)), trl_loss(case, loss_type, beta=0.3))
 
 
 def test_entropy_bonus(case):
-  agree(our_loss(case, LossConfig(entropy=0.7)), trl_loss(case, "bnpo", entropy=0.7))
+  assert_same_loss(our_loss(case, LossConfig(entropy=0.7)), trl_loss(case, "bnpo", entropy=0.7))
 
 
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
@@ -129,13 +129,13 @@ def test_importance_weights(case, mode, level):
   weights = importance_weights(case.old, case.sampled, jnp.asarray(case.counts), cfg)
   np.testing.assert_allclose(weights.reshape(B * G, -1), ratio, rtol=1e-5)
   assert (weights == (cap if mode == "truncate" else 0)).any()
-  agree(our_loss(case, cfg, case.sampled), trl_loss(case, "bnpo", importance=ratio))
+  assert_same_loss(our_loss(case, cfg, case.sampled), trl_loss(case, "bnpo", importance=ratio))
 
 
 def test_one_update_with_importance_weights_takes_its_own_pass_as_the_old_policy(case):
   cfg = LossConfig(importance="truncate")
   own = types.SimpleNamespace(**{**vars(case), "old": case.logp})
-  agree(our_loss(case, cfg), our_loss(own, cfg, sampled=case.old))
+  assert_same_loss(our_loss(case, cfg), our_loss(own, cfg, sampled=case.old))
 
 
 def test_kl_estimators():

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import ml_collections
 import pytest
 import tokenizers
 
@@ -175,3 +176,27 @@ def test_vocabularies_that_no_table_relates():
   endless = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
   with pytest.raises(ValueError, match="no end token"):
     relate_vocabularies(endless, tiny.tokenizer(False), endless.vocab_size)
+
+
+@pytest.mark.parametrize("section, values, message", [
+    ("judge", dict(draws=3, replacement=False), r"judge\.draws = 3 without replacement from data\.questions = 2"),
+    ("update", dict(epochs=2, loss=dict(surrogate="reinforce")), r"'reinforce' knows no ratio.* = 2 optimizer steps"),
+    ("train", dict(steps=4, trackers=("tensorboard", "tensorboard")), r"'tensorboard' is named twice"),
+])
+def test_values_that_do_not_go_together(config, section, values, message):
+  for key, value in values.items():
+    config[section][key] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+  with pytest.raises(ValueError, match=message):
+    read_settings(config)
+
+
+@pytest.mark.parametrize("section, values, message", [
+    ("reward", dict(accuracy=1.0, misled=0.5), "the judge cannot abstain: silence counts as a false statement"),
+    ("reward", dict(accuracy=1.0, length=0.2), "reward.length is the same for all captions"),
+    ("update", dict(loss=dict(kl=0.1, kl_estimator="k1")), "k1 in the loss has no gradient in expectation"),
+])
+def test_values_that_do_little_are_said(config, section, values, message, caplog):
+  for key, value in values.items():
+    config[section][key] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+  read_settings(config)
+  assert message in caplog.text

@@ -154,7 +154,9 @@ def test_microbatches_add_up(case):
   assert count == sum(p[1] for p in parts)
 
 
-@pytest.mark.parametrize("wrong", [dict(clip_low=-0.1), dict(clip_low=1.0), dict(clip_high=-0.1), dict(kl=-1.0)])
+@pytest.mark.parametrize("wrong", [dict(clip_low=-0.1), dict(clip_low=1.0), dict(clip_high=-0.1), dict(kl=-1.0), dict(dual_clip=1.1),
+                                   dict(dual_clip=3.0, surrogate="cispo"), dict(importance_cap=0.0),
+                                   dict(kl_in="reward", kl_estimator="full")])
 def test_wrong_settings_are_refused(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
     LossConfig(**wrong)

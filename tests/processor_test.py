@@ -135,7 +135,7 @@ class Pair:
                          ImageShape(*self.cfg.vision.pixels.shape(image.height, image.width)))
     return prompt(CaptionRow(b"", "", "a picture"), image)
 
-  def compare(self, theirs: dict, images, prompts, pixels: bool = True) -> None:
+  def assert_same(self, theirs: dict, images, prompts, pixels: bool = True) -> None:
     """Ids, grid and normalised pixels of one picture."""
     settings = self.cfg.vision.pixels
     assert prompts.valid_BP.all()
@@ -261,7 +261,7 @@ def test_tokens_from_vocab_and_merges(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt(family, instruction):
   pair, image = make_pair(family), noise(70, 130)
-  pair.compare(pair.their_inputs(image, instruction), *pair.our_inputs(image, instruction))
+  pair.assert_same(pair.their_inputs(image, instruction), *pair.our_inputs(image, instruction))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -284,7 +284,7 @@ def test_sizes(family):
   for seed, (width, height) in enumerate(tried):
     image = noise(width, height, seed)
     try:
-      pair.compare(pair.their_inputs(image), *pair.our_inputs(image))
+      pair.assert_same(pair.their_inputs(image), *pair.our_inputs(image))
     except AssertionError as error:
       raise AssertionError(f"{width}x{height}: {error}") from error
 
@@ -331,7 +331,7 @@ def test_released_image_of_full_size():
   """One picture a family with the pixels as released."""
   for family in FAMILIES:
     pair, image = make_pair(family, released=True), noise(700, 400)
-    pair.compare(pair.their_inputs(image), *pair.our_inputs(image))
+    pair.assert_same(pair.their_inputs(image), *pair.our_inputs(image))
 
 
 @pytest.mark.parametrize("present", [
@@ -370,7 +370,7 @@ def test_internvl_takes_any_aspect():
   pair = make_pair("internvl")
   for width, height in ((201, 1), (1, 5000), (5000, 1), (3, 900)):
     image = noise(width, height)
-    pair.compare(pair.their_inputs(image), *pair.our_inputs(image))
+    pair.assert_same(pair.their_inputs(image), *pair.our_inputs(image))
 
 
 def _turned(orientation: int) -> bytes:
@@ -433,7 +433,7 @@ def _compare_file(pair: Pair, path: pathlib.Path, image) -> None:
   row = CaptionRow(path, "", path.name)
   prompt = ImagePrompt(pair.cfg, pair.ours.prompt_pieces(INSTRUCTION), image_shape([row], pair.cfg))
   try:
-    pair.compare(pair.their_inputs(image), *prompt(row))
+    pair.assert_same(pair.their_inputs(image), *prompt(row))
   except (AssertionError, ValueError) as error:
     raise AssertionError(f"{path.name}: {error}") from error
 

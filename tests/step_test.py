@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tiny
 from caprl_jax import sharding
 from caprl_jax.advantages import group_advantages
 from caprl_jax.judging import judge_captions
@@ -17,7 +16,6 @@ from caprl_jax.metrics import read_metrics
 from caprl_jax.optimizer import build_optimizer
 from caprl_jax.reward import caption_reward
 from caprl_jax.rollout import caption_logprobs, sample_captions
-from caprl_jax.setup_run import read_settings, set_up
 from caprl_jax.step import judge_metrics, stage_keys, train_step
 from caprl_jax.train import make_state
 from caprl_jax.types import Answers
@@ -59,14 +57,6 @@ GOLDEN = {
     'update/ratio_max': 1,
     'update/ratio_min': 0.999999,
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-  config = tiny.write_all(tmp_path_factory.mktemp("tiny"))
-  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    yield set_up(read_settings(config))
 
 
 def a_batch(made):

@@ -234,3 +234,10 @@ def test_id_table_where_the_judge_lacks_tokens(full):
     assert table[token_id] == (-1 if special else judge_id), token
   assert table[full.id_of("Ġred")] == -1  # text for the policy, special for the judge
   assert (table >= 256).any() and (table == -1).sum() > 6
+
+
+def test_texts_are_the_bytes_that_each_id_stands_for(full):
+  texts = full.texts(full.vocab_size + 3)
+  for text in ("naïve 東京 🙂", "the red\tcircle\n \u00ad\u00a0", *TEXTS[:2]):
+    assert b"".join(texts[i] for i in full.encode_plain(text)) == text.encode()
+  assert all(texts[i] == b"" for i in full.special_ids) and texts[full.vocab_size:] == [b""] * 3

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-import tiny
 from caprl_jax import sharding
 from caprl_jax.advantages import flat_groups, group_advantages
 from caprl_jax.data.batches import train_iterator
@@ -17,20 +16,11 @@ from caprl_jax.loss import LossConfig
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_kl
 from caprl_jax.rollout import caption_hidden, caption_logprobs, sample_captions
-from caprl_jax.setup_run import read_settings, set_up
 from caprl_jax.step import train_step
 from caprl_jax.train import build_step, make_state
 from caprl_jax.update import Rollout, UpdateConfig, check_microbatches, optimizer_step, score_captions, update_policy
 
 TX = optax.sgd(0.5)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-  config = tiny.write_all(tmp_path_factory.mktemp("tiny"))
-  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    yield set_up(read_settings(config))
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def test_the_best_captioner_is_kept_and_loads(workdir, config):
   assert figures["accuracy"] == max(rows.values())
   assert figures["step"] == min(step for step, accuracy in rows.items() if accuracy == figures["accuracy"])
   assert sorted(p.name for p in workdir.glob("best*")) == ["best"]
-  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])) as mesh:
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
     made = set_up(read_settings(config))
     loaded = load_policy(str(workdir / "best"), made.mesh)
     again = Evaluator(made)(loaded.params, workdir / "again.json", "again", 0)
@@ -71,6 +71,14 @@ def test_a_worse_captioner_does_not_replace_the_best(tmp_path, config):
     before = (tmp_path / "best" / "best.json").stat().st_mtime_ns
     train.Best(made, tmp_path).keep(2, made.policy.params, 0.5)  # as after a restart
   assert (tmp_path / "best" / "best.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("left", ["best.new", "best.old"])
+def test_a_kill_between_two_renames_loses_no_best(tmp_path, left):
+  (tmp_path / left).mkdir()
+  (tmp_path / left / "best.json").write_text('{"step": 3, "accuracy": 0.75}')
+  assert train.Best(None, tmp_path).accuracy == 0.75
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
 
 
 def test_samples_follow_the_draws(workdir):
