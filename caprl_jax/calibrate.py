@@ -80,6 +80,9 @@ def make_trials(rows: Sequence[QARow], cfg: CalibrateConfig, gate: GateSection, 
       return None
 
   known = [(row, caption) for row in rows if (caption := true_caption(row))]
+  if len(known) < len(rows):
+    log.info("%d of %d held-out images have no true caption that is known, and are not asked about", len(rows) - len(known),
+             len(rows))
   rng = np.random.default_rng(seed)
   known = [known[i] for i in rng.permutation(len(known))]
   if len({caption for _, caption in known}) < 2:
