@@ -116,7 +116,9 @@ class QuestionTokenizer:
     """For each id the id of the same text after a space, where that is one token; -1 elsewhere. int32 [V]."""
     vocabulary = self.tokenizer.backend.get_vocab()
     spaced = np.full(self.tokenizer.vocab_size, -1, np.int32)
-    ids = [i for token, i in vocabulary.items() if i not in self.tokenizer.special_ids and not token.startswith("\u0120")]
+    # Words that have their space already would have two; runs of nothing but white space grow by one.
+    ids = [i for token, i in vocabulary.items() if i not in self.tokenizer.special_ids
+           and (not token.startswith("\u0120") or not token.strip("\u0120\u010a\u0109\u010d"))]
     texts = [" " + self.tokenizer.decode([i]) for i in ids]
     for i, text, encoding in zip(ids, texts, self.tokenizer.backend.encode_batch(texts, add_special_tokens=False),
                                  strict=True):
