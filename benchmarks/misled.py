@@ -24,7 +24,8 @@ import numpy as np
 from caprl_jax import sft, sharding
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.data.easy_vqa import COLORS, SHAPES
-from caprl_jax.data.rows import CaptionRow, write_caption_jsonl
+from caprl_jax.data.jsonl import write_caption_jsonl
+from caprl_jax.data.rows import CaptionRow
 from caprl_jax.data.sources import read_qa_rows
 from caprl_jax.evaluate import Evaluator
 from caprl_jax.config_file import load_config

@@ -8,9 +8,14 @@ from typing import Any
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a file so that a crash leaves the old one or the new one."""
+  write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+  """Writes a file so that a crash leaves the old one or the new one."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_text(text, encoding="utf-8")
+  temporary.write_bytes(data)
   os.replace(temporary, path)
 
 

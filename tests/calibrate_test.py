@@ -8,7 +8,8 @@ from PIL import Image
 
 import tiny
 from caprl_jax import calibrate
-from caprl_jax.data.rows import CaptionRow, Question, read_jsonl, write_caption_jsonl
+from caprl_jax.data.jsonl import read_jsonl, write_caption_jsonl
+from caprl_jax.data.rows import CaptionRow, Question
 from caprl_jax.setup_run import GateSection
 import ml_collections
 

@@ -7,7 +7,8 @@ import pytest
 
 import tiny
 from caprl_jax import sft, sharding
-from caprl_jax.data.rows import CaptionRow, read_jsonl, write_caption_jsonl
+from caprl_jax.data.jsonl import read_jsonl, write_caption_jsonl
+from caprl_jax.data.rows import CaptionRow
 from caprl_jax.metrics import read_metrics
 from caprl_jax.models.load import load_policy
 

@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from caprl_jax import sharding
-from caprl_jax.data.rows import QARow, Question, write_jsonl
+from caprl_jax.data.jsonl import write_jsonl
+from caprl_jax.data.rows import QARow, Question
 from caprl_jax.models.files import resolve_model
 from caprl_jax.models.load import new_policy, save_policy
 from caprl_jax.models.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer

@@ -11,7 +11,7 @@ from PIL import Image
 from caprl_jax.data.images import pad_image
 from caprl_jax.data.prompts import build_prompt, stack_prompts
 from caprl_jax.data.questions import QuestionShape, TokenizedQuestion, pad_questions, pick_questions
-from caprl_jax.data.rows import CaptionRow, QARow, read_image
+from caprl_jax.data.rows import CaptionRow, QARow, open_image, read_image
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.types import Batch, Images, Prompts
 
@@ -33,12 +33,10 @@ def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageS
 
 
 def _header_size(row) -> tuple[int, int]:
-  if isinstance(row.image, bytes):
-    return read_image(row).size
   try:
-    with Image.open(row.image) as image:
+    with open_image(row) as image:
       return image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # turned by EXIF
-  except OSError:
+  except Exception:
     return read_image(row).size  # raises the error that names row and file
 
 
