@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "caprl_jax"
 # Top to bottom: a module may import only what stands above it. A new module goes where it belongs.
 ORDER = [
   "types", "masked", "files", "configuration", "presets", "config_file", "sharding",
-  "data.rows", "data.jsonl", "data.released", "data.easy_vqa", "data.sources", "data.images",
+  "data.rows", "data.jsonl", "data.released", "data.parquet", "data.datasets", "data.easy_vqa", "data.sources", "data.images",
   "models.gguf", "models.files", "models.tokenizer",
   "models.layers", "models.attention", "models.decoder",
   "models.family", "models.qwen25_vl", "models.qwen3_vl", "models.internvl", "models.families",

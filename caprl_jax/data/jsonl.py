@@ -251,7 +251,7 @@ def _write_rows(
   try:
     with partial.open("w", encoding="utf-8", newline="\n") as file:
       for row in rows:
-        item = {"image": _relative_image(row, image_root), "name": row.name} | fields(row)
+        item = {"image": relative_image(row, image_root), "name": row.name} | fields(row)
         file.write(json.dumps(item, ensure_ascii=False) + "\n")
     partial.replace(path)
   finally:
@@ -282,8 +282,9 @@ def image_suffix(data: bytes, where: str) -> str:
                      "row") from error
 
 
-def _relative_image(row: QARow | CaptionRow, image_root: pathlib.Path) -> str:
+def relative_image(row: QARow | CaptionRow, image_root: pathlib.Path) -> str:
   """The image's path from `image_root`; absolute for an image outside it."""
+  image_root = pathlib.Path(os.path.abspath(image_root))
   if not isinstance(row.image, pathlib.Path):
     raise ValueError(
       f"row {row.name!r} has its image in memory or in an archive ({image_place(row)}), but JSON "
