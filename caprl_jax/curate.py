@@ -97,7 +97,7 @@ def _knows(row: QARow, cfg: CurateConfig) -> bool:
 
 
 def _collect(rows: list[QARow], pairs: list[tuple[QARow, Question]], alive: np.ndarray, where: str):
-  kept: dict[str, list[Question]] = {}
+  kept: dict[int, list[Question]] = {}  # by row: two may have one name
   counts: dict[str, int] = {}
   for (row, question), keep in zip(pairs, alive):
     kind = question.kind or "question"
@@ -105,7 +105,7 @@ def _collect(rows: list[QARow], pairs: list[tuple[QARow, Question]], alive: np.n
       counts.setdefault(f"{verdict}/{kind}", 0)
     counts[f"{'kept' if keep else 'dropped'}/{kind}"] += 1
     if keep:
-      kept.setdefault(row.name, []).append(question)
+      kept.setdefault(id(row), []).append(question)
   unknown = sum(len(r.questions) for r in rows) - len(pairs)
   if unknown:
     counts["dropped/without facts"] = unknown
@@ -113,6 +113,6 @@ def _collect(rows: list[QARow], pairs: list[tuple[QARow, Question]], alive: np.n
     raise ValueError(f"{where}: curation left none of {len(pairs)} questions: the judge answers none of them from a "
                      f"true caption and fails it without one. Counts: {counts}. Use a stronger judge (judge.source), "
                      "another judge.reading, or other curate thresholds")
-  rows = [dataclasses.replace(row, questions=tuple(kept[row.name])) for row in rows if row.name in kept]
+  rows = [dataclasses.replace(row, questions=tuple(kept[id(row)])) for row in rows if id(row) in kept]
   log.info("%s: %d images kept, %s", where, len(rows), ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
   return rows, counts

@@ -17,8 +17,8 @@ from caprl_jax.curate import CurateConfig, curate
 from caprl_jax.data.batches import ImagePrompt, QABatcher, image_shape
 from caprl_jax.data.judge_prompts import template_for
 from caprl_jax.data.questions import QuestionTokenizer, question_shape
-from caprl_jax.data.rows import QARow, kinds
-from caprl_jax.data.sources import read_qa_rows
+from caprl_jax.data.rows import BadRows, QARow, kinds
+from caprl_jax.data.sources import read_parts, read_qa_rows
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.load import Loaded, load_judge, load_policy, relate_vocabularies
 from caprl_jax.models.lora import Trainable, split, trained
@@ -76,13 +76,18 @@ class JudgeSection(JudgeConfig):
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
-  """train, eval: sources (`data/sources.py`). batch_size: images a step. questions: asked about each image."""
+  """train, eval: sources or mixtures of them (`data/sources.py`). batch_size: images a step. questions: asked about each image.
+
+  max_train_rows, max_eval_rows: keep the first rows only, of each source. bad_rows: "refuse" to start while a row cannot
+  be used, or "drop" and log it.
+  """
   train: str
   eval: str
   batch_size: int
   questions: int
   max_train_rows: int | None = None
   max_eval_rows: int | None = None
+  bad_rows: BadRows = "refuse"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +209,7 @@ class Run:
   asker: Asker
   kinds: tuple[str, ...]
   train_rows: list[QARow]
+  mixture: tuple[tuple[int, float | None], ...]  # rows and weight of each of their sources, in order
   eval_rows: list[QARow]
   train: QABatcher
   eval: QABatcher
@@ -217,8 +223,9 @@ def set_up(settings: Settings) -> Run:
   data = settings.data
   sharding.check_batch_size(data.batch_size, mesh, "data.batch_size")
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
-  train_rows = read_qa_rows(data.train, settings.seed, data.max_train_rows)
-  eval_rows = read_qa_rows(data.eval, settings.seed, data.max_eval_rows)
+  train_parts = read_parts(data.train, settings.seed, data.max_train_rows, data.bad_rows)
+  train_rows = [row for _, rows in train_parts for row in rows]
+  eval_rows = read_qa_rows(data.eval, settings.seed, data.max_eval_rows, data.bad_rows)
   policy = settings.policy.load(mesh)
   judge = load_judge(settings.judge.source, mesh, jnp.dtype(settings.judge.dtype))
   names = tuple(kinds([*train_rows, *eval_rows]))
@@ -227,8 +234,11 @@ def set_up(settings: Settings) -> Run:
   asker = Asker(judge, tokenize, settings.step.judge, settings.seed)
   log.info("captioner %.1fM parameters, judge %.1fM, %d + %d images", _millions(policy), _millions(judge),
            len(train_rows), len(eval_rows))
-  (train_rows, counts), (eval_rows, eval_counts) = curate(
-      [(data.train, train_rows), (data.eval, eval_rows)], asker, settings.curate, settings.seed)
+  *curated, (eval_rows, eval_counts) = curate(
+      [*((part.source, rows) for part, rows in train_parts), (data.eval, eval_rows)], asker, settings.curate, settings.seed)
+  train_rows = [row for rows, _ in curated for row in rows]
+  mixture = tuple((len(rows), part.weight) for (part, _), (rows, _) in zip(train_parts, curated, strict=True))
+  counts = {kind: sum(part.get(kind, 0) for _, part in curated) for _, part in curated for kind in part}
   asker.priors(q for row in [*train_rows, *eval_rows] for q in row.questions)
   tokenized = [[[tokenize(q, asker.prior_of(q)) for q in row.questions] for row in rows]
                for rows in (train_rows, eval_rows)]
@@ -264,7 +274,7 @@ def set_up(settings: Settings) -> Run:
     counts["int8_differs"] = differing
   counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows), **counts,
             **{f"eval/{k}": v for k, v in eval_counts.items()}}
-  return Run(settings, mesh, policy, judge, frozen, asker, names, train_rows, eval_rows,
+  return Run(settings, mesh, policy, judge, frozen, asker, names, train_rows, mixture, eval_rows,
              batcher(train_rows, tokenized[0]), batcher(eval_rows, tokenized[1]), counts, translator)
 
 

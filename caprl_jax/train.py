@@ -182,7 +182,7 @@ def train(made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator |
   params, shardings = split(made.policy.params, kind)[0], policy_shardings(made)
   images = rollout_images(settings)
   share = sharding.batch_share(made.mesh, images)
-  iterator = train_iterator(made.train.example, len(made.train_rows), images, settings.seed, share)
+  iterator = train_iterator(made.train.example, made.mixture, images, settings.seed, share)
   checkpoints = Checkpoints(workdir, settings.checkpoint)
   if checkpoints.latest_step() is not None:
     state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))

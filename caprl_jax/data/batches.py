@@ -1,7 +1,9 @@
 """Rows -> batches of fixed shape, shuffled, resumable, the same for any number of processes: a Grain pipeline."""
 
 from collections.abc import Callable, Sequence
+import concurrent.futures
 import dataclasses
+import os
 
 import grain
 import jax
@@ -79,21 +81,40 @@ def stack(examples: Sequence) -> Batch:
   return jax.tree.map(lambda *x: np.stack(x), *examples)
 
 
-def train_iterator(example: Callable, count: int, batch_size: int, seed: int,
-                   share: Sequence[int] | None = None) -> grain.DatasetIterator:
+def index_stream(parts: Sequence[tuple[int, float | None]], seed: int) -> grain.MapDataset:
+  """An endless stream of row indices, every row once before any comes again.
+
+  Args:
+    parts: (rows, weight) of the sources of a mixture, whose rows stand one after the other. With weights each source is
+      shuffled and repeated by itself, and gets its share of the stream; without, all rows are alike.
+  """
+  weights = [weight for _, weight in parts]
+  if len(parts) == 1 or None in weights:
+    return grain.MapDataset.range(sum(rows for rows, _ in parts)).seed(seed).shuffle().repeat()
+  ends = np.cumsum([rows for rows, _ in parts]).tolist()
+  spans = [grain.MapDataset.range(end - rows, end).seed(seed + i).shuffle().repeat()
+           for i, ((rows, _), end) in enumerate(zip(parts, ends, strict=True))]
+  return grain.MapDataset.mix(spans, np.asarray(weights, float) / sum(weights)).seed(seed)
+
+
+def train_iterator(example: Callable, parts: int | Sequence[tuple[int, float | None]], batch_size: int, seed: int,
+                   share: Sequence[int] | None = None, threads: int | None = None) -> grain.DatasetIterator:
   """Endless shuffled batches; `get_state` / `set_state` resume it exactly, with any number of processes.
 
   Args:
     example: (row index, numpy Generator) -> arrays without a batch axis; the generator is seeded by the position in
       the stream, so what is drawn does not depend on what was skipped.
-    count: rows.
+    parts: rows; or the sources of a mixture (`index_stream`).
     share: places in each batch that are made here (`sharding.batch_share`): only those are read. None: all.
+    threads: that make examples, by default one a core, 16 at most. They are ahead of the training by a few batches.
   """
   places = range(batch_size) if share is None else [int(i) for i in share]
-  stream = (grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-            .random_map(lambda index, rng: example(int(index), rng)))
-  dataset = grain.MapDataset.range(len(stream) // batch_size).map(
-      lambda number: stack([stream[number * batch_size + i] for i in places]))
+  threads = threads or min(16, os.cpu_count() or 1)
+  stream = index_stream([(parts, None)] if isinstance(parts, int) else parts, seed).random_map(
+      lambda index, rng: example(int(index), rng))
+  pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="examples")
+  made = lambda number: stack(list(pool.map(lambda i: stream[number * batch_size + i], places)))
+  dataset = grain.MapDataset.range(len(stream) // batch_size).map(made)
   return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 

@@ -1,31 +1,109 @@
-"""Name of a dataset -> rows."""
+"""Name of a dataset -> rows. `SOURCES` lists what a name may be."""
 
+from collections.abc import Iterator
+import dataclasses
 import pathlib
+import re
 
-from caprl_jax.data import jsonl, rows as rows_lib
+from caprl_jax.data import datasets, jsonl, parquet, released, rows as rows_lib
 from caprl_jax.data.easy_vqa import read_easy_vqa
 
+SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
+  charts:train, charts:test        charts drawn from the package vega_datasets; charts:train:5000 names how many
+  FILE.jsonl                       a row a line (docs: data/jsonl.py)
+  FILE.json                        the JSON of CapRL's first release
+  FILE.parquet, a folder, "*"      CapRL-QA-75K's layout
+  tfds:FOLDER:SPLIT                a TFDS dataset in ArrayRecord (mode dataset writes one)
+  0.7*SOURCE + 0.3*SOURCE          a mixture, by weight; without weights, every row alike"""
 
-def read_qa_rows(source: str, seed: int, max_rows: int | None = None) -> list[rows_lib.QARow]:
-  """Reads and checks images with questions.
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One source of a mixture. weight: its share of what is drawn, None where no source has one."""
+  source: str
+  weight: float | None = None
+
+
+def parse_mixture(text: str) -> tuple[Part, ...]:
+  """The sources joined by " + ", each with an optional "weight*" before it.
+
+  Raises ValueError for weights that are not positive, or that only some sources have.
+  """
+  parts = []
+  for piece in re.split(r"\s\+\s", text):
+    match = re.fullmatch(r"\s*(?:([0-9.eE+-]+)\s*\*(?!\.))?\s*(\S.*?)\s*", piece)
+    if not match:
+      raise ValueError(f"data source {text!r}: a source between two '+' is empty")
+    weight, source = match.groups()
+    try:
+      parts.append(Part(source, None if weight is None else float(weight)))
+    except ValueError as error:
+      raise ValueError(f"data source {piece!r}: {weight!r} is no weight; write 0.7*{source}") from error
+  weights = [part.weight for part in parts]
+  if any(w is None for w in weights) and any(w is not None for w in weights):
+    raise ValueError(f"data source {text!r}: give every source of a mixture a weight, or none")
+  if any(w is not None and not 0 < w < float("inf") for w in weights):
+    raise ValueError(f"data source {text!r}: weights must be greater than 0")
+  return tuple(parts)
+
+
+def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.BadRow]:
+  """The rows of one source (`SOURCES`, no mixture), with a BadRow for each that cannot be used.
 
   Args:
-    source: `easy_vqa:train`, `easy_vqa:test`, or a .jsonl file (`jsonl.read_jsonl`).
-    seed: of what a reader draws (distractors).
-    max_rows: keeps the first rows only.
+    seed: of what a reader draws (distractors, charts).
 
   Raises:
-    ValueError: an unknown source, or what `rows.check_rows` refuses.
+    ValueError: an unknown source, or a file that cannot be read at all.
   """
-  if source.startswith("easy_vqa:"):
-    found = read_easy_vqa(source.removeprefix("easy_vqa:"), seed)
-  elif source.endswith(".jsonl"):
-    found = jsonl.read_jsonl(pathlib.Path(source))
+  kind, _, rest = source.partition(":")
+  suffix = pathlib.Path(source).suffix
+  if kind == "easy_vqa":
+    yield from read_easy_vqa(rest, seed)
+  elif kind == "charts":
+    split, _, count = rest.partition(":")
+    if count and not count.isdecimal():
+      raise ValueError(f"data source {source!r}: {count!r} is no number of charts; write charts:{split}:5000")
+    from caprl_jax.data import charts
+    yield from charts.read_charts(split, seed, **({"count": int(count)} if count else {}))
+  elif kind == "tfds":
+    folder, _, split = rest.rpartition(":")
+    if not folder:
+      raise ValueError(f"data source {source!r}: write tfds:FOLDER:SPLIT, e.g. tfds:data/caprl_qa/default/1.0.0:train")
+    yield from datasets.scan_tfds(folder, split)
+  elif suffix == ".jsonl":
+    yield from jsonl.scan_jsonl(source)
+  elif suffix == ".json":
+    yield from released.scan_json(pathlib.Path(source).expanduser())
+  elif suffix == ".parquet" or pathlib.Path(source).expanduser().is_dir():
+    yield from parquet.scan_parquet(source)
   else:
-    raise ValueError(f"data source {source!r} is not known; use easy_vqa:train, easy_vqa:test or a .jsonl file")
-  found = found[:max_rows]
-  rows_lib.check_rows(found, source)
-  return found
+    raise ValueError(f"data source {source!r} is not known; it may be\n{SOURCES}")
+
+
+def read_parts(mixture: str, seed: int, max_rows: int | None = None,
+               bad_rows: rows_lib.BadRows = "refuse") -> list[tuple[Part, list[rows_lib.QARow]]]:
+  """Reads and checks the sources of a mixture, each by itself.
+
+  Args:
+    max_rows: keeps the first rows only, of each source.
+    bad_rows: "refuse" them all with an error, or "drop" and log them.
+
+  Raises:
+    ValueError: an unknown source, bad rows that are to be refused, or what `rows.check_rows` refuses.
+  """
+  read = []
+  for part in parse_mixture(mixture):
+    found = rows_lib.good_rows(scan_qa_rows(part.source, seed), bad_rows)[:max_rows]
+    rows_lib.check_rows(found, part.source)
+    read.append((part, found))
+  return read
+
+
+def read_qa_rows(source: str, seed: int, max_rows: int | None = None,
+                 bad_rows: rows_lib.BadRows = "refuse") -> list[rows_lib.QARow]:
+  """The rows of all sources of a mixture, one after the other; weights are left aside. As `read_parts`."""
+  return [row for _, found in read_parts(source, seed, max_rows, bad_rows) for row in found]
 
 
 def read_caption_rows(source: str) -> list[rows_lib.CaptionRow]:
