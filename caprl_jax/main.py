@@ -53,6 +53,12 @@ MODES = {
     "whether a judge can be trusted: accuracy by caption, position bias, agreement, the margin to abstain by",
     "--config=configs/quickstart.py --workdir=runs/calibrate --config.mode=calibrate",
   ),
+  "dataset": Mode(
+    "caprl_jax.dataset",
+    "what is in a QA dataset and what is wrong with it; a copy in another format",
+    "--config=configs/dataset.py --config.dataset.input=easy_vqa:test",
+    workdir="runs/dataset",
+  ),
   "caption": Mode(
     "caprl_jax.caption",
     "caption a folder of images, or the images of a JSON lines file",

@@ -88,10 +88,14 @@ def picture(path: pathlib.Path, name: str) -> str:
   """A PNG file as an element that carries its data, small ones upscaled to hard pixels."""
   if not path.is_file():
     return '<div class="absent soft">image not there yet</div>'
-  data, mime = path.read_bytes(), "image/png"
+  return embedded(path.read_bytes(), name)
+
+
+def embedded(data: bytes, name: str) -> str:
+  """An encoded image as an element that carries it, as `picture` does."""
   with Image.open(io.BytesIO(data)) as image:
-    width, side = image.width, max(image.size)
-    if side > MAX_IMAGE_PIXELS:
+    width, side, mime = image.width, max(image.size), f"image/{(image.format or '').lower()}"
+    if side > MAX_IMAGE_PIXELS or mime not in ("image/png", "image/jpeg"):
       small, buffer = image.convert("RGB"), io.BytesIO()
       small.thumbnail((MAX_IMAGE_PIXELS, MAX_IMAGE_PIXELS))
       small.save(buffer, "JPEG", quality=85)

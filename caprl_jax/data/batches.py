@@ -42,6 +42,15 @@ def _header_size(row) -> tuple[int, int]:
     return read_image(row).size  # raises the error that names row and file
 
 
+def shape_bucket(shape: ImageShape, multiple: int) -> ImageShape:
+  """The shape rounded up by at most a quarter, so that few programs are compiled."""
+  def up(n: int, multiple: int) -> int:
+    step = max(multiple, 1 << max(n.bit_length() - 3, 0))
+    step = -(-step // multiple) * multiple
+    return -(-n // step) * step
+  return ImageShape(up(shape.slots, multiple), up(shape.tokens, 4))
+
+
 class ImagePrompt:
   """A row -> its image and prompt, padded to the run's shape. `pieces`: token ids before and after the image's."""
 

@@ -95,7 +95,7 @@ def scan_tfds(folder: str, split: str) -> Iterator[QARow | BadRow]:
       record = source[i]
       qa = json.loads(record["qa"])
       row = QARow(RecordImage(folder, split, i), parse_questions(qa["questions"], f"{where}: questions"),
-                  record["name"].decode("utf-8"), qa.get("facts"))
+                  record["name"].decode("utf-8"), qa.get("facts"), where)
     except (ValueError, KeyError, TypeError) as error:
       message = str(error)
       row = BadRow(where, message if message.startswith(where) else f"{where}: {type(error).__name__}: {message}")

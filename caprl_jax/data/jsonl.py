@@ -95,7 +95,7 @@ def _parse_qa_row(item: Any, image_root: pathlib.Path, where: str) -> QARow:
   for key, value in (facts or {}).items():
     _check_type(value, str, f"{where}: facts.{key}")
   questions = parse_questions(item["questions"], f"{where}: questions")
-  return QARow(_image_file(item, image_root, where), questions, _name(item), facts)
+  return QARow(_image_file(item, image_root, where), questions, _name(item), facts, where)
 
 
 def parse_question(item: Any, where: str) -> Question:
@@ -258,12 +258,12 @@ def _write_rows(
     partial.unlink(missing_ok=True)
 
 
-def save_image(row: Row, folder: pathlib.Path) -> Row:
-  """The row with its image as a file: its own, or one in `folder`, named by its content.
+def save_image(row: Row, folder: pathlib.Path, copy: bool = False) -> Row:
+  """The row with its image as a file: its own unless `copy`, or one in `folder`, named by its content.
 
   Raises ValueError for an image that is in no format we know.
   """
-  if isinstance(row.image, pathlib.Path):
+  if isinstance(row.image, pathlib.Path) and not copy:
     return row
   data = image_bytes(row)
   file = folder / (hashlib.sha256(data).hexdigest()[:24] + image_suffix(data, f"row {row.name!r}"))

@@ -211,7 +211,7 @@ def _parse_row(row: dict[str, Any], image: ParquetImage, where: str) -> QARow:
     question = question_of(item["question"], item["choices"], item["answer"], kind, at)
     questions.append(dataclasses.replace(question, provenance=provenance))
   name = extra.get("name") or row.get("id") or image.name or where
-  return QARow(image, tuple(questions), str(name), extra.get("facts"))
+  return QARow(image, tuple(questions), str(name), extra.get("facts"), where)
 
 
 def _extra_info(row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _json_row(item: Any, root: pathlib.Path, where: str) -> QARow:
   file = root / image.removeprefix("file://")
   if not file.is_file():
     raise ValueError(f"{where}: image {image!r} is not a file in {root}; correct it, or move the JSON to where its paths begin")
-  return QARow(file, tuple(questions), image)
+  return QARow(file, tuple(questions), image, where=where)
 
 
 def _of_message(message: Any, where: str) -> tuple[Any, Any]:

@@ -47,12 +47,14 @@ class QARow:
   """An image and its questions.
 
   `name` stands for the row in every message. `facts` are true attributes of the image, such as
-  {"color": "red"}, where the dataset knows them.
+  {"color": "red"}, where the dataset knows them. `where` is the row's place, file and line, where
+  there is one.
   """
   image: ImageSource
   questions: tuple[Question, ...]
   name: str
   facts: dict[str, str] | None = None
+  where: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
