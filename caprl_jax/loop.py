@@ -84,9 +84,10 @@ class StepReports:
       self.writer, self.progress = MetricsWriter(workdir), Progress(steps, start, what)
       self.writer.truncate_after(start)
 
-  def add(self, step: int, metrics: dict, batch: Any, samples: Any) -> None:
-    """A step that was dispatched."""
+  def add(self, step: int, metrics: dict, batch: Any, samples: Any, data_secs: float) -> None:
+    """A step that was dispatched, and how long it had to wait for its batch."""
     self.pending.append((step, metrics, batch, samples))
+    self.extra[step] = {"time/data_secs": data_secs}
 
   def read(self, most_pending: int = 0) -> None:
     """Reads the oldest steps, and waits for them, until `most_pending` are left.
@@ -122,7 +123,7 @@ class StepReports:
     """Evaluates after a step; the figures join its numbers, the seconds are no step's."""
     jax.block_until_ready(self.pending[-1][1])
     began = time.perf_counter()
-    self.extra[step] = evaluate(step, state)
+    self.extra.setdefault(step, {}).update(evaluate(step, state))
     self.before += time.perf_counter() - began
 
   def close(self) -> None:
@@ -157,10 +158,14 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
     with CompileCounter() as compiles, Interrupts() as interrupts:
       for step in range(start + 1, steps + 1):
         interrupts.check(step)
+        began = time.perf_counter()
         batch = next(iterator)
-        state, metrics, samples = step_fn(state, sharding.put_batch(batch, mesh))
+        # The devices still work on step n - 1 (its numbers are read below): this copy runs beside them.
+        on_device = sharding.put_batch(batch, mesh)
+        data_secs = time.perf_counter() - began
+        state, metrics, samples = step_fn(state, on_device)
         position = iterator.get_state()
-        reports.add(step, metrics, batch, samples)
+        reports.add(step, metrics, batch, samples, data_secs)
         reports.read(most_pending=1)  # step n - 1, while the devices work on step n
         if step == start + 1:
           jax.block_until_ready(metrics)

@@ -70,7 +70,8 @@ def test_a_run_leaves_all_its_outputs(finished, config):
   rows = read_metrics(finished / "metrics.jsonl")
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
   for name in ("rollout/length", "judge/accuracy", "judge/accuracy/color", "judge/accuracy/shape", "reward/mean",
-               "advantage/flat_groups", "update/loss", "update/grad_norm", "update/entropy", "time/step_secs"):
+               "advantage/flat_groups", "update/loss", "update/grad_norm", "update/entropy", "time/step_secs",
+               "time/data_secs"):
     assert all(np.isfinite(row[name]) for row in rows), name
   assert all(row["update/nonfinite"] == 0 for row in rows)
 

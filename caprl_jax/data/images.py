@@ -84,7 +84,9 @@ class SmartResize:
     units = self.units(image.height, image.width)
     position, valid, unit = window_layout(*units, self.window_units, self.merge_size)
     patches = cut_patches(pixels, self.patch_size)[position[:, 0], position[:, 1]].reshape(len(position), -1)
-    return ImagePatches(np.where(valid[:, None], patches, 0).astype(np.uint8), position, valid, unit, units)
+    if not valid.all():
+      patches[~valid] = 0
+    return ImagePatches(patches, position, valid, unit, units)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +167,13 @@ def cut_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
   return pixels.reshape(height // patch, patch, width // patch, patch, 3).transpose(0, 2, 4, 1, 3)
 
 
+@functools.lru_cache(maxsize=4096)  # most images of a dataset have one of a few sizes
 def window_layout(units_down: int, units_across: int, side: int | None,
                   merge: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Where each patch of a grid goes: windows of side x side merge units (None: one window, of the grid's size).
 
   Returns position_S2 (row, column in patches), valid_S, and unit_I: for image tokens in raster order, the unit
-  that holds them. Windows at the right and lower edges have empty slots at the end.
+  that holds them. Windows at the right and lower edges have empty slots at the end. The arrays are shared: read only.
   """
   tall, wide = side or units_down, side or units_across
   slots = tall * wide * merge ** 2
@@ -190,7 +193,10 @@ def window_layout(units_down: int, units_across: int, side: int | None,
     corner = np.stack([rows, columns], -1) * merge
     position[first:stop] = (corner[:, None] + within).reshape(-1, 2)
     valid[first:stop] = True
-  return position, valid, unit.reshape(-1)
+  unit = unit.reshape(-1)
+  for shared in (position, valid, unit):
+    shared.flags.writeable = False
+  return position, valid, unit
 
 
 def pad_image(image: ImagePatches, slots: int, tokens: int) -> dict[str, np.ndarray]:
