@@ -13,7 +13,7 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.models import files, weights
-from caprl_jax.models.chat import default_template, find_template, prompt_pieces
+from caprl_jax.models.chat import default_template, find_template, prompt_pieces, text_prompt
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.family import DECODER_KEYS, Keys
@@ -36,14 +36,21 @@ class Loaded:
   shardings: Any
   files: dict[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
 
-  def prompt_pieces(self, instruction: str) -> tuple[list[int], list[int]]:
+  def prompt_pieces(self, instruction: str, system: str | None = None) -> tuple[list[int], list[int]]:
     """Token ids before and after the image's, for a captioner asked `instruction`, by its own chat template."""
-    family = self.model.cfg.family
+    template, special = self._chat()
+    return prompt_pieces(template, self.model.cfg.family, self.tokenizer, instruction, special, system)
+
+  def text_prompt(self, instruction: str, system: str | None = None) -> list[int]:
+    """Token ids of `instruction` without an image, by the checkpoint's own chat template."""
+    template, special = self._chat()
+    return text_prompt(template, self.tokenizer, instruction, special, system)
+
+  def _chat(self) -> tuple[str, dict[str, str]]:
     settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
     text = lambda token: token["content"] if isinstance(token, dict) else token
     special = {k: text(settings[k]) for k in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(k)}
-    template = find_template(self.files) or default_template(family)
-    return prompt_pieces(template, family, self.tokenizer, instruction, special)
+    return find_template(self.files) or default_template(self.model.cfg.family), special
 
 
 def init_policy(cfg: PolicyConfig) -> Callable[[jax.Array], Any]:

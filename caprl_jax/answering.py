@@ -1,0 +1,232 @@
+"""Images with questions -> how a captioner's own model answers them, with the image and without: CapRL's QA filter.
+
+The image and all that stands before it run once; every question in every order of its options branches from there, and
+the answer is read from the logits of the letters. Letters: B images, M presentations an image, L tokens of one, A letters.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+import dataclasses
+import functools
+import hashlib
+import os
+import string
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from caprl_jax import sharding
+from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, shape_bucket, stack
+from caprl_jax.data.rows import QARow, Question
+from caprl_jax.models.decoder import head_matrix
+from caprl_jax.models.load import Loaded
+from caprl_jax.models.policy import Policy, last_hidden
+from caprl_jax.types import Array, Images, Params, Prompts
+
+INSTRUCTION = "{question}. Answer the question with only the correct letter"  # the released curation's own, to the byte
+NONE = "None of the above"
+MAX_OPTIONS = 10
+TOKENS_STEP = 32  # presentations are padded to a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerConfig:
+  """permutations: orders in which each question's options are shown, each turned on by one place, so that the right one
+    visits different letters. none_of_above: one option more where the image is shown, as released.
+  questions_per_row: presented to one run of an image; an image with more takes several. batch_size: images a program.
+  """
+  permutations: int = 4
+  none_of_above: bool = True
+  questions_per_row: int = 5
+  batch_size: int = 8
+
+  def __post_init__(self):
+    if min(self.permutations, self.questions_per_row, self.batch_size) < 1:
+      raise ValueError(f"permutations = {self.permutations}, questions_per_row = {self.questions_per_row} and batch_size = "
+                       f"{self.batch_size} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """How one question was answered, over all permutations: shares right with the image and without it, and the mean
+  probabilities of the right letter among those shown. error: why it was not asked."""
+  visual: float = 0.0
+  blind: float = 0.0
+  visual_prob: float = 0.0
+  blind_prob: float = 0.0
+  error: str = ""
+
+
+def orders(question: Question, permutations: int, seed: int) -> list[list[int]]:
+  """Orders of the options: a random one, which depends on the question and the seed only, turned on place by place."""
+  digest = hashlib.sha256(f"{seed}/{question.stem}/{'/'.join(question.options)}".encode()).digest()
+  first = np.random.default_rng(int.from_bytes(digest, "big")).permutation(len(question.options)).tolist()
+  turn = lambda n: first[n % len(first):] + first[:n % len(first)]
+  return [turn(n) for n in range(permutations)]
+
+
+def question_text(question: Question, order: Sequence[int], none_of_above: bool) -> str:
+  """The user's text: stem and options in this order, as the released curation writes them."""
+  shown = [question.options[i] for i in order] + [NONE] * none_of_above
+  lines = [question.stem, *(f"   - {letter}) {option}" for letter, option in zip(string.ascii_uppercase, shown))]
+  return INSTRUCTION.format(question="\n".join(lines))
+
+
+def letter_logits(policy: Policy, params: Params, images: Images, prompts: Prompts, tokens_BML: Array, valid_BML: Array,
+                  letters_A: Array) -> Array:
+  """Logits of the letters after each presentation, float32 [B, M, A]; the image runs once for all M."""
+  _, prefix = policy.apply({"params": params}, images, prompts, method="prefill")
+  return _branch_logits(policy, params, prompts.next_position_B, (prefix,), tokens_BML, valid_BML, letters_A)
+
+
+def blind_logits(policy: Policy, params: Params, tokens_BML: Array, valid_BML: Array, letters_A: Array) -> Array:
+  """The same for presentations without an image, each by itself."""
+  start_B = jnp.zeros(tokens_BML.shape[0], jnp.int32)
+  return _branch_logits(policy, params, start_B, (), tokens_BML, valid_BML, letters_A)
+
+
+def _branch_logits(policy, params, start_B, prefixes, tokens_BML, valid_BML, letters_A) -> Array:
+  B, M, L = tokens_BML.shape
+  flat = lambda x: x.reshape(B * M, L)
+  position_NL = jnp.repeat(start_B, M)[:, None] + jnp.arange(L)
+  hidden_NLD, _ = policy.apply({"params": params}, flat(tokens_BML), position_NL, flat(valid_BML), prefixes, method="extend")
+  hidden_ND = last_hidden(hidden_NLD, flat(valid_BML))
+  head_AD = head_matrix(policy.cfg.text, params["language_model"])[letters_A]
+  logits = jnp.einsum("nd,ad->na", hidden_ND.astype(jnp.float32), head_AD.astype(jnp.float32))
+  return logits.reshape(B, M, -1)
+
+
+class Answerer:
+  """A model that answers questions of many images. A context manager: it has threads.
+
+  Raises ValueError where a letter is no single token of its vocabulary.
+  """
+
+  def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int):
+    self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
+    ids = [loaded.tokenizer.encode_plain(letter) for letter in string.ascii_uppercase[:MAX_OPTIONS + 1]]
+    if any(len(found) != 1 for found in ids):
+      raise ValueError("the model's tokenizer has no single token for each of the letters A to K: it cannot be asked for them")
+    self.letters_A = np.array([found[0] for found in ids], np.int32)
+    self.visual = jax.jit(functools.partial(letter_logits, loaded.model))
+    self.blind = jax.jit(functools.partial(blind_logits, loaded.model))
+    self.specials = [self._specials(self._ids("x", with_image)) for with_image in (False, True)]
+    self.pool = futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1), "answering")
+
+  def __enter__(self) -> "Answerer":
+    return self
+
+  def __exit__(self, *failure) -> None:
+    self.pool.shutdown(cancel_futures=True)
+
+  def __call__(self, rows: Sequence[QARow], numbers: Sequence[int]) -> Iterator[list[tuple[int, list[Verdict] | ValueError]]]:
+    """Verdicts on all questions of `rows[number]`, for each number, batch by batch; a ValueError where the image cannot
+    be read."""
+    buckets: dict[ImageShape, list[tuple[int, int]]] = {}
+    failed: list[tuple[int, list[Verdict] | ValueError]] = []
+    verdicts: dict[int, list[Verdict | None]] = {}
+    cfg = self.loaded.model.cfg
+    for number, shape in zip(numbers, self.pool.map(lambda n: self._shape(rows[n]), numbers)):
+      if isinstance(shape, ValueError):
+        failed.append((number, shape))
+        continue
+      verdicts[number] = [None] * len(rows[number].questions)
+      for first in range(0, len(rows[number].questions), self.cfg.questions_per_row):
+        buckets.setdefault(shape_bucket(shape, cfg.vision.slots_multiple), []).append((number, first))
+    if failed:
+      yield failed
+    for shape, members in sorted(buckets.items(), key=lambda item: item[0].tokens):
+      prompt = ImagePrompt(cfg, (self.loaded.prompt_pieces("x")[0], []), shape)
+      for start in range(0, len(members), self.cfg.batch_size):
+        yield self._batch(rows, members[start:start + self.cfg.batch_size], prompt, verdicts)
+
+  def _shape(self, row: QARow) -> ImageShape | ValueError:
+    try:
+      return image_shape([row], self.loaded.model.cfg)
+    except ValueError as error:
+      return error
+
+  def _batch(self, rows, members, prompt: ImagePrompt, verdicts) -> list[tuple[int, list[Verdict] | ValueError]]:
+    """Asks one batch; gives the verdicts of the images of which nothing is left to ask."""
+    def prepare(member):
+      number, first = member
+      asked = rows[number].questions[first:first + self.cfg.questions_per_row]
+      try:
+        return prompt(rows[number]), self._presentations(asked, True), self._presentations(asked, False)
+      except ValueError as error:
+        return error
+
+    made = list(self.pool.map(prepare, members))
+    good = [(member, parts) for member, parts in zip(members, made) if not isinstance(parts, ValueError)]
+    finished: dict[int, list[Verdict] | ValueError] = {
+        number: error for (number, _), error in zip(members, made) if isinstance(error, ValueError)}
+    if good:
+      filled = [parts for _, parts in good] + [good[-1][1]] * (self.cfg.batch_size - len(good))
+      images, prompts = stack([example for example, _, _ in filled])
+      visual = self._logits([shown for _, shown, _ in filled], images, prompts)
+      blind = self._logits([shown for _, _, shown in filled])
+      for b, ((number, first), (_, shown, hidden)) in enumerate(good):
+        asked = rows[number].questions[first:first + self.cfg.questions_per_row]
+        for k, question in enumerate(asked):
+          verdicts[number][first + k] = self._verdict(question, k, shown, hidden, visual[b], blind[b])
+    for number, _ in members:
+      if number not in finished and None not in verdicts[number]:
+        finished[number] = verdicts[number]
+    return list(finished.items())
+
+  def _presentations(self, questions: Sequence[Question], with_image: bool) -> list[list[int] | None]:
+    """Token ids of each question in each order; None for one that cannot be shown. Those after the image only, if any."""
+    shown: list[list[int] | None] = []
+    for question in questions:
+      for order in orders(question, self.cfg.permutations, self.seed):
+        text = question_text(question, order, with_image and self.cfg.none_of_above)
+        try:
+          ids = self._ids(text, with_image)
+        except ValueError:  # it spells the image's token
+          ids = None
+        # One special token more than the template's own, and the question has closed the turn.
+        shown.append(ids if ids and self._specials(ids) == self.specials[with_image] else None)
+    return shown
+
+  def _ids(self, text: str, with_image: bool) -> list[int]:
+    return self.loaded.prompt_pieces(text)[1] if with_image else self.loaded.text_prompt(text)
+
+  def _specials(self, ids: Sequence[int]) -> int:
+    return sum(token in self.loaded.tokenizer.special_ids for token in ids)
+
+  def _logits(self, shown: Sequence[Sequence[list[int] | None]], images=None, prompts=None) -> np.ndarray:
+    M = self.cfg.questions_per_row * self.cfg.permutations
+    longest = max((len(ids) for row in shown for ids in row if ids), default=1)
+    L = -(-longest // TOKENS_STEP) * TOKENS_STEP
+    tokens, valid = np.zeros((len(shown), M, L), np.int32), np.zeros((len(shown), M, L), bool)
+    valid[:, :, 0] = True
+    for b, row in enumerate(shown):
+      for m, ids in enumerate(row):
+        if ids:
+          tokens[b, m, :len(ids)], valid[b, m, :len(ids)] = ids, True
+    put = lambda tree: sharding.put_batch(tree, self.mesh)
+    letters = jax.device_put(self.letters_A, sharding.replicated(self.mesh))
+    arguments = put(tokens), put(valid), letters
+    if images is None:
+      return jax.device_get(self.blind(self.loaded.params, *arguments))
+    return jax.device_get(self.visual(self.loaded.params, put(images), put(prompts), *arguments))
+
+  def _verdict(self, question: Question, k: int, shown, hidden, visual_MA, blind_MA) -> Verdict:
+    R = self.cfg.permutations
+    if len(question.options) > MAX_OPTIONS:
+      return Verdict(error=f"{len(question.options)} options, more than {MAX_OPTIONS}")
+    if None in shown[k * R:(k + 1) * R] or None in hidden[k * R:(k + 1) * R]:
+      return Verdict(error="it spells a token of the chat template")
+    right, probability = {}, {}
+    for name, logits, more in (("visual", visual_MA, self.cfg.none_of_above), ("blind", blind_MA, False)):
+      count = len(question.options) + more
+      part = logits[k * R:(k + 1) * R, :count].astype(np.float64)
+      if not np.isfinite(part).all():
+        raise ValueError(f"the model gave numbers that are not finite for the question {question.stem!r}; check its dtype")
+      gold = [order.index(question.gold) for order in orders(question, R, self.seed)]
+      p = np.exp(part - part.max(1, keepdims=True))
+      p /= p.sum(1, keepdims=True)
+      right[name] = float(np.mean(part.argmax(1) == gold))
+      probability[name] = float(np.mean(p[np.arange(R), gold]))
+    return Verdict(right["visual"], right["blind"], probability["visual"], probability["blind"])
