@@ -233,11 +233,12 @@ def write_page(path: pathlib.Path, name: str, rows: Sequence[QARow], figures: di
       f"<h2>{len(samples)} rows at random</h2><div class=samples>{''.join(samples)}</div>"]))
 
 
-def write_rows(rows: Sequence[QARow], cfg: DatasetConfig) -> pathlib.Path:
-  """Writes `cfg.output`, whole or not at all, and returns its path. Raises ValueError for an unknown format."""
-  if cfg.output.startswith("tfds:"):
-    return datasets.write_tfds(pathlib.Path(cfg.output.removeprefix("tfds:")).expanduser(), {cfg.split: rows}, cfg.name)
-  path = pathlib.Path(cfg.output).expanduser()
+def write_rows(rows: Sequence[QARow], output: str, split: str, name: str) -> pathlib.Path:
+  """Writes an output of `DatasetConfig`, whole or not at all, and returns its path. Raises ValueError for an image that
+  cannot be read and for a TFDS dataset that is there already."""
+  if output.startswith("tfds:"):
+    return datasets.write_tfds(pathlib.Path(output.removeprefix("tfds:")).expanduser(), {split: rows}, name)
+  path = pathlib.Path(output).expanduser()
   if path.suffix == ".parquet":
     parquet.write_parquet(path, rows)
     return path
@@ -251,9 +252,10 @@ def write_rows(rows: Sequence[QARow], cfg: DatasetConfig) -> pathlib.Path:
   return path
 
 
-def _check_output(output: str) -> None:
+def check_output(output: str, key: str) -> None:
+  """Raises ValueError, with the config's key, for an output in no known format."""
   if not output.startswith("tfds:") and pathlib.Path(output).suffix not in (".jsonl", ".json", ".parquet"):
-    raise ValueError(f"dataset.output = {output!r}: write FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER")
+    raise ValueError(f"{key} = {output!r}: write FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER")
 
 
 def _processor(checkpoint: str | None):
@@ -268,7 +270,7 @@ def run(config, workdir: pathlib.Path) -> None:
   cfg = configuration.load_section(config, "dataset", DatasetConfig)
   seed = config["seed"] if "seed" in config else 0
   if cfg.output is not None:
-    _check_output(cfg.output)
+    check_output(cfg.output, "dataset.output")
   pixels = _processor(cfg.checkpoint)
   rows, facts, bad = read_all(cfg, seed)
   figures = survey(rows, facts, bad, pixels)
@@ -294,5 +296,5 @@ def run(config, workdir: pathlib.Path) -> None:
       raise ValueError(f"{cfg.input}: no good row is left to write")
     if cfg.repeated_images == "merge":
       rows, facts = merge_repeated(rows, facts)
-    path = write_rows(rows, cfg)
+    path = write_rows(rows, cfg.output, cfg.split, cfg.name)
     log.info("wrote %d rows to %s", len(rows), path)
