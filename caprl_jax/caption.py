@@ -1,15 +1,21 @@
-"""Mode `caption`: images of a folder or a JSON lines file -> one JSON row an image, batched by shape.
+"""Mode `caption`: images from wherever they lie -> captions, by all hosts at once, batched by shape.
 
 Greedy in float32 the ids are those of transformers' `generate` on the same directory, image and prompt: the
-checkpoint's own chat template, end tokens and repetition penalty are used.
+checkpoint's own chat template, end tokens and repetition penalty are used. The rows are cut into shards, each host
+does its own (`caption_shards`), no host waits for another, and the one with number 0 writes the output at the end.
 """
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Iterator, Sequence
+from concurrent import futures
 import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
+import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +23,13 @@ import numpy as np
 from tqdm import tqdm
 
 from caprl_jax import configuration, sharding
+from caprl_jax.caption_formats import Format, Output, kind_of
+from caprl_jax.caption_report import Statistics, reason_of, samples_page
+from caprl_jax.caption_shards import Finished, Parts, Shard, differences, manifest
 from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, stack
+from caprl_jax.data.pictures import base_folder, find_images
 from caprl_jax.data.rows import CaptionRow
-from caprl_jax.files import write_text
+from caprl_jax.files import write_bytes, write_json
 from caprl_jax.models.load import Loaded
 from caprl_jax.rollout import RolloutConfig, sample_captions
 from caprl_jax.sampling import SamplingConfig
@@ -28,15 +38,39 @@ from caprl_jax.types import Batch, Vocabulary
 
 log = logging.getLogger("caprl_jax.caption")
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What `caption.prompt` may name in place of a text of its own.
+STYLES = {
+    "detailed": "Please describe this image in detail.",  # CapRL's own: what its captioners were trained with
+    "medium": "Describe this image in three to five sentences.",
+    "short": "Describe this image in one sentence.",
+    "document": "Describe this chart, table or document in detail: its kind, its structure, and all text, labels and "
+                "numbers in it.",
+}
+PREPARE_THREADS = min(16, os.cpu_count() or 1)  # decode and cut pictures while the device writes captions
+BATCHES_AHEAD = 2
+SAY_SECS = 60
+_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # PIL's name for an image in memory: another every time
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig:
-  """input: a folder (searched whole), a JSON lines file with an `image` a row, or one image. output: JSON lines.
+  """input: see `data.pictures.find_images`: folders, JSON lines, tar (WebDataset), parquet, tfds:FOLDER:SPLIT.
 
-  prompt: None asks `policy.instruction`. temperature 0 is greedy. repetition_penalty: None takes the checkpoint's own
-  (generation_config.json). skip_bad_images: a row with `error` in place of a caption; False stops at the first one.
+  output, format: see `caption_formats.Output`; None takes the format of the output's suffix (.jsonl, .parquet).
+    embed_images: `hf` datasets hold the images' bytes, not their names. image_key, caption_key: of `caprl_2m`; how the
+    released CapRL-2M spells its keys could not be looked up, so these are a guess.
+  prompt: a style (`detailed`, `medium`, `short`, `document`) or any other text; None asks `policy.instruction`. A
+    prompt asks for a length; max_tokens cuts.
+  temperature: 0 is greedy, and a caption then depends on its image alone. Sampled ones depend on `seed` and on which
+    images share a batch, so that after an interruption others are drawn. repetition_penalty: None takes the
+    checkpoint's own (generation_config.json).
+  batch_size: images a program runs at once, all of one bucket of shapes; the last batch of each bucket in a shard is
+    filled up, so that shards should be long beside it. It may be changed when a job goes on.
+  skip_bad_images: a row with `error` in place of a caption; False stops at the first one.
+  shard_rows: rows that are one host's work at a time. With fewer shards than hosts some hosts have nothing to do.
+  host, hosts: this process's number of how many that share the output's folder; None: jax.process_index() and
+    process_count(). Set both on machines that do not run under jax.distributed.
+  samples: images on the page of samples, about.
   """
   input: str
   output: str
@@ -48,36 +82,33 @@ class CaptionConfig:
   repetition_penalty: float | None = None
   batch_size: int = 8
   skip_bad_images: bool = True
+  format: Format | None = None
+  embed_images: bool = True
+  image_key: str = "image"
+  caption_key: str = "caption"
+  shard_rows: int = 10_000
+  host: int | None = None
+  hosts: int | None = None
+  samples: int = 48
+
+  def __post_init__(self):
+    if self.shard_rows < 1 or self.batch_size < 1:
+      raise ValueError(f"caption.shard_rows = {self.shard_rows} and batch_size = {self.batch_size} must be at least 1")
+    if (self.host is None) != (self.hosts is None):
+      raise ValueError(f"caption.host = {self.host} and caption.hosts = {self.hosts}: set both or neither")
+    if self.hosts is not None and not 0 <= self.host < self.hosts:
+      raise ValueError(f"caption.host = {self.host} must be from 0 to caption.hosts - 1 = {self.hosts - 1}")
+    if self.image_key == self.caption_key:
+      raise ValueError(f"caption.image_key and caption.caption_key are both {self.image_key!r}; they must differ")
 
 
-def find_images(source: str) -> list[CaptionRow]:
-  """The images to caption. A row is named by what `image` will say in the output: the path, or what the file said.
-
-  Raises ValueError for a source that is not there, holds no image, or a line without an `image`.
-  """
-  path = pathlib.Path(source).expanduser()
-  if path.is_dir():
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    if not found:
-      raise ValueError(f"caption.input = {source!r}: no image in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
-    return [CaptionRow(file, "", str(file)) for file in found]
-  if not path.is_file():
-    raise ValueError(f"caption.input = {source!r}: no such file or folder; name a folder of images or a .jsonl file")
-  if path.suffix.lower() in IMAGE_SUFFIXES:
-    return [CaptionRow(path, "", str(path))]
-  rows = []
-  for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-    if not line.strip():
-      continue
-    try:
-      name = json.loads(line)["image"]
-      rows.append(CaptionRow(path.parent / name, "", name))
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path}:{number}: not a JSON object with an 'image' path ({type(error).__name__}: {error}); "
-                       "mend or drop the line") from error
-  if not rows:
-    raise ValueError(f"caption.input = {source!r} has no rows")
-  return rows
+def instruction_of(prompt: str | None, default: str) -> str:
+  """What the captioner is asked. Raises ValueError for one word that looks like a style misspelt."""
+  if not prompt:
+    return default
+  if prompt not in STYLES and " " not in prompt.strip() and (hint := configuration.did_you_mean(prompt, STYLES)):
+    raise ValueError(f"caption.prompt = {prompt!r} is no style{hint} (styles: {', '.join(STYLES)}; or a whole sentence)")
+  return STYLES.get(prompt, prompt)
 
 
 def end_ids(loaded: Loaded) -> tuple[int, ...]:
@@ -108,7 +139,7 @@ def _bucket(shape: ImageShape, multiple: int) -> ImageShape:
 
 
 class Captioner:
-  """Images -> captions, a compiled program a bucket of image shapes."""
+  """Images -> captions, a compiled program a bucket of image shapes. A context manager: it has threads."""
 
   def __init__(self, loaded: Loaded, cfg: CaptionConfig, instruction: str, mesh: jax.sharding.Mesh, seed: int):
     self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
@@ -119,107 +150,205 @@ class Captioner:
     self.pieces = loaded.prompt_pieces(instruction)
     self._run = jax.jit(functools.partial(
         sample_captions, loaded.model, vocabulary=self.vocabulary, cfg=RolloutConfig(1, sampling)))
+    self._pool = futures.ThreadPoolExecutor(PREPARE_THREADS, "pictures")
+    self._since = time.monotonic()
 
-  def __call__(self, rows: list[CaptionRow], done=frozenset()) -> Iterator[tuple[int, dict]]:
-    """Yields (row number, output row) as batches finish, shape by shape; `done` row numbers are left out."""
-    cfg = self.loaded.model.cfg
+  def __enter__(self) -> "Captioner":
+    return self
+
+  def __exit__(self, *failure) -> None:
+    self._pool.shutdown(cancel_futures=True)
+
+  def __call__(self, rows: Sequence[CaptionRow], numbers: Sequence[int]) -> Iterator[list[Finished]]:
+    """Captions `rows[number]` of each number, shape by shape; yields them as batches finish. A batch is dispatched
+    before the one before it is fetched, and pictures are prepared for the ones after it meanwhile."""
+    self._since = time.monotonic()
     buckets: dict[ImageShape, list[int]] = {}
-    for i, row in enumerate(rows):
-      if i in done:
-        continue
-      try:
-        shape = _bucket(image_shape([row], cfg), cfg.vision.slots_multiple)
-      except ValueError as error:
-        yield i, self._failed(row, error)
-        continue
-      buckets.setdefault(shape, []).append(i)
+    failed = []
+    for number, (shape, error) in zip(numbers, self._pool.map(lambda number: self._shape(rows[number]), numbers)):
+      if error is None:
+        buckets.setdefault(shape, []).append(number)
+      else:
+        failed.append(self._failed(number, rows[number], error))
+    if failed:
+      yield failed
     log.info("%d images in %d shapes", sum(map(len, buckets.values())), len(buckets))
-    for shape, members in sorted(buckets.items(), key=lambda item: item[0].tokens):
-      prompt = ImagePrompt(cfg, self.pieces, shape)
-      for start in range(0, len(members), self.cfg.batch_size):
-        yield from self._batch(rows, members[start:start + self.cfg.batch_size], prompt)
+    running: tuple | None = None
+    for shape, members, examples in self._prepared(rows, buckets):
+      kept, failed = [], []
+      for number, (example, error) in zip(members, examples):
+        if error is None:
+          kept.append((number, example))
+        else:
+          failed.append(self._failed(number, rows[number], error))
+      if failed:
+        yield failed
+      if kept:
+        last, running = running, (shape, [number for number, _ in kept], self._dispatch(kept))
+        if last:
+          yield self._fetch(rows, *last)
+    if running:
+      yield self._fetch(rows, *running)
 
-  def _batch(self, rows, members: list[int], prompt: ImagePrompt) -> Iterator[tuple[int, dict]]:
-    examples, kept = [], []
-    for i in members:
+  def _shape(self, row: CaptionRow) -> tuple[ImageShape | None, ValueError | None]:
+    cfg = self.loaded.model.cfg
+    try:
+      return _bucket(image_shape([row], cfg), cfg.vision.slots_multiple), None
+    except ValueError as error:
+      return None, error
+
+  def _prepared(self, rows, buckets: dict[ImageShape, list[int]]) -> Iterator[tuple[ImageShape, list[int], list]]:
+    """(shape, row numbers, (example, error) of each), batch by batch; the next few are in the making."""
+    def prepare(prompt: ImagePrompt, number: int):
       try:
-        examples.append(prompt(rows[i]))
-        kept.append(i)
+        return prompt(rows[number]), None
       except ValueError as error:
-        yield i, self._failed(rows[i], error)
-    if not kept:
-      return
-    filled = examples + [examples[-1]] * (self.cfg.batch_size - len(examples))
-    images, prompts = stack(filled)
-    batch = Batch(images, prompts, None, np.asarray([*kept, *[kept[-1]] * (len(filled) - len(kept))], np.int32))
-    key = jax.random.fold_in(jax.random.key(self.seed), kept[0])
-    captions = jax.device_get(self._run(self.loaded.params, sharding.put_batch(batch, self.mesh), key))
-    for n, i in enumerate(kept):
-      ids = captions.tokens_BGT[n, 0][captions.valid_BGT[n, 0]].tolist()
-      yield i, {"image": rows[i].name, "caption": self.loaded.tokenizer.decode(ids), "tokens": ids,
-                "finish": "end" if captions.ended_BG[n, 0] else "length"}
+        return None, error
 
-  def _failed(self, row: CaptionRow, error: ValueError) -> dict:
+    ahead: collections.deque = collections.deque()
+    for shape in sorted(buckets, key=lambda shape: (shape.tokens, shape.slots)):
+      prompt = ImagePrompt(self.loaded.model.cfg, self.pieces, shape)
+      for start in range(0, len(buckets[shape]), self.cfg.batch_size):
+        members = buckets[shape][start:start + self.cfg.batch_size]
+        ahead.append((shape, members, [self._pool.submit(prepare, prompt, number) for number in members]))
+        if len(ahead) > BATCHES_AHEAD:
+          shape_, members, made = ahead.popleft()
+          yield shape_, members, [one.result() for one in made]
+    for shape, members, made in ahead:
+      yield shape, members, [one.result() for one in made]
+
+  def _dispatch(self, kept: list[tuple]):
+    """Begins to caption a batch, filled up with its last image, and does not wait for it."""
+    filled = kept + kept[-1:] * (self.cfg.batch_size - len(kept))
+    images, prompts = stack([example for _, example in filled])
+    batch = Batch(images, prompts, None, np.asarray([number for number, _ in filled], np.int32))
+    key = jax.random.fold_in(jax.random.key(self.seed), kept[0][0])
+    captions = self._run(self.loaded.params, sharding.put_batch(batch, self.mesh), key)
+    return captions.tokens_BGT, captions.valid_BGT, captions.ended_BG
+
+  def _fetch(self, rows, shape: ImageShape, numbers: list[int], captions) -> list[Finished]:
+    tokens_BGT, valid_BGT, ended_BG = jax.device_get(captions)
+    found = []
+    for n, number in enumerate(numbers):
+      ids = tokens_BGT[n, 0][valid_BGT[n, 0]].tolist()
+      found.append((number, {"image": rows[number].name, "caption": self.loaded.tokenizer.decode(ids), "tokens": ids,
+                             "finish": "end" if ended_BG[n, 0] else "length"}))
+    now = time.monotonic()
+    secs, self._since = (now - self._since) / len(found), now
+    about = {"bucket": f"{shape.slots}x{shape.tokens}", "secs": round(secs, 6)}
+    return [Finished(number, row, about) for number, row in found]
+
+  def _failed(self, number: int, row: CaptionRow, error: ValueError) -> Finished:
+    error_text = _ADDRESS.sub("", str(error))
+    message = error_text if row.name in error_text else f"row {row.name!r}: {error_text}"
     if not self.cfg.skip_bad_images:
-      raise ValueError(f"{error} (caption.skip_bad_images=True records it and goes on)") from error
-    log.warning("%s", error)
-    return {"image": row.name, "error": str(error)}
-
-
-class Output:
-  """The output file: finished rows are appended to `<output>.partial`, which a second run goes on with; when all are
-  there, they are written in order to the output, whole or not at all."""
-
-  def __init__(self, path: pathlib.Path, header: dict):
-    self.path, self.partial = path, path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    self.rows: dict[int, dict] = {}
-    if self.partial.exists():
-      lines = self.partial.read_text("utf-8").split("\n")
-      if lines and lines[0] and json.loads(lines[0]) != header:
-        raise ValueError(f"{self.partial} is left from a run with other settings; delete it, or run with these: "
-                         f"{lines[0]}")
-      for line in lines[1:-1]:  # what stands after the last line end was cut off
-        number, row = json.loads(line)
-        self.rows[number] = row
-    text = json.dumps(header) + "\n" + "".join(json.dumps(item) + "\n" for item in self.rows.items())
-    write_text(self.partial, text)
-    self.file = open(self.partial, "a", encoding="utf-8")
-
-  def put(self, number: int, row: dict) -> None:
-    self.rows[number] = row
-    self.file.write(json.dumps([number, row]) + "\n")
-    self.file.flush()
-
-  def finish(self) -> None:
-    self.file.close()
-    write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in sorted(self.rows.items())))
-    self.partial.unlink()  # only now: a kill before this loses nothing
+      raise ValueError(f"{message} (caption.skip_bad_images=True records it and goes on)") from error
+    log.warning("%s", message)
+    return Finished(number, {"image": row.name, "error": message}, {"reason": reason_of(error)})
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Captions `caption.input` into `caption.output`."""
+  """Captions this host's shards of `caption.input`; host 0 then writes `caption.output`, its statistics and its page.
+
+  The same command goes on where it was stopped; once all is done it does nothing.
+  """
   cfg = configuration.load_section(config, "caption", CaptionConfig)
   section = configuration.load_section(config, "policy", PolicySection)
-  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
-  if jax.process_count() > 1:
-    raise ValueError("mode caption runs in one process; start one a host, each with its own caption.input")
+  # Of this host's devices only: nothing that runs here needs another host.
+  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig), jax.local_devices())
   sharding.check_batch_size(cfg.batch_size, mesh, "caption.batch_size")
+  instruction = instruction_of(cfg.prompt, section.instruction)
+  path = pathlib.Path(cfg.output).expanduser()
+  output = Output(path, kind_of(path, cfg.format), base_folder(cfg.input), cfg.embed_images, cfg.image_key, cfg.caption_key,
+                  f" with `{section.checkpoint}`, asked: {instruction!r}")
   rows = find_images(cfg.input)
-  header = configuration.to_plain(config["caption"]) | {"checkpoint": section.checkpoint}
+  seed = config.get("seed", 0)
+  settings = {"checkpoint": section.checkpoint, "prompt": instruction, "seed": seed}
+  settings |= {key: getattr(section, key) for key in ("dtype", "param_dtype", "min_pixels", "max_pixels")}
+  settings |= {key: getattr(cfg, key) for key in ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")}
+  settings = manifest(settings, [row.name for row in rows], cfg.shard_rows)
+  host, hosts = (jax.process_index(), jax.process_count()) if cfg.hosts is None else (cfg.host, cfg.hosts)
+  parts = Parts(path.with_name(path.name + ".parts"), settings, host, hosts)
+  if not parts.folder.exists():
+    parts.sweep()
+    if _finished(output, settings):
+      return
+    output.check(rows)
+  parts.open()
+
   with jax.set_mesh(mesh):
-    loaded = section.load(mesh)
-    captioner = Captioner(loaded, cfg, cfg.prompt or section.instruction, mesh, config.get("seed", 0))
-    output = Output(pathlib.Path(cfg.output).expanduser(), header)
-    if output.rows:
-      log.info("going on after %d of %d images", len(output.rows), len(rows))
-    with tqdm(total=len(rows), initial=len(output.rows), desc="captions", unit="image", disable=None) as bar:
-      for number, row in captioner(rows, output.rows.keys()):
-        output.put(number, row)
-        bar.update()
-  output.finish()
-  good = [row for row in output.rows.values() if "error" not in row]
-  tokens = float(np.mean([len(row["tokens"]) for row in good])) if good else 0.0
-  cut = sum(row["finish"] == "length" for row in good)
-  log.info("%d captions in %s: %.1f tokens a caption, %d cut at %d tokens, %d images failed", len(good), cfg.output,
-           tokens, cut, cfg.max_tokens, len(output.rows) - len(good))
+    _caption_shards(parts, rows, lambda: Captioner(section.load(mesh), cfg, instruction, mesh, seed))
+  if host == 0:
+    parts.wait()
+    with parts.lock("output"):
+      _write(output, parts, rows, Statistics(hosts, cfg.shard_rows, cfg.samples, seed))
+  else:
+    log.info("host %d of %d: its shards are done; host 0 writes the output", host, hosts)
+    if jax.process_count() > 1:  # jax.distributed wants its processes to end together
+      parts.wait_until_removed()
+
+
+def _finished(output: Output, settings: dict) -> bool:
+  """Whether the output is there, of this very job. Raises ValueError where it is another job's."""
+  path = output.beside(".stats.json")
+  if not path.exists():
+    return False
+  job = json.loads(path.read_text("utf-8")).get("job", {})
+  other = output.path.with_name(job.get("output") or output.path.name)
+  if not other.exists():
+    return False
+  if other != output.path:
+    raise ValueError(f"{path} belongs to {other.name}, and {output.path.name} would have the same; name another "
+                     "caption.output")
+  if differing := differences(job, settings | {"output": output.path.name, "format": output.kind}):
+    raise ValueError(f"{output.path} is there, from a job with other settings ({path}): {differing}. Delete both or name "
+                     "another caption.output")
+  log.info("%s is there, of %d images with these settings: nothing to do", output.path, settings["images"])
+  return True
+
+
+def _caption_shards(parts: Parts, rows: Sequence[CaptionRow], make_captioner) -> None:
+  """Does what is left of this host's shards. The captioner is only made where something is."""
+  left = [shard for shard in parts.missing() if shard in parts.mine]
+  total = sum(len(parts.numbers(shard)) for shard in parts.mine)
+  before = total - sum(len(parts.numbers(shard)) - parts.count_done(shard) for shard in left)
+  if before:
+    log.info("going on after %d of %d images", before, total)
+  if not left:
+    return
+  started = said = time.monotonic()
+  done = 0
+  with make_captioner() as captioner, tqdm(total=total, initial=before, desc="captions", unit="image", disable=None) as bar:
+    for shard in left:
+      with Shard(parts, shard) as kept:
+        for found in captioner(rows, [number for number in kept.numbers if number not in kept.done]):
+          kept.put(found)
+          done += len(found)
+          bar.update(len(found))
+          if time.monotonic() - said > SAY_SECS:
+            said = time.monotonic()
+            rate = done / (said - started)
+            log.info("%d of %d images, %.1f a second, %.0f minutes to go", before + done, total, rate,
+                     (total - before - done) / rate / 60)
+  secs = time.monotonic() - started
+  log.info("%d images in %.1f s, %.1f a second, loading and compiling included", done, secs, done / secs)
+
+
+def _write(output: Output, parts: Parts, rows: Sequence[CaptionRow], statistics: Statistics) -> None:
+  """Shards -> output, statistics, page. A kill at any point leaves the shards, or all of it."""
+  def counted():
+    for item in parts.read():
+      statistics.add(item)
+      yield item.number, item.row
+
+  output.write(counted(), rows)
+  figures, settings = statistics.figures(), parts.manifest
+  page = samples_page(output.path.name, statistics, settings, rows)
+  write_bytes(output.beside(".html"), page.encode("utf-8", "xmlcharrefreplace"))
+  job = settings | {"output": output.path.name, "format": output.kind}
+  write_json(output.beside(".stats.json"), figures | {"job": job})
+  parts.remove()
+  tokens = (figures["caption_tokens"] or {}).get("mean", 0.0)
+  log.info("%d captions in %s: %.1f tokens a caption, %d cut at %d tokens, %d images failed; samples in %s",
+           figures["captioned"], output.path, tokens, statistics.cut, settings["max_tokens"], figures["failed"],
+           output.beside(".html"))

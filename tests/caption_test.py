@@ -1,7 +1,16 @@
-"""Mode `caption` against transformers' own generate, from a directory that transformers wrote; its input and output."""
+"""Mode `caption` against transformers' own generate, from a directory that transformers wrote; kills, hosts, formats."""
 
+import io
 import json
 import logging
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
 
 import numpy as np
 from PIL import Image
@@ -12,6 +21,9 @@ import transformers
 import oracle
 import tiny
 from caprl_jax import caption, main
+from caprl_jax.data.easy_vqa import easy_vqa_root
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 SPECIALS = {"qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                      "<|video_pad|>"],
@@ -138,27 +150,31 @@ def test_json_lines_bad_images_and_going_on(checkpoint, tmp_path, monkeypatch, c
   source.write_text("".join(json.dumps({"image": n, "id": i}) + "\n" for i, n in enumerate(names)))
   output = tmp_path / "out.jsonl"
 
-  put, written = caption.Output.put, []
+  put, written = caption.Shard.put, []
 
-  def put_and_stop(self, number, row):
-    put(self, number, row)
-    written.append(number)
-    if len(written) == 4:
+  def put_and_stop(self, items):
+    put(self, items)
+    written.extend(items)
+    if len(written) >= 4:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(caption.Output, "put", put_and_stop)
+  monkeypatch.setattr(caption.Shard, "put", put_and_stop)
   assert command(checkpoint, source, output) == 130
   monkeypatch.undo()
-  assert not output.exists()
-  with open(f"{output}.partial", "a") as file:
+  assert not output.exists() and 4 <= len(written) < 8
+  with open(tmp_path / "out.jsonl.parts" / "00000-of-00001.jsonl.partial", "a") as file:
     file.write("[7, {torn")
   with caplog.at_level(logging.INFO, "caprl_jax"):
     assert command(checkpoint, source, output) == 0
-  assert "going on after 4 of 8 images" in caplog.text and "2 images failed" in caplog.text
+  assert f"going on after {len(written)} of 8 images" in caplog.text and "2 images failed" in caplog.text
   rows = read(output)
-  assert [row["image"] for row in rows] == names and not output.with_name("out.jsonl.partial").exists()
+  assert [row["image"] for row in rows] == names and not output.with_name("out.jsonl.parts").exists()
   assert all(row.keys() == {"image", "caption", "tokens", "finish"} for row in rows[:6])
   assert "broken.png" in rows[6]["error"] and "absent.png" in rows[7]["error"]
+  figures = tiny.read_back(tmp_path / "out.stats.json")
+  assert figures["failed_by_reason"] == {"not an image": 1, "no such file": 1} and figures["captioned"] == 6
+  assert sum(figures["images_by_bucket"].values()) == 6 and figures["images_per_sec"] > 0
+  assert "broken.png" in (tmp_path / "out.html").read_text()
   alone = tmp_path / "alone.jsonl"
   assert command(checkpoint, paths[2], alone) == 0
   assert read(alone)[0]["tokens"] == rows[2]["tokens"]
@@ -177,22 +193,147 @@ def test_what_cannot_be_captioned_is_said(checkpoint, tmp_path, capsys):
     assert what in capsys.readouterr().err
 
 
-def test_a_kill_while_the_output_is_written_loses_no_row(tmp_path, monkeypatch):
-  path = tmp_path / "out.jsonl"
-  output = caption.Output(path, {"a": 1})
-  output.put(1, {"image": "b"})
-  output.put(0, {"image": "a"})
+def test_nothing_but_bad_images(checkpoint, tmp_path):
+  (tmp_path / "images").mkdir()
+  for i in range(3):
+    (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")
+  Image.new("RGB", (2000, 5)).save(tmp_path / "images" / "thin.png")
+  assert command(checkpoint, tmp_path / "images", tmp_path / "out.jsonl") == 0
+  assert ["error" in row for row in read(tmp_path / "out.jsonl")] == [True] * 4
+  figures = tiny.read_back(tmp_path / "out.stats.json")
+  assert figures["failed_by_reason"] == {"not an image": 3, "too narrow": 1} and figures["images_per_sec"] is None
+  assert command(checkpoint, tmp_path / "images", tmp_path / "dataset", "--config.caption.format=hf") == 0
+  assert len(read(tmp_path / "dataset.failed.jsonl")) == 4 and (tmp_path / "dataset" / "data").is_dir()
+  assert all(row["image"] in row["error"] for row in read(tmp_path / "out.jsonl"))
+
+
+def test_a_style_is_a_prompt():
+  assert caption.instruction_of("detailed", "x") == PROMPT and caption.instruction_of(None, "x") == "x"
+  assert "one sentence" in caption.instruction_of("short", "x") and caption.instruction_of("Caption:", "x") == "Caption:"
+  with pytest.raises(ValueError, match="did you mean 'detailed'"):
+    caption.instruction_of("detialed", "x")
+  for section, message in ((dict(host=1), "set both or neither"), (dict(host=2, hosts=2), "from 0 to"),
+                           (dict(caption_key="image"), "must differ"), (dict(shard_rows=0), "at least 1")):
+    with pytest.raises(ValueError, match=message):
+      caption.CaptionConfig("in", "out", **section)
+
+
+def test_a_job_goes_on_only_with_its_settings_and_ends_once(checkpoint, tmp_path, monkeypatch, capsys, caplog):
+  paths, output = write_images(tmp_path / "images"), tmp_path / "out.jsonl"
 
   def killed(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(caption, "write_text", killed)
-  with pytest.raises(KeyboardInterrupt):
-    output.finish()
-  with pytest.raises(KeyboardInterrupt):  # and while a second run takes up what is there
-    caption.Output(path, {"a": 1})
+  monkeypatch.setattr(caption, "write_json", killed)  # the output is there, the statistics are not
+  assert command(checkpoint, tmp_path / "images", output) == 130
   monkeypatch.undo()
-  again = caption.Output(path, {"a": 1})
-  assert again.rows == {0: {"image": "a"}, 1: {"image": "b"}}
-  again.finish()
-  assert read(path) == [{"image": "a"}, {"image": "b"}] and not again.partial.exists()
+  before = output.read_bytes()
+  assert command(checkpoint, tmp_path / "images", output, "--config.caption.max_tokens=23") == 2
+  assert "max_tokens was 24 and is 23" in capsys.readouterr().err
+  paths[0].rename(paths[0].with_name("moved.png"))
+  assert command(checkpoint, tmp_path / "images", output) == 2
+  assert "names_sha256 was" in capsys.readouterr().err
+  paths[0].with_name("moved.png").rename(paths[0])
+  monkeypatch.setattr(caption, "Captioner", killed)  # nothing is captioned again
+  assert command(checkpoint, tmp_path / "images", output) == 0
+  assert output.read_bytes() == before and not (tmp_path / "out.jsonl.parts").exists()
+  when = output.stat().st_mtime_ns
+  with caplog.at_level(logging.INFO, "caprl_jax"):
+    assert command(checkpoint, tmp_path / "images", output) == 0
+  assert "nothing to do" in caplog.text and output.stat().st_mtime_ns == when
+  assert command(checkpoint, tmp_path / "images", output, "--config.caption.prompt=short") == 2
+  assert "prompt was 'Please" in capsys.readouterr().err
+  assert command(checkpoint, tmp_path / "images", tmp_path / "out.parquet") == 2
+  assert "belongs to out.jsonl" in capsys.readouterr().err
+  (tmp_path / "out.stats.json").unlink()
+  assert command(checkpoint, tmp_path / "images", output) == 2
+  assert "not from this job" in capsys.readouterr().err
+
+
+# ---- many images, real processes
+
+COUNT = 300
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+  """300 of easy-VQA's images in three tar files, one of them broken, and what an undisturbed run makes of them."""
+  folder = tmp_path_factory.mktemp("many")
+  (folder / "shards").mkdir()
+  images = easy_vqa_root() / "train" / "images"
+  for shard in range(3):
+    with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
+      for number in range(shard * COUNT // 3, (shard + 1) * COUNT // 3):
+        data = (images / f"{number}.png").read_bytes() if number != 77 else b"no image"
+        member = tarfile.TarInfo(f"{number:03d}.png")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+  wait(start(folder, folder / "whole.jsonl"))
+  return folder
+
+
+def start(folder, output, *more, environment=()):
+  """Mode `caption` in a process of its own; its stderr goes beside the output."""
+  command = [sys.executable, "-m", "caprl_jax.main", "--config=configs/caption.py",
+             "--config.policy.checkpoint=configs/quickstart_policy", f"--config.caption.input={folder / 'shards'}",
+             f"--config.caption.output={output}", "--config.caption.max_tokens=12", "--config.caption.batch_size=8",
+             "--config.caption.shard_rows=64", f"--workdir={output}.work", *more]
+  with open(f"{output}.stderr", "a") as file:
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(environment), stdin=subprocess.DEVNULL, stdout=file,
+                            stderr=file)
+
+
+def wait(*started):
+  try:
+    codes = [process.wait(timeout=240) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  assert codes == [0] * len(started)
+
+
+def rows_in(parts):
+  return sum(path.read_bytes().count(b"\n") for path in parts.glob("*.jsonl*")) if parts.is_dir() else 0
+
+
+@pytest.mark.slow
+def test_killed_at_random_times_nothing_is_lost_or_doubled(many):
+  output, rng = many / "killed.jsonl", np.random.default_rng(0)
+  parts = many / "killed.jsonl.parts"
+  for kill in range(4):
+    process, before = start(many, output), rows_in(parts)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and rows_in(parts) <= before and kill < 3:  # the last kill is while it loads
+      assert time.monotonic() < deadline
+      time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.3) if kill < 3 else 1.0)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not output.exists()
+    assert before <= rows_in(parts) < COUNT
+  wait(start(many, output))
+  assert output.read_bytes() == (many / "whole.jsonl").read_bytes() and not parts.exists()
+  rows = read(output)
+  assert [row["image"] for row in rows] == [f"{i // 100}.tar/{i:03d}.png" for i in range(COUNT)]
+  assert [i for i, row in enumerate(rows) if "error" in row] == [77]
+  assert len({row["caption"] for row in rows if "caption" in row}) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [False, True])
+def test_two_hosts_write_what_one_writes(many, distributed):
+  output = many / f"two{distributed}.jsonl"
+  flags = [(f"--config.caption.host={host}", "--config.caption.hosts=2") for host in range(2)]
+  environment = [{}, {}]
+  if distributed:
+    with socket.socket() as probe:
+      probe.bind(("localhost", 0))
+      address = f"localhost:{probe.getsockname()[1]}"
+    flags = [("--distributed",)] * 2
+    environment = [{"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(host)}
+                   for host in range(2)]
+  wait(*(start(many, output, *flags[host], environment=environment[host]) for host in range(2)))
+  assert output.read_bytes() == (many / "whole.jsonl").read_bytes()
+  figures = tiny.read_back(many / f"two{distributed}.stats.json")
+  assert figures["captioned"] == COUNT - 1 and figures["failed_by_reason"] == {"not an image": 1}
+  if not distributed:  # more hosts than shards, and all is done: neither waits nor captions
+    wait(start(many, output, "--config.caption.host=9", "--config.caption.hosts=10"))
