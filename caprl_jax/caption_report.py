@@ -17,8 +17,8 @@ from caprl_jax.data.rows import CaptionRow, read_image
 
 LOOP_REPEATS, LOOP_TOKENS, LOOP_PERIOD = 3, 12, 32
 _REASONS = ((FileNotFoundError, "no such file"), (PermissionError, "no permission"),
-            (UnidentifiedImageError, "not an image"), (Image.DecompressionBombError, "too many pixels"),
-            (OSError, "damaged image"))
+            (UnidentifiedImageError, "not an image"),
+            (Image.DecompressionBombError, "too many pixels"))
 
 
 def reason_of(error: BaseException) -> str:
@@ -27,8 +27,9 @@ def reason_of(error: BaseException) -> str:
     error = error.__cause__
   if "one side is over" in str(error):
     return "too narrow"
+  # Decoders raise whatever they stumble over, ours raise ValueError.
   return next((name for kind, name in _REASONS if isinstance(error, kind)),
-              "other" if isinstance(error, ValueError) else type(error).__name__)
+              "other" if isinstance(error, ValueError) else "damaged image")
 
 
 def has_loop(tokens: Sequence[int]) -> bool:
