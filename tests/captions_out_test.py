@@ -122,16 +122,18 @@ def test_other_settings_and_missing_rows_are_refused(tmp_path):
 
 def test_waiting_names_the_hosts_that_are_late(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(caption_shards, "POLL_SECS", 0.05)
-  parts, other = make(tmp_path / "parts", hosts=3), make(tmp_path / "parts", host=1, hosts=3)
+  parts, other = make(tmp_path / "parts", hosts=2), make(tmp_path / "parts", host=1, hosts=2)
   parts.open()
   fill(parts, 0)
-  fill(parts, 2)
-  later = threading.Timer(0.3, fill, (other, 1))
-  later.start()
+  later = [threading.Timer(0.3, fill, (parts, 2)), threading.Timer(0.6, fill, (other, 1))]
+  for timer in later:
+    timer.start()
   with caplog.at_level(logging.INFO, "caprl_jax"):
     parts.wait()
-  assert parts.missing() == [] and caplog.text.count("waiting for 1 of 3 shards, of host 1") == 1
-  later.join()
+  assert parts.missing() == [] and caplog.text.count("waiting for") == 1
+  assert "waiting for 2 of 3 shards, of hosts 0, 1" in caplog.text
+  for timer in later:
+    timer.join()
 
 
 # ---- formats
