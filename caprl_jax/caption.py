@@ -49,6 +49,7 @@ STYLES = {
 PREPARE_THREADS = min(16, os.cpu_count() or 1)  # decode and cut pictures while the device writes captions
 BATCHES_AHEAD = 2
 SAY_SECS = 60
+SHOWN_FAILURES = 20
 _ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # PIL's name for an image in memory: another every time
 
 
@@ -151,7 +152,7 @@ class Captioner:
     self._run = jax.jit(functools.partial(
         sample_captions, loaded.model, vocabulary=self.vocabulary, cfg=RolloutConfig(1, sampling)))
     self._pool = futures.ThreadPoolExecutor(PREPARE_THREADS, "pictures")
-    self._since = time.monotonic()
+    self._since, self._failures = time.monotonic(), 0
 
   def __enter__(self) -> "Captioner":
     return self
@@ -243,7 +244,10 @@ class Captioner:
     message = error_text if row.name in error_text else f"row {row.name!r}: {error_text}"
     if not self.cfg.skip_bad_images:
       raise ValueError(f"{message} (caption.skip_bad_images=True records it and goes on)") from error
-    log.warning("%s", message)
+    self._failures += 1
+    log.log(logging.WARNING if self._failures <= SHOWN_FAILURES else logging.DEBUG, "%s", message)
+    if self._failures == SHOWN_FAILURES:
+      log.warning("%d images have failed; those to come stand in the output, with their reasons", SHOWN_FAILURES)
     return Finished(number, {"image": row.name, "error": message}, {"reason": reason_of(error)})
 
 

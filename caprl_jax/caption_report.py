@@ -165,12 +165,14 @@ def _headline(figures: dict[str, Any]) -> str:
   tokens = figures["caption_tokens"] or {}
   cards = [
       markup.card("Images captioned", markup.show(figures["captioned"]),
-                  f"of {figures['images']:,}; {figures['failed']:,} failed", "wide"),
+                  f"of {figures['images']:,}", "wide"),
       markup.card("Caption length", markup.show(tokens.get("mean"), "tenths"), "tokens, mean"),
       markup.card("Cut", markup.show(figures["cut_share"], "percent"), "at the token limit"),
       markup.card("Images a second", markup.show(figures["images_per_sec"], "tenths"), "all hosts"),
       markup.card("Distinct captions", markup.show(figures["distinct_captions"]),
                   f"{markup.show(figures['repeat_share'], 'percent')} repeat another"),
+      markup.card("Failed", markup.show(figures["failed"]),
+                  "mostly: " + markup.text(next(iter(figures["failed_by_reason"]))) if figures["failed"] else "none"),
       markup.card("Loops", markup.show(figures["loop_share"], "percent"), "of captions repeat a run of tokens")]
   return f"<section><div class=cards>{''.join(cards)}</div></section>"
 
@@ -193,7 +195,8 @@ def _tables(figures: dict[str, Any]) -> str:
 
 def _samples(title: str, about: str, found: Iterable[tuple[int, dict]], inputs: Sequence[CaptionRow]) -> str:
   cards = "".join(_sample(row, inputs[number]) for number, row in found)
-  return (f"<section><h2>{title}</h2><p class=soft>{about}</p>"
+  about = f"<p class=soft>{about}</p>" if about else ""
+  return (f"<section><h2>{title}</h2>{about}"
           '<div class=samples style="grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr))">'
           f"{cards}</div></section>")
 
