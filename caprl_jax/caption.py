@@ -26,7 +26,7 @@ from caprl_jax import configuration, sharding
 from caprl_jax.caption_formats import Format, Output, kind_of
 from caprl_jax.caption_report import Statistics, reason_of, samples_page
 from caprl_jax.caption_shards import Finished, Parts, Shard, differences, manifest
-from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, stack
+from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, shape_bucket, stack
 from caprl_jax.data.pictures import base_folder, find_images
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.files import write_bytes, write_json
@@ -130,27 +130,20 @@ def caption_vocabulary(loaded: Loaded) -> Vocabulary:
   return Vocabulary(jnp.ones(size, bool), jnp.full(size, -1, jnp.int32), ends, ends[0] if ends else 0)
 
 
-def _bucket(shape: ImageShape, multiple: int) -> ImageShape:
-  """The shape rounded up by at most a quarter, so that few programs are compiled."""
-  def up(n: int, multiple: int) -> int:
-    step = max(multiple, 1 << max(n.bit_length() - 3, 0))
-    step = -(-step // multiple) * multiple
-    return -(-n // step) * step
-  return ImageShape(up(shape.slots, multiple), up(shape.tokens, 4))
-
-
 class Captioner:
   """Images -> captions, a compiled program a bucket of image shapes. A context manager: it has threads."""
 
-  def __init__(self, loaded: Loaded, cfg: CaptionConfig, instruction: str, mesh: jax.sharding.Mesh, seed: int):
+  def __init__(self, loaded: Loaded, cfg: CaptionConfig, instruction: str, mesh: jax.sharding.Mesh, seed: int,
+               system: str | None = None, group: int = 1):
+    """system: a turn before the instruction. group: captions an image; with several, a row's `group` holds them all."""
     self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
     generation = json.loads(loaded.files.get("generation_config.json", b"{}"))
     penalty = generation.get("repetition_penalty") if cfg.repetition_penalty is None else cfg.repetition_penalty
     sampling = SamplingConfig(cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, penalty or 1.0)
     self.vocabulary = caption_vocabulary(loaded)
-    self.pieces = loaded.prompt_pieces(instruction)
+    self.pieces = loaded.prompt_pieces(instruction, system)
     self._run = jax.jit(functools.partial(
-        sample_captions, loaded.model, vocabulary=self.vocabulary, cfg=RolloutConfig(1, sampling)))
+        sample_captions, loaded.model, vocabulary=self.vocabulary, cfg=RolloutConfig(group, sampling)))
     self._pool = futures.ThreadPoolExecutor(PREPARE_THREADS, "pictures")
     self._since, self._failures = time.monotonic(), 0
 
@@ -194,7 +187,7 @@ class Captioner:
   def _shape(self, row: CaptionRow) -> tuple[ImageShape | None, ValueError | None]:
     cfg = self.loaded.model.cfg
     try:
-      return _bucket(image_shape([row], cfg), cfg.vision.slots_multiple), None
+      return shape_bucket(image_shape([row], cfg), cfg.vision.slots_multiple), None
     except ValueError as error:
       return None, error
 
@@ -231,9 +224,12 @@ class Captioner:
     tokens_BGT, valid_BGT, ended_BG = jax.device_get(captions)
     found = []
     for n, number in enumerate(numbers):
-      ids = tokens_BGT[n, 0][valid_BGT[n, 0]].tolist()
-      found.append((number, {"image": rows[number].name, "caption": self.loaded.tokenizer.decode(ids), "tokens": ids,
-                             "finish": "end" if ended_BG[n, 0] else "length"}))
+      group = []
+      for tokens_T, valid_T, ended in zip(tokens_BGT[n], valid_BGT[n], ended_BG[n]):
+        ids = tokens_T[valid_T].tolist()
+        group.append({"caption": self.loaded.tokenizer.decode(ids), "tokens": ids, "finish": "end" if ended else "length"})
+      row = {"image": rows[number].name, **group[0]}
+      found.append((number, row if len(group) == 1 else row | {"group": group}))
     now = time.monotonic()
     secs, self._since = (now - self._since) / len(found), now
     about = {"bucket": f"{shape.slots}x{shape.tokens}", "secs": round(secs, 6)}
