@@ -152,7 +152,7 @@ def question_key(question: Question) -> frozenset[str]:
 
 
 def drop_similar_questions(
-    questions: Sequence[Question], threshold: float) -> tuple[list[Question], list[tuple[Question, Question]]]:
+    questions: Sequence[Question], threshold: float) -> tuple[list[Question], list[Question]]:
   """Of the questions of one image, keeps the first of those that ask nearly the same.
 
   Similar are two questions whose `question_key`s overlap by at least `threshold`, as shared words over all words
@@ -161,7 +161,7 @@ def drop_similar_questions(
   similar.
 
   Returns:
-    The questions kept, in order, and pairs of (dropped, the kept one it is similar to).
+    The questions kept and those dropped, each in order.
 
   Raises:
     ValueError: a threshold outside (0, 1].
@@ -172,12 +172,11 @@ def drop_similar_questions(
   dropped = []
   for question in questions:
     key = question_key(question)
-    like = next((other for other, known in kept if len(key & known) >= threshold * len(key | known)
-                 and not any(any(map(str.isdigit, word)) for word in key ^ known)), None)
-    if like is None:
-      kept.append((question, key))
+    if any(len(key & known) >= threshold * len(key | known)
+           and not any(any(map(str.isdigit, word)) for word in key ^ known) for _, known in kept):
+      dropped.append(question)
     else:
-      dropped.append((question, like))
+      kept.append((question, key))
   return [question for question, _ in kept], dropped
 
 
