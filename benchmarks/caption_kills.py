@@ -30,7 +30,7 @@ BATCH_SIZE, MAX_TOKENS, SHARD_ROWS = 128, 16, 5000
 
 
 def variant(image: Image.Image, number: int) -> Image.Image:
-  """One of many pictures that differ in every pixel that is not background, or in shape."""
+  """The picture turned, shifted, recoloured or cropped, as `number` says."""
   image = (lambda x: x, ImageOps.mirror, ImageOps.flip, lambda x: x.rotate(90))[number % 4](image)
   image = ImageChops.offset(image, 3 * (number // 4), number // 4)
   red, green, blue = image.split()
