@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "caprl_jax"
 # Top to bottom: a module may import only what stands above it. A new module goes where it belongs.
 ORDER = [
   "types", "masked", "files", "configuration", "presets", "config_file", "endpoint", "sharding",
-  "data.rows", "data.jsonl", "data.released", "data.generated", "data.parquet", "data.datasets", "data.pictures", "data.easy_vqa", "data.chart_drawing", "data.charts", "data.sources", "data.images", "data.similar",
+  "data.rows", "data.jsonl", "data.released", "data.generated", "data.parquet", "data.datasets", "data.pictures", "data.easy_vqa", "data.chart_drawing", "data.charts", "data.sources", "data.benchmarks", "data.images", "data.similar",
   "models.gguf", "models.files", "models.tokenizer",
   "models.layers", "models.attention", "models.decoder",
   "models.family", "models.qwen25_vl", "models.qwen3_vl", "models.internvl", "models.families",
@@ -18,9 +18,9 @@ ORDER = [
   "data.prompts", "data.judge_prompts", "data.questions", "data.batches",
   "sampling", "rollout", "presenting", "judging", "caption_terms", "reward", "advantages", "loss",
   "optimizer", "update", "step",
-  "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "answering", "writing", "curate", "setup_run", "calibrate",
+  "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "scoring", "answering", "writing", "curate", "setup_run", "calibrate",
   "samples", "evaluate", "curves", "report_template", "report", "dataset",
-  "sft", "train", "caption_shards", "caption_formats", "caption_report", "caption", "export", "plan",
+  "sft", "train", "caption_shards", "caption_formats", "caption_report", "caption", "curation_page", "curation", "export", "plan",
   "main",
 ]  # fmt: skip
 
