@@ -53,6 +53,11 @@ MODES = {
     "whether a judge can be trusted: accuracy by caption, position bias, agreement, the margin to abstain by",
     "--config=configs/quickstart.py --workdir=runs/calibrate --config.mode=calibrate",
   ),
+  "curate": Mode(
+    "caprl_jax.curation",
+    "images in, filtered questions out: a model writes them, another answers with the image and without",
+    "--config=configs/curate.py --workdir=runs/curate --config.curation.input=IMAGES --config.curation.output=qa.parquet",
+  ),
   "dataset": Mode(
     "caprl_jax.dataset",
     "what is in a QA dataset and what is wrong with it; a copy in another format",

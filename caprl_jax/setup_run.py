@@ -37,7 +37,8 @@ log = logging.getLogger("caprl_jax.setup_run")
 
 KNOWN_SECTIONS = ("mode", "seed", "mesh", "policy", "judge", "data", "curate", "gate", "rollout", "reward", "advantage",
                   "update", "optimizer", "train", "evaluate", "checkpoint", "sft", "caption",
-                  "export", "plan", "calibrate", "dataset", "preset")
+                  "export", "plan", "calibrate", "dataset", "curation",
+                  "generator", "answerer", "endpoint", "preset")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from caprl_jax import caption, config_file, configuration, dataset, export, main, plan, setup_run, sft, sharding
+from caprl_jax import caption, config_file, configuration, curation, dataset, endpoint, export, main, plan, setup_run, sft, sharding
 from caprl_jax.optimizer import build_optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -32,6 +32,11 @@ def test_every_config_is_built_and_read(path):
     elif mode == "caption":
       configuration.load_section(config, "caption", caption.CaptionConfig)
       configuration.load_section(config, "policy", setup_run.PolicySection)
+    elif mode == "curate":
+      configuration.load_section(config, "curation", curation.CurationConfig)
+      configuration.load_section(config, "endpoint", endpoint.EndpointConfig)
+      for section in ("generator", "answerer"):
+        configuration.load_section(config, section, setup_run.PolicySection)
     elif mode == "dataset":
       configuration.load_section(config, "dataset", dataset.DatasetConfig)
     elif mode == "export":

@@ -8,7 +8,7 @@ import pytest
 
 from caprl_jax.data import datasets, jsonl, parquet, released, sources
 from caprl_jax.data.batches import index_stream, train_iterator
-from caprl_jax.data.rows import QARow, Question
+from caprl_jax.data.rows import QARow, Question, read_image
 from caprl_jax.data.sources import Part, parse_mixture, read_parts, read_qa_rows, scan_qa_rows
 
 QUESTIONS = (Question("What color is it?", ("red", "blue"), 0), Question("Q?", ("x", "y", "z"), 2))
@@ -34,6 +34,8 @@ def test_every_format_reads_the_same_rows(rows, tmp_path):
     assert [(row.name, row.questions) for row in read] == [(row.name, row.questions) for row in rows], source
   assert [row.name for row in read_qa_rows(f"tfds:{folder}:train", 0)] == [row.name for row in rows]
   assert len(read_qa_rows("easy_vqa:test", 0, max_rows=3)) == 3
+  charts = read_qa_rows("charts:test:2:96x72", 0)
+  assert len(charts) == 2 and read_image(charts[0]).size == (96, 72)
 
 
 @pytest.mark.parametrize("text, parts", [
@@ -58,7 +60,7 @@ def test_mixtures_refused(text, message):
 
 @pytest.mark.parametrize("source, message", [
     ("a.txt", "'a.txt' is not known; it may be\n  easy_vqa:train"), ("tfds:folder", "write tfds:FOLDER:SPLIT"),
-    ("charts:train:many", "'many' is no number of charts"), ("nowhere.parquet", "no parquet file there"),
+    ("charts:train:many", "write charts:SPLIT, charts:SPLIT:NUMBER"), ("nowhere.parquet", "no parquet file there"),
 ])
 def test_sources_refused(source, message):
   with pytest.raises(ValueError, match=message):

@@ -145,7 +145,8 @@ def _format_qa_row(row: QARow) -> dict[str, Any]:
 def plain_questions(row: QARow) -> list[dict[str, Any]]:
   """The row's questions as JSON has them; kind and provenance only where there is one."""
   return [
-    {key: value for key, value in dataclasses.asdict(question).items() if value != ""}
+    {key: list(value) if isinstance(value, tuple) else value
+     for key, value in dataclasses.asdict(question).items() if value != ""}
     for question in row.questions
   ]
 

@@ -5,11 +5,12 @@ import dataclasses
 import pathlib
 import re
 
-from caprl_jax.data import datasets, jsonl, parquet, released, rows as rows_lib
+from caprl_jax.data import charts, datasets, jsonl, parquet, released, rows as rows_lib
 from caprl_jax.data.easy_vqa import read_easy_vqa
 
 SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
-  charts:train, charts:test        charts drawn from the package vega_datasets; charts:train:5000 names how many
+  charts:train, charts:test        charts drawn from the package vega_datasets; charts:train:5000 says how many,
+                                   charts:train:5000:96x72 how large (small ones have no text)
   FILE.jsonl                       a row a line (docs: data/jsonl.py)
   FILE.json                        the JSON of CapRL's first release
   FILE.parquet, a folder, "*"      CapRL-QA-75K's layout
@@ -61,11 +62,12 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
   if kind == "easy_vqa":
     yield from read_easy_vqa(rest, seed)
   elif kind == "charts":
-    split, _, count = rest.partition(":")
-    if count and not count.isdecimal():
-      raise ValueError(f"data source {source!r}: {count!r} is no number of charts; write charts:{split}:5000")
-    from caprl_jax.data import charts
-    yield from charts.read_charts(split, seed, **({"count": int(count)} if count else {}))
+    match = re.fullmatch(r"([^:]*)(?::(\d+)(?::(\d+)x(\d+))?)?", rest)
+    if not match:
+      raise ValueError(f"data source {source!r}: write charts:SPLIT, charts:SPLIT:NUMBER or charts:SPLIT:NUMBER:WIDTHxHEIGHT")
+    split, count, width, height = match.groups()
+    asked = {"count": int(count)} if count else {}
+    yield from charts.read_charts(split, seed, **asked, **({"pixels": (int(width), int(height))} if width else {}))
   elif kind == "tfds":
     folder, _, split = rest.rpartition(":")
     if not folder:
