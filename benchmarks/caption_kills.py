@@ -107,7 +107,8 @@ def main() -> None:
   written = write_tars(folder / "shards", args.variants)
   names = list(written)
   distinct = len({hashlib.sha256(data).digest() for data in written.values()})
-  print(f"{len(names):,} images ({distinct:,} different files) in {args.variants} tars, {os.cpu_count()} cores", flush=True)
+  print(f"{len(names):,} images ({distinct:,} different files) in {args.variants} tars, {os.cpu_count()} cores",
+        flush=True)
 
   began = time.monotonic()
   run_with_kills(folder / "shards", output, len(names), args.kills, rng)
@@ -131,8 +132,8 @@ def main() -> None:
   differ = sum(rows[i]["tokens"] != row["tokens"] for i, row in zip(subset, again, strict=True))
   print(f"{differ} of {len(subset):,} captions differ from those of a run that nobody killed")
   figures = json.loads((folder / "captions.stats.json").read_text("utf-8"))
-  print(f"{figures['images_per_sec']:.0f} images a second while captioning, {len(names) / secs:.0f} over all {secs:.0f} s with "
-        f"{args.kills} kills, {args.kills + 1} starts; {figures['distinct_captions']} distinct captions")
+  print(f"{figures['images_per_sec']:.0f} images a second while captioning, {len(names) / secs:.0f} over all "
+        f"{secs:.0f} s with {args.kills} kills, {args.kills + 1} starts; {figures['distinct_captions']} distinct captions")
   sys.exit(bool(lost or doubled or failed or differ or found != names))
 
 

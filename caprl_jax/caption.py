@@ -108,7 +108,8 @@ def instruction_of(prompt: str | None, default: str) -> str:
   if not prompt:
     return default
   if prompt not in STYLES and " " not in prompt.strip() and (hint := configuration.did_you_mean(prompt, STYLES)):
-    raise ValueError(f"caption.prompt = {prompt!r} is no style{hint} (styles: {', '.join(STYLES)}; or a whole sentence)")
+    raise ValueError(f"caption.prompt = {prompt!r} is no style{hint} (styles: {', '.join(STYLES)}; or a "
+                     "whole sentence)")
   return STYLES.get(prompt, prompt)
 
 
@@ -259,8 +260,8 @@ def run(config, workdir: pathlib.Path) -> None:
   sharding.check_batch_size(cfg.batch_size, mesh, "caption.batch_size")
   instruction = instruction_of(cfg.prompt, section.instruction)
   path = pathlib.Path(cfg.output).expanduser()
-  output = Output(path, kind_of(path, cfg.format), base_folder(cfg.input), cfg.embed_images, cfg.image_key, cfg.caption_key,
-                  f" with `{section.checkpoint}`, asked: {instruction!r}")
+  output = Output(path, kind_of(path, cfg.format), base_folder(cfg.input), cfg.embed_images, cfg.image_key,
+                  cfg.caption_key, f" with `{section.checkpoint}`, asked: {instruction!r}")
   rows = find_images(cfg.input)
   seed = config.get("seed", 0)
   settings = {"checkpoint": section.checkpoint, "prompt": instruction, "seed": seed}
@@ -301,8 +302,8 @@ def _finished(output: Output, settings: dict) -> bool:
     raise ValueError(f"{path} belongs to {other.name}, and {output.path.name} would have the same; name another "
                      "caption.output")
   if differing := differences(job, settings | {"output": output.path.name, "format": output.kind}):
-    raise ValueError(f"{output.path} is there, from a job with other settings ({path}): {differing}. Delete both or name "
-                     "another caption.output")
+    raise ValueError(f"{output.path} is there, from a job with other settings ({path}): {differing}. Delete both or "
+                     "name another caption.output")
   log.info("%s is there, of %d images with these settings: nothing to do", output.path, settings["images"])
   return True
 
@@ -318,7 +319,8 @@ def _caption_shards(parts: Parts, rows: Sequence[CaptionRow], make_captioner) ->
     return
   started = said = time.monotonic()
   done = 0
-  with make_captioner() as captioner, tqdm(total=total, initial=before, desc="captions", unit="image", disable=None) as bar:
+  bar = tqdm(total=total, initial=before, desc="captions", unit="image", disable=None)
+  with bar, make_captioner() as captioner:
     for shard in left:
       with Shard(parts, shard) as kept:
         for found in captioner(rows, [number for number in kept.numbers if number not in kept.done]):

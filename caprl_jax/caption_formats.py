@@ -86,7 +86,8 @@ def _line(value: dict[str, Any]) -> str:
 
 def _clean(row: dict[str, Any]) -> dict[str, Any]:
   """Without what Arrow has no form for: the lone surrogates of file names that are no UTF-8."""
-  return {key: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value for key, value in row.items()}
+  clean = lambda value: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+  return {key: clean(value) for key, value in row.items()}
 
 
 @contextlib.contextmanager
@@ -156,8 +157,8 @@ def _check_texts(output: Output, inputs: Sequence[CaptionRow]) -> None:
   for row in inputs:
     path = _text_path(output, row)
     if path in first:
-      raise ValueError(f"{first[path]!r} and {row.name!r} would both be captioned in {path}; rename one, or caption into "
-                       ".jsonl or .parquet")
+      raise ValueError(f"{first[path]!r} and {row.name!r} would both be captioned in {path}; rename one, or caption "
+                       "into .jsonl or .parquet")
     first[path] = row.name
   there: list[pathlib.Path] = []
   for folder in sorted({path.parent for path in first}):
@@ -167,8 +168,8 @@ def _check_texts(output: Output, inputs: Sequence[CaptionRow]) -> None:
     if above == folder:
       there += [folder / name for name in os.listdir(folder) if folder / name in first]
   if there:
-    raise ValueError(f"{len(there)} of the texts to write are there already, such as {min(there)}; move them or name another "
-                     "caption.output")
+    raise ValueError(f"{len(there)} of the texts to write are there already, such as {min(there)}; move them or name "
+                     "another caption.output")
 
 
 def _text_path(output: Output, row: CaptionRow) -> pathlib.Path:
@@ -237,14 +238,15 @@ def _write_hf(output: Output, found, inputs) -> None:
 def _card(output: Output, names: list[str], rows: int, size: int) -> str:
   features = []
   for name in names:
-    kind = "list: int32" if name == "tokens" else "dtype: image" if name == "image" and output.embed_images else "dtype: string"
+    kind = "dtype: image" if name == "image" and output.embed_images else "dtype: string"
+    kind = "list: int32" if name == "tokens" else kind
     features.append(f"  - name: {name}\n    {kind}\n")
   return (f"---\ntask_categories:\n- image-to-text\ndataset_info:\n  features:\n{''.join(features)}"
           f"  splits:\n  - name: train\n    num_bytes: {size}\n    num_examples: {rows}\n  dataset_size: {size}\n"
           "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n\n"
           f"# {output.path.name}\n\n{rows:,} images captioned by caprl_jax{output.about}.\n\n"
-          "`tokens` are the ids that were sampled, the end token included; `finish` is `end`, or `length` for a caption that "
-          "was cut.\n")
+          "`tokens` are the ids that were sampled, the end token included; `finish` is `end`, or `length` for a "
+          "caption that was cut.\n")
 
 
 _WRITERS = {"jsonl": _write_jsonl, "parquet": _write_parquet, "txt": _write_texts, "hf": _write_hf,

@@ -103,9 +103,9 @@ class Statistics:
       tokens = {"mean": float(values.mean()), "p5": at(5), "p50": at(50), "p95": at(95), "max": int(values[-1])}
     rates = [rows / secs for rows, secs in self.secs.values() if secs]
     return {"images": self.images, "captioned": captioned, "failed": self.reasons.total(),
-            "failed_by_reason": dict(self.reasons.most_common()), "cut_share": share(self.cut), "caption_tokens": tokens,
-            "distinct_captions": len(self.distinct), "repeat_share": share(captioned - len(self.distinct)),
-            "loop_share": share(self.loops), "images_per_sec": sum(rates) if rates else None,
+            "failed_by_reason": dict(self.reasons.most_common()), "cut_share": share(self.cut),
+            "caption_tokens": tokens, "distinct_captions": len(self.distinct),
+            "repeat_share": share(captioned - len(self.distinct)), "loop_share": share(self.loops), "images_per_sec": sum(rates) if rates else None,
             "images_by_bucket": dict(sorted(self.buckets.items(), key=lambda item: [*map(int, item[0].split("x"))]))}
 
 
@@ -150,7 +150,8 @@ def samples_page(name: str, statistics: Statistics, settings: dict[str, Any], in
   groups = []
   for title, about, found in (
       ("Failed", "No caption, and why.", statistics.failures.rows()),
-      ("Cut", f"At the limit of {settings['max_tokens']} tokens, before the caption had ended.", statistics.cuts.rows()),
+      ("Cut", f"At the limit of {settings['max_tokens']} tokens, before the caption had ended.",
+       statistics.cuts.rows()),
       ("Longest", "", statistics.longest.rows()), ("Shortest", "", statistics.shortest.rows()),
       ("Random", "", statistics.random.rows())):
     found = [(number, row) for number, row in found if number not in shown]
@@ -186,7 +187,8 @@ def _tables(figures: dict[str, Any]) -> str:
                            ("longest", "max"))]))
   if figures["images_by_bucket"]:
     tables.append(markup.table(["patches x image tokens", "images"], [
-        [markup.text(bucket.replace("x", " x ")), markup.show(count)] for bucket, count in figures["images_by_bucket"].items()]))
+        [markup.text(bucket.replace("x", " x ")), markup.show(count)]
+        for bucket, count in figures["images_by_bucket"].items()]))
   if figures["failed_by_reason"]:
     tables.append(markup.table(["failed", "images"], [
         [markup.text(reason), markup.show(count)] for reason, count in figures["failed_by_reason"].items()]))

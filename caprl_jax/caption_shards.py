@@ -63,8 +63,8 @@ class Parts:
       _write_once(path, json.dumps(self.manifest, indent=1))
     found = json.loads(path.read_text("utf-8"))
     if found != self.manifest:
-      raise ValueError(f"{self.folder} is left from a job with other settings: {differences(found, self.manifest)}. Run it "
-                       "with those, delete the folder to begin anew, or name another output")
+      raise ValueError(f"{self.folder} is left from a job with other settings: {differences(found, self.manifest)}. "
+                       "Run it with those, delete the folder to begin anew, or name another output")
 
   def numbers(self, shard: int) -> range:
     rows = self.manifest["shard_rows"]
@@ -104,8 +104,8 @@ class Parts:
     for shard in range(self.shards):
       found = {item.number: item for item in map(_parse, self.path(shard).read_bytes().split(b"\n")[:-1])}
       if found.keys() != set(self.numbers(shard)):
-        raise ValueError(f"{self.path(shard)} has {len(found)} rows, not the {len(self.numbers(shard))} of its shard; delete "
-                         "this file and run the same command, which makes it again")
+        raise ValueError(f"{self.path(shard)} has {len(found)} rows, not the {len(self.numbers(shard))} of its shard; "
+                         "delete this file and run the same command, which makes it again")
       yield from (found[number] for number in self.numbers(shard))
 
   @contextlib.contextmanager
@@ -183,7 +183,8 @@ def _lock(file, what: pathlib.Path) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
   except BlockingIOError:
     file.close()
-    raise ValueError(f"another process is writing {what}; wait for it, stop it, or give each its own caption.host") from None
+    raise ValueError(f"another process is writing {what}; wait for it, stop it, or give each its own "
+                     "caption.host") from None
   except OSError as error:
     log.debug("%s: no locks on this file system (%s)", what, error)
 

@@ -6,8 +6,8 @@
 IMAGES is an image or a folder of them, a .jsonl with an `image` a line, a .tar (WebDataset), a .parquet, a folder or a
 pattern of those ('shards/*.tar'), or tfds:FOLDER:SPLIT. The output is a .jsonl or a .parquet, or with
 --config.caption.format=txt (a .txt an image), hf (a folder for datasets.load_dataset) or caprl_2m (JSON lines of image
-and caption alone) what that says. A JSON row has `image`, `caption`, `tokens` (ids), `finish` ("end", or "length" where it
-was cut at max_tokens); an image that failed has `error`. Beside it come captions.stats.json and captions.html.
+and caption alone) what that says. A JSON row has `image`, `caption`, `tokens` (ids), `finish` ("end", or "length"
+where it was cut at max_tokens); an image that failed has `error`. Beside it come captions.stats.json and captions.html.
 
 --config.caption.prompt is `detailed`, `medium`, `short`, `document` or any text. The same command goes on where it was
 stopped. Several machines that see one folder share the work: under jax.distributed by themselves, else with

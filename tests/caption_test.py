@@ -1,4 +1,4 @@
-"""Mode `caption` against transformers' own generate, from a directory that transformers wrote; kills, hosts, formats."""
+"""Mode `caption` against transformers' own generate, from a directory that transformers wrote; kills, hosts, ends."""
 
 import io
 import json
@@ -209,7 +209,8 @@ def test_nothing_but_bad_images(checkpoint, tmp_path):
 
 def test_a_style_is_a_prompt():
   assert caption.instruction_of("detailed", "x") == PROMPT and caption.instruction_of(None, "x") == "x"
-  assert "one sentence" in caption.instruction_of("short", "x") and caption.instruction_of("Caption:", "x") == "Caption:"
+  assert "one sentence" in caption.instruction_of("short", "x")
+  assert caption.instruction_of("Caption:", "x") == "Caption:"
   with pytest.raises(ValueError, match="did you mean 'detailed'"):
     caption.instruction_of("detialed", "x")
   for section, message in ((dict(host=1), "set both or neither"), (dict(host=2, hosts=2), "from 0 to"),
@@ -279,8 +280,8 @@ def start(folder, output, *more, environment=()):
              f"--config.caption.output={output}", "--config.caption.max_tokens=12", "--config.caption.batch_size=8",
              "--config.caption.shard_rows=64", f"--workdir={output}.work", *more]
   with open(f"{output}.stderr", "a") as file:
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(environment), stdin=subprocess.DEVNULL, stdout=file,
-                            stderr=file)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(environment), stdin=subprocess.DEVNULL,
+                            stdout=file, stderr=file)
 
 
 def wait(*started):

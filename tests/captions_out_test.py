@@ -1,4 +1,4 @@
-"""Where captions go: resumable shards, every format read back by its own reader, statistics counted by hand, the page."""
+"""Where captions go: resumable shards, each format read back by its own reader, statistics by hand, the page."""
 
 import io
 import json
@@ -29,8 +29,8 @@ def make(folder, count=10, shard_rows=4, host=0, hosts=1, **settings) -> Parts:
 
 
 def finished(number: int) -> Finished:
-  return Finished(number, {"image": f"{number}.png", "caption": f"é {number}\u2028", "tokens": [number], "finish": "end"},
-                  {"bucket": "4x1", "secs": 0.5})
+  return Finished(number, {"image": f"{number}.png", "caption": f"é {number}\u2028", "tokens": [number],
+                           "finish": "end"}, {"bucket": "4x1", "secs": 0.5})
 
 
 def fill(parts: Parts, shard: int) -> None:
@@ -52,7 +52,8 @@ def test_shards_are_shared_and_read_in_order(tmp_path):
   assert list(make(tmp_path / "x", count=3, host=2, hosts=3).mine) == []  # a host may have nothing to do
 
 
-@pytest.mark.parametrize("tail", [b"", b'[2, {"ima', b"[2, {}, {}]", b"\0\0\0\n", b"[2]\n", b'[99, {}, {}]\n', b"7\n[3"])
+@pytest.mark.parametrize("tail", [b"", b'[2, {"ima', b"[2, {}, {}]", b"\0\0\0\n", b"[2]\n",
+                                  b'[99, {}, {}]\n', b"7\n[3"])
 def test_a_shard_goes_on_after_what_was_kept(tail, tmp_path):
   parts = make(tmp_path / "parts")
   parts.open()
@@ -181,7 +182,8 @@ def test_parquet(images, tmp_path, monkeypatch):
   file = pq.ParquetFile(tmp_path / "out.parquet")
   assert file.metadata.num_row_groups == 2
   found = file.read().to_pylist()
-  assert [{key: value for key, value in row.items() if value is not None} for row in found] == [row for _, row in outcome(rows)]
+  there = lambda row: {key: value for key, value in row.items() if value is not None}
+  assert [there(row) for row in found] == [row for _, row in outcome(rows)]
   assert all(row.keys() == {"image", "caption", "tokens", "finish", "error"} for row in found)
 
 
@@ -224,7 +226,8 @@ def test_a_hugging_face_dataset(embed, images, tmp_path, monkeypatch):
   assert len(names) > 1 if embed else len(names) == 1
   found = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))["train"]
   good = [(i, row) for i, row in outcome(rows) if "error" not in row]
-  assert found["caption"] == [row["caption"] for _, row in good] and found["finish"] == [row["finish"] for _, row in good]
+  assert found["caption"] == [row["caption"] for _, row in good]
+  assert found["finish"] == [row["finish"] for _, row in good]
   assert found["tokens"] == [row["tokens"] for _, row in good]
   assert found["name" if embed else "image"] == [row["image"] for _, row in good]
   if embed:
@@ -282,9 +285,9 @@ def test_statistics_are_those_counted_by_hand():
   figures = found.figures()
   rate = figures.pop("images_per_sec")
   assert figures == {
-      "images": 8, "captioned": 5, "failed": 3, "failed_by_reason": {"not an image": 2, "no such file": 1}, "cut_share": 0.4,
-      "caption_tokens": {"mean": 6.0, "p5": 1, "p50": 3, "p95": 20, "max": 20}, "distinct_captions": 3, "repeat_share": 0.4,
-      "loop_share": 0.2, "images_by_bucket": {"16x4": 4, "128x32": 1}}
+      "images": 8, "captioned": 5, "failed": 3, "failed_by_reason": {"not an image": 2, "no such file": 1},
+      "cut_share": 0.4, "caption_tokens": {"mean": 6.0, "p5": 1, "p50": 3, "p95": 20, "max": 20},
+      "distinct_captions": 3, "repeat_share": 0.4, "loop_share": 0.2, "images_by_bucket": {"16x4": 4, "128x32": 1}}
   assert rate == pytest.approx(20 + 10)  # host 0 at 20 a second, host 1 at 10
   assert [n for n, _ in found.longest.rows()] == [4, 3] and [n for n, _ in found.shortest.rows()] == [0, 1]
   assert [n for n, _ in found.cuts.rows()] == [3, 4] and len(found.failures.rows()) == 2
@@ -294,8 +297,9 @@ def test_statistics_are_those_counted_by_hand():
 
 def test_loops():
   text = list(range(40))
-  for tokens, loops in ((text, False), (text + [1, 2, 3, 4] * 3, True), (text + [1, 2, 3, 4] * 2, False), ([5] * 11, False),
-                        ([5] * 12, True), (text[:5] + list(range(32)) * 3, True), (text[:5] + list(range(33)) * 3, False),
+  for tokens, loops in ((text, False), (text + [1, 2, 3, 4] * 3, True), (text + [1, 2, 3, 4] * 2, False),
+                        ([5] * 11, False), ([5] * 12, True), (text[:5] + list(range(32)) * 3, True),
+                        (text[:5] + list(range(33)) * 3, False),
                         ([1, 2, 3, 4, 9, 1, 2, 3, 4, 8, 1, 2, 3, 4], False), ([], False)):
     assert caption_report.has_loop(tokens) == loops, tokens
 

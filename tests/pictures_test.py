@@ -35,7 +35,8 @@ def write_tar(path: pathlib.Path, members: dict[str, bytes], kind=tarfile.PAX_FO
 
 
 def test_members_of_a_tar_are_read_where_they_lie(tmp_path):
-  members = {"0001.png": png(1), "0001.json": b"{}", "deep/er/0002.JPG": png(2), "0002.txt": b"a cat", "0003.png": png(3)}
+  members = {"0001.png": png(1), "0001.json": b"{}", "deep/er/0002.JPG": png(2), "0002.txt": b"a cat",
+             "0003.png": png(3)}
   path = write_tar(tmp_path / "a.tar", members)
   rows = pictures.find_images(str(path))
   assert [row.name for row in rows] == ["a.tar/0001.png", "a.tar/deep/er/0002.JPG", "a.tar/0003.png"]
@@ -91,8 +92,8 @@ def test_a_tar_that_is_cut_off_or_damaged_is_named_with_the_byte(tmp_path):
   whole = write_tar(tmp_path / "whole.tar", {f"{i}.png": png(i) for i in range(3)}).read_bytes()
   with tarfile.open(tmp_path / "whole.tar") as tar:
     last = tar.getmember("2.png")
-  cases = {"data": (whole[:last.offset_data + 10], rf"cut off: its last member reaches to byte {last.offset_data + 512}, the file "
-                                                   rf"has {last.offset_data + 10}"),
+  cases = {"data": (whole[:last.offset_data + 10], rf"cut off: its last member reaches to byte "
+                                                   rf"{last.offset_data + 512}, the file has {last.offset_data + 10}"),
            "header": (whole[:last.offset + 100], rf"damaged at byte {last.offset} of {last.offset + 100}"),
            "middle": (whole[:last.offset] + b"x" * 512 + whole[last.offset + 512:], rf"damaged at byte {last.offset}"),
            "empty": (b"", "empty file"), "noise": (b"x" * 2000, "damaged at byte 0"),
@@ -150,8 +151,9 @@ def test_names_are_one_image_s(tmp_path, caplog):
 
 def test_lines_that_are_none(tmp_path):
   path = tmp_path / "rows.jsonl"
-  for data, message in ((b'{"image": "a.png"}\n{"image": 3}\n', r"rows\.jsonl:2: not a JSON object"), (b"\n\n", "has no rows"),
-                        (b'{"image": "a.png"}\n\xff\n', r"rows\.jsonl:2: .*UnicodeDecodeError"), (b"[1]\n", "rows.jsonl:1")):
+  for data, message in ((b'{"image": "a.png"}\n{"image": 3}\n', r"rows\.jsonl:2: not a JSON object"),
+                        (b'{"image": "a.png"}\n\xff\n', r"rows\.jsonl:2: .*UnicodeDecodeError"),
+                        (b"\n\n", "has no rows"), (b"[1]\n", "rows.jsonl:1")):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message):
       pictures.find_images(str(path))

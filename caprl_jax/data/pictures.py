@@ -83,8 +83,8 @@ def find_images(source: str) -> list[CaptionRow]:
       raise ValueError(f"caption.input = {source!r}: no file fits this pattern")
     kinds = sorted({_kind(file) for file in files})
     if len(kinds) > 1:
-      raise ValueError(f"caption.input = {source!r} fits files of several kinds ({', '.join(kinds)}); name one kind, as in "
-                       "'shards/*.tar'")
+      raise ValueError(f"caption.input = {source!r} fits files of several kinds ({', '.join(kinds)}); name one kind, "
+                       "as in 'shards/*.tar'")
   else:
     raise ValueError(f"caption.input = {source!r}: no such file or folder; name a folder of images, a .jsonl, .tar or "
                      ".parquet file, a pattern such as 'shards/*.tar', or tfds:FOLDER:SPLIT")
@@ -136,11 +136,12 @@ def _one_kind(files: list[pathlib.Path], source: str) -> list[pathlib.Path]:
     by_kind.setdefault(_kind(file), []).append(file)
   there = [kind for kind in _FOLDER_KINDS if kind in by_kind]
   if not there:
-    raise ValueError(f"caption.input = {source!r}: no image in this folder (looked for {', '.join(IMAGE_SUFFIXES)}, .tar "
-                     "and .parquet)")
+    raise ValueError(f"caption.input = {source!r}: no image in this folder (looked for {', '.join(IMAGE_SUFFIXES)}, "
+                     ".tar and .parquet)")
   if len(there) > 1:
-    log.warning("%s: only its %d %s are read, not %s; a pattern names others, as in '%s'", source, len(by_kind[there[0]]),
-                there[0], ", ".join(f"{len(by_kind[kind])} {kind}" for kind in there[1:]), f"{source}/**/*.tar")
+    log.warning("%s: only its %d %s are read, not %s; a pattern names others, as in '%s'", source,
+                len(by_kind[there[0]]), there[0], ", ".join(f"{len(by_kind[kind])} {kind}" for kind in there[1:]),
+                f"{source}/**/*.tar")
   return by_kind[there[0]]
 
 
@@ -150,8 +151,8 @@ def _rows_of(files: list[pathlib.Path], base: pathlib.Path) -> Iterator[CaptionR
   if kind == "images":
     yield from (CaptionRow(file, "", str(file)) for file in files)
   elif kind == "packed":
-    raise ValueError(f"{files[0]} is compressed, so no member of it can be read without reading all before it; unpack it "
-                     "to a plain .tar first (gzip -d, zstd -d, ...): images hardly shrink anyway")
+    raise ValueError(f"{files[0]} is compressed, so no member of it can be read without reading all before it; unpack "
+                     "it to a plain .tar first (gzip -d, zstd -d, ...): images hardly shrink anyway")
   elif kind == "tar":
     yield from _scan_tars(files, base)
   elif kind == "parquet":
@@ -173,7 +174,8 @@ def _told_apart(found: Iterable[tuple[CaptionRow, str]]) -> list[CaptionRow]:
 def _tfds(source: str) -> Iterable[CaptionRow]:
   folder, _, split = source.removeprefix("tfds:").rpartition(":")
   if not folder or not split:
-    raise ValueError(f"caption.input = {source!r}: write tfds:FOLDER:SPLIT, as in tfds:~/tensorflow_datasets/mnist/3.0.1:train")
+    raise ValueError(f"caption.input = {source!r}: write tfds:FOLDER:SPLIT, as in "
+                     "tfds:~/tensorflow_datasets/mnist/3.0.1:train")
   from caprl_jax.data import datasets  # only here: it brings tensorflow_datasets
   return _told_apart((row, f"{split}/{number}") for number, row in enumerate(datasets.scan_images(folder, split)))
 
@@ -234,8 +236,8 @@ def index_tar(path: pathlib.Path) -> Iterator[StoredTarImage]:
         if member.issym() or member.islnk():
           links += 1
         elif member.issparse():
-          raise ValueError(f"{path}: member {member.name!r} at byte {member.offset} is stored sparse, in pieces; write the tar "
-                           "file without --sparse")
+          raise ValueError(f"{path}: member {member.name!r} at byte {member.offset} is stored sparse, in pieces; "
+                           "write the tar file without --sparse")
         elif member.isreg():
           yield StoredTarImage(path, member.offset_data, member.size, member.name)
   except tarfile.TarError as error:
@@ -254,8 +256,8 @@ def index_tar(path: pathlib.Path) -> Iterator[StoredTarImage]:
     file.seek(end)
     block = file.read(_BLOCK)
   if any(block) or 0 < len(block) < _BLOCK:
-    raise ValueError(f"{path} is damaged at byte {end} of {size}: no member begins there, nor is it the end; fetch it again "
-                     "or leave it out")
+    raise ValueError(f"{path} is damaged at byte {end} of {size}: no member begins there, nor is it the end; fetch it "
+                     "again or leave it out")
   if not block:
     log.warning("%s has no end mark after byte %d; if it was cut off there, images are missing", path, size)
   if links:
@@ -270,8 +272,8 @@ def _unique(found: Iterable[CaptionRow], source: str) -> list[CaptionRow]:
     first = rows.setdefault(row.name, row)
     if first is not row:
       if first.image != row.image:
-        raise ValueError(f"{source}: two images are called {row.name!r}, so their captions could not be told apart; rename "
-                         "one")
+        raise ValueError(f"{source}: two images are called {row.name!r}, so their captions could not be told apart; "
+                         "rename one")
       again += 1
   if again:
     log.warning("%s: %d images are listed more than once and captioned once", source, again)
