@@ -76,11 +76,12 @@ def merge_parts(parts: list[Part]) -> Array:
   return out / jnp.where(mass == 0, 1.0, mass)[..., None]
 
 
-def causal_mask(valid_NL: Array) -> Array:
-  """bool [N, L, L]: token i sees valid tokens j <= i."""
+def causal_mask(valid_NL: Array, segment_NL: Array | None = None) -> Array:
+  """bool [N, L, L]: token i sees valid tokens j <= i; with `segment_NL` (int), those of its own segment only."""
   L = valid_NL.shape[1]
   order = jnp.arange(L)
-  return (order[:, None] >= order[None, :])[None] & valid_NL[:, None, :]
+  mask_NLL = (order[:, None] >= order[None, :])[None] & valid_NL[:, None, :]
+  return mask_NLL if segment_NL is None else mask_NLL & (segment_NL[:, :, None] == segment_NL[:, None, :])
 
 
 def attend(q_NLHh: Array, own: tuple[Array, Array], own_mask_NLL: Array,

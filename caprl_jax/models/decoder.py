@@ -175,7 +175,7 @@ class Decoder(nn.Module):
     return self.embed_tokens(tokens_NL)
 
   def __call__(self, x_NLD: Array, position: Array, valid_NL: Array, prefixes: tuple[Prefix, ...] = (),
-               deep_XNLD: Array | None = None) -> tuple[Array, Prefix]:
+               deep_XNLD: Array | None = None, segment_NL: Array | None = None) -> tuple[Array, Prefix]:
     """Runs new tokens after their prefixes.
 
     Args:
@@ -184,6 +184,7 @@ class Decoder(nn.Module):
       valid_NL: bool; an invalid token is seen by nobody, so padding may stand anywhere.
       prefixes: nearest last; each one's rows divide N.
       deep_XNLD: what the first X layers add to their output, where the model has a vision tower with DeepStack.
+      segment_NL: int; new tokens see only those of their own segment among themselves. None: all of a row are one.
 
     Returns:
       Hidden states after the final norm [N, L, D], and the new tokens' keys and values as a Prefix with N rows.
@@ -197,7 +198,7 @@ class Decoder(nn.Module):
     keys_values = tuple((p.key_YRSJh, p.value_YRSJh) for p in prefixes)
     x_NLD, (key, value) = self.layers(
         x_NLD, keys_values, jnp.arange(cfg.num_layers), tuple(p.valid_RS for p in prefixes), cos, sin,
-        causal_mask(valid_NL), None if deep_XNLD is None else deep_XNLD.astype(x_NLD.dtype))
+        causal_mask(valid_NL, segment_NL), None if deep_XNLD is None else deep_XNLD.astype(x_NLD.dtype))
     return self.norm(x_NLD), Prefix(key, value, valid_NL)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of
-from caprl_jax.models.family import Family, VisionConfig
+from caprl_jax.models.family import Family, Features, VisionConfig
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.types import Images, Prompts
 
@@ -64,17 +64,39 @@ class Policy(nn.Module):
 
   def prefill(self, images: Images, prompts: Prompts) -> tuple[Array, Prefix]:
     """Encodes images and runs the prompt once an image: hidden [B, P, D] and the prefix (B rows)."""
-    x_BPD = self.language_model.embed(prompts.tokens_BP)
-    is_image_BP = (prompts.tokens_BP == self.cfg.image_token) & prompts.valid_BP
+    return self._run(self.visual(images), images.unit_BI, prompts)
+
+  def packed(self, images: Images | None, prompts: Prompts, segment_BP: Array) -> Array:
+    """Runs rows in which several examples stand one after the other: hidden [B, P, D].
+
+    Args:
+      images: M a row, B * M in all, row after row; None where no example has one. Its `unit_BI` has B rows: for a row's
+        i-th image token the unit that holds it, those of the row's m-th image counted from m * U on.
+      prompts: whole rows; each example's positions begin at 0. `next_position_B` is not read.
+      segment_BP: int, the example that a token belongs to; it sees no other's.
+    """
+    if images is None:
+      return self._run(None, None, prompts, segment_BP)[0]
     features = self.visual(images)
-    x_BPD = merge_image_features(x_BPD, features.main_BUD, images.unit_BI, is_image_BP)
-    deep_XBPD = None
-    if features.deep_XBUD is not None:
-      place = lambda deep: merge_image_features(jnp.zeros_like(x_BPD), deep, images.unit_BI, is_image_BP)
-      deep_XBPD = jax.vmap(place)(features.deep_XBUD)
+    B = prompts.tokens_BP.shape[0]
+    join = lambda x: x.reshape(B, -1, x.shape[-1])  # the units of a row's images are one another's neighbours
+    deep = features.deep_XBUD
+    return self._run(Features(join(features.main_BUD), None if deep is None else jax.vmap(join)(deep)), images.unit_BI,
+                     prompts, segment_BP)[0]
+
+  def _run(self, features: Features | None, unit_BI: Array | None, prompts: Prompts,
+           segment_BP: Array | None = None) -> tuple[Array, Prefix]:
+    """Puts features where the image tokens stand, and runs the decoder."""
+    x_BPD, deep_XBPD = self.language_model.embed(prompts.tokens_BP), None
+    if features is not None:
+      is_image_BP = (prompts.tokens_BP == self.cfg.image_token) & prompts.valid_BP
+      place = lambda x, these: merge_image_features(x, these, unit_BI, is_image_BP)
+      if features.deep_XBUD is not None:
+        deep_XBPD = jax.vmap(lambda deep: place(jnp.zeros_like(x_BPD), deep))(features.deep_XBUD)
+      x_BPD = place(x_BPD, features.main_BUD)
     mrope = self.cfg.text.mrope_sections is not None
     position = prompts.position_B3P if mrope else prompts.position_B3P[:, 0]
-    return self.language_model(x_BPD, position, prompts.valid_BP, (), deep_XBPD)
+    return self.language_model(x_BPD, position, prompts.valid_BP, (), deep_XBPD, segment_BP)
 
   def extend(self, tokens_NL: Array, position_NL: Array, valid_NL: Array,
              prefixes: tuple[Prefix, ...]) -> tuple[Array, Prefix]:
