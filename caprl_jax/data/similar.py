@@ -10,7 +10,7 @@ A signature has three parts, and two images are alike when all three are near:
 
 Flat images, whose frequencies are noise, all have hash 0 and differ by colour and brightness alone.
 
-Measured at the default limits. Found again, of 216 parts of 24 photographs and textures, of 200 easy-VQA images
+Measured at the default limits. Found again, of 216 parts of 24 photographs and scans, of 200 easy-VQA images
 (64x64) and of 60 bar charts: JPEG at quality 60 1.00, 0.99, 1.00; half size 1.00, 1.00, 1.00; brightness 0.8 1.00,
 0.99, 1.00; brightness 1.2, which clips white, 0.87, 0.99, 0.57; 2% cut off every side 0.85, 0.82, 1.00, off two sides
 0.91, 0.74, 1.00 (of pages of text a quarter). Falsely alike: of 1000 easy-VQA images 8 would go, 7 of them for one
@@ -100,7 +100,7 @@ class HashIndex(Generic[Key]):
 
   Hashes are kept by each of their six bands of 10 or 11 bits: of two hashes at most d bits apart at least one band is
   at most d / 6 bits apart, so the few values of a band that near are looked up and what lies there is compared. Up to
-  11 bits that takes less than a millisecond among a million hashes; beyond, and among few, all are compared.
+  11 bits that takes less than a millisecond among a million random hashes; beyond, and among few, all are compared.
   """
 
   def __init__(self):
