@@ -44,9 +44,9 @@ MODES = {
     "--config=configs/quickstart_sft.py --workdir=runs/quickstart_sft",
   ),
   "evaluate": Mode(
-    "caprl_jax.evaluate",
-    "judge accuracy, caption length and examples on the evaluation split",
-    "--config=configs/quickstart.py --workdir=runs/quickstart --config.mode=evaluate",
+    "caprl_jax.prism",
+    "how much of an image captions carry: Prism on benchmarks, or a training config's own held-out rows",
+    "--config=configs/prism_quickstart.py --workdir=runs/prism",
   ),
   "calibrate": Mode(
     "caprl_jax.calibrate",
@@ -66,7 +66,7 @@ MODES = {
   ),
   "caption": Mode(
     "caprl_jax.caption",
-    "caption a folder of images, or the images of a JSON lines file",
+    "caption images in folders, JSON lines, tar files, parquet or TFDS, on one host or many",
     "--config=configs/caption.py --config.policy.checkpoint=DIR --config.caption.input=FOLDER "
     "--config.caption.output=captions.jsonl",
     workdir="runs/caption",

@@ -10,6 +10,7 @@ import ast
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 import functools
+import importlib.util
 import re
 import string
 import threading
@@ -382,6 +383,11 @@ def _has_words(text: str) -> bool:
 
 def _exact_or_number(prediction: str | None, gold: str) -> float:
   return max(exact(prediction, gold), relaxed_accuracy(prediction, gold, 0))
+
+
+def has_math_verify() -> bool:
+  """Whether the package math-verify is installed, without which there is no official score."""
+  return importlib.util.find_spec("math_verify") is not None
 
 
 def _math_verify() -> Any:

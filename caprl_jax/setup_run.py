@@ -38,7 +38,8 @@ log = logging.getLogger("caprl_jax.setup_run")
 KNOWN_SECTIONS = ("mode", "seed", "mesh", "policy", "judge", "data", "curate", "gate", "rollout", "reward", "advantage",
                   "update", "optimizer", "train", "evaluate", "checkpoint", "sft", "caption",
                   "export", "plan", "calibrate", "dataset", "curation",
-                  "generator", "answerer", "endpoint", "preset")
+                  "generator", "answerer", "endpoint", "prism", "gallery", "demo", "pretrain",
+                  "pretrain_policy", "preset")
 
 
 @dataclasses.dataclass(frozen=True)

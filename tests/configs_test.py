@@ -5,7 +5,9 @@ import re
 
 import pytest
 
-from caprl_jax import caption, config_file, configuration, curation, dataset, endpoint, export, main, plan, setup_run, sft, sharding
+from caprl_jax import (
+  caption, config_file, configuration, curation, dataset, endpoint, export, main, plan, prism, setup_run, sft, sharding,
+)  # fmt: skip
 from caprl_jax.optimizer import build_optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -32,6 +34,11 @@ def test_every_config_is_built_and_read(path):
     elif mode == "caption":
       configuration.load_section(config, "caption", caption.CaptionConfig)
       configuration.load_section(config, "policy", setup_run.PolicySection)
+    elif mode == "evaluate" and "prism" in config:
+      cfg = configuration.load_section(config, "prism", prism.PrismConfig)
+      assert prism.named(cfg.captioners, "") and prism.named(cfg.benchmarks, "")
+      configuration.load_section(config, "policy", setup_run.PolicySection)
+      configuration.load_section(config, "judge", setup_run.JudgeSection)
     elif mode == "curate":
       configuration.load_section(config, "curation", curation.CurationConfig)
       configuration.load_section(config, "endpoint", endpoint.EndpointConfig)

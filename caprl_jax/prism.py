@@ -1,0 +1,275 @@
+"""Mode `evaluate`: how much of an image a captioner's words carry. With a section `prism`, CapRL's Prism evaluation; without
+one, the judge's accuracy on the held-out rows of a training config (`evaluate.py`).
+
+Prism (arXiv 2509.22647, section 4.1): a captioner writes captions of a benchmark's images, a language model that never sees
+the images answers the benchmark's questions from each caption, the answers are scored. Several captioners are compared on
+the same images, questions and answering model. Captions and answers are kept by content (`kept.Kept`), so that an
+interrupted evaluation goes on and a benchmark on the same images costs no caption.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import hashlib
+import json
+import logging
+import pathlib
+import string
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from caprl_jax import configuration, evaluate, prism_figures, sharding
+from caprl_jax.asking import Asker
+from caprl_jax.caption import CaptionConfig, Captioner
+from caprl_jax.data import benchmarks
+from caprl_jax.data.benchmarks import BenchmarkRow
+from caprl_jax.data.judge_prompts import template_for
+from caprl_jax.data.questions import QuestionTokenizer
+from caprl_jax.data.rows import BadRows, CaptionRow, Question, good_rows, image_bytes
+from caprl_jax.data.sources import read_qa_rows
+from caprl_jax.files import write_json
+from caprl_jax.kept import Kept
+from caprl_jax.models.load import Loaded, load_judge
+from caprl_jax.prism_page import write_page
+from caprl_jax.sampling import SamplingConfig
+from caprl_jax.setup_run import JudgeSection, PolicySection
+from caprl_jax.writing import Writer
+
+log = logging.getLogger("caprl_jax.prism")
+
+LETTER_ONLY = "\nAnswer with the letter of the right option only."
+
+
+@dataclasses.dataclass(frozen=True)
+class PrismConfig:
+  """captioners: "name=checkpoint" each; the section `policy` says the rest. The others are compared with the first.
+
+  benchmarks: "name=source" each: a file of CapRL-Evaluation-Files (lmm_eval_*.json, with their images in `image_root`, a folder or a
+    .zip), or a QA source (`data/sources.py`). max_rows: of each.
+  captions: of each image, at `temperature`; CapRL takes 4 at 1.0 and reports their mean; 1 at 0 is greedy.
+  answers: "write", as CapRL: the answering model (section `judge`) writes up to `answer_tokens` at `answer_temperature`;
+    or "read": its reading of the options, as in training (rows with lettered options only; the others are left out and
+    counted). Reading also tells a caption that says nothing from one that misleads.
+  blind: ask with an empty caption too. intervals: their level. cache: folder of captions and answers; None: in the workdir.
+  """
+  captioners: tuple[str, ...]
+  benchmarks: tuple[str, ...]
+  image_root: str | None = None
+  max_rows: int | None = None
+  captions: int = 4
+  temperature: float = 1.0
+  top_p: float = 1.0
+  max_tokens: int = 2048
+  batch_size: int = 8
+  answers: Literal["write", "read"] = "write"
+  answer_tokens: int = 2048
+  answer_temperature: float = 1.0
+  answer_batch_size: int = 16
+  blind: bool = True
+  intervals: float = 0.95
+  examples: int = 24
+  cache: str | None = None
+  bad_rows: BadRows = "refuse"
+
+  def __post_init__(self):
+    if not self.captioners or not self.benchmarks:
+      raise ValueError("prism.captioners and prism.benchmarks name what is compared and on what, as name=path; both need one at "
+                       "least")
+    named(self.captioners, "prism.captioners")
+    named(self.benchmarks, "prism.benchmarks")
+    if self.captions < 1 or self.batch_size < 1 or self.answer_batch_size < 1:
+      raise ValueError(f"prism.captions = {self.captions}, batch_size = {self.batch_size} and answer_batch_size = "
+                       f"{self.answer_batch_size} must be at least 1")
+    if self.captions > 1 and self.temperature == 0:
+      raise ValueError(f"prism.captions = {self.captions} greedy captions of an image are all the same; set captions = 1, or a "
+                       "temperature")
+
+
+def named(items: Sequence[str], key: str) -> dict[str, str]:
+  """ "name=value" items by name. Raises ValueError, with the config's key, for an item without a name, or a name twice."""
+  found: dict[str, str] = {}
+  for item in items:
+    name, _, value = item.partition("=")
+    if not name.strip() or not value.strip():
+      raise ValueError(f"{key}: {item!r} must be name=value, as in ('caprl=runs/quickstart/policy',)")
+    if name.strip() in found:
+      raise ValueError(f"{key}: the name {name.strip()!r} is given twice")
+    found[name.strip()] = value.strip()
+  return found
+
+
+def read_rows(name: str, source: str, cfg: PrismConfig, seed: int) -> list[BenchmarkRow]:
+  """The rows of one benchmark. Raises ValueError as its reader, and for no rows."""
+  if pathlib.Path(source).stem in benchmarks.BENCHMARKS:
+    if cfg.image_root is None:
+      raise ValueError(f"prism.benchmarks: {name}={source} names images by paths: set prism.image_root to their folder or .zip")
+    rows = good_rows(benchmarks.read_benchmark(pathlib.Path(source).expanduser(), pathlib.Path(cfg.image_root).expanduser()),
+                     cfg.bad_rows)[:cfg.max_rows]
+  else:
+    rows = benchmarks.from_qa_rows(read_qa_rows(source, seed, cfg.max_rows, cfg.bad_rows))
+  if cfg.answers == "read":
+    readable = [row for row in rows if row.options and _letter(row) is not None]
+    if len(readable) < len(rows):
+      log.warning("%s: %d of %d questions have no lettered options and are left out (prism.answers = 'read')", name,
+                  len(rows) - len(readable), len(rows))
+    rows = readable
+  if not rows:
+    raise ValueError(f"prism.benchmarks: {name}={source} has no question that can be asked")
+  return rows
+
+
+def _letter(row: BenchmarkRow) -> int | None:
+  gold = row.gold.strip() if isinstance(row.gold, str) else ""
+  return string.ascii_uppercase.index(gold) if len(gold) == 1 and gold in string.ascii_uppercase[:len(row.options)] else None
+
+
+def images_of(rows: Sequence[BenchmarkRow]) -> tuple[list[str], dict[str, CaptionRow]]:
+  """The content's hash of each row's image, and each image once."""
+  known: dict[Any, str] = {}
+  digests, images = [], {}
+  for row in tqdm(rows, desc="images", unit="row", leave=False, delay=5, disable=None):
+    if row.image not in known:  # the questions of one image follow each other
+      known = {row.image: hashlib.sha256(image_bytes(CaptionRow(row.image, "", row.name))).hexdigest()}
+    digests.append(known[row.image])
+    images.setdefault(digests[-1], CaptionRow(row.image, "", row.name))
+  return digests, images
+
+
+def caption_all(images: dict[str, CaptionRow], kept: Kept, load, cfg: PrismConfig, instruction: str, mesh, seed: int) -> None:
+  """Captions what `kept` does not hold yet. Raises ValueError for an image that cannot be read: it would score as wrong."""
+  left = [digest for digest in images if digest not in kept]
+  if not left:
+    return
+  settings = CaptionConfig("", "", max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_p=cfg.top_p, batch_size=cfg.batch_size,
+                           skip_bad_images=False, repetition_penalty=1.0)
+  with Captioner(load(), settings, instruction, mesh, seed, group=cfg.captions) as captioner, \
+      tqdm(total=len(left), desc="captions", unit="image", disable=None) as bar:
+    rows = [images[digest] for digest in left]
+    for found in captioner(rows, range(len(rows))):
+      kept.put({left[item.number]: [
+          {"caption": one["caption"], "tokens": len(one["tokens"]), "finish": one["finish"]}
+          for one in item.row.get("group") or [item.row]] for item in found})
+      bar.update(len(found))
+
+
+class Prompts:
+  """(row, caption) -> token ids that the answering model goes on from."""
+
+  def __init__(self, judge: Loaded):
+    self.tokenizer = judge.tokenizer
+    self.chat = judge.tokenizer.backend.token_to_id("<|im_start|>") is not None
+
+  def __call__(self, row: BenchmarkRow, caption: str) -> list[int]:
+    """A caption that spells special tokens is tokenised by itself, as text: it cannot close the turn."""
+    before, after = benchmarks.split_prompt(row)
+    if row.benchmark == benchmarks.QUESTIONS:  # has no turns of its own
+      after += LETTER_ONLY
+      if self.chat:
+        before, after = f"<|im_start|>user\n{before}", f"{after}<|im_end|>\n<|im_start|>assistant\n"
+      else:
+        after += "\nAnswer:"
+    encode, plain = self.tokenizer.encode, self.tokenizer.encode_plain
+    if encode(caption) == plain(caption):
+      return encode(before + caption + after)
+    return encode(before) + plain(caption) + encode(after)
+
+
+def write_answers(pairs: Sequence[tuple[BenchmarkRow, str, int]], kept: Kept, judge: Loaded, cfg: PrismConfig, mesh, seed) -> list[str]:
+  """The text that answers each (row, caption, number of the caption); what `kept` holds is not written again."""
+  prompts = Prompts(judge)
+  ids = [prompts(row, caption) for row, caption, _ in pairs]
+  # Two captions with the same words are answered by themselves: at a temperature, answers are draws.
+  keys = [hashlib.sha256(json.dumps([one, number if cfg.answer_temperature else 0]).encode()).hexdigest()
+          for one, (_, _, number) in zip(ids, pairs)]
+  left = {key: one for key, one in zip(keys, ids) if key not in kept}
+  if left:
+    writer = Writer(judge, SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature), cfg.answer_batch_size, mesh, seed)
+    names = list(left)
+    with tqdm(total=len(left), desc="answers", unit="answer", disable=None) as bar:
+      for found in writer(list(left.values())):
+        kept.put({names[number]: {"text": text.text, "finish": text.finish} for number, text in found})
+        bar.update(len(found))
+  return [kept[key]["text"] for key in keys]
+
+
+def read_answers(pairs: Sequence[tuple[BenchmarkRow, str, int]], asker: Asker) -> np.ndarray:
+  """The option that the judge reads from each caption, int; -1 where it abstains."""
+  return asker.choices([(caption, _question(row)) for row, caption, _ in pairs], "answers")
+
+
+def _question(row: BenchmarkRow) -> Question:
+  stem = benchmarks.user_text(row)
+  if row.benchmark == benchmarks.QUESTIONS:
+    stem = stem.rsplit("\n", len(row.options))[0]  # its lines of options are ours
+  return Question(stem, row.options, _letter(row), row.kind)
+
+
+def make_asker(judge: Loaded, section: JudgeSection, rows: Sequence[BenchmarkRow], seed: int) -> Asker:
+  names = sorted({row.kind for row in rows})
+  tokenize = QuestionTokenizer(judge.tokenizer, template_for(section.reading, section.prompt), names, section.abstain,
+                               section.abstain_letter)
+  return Asker(judge, tokenize, section, seed)
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Prism: writes prism.json, answers.jsonl and prism.html to the workdir. Without a section `prism`: `evaluate.run`."""
+  if not config.get("prism"):
+    evaluate.run(config, workdir)
+    return
+  cfg = configuration.load_section(config, "prism", PrismConfig)
+  policy, section = configuration.load_section(config, "policy", PolicySection), configuration.load_section(config, "judge", JudgeSection)
+  if jax.process_count() > 1:
+    raise ValueError("Prism runs in one process; name fewer benchmarks or captioners in each of several runs")
+  seed = config.get("seed", 0)
+  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
+  for name, size in (("prism.batch_size", cfg.batch_size), ("prism.answer_batch_size", cfg.answer_batch_size)):
+    sharding.check_batch_size(size, mesh, name)
+  read = {name: read_rows(name, source, cfg, seed) for name, source in named(cfg.benchmarks, "prism.benchmarks").items()}
+  digests: dict[str, list[str]] = {}
+  images: dict[str, CaptionRow] = {}
+  for name, rows in read.items():
+    digests[name], found = images_of(rows)
+    images = found | images
+  log.info("%d images, %s", len(images), ", ".join(f"{name}: {len(rows)} questions" for name, rows in read.items()))
+  cache = pathlib.Path(cfg.cache).expanduser() if cfg.cache else workdir / "cache"
+  with jax.set_mesh(mesh):
+    captions = {}
+    for name, checkpoint in named(cfg.captioners, "prism.captioners").items():
+      settings = {"checkpoint": checkpoint, "instruction": policy.instruction, "dtype": policy.dtype, "min_pixels": policy.min_pixels,
+                  "max_pixels": policy.max_pixels, "captions": cfg.captions, "temperature": cfg.temperature, "top_p": cfg.top_p,
+                  "max_tokens": cfg.max_tokens, "seed": seed}
+      captions[name] = Kept(cache, "captions", settings)
+      log.info("captioner %s: %d of %d images are captioned already", name, sum(d in captions[name] for d in images), len(images))
+      load = lambda checkpoint=checkpoint: dataclasses.replace(policy, checkpoint=checkpoint).load(mesh)
+      caption_all(images, captions[name], load, cfg, policy.instruction, mesh, seed)
+    answered = _answer_all(read, digests, captions, section, cfg, cache, mesh, seed)
+  figures = prism_figures.summarise(answered, read, digests, captions, cfg, seed)
+  write_json(workdir / "prism.json", figures)
+  prism_figures.write_answers(workdir / "answers.jsonl", answered, read, digests, captions)
+  log.info("\n%s", prism_figures.table_text(figures))
+  write_page(workdir / "prism.html", figures, answered, read, digests, captions, images, cfg.examples, seed)
+  log.info("page: %s", workdir / "prism.html")
+
+
+def _answer_all(read, digests, captions: dict[str, Kept], section: JudgeSection, cfg: PrismConfig, cache: pathlib.Path, mesh,
+                seed: int) -> dict[str, dict[str, Any]]:
+  """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays [rows, captions]."""
+  judge = load_judge(section.source, mesh, jnp.dtype(section.dtype))
+  kept = Kept(cache, "answers", {"judge": section.source, "dtype": section.dtype, "temperature": cfg.answer_temperature,
+                                 "tokens": cfg.answer_tokens, "seed": seed}) if cfg.answers == "write" else None
+  answered: dict[str, dict[str, Any]] = {}
+  for name, rows in read.items():
+    asker = make_asker(judge, section, rows, seed) if kept is None else None
+    pairs_of: dict[str, list] = {who: [
+        (row, one["caption"], n) for row, digest in zip(rows, digests[name]) for n, one in enumerate(store[digest])]
+        for who, store in captions.items()}
+    if cfg.blind:
+      pairs_of["blind"] = [(row, "", 0) for row in rows]
+    answered[name] = {}
+    for who, pairs in pairs_of.items():
+      found = read_answers(pairs, asker) if kept is None else np.array(write_answers(pairs, kept, judge, cfg, mesh, seed), object)
+      answered[name][who] = found.reshape(len(rows), -1)
+  return answered
