@@ -6,7 +6,7 @@ import re
 import pytest
 
 from caprl_jax import (
-  caption, config_file, configuration, curation, dataset, endpoint, export, main, plan, prism, setup_run, sft, sharding,
+  caption, config_file, configuration, curation, dataset, demo, endpoint, export, gallery, main, plan, prism, setup_run, sft, sharding,
 )  # fmt: skip
 from caprl_jax.optimizer import build_optimizer
 
@@ -46,6 +46,13 @@ def test_every_config_is_built_and_read(path):
         configuration.load_section(config, section, setup_run.PolicySection)
     elif mode == "dataset":
       configuration.load_section(config, "dataset", dataset.DatasetConfig)
+    elif mode == "gallery":
+      assert configuration.load_section(config, "gallery", gallery.GalleryConfig).files
+      configuration.load_section(config, "judge", setup_run.JudgeSection)
+    elif mode == "demo":
+      configuration.load_section(config, "demo", demo.DemoConfig)
+      configuration.load_section(config, "policy", setup_run.PolicySection)
+      configuration.load_section(config, "judge", setup_run.JudgeSection)
     elif mode == "export":
       configuration.load_section(config, "export", export.ExportConfig)
       configuration.load_section(config, "policy", setup_run.PolicySection)

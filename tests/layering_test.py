@@ -20,7 +20,7 @@ ORDER = [
   "optimizer", "update", "step",
   "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "scoring", "answering", "writing", "curate", "setup_run", "calibrate",
   "samples", "evaluate", "curves", "report_template", "report", "dataset",
-  "sft", "train", "caption_shards", "caption_formats", "caption_report", "caption", "curation_page", "curation", "export", "plan",
+  "sft", "train", "caption_shards", "caption_formats", "caption_report", "caption", "curation_page", "curation", "export", "plan", "gallery", "demo",
   "main",
 ]  # fmt: skip
 
