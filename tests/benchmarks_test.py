@@ -103,7 +103,8 @@ def test_lines(tmp_path, images):
   path = tmp_path / "lmm_eval_Visu.jsonl"
   path.write_text(json.dumps(item()) + "\nnot JSON\n" + json.dumps(item()) + "\n")
   first, bad, last = read_benchmark(path, images)
-  assert isinstance(bad, BadRow) and (first.benchmark, last.name) == ("VisuLogic", "VisuLogic/2")
+  assert isinstance(bad, BadRow) and f"{path}:2: not JSON" in bad.message
+  assert (first.benchmark, last.name) == ("VisuLogic", "VisuLogic/2")
 
 
 @pytest.mark.parametrize("name, benchmark", [
@@ -232,6 +233,8 @@ def test_a_prompt_without_its_placeholder(use):
   ("A) old\nB) list\nQ?\nA) x\nB) y\nC) z", ("x", "y", "z")),
   ("Q?\nA) x\nC) y", ()),
   ("Q?\nB) x\nC) y", ()),
+  ("Q?\nC) x\nB) y", ()),
+  ("Q?\nA) x\nA) y\nB) z", ("y", "z")),
   ("Q?\nA) only", ()),
   ("What is A) or B)?", ()),
   ("Q?\nOptions: A: The cat, black, B: E.g. C: D, C: x.", ("The cat, black", "E.g.", "D, C: x.")),

@@ -217,7 +217,7 @@ def test_a_gold_that_is_no_mathematics_is_compared_exactly(gold):
 @pytest.mark.parametrize("prediction, gold, right", [
   ("\\frac{7}{2}", "3.5", 1), ("7/2", "$\\frac72$", 1), ("1,000", "1000", 1), ("Blue", "blue", 1),
   ("(1,2)", "[1,2]", 0),
-  ("2\\sqrt{3}", "\\sqrt{12}", 0), ("3.5001", "3.5", 0), (None, "5", 0)])
+  ("2\\sqrt{3}", "\\sqrt{12}", 0), ("12 cm", "12", 1), ("3.5001", "3.5", 0), (None, "5", 0)])
 def test_maths_without_math_verify(monkeypatch, prediction, gold, right):
   monkeypatch.setitem(sys.modules, "math_verify", None)
   assert maths(prediction, gold) == (right, "plain")
