@@ -180,9 +180,17 @@ def _ask(endpoint: Endpoint, numbers: Sequence[int], rows) -> Iterator[list[Fini
     for number in numbers:
       yield number, generated.GENERATION_SYSTEM, generated.GENERATION_USER, image_bytes(rows[number])
 
+  failed: list[Finished] = []  # kept only when a later request gets through: a server that died has refused no image
   for number, reply in endpoint.ask_all(requests()):
-    yield [Finished(number, {"image": rows[number].name, "text": reply.text, "error": reply.error, "finish": reply.finish},
-                    {"attempts": reply.attempts})]
+    item = Finished(number, {"image": rows[number].name, "text": reply.text, "error": reply.error, "finish": reply.finish},
+                    {"attempts": reply.attempts})
+    if reply.error is not None:
+      failed.append(item)
+      continue
+    yield [*failed, item]
+    failed = []
+  if failed:
+    yield failed
 
 
 # ---- 3: answers ----

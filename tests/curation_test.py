@@ -171,6 +171,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def do_POST(self):
     request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    if self.server.dead:
+      self.send_error(400)
+      return
     self.server.asked.append(request)
     self._send({"id": "1", "object": "chat.completion", "created": 0, "model": "writer", "choices": [
         {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": REPLY}}]})
@@ -179,7 +182,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
   made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-  made.asked = []
+  made.asked, made.dead = [], False
   threading.Thread(target=made.serve_forever, daemon=True).start()
   yield made
   made.shutdown()
@@ -207,6 +210,17 @@ def test_images_to_questions_through_an_endpoint(tmp_path, checkpoint, images, s
   kept = sum(len(row.questions) for row in rows)
   assert kept == figures["questions"]["kept"] > 0 and rows[0].questions[0].provenance.startswith("writer; visual ")
   assert run(tmp_path, checkpoint, images, *more) == 0 and len(server.asked) == 6  # nothing is asked twice
+
+
+def test_a_server_that_dies_has_refused_no_image(tmp_path, checkpoint, images, server, capsys):
+  more = ("--config.curation.questions=endpoint", f"--config.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
+          "--config.endpoint.model=writer", "--config.curation.min_visual=0.0", "--config.curation.max_blind=1.0",
+          "--config.endpoint.concurrency=1", "--config.endpoint.max_failures=2")
+  server.dead = True
+  assert run(tmp_path, checkpoint, images, *more) == 2 and "2 requests in a row failed" in capsys.readouterr().err
+  server.dead = False
+  assert run(tmp_path, checkpoint, images, *more) == 0
+  assert len(server.asked) == 7 and json.loads((tmp_path / "work" / "funnel.json").read_text())["images"]["with a reply"] == 7
 
 
 def test_a_model_of_ours_writes_and_its_text_is_kept(tmp_path, checkpoint, images):
