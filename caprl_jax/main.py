@@ -71,6 +71,18 @@ MODES = {
     "--config.caption.output=captions.jsonl",
     workdir="runs/caption",
   ),
+  "gallery": Mode(
+    "caprl_jax.gallery",
+    "a page that shows what several captioners wrote about the same images, side by side",
+    "--config=configs/gallery.py --config.gallery.captions=before=a.jsonl,after=b.jsonl",
+    workdir="runs/gallery",
+  ),
+  "demo": Mode(
+    "caprl_jax.demo",
+    "a local page: drop an image in, read its caption, watch the judge answer from the words",
+    "--config=configs/demo.py --config.policy.checkpoint=runs/quickstart/policy",
+    workdir="runs/demo",
+  ),
   "plan": Mode(
     "caprl_jax.plan",
     "memory and largest arrays of a training config's step on a TPU topology, without a TPU",
@@ -190,8 +202,9 @@ def _help_page(options: flags.FlagValues) -> str:
     "",
     "Modes (config.mode; several joined by commas run in a row, e.g. --config.mode=sft,train):",
   ]
+  lines.append("")
   for name, mode in MODES.items():
-    lines += ["", f"  {name:<10}{mode.line}", f"  {'':<10}{command} {mode.example}"]
+    lines += [f"  {name:<10}{mode.line}", f"  {'':<10}{command} {mode.example}"]
   table = {"--config.section.key=...": "Change one value of the config file; None empties it."}
   for name in sorted(options):
     table[f"--[no]{name}" if options[name].boolean else f"--{name}=..."] = options[name].help

@@ -45,9 +45,9 @@ LETTER_ONLY = "\nAnswer with the letter of the right option only."
 
 @dataclasses.dataclass(frozen=True)
 class PrismConfig:
-  """captioners: "name=checkpoint" each; the section `policy` says the rest. The others are compared with the first.
+  """captioners: "name=checkpoint", joined by commas; the section `policy` says the rest. The others are compared with the first.
 
-  benchmarks: "name=source" each: a file of CapRL-Evaluation-Files (lmm_eval_*.json, with their images in `image_root`, a folder or a
+  benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json, with their images in `image_root`, a folder or a
     .zip), or a QA source (`data/sources.py`). max_rows: of each.
   captions: of each image, at `temperature`; CapRL takes 4 at 1.0 and reports their mean; 1 at 0 is greedy.
   answers: "write", as CapRL: the answering model (section `judge`) writes up to `answer_tokens` at `answer_temperature`;
@@ -55,8 +55,8 @@ class PrismConfig:
     counted). Reading also tells a caption that says nothing from one that misleads.
   blind: ask with an empty caption too. intervals: their level. cache: folder of captions and answers; None: in the workdir.
   """
-  captioners: tuple[str, ...]
-  benchmarks: tuple[str, ...]
+  captioners: str
+  benchmarks: str
   image_root: str | None = None
   max_rows: int | None = None
   captions: int = 4
@@ -75,9 +75,6 @@ class PrismConfig:
   bad_rows: BadRows = "refuse"
 
   def __post_init__(self):
-    if not self.captioners or not self.benchmarks:
-      raise ValueError("prism.captioners and prism.benchmarks name what is compared and on what, as name=path; both need one at "
-                       "least")
     named(self.captioners, "prism.captioners")
     named(self.benchmarks, "prism.benchmarks")
     if self.captions < 1 or self.batch_size < 1 or self.answer_batch_size < 1:
@@ -88,13 +85,14 @@ class PrismConfig:
                        "temperature")
 
 
-def named(items: Sequence[str], key: str) -> dict[str, str]:
-  """ "name=value" items by name. Raises ValueError, with the config's key, for an item without a name, or a name twice."""
+def named(text: str, key: str) -> dict[str, str]:
+  """The parts of "name=value,name=value". Raises ValueError, with the config's key, for a part that has no name, or has
+  another's."""
   found: dict[str, str] = {}
-  for item in items:
+  for item in text.split(","):
     name, _, value = item.partition("=")
     if not name.strip() or not value.strip():
-      raise ValueError(f"{key}: {item!r} must be name=value, as in ('caprl=runs/quickstart/policy',)")
+      raise ValueError(f"{key}: {item!r} must be name=value, as in before=configs/quickstart_policy,after=runs/quickstart/policy")
     if name.strip() in found:
       raise ValueError(f"{key}: the name {name.strip()!r} is given twice")
     found[name.strip()] = value.strip()

@@ -62,7 +62,7 @@ def summarise(answered: Mapping[str, Mapping[str, np.ndarray]], read: Mapping[st
               digests: Mapping[str, Sequence[str]], captions: Mapping[str, Mapping[str, list]], cfg: Any, seed: int) -> dict[str, Any]:
   """All figures, by benchmark and captioner, and the average over benchmarks, which weighs them alike."""
   names, first = list(captions), next(iter(captions))
-  result: dict[str, Any] = {"captioners": list(cfg.captioners), "answers": cfg.answers, "captions": cfg.captions, "level": cfg.intervals,
+  result: dict[str, Any] = {"captioners": cfg.captioners, "answers": cfg.answers, "captions": cfg.captions, "level": cfg.intervals,
                             "benchmarks": {}}
   for benchmark, rows in read.items():
     scores = {who: score_answers(rows, found) for who, found in answered[benchmark].items()}

@@ -1,7 +1,7 @@
 """Prism evaluation as CapRL's paper has it: 4 captions an image at temperature 1, answered by a model without eyes.
 
   python -m caprl_jax.main --config=configs/prism.py --workdir=runs/prism \\
-    --config.prism.benchmarks="('MMStar=json_file/lmm_eval_MMStar.json', 'ChartQA=json_file/lmm_eval_chartqa.json')" \\
+    --config.prism.benchmarks=MMStar=json_file/lmm_eval_MMStar.json,ChartQA=json_file/lmm_eval_chartqa.json \\
     --config.prism.image_root=bench_image_folder.zip
 
 The files are internlm/CapRL-Evaluation-Files' (MMStar, ChartQA, ChartQAPro, CharXiv, InfoVQA, MMMU, MMMU-Pro, SEED,
@@ -23,8 +23,8 @@ def get_config():
                        param_dtype="bfloat16", max_pixels=1_000_000)
   config.judge = dict(source="internlm/CapRL-Eval-3B", dtype="bfloat16")
   config.prism = dict(
-      captioners=("Qwen2.5-VL-3B=Qwen/Qwen2.5-VL-3B-Instruct", "CapRL-3B=internlm/CapRL-3B"),
-      benchmarks=("MMStar=json_file/lmm_eval_MMStar.json",), image_root="bench_image_folder.zip", captions=4, temperature=1.0,
+      captioners="Qwen2.5-VL-3B=Qwen/Qwen2.5-VL-3B-Instruct,CapRL-3B=internlm/CapRL-3B",
+      benchmarks="MMStar=json_file/lmm_eval_MMStar.json", image_root="bench_image_folder.zip", captions=4, temperature=1.0,
       max_tokens=2048, batch_size=8, answers="write", answer_tokens=2048, answer_temperature=1.0, answer_batch_size=16,
       blind=True, examples=24)
   config.prism.max_rows = None

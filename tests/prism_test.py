@@ -41,7 +41,7 @@ def made(tmp_path_factory):
 
 
 def run(folder, workdir, *more, checkpoints=("policy0", "policy1")):
-  captioners = tuple(f"{name}={folder / name}" for name in checkpoints)
+  captioners = ",".join(f"{name}={folder / name}" for name in checkpoints)
   return main.main(["main", "--config=configs/prism_quickstart.py", f"--workdir={workdir}", f"--config.prism.captioners={captioners}",
                     f"--config.judge.source={folder / 'judge'}",
                     "--config.prism.captions=2", "--config.prism.max_tokens=8", "--config.prism.batch_size=2", *more])
@@ -52,7 +52,7 @@ def read(path):
 
 
 def test_reading_answers(made, tmp_path, capsys):
-  more = (f"--config.prism.benchmarks=('qa={made / 'qa.jsonl'}',)",)
+  more = (f"--config.prism.benchmarks=qa={made / 'qa.jsonl'}",)
   assert run(made, tmp_path, *more) == 0
   answers, figures = read(tmp_path / "answers.jsonl"), json.loads((tmp_path / "prism.json").read_text())
   assert len(answers) == 4 * (2 * 2 + 1)  # questions x (captioners x captions + none)
@@ -76,7 +76,7 @@ def test_reading_answers(made, tmp_path, capsys):
 
 def test_written_answers_are_the_judges_own(made, tmp_path):
   """Greedy: each text is what the judge writes after the whole prompt; the release's file goes with a QA source."""
-  sources = f"--config.prism.benchmarks=('charts={made / 'lmm_eval_chartqa.json'}', 'qa={made / 'qa.jsonl'}')"
+  sources = f"--config.prism.benchmarks=charts={made / 'lmm_eval_chartqa.json'},qa={made / 'qa.jsonl'}"
   more = (sources, f"--config.prism.image_root={made}", "--config.prism.answers=write", "--config.prism.answer_tokens=6",
           "--config.prism.answer_temperature=0.0", "--config.prism.answer_batch_size=4")
   assert run(made, tmp_path, *more, checkpoints=("policy0",)) == 0
@@ -97,7 +97,7 @@ def test_written_answers_are_the_judges_own(made, tmp_path):
 
 
 def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
-  more = (f"--config.prism.benchmarks=('qa={made / 'qa.jsonl'}',)", "--config.prism.answers=write", "--config.prism.answer_tokens=4")
+  more = (f"--config.prism.benchmarks=qa={made / 'qa.jsonl'}", "--config.prism.answers=write", "--config.prism.answer_tokens=4")
   write, asked = prism.Writer.__call__, []
 
   def cut(self, prompts):
@@ -154,16 +154,16 @@ def test_what_is_kept_survives_a_torn_line(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (("--config.prism.captions=2", "--config.prism.temperature=0.0"), "2 greedy captions of an image are all the same"),
-    (("--config.prism.captioners=('runs/policy',)",), "'runs/policy' must be name=value"),
-    (("--config.prism.captioners=('a=x', 'a=y')",), "the name 'a' is given twice"),
-    (("--config.prism.benchmarks=('a=lmm_eval_MMStar.json',)",), "set prism.image_root"),
+    (("--config.prism.captioners=runs/policy",), "'runs/policy' must be name=value"),
+    (("--config.prism.captioners=a=x,a=y",), "the name 'a' is given twice"),
+    (("--config.prism.benchmarks=a=lmm_eval_MMStar.json",), "set prism.image_root"),
 ])
 def test_settings_refused(made, tmp_path, change, message, capsys):
   assert run(made, tmp_path, *change) == 2 and message in capsys.readouterr().err
 
 
 def test_questions_without_letters_are_left_out_of_reading_and_counted(made, tmp_path, capsys):
-  more = (f"--config.prism.benchmarks=('charts={made / 'lmm_eval_chartqa.json'}',)", f"--config.prism.image_root={made}")
+  more = (f"--config.prism.benchmarks=charts={made / 'lmm_eval_chartqa.json'}", f"--config.prism.image_root={made}")
   assert run(made, tmp_path, *more) == 2
   shown = capsys.readouterr().err
   assert "3 of 3 questions have no lettered options" in shown and "has no question that can be asked" in shown
