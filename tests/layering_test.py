@@ -14,13 +14,13 @@ ORDER = [
   "models.gguf", "models.files", "models.tokenizer",
   "models.layers", "models.attention", "models.decoder",
   "models.family", "models.qwen25_vl", "models.qwen3_vl", "models.internvl", "models.families",
-  "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load", "models.published", "models.quantize",
+  "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load", "models.compose", "models.published", "models.quantize",
   "data.prompts", "data.judge_prompts", "data.questions", "data.batches",
   "sampling", "rollout", "presenting", "judging", "caption_terms", "reward", "advantages", "loss",
   "optimizer", "update", "step",
-  "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "scoring", "answering", "writing", "curate", "setup_run", "calibrate",
+  "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "scoring", "answering", "data.conversations", "data.rendering", "data.packing", "next_token", "vqa", "writing", "curate", "setup_run", "calibrate",
   "samples", "evaluate", "curves", "report_template", "report", "dataset",
-  "sft", "train", "caption_shards", "caption_formats", "caption_report", "caption", "curation_page", "curation", "export", "plan", "gallery", "demo",
+  "sft", "train", "pretrain", "caption_shards", "caption_formats", "caption_report", "caption", "curation_page", "curation", "kept", "prism_figures", "prism_page", "prism", "export", "plan", "gallery", "demo",
   "main",
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Packed rows against each example alone: logits and gradients of all families."""
+"""Packed rows against each example alone: logits and gradients of all families; plans, rows and batches."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 
 import oracle
+import tiny
+from caprl_jax import sharding
+from caprl_jax.data.conversations import Conversation, Turn, read_examples
 from caprl_jax.data.images import pad_image
+from caprl_jax.data.packing import PackConfig, Packer, first_fit, packed_batches
 from caprl_jax.data.prompts import build_prompt
+from caprl_jax.data.rendering import ChatRenderer
+from caprl_jax.data.rows import read_image
 from caprl_jax.models.decoder import head_matrix
+from caprl_jax.models.load import load_policy
+from caprl_jax.next_token import packed_loss
 from caprl_jax.types import Images, Prompts
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl-qwen2-tied")
@@ -119,3 +127,141 @@ def test_text_alone_needs_no_tower(pair):
   got = pair.ours.apply({"params": pair.params}, None, prompts, np.ones_like(tokens), method="packed")
   want = pair.ours.apply({"params": pair.params}, tokens, np.broadcast_to(np.arange(5), (2, 5)), prompts.valid_BP, (), method="extend")[0]
   np.testing.assert_array_equal(got, want)
+
+
+# ---- the plan and its rows ----
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("packing")
+  tiny.write_policy(folder / "policy")
+  tiny.write_data(folder / "data")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_folder):
+  return load_policy(str(tiny_folder / "policy"), sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
+
+
+def talks(folder):
+  """Questions with images, and conversations without, of several lengths."""
+  text = lambda n: Conversation(None, (Turn("user", "what " * n), Turn("assistant", "A red circle.")), f"text {n}")
+  return read_examples(str(folder / "data" / "rows.jsonl"), "", questions=1) + [text(n) for n in (1, 9, 20, 2, 90)]
+
+
+def make_packer(policy, examples, seed=3, **settings):
+  template, special = policy._chat()
+  return Packer(examples, ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special), policy.model.cfg,
+                PackConfig(**settings), seed)
+
+
+def test_first_fit_leaves_little_empty_and_keeps_both_limits():
+  rng = np.random.default_rng(0)
+  lengths, images = rng.integers(20, 1500, 2000), rng.integers(0, 2, 2000)
+  rows = first_fit(lengths, images, 2048, 4)
+  assert sorted(i for row in rows for i in row) == list(range(2000))
+  assert all(lengths[row].sum() <= 2048 and images[row].sum() <= 4 for row in rows)
+  assert lengths.sum() / (2048 * len(rows)) > 0.97
+  assert max(images[row].sum() for row in first_fit(lengths, images, 2048, 1)) == 1
+  assert first_fit([5, 5, 5], [0, 0, 0], 10, 1) == [[0, 1], [2]]
+
+
+def test_a_plan_holds_every_example_once_and_depends_on_seed_and_epoch_alone(tiny_folder, policy):
+  examples = talks(tiny_folder)
+  packer = make_packer(policy, examples, tokens=256, window=16)
+  for epoch in (0, 1, 5):
+    plan = packer.plan(epoch)
+    assert sorted(i for row in plan.rows for i in row) == list(range(len(examples)))
+    for row in plan.rows:
+      assert sum(len(plan.rendered[i].tokens_L) + packer.counts[i] for i in row) <= 256
+      assert sum(packer.counts[i] > 0 for i in row) <= packer.images
+  again, other = make_packer(policy, examples, tokens=256, window=16), make_packer(policy, examples, seed=4, tokens=256, window=16)
+  rows = lambda p, epoch: p.plan(epoch).rows
+  assert rows(again, 5) == rows(packer, 5) and rows(packer, 5) != rows(packer, 1) and rows(other, 1) != rows(packer, 1)
+  texts = lambda epoch: [r.tokens_L.tolist() for r in packer.plan(epoch).rendered]
+  questions = len(examples) - 5
+  changed = [a != b for a, b in zip(texts(0), texts(1))]
+  assert sum(changed[:questions]) > questions / 4 and not any(changed[questions:])  # options in another order; text as it is
+  first = len(rows(packer, 0))
+  assert [packer.locate(n) for n in (0, first - 1, first)] == [(0, 0), (0, first - 1), (1, 0)]
+  assert packer.rows_until(1) == first and packer.rows_until(1.5) == first + round(len(rows(packer, 1)) / 2)
+  figures = packer.figures()
+  assert figures["fill"] == packer.plan(0).tokens / (first * 256) > 0.8 and figures["examples"] == len(examples)
+
+
+def test_rows_hold_their_examples(tiny_folder, policy):
+  """Row by row: tokens, positions, segments, wanted tokens, and the units of the right image."""
+  packer = make_packer(policy, talks(tiny_folder), tokens=256, images=4)
+  plan, cfg = packer.plan(0), policy.model.cfg
+  units = packer.shape.slots // 4
+  for number, members in enumerate(plan.rows):
+    row, shown = packer(number), 0
+    assert row.segment_BL.max() == len(members) and row.images.patches_BSE.shape[0] == 4
+    is_image = (row.prompts.tokens_BP == cfg.image_token) & row.prompts.valid_BP
+    for place, index in enumerate(members, 1):
+      own = row.segment_BL == place
+      tokens, rendered = row.prompts.tokens_BP[own], plan.rendered[index]
+      assert tokens[tokens != cfg.image_token].tolist() == rendered.tokens_L.tolist()
+      assert row.prompts.tokens_BP[own & row.wanted_BL].tolist() == rendered.tokens_L[rendered.wanted_L].tolist()
+      assert row.prompts.position_B3P[:, own][:, 0].tolist() == [0, 0, 0]
+      if packer.counts[index]:
+        patches = cfg.vision.pixels.patchify(read_image(packer.examples[index]))
+        np.testing.assert_array_equal(row.images.patches_BSE[shown][:len(patches.valid_S)], patches.patches_SE)
+        at = np.cumsum(is_image)[own & is_image] - 1
+        np.testing.assert_array_equal(row.images.unit_BI[at], patches.unit_I + shown * units)
+        shown += 1
+    assert not row.images.valid_BS[shown:].any() and (row.segment_BL == 0).sum() == (~row.prompts.valid_BP).sum()
+
+
+def test_too_long_is_refused_or_dropped_and_never_cut(tiny_folder, policy, caplog):
+  examples = talks(tiny_folder)
+  with pytest.raises(ValueError, match=r"1 of 29 examples are longer than a row's 100 tokens \(the longest, 'text 90'"):
+    make_packer(policy, examples, tokens=100)
+  packer = make_packer(policy, examples, tokens=100, too_long="drop")
+  assert len(packer.examples) == 28 and "dropped 1 of 29 examples are longer" in caplog.text
+  with pytest.raises(ValueError, match="no example is left"):
+    make_packer(policy, examples, tokens=10, too_long="drop")
+  one = make_packer(policy, examples, tokens=256, packing=False)
+  assert len(one.plan(0).rows) == 29 and one.images == 1 and make_packer(policy, examples[-5:], tokens=256)(0).images is None
+
+
+def test_images_that_cannot_be_read(tiny_folder, policy, caplog):
+  broken = tiny_folder / "broken.png"
+  broken.write_bytes(b"no image")
+  bad = Conversation(broken, (Turn("user", "what", 0), Turn("assistant", "it")), "bad one")
+  with pytest.raises(ValueError, match="row 'bad one': cannot read its image"):
+    make_packer(policy, [bad, *talks(tiny_folder)], tokens=256)
+  assert len(make_packer(policy, [bad, *talks(tiny_folder)], tokens=256, bad_rows="drop").examples) == 29
+  assert "dropped 1 of 30 examples whose image cannot be read" in caplog.text
+
+
+def test_batches_resume_and_do_not_depend_on_processes(tiny_folder, policy):
+  examples = talks(tiny_folder)
+  make = lambda share=None: packed_batches(make_packer(policy, examples, tokens=128), 4, 6, share, threads=2)
+  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  iterator = make()
+  batches, states = [], []
+  for batch in iterator:
+    batches.append(batch)
+    states.append(iterator.get_state())
+  assert len(batches) == 6 and batches[0].segment_BL.shape == (4, 128)
+  resumed = make()
+  resumed.set_state(states[3])
+  same(next(resumed), batches[4])
+  for part in ([0, 1], [3]):
+    same(next(make(part)), jax.tree.map(lambda x: x[np.array(part)], batches[0]))
+
+
+def test_the_loss_of_packed_rows_is_that_of_the_examples(tiny_folder, policy):
+  examples = talks(tiny_folder)
+  loss = jax.jit(lambda batch: packed_loss(policy.model, policy.params, batch, 64))
+  sums = []
+  for settings in (dict(tokens=256), dict(tokens=160, packing=False)):
+    packer = make_packer(policy, examples, **settings)
+    rows = [packer(n) for n in range(packer.rows_until(1))]
+    made = [loss(jax.tree.map(lambda *x: np.stack(x), *rows))]
+    sums.append([sum(float(x) for x in column) for column in zip(*made)])
+  assert sums[0][1] == sums[1][1] > 50
+  np.testing.assert_allclose(sums[0][0], sums[1][0], rtol=1e-5)

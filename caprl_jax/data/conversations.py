@@ -1,0 +1,242 @@
+"""Captions, conversations and questions, by source -> turns of user and assistant to learn from."""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import itertools
+import logging
+import pathlib
+import string
+from typing import Any, Literal
+
+import numpy as np
+
+from caprl_jax.answering import question_text
+from caprl_jax.data import jsonl
+from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, good_rows
+from caprl_jax.data.sources import SOURCES, parse_mixture, read_parts
+
+log = logging.getLogger("caprl_jax.data")
+
+Role = Literal["system", "user", "assistant"]
+PLACE = "<image>"  # what LLaVA's data writes where the image goes
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """What one side says; the image stands before `text[image_at:]`, where this turn has it."""
+  role: Role
+  text: str
+  image_at: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """Turns with at most one image. `ended`: False for a last answer that was cut, after which no end is to be learnt."""
+  image: ImageSource | None
+  turns: tuple[Turn, ...]
+  name: str
+  ended: bool = True
+
+  def __post_init__(self):
+    """Raises ValueError, which names no row, for turns that are not user, assistant, user, ... after a system's."""
+    roles = [turn.role for turn in self.turns]
+    asked = roles[1:] if roles[:1] == ["system"] else roles
+    if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
+      raise ValueError(f"its turns are of {', '.join(roles) or 'nobody'}; after an optional system turn they must be user and "
+                       "assistant in turn, the assistant last")
+    if any(turn.role == "assistant" and not turn.text.strip() for turn in self.turns):
+      raise ValueError("an assistant's turn is empty")
+    places = sum(turn.image_at is not None for turn in self.turns)
+    if places != (self.image is not None) or any(turn.image_at is not None and turn.role != "user" for turn in self.turns):
+      raise ValueError(f"it has {int(self.image is not None)} image(s) and {places} place(s) for one in the user's turns")
+
+
+Example = Conversation | QARow  # a QARow's options come in another order at every visit
+
+
+def read_examples(source: str, instruction: str, image_root: str | None = None, seed: int = 0, max_rows: int | None = None,
+                  bad_rows: BadRows = "refuse", questions: int | None = None) -> list[Example]:
+  """Reads what a stage of pretraining learns from.
+
+  A .jsonl file holds, a line each,
+    {"image", "caption", "name"?, ...}: captions, of mode `caption` too; its rows with `error` are left out, with a count;
+    {"conversations": [{"from": "human"|"gpt"|"system", "value"}], "image"?, "id"?}: LLaVA's layout, in which `<image>` in a
+      human's text is where the image goes (before the first text if it is nowhere);
+    {"messages": [{"role", "content"}], "image"? or "images"?, "id"?}: OpenAI's, the content a text like LLaVA's or a list
+      of {"type": "text", "text"} and {"type": "image"};
+    {"image", "questions"}: multiple choice, as every other source of `data/sources.py`.
+  " + " joins sources, row by row.
+
+  Args:
+    instruction: what the user says where a row has a caption only.
+    image_root: what images' paths are relative to; None: the file's folder or, where they are not there, this folder.
+    seed: of what a reader draws.
+    max_rows: keeps the first rows only, of each source.
+    questions: of one image in one conversation; None: all of them. More share the image's tokens, but later questions may
+      then be answered from earlier ones.
+
+  Raises:
+    ValueError: an unknown source, one without rows, or bad rows that are to be refused, with file and line.
+  """
+  found: list[Example] = []
+  parts = parse_mixture(source)
+  if any(part.weight for part in parts):
+    raise ValueError(f"{source!r}: weights are not supported here, every example is used once an epoch; leave them out")
+  for part in parts:
+    path = pathlib.Path(part.source).expanduser()
+    if path.suffix == ".jsonl" and "questions" not in _first(path):
+      rows = scan_conversations(path, instruction, image_root)
+      if max_rows is not None:
+        rows = itertools.islice(rows, max_rows)
+      made: list[Example] = list(good_rows(rows, bad_rows))
+    elif path.suffix in (".txt", ".json"):
+      raise ValueError(f"data source {part.source!r} is not known here; write one JSON object a line (.jsonl), or use\n{SOURCES}")
+    else:
+      made = [piece for _, rows in read_parts(part.source, seed, max_rows, bad_rows) for row in rows
+              for piece in _split(row, questions)]
+    if not made:
+      raise ValueError(f"{part.source}: no rows to learn from")
+    found += made
+  return found
+
+
+def _first(path: pathlib.Path) -> Mapping:
+  """The first line that is an object."""
+  return next((item for _, item in jsonl.read_lines(path) if isinstance(item, dict)), {})
+
+
+def _split(row: QARow, questions: int | None) -> list[QARow]:
+  """The row cut into rows of some of its questions each."""
+  if questions is None or len(row.questions) <= questions:
+    return [row]
+  return [dataclasses.replace(row, questions=row.questions[i:i + questions], name=f"{row.name}, questions from {i}")
+          for i in range(0, len(row.questions), questions)]
+
+
+def conversation_of(example: Example, rng: np.random.Generator | None = None) -> Conversation:
+  """Turns of an example. A QARow's questions, and each one's options, come in an order that `rng` draws (None: their own),
+  one turn a question; the assistant answers with the letter alone. The image stands before the first."""
+  if isinstance(example, Conversation):
+    return example
+  draw = (lambda n: rng.permutation(n).tolist()) if rng else (lambda n: list(range(n)))
+  turns = []
+  for number in draw(len(example.questions)):
+    question = example.questions[number]
+    order = draw(len(question.options))
+    turns += [Turn("user", question_text(question, order, none_of_above=False), None if turns else 0),
+              Turn("assistant", string.ascii_uppercase[order.index(question.gold)])]
+  return Conversation(example.image, tuple(turns), example.name)
+
+
+def scan_conversations(path: pathlib.Path, instruction: str, image_root: str | None = None) -> Iterator[Conversation | BadRow]:
+  """The captions and conversations of a .jsonl file (`read_examples`), with a BadRow for each line that is neither."""
+  failed, empty = 0, True
+  for where, item in jsonl.read_lines(path):
+    empty = False
+    if isinstance(item, BadRow):
+      yield item
+    elif isinstance(item, dict) and "error" in item and "caption" not in item:
+      failed += 1
+    else:
+      try:
+        yield _parse(item, instruction, path.parent, image_root)
+      except ValueError as error:
+        yield BadRow(where, f"{where}: {error}")
+  if empty:
+    raise ValueError(f"{path}: no rows; write one JSON object a line")
+  if failed:
+    log.warning("%s: left out %d rows that have an error in place of a caption", path, failed)
+
+
+def _parse(item: Any, instruction: str, folder: pathlib.Path, image_root: str | None) -> Conversation:
+  if not isinstance(item, dict):
+    raise ValueError(f"{item!r:.80} is no JSON object")
+  images = item.get("images")
+  images = [item["image"]] if item.get("image") is not None else images if images is not None else []
+  if isinstance(images, str):
+    images = [images]
+  if not isinstance(images, list) or any(not isinstance(image, str) for image in images):
+    raise ValueError(f"image {images!r:.80} must be a path, images a list of them")
+  if "caption" in item:
+    turns = [Turn("user", instruction, 0), Turn("assistant", _text(item["caption"], "caption"))]
+  elif "conversations" in item:
+    turns = [_turn(turn, "from", "value") for turn in _list(item["conversations"], "conversations")]
+  elif "messages" in item:
+    messages = _list(item["messages"], "messages")
+    turns = [_turn(turn, "role", "content") for turn in messages]
+    images = images or _image_parts(messages)
+  else:
+    raise ValueError(f"it has the keys {sorted(item)}; one of caption, conversations and messages must be there")
+  if len(images) > 1:
+    raise ValueError(f"it has {len(images)} images; conversations with one image at most are supported")
+  if images and all(turn.image_at is None for turn in turns):  # nowhere said: before the user's first words
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
+    turns[first:first + 1] = [dataclasses.replace(turn, image_at=0) for turn in turns[first:first + 1]]
+  image = _image_file(images[0], folder, image_root) if images else None
+  name = item.get("name", item.get("id", images[0] if images else ""))
+  return Conversation(image, tuple(turns), str(name), item.get("finish") != "length")
+
+
+def _image_file(name: str, folder: pathlib.Path, image_root: str | None) -> pathlib.Path:
+  roots = [pathlib.Path(image_root).expanduser()] if image_root else [folder, pathlib.Path()]
+  for root in roots:
+    if (root / name).is_file():
+      return root / name
+  raise ValueError(f"image {name!r} is not a file in {' or '.join(str(root.absolute()) for root in roots)}; correct it or set "
+                   "image_root to the folder that the paths are relative to")
+
+
+def _turn(turn: Any, role_key: str, text_key: str) -> Turn:
+  """One turn of either layout; an image that it holds is placed, and its sign taken out of the text."""
+  if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str):
+    raise ValueError(f"{turn!r:.80} is no turn with {role_key!r} and {text_key!r}")
+  if turn[role_key] not in _ROLES:
+    raise ValueError(f"{role_key} {turn[role_key]!r} is not one of {', '.join(_ROLES)}")
+  role, content = _ROLES[turn[role_key]], turn.get(text_key)
+  if isinstance(content, list):  # there, `<image>` is text
+    texts, at = [], None
+    for part in content:
+      if _is_image(part):
+        if at is not None:
+          raise ValueError("a turn has two images; conversations with one image at most are supported")
+        at = sum(map(len, texts))
+      else:
+        texts.append(_text(part.get("text") if isinstance(part, dict) else None, "a part of the content"))
+    return Turn(role, "".join(texts), at)
+  text = _text(content, text_key)
+  if role != "user" or PLACE not in text:
+    return Turn(role, text)
+  before, _, after = text.partition(PLACE)
+  if PLACE in after:
+    raise ValueError(f"a turn has {PLACE} {text.count(PLACE)} times; conversations with one image at most are supported")
+  before, after = before.removesuffix("\n"), after.removeprefix("\n")  # the template puts its own around the image
+  return Turn(role, before + after, len(before))
+
+
+def _is_image(part: Any) -> bool:
+  return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+
+
+def _image_parts(messages: list) -> list[str]:
+  """Paths that the content's own parts give."""
+  found = []
+  for part in (p for m in messages if isinstance(m.get("content"), list) for p in m["content"] if _is_image(p)):
+    value = part.get("image", part.get("image_url", part.get("path")))
+    value = value.get("url") if isinstance(value, dict) else value
+    if not isinstance(value, str) or value.startswith(("http:", "https:", "data:")):
+      raise ValueError(f"image {value!r:.60} is no path of a file; save it as one")
+    found.append(value.removeprefix("file://"))
+  return found
+
+
+def _list(value: Any, key: str) -> list:
+  if not isinstance(value, list) or not value:
+    raise ValueError(f"{key} is {value!r:.80}, but it must be a list of turns")
+  return value
+
+
+def _text(value: Any, key: str) -> str:
+  if not isinstance(value, str):
+    raise ValueError(f"{key} is {value!r:.80}, but it must be a text")
+  return value

@@ -1,0 +1,62 @@
+"""A captioner, questions about images -> its accuracy with the images and without them (`vqa.json`)."""
+
+from collections.abc import Sequence
+import dataclasses
+import logging
+import pathlib
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from caprl_jax import sharding
+from caprl_jax.answering import Answerer, AnswerConfig, Verdict
+from caprl_jax.data.rows import QARow
+from caprl_jax.files import write_json
+from caprl_jax.models.load import Loaded
+
+log = logging.getLogger("caprl_jax.vqa")
+
+
+def summarise(rows: Sequence[QARow], verdicts: dict[int, list[Verdict] | ValueError]) -> dict[str, object]:
+  """Figures of all questions and of each kind: `accuracy` is the share of orders of the options, mean over questions, in
+  which the image's question is answered right; `blind` the same without the image; `..._probability` the mean
+  probability of the right letter."""
+  groups: dict[str, list[Verdict]] = {}
+  errors = 0
+  for number, row in enumerate(rows):
+    found = verdicts[number]
+    pairs = [] if isinstance(found, ValueError) else zip(row.questions, found, strict=True)
+    errors += len(row.questions) if isinstance(found, ValueError) else sum(bool(verdict.error) for verdict in found)
+    for question, verdict in pairs:
+      if not verdict.error:
+        groups.setdefault(question.kind, []).append(verdict)
+  mean = lambda found, name: float(np.mean([getattr(v, name) for v in found]))
+  figures = lambda found: {
+      "questions": len(found), "accuracy": mean(found, "visual"), "blind": mean(found, "blind"),
+      "probability": mean(found, "visual_prob"), "blind_probability": mean(found, "blind_prob")}
+  everything = [verdict for found in groups.values() for verdict in found]
+  if not everything:
+    raise ValueError(f"none of the {len(rows)} rows has a question that could be asked")
+  return {**figures(everything), "images": len(rows), "errors": errors,
+          "kinds": {kind or "(none)": figures(found) for kind, found in sorted(groups.items())}}
+
+
+def ask(policy: Loaded, rows: Sequence[QARow], source: str, cfg: AnswerConfig, seed: int, mesh: jax.sharding.Mesh,
+        path: pathlib.Path) -> dict[str, object] | None:
+  """Asks all questions of `rows`, logs and writes the figures. With several processes, only says how to do it: None."""
+  if jax.process_count() > 1:
+    log.warning("questions about images are asked in one process only: run the same command again in one")
+    return None
+  sharding.check_batch_size(cfg.batch_size, mesh, "pretrain.answer.batch_size")
+  verdicts: dict[int, list[Verdict] | ValueError] = {}
+  with Answerer(policy, cfg, mesh, seed) as answerer, tqdm(total=len(rows), desc="questions", unit="image", disable=None) as bar:
+    for found in answerer(rows, range(len(rows))):
+      verdicts |= dict(found)
+      bar.update(len(found))
+  figures = {"source": source, "answer": dataclasses.asdict(cfg), **summarise(rows, verdicts)}
+  write_json(path, figures)
+  log.info("%s: %d questions about %d images, accuracy %.3f, without the image %.3f (%s)", source, figures["questions"],
+           figures["images"], figures["accuracy"], figures["blind"],
+           ", ".join(f"{kind} {f['accuracy']:.3f}/{f['blind']:.3f}" for kind, f in figures["kinds"].items()))
+  return figures
