@@ -12,10 +12,7 @@ from matplotlib.text import Text
 from PIL import Image
 import pytest
 
-from caprl_jax.data import chart_drawing, charts, rows
-
-if importlib.util.find_spec("vega_datasets") is None:
-  pytest.skip("needs `pip install vega_datasets`", allow_module_level=True)
+from caprl_jax.data import chart_drawing, chart_tables, charts, rows
 
 SMALL = (96, 72)
 COUNT = 300
@@ -33,7 +30,8 @@ def plain():
 
 @pytest.fixture(scope="module")
 def local_data():
-  return pytest.importorskip("vega_datasets").local_data
+  import vega_datasets  # and with it pandas, which takes its time
+  return vega_datasets.local_data
 
 
 def number(text: str) -> decimal.Decimal:
@@ -115,8 +113,8 @@ def _hidden(axis) -> list[Text]:
 
 
 def test_splits_share_no_number():
-  views = charts.read_views(charts.data_root())
-  train, test = (charts.split_views(views, split) for split in charts.SPLITS)
+  views = chart_tables.read_views(chart_tables.data_root())
+  train, test = (chart_tables.split_views(views, split) for split in charts.SPLITS)
   assert len(train) + len(test) == len(views)
   keys = [{(view.source.files, view.key) for view in found} for found in (train, test)]
   assert not keys[0] & keys[1]
@@ -142,9 +140,9 @@ def _expected(row, local_data):
     cars = cars[cars.Year.dt.year == int(m[2])]
     column = {"fuel economy": "Miles_per_Gallon", "horsepower": "Horsepower", "weight": "Weight_in_lbs"}[m[1]]
     means = cars.groupby(cars.Name.str.split().str[0])[column].mean()
-    return {charts._MAKES[make]: mean for make, mean in means.items() if make in charts._MAKES}
+    return {chart_tables._MAKES[make]: mean for make, mean in means.items() if make in chart_tables._MAKES}
   if m := re.fullmatch(r"Share price of (\w+) by month, (\d{4})", title):
-    symbol = {name: symbol for symbol, name in charts._COMPANIES.items()}[m[1]]
+    symbol = {name: symbol for symbol, name in chart_tables._COMPANIES.items()}[m[1]]
     stocks = local_data.stocks()
     stocks = stocks[(stocks.symbol == symbol) & (stocks.date.dt.year == int(m[2]))]
     return dict(zip(stocks.date.dt.strftime("%b"), stocks.price, strict=True))
@@ -162,7 +160,7 @@ def _expected(row, local_data):
     return iris.groupby("species")[m[1] + m[2].capitalize()].mean().to_dict()
   if title.startswith("Airports by state in"):
     states = local_data.airports().state.value_counts()
-    return {name: states[code] for code, (_, name) in charts._STATES.items()}
+    return {name: states[code] for code, (_, name) in chart_tables._STATES.items()}
   return None
 
 
