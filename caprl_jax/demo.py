@@ -163,7 +163,13 @@ class Demo:
   def __init__(self, captioner: Captioner, judge: TextJudge, max_tokens: int):
     self.captioner, self.judge, self.max_tokens = captioner, judge, max_tokens
     self._numbers = itertools.count()  # each caption draws anew where it is sampled
-    self._device = threading.Lock()
+    self._device, self._closed = threading.Lock(), False
+
+  def close(self) -> None:
+    """Waits for what runs and lets nothing more begin: a thread that computes must not meet the interpreter's end."""
+    self._closed = True
+    with self._device:
+      pass
 
   def caption(self, path: str | None) -> tuple[str, str]:
     """An image file -> its caption, and a line about it."""
@@ -173,6 +179,8 @@ class Demo:
     begin = time.monotonic()
     rows = {number: CaptionRow(pathlib.Path(path), "", pathlib.Path(path).name)}
     with self._device, jax.set_mesh(self.captioner.mesh):
+      if self._closed:
+        return "", ""
       (row,) = [one.row for found in self.captioner(rows, [number]) for one in found]
     secs = time.monotonic() - begin
     if "error" in row:
@@ -190,10 +198,12 @@ class Demo:
     try:
       question, gold = read_question(stem, lines)
       with self._device:
+        if self._closed:
+          return ""
         given, blind = self.judge(caption.strip(), question), self.judge("", question)
     except ValueError as error:
       return f"<p class=judge-error>{text(error)}</p>"
-    return ("<div class=judge>" + _panel("From this caption", "given", question, given, gold)
+    return (f'<div class=judge data-caption="{text(caption)}">' + _panel("From this caption", "given", question, given, gold)
             + _panel("With no caption: a guess", "blind", question, blind, gold)
             + f"</div><p class=judge-note>{self._about()}</p>")
 
@@ -355,3 +365,4 @@ def run(config, workdir: pathlib.Path) -> None:
                 theme=gr.themes.Default(font=fonts, font_mono=[gr.themes.Font("monospace")]))
     log.info("open http://%s:%d   (Ctrl-C ends it)", cfg.host, cfg.port)
     page.block_thread()
+    demo.close()

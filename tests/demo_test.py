@@ -1,5 +1,6 @@
-"""Mode `demo`: questions as typed, the judge against `Asker`, and the page in a real browser with the quickstart's models."""
+"""Mode `demo`: questions as typed, the judge against `Asker`, and the page in a browser with the quickstart's models."""
 
+from concurrent import futures
 import os
 import pathlib
 import shutil
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -119,8 +121,30 @@ def test_what_was_typed_cannot_become_markup(loaded):
   shown = page.ask("<script>", "<script>alert(1)</script>", "* <b>red</b>\nblue")
   assert "<script" not in shown and "<b>red" not in shown and "&lt;b&gt;red" in shown
   assert shown.count(" <small>right</small>") == 2
-  assert "<script" not in page.ask("x", "<script>", "<script>") and "judge-error" in page.ask("x", "<script>", "<script>")
+  refused = page.ask("x", "<script>", "<script>")
+  assert "<script" not in refused and "judge-error" in refused
   assert "Type a question" in page.ask(None, None, None)
+
+
+def test_closing_waits_for_the_judge_and_lets_nobody_else_ask():
+  began, go_on = threading.Event(), threading.Event()
+
+  def judge(caption, question):
+    began.set()
+    assert go_on.wait(60)
+    return demo.Verdict(0, (0.5, 0.5), None)
+
+  judge.cfg = JudgeSection(source="", reading="generate")
+  page = demo.Demo(None, judge, 8)
+  with futures.ThreadPoolExecutor() as pool:
+    asked = pool.submit(page.ask, "x", "what?", "a\nb")
+    assert began.wait(60)
+    closed = pool.submit(page.close)
+    with pytest.raises(TimeoutError):
+      closed.result(0.2)
+    go_on.set()
+    closed.result(60)
+    assert "judge-given" in asked.result(60) and page.ask("y", "what?", "a\nb") == ""
 
 
 def test_examples_are_questions_of_most_options(tmp_path):
@@ -200,7 +224,8 @@ def address(tmp_path):
         time.sleep(1)
       yield f"http://127.0.0.1:{port}"
       server.send_signal(signal.SIGINT)
-      assert server.wait(60) == 0, (tmp_path / "server.log").read_text()
+      code = server.wait(60)
+      assert code == 0, f"{code}: " + (tmp_path / "server.log").read_text()
     finally:
       server.kill()
       server.wait()
@@ -242,9 +267,11 @@ def test_people_use_the_page(address, tmp_path):
     until("document.querySelector('#answer').innerText.includes('at least 2')")
     page.click("#again button, button#again")
     until("!document.querySelector('#caption textarea').value.includes('green')")
+    old = page.input_value("#caption textarea")
     page.click("table tbody tr")  # an example brings its image, question and options, and is captioned and judged
-    until("document.querySelectorAll('.judge-given li').length >= 2")
-    assert "*" in page.input_value("#options textarea")
+    page.wait_for_function("old => document.querySelector('#caption textarea').value != old", arg=old)
+    until("document.querySelector('.judge')?.dataset.caption == document.querySelector('#caption textarea').value && "
+          "document.querySelectorAll('.judge-given li small').length == 5")  # of four options one is marked
 
     page.screenshot(path=tmp_path / "demo.png", full_page=True)
     page.set_viewport_size({"width": 360, "height": 800})
