@@ -79,6 +79,9 @@ def test_all_layouts_are_read(folder):
   assert [c.ended for c in got] == [True, False] + [True] * 6 and [c.name for c in got][:3] == [image, "cut", "7"]
   assert len(read_examples(path, ASK, max_rows=2)) == 2
   assert len(read_examples(f"{path} + {path}", ASK)) == 16
+  listed = folder / "data" / "rows.json"
+  listed.write_text(json.dumps([json.loads(line) for line in (folder / "data" / "rows.jsonl").read_text().splitlines()]))
+  assert read_examples(str(listed), ASK) == got
 
 
 @pytest.mark.parametrize("row, message", [
@@ -109,8 +112,10 @@ def test_bad_rows_are_refused_or_dropped(folder, row, message):
 def test_other_refusals(folder):
   with pytest.raises(ValueError, match="weights are not supported"):
     read_examples("0.5*easy_vqa:train + 0.5*easy_vqa:test", ASK)
-  with pytest.raises(ValueError, match="is not known here"):
+  with pytest.raises(ValueError, match="'captions.txt' is not known"):
     read_examples("captions.txt", ASK)
+  with pytest.raises(ValueError, match="cannot be read as JSON"):
+    read_examples("none.json", ASK)
   with pytest.raises(ValueError, match="no rows to learn from"):
     read_examples(write(folder, {"image": "images/0.png", "error": "broken"}), ASK)
 

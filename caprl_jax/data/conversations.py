@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 import dataclasses
 import itertools
+import json
 import logging
 import pathlib
 import string
@@ -13,7 +14,7 @@ import numpy as np
 from caprl_jax.answering import question_text
 from caprl_jax.data import jsonl
 from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, good_rows
-from caprl_jax.data.sources import SOURCES, parse_mixture, read_parts
+from caprl_jax.data.sources import parse_mixture, read_parts
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -59,7 +60,7 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
                   bad_rows: BadRows = "refuse", questions: int | None = None) -> list[Example]:
   """Reads what a stage of pretraining learns from.
 
-  A .jsonl file holds, a line each,
+  A .jsonl file holds a line each, or a .json file in a list,
     {"image", "caption", "name"?, ...}: captions, of mode `caption` too; its rows with `error` are left out, with a count;
     {"conversations": [{"from": "human"|"gpt"|"system", "value"}], "image"?, "id"?}: LLaVA's layout, in which `<image>` in a
       human's text is where the image goes (before the first text if it is nowhere);
@@ -85,13 +86,11 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
     raise ValueError(f"{source!r}: weights are not supported here, every example is used once an epoch; leave them out")
   for part in parts:
     path = pathlib.Path(part.source).expanduser()
-    if path.suffix == ".jsonl" and "questions" not in _first(path):
+    if path.suffix in (".jsonl", ".json") and not {"questions", "message"} & _first(path).keys():
       rows = scan_conversations(path, instruction, image_root)
       if max_rows is not None:
         rows = itertools.islice(rows, max_rows)
       made: list[Example] = list(good_rows(rows, bad_rows))
-    elif path.suffix in (".txt", ".json"):
-      raise ValueError(f"data source {part.source!r} is not known here; write one JSON object a line (.jsonl), or use\n{SOURCES}")
     else:
       made = [piece for _, rows in read_parts(part.source, seed, max_rows, bad_rows) for row in rows
               for piece in _split(row, questions)]
@@ -101,9 +100,23 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
   return found
 
 
+def _items(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Place and value of each row of a .jsonl file, or of the list that a .json file is."""
+  if path.suffix == ".jsonl":
+    yield from jsonl.read_lines(path)
+    return
+  try:
+    held = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+  if not isinstance(held, list):
+    raise ValueError(f"{path}: it holds no list of rows")
+  yield from ((f"{path}, row {i}", item) for i, item in enumerate(held))
+
+
 def _first(path: pathlib.Path) -> Mapping:
-  """The first line that is an object."""
-  return next((item for _, item in jsonl.read_lines(path) if isinstance(item, dict)), {})
+  """The first row that is an object."""
+  return next((item for _, item in _items(path) if isinstance(item, dict)), {})
 
 
 def _split(row: QARow, questions: int | None) -> list[QARow]:
@@ -130,9 +143,9 @@ def conversation_of(example: Example, rng: np.random.Generator | None = None) ->
 
 
 def scan_conversations(path: pathlib.Path, instruction: str, image_root: str | None = None) -> Iterator[Conversation | BadRow]:
-  """The captions and conversations of a .jsonl file (`read_examples`), with a BadRow for each line that is neither."""
+  """The captions and conversations of a file (`read_examples`), with a BadRow for each row that is neither."""
   failed, empty = 0, True
-  for where, item in jsonl.read_lines(path):
+  for where, item in _items(path):
     empty = False
     if isinstance(item, BadRow):
       yield item

@@ -48,8 +48,8 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-  """tokens: length of a row. images: most of a row; their slots are there in every row, so that too many cost time and
-    too few leave rows unfilled. None takes what a full row holds on average.
+  """tokens: length of a row. images: most of a row; as many of the largest image's size are computed in every row, so that
+    too many cost time, and too few leave rows unfilled. None takes what a full row holds on average.
   packing: False puts one example in a row.
   window: examples, in shuffled order, that are packed among themselves; larger ones fill better and shuffle less.
   too_long: examples longer than a row are an error, or are dropped and counted; none is ever cut.
@@ -110,7 +110,7 @@ class Packer:
     counts = np.array([shape.tokens for shape in shapes])
     keep = self._short(examples, np.array([len(r.tokens_L) for r in own]) + counts)
     self.examples, self.own = [examples[i] for i in keep], [own[i] for i in keep]
-    self.counts = counts[keep]  # image tokens
+    self.counts, self.slots = counts[keep], np.array([shapes[i].slots for i in keep])  # image tokens, patch slots
     self.shape = ImageShape(max(shapes[i].slots for i in keep), max(shapes[i].tokens for i in keep))
     lengths = self._lengths(self.own)
     with_image = int((self.counts > 0).sum())
@@ -206,7 +206,7 @@ class Packer:
     rows = len(plan.rows)
     return {"examples": len(self.examples), "rows": rows, "examples_per_row": len(self.examples) / rows,
             "fill": plan.fill(self.pack.tokens), "images_per_row": self.images,
-            "image_fill": float((self.counts > 0).sum()) / (rows * max(self.images, 1)),
+            "slot_fill": float(self.slots.sum()) / max(rows * self.images * self.shape.slots, 1),
             "wanted_tokens": int(sum(r.wanted_L.sum() for r in plan.rendered))}
 
   def __call__(self, number: int) -> Packed:

