@@ -52,6 +52,10 @@ make_environment .venv-test "test${CAPRL_JAX_EXTRAS:+,$CAPRL_JAX_EXTRAS}" torch=
 # Only its data file is needed, the real Qwen vocabulary; tests that want it are skipped where it is missing.
 .venv-test/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("dashscope") is None)' ||
   install .venv-test --no-deps dashscope==2.0.2 || echo "warning: dashscope could not be installed" >&2
+# The page of mode demo. gradio wants an older Pillow than the parity tests do, and runs with this one: hence apart.
+.venv-test/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("gradio") is None)' || {
+  install .venv-test 'gradio>=6' && install .venv-test 'pillow>=13'
+} || echo "warning: gradio could not be installed; the demo's browser test will be skipped" >&2
 install_tpu_compiler
 install_browser
 # Two at a time, file by file: most of the time goes into compiling, which takes one core.
