@@ -27,8 +27,8 @@ def packed_loss(policy: Policy, params: Params, batch: Packed, chunk_tokens: int
 
 def pretrain_step(state: TrainState, base: Params, batch: Packed, *, policy: Policy, tx: optax.GradientTransformation,
                   schedule: optax.Schedule, microbatches: int, chunk_tokens: int):
-  """One step of next-token prediction, mean over the wanted tokens of the whole batch. `base`: the parameters that are not
-  trained. Returns (state, metrics, None)."""
+  """One step of next-token prediction, mean over the wanted tokens of the whole batch. `base`: the parameters that are
+  not trained. Returns (state, metrics, None)."""
   def loss(params, piece):
     return packed_loss(policy, whole(params, base), piece, chunk_tokens)
 
@@ -47,9 +47,11 @@ def pretrain_step(state: TrainState, base: Params, batch: Packed, *, policy: Pol
   finite = jnp.isfinite(value) & jnp.isfinite(norm)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-  metrics = {"update/loss": value, "update/grad_norm": norm, "update/nonfinite": 1.0 - finite,
-             "update/learning_rate": schedule(state.step), "pack/fill": batch.prompts.valid_BP.mean(dtype=jnp.float32),
-             "pack/examples": batch.segment_BL.max(1).sum().astype(jnp.float32), "pack/wanted": count.astype(jnp.float32)}
+  metrics = {
+      "update/loss": value, "update/grad_norm": norm, "update/nonfinite": 1.0 - finite,
+      "update/learning_rate": schedule(state.step), "pack/fill": batch.prompts.valid_BP.mean(dtype=jnp.float32),
+      "pack/examples": batch.segment_BL.max(1).sum().astype(jnp.float32), "pack/wanted": count.astype(jnp.float32)
+  }
   state = state.replace(step=state.step + 1, params=keep(optax.apply_updates(state.params, updates), state.params),
                         opt_state=keep(opt_state, state.opt_state))
   return state, metrics, None

@@ -16,27 +16,23 @@ import shutil
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from caprl_jax import configuration, sharding
 from caprl_jax.answering import AnswerConfig
 from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
-from caprl_jax.data.conversations import Example, conversation_of, read_examples
+from caprl_jax.data.conversations import Example, read_examples
 from caprl_jax.data.packing import PackConfig, Packer, packed_batches
 from caprl_jax.data.rendering import ChatRenderer
-from caprl_jax.data.rows import CaptionRow, QARow
 from caprl_jax.data.sources import read_qa_rows
 from caprl_jax.files import write_json
 from caprl_jax.loop import run_loop
-from caprl_jax.models.compose import compose_policy
-from caprl_jax.models.load import Loaded, load_policy, save_policy
+from caprl_jax.models.load import Loaded, save_policy
 from caprl_jax.models.lora import split, trained, whole
-from caprl_jax.models.policy import Policy, PolicyConfig
 from caprl_jax.next_token import pretrain_step
 from caprl_jax.optimizer import OptimizerConfig, build_optimizer
-from caprl_jax.sft import NewPolicyConfig, PhaseConfig, SFTConfig, make_policy
+from caprl_jax.pretrain_policy import PretrainPolicyConfig, begin
 from caprl_jax.train import abstract_state, make_state
 from caprl_jax.types import Params
 from caprl_jax.vqa import ask
@@ -50,7 +46,7 @@ TRAINING = "training"  # folder in the workdir for metrics and checkpoints
 class StageConfig:
   """One stage of training.
 
-  data: see `data.conversations.read_examples`; None skips the stage. image_root, max_rows, questions: as there.
+  data: see `data.conversations.read_examples`; None skips the stage. image_root, max_rows, questions, told: as there.
   instruction: what the user says where a row has a caption only.
   trained: which parameters are; the others have no gradient.
   steps or epochs: one of them. batch_size (rows) or examples: one of them; with `examples`, a step has as many rows as
@@ -70,12 +66,14 @@ class StageConfig:
   image_root: str | None = None
   max_rows: int | None = None
   questions: int | None = None
+  told: str | None = None
 
   def __post_init__(self):
     for first, second in (("steps", "epochs"), ("batch_size", "examples")):
       given = [getattr(self, name) for name in (first, second) if getattr(self, name) is not None]
       if len(given) != 1 or given[0] <= 0:
-        raise ValueError(f"{first} = {getattr(self, first)}, {second} = {getattr(self, second)}: set one of them, to more than 0")
+        raise ValueError(
+            f"{first} = {getattr(self, first)}, {second} = {getattr(self, second)}: set one of them, to more than 0")
     if self.microbatches < 1:
       raise ValueError(f"microbatches = {self.microbatches} must be at least 1")
 
@@ -101,63 +99,11 @@ class PretrainConfig:
   def __post_init__(self):
     for name in self.order:
       if name not in self.stages:
-        raise ValueError(f"order names {name!r}, which is no stage{configuration.did_you_mean(name, self.stages)} (stages: "
-                         f"{', '.join(self.stages)})")
+        raise ValueError(
+            f"order names {name!r}, which is no stage{configuration.did_you_mean(name, self.stages)} (stages: "
+            f"{', '.join(self.stages)})")
     if not self.order or len(set(self.order)) < len(self.order) or TRAINING in self.order:
       raise ValueError(f"order = {self.order}: name each stage once; none may be called {TRAINING!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainPolicyConfig:
-  """The section `pretrain_policy`, one of
-    checkpoint: a whole captioner;
-    vision and language: the tower of one, a text-only model (directory, hub name, .gguf, `package:NAME`), a new projector;
-    architecture, preprocessor, tokenizer: a new model, as in mode `sft`; `compact` keeps the tokens that the stages'
-      data, the questions of `pretrain.eval` and `texts` need.
-
-  dtype: of activations; param_dtype: of parameters (float32 with bfloat16 activations are master weights).
-  min_pixels, max_pixels: in place of the checkpoint's own limits on image size.
-  """
-  checkpoint: str | None = None
-  vision: str | None = None
-  language: str | None = None
-  architecture: dict | None = None
-  preprocessor: dict | None = None
-  tokenizer: str | None = None
-  compact: bool = True
-  texts: tuple[str, ...] = ()
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-  remat: bool = False
-  min_pixels: int | None = None
-  max_pixels: int | None = None
-
-  def __post_init__(self):
-    ways = [self.checkpoint is not None, None not in (self.vision, self.language), None not in (self.architecture, self.tokenizer)]
-    if sum(ways) != 1:
-      raise ValueError("set one of checkpoint, vision and language, or architecture, preprocessor and tokenizer")
-
-
-def make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, mesh) -> Loaded:
-  """The captioner that the first stage begins with. `texts`: what a compact vocabulary has to say."""
-  dtype, param_dtype = jnp.dtype(section.dtype), jnp.dtype(section.param_dtype)
-  options = (mesh, dtype, param_dtype, section.remat)
-  if section.checkpoint is not None:
-    return load_policy(section.checkpoint, *options, None, section.min_pixels, section.max_pixels)
-  if section.vision is not None:
-    return compose_policy(section.vision, section.language, jax.random.key(seed), *options, section.min_pixels, section.max_pixels)
-  new = NewPolicyConfig(architecture=section.architecture, preprocessor=section.preprocessor, tokenizer=section.tokenizer,
-                        compact=section.compact)
-  rows = [CaptionRow(b"", text, "") for text in dict.fromkeys([*section.texts, *texts])]
-  made = make_policy(new, SFTConfig("", (PhaseConfig(1, OptimizerConfig()),)), rows, seed, mesh)
-  cfg = PolicyConfig.from_hf(made.config, made.preprocessor, dtype=dtype, remat=section.remat)
-  params = jax.tree.map(lambda x: x.astype(param_dtype), made.params)
-  return dataclasses.replace(made, model=Policy(cfg), params=params)
-
-
-def texts_of(examples: Sequence[Example]) -> list[str]:
-  """All that is said in examples, in one order of the options."""
-  return list(dict.fromkeys(turn.text for example in examples for turn in conversation_of(example).turns))
 
 
 def rows_a_step(stage: StageConfig, name: str, packer: Packer, mesh: jax.sharding.Mesh) -> int:
@@ -192,8 +138,9 @@ class Record:
     if list(self.wanted)[:len(self.stages)] != list(self.stages):
       differing.append("pretrain.order")
     if differing:
-      raise ValueError(f"{workdir} holds a run of another config (differing: {', '.join(differing)}); use another --workdir, or "
-                       "delete it")
+      raise ValueError(
+          f"{workdir} holds a run of another config (differing: {', '.join(differing)}); use another --workdir, or "
+          "delete it")
 
   def put(self, name: str, **values) -> None:
     """Adds to what is known of a stage, and writes it."""
@@ -211,17 +158,20 @@ def _renderer(policy: Loaded) -> ChatRenderer:
   return ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special)
 
 
-def train_stage(name: str, stage: StageConfig, policy: Loaded, examples: Sequence[Example], cfg: PretrainConfig, seed: int,
-                mesh: jax.sharding.Mesh, workdir: pathlib.Path, config: dict, record: Record) -> Params:
-  """Runs a stage, from its newest checkpoint where there is one, and gives all parameters. `policy.params` are used up."""
+def train_stage(name: str, stage: StageConfig, policy: Loaded, examples: Sequence[Example], cfg: PretrainConfig,
+                seed: int, mesh: jax.sharding.Mesh, workdir: pathlib.Path, config: dict, record: Record) -> Params:
+  """Runs a stage, from its newest checkpoint where there is one, and gives all parameters. `policy.params` are used
+  up."""
   family = policy.model.cfg.family
   packer = Packer(examples, _renderer(policy), policy.model.cfg, stage.pack, seed)
   batch_size = rows_a_step(stage, name, packer, mesh)
   steps = stage.steps or max(1, math.ceil(packer.rows_until(stage.epochs) / batch_size))
   figures = {k: round(v, 4) for k, v in packer.figures().items()}
-  log.info("stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images a row; %d steps of %d rows (%.0f examples)",
-           name, figures["examples"], figures["rows"], stage.pack.tokens, 100 * figures["fill"], figures["images_per_row"], steps,
-           batch_size, batch_size * figures["examples_per_row"])
+  log.info(
+      "stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images a row; %d steps of %d rows "
+      "(%.0f examples)",
+      name, figures["examples"], figures["rows"], stage.pack.tokens, 100 * figures["fill"], figures["images_per_row"],
+      steps, batch_size, batch_size * figures["examples_per_row"])
   record.put(name, steps=steps, batch_rows=batch_size, packing=figures)
   params, base = split(policy.params, trained(stage.trained, family))
   shardings = split(policy.shardings, trained(stage.trained, family))[0]
@@ -265,7 +215,7 @@ def run(config, workdir: pathlib.Path) -> None:
   data = {name: _read(cfg.stages[name], seed) for name in order if name not in done}
   asked = [] if cfg.eval is None else read_qa_rows(cfg.eval, seed)[:cfg.eval_rows]
   with jax.set_mesh(mesh):
-    policy = _begin(section, data, asked, seed, mesh, workdir / done[-1] if done else None)
+    policy = begin(section, data, asked, seed, mesh, workdir / done[-1] if done else None)
     dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
     for number, (name, examples) in enumerate(data.items(), len(done)):
       params = train_stage(name, cfg.stages[name], policy, examples, cfg, seed + number, mesh, workdir, plain, record)
@@ -282,17 +232,5 @@ def run(config, workdir: pathlib.Path) -> None:
 
 
 def _read(stage: StageConfig, seed: int) -> list[Example]:
-  return read_examples(stage.data, stage.instruction, stage.image_root, seed, stage.max_rows, stage.pack.bad_rows, stage.questions)
-
-
-def _begin(section: PretrainPolicyConfig, data: Mapping[str, list[Example]], asked: list[QARow], seed: int, mesh,
-           folder: pathlib.Path | None) -> Loaded:
-  """The model that a finished stage wrote, or a new one."""
-  if folder is not None:
-    return load_policy(str(folder), mesh, jnp.dtype(section.dtype), jnp.dtype(section.param_dtype), section.remat, None,
-                       section.min_pixels, section.max_pixels)
-  texts = texts_of([e for examples in [*data.values(), asked] for e in examples]) if section.compact and section.tokenizer else []
-  policy = make_model(section, texts, seed, mesh)
-  log.info("%.2fM parameters, vocabulary %d", sum(x.size for x in jax.tree.leaves(policy.params)) / 1e6,
-           policy.model.cfg.text.vocab_size)
-  return policy
+  return read_examples(stage.data, stage.instruction, stage.image_root, seed, stage.max_rows, stage.pack.bad_rows,
+                       stage.questions, stage.told)

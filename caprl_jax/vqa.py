@@ -19,8 +19,8 @@ log = logging.getLogger("caprl_jax.vqa")
 
 
 def summarise(rows: Sequence[QARow], verdicts: dict[int, list[Verdict] | ValueError]) -> dict[str, object]:
-  """Figures of all questions and of each kind: `accuracy` is the share of orders of the options, mean over questions, in
-  which the image's question is answered right; `blind` the same without the image; `..._probability` the mean
+  """Figures of all questions and of each kind: `accuracy` is the share of orders of the options, mean over questions,
+  in which the image's question is answered right; `blind` the same without the image; `..._probability` the mean
   probability of the right letter."""
   groups: dict[str, list[Verdict]] = {}
   errors = 0
@@ -50,7 +50,8 @@ def ask(policy: Loaded, rows: Sequence[QARow], source: str, cfg: AnswerConfig, s
     return None
   sharding.check_batch_size(cfg.batch_size, mesh, "pretrain.answer.batch_size")
   verdicts: dict[int, list[Verdict] | ValueError] = {}
-  with Answerer(policy, cfg, mesh, seed) as answerer, tqdm(total=len(rows), desc="questions", unit="image", disable=None) as bar:
+  with Answerer(policy, cfg, mesh, seed) as answerer, tqdm(total=len(rows), desc="questions", unit="image",
+                                                           disable=None) as bar:
     for found in answerer(rows, range(len(rows))):
       verdicts |= dict(found)
       bar.update(len(found))

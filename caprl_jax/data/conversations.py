@@ -13,7 +13,7 @@ import numpy as np
 
 from caprl_jax.answering import question_text
 from caprl_jax.data import jsonl
-from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, good_rows
+from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, Question, good_rows
 from caprl_jax.data.sources import parse_mixture, read_parts
 
 log = logging.getLogger("caprl_jax.data")
@@ -44,28 +44,43 @@ class Conversation:
     roles = [turn.role for turn in self.turns]
     asked = roles[1:] if roles[:1] == ["system"] else roles
     if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
-      raise ValueError(f"its turns are of {', '.join(roles) or 'nobody'}; after an optional system turn they must be user and "
-                       "assistant in turn, the assistant last")
+      raise ValueError(
+          f"its turns are of {', '.join(roles) or 'nobody'}; after an optional system turn they must be user and "
+          "assistant in turn, the assistant last")
     if any(turn.role == "assistant" and not turn.text.strip() for turn in self.turns):
       raise ValueError("an assistant's turn is empty")
     places = sum(turn.image_at is not None for turn in self.turns)
-    if places != (self.image is not None) or any(turn.image_at is not None and turn.role != "user" for turn in self.turns):
-      raise ValueError(f"it has {int(self.image is not None)} image(s) and {places} place(s) for one in the user's turns")
+    if places != (self.image is not None) or any(
+        turn.image_at is not None and turn.role != "user" for turn in self.turns):
+      raise ValueError(
+          f"it has {int(self.image is not None)} image(s) and {places} place(s) for one in the user's turns")
 
 
-Example = Conversation | QARow  # a QARow's options come in another order at every visit
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """Multiple-choice questions about an image, or about a `text` that is told in its place; options come in another
+  order at every visit."""
+  image: ImageSource | None
+  questions: tuple[Question, ...]
+  name: str
+  text: str = ""
 
 
-def read_examples(source: str, instruction: str, image_root: str | None = None, seed: int = 0, max_rows: int | None = None,
-                  bad_rows: BadRows = "refuse", questions: int | None = None) -> list[Example]:
+Example = Conversation | Asked
+
+
+def read_examples(source: str, instruction: str, image_root: str | None = None, seed: int = 0,
+                  max_rows: int | None = None, bad_rows: BadRows = "refuse", questions: int | None = None,
+                  told: str | None = None) -> list[Example]:
   """Reads what a stage of pretraining learns from.
 
   A .jsonl file holds a line each, or a .json file in a list,
-    {"image", "caption", "name"?, ...}: captions, of mode `caption` too; its rows with `error` are left out, with a count;
-    {"conversations": [{"from": "human"|"gpt"|"system", "value"}], "image"?, "id"?}: LLaVA's layout, in which `<image>` in a
-      human's text is where the image goes (before the first text if it is nowhere);
-    {"messages": [{"role", "content"}], "image"? or "images"?, "id"?}: OpenAI's, the content a text like LLaVA's or a list
-      of {"type": "text", "text"} and {"type": "image"};
+    {"image", "caption", "name"?, ...}: captions, of mode `caption` too; its rows with `error` are left out, with a
+      count;
+    {"conversations": [{"from": "human"|"gpt"|"system", "value"}], "image"?, "id"?}: LLaVA's layout, in which `<image>`
+      in a human's text is where the image goes (before the first text if it is nowhere);
+    {"messages": [{"role", "content"}], "image"? or "images"?, "id"?}: OpenAI's, the content a text like LLaVA's or a
+      list of {"type": "text", "text"} and {"type": "image"};
     {"image", "questions"}: multiple choice, as every other source of `data/sources.py`.
   " + " joins sources, row by row.
 
@@ -74,8 +89,10 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
     image_root: what images' paths are relative to; None: the file's folder or, where they are not there, this folder.
     seed: of what a reader draws.
     max_rows: keeps the first rows only, of each source.
-    questions: of one image in one conversation; None: all of them. More share the image's tokens, but later questions may
-      then be answered from earlier ones.
+    questions: of one image in one conversation; None: all of them. More share the image's tokens, but later questions
+      may then be answered from earlier ones.
+    told: a template of facts, such as "The image shows a {color} shape.": questions are asked after this text and
+      without the image, of rows that know such facts; how a language model can be taught to read.
 
   Raises:
     ValueError: an unknown source, one without rows, or bad rows that are to be refused, with file and line.
@@ -93,7 +110,7 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
       made: list[Example] = list(good_rows(rows, bad_rows))
     else:
       made = [piece for _, rows in read_parts(part.source, seed, max_rows, bad_rows) for row in rows
-              for piece in _split(row, questions)]
+              for piece in _asked(row, questions, told)]
     if not made:
       raise ValueError(f"{part.source}: no rows to learn from")
     found += made
@@ -119,17 +136,20 @@ def _first(path: pathlib.Path) -> Mapping:
   return next((item for _, item in _items(path) if isinstance(item, dict)), {})
 
 
-def _split(row: QARow, questions: int | None) -> list[QARow]:
-  """The row cut into rows of some of its questions each."""
-  if questions is None or len(row.questions) <= questions:
-    return [row]
-  return [dataclasses.replace(row, questions=row.questions[i:i + questions], name=f"{row.name}, questions from {i}")
-          for i in range(0, len(row.questions), questions)]
+def _asked(row: QARow, questions: int | None, told: str | None) -> list[Asked]:
+  """The row cut into some of its questions each; nothing where it lacks facts that are to be told."""
+  places = {name for _, name, _, _ in string.Formatter().parse(told or "") if name}
+  if not places <= (row.facts or {}).keys():
+    return []
+  size = questions or len(row.questions)
+  return [Asked(None if told else row.image, row.questions[i:i + size], row.name if size >= len(row.questions) else
+                f"{row.name}, questions from {i}", told.format(**row.facts) + "\n" if told else "")
+          for i in range(0, len(row.questions), size)]
 
 
 def conversation_of(example: Example, rng: np.random.Generator | None = None) -> Conversation:
-  """Turns of an example. A QARow's questions, and each one's options, come in an order that `rng` draws (None: their own),
-  one turn a question; the assistant answers with the letter alone. The image stands before the first."""
+  """Turns of an example. Questions, and each one's options, come in an order that `rng` draws (None: their own), one
+  turn a question; the assistant answers with the letter alone. The image, or what is told, stands before the first."""
   if isinstance(example, Conversation):
     return example
   draw = (lambda n: rng.permutation(n).tolist()) if rng else (lambda n: list(range(n)))
@@ -137,12 +157,14 @@ def conversation_of(example: Example, rng: np.random.Generator | None = None) ->
   for number in draw(len(example.questions)):
     question = example.questions[number]
     order = draw(len(question.options))
-    turns += [Turn("user", question_text(question, order, none_of_above=False), None if turns else 0),
+    text = question_text(question, order, none_of_above=False)
+    turns += [Turn("user", text) if turns else Turn("user", example.text + text, None if example.image is None else 0),
               Turn("assistant", string.ascii_uppercase[order.index(question.gold)])]
   return Conversation(example.image, tuple(turns), example.name)
 
 
-def scan_conversations(path: pathlib.Path, instruction: str, image_root: str | None = None) -> Iterator[Conversation | BadRow]:
+def scan_conversations(path: pathlib.Path, instruction: str,
+                       image_root: str | None = None) -> Iterator[Conversation | BadRow]:
   """The captions and conversations of a file (`read_examples`), with a BadRow for each row that is neither."""
   failed, empty = 0, True
   for where, item in _items(path):
@@ -196,8 +218,9 @@ def _image_file(name: str, folder: pathlib.Path, image_root: str | None) -> path
   for root in roots:
     if (root / name).is_file():
       return root / name
-  raise ValueError(f"image {name!r} is not a file in {' or '.join(str(root.absolute()) for root in roots)}; correct it or set "
-                   "image_root to the folder that the paths are relative to")
+  raise ValueError(
+      f"image {name!r} is not a file in {' or '.join(str(root.absolute()) for root in roots)}; correct it or set "
+      "image_root to the folder that the paths are relative to")
 
 
 def _turn(turn: Any, role_key: str, text_key: str) -> Turn:
@@ -222,7 +245,8 @@ def _turn(turn: Any, role_key: str, text_key: str) -> Turn:
     return Turn(role, text)
   before, _, after = text.partition(PLACE)
   if PLACE in after:
-    raise ValueError(f"a turn has {PLACE} {text.count(PLACE)} times; conversations with one image at most are supported")
+    raise ValueError(
+        f"a turn has {PLACE} {text.count(PLACE)} times; conversations with one image at most are supported")
   before, after = before.removesuffix("\n"), after.removeprefix("\n")  # the template puts its own around the image
   return Turn(role, before + after, len(before))
 

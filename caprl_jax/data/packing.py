@@ -1,8 +1,8 @@
 """Conversations of all lengths -> rows of one length, several a row, with little padding: a plan an epoch, then arrays.
 
 A plan depends on the seed and the epoch alone, so every process makes the same one, and row n of the stream can be made
-without those before it. Letters: B rows, M images a row, S patch slots and U units of an image, L tokens of a row, I image
-tokens of a row.
+without those before it. Letters: B rows, M images a row, S patch slots and U units of an image, L tokens of a row, I
+image tokens of a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ import grain
 import numpy as np
 
 from caprl_jax.data.batches import ImageShape, image_shape, stack
-from caprl_jax.data.conversations import Conversation, Example, conversation_of
+from caprl_jax.data.conversations import Asked, Conversation, Example, conversation_of
 from caprl_jax.data.images import pad_image
 from caprl_jax.data.prompts import Prompt, build_prompt
 from caprl_jax.data.rendering import Rendered
-from caprl_jax.data.rows import BadRows, QARow, read_image
+from caprl_jax.data.rows import BadRows, read_image
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.types import Array, Images, Prompts
 
@@ -48,8 +48,8 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-  """tokens: length of a row. images: most of a row; as many of the largest image's size are computed in every row, so that
-    too many cost time, and too few leave rows unfilled. None takes what a full row holds on average.
+  """tokens: length of a row. images: most of a row; as many of the largest image's size are computed in every row, so
+    that too many cost time, and too few leave rows unfilled. None takes what a full row holds on average.
   packing: False puts one example in a row.
   window: examples, in shuffled order, that are packed among themselves; larger ones fill better and shuffle less.
   too_long: examples longer than a row are an error, or are dropped and counted; none is ever cut.
@@ -67,7 +67,8 @@ class PackConfig:
 
 
 def first_fit(lengths: Sequence[int], images: Sequence[int], tokens: int, most_images: int) -> list[list[int]]:
-  """First-fit decreasing: rows of at most `tokens` and `most_images`, each a list of indices; no length is above `tokens`."""
+  """First-fit decreasing: rows of at most `tokens` and `most_images`, each a list of indices; no length is above
+  `tokens`."""
   free_tokens, free_images = np.full(len(lengths), tokens), np.full(len(lengths), most_images)
   rows: list[list[int]] = []
   for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
@@ -95,8 +96,8 @@ class Plan:
 
 
 class Packer:
-  """Examples -> rows of `tokens` tokens. `packer(n)` is the n-th row of an endless stream in which every example comes once
-  an epoch, in rows that are packed anew each time.
+  """Examples -> rows of `tokens` tokens. `packer(n)` is the n-th row of an endless stream in which every example comes
+  once an epoch, in rows that are packed anew each time.
 
   Raises ValueError for examples that are too long, where they are to be refused, and where none is left.
   """
@@ -178,7 +179,7 @@ class Packer:
   def _visit(self, index: int, epoch: int) -> Rendered:
     """An example as it is in this epoch: of questions, the order of the options is another each time."""
     example = self.examples[index]
-    if not isinstance(example, QARow):
+    if not isinstance(example, Asked):
       return self.own[index]
     made = self.render(conversation_of(example, np.random.default_rng([self.seed, epoch, index])))
     # Options in another order may take a token more; their own order is known to fit.
@@ -222,7 +223,8 @@ class Packer:
       span = slice(at, at + len(prompt.tokens))
       at = span.stop
       tokens[span], position[:, span], segment[span] = prompt.tokens, prompt.position, place
-      wanted[span] = np.insert(rendered.wanted_L, max(rendered.image_at, 0), np.zeros(patches.num_tokens if patches else 0, bool))
+      wanted[span] = np.insert(rendered.wanted_L, max(rendered.image_at, 0),
+                               np.zeros(patches.num_tokens if patches else 0, bool))
       if patches:
         unit.append(patches.unit_I + len(shown) * units)
         shown.append(pad_image(patches, self.shape.slots, self.shape.tokens))
@@ -247,7 +249,8 @@ class Packer:
     if not self.images:
       return None
     S, E = self.shape.slots, self.cfg.vision.in_channels * self.cfg.vision.pixels.patch_size ** 2
-    empty = dict(patches_BSE=np.zeros((S, E), np.uint8), position_BS2=np.zeros((S, 2), np.int32), valid_BS=np.zeros(S, bool))
+    empty = dict(patches_BSE=np.zeros((S, E), np.uint8), position_BS2=np.zeros((S, 2), np.int32),
+                 valid_BS=np.zeros(S, bool))
     shown = shown + [empty] * (self.images - len(shown))
     I = min(self.images * self.shape.tokens, self.pack.tokens)
     return Images(unit_BI=np.pad(unit.astype(np.int32), (0, I - len(unit))),

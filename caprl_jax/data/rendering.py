@@ -21,8 +21,8 @@ Shape = tuple[tuple[str, tuple[str, ...]], ...]  # of each turn: the role, and "
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-  """tokens_L: int32, without the image's; wanted_L: bool, what the assistant wrote, ends of its turns included; image_at:
-  the image's tokens go before this one, -1 for none."""
+  """tokens_L: int32, without the image's; wanted_L: bool, what the assistant wrote, ends of its turns included.
+  image_at: the image's tokens go before this one; -1 for none."""
   tokens_L: np.ndarray
   wanted_L: np.ndarray
   image_at: int = -1
@@ -87,13 +87,15 @@ class ChatRenderer:
   def _layout(self, shape: Shape) -> list[_Piece]:
     """Renders the template around marks and cuts it at marks, image and special tokens."""
     numbers = iter(range(sum(kind == "text" for _, kinds in shape for kind in kinds)))
-    marked = [(role, [_MARK.format(next(numbers)) if kind == "text" else None for kind in kinds]) for role, kinds in shape]
+    mark = lambda kind: _MARK.format(next(numbers)) if kind == "text" else None
+    marked = [(role, [mark(kind) for kind in kinds]) for role, kinds in shape]
     answers = {int(_MARKS.fullmatch(parts[0])[1]) for role, parts in marked if role == "assistant"}
     text = self._render(marked)
     cut = _MARKS.split(text)
-    if cut[1::2] != [str(i) for i in range(len(cut) // 2)] or len(cut) // 2 != sum(k == "text" for _, ks in shape for k in ks):
-      raise ValueError(f"the checkpoint's chat template writes {text!r:.200} for turns of {[role for role, _ in shape]}: not every "
-                       "text once and in order")
+    if cut[1::2] != [str(i) for i in range(sum(kind == "text" for _, kinds in shape for kind in kinds))]:
+      raise ValueError(
+          f"the checkpoint's chat template writes {text!r:.200} for turns of {[role for role, _ in shape]}: not every "
+          "text once and in order")
     pieces: list[_Piece] = []
     for number, part in enumerate(cut):
       if number % 2:
@@ -102,8 +104,9 @@ class ChatRenderer:
         self._add_template(pieces, part)
     images = sum(piece.kind == "image" for piece in pieces)
     if images != sum(kind == "image" for _, kinds in shape for kind in kinds):
-      raise ValueError(f"the checkpoint's chat template writes {text!r:.200}: {images} times {self.family.marker!r}. Is it of the "
-                       "text-only model?")
+      raise ValueError(
+          f"the checkpoint's chat template writes {text!r:.200}: {images} times {self.family.marker!r}. Is it of the "
+          "text-only model?")
     return self._mark_ends(pieces)
 
   def _mark_ends(self, pieces: list[_Piece]) -> list[_Piece]:
@@ -113,8 +116,9 @@ class ChatRenderer:
       if piece.kind == "answer":
         end = pieces[i + 1] if i + 1 < len(pieces) else None
         if end is None or end.kind != "special" or end.token not in self.tokenizer.end_ids:
-          raise ValueError("the checkpoint's chat template does not end the assistant's turn with one of the model's end tokens "
-                           f"{[self.tokenizer.backend.id_to_token(i) for i in self.tokenizer.end_ids]}")
+          raise ValueError(
+              "the checkpoint's chat template does not end the assistant's turn with one of the model's end tokens "
+              f"{[self.tokenizer.backend.id_to_token(i) for i in self.tokenizer.end_ids]}")
         pieces[i + 1], last = dataclasses.replace(end, wanted=True), i + 1
     return pieces[:last + 1]
 
@@ -144,8 +148,8 @@ class ChatRenderer:
   def _render(self, turns: Sequence[tuple[str, list[str | None]]]) -> str:
     """turns: (role, texts, None for the image)."""
     from transformers.utils.chat_template_utils import render_jinja_template  # late: it takes a second
-    listed = [{"role": role, "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts]}
-              for role, parts in turns]
+    part_of = lambda text: {"type": "image"} if text is None else {"type": "text", "text": text}
+    listed = [{"role": role, "content": [part_of(text) for text in parts]} for role, parts in turns]
     plain = [{"role": role, "content": "".join(parts) if None not in parts else content["content"]}
              for (role, parts), content in zip(turns, listed)]
     failure: Exception | None = None
@@ -179,8 +183,9 @@ class ChatRenderer:
     ids = self(Conversation(None, turns[2:], "")).tokens_L.tolist()
     want = self.tokenizer.encode(self._render([(turn.role, [turn.text]) for turn in turns[2:]]))[:len(ids)]
     if ids != want:
-      raise ValueError(f"the tokenizer makes {want} of a conversation as a whole, but {ids} of its parts: it does more than "
-                       "byte-level BPE, which this package does not support")
+      raise ValueError(
+          f"the tokenizer makes {want} of a conversation as a whole, but {ids} of its parts: it does more than "
+          "byte-level BPE, which this package does not support")
 
 
 def _shape(conversation: Conversation) -> tuple[Shape, list[str]]:

@@ -1,7 +1,7 @@
 """A vision tower of one checkpoint, the language model of another, a new projector between them -> a captioner.
 
-How captions are compared as pretraining data (CapRL, arXiv 2509.22647, section on pretraining): Qwen2.5-VL's tower before
-Qwen2.5, for example.
+How captions are compared as pretraining data (CapRL, arXiv 2509.22647, section on pretraining): Qwen2.5-VL's tower
+before Qwen2.5, for example.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,6 +26,7 @@ from caprl_jax.models.load import Loaded, init_policy, new_policy_files
 from caprl_jax.models.lora import merge, split, trained
 from caprl_jax.models.policy import Policy, PolicyConfig
 from caprl_jax.models.tokenizer import CHAT_SPECIALS, Tokenizer, check_tokenizer, load_tokenizer
+from caprl_jax.types import Params
 
 # The decoder of a family, and the text-only models that it is, but for positions in images. A Llama is a Qwen2 whose
 # queries, keys and values have biases of zero.
@@ -35,15 +36,16 @@ _TEXT_KEYS = (
     "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_bias",
     "attention_dropout", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 # What a captioner's config.json says beside its decoder.
-_OUTER_KEYS = ("architectures", "model_type", "vision_config", "downsample_ratio", "image_seq_length", "projector_hidden_act",
-               "vision_feature_layer", "vision_feature_select_strategy", "tiles")
+_OUTER_KEYS = ("architectures", "model_type", "vision_config", "downsample_ratio", "image_seq_length",
+               "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy", "tiles")
 _PIXEL_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def compose_policy(vision: str, language: str, key: jax.Array, mesh: jax.sharding.Mesh, dtype=jnp.float32,
                    param_dtype=jnp.float32, remat: bool = False, min_pixels: int | None = None,
                    max_pixels: int | None = None) -> Loaded:
-  """Loads the tower of `vision`, a captioner, and the language model of `language`; `key` draws the projector between them.
+  """Loads the tower of `vision`, a captioner, and the language model of `language`; `key` draws the projector between
+  them.
 
   Args:
     language: as `load.load_judge` takes it, of the kind that the captioner's family has for its decoder.
@@ -74,15 +76,34 @@ def compose_policy(vision: str, language: str, key: jax.Array, mesh: jax.shardin
   shardings = sharding.param_shardings(boxed, mesh)
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), nn.unbox(boxed))
   is_projector = trained("projector", family)
-  tower = lambda tree: split({"visual": tree["visual"]}, is_projector)[1]
-  params = weights.params_from_tensors(tower(abstract), tensors, dataclasses.replace(family.keys, unused=".*"), vision,
-                                       tower(shardings))
+  params = _tower_params(abstract, shardings, tensors, family, vision)
   decoder = weights.params_from_tensors(abstract["language_model"], text_tensors, text_keys, language,
                                         shardings["language_model"])
-  new = jax.jit(lambda k: jax.tree.map(lambda x: x.astype(param_dtype), split(nn.unbox(init(k)["params"]), is_projector)[0]),
-                out_shardings=split(shardings, is_projector)[0])(key)
+  new = lambda k: jax.tree.map(lambda x: x.astype(param_dtype), split(nn.unbox(init(k)["params"]), is_projector)[0])
+  new = jax.jit(new, out_shardings=split(shardings, is_projector)[0])(key)
   params = merge(merge(params, new), {"language_model": decoder})
   return Loaded(Policy(cfg), params, tokenizer, config, preprocessor, shardings, small)
+
+
+def with_tower(policy: Loaded, vision: str) -> Loaded:
+  """The same model with the tower of the captioner `vision` in place of its own; its projector stays. Raises ValueError
+  as `load.load_policy`, and for a tower of another family or size."""
+  path, family = files.resolve_model(vision), policy.model.cfg.family
+  config, tensors = files.read_directory(path)
+  if family_of(config) is not family:
+    raise ValueError(f"{vision} is a {family_of(config).model_type}, whose tower a {family.model_type} cannot have")
+  _, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), policy.params)
+  tower = _tower_params(abstract, policy.shardings, tensors, family, vision)
+  others = split(policy.params, lambda path: path.startswith("visual.") and not trained("projector", family)(path))[1]
+  return dataclasses.replace(policy, params=merge(others, tower))
+
+
+def _tower_params(abstract: Params, shardings: Any, tensors: Mapping, family: Family, source: str) -> Params:
+  """The tower without the projector, from a captioner's tensors."""
+  tower = lambda tree: split({"visual": tree["visual"]}, trained("projector", family))[1]
+  return weights.params_from_tensors(tower(abstract), tensors, dataclasses.replace(family.keys, unused=".*"), source,
+                                     tower(shardings))
 
 
 def _language(path: pathlib.Path) -> tuple[dict[str, Any], Mapping, Keys]:
@@ -105,18 +126,21 @@ def _token_keys(config: dict, tokenizer: Tokenizer) -> dict[str, str]:
 
 def _vocabulary(theirs: Tokenizer, small: dict[str, bytes], ours: Tokenizer, rows: int, config: dict, family: Family,
                 language: str) -> tuple[Tokenizer, dict[str, bytes]]:
-  """The tokenizer of the composed model and its small files. `theirs` is the captioner's, `ours` the language model's."""
+  """The tokenizer of the composed model and its small files. `theirs` is the captioner's, `ours` the language
+  model's."""
   vocab = theirs.backend.get_vocab()
   if all(vocab.get(token) == i for token, i in ours.backend.get_vocab().items()) and theirs.vocab_size <= rows:
     return theirs, small  # Qwen2.5-VL's is Qwen2.5's; Qwen2's with more tokens
   image = family.marker.removeprefix(family.open).removesuffix(family.close)
-  needed = list(dict.fromkeys([*_token_keys(config, theirs).values(), family.open, image, family.close, *CHAT_SPECIALS]))
+  needed = list(dict.fromkeys([*_token_keys(config, theirs).values(), family.open, image, family.close,
+                               *CHAT_SPECIALS]))
   missing = [token for token in needed if ours.backend.token_to_id(token) is None]
   room = rows - ours.vocab_size
   if len(missing) > room:
-    raise ValueError(f"{language}: its vocabulary lacks {missing}, and its embedding of {rows} rows has room for {room} tokens more. "
-                     "Use a language model of the tower's own family (Qwen2.5 with Qwen2.5-VL, Qwen3 with Qwen3-VL), or one "
-                     "whose embedding is padded")
+    raise ValueError(
+        f"{language}: its vocabulary lacks {missing}, and its embedding of {rows} rows has room for {room} tokens "
+        "more. Use a language model of the tower's own family (Qwen2.5 with Qwen2.5-VL, Qwen3 with Qwen3-VL), or one "
+        "whose embedding is padded")
   backend = tokenizers.Tokenizer.from_str(ours.to_json())
   backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in missing])
   tokenizer = Tokenizer(backend, (backend.token_to_id("<|im_end|>"),))
@@ -138,14 +162,16 @@ def _config(config: dict, family: Family, text: dict, theirs: Tokenizer, tokeniz
   if own["model_type"] in _TEXT_MODELS:
     fitting = _TEXT_MODELS[own["model_type"]]
     if kind not in fitting or as_said.o_bias or as_said.rope_scaling:
-      raise ValueError(f"{language}: model_type {kind!r} cannot be the decoder of {family.model_type}, which takes {fitting[1:]} "
-                       "without biases of their own or scaled positions")
+      raise ValueError(
+          f"{language}: model_type {kind!r} cannot be the decoder of {family.model_type}, which takes {fitting[1:]} "
+          "without biases of their own or scaled positions")
     sections, half = DecoderConfig.from_hf(own).mrope_sections, as_said.head_dim // 2
     across = [section * half // sum(sections) for section in sections[1:]]  # the same shares, as near as it goes
     rope = {"rope_type": "default", "rope_theta": as_said.rope_theta, "mrope_section": [half - sum(across), *across]}
     if as_said.head_dim * as_said.num_heads != as_said.hidden_size and not as_said.qk_norm:
-      raise ValueError(f"{language}: {as_said.num_heads} heads of {as_said.head_dim} are not its width {as_said.hidden_size}, as "
-                       f"{family.model_type} asks")
+      raise ValueError(
+          f"{language}: {as_said.num_heads} heads of {as_said.head_dim} are not its width {as_said.hidden_size}, as "
+          f"{family.model_type} asks")
     interleaved = {"mrope_interleaved": True} if own["model_type"] == "qwen3_vl_text" else {}
     new |= {"model_type": own["model_type"], "rope_parameters": {**rope, **interleaved}}
     new.pop("attention_bias", None)
@@ -163,8 +189,13 @@ class _ZeroBiases(Mapping):
 
   def __init__(self, tensors: Mapping, cfg: DecoderConfig):
     self.tensors = tensors
-    width = {"q": cfg.num_heads * cfg.head_dim, "k": cfg.num_kv_heads * cfg.head_dim, "v": cfg.num_kv_heads * cfg.head_dim}
-    self.zeros = {f"model.layers.{i}.self_attn.{name}_proj.bias": size for i in range(cfg.num_layers) for name, size in width.items()}
+    width = {
+        "q": cfg.num_heads * cfg.head_dim, "k": cfg.num_kv_heads * cfg.head_dim, "v": cfg.num_kv_heads * cfg.head_dim
+    }
+    self.zeros = {
+        f"model.layers.{i}.self_attn.{name}_proj.bias": size for i in range(cfg.num_layers)
+        for name, size in width.items()
+    }
 
   def __getitem__(self, name: str) -> np.ndarray:
     return np.zeros(self.zeros[name], np.float32) if name in self.zeros else self.tensors[name]
