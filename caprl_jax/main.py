@@ -43,6 +43,11 @@ MODES = {
     "teach a policy to see and to speak from given captions, before CapRL",
     "--config=configs/quickstart_sft.py --workdir=runs/quickstart_sft",
   ),
+  "pretrain": Mode(
+    "caprl_jax.pretrain",
+    "what captions are worth: train a captioner in stages on captions and conversations, then ask it about images",
+    "--config=configs/pretrain_small.py --workdir=runs/pretrain",
+  ),
   "evaluate": Mode(
     "caprl_jax.prism",
     "how much of an image captions carry: Prism on benchmarks, or a training config's own held-out rows",

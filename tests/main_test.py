@@ -137,7 +137,7 @@ def test_overrides_take_the_type_of_the_value_in_the_file(cli, override, key, va
     ("--workdir=", r"--workdir is missing, e\.g\. --workdir=runs/quickstart"),
     ("--config=", r"--config is missing, e\.g\. --config=configs/quickstart.py"),
     ("--config.mode=tarin", r"config\.mode 'tarin' is not a mode; did you mean 'train'\? "),
-    ("--config.mode=", r"config\.mode is ''; set it to one of train, sft, evaluate"),
+    ("--config.mode=", r"config\.mode is ''; set it to one of train, sft, pretrain, evaluate"),
     ("--config.mode=fake,fake", "names a mode twice"),
     ("--config=nowhere.py", r"config file 'nowhere.py' does not exist in /"),
   ],
