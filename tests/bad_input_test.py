@@ -161,7 +161,7 @@ def test_the_gate_refuses_a_judge_that_cannot_teach(config, mesh):
 
 def test_a_data_source_that_is_not_known(config, mesh):
   config.data.train = "coco"
-  with pytest.raises(ValueError, match="data source 'coco' is not known; use easy_vqa:train"):
+  with pytest.raises(ValueError, match="data source 'coco' is not known; it may be"):
     start(config, mesh)
 
 
