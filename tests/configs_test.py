@@ -6,7 +6,8 @@ import re
 import pytest
 
 from caprl_jax import (
-  caption, config_file, configuration, curation, dataset, demo, endpoint, export, gallery, main, plan, prism, setup_run, sft, sharding,
+  caption, config_file, configuration, curation, dataset, demo, endpoint, export, gallery, main, plan, pretrain,
+  pretrain_policy, prism, setup_run, sft, sharding,
 )  # fmt: skip
 from caprl_jax.optimizer import build_optimizer
 
@@ -31,6 +32,11 @@ def test_every_config_is_built_and_read(path):
       for phase in cfg.phases:
         build_optimizer(phase.optimizer, phase.steps)
         assert phase.steps > 0 and all(weight > 0 for weight, _ in phase.templates)
+    elif mode == "pretrain":
+      cfg = configuration.load_section(config, "pretrain", pretrain.PretrainConfig)
+      configuration.load_section(config, "pretrain_policy", pretrain_policy.PretrainPolicyConfig)
+      for stage in cfg.stages.values():
+        build_optimizer(stage.optimizer, 100)
     elif mode == "caption":
       configuration.load_section(config, "caption", caption.CaptionConfig)
       configuration.load_section(config, "policy", setup_run.PolicySection)
