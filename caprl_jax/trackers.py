@@ -191,6 +191,8 @@ class WandB(Tracker):
     except ImportError as error:
       raise _missing(self.name, error) from error
     self._wandb = wandb
+    # Where openai or the like happens to be imported, W&B advertises its tracer for them.
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
     try:
       self._run = wandb.init(
           project=project, dir=str(workdir.resolve()), mode=mode, config=config, id=_wandb_id(workdir), resume="allow",
