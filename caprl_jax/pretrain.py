@@ -22,7 +22,7 @@ import numpy as np
 from caprl_jax import configuration, sharding
 from caprl_jax.answering import AnswerConfig
 from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
-from caprl_jax.data.conversations import Example, read_examples
+from caprl_jax.data.conversations import Example, of_kinds, read_examples
 from caprl_jax.data.packing import PackConfig, Packer, packed_batches
 from caprl_jax.data.rendering import ChatRenderer
 from caprl_jax.data.sources import read_qa_rows
@@ -46,7 +46,8 @@ TRAINING = "training"  # folder in the workdir for metrics and checkpoints
 class StageConfig:
   """One stage of training.
 
-  data: see `data.conversations.read_examples`; None skips the stage. image_root, max_rows, questions, told: as there.
+  data: see `data.conversations.read_examples`; None skips the stage. image_root, max_rows, questions, told,
+    kinds: as there.
   instruction: what the user says where a row has a caption only.
   trained: which parameters are; the others have no gradient.
   steps or epochs: one of them. batch_size (rows) or examples: one of them; with `examples`, a step has as many rows as
@@ -67,6 +68,7 @@ class StageConfig:
   max_rows: int | None = None
   questions: int | None = None
   told: str | None = None
+  kinds: tuple[str, ...] | None = None
 
   def __post_init__(self):
     for first, second in (("steps", "epochs"), ("batch_size", "examples")):
@@ -85,12 +87,13 @@ class PretrainConfig:
   stages: by name; `order` says which are run, one after the other. Each one's model is written to `workdir/<name>`, in
     output_dtype, and what is written is what the next one begins with; its metrics are in `workdir/training/<name>`.
   eval: multiple-choice questions (`data/sources.py`) that the last model is asked, with the image and without, as
-    `answer` says; None asks nothing. eval_rows: the first images only.
+    `answer` says; None asks nothing. eval_rows: the first images only. eval_kinds: of questions, None for all.
   """
   stages: dict[str, StageConfig]
   order: tuple[str, ...]
   eval: str | None = None
   eval_rows: int = 500
+  eval_kinds: tuple[str, ...] | None = None
   answer: AnswerConfig = AnswerConfig(none_of_above=False)
   output_dtype: str = "float32"
   checkpoint_every_steps: int = 200
@@ -213,7 +216,7 @@ def run(config, workdir: pathlib.Path) -> None:
   done = record.finished()
   # All of them first: what a later stage's data lack should show before an earlier stage has run.
   data = {name: _read(cfg.stages[name], seed) for name in order if name not in done}
-  asked = [] if cfg.eval is None else read_qa_rows(cfg.eval, seed)[:cfg.eval_rows]
+  asked = [] if cfg.eval is None else of_kinds(read_qa_rows(cfg.eval, seed)[:cfg.eval_rows], cfg.eval_kinds)
   with jax.set_mesh(mesh):
     policy = begin(section, data, asked, seed, mesh, workdir / done[-1] if done else None)
     dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
@@ -233,4 +236,4 @@ def run(config, workdir: pathlib.Path) -> None:
 
 def _read(stage: StageConfig, seed: int) -> list[Example]:
   return read_examples(stage.data, stage.instruction, stage.image_root, seed, stage.max_rows, stage.pack.bad_rows,
-                       stage.questions, stage.told)
+                       stage.questions, stage.told, stage.kinds)

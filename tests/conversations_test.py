@@ -143,6 +143,10 @@ def test_questions_become_turns_in_another_order_every_time(folder):
   assert told.turns[0].text == "It is red.\n" + own.turns[0].text
   with pytest.raises(ValueError, match="no rows to learn from"):
     read_examples(qa(folder), ASK, told="It is {size}.")
+  shapes = read_examples(qa(folder), ASK, kinds=("shape",))
+  assert [[q.kind for q in row.questions] for row in shapes] == [["shape"]] * 3
+  with pytest.raises(ValueError, match="no rows to learn from"):
+    read_examples(qa(folder), ASK, kinds=("size",))
   split = read_examples(qa(folder), ASK, questions=1)
   assert len(split) == 6 and all(len(conversation_of(row).turns) == 2 for row in split)
 

@@ -1,6 +1,6 @@
 """Captions, conversations and questions, by source -> turns of user and assistant to learn from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 import json
@@ -71,7 +71,7 @@ Example = Conversation | Asked
 
 def read_examples(source: str, instruction: str, image_root: str | None = None, seed: int = 0,
                   max_rows: int | None = None, bad_rows: BadRows = "refuse", questions: int | None = None,
-                  told: str | None = None) -> list[Example]:
+                  told: str | None = None, kinds: Sequence[str] | None = None) -> list[Example]:
   """Reads what a stage of pretraining learns from.
 
   A .jsonl file holds a line each, or a .json file in a list,
@@ -93,6 +93,7 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
       may then be answered from earlier ones.
     told: a template of facts, such as "The image shows a {color} shape.": questions are asked after this text and
       without the image, of rows that know such facts; how a language model can be taught to read.
+    kinds: of questions; None: all.
 
   Raises:
     ValueError: an unknown source, one without rows, or bad rows that are to be refused, with file and line.
@@ -109,8 +110,8 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
         rows = itertools.islice(rows, max_rows)
       made: list[Example] = list(good_rows(rows, bad_rows))
     else:
-      made = [piece for _, rows in read_parts(part.source, seed, max_rows, bad_rows) for row in rows
-              for piece in _asked(row, questions, told)]
+      read = [row for _, rows in read_parts(part.source, seed, max_rows, bad_rows) for row in rows]
+      made = [piece for row in of_kinds(read, kinds) for piece in _asked(row, questions, told)]
     if not made:
       raise ValueError(f"{part.source}: no rows to learn from")
     found += made
@@ -134,6 +135,14 @@ def _items(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 def _first(path: pathlib.Path) -> Mapping:
   """The first row that is an object."""
   return next((item for _, item in _items(path) if isinstance(item, dict)), {})
+
+
+def of_kinds(rows: Sequence[QARow], kinds: Sequence[str] | None) -> list[QARow]:
+  """The rows with their questions of some kinds only; None: all. Rows without any are left out."""
+  if kinds is None:
+    return list(rows)
+  some = [dataclasses.replace(row, questions=tuple(q for q in row.questions if q.kind in kinds)) for row in rows]
+  return [row for row in some if row.questions]
 
 
 def _asked(row: QARow, questions: int | None, told: str | None) -> list[Asked]:
