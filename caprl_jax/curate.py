@@ -33,8 +33,12 @@ class CurateConfig:
 
 
 def mismatched_facts(row: QARow, pool: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
-  """Up to `count` fact sets from `pool` that share no value with the row's, the same for the same facts."""
-  others = [facts for facts in pool if not set(facts.items()) & set(row.facts.items())]
+  """Up to `count` fact sets from `pool` that share no value with the row's, the same for the same facts.
+
+  An empty value, such as the title of a chart without one, is nothing to share.
+  """
+  own = {(key, value) for key, value in row.facts.items() if value}
+  others = [facts for facts in pool if not own & set(facts.items())]
   rng = np.random.default_rng([seed, *"".join(sorted(row.facts.values())).encode()])
   return [others[i] for i in rng.permutation(len(others))[:count]]
 

@@ -1,5 +1,7 @@
 """Curation with a judge whose answers are written down."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,9 @@ def test_mismatched_facts_share_no_fact():
   picks = [tuple(map(str, mismatched_facts(ROWS[0], pool, 2, seed))) for seed in range(10)]
   assert len(set(picks)) > 1
   assert mismatched_facts(ROWS[0], pool[:3], 2, 0) == []  # all red
+  untitled = dataclasses.replace(ROWS[0], facts={"chart": "bar", "title": ""})
+  assert mismatched_facts(untitled, [{"chart": "pie", "title": ""}, {"chart": "bar", "title": ""}], 2, 0) == [
+      {"chart": "pie", "title": ""}]
 
 
 def test_the_same_value_of_another_attribute_is_no_shared_fact():
