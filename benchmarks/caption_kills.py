@@ -133,7 +133,8 @@ def main() -> None:
   print(f"{differ} of {len(subset):,} captions differ from those of a run that nobody killed")
   figures = json.loads((folder / "captions.stats.json").read_text("utf-8"))
   print(f"{figures['images_per_sec']:.0f} images a second while captioning, {len(names) / secs:.0f} over all "
-        f"{secs:.0f} s with {args.kills} kills, {args.kills + 1} starts; {figures['distinct_captions']} distinct captions")
+        f"{secs:.0f} s with {args.kills} kills, {args.kills + 1} starts; "
+        f"{figures['distinct_captions']} distinct captions")
   sys.exit(bool(lost or doubled or failed or differ or found != names))
 
 

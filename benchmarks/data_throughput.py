@@ -62,11 +62,13 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     path = str(datasets.write_tfds(folder, {"train": rows}))
     rows = list(datasets.scan_tfds(path, "train"))
-    print(f"{args.images} JPEGs of {args.size}x{args.size} pixels, {np.mean([len(p) for p in photos]) / 1e3:.0f} KB each, "
+    print(f"{args.images} JPEGs of {args.size}x{args.size} pixels, "
+          f"{np.mean([len(p) for p in photos]) / 1e3:.0f} KB each, "
           f"{os.cpu_count()} cores, {args.threads} thread(s); Qwen2.5-VL's processor, batches of {args.batch}")
     timed("read", args.images, lambda: [image_bytes(row) for row in rows])
     timed("read, decode", args.images, lambda: [read_image(row) for row in rows])
-    timed("read, decode, cut into patches", args.images, lambda: [cfg.vision.pixels.patchify(read_image(row)) for row in rows])
+    timed("read, decode, cut into patches", args.images,
+          lambda: [cfg.vision.pixels.patchify(read_image(row)) for row in rows])
     prompt = ImagePrompt(cfg, (list(range(20)), list(range(30))), image_shape(rows[:1], cfg))
     tokenized = [[TokenizedQuestion((1, 2), ((1,), (2,)), 0, 0, (0.0, 0.0))]] * len(rows)
     batcher = QABatcher(rows, tokenized, prompt, 1, question_shape(tokenized[0]))

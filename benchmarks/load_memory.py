@@ -2,8 +2,8 @@
 
   python benchmarks/load_memory.py [--gb 1.2] [--dtype bfloat16]
 
-Writes a Llama of random float32 weights to a temporary folder in shards, loads it in a fresh process and prints its largest
-resident set over what the process had before. On a CPU the loaded parameters are host memory themselves, so the
+Writes a Llama of random float32 weights to a temporary folder in shards, loads it in a fresh process and prints its
+largest resident set over what the process had before. On a CPU the loaded parameters are host memory themselves, so the
 least possible ratio is 1; on an accelerator they are not.
 """
 
@@ -39,8 +39,8 @@ def write(folder: pathlib.Path, gb: float) -> float:
     shapes |= {f"{block}mlp.down_proj.weight": (WIDTH, INNER), f"{block}input_layernorm.weight": (WIDTH,),
                f"{block}post_attention_layernorm.weight": (WIDTH,)}
   shapes = RandomTensors(shapes)
-  config = dict(model_type="llama", vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers,
-                num_attention_heads=16, rms_norm_eps=1e-5, tie_word_embeddings=True)
+  config = dict(model_type="llama", vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=INNER,
+                num_hidden_layers=layers, num_attention_heads=16, rms_norm_eps=1e-5, tie_word_embeddings=True)
   tokenizer = '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}'
   write_directory(folder, config, shapes, tokenizer_files={"tokenizer.json": tokenizer}, max_shard_bytes=300_000_000)
   return sum(4 * np.prod(shape) for shape in dict.values(shapes)) / 1e9

@@ -2,11 +2,11 @@
 
   python benchmarks/misled.py [--seeds 3] [--steps 40] [--workdir runs/misled]
 
-The warm start hallucinates on purpose: it was never taught the word for circles. Of them it says "shape", or now and then
-"triangle" or "rectangle"; of the others it names the shape more often than not. For a circle no caption that it can
-write answers the question about its shape, so accuracy is 0 whether it says something false or nothing, while on the
-other images naming a shape pays. Each reward trains it with the same seeds, data and judge; then sampled captions of
-held-out images are compared with the facts. Writes misled.json and misled.png.
+The warm start hallucinates on purpose: it was never taught the word for circles. Of them it says "shape", or now and
+then "triangle" or "rectangle"; of the others it names the shape more often than not. For a circle no caption that it
+can write answers the question about its shape, so accuracy is 0 whether it says something false or nothing, while on
+the other images naming a shape pays. Each reward trains it with the same seeds, data and judge; then sampled captions
+of held-out images are compared with the facts. Writes misled.json and misled.png.
 """
 
 import argparse

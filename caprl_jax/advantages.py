@@ -16,9 +16,9 @@ class AdvantageConfig:
   dr_grpo: R - mean, arXiv 2503.20783; rloo: R - mean of the others, arXiv 2402.14740, what CapRL's released code
   uses; gdpo: each reward term as grpo has it, then the weighted sum (arXiv 2601.05242), so that no term drowns another.
 
-  whiten: what is done to the whole batch afterwards. `captions`: minus the mean over scored captions, over their standard
-  deviation (GDPO's last step); flat groups stay at zero. `released`: what CapRL's released code does, where every token
-  of a scored caption counts, and which moves flat groups too.
+  whiten: what is done to the whole batch afterwards. `captions`: minus the mean over scored captions, over their
+  standard deviation (GDPO's last step); flat groups stay at zero. `released`: what CapRL's released code does, where
+  every token of a scored caption counts, and which moves flat groups too.
   """
   estimator: Literal["grpo", "rloo", "dr_grpo", "gdpo"] = "grpo"
   whiten: Literal["none", "captions", "released"] = "none"

@@ -1,7 +1,8 @@
 """Images with questions -> how a captioner's own model answers them, with the image and without: CapRL's QA filter.
 
 The image and all that stands before it run once; every question in every order of its options branches from there, and
-the answer is read from the logits of the letters. Letters: B images, M presentations an image, L tokens of one, A letters.
+the answer is read from the logits of the letters. Letters: B images, M presentations an image, L tokens of one, A
+letters.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,8 +44,8 @@ class AnswerConfig:
 
   def __post_init__(self):
     if min(self.permutations, self.questions_per_row, self.batch_size) < 1:
-      raise ValueError(f"permutations = {self.permutations}, questions_per_row = {self.questions_per_row} and batch_size = "
-                       f"{self.batch_size} must be at least 1")
+      raise ValueError(f"permutations = {self.permutations}, questions_per_row = {self.questions_per_row} and "
+                       f"batch_size = {self.batch_size} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,8 @@ def _branch_logits(policy, params, start_B, prefixes, tokens_BML, valid_BML, let
   B, M, L = tokens_BML.shape
   flat = lambda x: x.reshape(B * M, L)
   position_NL = jnp.repeat(start_B, M)[:, None] + jnp.arange(L)
-  hidden_NLD, _ = policy.apply({"params": params}, flat(tokens_BML), position_NL, flat(valid_BML), prefixes, method="extend")
+  hidden_NLD, _ = policy.apply({"params": params}, flat(tokens_BML), position_NL, flat(valid_BML), prefixes,
+                               method="extend")
   hidden_ND = last_hidden(hidden_NLD, flat(valid_BML))
   head_AD = head_matrix(policy.cfg.text, params["language_model"])[letters_A]
   logits = jnp.einsum("nd,ad->na", hidden_ND.astype(jnp.float32), head_AD.astype(jnp.float32))
@@ -107,7 +109,8 @@ class Answerer:
     self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
     ids = [loaded.tokenizer.encode_plain(letter) for letter in string.ascii_uppercase[:MAX_OPTIONS + 1]]
     if any(len(found) != 1 for found in ids):
-      raise ValueError("the model's tokenizer has no single token for each of the letters A to K: it cannot be asked for them")
+      raise ValueError("the model's tokenizer has no single token for each of the letters A to K: "
+                       "it cannot be asked for them")
     self.letters_A = np.array([found[0] for found in ids], np.int32)
     self.visual = jax.jit(functools.partial(letter_logits, loaded.model))
     self.blind = jax.jit(functools.partial(blind_logits, loaded.model))
@@ -120,7 +123,8 @@ class Answerer:
   def __exit__(self, *failure) -> None:
     self.pool.shutdown(cancel_futures=True)
 
-  def __call__(self, rows: Sequence[QARow], numbers: Sequence[int]) -> Iterator[list[tuple[int, list[Verdict] | ValueError]]]:
+  def __call__(self, rows: Sequence[QARow],
+               numbers: Sequence[int]) -> Iterator[list[tuple[int, list[Verdict] | ValueError]]]:
     """Verdicts on all questions of `rows[number]`, for each number, batch by batch; a ValueError where the image cannot
     be read."""
     buckets: dict[ImageShape, list[tuple[int, int]]] = {}
@@ -176,7 +180,8 @@ class Answerer:
     return list(finished.items())
 
   def _presentations(self, questions: Sequence[Question], with_image: bool) -> list[list[int] | None]:
-    """Token ids of each question in each order; None for one that cannot be shown. Those after the image only, if any."""
+    """Token ids of each question in each order; None for one that cannot be shown. Those after the image only, if
+    any."""
     shown: list[list[int] | None] = []
     for question in questions:
       for order in orders(question, self.cfg.permutations, self.seed):
@@ -223,7 +228,8 @@ class Answerer:
       count = len(question.options) + more
       part = logits[k * R:(k + 1) * R, :count].astype(np.float64)
       if not np.isfinite(part).all():
-        raise ValueError(f"the model gave numbers that are not finite for the question {question.stem!r}; check its dtype")
+        raise ValueError(f"the model gave numbers that are not finite for the question {question.stem!r}; "
+                         "check its dtype")
       gold = [order.index(question.gold) for order in orders(question, R, self.seed)]
       p = np.exp(part - part.max(1, keepdims=True))
       p /= p.sum(1, keepdims=True)

@@ -69,7 +69,8 @@ class Asker:
     """`option_pmi`: the best option of what was asked before, whatever the margin, and its lead over the runner-up in
     nats."""
     caption, question = ask
-    score = np.array([self.known[caption, question.stem, option] for option in question.options]) - self.prior_of(question)
+    score = (np.array([self.known[caption, question.stem, option] for option in question.options])
+             - self.prior_of(question))
     second, best = np.sort(score)[-2:]
     return int(np.argmax(score)), float(best - second)
 
@@ -139,8 +140,8 @@ class Asker:
         ids[r, 0, :len(captions[caption])] = captions[caption]
         keep[r, 0, :len(captions[caption])] = True
       questions = stack([pad_questions([tokenized[i] for i in order], self.K, shape) for _, order in part])
-      out = self._answer(self._params, prompt, jnp.asarray(ids), jnp.asarray(keep), jax.tree.map(jnp.asarray, questions),
-                         key=jax.random.fold_in(self.key, start))
+      out = self._answer(self._params, prompt, jnp.asarray(ids), jnp.asarray(keep),
+                         jax.tree.map(jnp.asarray, questions), key=jax.random.fold_in(self.key, start))
       score, choice, valid = jax.device_get((out.score_BGKA, out.choice_BGK, out.valid_BGK))
       for r, (caption, order) in enumerate(part):
         for k, i in enumerate(order):

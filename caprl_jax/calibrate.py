@@ -41,8 +41,8 @@ class CalibrateConfig:
 
   ideal: template of facts; None: that of `gate.ideal`. captions: a JSON lines file of trusted captions by image, for
     data without facts, in its place. generic: the caption that says nothing.
-  kinds: of questions asked; empty: all. max_questions: held-out questions asked. turns: orders of the options each letter reading is shown, every one turned on
-    by one place.
+  kinds: of questions asked; empty: all. max_questions: held-out questions asked. turns: orders of the options each
+    letter reading is shown, every one turned on by one place.
   """
   readings: tuple[Literal["option_pmi", "letter_argmax", "letter_prob", "letter_sample", "generate"], ...] = (
       "option_pmi", "letter_argmax", "letter_sample", "generate")
@@ -81,8 +81,8 @@ def make_trials(rows: Sequence[QARow], cfg: CalibrateConfig, gate: GateSection, 
 
   known = [(row, caption) for row in rows if (caption := true_caption(row))]
   if len(known) < len(rows):
-    log.info("%d of %d held-out images have no true caption that is known, and are not asked about", len(rows) - len(known),
-             len(rows))
+    log.info("%d of %d held-out images have no true caption that is known, and are not asked about",
+             len(rows) - len(known), len(rows))
   rng = np.random.default_rng(seed)
   known = [known[i] for i in rng.permutation(len(known))]
   if len({caption for _, caption in known}) < 2:
@@ -102,12 +102,13 @@ def turned(question: Question, by: int) -> Question:
   """The same question with its options turned on by some places."""
   count = len(question.options)
   order = [(i + by) % count for i in range(count)]
-  return dataclasses.replace(question, options=tuple(question.options[i] for i in order), gold=order.index(question.gold))
+  return dataclasses.replace(question, options=tuple(question.options[i] for i in order),
+                             gold=order.index(question.gold))
 
 
 def reading_config(reading: str, judge: JudgeSection, chat: bool) -> JudgeConfig:
-  """A reading as it is compared: in the order given, able to abstain, with the config's prompt or, where that is plain and
-  the judge knows chats, the official one."""
+  """A reading as it is compared: in the order given, able to abstain, with the config's prompt or, where that is plain
+  and the judge knows chats, the official one."""
   if reading == "option_pmi":
     return JudgeConfig(reading=reading, margin=judge.margin if judge.reading == reading else 1e-3)
   prompt = "official" if judge.prompt == "plain" and chat else judge.prompt
@@ -133,7 +134,8 @@ def calibrate(judge: Loaded, trials: Sequence[Trial], section: JudgeSection, cfg
     choices[reading] = choice
     right = choice == gold
     row = {condition: {"accuracy": float(right[i].mean()), "abstained": float((choice[i] < 0).mean()),
-                       "misled": float((~right[i] & (choice[i] >= 0)).mean())} for i, condition in enumerate(CONDITIONS)}
+                       "misled": float((~right[i] & (choice[i] >= 0)).mean())}
+           for i, condition in enumerate(CONDITIONS)}
     if reading == "option_pmi":
       row["margins"] = margins(asker, asks, trials)
       row["margin"] = best_margin(row["margins"])
@@ -179,19 +181,21 @@ def position_bias(asker: Asker, trials: Sequence[Trial], turns: int, what: str) 
 
 def table(figures: dict, yardstick: str) -> str:
   """The figures as text, a row a reading."""
-  lines = [f"{'reading':14} " + " ".join(f"{c:>9}" for c in CONDITIONS) + f" {'abstains*':>9} {'by slot':>13} {'agrees':>7}"]
+  lines = [f"{'reading':14} " + " ".join(f"{c:>9}" for c in CONDITIONS)
+           + f" {'abstains*':>9} {'by slot':>13} {'agrees':>7}"]
   for reading, row in figures["readings"].items():
     by_slot = [x for x in row.get("position", {}).get("accuracy_by_gold_slot", []) if np.isfinite(x)]
     spread = f"{min(by_slot):.2f} to {max(by_slot):.2f}" if by_slot else "-"
     lines.append(f"{reading:14} " + " ".join(f"{row[c]['accuracy']:9.3f}" for c in CONDITIONS)
                  + f" {row['generic']['abstained']:9.3f} {spread:>13} {figures['agreement'][reading][yardstick]:7.3f}")
-  lines.append(f"* with the caption that says nothing; by slot: accuracy by the right option's place; agrees: with {yardstick}")
+  lines.append("* with the caption that says nothing; by slot: accuracy by the right option's place; "
+               f"agrees: with {yardstick}")
   pmi = figures["readings"].get("option_pmi")
   if pmi:
     lines += ["", "option_pmi by judge.margin: right with ideal captions / abstains with generic, shuffled, empty ones"]
-    lines += [f"  {r['margin']:6.3f}  {r['ideal_accuracy']:.3f} / {r['generic_abstained']:.3f} {r['shuffled_abstained']:.3f} "
-              f"{r['empty_abstained']:.3f}{'   <- judge.margin' if r['margin'] == pmi['margin'] else ''}"
-              for r in pmi["margins"]]
+    lines += [f"  {r['margin']:6.3f}  {r['ideal_accuracy']:.3f} / {r['generic_abstained']:.3f} "
+              f"{r['shuffled_abstained']:.3f} {r['empty_abstained']:.3f}"
+              f"{'   <- judge.margin' if r['margin'] == pmi['margin'] else ''}" for r in pmi["margins"]]
   return "\n".join(lines)
 
 

@@ -228,7 +228,8 @@ class Captioner:
       group = []
       for tokens_T, valid_T, ended in zip(tokens_BGT[n], valid_BGT[n], ended_BG[n]):
         ids = tokens_T[valid_T].tolist()
-        group.append({"caption": self.loaded.tokenizer.decode(ids), "tokens": ids, "finish": "end" if ended else "length"})
+        group.append({"caption": self.loaded.tokenizer.decode(ids), "tokens": ids,
+                      "finish": "end" if ended else "length"})
       row = {"image": rows[number].name, **group[0]}
       found.append((number, row if len(group) == 1 else row | {"group": group}))
     now = time.monotonic()

@@ -105,7 +105,8 @@ class Statistics:
     return {"images": self.images, "captioned": captioned, "failed": self.reasons.total(),
             "failed_by_reason": dict(self.reasons.most_common()), "cut_share": share(self.cut),
             "caption_tokens": tokens, "distinct_captions": len(self.distinct),
-            "repeat_share": share(captioned - len(self.distinct)), "loop_share": share(self.loops), "images_per_sec": sum(rates) if rates else None,
+            "repeat_share": share(captioned - len(self.distinct)), "loop_share": share(self.loops),
+            "images_per_sec": sum(rates) if rates else None,
             "images_by_bucket": dict(sorted(self.buckets.items(), key=lambda item: [*map(int, item[0].split("x"))]))}
 
 

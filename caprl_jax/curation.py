@@ -44,13 +44,14 @@ log = logging.getLogger("caprl_jax.curation")
 
 @dataclasses.dataclass(frozen=True)
 class CurationConfig:
-  """input: images (`data.pictures.find_images`); with questions "given", a QA source (`data/sources.py`) to be filtered.
+  """input: images (`data.pictures.find_images`); with questions "given", a QA source (`data/sources.py`) to be
+    filtered.
 
   output: where to: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER, with the names `split` and `name` there.
   questions: written by the `generator` section's model, by an `endpoint`, or `given`.
   max_tokens, temperature, repetition_penalty, batch_size: of the generator; CapRL's own by default.
-  min_visual, max_blind: a question stays when the share of its orders answered right with the image is above the one, and
-    without the image below the other. CapRL: 0.75 and 0.25, of four.
+  min_visual, max_blind: a question stays when the share of its orders answered right with the image is above the one,
+    and without the image below the other. CapRL: 0.75 and 0.25, of four.
   min_side: images smaller than this in pixels are left out.
   similar_bits: two images are alike when at most so many of the 64 bits of their perceptual hashes differ
     (`data/similar.py`); None keeps all. benchmarks: sources of images that none kept may be like.
@@ -78,7 +79,8 @@ class CurationConfig:
 
   def __post_init__(self):
     if not (0 <= self.min_visual <= 1 and 0 <= self.max_blind <= 1):
-      raise ValueError(f"curation.min_visual = {self.min_visual} and max_blind = {self.max_blind} are shares, from 0 to 1")
+      raise ValueError(f"curation.min_visual = {self.min_visual} and max_blind = {self.max_blind} are shares, "
+                       "from 0 to 1")
     if self.shard_rows < 1 or self.batch_size < 1:
       raise ValueError(f"curation.shard_rows = {self.shard_rows} and batch_size = {self.batch_size} must be at least 1")
 
@@ -135,7 +137,8 @@ def look_at(row: CaptionRow | QARow, number: int) -> Finished:
     image = read_image(row)
   except ValueError as error:
     return Finished(number, {"image": row.name, "error": str(error)}, {"reason": reason_of(error)})
-  return Finished(number, {"image": row.name, "size": list(image.size), "signature": similar.to_json(similar.signature_of(image))}, {})
+  return Finished(number, {"image": row.name, "size": list(image.size),
+                           "signature": similar.to_json(similar.signature_of(image))}, {})
 
 
 def _look(_, numbers: Sequence[int], rows) -> Iterator[list[Finished]]:
@@ -171,8 +174,9 @@ def choose_images(parts: Parts, benchmark: Sequence[Any], cfg: CurationConfig) -
 
 def _generate(captioner: Captioner, numbers: Sequence[int], rows) -> Iterator[list[Finished]]:
   for batch in captioner(rows, numbers):
-    yield [Finished(item.number, {"image": item.row["image"], "text": item.row.get("caption"), "error": item.row.get("error"),
-                                  "finish": item.row.get("finish")}, item.about) for item in batch]
+    yield [Finished(item.number, {"image": item.row["image"], "text": item.row.get("caption"),
+                                  "error": item.row.get("error"), "finish": item.row.get("finish")}, item.about)
+           for item in batch]
 
 
 def _ask(endpoint: Endpoint, numbers: Sequence[int], rows) -> Iterator[list[Finished]]:
@@ -182,8 +186,8 @@ def _ask(endpoint: Endpoint, numbers: Sequence[int], rows) -> Iterator[list[Fini
 
   failed: list[Finished] = []  # kept only when a later request gets through: a server that died has refused no image
   for number, reply in endpoint.ask_all(requests()):
-    item = Finished(number, {"image": rows[number].name, "text": reply.text, "error": reply.error, "finish": reply.finish},
-                    {"attempts": reply.attempts})
+    item = Finished(number, {"image": rows[number].name, "text": reply.text, "error": reply.error,
+                             "finish": reply.finish}, {"attempts": reply.attempts})
     if reply.error is not None:
       failed.append(item)
       continue
@@ -203,20 +207,22 @@ def parse(item: Finished, provenance: str) -> tuple[list[Question], list[dict[st
   questions, failures = generated.parse_generated(item.row["text"] or "")
   cut = item.row.get("finish") == "length"
   return ([dataclasses.replace(question, provenance=provenance) for question in questions],
-          [{"reason": ("cut at max_tokens: " if cut and failure is failures[-1] else "") + failure.reason, "text": failure.text}
-           for failure in failures])
+          [{"reason": ("cut at max_tokens: " if cut and failure is failures[-1] else "") + failure.reason,
+            "text": failure.text} for failure in failures])
 
 
 def _answer(answerer: Answerer, numbers: Sequence[int], rows: Sequence[QARow],
             failures: dict[int, list]) -> Iterator[list[Finished]]:
   finish = lambda n, questions, verdicts, error="": Finished(n, {
-      "image": rows[n].name, "questions": questions, "verdicts": verdicts, "failures": failures.get(n, []), "error": error}, {})
+      "image": rows[n].name, "questions": questions, "verdicts": verdicts, "failures": failures.get(n, []),
+      "error": error}, {})
   silent = [n for n in numbers if not rows[n].questions]
   if silent:
     yield [finish(n, [], []) for n in silent]
   for batch in answerer(rows, [n for n in numbers if rows[n].questions]):
     yield [finish(n, plain_questions(rows[n]), [], str(found)) if isinstance(found, ValueError) else
-           finish(n, plain_questions(rows[n]), [dataclasses.asdict(verdict) for verdict in found]) for n, found in batch]
+           finish(n, plain_questions(rows[n]), [dataclasses.asdict(verdict) for verdict in found])
+           for n, found in batch]
 
 
 # ---- 4: selection ----
@@ -272,7 +278,8 @@ def funnel(images: int, gone: Counter, items: Iterable[tuple[Finished, Selected]
       if not found["error"]:
         asked += 1
         grid[f"{found['visual']:.2f}/{found['blind']:.2f}"] += 1
-  return {"images": {"found": images, "left out": dict(gone), "kept": kept_images, "with a reply": replies, "with questions kept": rows},
+  return {"images": {"found": images, "left out": dict(gone), "kept": kept_images, "with a reply": replies,
+                     "with questions kept": rows},
           "questions": {"not parsed": dict(failures.most_common()), "parsed": parsed, "asked": asked,
                         "dropped": dict(reasons.most_common()), "kept": kept},
           "visual/blind": dict(sorted(grid.items()))}
@@ -288,7 +295,8 @@ def funnel_text(figures: dict[str, Any]) -> str:
   images, questions = figures["images"], figures["questions"]
   lines = [f"images      {images['found']:,} found"]
   lines += [f"              - {count:,} {reason}" for reason, count in images["left out"].items()]
-  lines += [f"            {images['kept']:,} kept, {images['with a reply']:,} with a reply", f"questions   {questions['parsed']:,} parsed"]
+  lines += [f"            {images['kept']:,} kept, {images['with a reply']:,} with a reply",
+            f"questions   {questions['parsed']:,} parsed"]
   lines += [f"              ({count:,} not: {reason})" for reason, count in questions["not parsed"].items()]
   lines += [f"              - {count:,} {reason}" for reason, count in questions["dropped"].items()]
   lines += [f"            {questions['kept']:,} kept, of {images['with questions kept']:,} images"]
@@ -314,7 +322,8 @@ def run(config, workdir: pathlib.Path) -> None:
   looked = stages.run("1_images", {}, names, _Nothing, lambda context, numbers: _look(context, numbers, rows))
   benchmark = [similar.signature_of(read_image(row)) for source in cfg.benchmarks for row in find_images(source)]
   kept, gone, out = choose_images(looked, benchmark, cfg)
-  log.info("%d images: %d go on, %s", len(rows), len(kept), ", ".join(f"{n} {why}" for why, n in gone.items()) or "none left out")
+  log.info("%d images: %d go on, %s", len(rows), len(kept),
+           ", ".join(f"{n} {why}" for why, n in gone.items()) or "none left out")
   if not kept:
     raise ValueError(f"no image of {cfg.input} is left: {dict(gone)}; see curation.min_side and similar_bits")
   rows = [rows[number] for number in kept]
@@ -335,29 +344,32 @@ def _questions_stage(stages: Stages, config, cfg: CurationConfig, rows, names, m
   settings = {"system": generated.GENERATION_SYSTEM, "user": generated.GENERATION_USER}
   if cfg.questions == "endpoint":
     endpoint_cfg = configuration.load_section(config, "endpoint", EndpointConfig)
-    settings |= {"model": endpoint_cfg.model, "max_tokens": endpoint_cfg.max_tokens, "temperature": endpoint_cfg.temperature,
-                 "repetition_penalty": endpoint_cfg.repetition_penalty}
+    settings |= {"model": endpoint_cfg.model, "max_tokens": endpoint_cfg.max_tokens,
+                 "temperature": endpoint_cfg.temperature, "repetition_penalty": endpoint_cfg.repetition_penalty}
 
     def make():
       endpoint = Endpoint(endpoint_cfg)
       endpoint.check()
       return endpoint
 
-    return stages.run("2_questions", settings, names, make, lambda endpoint, numbers: _ask(endpoint, numbers, rows)), endpoint_cfg.model
+    return stages.run("2_questions", settings, names, make,
+                      lambda endpoint, numbers: _ask(endpoint, numbers, rows)), endpoint_cfg.model
   section = configuration.load_section(config, "generator", PolicySection)
   settings |= sampling | {"checkpoint": section.checkpoint, "dtype": section.dtype, "seed": seed}
   caption_cfg = CaptionConfig("", "", batch_size=cfg.batch_size, **sampling)
   with jax.set_mesh(mesh):
-    make = lambda: Captioner(section.load(mesh), caption_cfg, generated.GENERATION_USER, mesh, seed, generated.GENERATION_SYSTEM)
-    parts = stages.run("2_questions", settings, names, make, lambda captioner, numbers: _generate(captioner, numbers, rows))
+    make = lambda: Captioner(section.load(mesh), caption_cfg, generated.GENERATION_USER, mesh, seed,
+                             generated.GENERATION_SYSTEM)
+    parts = stages.run("2_questions", settings, names, make,
+                       lambda captioner, numbers: _generate(captioner, numbers, rows))
   return parts, section.checkpoint
 
 
-def _answers_stage(stages: Stages, cfg: CurationConfig, section: PolicySection, rows, names, written: Parts | None, provenance: str,
-                   mesh, seed) -> Parts:
+def _answers_stage(stages: Stages, cfg: CurationConfig, section: PolicySection, rows, names, written: Parts | None,
+                   provenance: str, mesh, seed) -> Parts:
   failures: dict[int, list] = {}
-  settings = {"checkpoint": section.checkpoint, "dtype": section.dtype, "answers": dataclasses.asdict(cfg.answers), "seed": seed,
-              "questions": written.manifest if written else cfg.input}
+  settings = {"checkpoint": section.checkpoint, "dtype": section.dtype, "answers": dataclasses.asdict(cfg.answers),
+              "seed": seed, "questions": written.manifest if written else cfg.input}
   asked = list(rows)
   if written:
     for item in written.read():
@@ -368,7 +380,8 @@ def _answers_stage(stages: Stages, cfg: CurationConfig, section: PolicySection, 
                       lambda answerer, numbers: _answer(answerer, numbers, asked, failures))
 
 
-def _write(answers: Parts, rows, cfg: CurationConfig, images: int, gone: Counter, out: list[dict], workdir: pathlib.Path, seed) -> None:
+def _write(answers: Parts, rows, cfg: CurationConfig, images: int, gone: Counter, out: list[dict],
+           workdir: pathlib.Path, seed) -> None:
   pairs = [(item, select(rows[item.number], item, cfg)) for item in answers.read()]
   figures = funnel(images, gone, pairs, len(rows))
   write_json(workdir / "funnel.json", figures)
@@ -382,6 +395,6 @@ def _write(answers: Parts, rows, cfg: CurationConfig, images: int, gone: Counter
   left = [selected.row for _, selected in pairs if selected.kept]
   log.info("page: %s   what was left out and why: %s", workdir / "curation.html", workdir / "left_out.jsonl")
   if not left:
-    raise ValueError(f"no question is left of {figures['questions']['parsed']}; see {workdir / 'left_out.jsonl'} and the thresholds "
-                     f"curation.min_visual = {cfg.min_visual} and max_blind = {cfg.max_blind}")
+    raise ValueError(f"no question is left of {figures['questions']['parsed']}; see {workdir / 'left_out.jsonl'} "
+                     f"and the thresholds curation.min_visual = {cfg.min_visual} and max_blind = {cfg.max_blind}")
   log.info("wrote %d rows to %s", len(left), write_rows(left, cfg.output, cfg.split, cfg.name))

@@ -1,4 +1,5 @@
-"""Mode `dataset`: what is in a QA dataset and what is wrong with it, as a table and a page; and a copy in another format.
+"""Mode `dataset`: what is in a QA dataset and what is wrong with it, as a table and a page; and a copy in another
+format.
 
 Every row is read, every image decoded, every question checked. Rows that cannot be used are listed with file and line;
 they are refused, or dropped where the config says so.
@@ -145,7 +146,8 @@ def survey(rows: Sequence[QARow], facts: Sequence[ImageFacts], bad: Sequence[Bad
   questions = [question for row in rows for question in row.questions]
   kinds: dict[str, dict] = {}
   for question in questions:
-    kind = kinds.setdefault(question.kind or "(none)", {"questions": 0, "options": Counter(), "gold": Counter(), "longest": 0})
+    kind = kinds.setdefault(
+        question.kind or "(none)", {"questions": 0, "options": Counter(), "gold": Counter(), "longest": 0})
     kind["questions"] += 1
     kind["options"][len(question.options)] += 1
     kind["gold"]["ABCDEFGHIJKLMNOPQRSTUVWXYZ"[question.gold]] += 1
@@ -168,7 +170,8 @@ def survey(rows: Sequence[QARow], facts: Sequence[ImageFacts], bad: Sequence[Bad
       "megabytes": sum(fact.bytes for fact in facts) / 1e6, "image_tokens": _spread(tokens), "too_narrow": unfit,
       "buckets": [{"tokens": bucket.tokens, "images": images} for bucket, images in
                   sorted(buckets.items(), key=lambda item: item[0].tokens)],
-      "kinds": {name: {**kind, "options": dict(sorted(kind["options"].items())), "gold": dict(sorted(kind["gold"].items()))}
+      "kinds": {name: {**kind, "options": dict(sorted(kind["options"].items())),
+                       "gold": dict(sorted(kind["gold"].items()))}
                 for name, kind in sorted(kinds.items())},
       "with_facts": sum(row.facts is not None for row in rows),
       "provenance": dict(Counter(question.provenance or "(none)" for question in questions).most_common(10))}
@@ -188,42 +191,50 @@ def table_text(figures: dict) -> str:
   lines = [
       f"rows        {figures['rows']:,}, of which bad {figures['bad']:,}",
       f"images      {figures['images']:,} distinct, {figures['repeated_images']:,} repeated; "
-      + ", ".join(f"{kind} {count:,}" for kind, count in figures["formats"].items()) + f"; {figures['megabytes']:,.1f} MB",
+      + ", ".join(f"{kind} {count:,}" for kind, count in figures["formats"].items())
+      + f"; {figures['megabytes']:,.1f} MB",
       f"size        width {spread('width')}, height {spread('height')} pixels (least / median / greatest)",
       f"tokens      {spread('image_tokens')} an image" + (f"; {figures['too_narrow']:,} too narrow for the processor"
                                                           if figures["too_narrow"] else ""),
-      "buckets     " + ", ".join(f"{bucket['images']:,} of up to {bucket['tokens']:,}" for bucket in figures["buckets"][:12])
+      "buckets     "
+      + ", ".join(f"{bucket['images']:,} of up to {bucket['tokens']:,}" for bucket in figures["buckets"][:12])
       + (" tokens" if len(figures["buckets"]) <= 12 else f" tokens, and {len(figures['buckets']) - 12} more"),
-      f"questions   {figures['questions']:,}; {spread('questions_an_image')} an image; facts for {figures['with_facts']:,} rows",
+      f"questions   {figures['questions']:,}; {spread('questions_an_image')} an image; "
+      f"facts for {figures['with_facts']:,} rows",
       "",
       f"{'kind':<24}{'questions':>10}  {'options':<18}{'best letter':>12}{'longest':>9}"]
   for name, kind in figures["kinds"].items():
     options = ", ".join(f"{count:,}x{n}" for n, count in kind["options"].items())
-    lines.append(f"{name[:23]:<24}{kind['questions']:>10,}  {options:<18}{most_common(kind['gold'], kind['questions']):>11.1%} "
+    lines.append(f"{name[:23]:<24}{kind['questions']:>10,}  {options:<18}"
+                 f"{most_common(kind['gold'], kind['questions']):>11.1%} "
                  f"{kind['longest'] / kind['questions']:>8.1%}")
   lines.append("(best letter: right answers by always saying the same one; longest: by saying the one longest option)")
   return "\n".join(lines)
 
 
-def write_page(path: pathlib.Path, name: str, rows: Sequence[QARow], figures: dict, bad: Sequence[BadRow], seed: int) -> None:
+def write_page(path: pathlib.Path, name: str, rows: Sequence[QARow], figures: dict, bad: Sequence[BadRow],
+               seed: int) -> None:
   """A page that shows the figures, some rows and what is wrong with the others."""
   cards = [card("images", f"{figures['images']:,}", f"{figures['repeated_images']:,} repeated"),
            card("questions", f"{figures['questions']:,}", f"{len(figures['kinds'])} kinds"),
            card("bad rows", f"{figures['bad']:,}", f"of {figures['rows']:,}")]
-  kinds = [[text(kind), f"{f['questions']:,}", text(", ".join(map(str, f["options"]))), percent(max(f["gold"].values()) / f["questions"]),
-            percent(f["longest"] / f["questions"])] for kind, f in figures["kinds"].items()]
+  kinds = [[text(kind), f"{f['questions']:,}", text(", ".join(map(str, f["options"]))),
+            percent(max(f["gold"].values()) / f["questions"]), percent(f["longest"] / f["questions"])]
+           for kind, f in figures["kinds"].items()]
   order = np.random.default_rng(seed).permutation(len(rows))[:PAGE_IMAGES]
   samples = []
   for i in sorted(order):
     row = rows[i]
     listed = "".join(
         f"<li><span class=stem>{text(q.stem)}</span> <small>{text(q.kind)}</small><br>" + " ".join(
-            f'<span class="option{" gold" if n == q.gold else ""}">{text(option)}</span>' for n, option in enumerate(q.options))
+            f'<span class="option{" gold" if n == q.gold else ""}">{text(option)}</span>'
+            for n, option in enumerate(q.options))
         + "</li>" for q in row.questions[:12])
     more = f"<p class=soft>and {len(row.questions) - 12} more</p>" if len(row.questions) > 12 else ""
     facts = f"<p class=soft>{text(json.dumps(row.facts, ensure_ascii=False))}</p>" if row.facts else ""
-    samples.append(f"<article class=sample><div class=picture>{embedded(image_bytes(row), row.name)}<div class='file soft'>"
-                   f"{text(row.name)}</div></div><div><ol class=questions>{listed}</ol>{more}{facts}</div></article>")
+    samples.append(f"<article class=sample><div class=picture>{embedded(image_bytes(row), row.name)}"
+                   f"<div class='file soft'>{text(row.name)}</div></div>"
+                   f"<div><ol class=questions>{listed}</ol>{more}{facts}</div></article>")
   problems = "".join(f"<li>{text(row.message)}</li>" for row in bad[:200])
   write_text(path, page(name, [
       f"<div class=cards>{''.join(cards)}</div>",
@@ -244,7 +255,8 @@ def write_rows(rows: Sequence[QARow], output: str, split: str, name: str) -> pat
     return path
   # Copied even where they are files: the dataset is then one folder that can be moved.
   folder = path.with_name(f"{path.stem}_images")
-  rows = [jsonl.save_image(row, folder, copy=True) for row in tqdm(rows, desc="saving images", leave=False, delay=2, disable=None)]
+  rows = [jsonl.save_image(row, folder, copy=True)
+          for row in tqdm(rows, desc="saving images", leave=False, delay=2, disable=None)]
   if path.suffix == ".json":
     released.write_json(path, rows)
   else:
@@ -266,7 +278,8 @@ def _processor(checkpoint: str | None):
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Writes dataset.json, dataset.html and, where there are any, bad_rows.jsonl to the workdir; then `dataset.output`."""
+  """Writes dataset.json, dataset.html and, where there are any, bad_rows.jsonl to the workdir; then
+  `dataset.output`."""
   cfg = configuration.load_section(config, "dataset", DatasetConfig)
   seed = config["seed"] if "seed" in config else 0
   if cfg.output is not None:
@@ -289,8 +302,8 @@ def run(config, workdir: pathlib.Path) -> None:
   write_page(workdir / "dataset.html", cfg.input, rows, figures, bad, seed)
   log.info("page: %s", workdir / "dataset.html")
   if bad and cfg.bad_rows == "refuse":
-    raise ValueError(f"{len(bad)} bad rows of {figures['rows']}, listed in {bad_file}; mend them, or leave them out with "
-                     "--config.dataset.bad_rows=drop")
+    raise ValueError(f"{len(bad)} bad rows of {figures['rows']}, listed in {bad_file}; mend them, or leave them out "
+                     "with --config.dataset.bad_rows=drop")
   if cfg.output is not None:
     if not rows:
       raise ValueError(f"{cfg.input}: no good row is left to write")

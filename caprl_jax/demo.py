@@ -203,7 +203,8 @@ class Demo:
         given, blind = self.judge(caption.strip(), question), self.judge("", question)
     except ValueError as error:
       return f"<p class=judge-error>{text(error)}</p>"
-    return (f'<div class=judge data-caption="{text(caption)}">' + _panel("From this caption", "given", question, given, gold)
+    return (f'<div class=judge data-caption="{text(caption)}">'
+            + _panel("From this caption", "given", question, given, gold)
             + _panel("With no caption: a guess", "blind", question, blind, gold)
             + f"</div><p class=judge-note>{self._about()}</p>")
 

@@ -96,5 +96,6 @@ def run(config, workdir: pathlib.Path) -> None:
     if cfg.adapters:
       save_adapters(output, params, lora, base)
     else:
-      save_policy(output, loaded, params, DTYPES[cfg.dtype], int(cfg.shard_gb * 1e9), model_card(base, summary, cfg.dtype))
+      save_policy(output, loaded, params, DTYPES[cfg.dtype], int(cfg.shard_gb * 1e9),
+                  model_card(base, summary, cfg.dtype))
   log.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in output.iterdir())))

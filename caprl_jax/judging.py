@@ -21,7 +21,8 @@ from caprl_jax.types import Answers, Array, Captions, JudgePrompt, Params, Quest
 
 def judge_captions(judge: Decoder, params: Params, prompt: JudgePrompt, captions: Captions, questions: Questions,
                    vocabulary: Vocabulary, key: Array, cfg: JudgeConfig) -> tuple[Answers, Answers | None]:
-  """Asks every caption about its image; special tokens are stripped first, so that no caption can close the judge's turn.
+  """Asks every caption about its image; special tokens are stripped first, so that no caption can close the judge's
+  turn.
 
   Returns the answers and, with `cfg.blind`, those that an empty caption got (G = 1).
   """

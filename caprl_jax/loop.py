@@ -71,8 +71,8 @@ class Interrupts:
 
 
 class StepReports:
-  """Steps whose numbers were not read yet, and where these go: metrics.jsonl, progress bar, trackers, `on_samples`; only
-  on the main process."""
+  """Steps whose numbers were not read yet, and where these go: metrics.jsonl, progress bar, trackers, `on_samples`;
+  only on the main process."""
 
   def __init__(self, workdir: pathlib.Path, start: int, steps: int, what: str, reward_name: str,
                on_samples: Callable[[int, Any, Any], None] | None, trackers: Sequence[Tracker]):
@@ -105,8 +105,8 @@ class StepReports:
       if numbers.get("update/nonfinite"):
         raise FloatingPointError(
             f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
-            f"such an update changes no parameters, and the checkpoint of step {self.pending[-1][0]} holds finite ones. "
-            "Lower optimizer.learning_rate or look at the batch's rows in samples/")
+            f"such an update changes no parameters, and the checkpoint of step {self.pending[-1][0]} holds finite "
+            "ones. Lower optimizer.learning_rate or look at the batch's rows in samples/")
       self.pending.popleft()
       if self.main:
         self._write(step, numbers, batch, samples)
@@ -143,7 +143,8 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
     state: donated to the first step. Its `step` says where to begin.
     iterator: yields this process's share of a batch as numpy; has `get_state`, the same in every process.
     on_samples: called as (step, this process's share of the batch, samples) after each step, on the main process.
-    evaluate: called as (step, state) after every `evaluate_every`-th step, in all processes; its numbers join the step's.
+    evaluate: called as (step, state) after every `evaluate_every`-th step, in all processes; its numbers join the
+      step's.
     trackers: get every number that metrics.jsonl gets.
 
   Raises:

@@ -24,9 +24,9 @@ class LossConfig:
     tokens (the original GRPO; CapRL++'s seq-mean-token-mean); `constant`: sum over the largest number of tokens that
     there could be (Dr. GRPO, 2503.20783).
   kl: weight of KL(policy || reference); 0 needs no reference (CapRL's released recipe). kl_in: the `loss`, or the
-    `reward`, summed over a caption's tokens. kl_estimator (http://joschu.net/blog/kl-approx.html): k1, k2, k3; `k3_clamped`,
-    verl's low_var_kl; `k3_k2`, the value of k3 with the gradient of k2, which is the true one on samples of the policy
-    itself; `full`, exact, over the whole vocabulary.
+    `reward`, summed over a caption's tokens. kl_estimator (http://joschu.net/blog/kl-approx.html): k1, k2, k3;
+    `k3_clamped`, verl's low_var_kl; `k3_k2`, the value of k3 with the gradient of k2, which is the true one on samples
+    of the policy itself; `full`, exact, over the whole vocabulary.
   entropy: weight of the mean entropy, which is maximised.
   importance: weights exp(logp of the update's own forward pass - logp of the sampler) for what the two differ by,
     `truncate`d at importance_cap or `mask`ed above it, a token or a whole `sequence`. `none`: the old log-probabilities
@@ -50,8 +50,8 @@ class LossConfig:
   def __post_init__(self):
     top = self.clip_low == 1 and self.surrogate != "cispo"
     if not 0 <= self.clip_low <= 1 or top or self.clip_high < 0 or self.kl < 0:
-      raise ValueError(f"clip_low = {self.clip_low} must be in [0, 1) (cispo: [0, 1]), clip_high = {self.clip_high} and "
-                       f"kl = {self.kl} >= 0")
+      raise ValueError(f"clip_low = {self.clip_low} must be in [0, 1) (cispo: [0, 1]), clip_high = {self.clip_high} "
+                       f"and kl = {self.kl} >= 0")
     if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
       raise ValueError(f"dual_clip = {self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high}")
     if self.dual_clip is not None and self.surrogate not in ("clip", "gspo"):

@@ -61,7 +61,8 @@ MODES = {
   "curate": Mode(
     "caprl_jax.curation",
     "images in, filtered questions out: a model writes them, another answers with the image and without",
-    "--config=configs/curate.py --workdir=runs/curate --config.curation.input=IMAGES --config.curation.output=qa.parquet",
+    "--config=configs/curate.py --workdir=runs/curate "
+    "--config.curation.input=IMAGES --config.curation.output=qa.parquet",
   ),
   "dataset": Mode(
     "caprl_jax.dataset",

@@ -9,8 +9,8 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """adamw; adafactor, whose second moments are a row and a column a matrix; or muon for the matrices of layers with NAdamW, as optax has it, for everything else (embeddings, norms,
-  biases).
+  """adamw; adafactor, whose second moments are a row and a column a matrix; or muon for the matrices of layers with
+  NAdamW, as optax has it, for everything else (embeddings, norms, biases).
 
   learning_rate is the peak, reached after `warmup_steps`; `cosine` then falls to `final_fraction` of it at the last
   step. With muon, `learning_rate` is the matrices' and `adam_learning_rate` the rest's.

@@ -59,7 +59,8 @@ class PlanConfig:
 
 
 def read_config(source: str) -> dict:
-  """config.json of a checkpoint: a directory's, a published one's, or the hub's. Raises ValueError where there is none."""
+  """config.json of a checkpoint: a directory's, a published one's, or the hub's. Raises ValueError where there is
+  none."""
   path = pathlib.Path(source).expanduser()
   if path.exists() or source.startswith("package:"):
     return files.read_model(files.resolve_model(source))[0]

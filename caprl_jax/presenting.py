@@ -21,10 +21,10 @@ class JudgeConfig:
   reading: `option_pmi`, the mean log-probability of an option's tokens after the question, minus the same after a
     caption that says nothing (Holtzman et al., arXiv 2104.08315): for small and base models. Or, after a prompt that
     lists the options: the next-token distribution over their letters, as `letter_argmax`, `letter_prob` (the credit is
-    the gold letter's probability) or `letter_sample` at `temperature`; or `generate`, what CapRL's released code does: up
-    to `max_tokens` sampled tokens, of which the first of the letters A to I is the answer.
-  prompt: `plain`, our own; `official`, CapRL's (ChatML), with abstain `last` to the byte, otherwise with a line break more
-    after the options; `official_video`, CapRL++'s wording for videos without its indentation.
+    the gold letter's probability) or `letter_sample` at `temperature`; or `generate`, what CapRL's released code does:
+    up to `max_tokens` sampled tokens, of which the first of the letters A to I is the answer.
+  prompt: `plain`, our own; `official`, CapRL's (ChatML), with abstain `last` to the byte, otherwise with a line break
+    more after the options; `official_video`, CapRL++'s wording for videos without its indentation.
   abstain: "can not answer" as an option more, `last` or `permuted` with the others; it scores nothing and does not
     mislead. abstain_letter: of the last one, the `next` letter or always `F`, as the released shuffle has it.
   shuffle: a new random order of the options for every presentation.
@@ -32,7 +32,8 @@ class JudgeConfig:
     turned on by one place, so that an option visits different letters.
   draws: presentations a caption, drawn from its image's questions with or without `replacement`; 0: each once.
   independent: draws and orders anew for every caption, not the same for a group (a noisier baseline, as released).
-  margin: an answer must beat the runner-up by more than this, or the judge abstains (in nats; mode `calibrate` finds it).
+  margin: an answer must beat the runner-up by more than this, or the judge abstains (in nats; mode `calibrate` finds
+    it).
   blind: ask an empty caption too, for the metric `judge/blind`; it costs one caption more a group.
   microbatches: pieces of the batch that are judged one after the other, to save memory.
   """
@@ -56,17 +57,18 @@ class JudgeConfig:
     if self.temperature <= 0 or self.margin < 0:
       raise ValueError(f"temperature = {self.temperature} must be > 0 and margin = {self.margin} >= 0")
     if self.permutations < 1 or self.draws < 0 or self.max_tokens < 1:
-      raise ValueError(f"permutations = {self.permutations} and max_tokens = {self.max_tokens} must be at least 1, draws "
-                       f"= {self.draws} at least 0")
+      raise ValueError(f"permutations = {self.permutations} and max_tokens = {self.max_tokens} must be at least 1, "
+                       f"draws = {self.draws} at least 0")
     if self.permutations > 1 and (self.reading not in ("letter_argmax", "letter_prob") or not self.shuffle):
-      raise ValueError(f"permutations = {self.permutations} averages log-probabilities of letters over shuffled orders: it needs "
-                       f"reading letter_argmax or letter_prob and shuffle, not {self.reading!r} and {self.shuffle}")
+      raise ValueError(f"permutations = {self.permutations} averages log-probabilities of letters over shuffled "
+                       f"orders: it needs reading letter_argmax or letter_prob and shuffle, not {self.reading!r} "
+                       f"and {self.shuffle}")
     if self.reading == "option_pmi" and (self.prompt != "plain" or self.abstain != "none"):
-      raise ValueError(f"reading 'option_pmi' shows no list of options: it goes with prompt 'plain' and abstain 'none' (it "
-                       f"abstains by `margin`), not {self.prompt!r} and {self.abstain!r}")
+      raise ValueError(f"reading 'option_pmi' shows no list of options: it goes with prompt 'plain' and abstain 'none' "
+                       f"(it abstains by `margin`), not {self.prompt!r} and {self.abstain!r}")
     if self.reading not in MARGIN_READINGS and self.margin > 1e-3:
-      raise ValueError(f"margin = {self.margin} has no meaning for reading {self.reading!r}, only for {MARGIN_READINGS}; leave "
-                       "it out, and let the judge abstain by abstain = 'last'")
+      raise ValueError(f"margin = {self.margin} has no meaning for reading {self.reading!r}, only for "
+                       f"{MARGIN_READINGS}; leave it out, and let the judge abstain by abstain = 'last'")
     if self.abstain == "permuted" and (not self.shuffle or self.abstain_letter == "F"):
       raise ValueError(f"abstain 'permuted' goes with shuffle and abstain_letter 'next', not {self.shuffle} and "
                        f"{self.abstain_letter!r}; use abstain 'last'")

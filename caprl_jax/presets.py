@@ -1,7 +1,7 @@
 """Name of a published recipe -> the settings of its algorithm.
 
-A preset fills in what a config leaves open: sections judge, rollout, reward, advantage, update, optimizer. What the config
-file or the command line says stands. Paper and released code differ, so each has its own.
+A preset fills in what a config leaves open: sections judge, rollout, reward, advantage, update, optimizer. What the
+config file or the command line says stands. Paper and released code differ, so each has its own.
 """
 
 import logging
@@ -46,8 +46,8 @@ PRESETS = {
                               kl_estimator="k3", kl_in="loss")),
         optimizer=dict(name="adamw", learning_rate=1e-6, schedule="cosine", warmup_steps=20, final_fraction=0.1, b1=0.9,
                        b2=0.95, weight_decay=0.0, clip_norm=1.0)),
-    # Ours: every question once, read from logits over two turned orders, the same for a group; false statements cost what
-    # true ones earn half of; no token of a cut caption is learned from.
+    # Ours: every question once, read from logits over two turned orders, the same for a group; false statements cost
+    # what true ones earn half of; no token of a cut caption is learned from.
     "caprl_jax": dict(
         judge=dict(reading="letter_argmax", prompt="official", abstain="last", shuffle=True, permutations=2, draws=0,
                    independent=False),
@@ -62,8 +62,8 @@ PRESETS = {
 
 
 # What of a section is no part of an algorithm, and stays when a preset takes the section's place.
-_RESOURCES = {"judge": ("source", "dtype", "int8", "microbatches", "chunk_tokens", "blind"), "reward": (), "advantage": (),
-              "update": ("microbatches", "chunk_tokens")}
+_RESOURCES = {"judge": ("source", "dtype", "int8", "microbatches", "chunk_tokens", "blind"), "reward": (),
+              "advantage": (), "update": ("microbatches", "chunk_tokens")}
 
 
 def replace(config: ml_collections.ConfigDict) -> None:

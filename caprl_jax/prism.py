@@ -1,13 +1,13 @@
-"""Mode `evaluate`: how much of an image a captioner's words carry. With a section `prism`, CapRL's Prism evaluation; without
-one, the judge's accuracy on the held-out rows of a training config (`evaluate.py`).
+"""Mode `evaluate`: how much of an image a captioner's words carry. With a section `prism`, CapRL's Prism evaluation;
+without one, the judge's accuracy on the held-out rows of a training config (`evaluate.py`).
 
-Prism (arXiv 2509.22647, section 4.1): a captioner writes captions of a benchmark's images, a language model that never sees
-the images answers the benchmark's questions from each caption, the answers are scored. Several captioners are compared on
-the same images, questions and answering model. Captions and answers are kept by content (`kept.Kept`), so that an
-interrupted evaluation goes on and a benchmark on the same images costs no caption.
+Prism (arXiv 2509.22647, section 4.1): a captioner writes captions of a benchmark's images, a language model that never
+sees the images answers the benchmark's questions from each caption, the answers are scored. Several captioners are
+compared on the same images, questions and answering model. Captions and answers are kept by content (`kept.Kept`), so
+that an interrupted evaluation goes on and a benchmark on the same images costs no caption.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import json
@@ -45,15 +45,17 @@ LETTER_ONLY = "\nAnswer with the letter of the right option only."
 
 @dataclasses.dataclass(frozen=True)
 class PrismConfig:
-  """captioners: "name=checkpoint", joined by commas; the section `policy` says the rest. The others are compared with the first.
+  """captioners: "name=checkpoint", joined by commas; the section `policy` says the rest. The others are compared with
+    the first.
 
-  benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json, with their images in `image_root`, a folder or a
-    .zip), or a QA source (`data/sources.py`). max_rows: of each.
+  benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json, with their images in
+    `image_root`, a folder or a .zip), or a QA source (`data/sources.py`). max_rows: of each.
   captions: of each image, at `temperature`; CapRL takes 4 at 1.0 and reports their mean; 1 at 0 is greedy.
-  answers: "write", as CapRL: the answering model (section `judge`) writes up to `answer_tokens` at `answer_temperature`;
-    or "read": its reading of the options, as in training (rows with lettered options only; the others are left out and
-    counted). Reading also tells a caption that says nothing from one that misleads.
-  blind: ask with an empty caption too. intervals: their level. cache: folder of captions and answers; None: in the workdir.
+  answers: "write", as CapRL: the answering model (section `judge`) writes up to `answer_tokens` at
+    `answer_temperature`; or "read": its reading of the options, as in training (rows with lettered options only; the
+    others are left out and counted). Reading also tells a caption that says nothing from one that misleads.
+  blind: ask with an empty caption too. intervals: their level. cache: folder of captions and answers; None: in the
+    workdir.
   """
   captioners: str
   benchmarks: str
@@ -81,8 +83,8 @@ class PrismConfig:
       raise ValueError(f"prism.captions = {self.captions}, batch_size = {self.batch_size} and answer_batch_size = "
                        f"{self.answer_batch_size} must be at least 1")
     if self.captions > 1 and self.temperature == 0:
-      raise ValueError(f"prism.captions = {self.captions} greedy captions of an image are all the same; set captions = 1, or a "
-                       "temperature")
+      raise ValueError(f"prism.captions = {self.captions} greedy captions of an image are all the same; "
+                       "set captions = 1, or a temperature")
 
 
 def named(text: str, key: str) -> dict[str, str]:
@@ -92,7 +94,8 @@ def named(text: str, key: str) -> dict[str, str]:
   for item in text.split(","):
     name, _, value = item.partition("=")
     if not name.strip() or not value.strip():
-      raise ValueError(f"{key}: {item!r} must be name=value, as in before=configs/quickstart_policy,after=runs/quickstart/policy")
+      raise ValueError(f"{key}: {item!r} must be name=value, "
+                       "as in before=configs/quickstart_policy,after=runs/quickstart/policy")
     if name.strip() in found:
       raise ValueError(f"{key}: the name {name.strip()!r} is given twice")
     found[name.strip()] = value.strip()
@@ -103,8 +106,10 @@ def read_rows(name: str, source: str, cfg: PrismConfig, seed: int) -> list[Bench
   """The rows of one benchmark. Raises ValueError as its reader, and for no rows."""
   if pathlib.Path(source).stem in benchmarks.BENCHMARKS:
     if cfg.image_root is None:
-      raise ValueError(f"prism.benchmarks: {name}={source} names images by paths: set prism.image_root to their folder or .zip")
-    rows = good_rows(benchmarks.read_benchmark(pathlib.Path(source).expanduser(), pathlib.Path(cfg.image_root).expanduser()),
+      raise ValueError(f"prism.benchmarks: {name}={source} names images by paths: "
+                       "set prism.image_root to their folder or .zip")
+    rows = good_rows(benchmarks.read_benchmark(pathlib.Path(source).expanduser(),
+                                               pathlib.Path(cfg.image_root).expanduser()),
                      cfg.bad_rows)[:cfg.max_rows]
   else:
     rows = benchmarks.from_qa_rows(read_qa_rows(source, seed, cfg.max_rows, cfg.bad_rows))
@@ -121,7 +126,8 @@ def read_rows(name: str, source: str, cfg: PrismConfig, seed: int) -> list[Bench
 
 def _letter(row: BenchmarkRow) -> int | None:
   gold = row.gold.strip() if isinstance(row.gold, str) else ""
-  return string.ascii_uppercase.index(gold) if len(gold) == 1 and gold in string.ascii_uppercase[:len(row.options)] else None
+  return (string.ascii_uppercase.index(gold)
+          if len(gold) == 1 and gold in string.ascii_uppercase[:len(row.options)] else None)
 
 
 def images_of(rows: Sequence[BenchmarkRow]) -> tuple[list[str], dict[str, CaptionRow]]:
@@ -136,13 +142,15 @@ def images_of(rows: Sequence[BenchmarkRow]) -> tuple[list[str], dict[str, Captio
   return digests, images
 
 
-def caption_all(images: dict[str, CaptionRow], kept: Kept, load, cfg: PrismConfig, instruction: str, mesh, seed: int) -> None:
-  """Captions what `kept` does not hold yet. Raises ValueError for an image that cannot be read: it would score as wrong."""
+def caption_all(images: dict[str, CaptionRow], kept: Kept, load, cfg: PrismConfig, instruction: str, mesh,
+                seed: int) -> None:
+  """Captions what `kept` does not hold yet. Raises ValueError for an image that cannot be read: it would score as
+  wrong."""
   left = [digest for digest in images if digest not in kept]
   if not left:
     return
-  settings = CaptionConfig("", "", max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_p=cfg.top_p, batch_size=cfg.batch_size,
-                           skip_bad_images=False, repetition_penalty=1.0)
+  settings = CaptionConfig("", "", max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
+                           batch_size=cfg.batch_size, skip_bad_images=False, repetition_penalty=1.0)
   with Captioner(load(), settings, instruction, mesh, seed, group=cfg.captions) as captioner, \
       tqdm(total=len(left), desc="captions", unit="image", disable=None) as bar:
     rows = [images[digest] for digest in left]
@@ -175,7 +183,8 @@ class Prompts:
     return encode(before) + plain(caption) + encode(after)
 
 
-def write_answers(pairs: Sequence[tuple[BenchmarkRow, str, int]], kept: Kept, judge: Loaded, cfg: PrismConfig, mesh, seed) -> list[str]:
+def write_answers(pairs: Sequence[tuple[BenchmarkRow, str, int]], kept: Kept, judge: Loaded, cfg: PrismConfig, mesh,
+                  seed) -> list[str]:
   """The text that answers each (row, caption, number of the caption); what `kept` holds is not written again."""
   prompts = Prompts(judge)
   ids = [prompts(row, caption) for row, caption, _ in pairs]
@@ -184,7 +193,8 @@ def write_answers(pairs: Sequence[tuple[BenchmarkRow, str, int]], kept: Kept, ju
           for one, (_, _, number) in zip(ids, pairs)]
   left = {key: one for key, one in zip(keys, ids) if key not in kept}
   if left:
-    writer = Writer(judge, SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature), cfg.answer_batch_size, mesh, seed)
+    writer = Writer(judge, SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature),
+                    cfg.answer_batch_size, mesh, seed)
     names = list(left)
     with tqdm(total=len(left), desc="answers", unit="answer", disable=None) as bar:
       for found in writer(list(left.values())):
@@ -213,19 +223,22 @@ def make_asker(judge: Loaded, section: JudgeSection, rows: Sequence[BenchmarkRow
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Prism: writes prism.json, answers.jsonl and prism.html to the workdir. Without a section `prism`: `evaluate.run`."""
+  """Prism: writes prism.json, answers.jsonl and prism.html to the workdir. Without a section `prism`:
+  `evaluate.run`."""
   if not config.get("prism"):
     evaluate.run(config, workdir)
     return
   cfg = configuration.load_section(config, "prism", PrismConfig)
-  policy, section = configuration.load_section(config, "policy", PolicySection), configuration.load_section(config, "judge", JudgeSection)
+  policy, section = (configuration.load_section(config, "policy", PolicySection),
+                     configuration.load_section(config, "judge", JudgeSection))
   if jax.process_count() > 1:
     raise ValueError("Prism runs in one process; name fewer benchmarks or captioners in each of several runs")
   seed = config.get("seed", 0)
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
   for name, size in (("prism.batch_size", cfg.batch_size), ("prism.answer_batch_size", cfg.answer_batch_size)):
     sharding.check_batch_size(size, mesh, name)
-  read = {name: read_rows(name, source, cfg, seed) for name, source in named(cfg.benchmarks, "prism.benchmarks").items()}
+  read = {name: read_rows(name, source, cfg, seed)
+          for name, source in named(cfg.benchmarks, "prism.benchmarks").items()}
   digests: dict[str, list[str]] = {}
   images: dict[str, CaptionRow] = {}
   for name, rows in read.items():
@@ -236,11 +249,12 @@ def run(config, workdir: pathlib.Path) -> None:
   with jax.set_mesh(mesh):
     captions = {}
     for name, checkpoint in named(cfg.captioners, "prism.captioners").items():
-      settings = {"checkpoint": checkpoint, "instruction": policy.instruction, "dtype": policy.dtype, "min_pixels": policy.min_pixels,
-                  "max_pixels": policy.max_pixels, "captions": cfg.captions, "temperature": cfg.temperature, "top_p": cfg.top_p,
-                  "max_tokens": cfg.max_tokens, "seed": seed}
+      settings = {"checkpoint": checkpoint, "instruction": policy.instruction, "dtype": policy.dtype,
+                  "min_pixels": policy.min_pixels, "max_pixels": policy.max_pixels, "captions": cfg.captions,
+                  "temperature": cfg.temperature, "top_p": cfg.top_p, "max_tokens": cfg.max_tokens, "seed": seed}
       captions[name] = Kept(cache, "captions", settings)
-      log.info("captioner %s: %d of %d images are captioned already", name, sum(d in captions[name] for d in images), len(images))
+      log.info("captioner %s: %d of %d images are captioned already", name,
+               sum(d in captions[name] for d in images), len(images))
       load = lambda checkpoint=checkpoint: dataclasses.replace(policy, checkpoint=checkpoint).load(mesh)
       caption_all(images, captions[name], load, cfg, policy.instruction, mesh, seed)
     answered = _answer_all(read, digests, captions, section, cfg, cache, mesh, seed)
@@ -252,9 +266,10 @@ def run(config, workdir: pathlib.Path) -> None:
   log.info("page: %s", workdir / "prism.html")
 
 
-def _answer_all(read, digests, captions: dict[str, Kept], section: JudgeSection, cfg: PrismConfig, cache: pathlib.Path, mesh,
-                seed: int) -> dict[str, dict[str, Any]]:
-  """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays [rows, captions]."""
+def _answer_all(read, digests, captions: dict[str, Kept], section: JudgeSection, cfg: PrismConfig, cache: pathlib.Path,
+                mesh, seed: int) -> dict[str, dict[str, Any]]:
+  """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays [rows,
+  captions]."""
   judge = load_judge(section.source, mesh, jnp.dtype(section.dtype))
   kept = Kept(cache, "answers", {"judge": section.source, "dtype": section.dtype, "temperature": cfg.answer_temperature,
                                  "tokens": cfg.answer_tokens, "seed": seed}) if cfg.answers == "write" else None
@@ -268,6 +283,7 @@ def _answer_all(read, digests, captions: dict[str, Kept], section: JudgeSection,
       pairs_of["blind"] = [(row, "", 0) for row in rows]
     answered[name] = {}
     for who, pairs in pairs_of.items():
-      found = read_answers(pairs, asker) if kept is None else np.array(write_answers(pairs, kept, judge, cfg, mesh, seed), object)
+      found = (read_answers(pairs, asker) if kept is None
+               else np.array(write_answers(pairs, kept, judge, cfg, mesh, seed), object))
       answered[name][who] = found.reshape(len(rows), -1)
   return answered

@@ -12,7 +12,8 @@ from caprl_jax.data.benchmarks import BenchmarkRow
 from caprl_jax.files import write_text
 
 BLIND = "blind"
-ABSTAIN_CREDIT = 0.05  # CaptionQA (arXiv 2511.21025, section 3.4): "cannot answer" earns this over guessing among the options
+# CaptionQA (arXiv 2511.21025, section 3.4): "cannot answer" earns this over guessing among the options
+ABSTAIN_CREDIT = 0.05
 
 
 def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str, np.ndarray]:
@@ -35,8 +36,8 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
         ours.append(scoring.score(read, row.gold, row.benchmark, row.options).value)
         none.append(float(read is None))
         if official:
-          theirs.append(scoring.official_score(scoring.extract_answer(answer, len(row.options) or None, "official"), row.gold,
-                                               row.benchmark))
+          theirs.append(scoring.official_score(
+              scoring.extract_answer(answer, len(row.options) or None, "official"), row.gold, row.benchmark))
       else:
         ours.append(float(answer >= 0 and "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[answer] == row.gold.strip()))
         none.append(float(answer < 0))
@@ -59,11 +60,12 @@ def per_image(scores: np.ndarray, digests: Sequence[str]) -> np.ndarray:
 
 
 def summarise(answered: Mapping[str, Mapping[str, np.ndarray]], read: Mapping[str, Sequence[BenchmarkRow]],
-              digests: Mapping[str, Sequence[str]], captions: Mapping[str, Mapping[str, list]], cfg: Any, seed: int) -> dict[str, Any]:
+              digests: Mapping[str, Sequence[str]], captions: Mapping[str, Mapping[str, list]], cfg: Any,
+              seed: int) -> dict[str, Any]:
   """All figures, by benchmark and captioner, and the average over benchmarks, which weighs them alike."""
   names, first = list(captions), next(iter(captions))
-  result: dict[str, Any] = {"captioners": cfg.captioners, "answers": cfg.answers, "captions": cfg.captions, "level": cfg.intervals,
-                            "benchmarks": {}}
+  result: dict[str, Any] = {"captioners": cfg.captioners, "answers": cfg.answers, "captions": cfg.captions,
+                            "level": cfg.intervals, "benchmarks": {}}
   for benchmark, rows in read.items():
     scores = {who: score_answers(rows, found) for who, found in answered[benchmark].items()}
     values = {who: per_image(found["ours"], digests[benchmark]) for who, found in scores.items()}
@@ -79,12 +81,14 @@ def summarise(answered: Mapping[str, Mapping[str, np.ndarray]], read: Mapping[st
         figures["difference"] = scoring.paired_difference(values[who], values[first], seed, cfg.intervals)._asdict()
       entry["captioners"][who] = figures
     result["benchmarks"][benchmark] = entry
-  result["average"] = {who: {key: float(np.mean([entry["captioners"][who][key] for entry in result["benchmarks"].values()]))
+  result["average"] = {who: {key: float(np.mean([entry["captioners"][who][key]
+                                                 for entry in result["benchmarks"].values()]))
                              for key in ("mean", "best", "length_tokens")} for who in names}
   return result
 
 
-def _one(scores: Mapping[str, np.ndarray], values: np.ndarray, rows: Sequence[BenchmarkRow], cfg: Any, seed: int) -> dict[str, Any]:
+def _one(scores: Mapping[str, np.ndarray], values: np.ndarray, rows: Sequence[BenchmarkRow], cfg: Any,
+         seed: int) -> dict[str, Any]:
   ours = scores["ours"]
   figures: dict[str, Any] = {"mean": float(ours.mean()), "best": float(ours.max(1).mean()),
                              "interval": list(scoring.bootstrap_interval(values, seed, cfg.intervals))}
@@ -99,22 +103,22 @@ def _one(scores: Mapping[str, np.ndarray], values: np.ndarray, rows: Sequence[Be
 
 def table_text(figures: Mapping[str, Any]) -> str:
   """The figures in percent, as the log has them."""
-  lines = [f"{'benchmark':<14}{'captioner':<18}{'mean':>6}  {'interval':<13}{'best':>6}{'official':>10}{'blind':>7}{'misled':>8}"
-           f"{'CaptionQA':>11}{'tokens':>8}   against the first"]
+  lines = [f"{'benchmark':<14}{'captioner':<18}{'mean':>6}  {'interval':<13}{'best':>6}{'official':>10}{'blind':>7}"
+           f"{'misled':>8}{'CaptionQA':>11}{'tokens':>8}   against the first"]
   share = lambda value: "-" if value is None else f"{100 * value:.1f}"
   for benchmark, entry in figures["benchmarks"].items():
     for who, one in entry["captioners"].items():
       low, high = one["interval"]
       versus = one.get("difference")
-      difference = f"   {100 * versus['mean']:+.1f} [{100 * versus['low']:+.1f}, {100 * versus['high']:+.1f}], p = {versus['p']:.3f}" \
-          if versus else ""
+      difference = (f"   {100 * versus['mean']:+.1f} [{100 * versus['low']:+.1f}, {100 * versus['high']:+.1f}], "
+                    f"p = {versus['p']:.3f}" if versus else "")
       lines.append(f"{benchmark[:13]:<14}{who[:17]:<18}{share(one['mean']):>6}  {f'[{share(low)}, {share(high)}]':<13}"
                    f"{share(one['best']):>6}{share(one.get('official', {}).get('mean')):>10}"
-                   f"{share(entry.get(BLIND, {}).get('ours')):>7}{share(one['misled']):>8}{share(one.get('captionqa')):>11}"
-                   f"{one['length_tokens']:>8.1f}{difference}")
+                   f"{share(entry.get(BLIND, {}).get('ours')):>7}{share(one['misled']):>8}"
+                   f"{share(one.get('captionqa')):>11}{one['length_tokens']:>8.1f}{difference}")
   if len(figures["benchmarks"]) > 1:
-    lines += [f"{'average':<14}{who[:17]:<18}{share(one['mean']):>6}  {'':<13}{share(one['best']):>6}{'':>36}{one['length_tokens']:>8.1f}"
-              for who, one in figures["average"].items()]
+    lines += [f"{'average':<14}{who[:17]:<18}{share(one['mean']):>6}  {'':<13}{share(one['best']):>6}"
+              f"{'':>36}{one['length_tokens']:>8.1f}" for who, one in figures["average"].items()]
   return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""Config -> everything a CapRL run needs: mesh, policy, judge, curated questions, batchers. Used by train and evaluate."""
+"""Config -> everything a CapRL run needs: mesh, policy, judge, curated questions, batchers. Used by train and
+evaluate."""
 
 import dataclasses
 import logging
@@ -78,10 +79,11 @@ class JudgeSection(JudgeConfig):
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
-  """train, eval: sources or mixtures of them (`data/sources.py`). batch_size: images a step. questions: asked about each image.
+  """train, eval: sources or mixtures of them (`data/sources.py`). batch_size: images a step. questions: asked about
+  each image.
 
-  max_train_rows, max_eval_rows: keep the first rows only, of each source. bad_rows: "refuse" to start while a row cannot
-  be used, or "drop" and log it.
+  max_train_rows, max_eval_rows: keep the first rows only, of each source. bad_rows: "refuse" to start while a row
+  cannot be used, or "drop" and log it.
   """
   train: str
   eval: str
@@ -174,27 +176,29 @@ def _check_combinations(settings: Settings) -> None:
     raise ValueError(f"judge.microbatches = {step.judge.microbatches} does not divide data.batch_size = "
                      f"{settings.data.batch_size}")
   if judge.draws > 0 and not judge.replacement and judge.draws > settings.data.questions:
-    raise ValueError(f"judge.draws = {judge.draws} without replacement from data.questions = {settings.data.questions}: "
-                     "raise data.questions, lower judge.draws, or set judge.replacement")
+    raise ValueError(f"judge.draws = {judge.draws} without replacement from data.questions = "
+                     f"{settings.data.questions}: raise data.questions, lower judge.draws, or set judge.replacement")
   check_trackers(settings.train.trackers)
   if step.update.steps > 1 and step.update.loss.surrogate == "reinforce":
     raise ValueError(f"update.loss.surrogate = 'reinforce' knows no ratio, so only the first of update.minibatches x "
-                     f"update.epochs = {step.update.steps} optimizer steps would be on-policy; use 'clip', 'gspo' or 'cispo'")
+                     f"update.epochs = {step.update.steps} optimizer steps would be on-policy; use 'clip', 'gspo' or "
+                     "'cispo'")
   limit = step.rollout.sampling.max_tokens
   if step.reward.length and step.reward.length_full_tokens >= limit:
     log.warning("reward.length is the same for all captions: none is longer than rollout.sampling.max_tokens = %d, and "
                 "reward.length_full_tokens is %d", limit, step.reward.length_full_tokens)
   if step.update.loss.kl and (step.update.loss.kl_estimator, step.update.loss.kl_in) == ("k1", "loss"):
-    log.warning("update.loss: k1 in the loss has no gradient in expectation on samples of the policy itself; k3_k2, k2 or full "
-                "have, or kl_in = 'reward'")
+    log.warning("update.loss: k1 in the loss has no gradient in expectation on samples of the policy itself; k3_k2, k2 "
+                "or full have, or kl_in = 'reward'")
   if step.reward.misled and judge.abstain == "none" and judge.margin <= 1e-3:
     log.warning("reward.misled = %s, but the judge cannot abstain: silence counts as a false statement. Set "
                 "judge.abstain = 'last', or judge.margin to what --config.mode=calibrate finds", step.reward.misled)
   sampling = step.rollout.sampling
   if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k or sampling.repetition_penalty != 1:
-    raise ValueError(f"config.rollout.sampling: temperature = {sampling.temperature}, top_p = {sampling.top_p}, top_k = "
-                     f"{sampling.top_k}, repetition_penalty = {sampling.repetition_penalty}: the policy gradient needs samples of the whole distribution; use a positive "
-                     "temperature, top_p 1, top_k 0 and repetition_penalty 1")
+    raise ValueError(f"config.rollout.sampling: temperature = {sampling.temperature}, top_p = {sampling.top_p}, "
+                     f"top_k = {sampling.top_k}, repetition_penalty = {sampling.repetition_penalty}: the policy "
+                     "gradient needs samples of the whole distribution; use a positive temperature, top_p 1, top_k 0 "
+                     "and repetition_penalty 1")
   if settings.data.questions < 1 or settings.data.batch_size < 1:
     raise ValueError(f"config.data: questions = {settings.data.questions} and batch_size = "
                      f"{settings.data.batch_size} must be at least 1")
@@ -237,7 +241,8 @@ def set_up(settings: Settings) -> Run:
   log.info("captioner %.1fM parameters, judge %.1fM, %d + %d images", _millions(policy), _millions(judge),
            len(train_rows), len(eval_rows))
   *curated, (eval_rows, eval_counts) = curate(
-      [*((part.source, rows) for part, rows in train_parts), (data.eval, eval_rows)], asker, settings.curate, settings.seed)
+      [*((part.source, rows) for part, rows in train_parts), (data.eval, eval_rows)], asker, settings.curate,
+      settings.seed)
   train_rows = [row for rows, _ in curated for row in rows]
   mixture = tuple((len(rows), part.weight) for (part, _), (rows, _) in zip(train_parts, curated, strict=True))
   counts = {kind: sum(part.get(kind, 0) for _, part in curated) for _, part in curated for kind in part}
@@ -266,7 +271,8 @@ def set_up(settings: Settings) -> Run:
              sum(x.size for x in jax.tree.leaves(trained_params)) / 1e6, _millions(policy))
   # The reference starts as a copy: the state's own parameters are donated to the step.
   reference = jax.tree.map(jnp.copy, trained_params) if settings.step.update.loss.kl > 0 else None
-  stamps = put(stamp_table(policy.tokenizer.texts(policy.model.cfg.text.vocab_size))) if settings.step.reward.timestamps else None
+  stamps = (put(stamp_table(policy.tokenizer.texts(policy.model.cfg.text.vocab_size)))
+            if settings.step.reward.timestamps else None)
   options = shape.options if settings.judge.reading != "option_pmi" else 2
   written = judge.model.cfg.vocab_size if settings.judge.reading == "generate" else None
   frozen = Frozen(judge.params, put(tokenize.prompt(options, written)), put(vocabulary), reference, base, stamps)

@@ -120,7 +120,8 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     if len(used) != len(set(used)):
       raise ValueError(f"logical axes {names} put two dimensions on one mesh axis: {axes}")
     return jax.sharding.NamedSharding(
-        mesh, P(*(a if a and mesh.shape[a] > 1 and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape))))
+        mesh, P(*(a if a and mesh.shape[a] > 1 and size % mesh.shape[a] == 0 else None
+                  for a, size in zip(axes, shape))))
 
   return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 

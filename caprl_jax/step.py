@@ -68,8 +68,8 @@ def write_captions(state: TrainState, frozen: Frozen, batch: Batch, *, policy: P
 
 def ask_judge(state: TrainState, frozen: Frozen, batch: Batch, captions: Captions, translated=None, *, judge: Decoder,
               cfg: StepConfig) -> tuple[Answers, Answers | None]:
-  """Answers from the captions, and from an empty one (`JudgeConfig.blind`). `translated`: the captions in the judge's ids
-  and which of them count, where no table relates the vocabularies (`translate.py`)."""
+  """Answers from the captions, and from an empty one (`JudgeConfig.blind`). `translated`: the captions in the judge's
+  ids and which of them count, where no table relates the vocabularies (`translate.py`)."""
   _, judge_key = stage_keys(state.key, state.step)
   asked = (judge, frozen.judge, frozen.prompt)
   if translated is not None:
@@ -77,8 +77,8 @@ def ask_judge(state: TrainState, frozen: Frozen, batch: Batch, captions: Caption
   return judge_captions(*asked, captions, batch.questions, frozen.vocabulary, judge_key, cfg.judge)
 
 
-def learn(state: TrainState, frozen: Frozen, batch: Batch, captions: Captions, answers: Answers, blind: Answers | None, *,
-          policy: Policy, tx: optax.GradientTransformation, cfg: StepConfig, kinds: tuple[str, ...] = (),
+def learn(state: TrainState, frozen: Frozen, batch: Batch, captions: Captions, answers: Answers, blind: Answers | None,
+          *, policy: Policy, tx: optax.GradientTransformation, cfg: StepConfig, kinds: tuple[str, ...] = (),
           schedule: Callable[[Array], Array] | None = None):
   """Rewards, advantages, update; returns as `train_step`."""
   written = captions

@@ -205,7 +205,8 @@ def train(made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator |
     if step == 1 or step % settings.train.sample_every == 0:
       host = jax.tree.map(lambda x: x[share], jax.device_get(samples))
       path = workdir / "samples" / f"step_{step:06d}.json"
-      save_samples(path, "train", step, [(batch, host)], made.train, made.policy.tokenizer, settings.train.sample_images)
+      save_samples(path, "train", step, [(batch, host)], made.train, made.policy.tokenizer,
+                   settings.train.sample_images)
       for tracker in trackers:
         tracker.samples(step, path)
 

@@ -118,7 +118,8 @@ class JudgePrompt:
   tail_L: Array  # int32, after the options, up to where the answer's letter stands
   letter_A: Array  # int32, the answer's letters
   abstain_L: Array  # int32, "can not answer" as an option; empty where it is none
-  spaced_V: Array | None = None  # int32 id of a token's text after a space, or -1: the prompt puts a space before captions
+  # int32 id of a token's text after a space, or -1: the prompt puts a space before captions
+  spaced_V: Array | None = None
   space: Array | None = None  # int32 id of that space
   letter_V: Array | None = None  # int32 the first of A to I in a token's text, 0 to 8, or -1; for `generate`
   words: Vocabulary | None = None  # what the judge may write, for `generate`

@@ -86,8 +86,8 @@ def score_captions(policy: Policy, params: Params, frozen: Frozen, batch: Batch,
 
 def loss_gradients(policy: Policy, params: Params, frozen: Frozen, rollout: Rollout, temperature: float,
                    cfg: UpdateConfig):
-  """Gradient of the mean loss over the whole rollout given, whatever the number of microbatches, for the trained `params`;
-  the others have none, nor memory for any.
+  """Gradient of the mean loss over the whole rollout given, whatever the number of microbatches, for the trained
+  `params`; the others have none, nor memory for any.
 
   Returns gradients (float32), loss, and token-mean metrics.
   """
@@ -95,7 +95,8 @@ def loss_gradients(policy: Policy, params: Params, frozen: Frozen, rollout: Roll
     captions = piece.captions
     everything = whole(params, frozen.base)
     hidden = caption_hidden(policy, everything, piece.batch, captions)
-    logp, entropy = hidden_logprobs(policy, everything, hidden, captions, frozen.vocabulary, temperature, cfg.chunk_tokens)
+    logp, entropy = hidden_logprobs(policy, everything, hidden, captions, frozen.vocabulary, temperature,
+                                    cfg.chunk_tokens)
     counts = captions.valid_BGT & piece.scored_BG[..., None]
     if cfg.loss.mask_truncated:
       counts &= captions.ended_BG[..., None]
@@ -165,7 +166,8 @@ def update_policy(policy: Policy, tx: optax.GradientTransformation, state: Train
   """All optimizer steps of a rollout. Metrics are means over them, but for extremes; where one of them was not finite
   (`optimizer_step`), `update/nonfinite` is 1: the loop stops there."""
   if cfg.steps > 1 and cfg.loss.importance != "none":  # else it is this pass's own log-probability
-    old = score_captions(policy, whole(state.params, frozen.base), frozen, rollout.batch, rollout.captions, temperature, cfg)
+    old = score_captions(policy, whole(state.params, frozen.base), frozen, rollout.batch, rollout.captions,
+                         temperature, cfg)
     rollout = dataclasses.replace(rollout, old_logp_BGT=old)
   step = lambda params, opt_state, part: optimizer_step(policy, tx, params, opt_state, frozen, part, temperature, cfg)
   if cfg.steps == 1:

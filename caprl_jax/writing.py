@@ -1,4 +1,5 @@
-"""Prompts -> texts of a language model without eyes: Prism's second stage. Letters: N prompts, L prompt tokens, T new ones."""
+"""Prompts -> texts of a language model without eyes: Prism's second stage. Letters: N prompts, L prompt tokens, T new
+ones."""
 
 from collections.abc import Iterator, Sequence
 import functools
@@ -23,9 +24,10 @@ class Written(NamedTuple):
   finish: str
 
 
-def write_texts(model: Decoder, params: Params, tokens_NL: Array, valid_NL: Array, key: Array, *, vocabulary: Vocabulary,
-                cfg: SamplingConfig) -> tuple[Array, Array, Array]:
-  """Goes on writing after each prompt: tokens and which are valid [N, T], and whether each ended [N]. The key is consumed."""
+def write_texts(model: Decoder, params: Params, tokens_NL: Array, valid_NL: Array, key: Array, *,
+                vocabulary: Vocabulary, cfg: SamplingConfig) -> tuple[Array, Array, Array]:
+  """Goes on writing after each prompt: tokens and which are valid [N, T], and whether each ended [N]. The key is
+  consumed."""
   N, L = tokens_NL.shape
   run = lambda tokens, position, valid, prefixes: model.apply(
       {"params": params}, model.apply({"params": params}, tokens, method="embed"), position, valid, prefixes)
@@ -44,8 +46,10 @@ class Writer:
     self.loaded, self.batch_size, self.mesh, self.seed = loaded, batch_size, mesh, seed
     size, ends = loaded.model.cfg.vocab_size, loaded.tokenizer.end_ids
     if not ends:
-      raise ValueError("the answering model's files name no end token: it would never stop; add eos_token_id to config.json")
-    vocabulary = Vocabulary(jnp.arange(size) < loaded.tokenizer.vocab_size, jnp.full(size, -1, jnp.int32), tuple(ends), ends[0])
+      raise ValueError("the answering model's files name no end token: it would never stop; "
+                       "add eos_token_id to config.json")
+    vocabulary = Vocabulary(jnp.arange(size) < loaded.tokenizer.vocab_size, jnp.full(size, -1, jnp.int32),
+                            tuple(ends), ends[0])
     self._run = jax.jit(functools.partial(write_texts, loaded.model, vocabulary=vocabulary, cfg=cfg))
 
   def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, Written]]]:

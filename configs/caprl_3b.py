@@ -3,11 +3,11 @@
   python -m caprl_jax.main --config=configs/caprl_3b.py --workdir=runs/NAME --config.data.train=CapRL-QA-75K.jsonl \\
     --config.data.eval=held_out.jsonl
 
-As released: 128 images x 8 captions a step at temperature 1, captions of up to 4096 tokens, 8 draws with replacement from an
-image's questions, answers sampled at 0.6, Adam at 1e-6 with 20 warm-up steps and a cosine to a tenth, leave-one-out
-advantages whitened over the batch, no KL, images of up to 10^6 pixels. 1800 steps are about three passes over 75,285
-images. --config.preset=paper, official_caprlpp or caprl_jax trains with another algorithm. Written for a v5p-16 slice (8 chips); for another one,
---config.mode=plan --config.plan.topology=... says whether the step fits.
+As released: 128 images x 8 captions a step at temperature 1, captions of up to 4096 tokens, 8 draws with replacement
+from an image's questions, answers sampled at 0.6, Adam at 1e-6 with 20 warm-up steps and a cosine to a tenth,
+leave-one-out advantages whitened over the batch, no KL, images of up to 10^6 pixels. 1800 steps are about three passes
+over 75,285 images. --config.preset=paper, official_caprlpp or caprl_jax trains with another algorithm. Written for a
+v5p-16 slice (8 chips); for another one, --config.mode=plan --config.plan.topology=... says whether the step fits.
 """
 
 import ml_collections

@@ -2,8 +2,8 @@
 
   python -m caprl_jax.main --config=configs/caprl_qwen3vl_2b.py --workdir=runs/NAME --config.data.train=FILE.jsonl
 
-What was released for CapRL++ on images (preset official_caprlpp), on the batch and number of steps of configs/caprl_3b.py.
-Its README names Qwen3-4B-Instruct as judge; any checkpoint of that architecture loads.
+What was released for CapRL++ on images (preset official_caprlpp), on the batch and number of steps of
+configs/caprl_3b.py. Its README names Qwen3-4B-Instruct as judge; any checkpoint of that architecture loads.
 """
 
 import importlib.util

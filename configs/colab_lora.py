@@ -17,10 +17,11 @@ def get_config():
   config.policy = dict(
       checkpoint="Qwen/Qwen3-VL-2B-Instruct", instruction="Describe this image in one short sentence.",
       dtype="bfloat16", param_dtype="bfloat16", remat=True, trainable="lora",
-      lora=dict(rank=16, alpha=32.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+      lora=dict(rank=16, alpha=32.0,
+                targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
       min_pixels=256 * 256, max_pixels=256 * 256)
-  config.judge = dict(source="Qwen/Qwen3-0.6B", dtype="bfloat16", reading="letter_argmax", prompt="official", abstain="last", permutations=2,
-                      microbatches=1)
+  config.judge = dict(source="Qwen/Qwen3-0.6B", dtype="bfloat16", reading="letter_argmax", prompt="official",
+                      abstain="last", permutations=2, microbatches=1)
 
   config.data = dict(train="easy_vqa:train", eval="easy_vqa:test", batch_size=4, questions=2,
                      max_train_rows=400, max_eval_rows=160)

@@ -27,9 +27,12 @@ def get_config():
   config.mode = "curate"
   config.seed = 0
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.generator = dict(checkpoint="Qwen/Qwen2.5-VL-7B-Instruct", dtype="bfloat16", param_dtype="bfloat16", max_pixels=1_000_000)
-  config.answerer = dict(checkpoint="Qwen/Qwen2.5-VL-3B-Instruct", dtype="bfloat16", param_dtype="bfloat16", max_pixels=1_000_000)
-  config.endpoint = dict(url="http://localhost:8000/v1", model="qwen-vl", api_key_env="OPENAI_API_KEY", concurrency=32, max_failures=20)
+  config.generator = dict(checkpoint="Qwen/Qwen2.5-VL-7B-Instruct", dtype="bfloat16", param_dtype="bfloat16",
+                          max_pixels=1_000_000)
+  config.answerer = dict(checkpoint="Qwen/Qwen2.5-VL-3B-Instruct", dtype="bfloat16", param_dtype="bfloat16",
+                         max_pixels=1_000_000)
+  config.endpoint = dict(url="http://localhost:8000/v1", model="qwen-vl", api_key_env="OPENAI_API_KEY",
+                         concurrency=32, max_failures=20)
   config.curation = dict(
       input="images", output="qa.parquet", split="train", name="curated", questions="generator", max_tokens=2048,
       temperature=0.1, repetition_penalty=1.05, batch_size=8, min_visual=0.75, max_blind=0.25, min_side=28,

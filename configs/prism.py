@@ -5,9 +5,10 @@
     --config.prism.image_root=bench_image_folder.zip
 
 The files are internlm/CapRL-Evaluation-Files' (MMStar, ChartQA, ChartQAPro, CharXiv, InfoVQA, MMMU, MMMU-Pro, SEED,
-MathVerse, MathVision, WeMath, VisuLogic); a QA source of configs/dataset.py may stand in a file's place. Writes prism.json,
-answers.jsonl and prism.html, with our scores and, where math-verify is installed, the released scorer's beside them. The
-first captioner is the one that the others are compared with. An interrupted evaluation goes on from cache/.
+MathVerse, MathVision, WeMath, VisuLogic); a QA source of configs/dataset.py may stand in a file's place. Writes
+prism.json, answers.jsonl and prism.html, with our scores and, where math-verify is installed, the released scorer's
+beside them. The first captioner is the one that the others are compared with. An interrupted evaluation goes on from
+cache/.
 """
 
 import ml_collections
@@ -24,9 +25,9 @@ def get_config():
   config.judge = dict(source="internlm/CapRL-Eval-3B", dtype="bfloat16")
   config.prism = dict(
       captioners="Qwen2.5-VL-3B=Qwen/Qwen2.5-VL-3B-Instruct,CapRL-3B=internlm/CapRL-3B",
-      benchmarks="MMStar=json_file/lmm_eval_MMStar.json", image_root="bench_image_folder.zip", captions=4, temperature=1.0,
-      max_tokens=2048, batch_size=8, answers="write", answer_tokens=2048, answer_temperature=1.0, answer_batch_size=16,
-      blind=True, examples=24)
+      benchmarks="MMStar=json_file/lmm_eval_MMStar.json", image_root="bench_image_folder.zip", captions=4,
+      temperature=1.0, max_tokens=2048, batch_size=8, answers="write", answer_tokens=2048, answer_temperature=1.0,
+      answer_batch_size=16, blind=True, examples=24)
   config.prism.max_rows = None
   config.prism.cache = None
   return config

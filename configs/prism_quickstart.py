@@ -2,8 +2,8 @@
 
   python -m caprl_jax.main --config=configs/prism_quickstart.py --workdir=runs/prism
 
-The judge of the quickstart reads the options, as in training. Run configs/quickstart.py first: the captioner after CapRL is
-the one that it leaves in runs/quickstart/policy (`--config.prism.captioners=a=DIR,b=DIR` names others).
+The judge of the quickstart reads the options, as in training. Run configs/quickstart.py first: the captioner after
+CapRL is the one that it leaves in runs/quickstart/policy (`--config.prism.captioners=a=DIR,b=DIR` names others).
 """
 
 import pathlib

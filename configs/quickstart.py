@@ -39,6 +39,6 @@ def get_config():
   config.train = dict(steps=50, sample_every=10, fused=True, trackers=())
   config.evaluate = dict(every_steps=0, batch_size=20, temperature=0.0, group_images=16)
   config.checkpoint = dict(every_steps=10, keep=2)
-  config.calibrate = dict(readings=("option_pmi", "letter_argmax", "letter_sample", "generate"), kinds=("color", "shape"),
-                          max_questions=60, turns=3)
+  config.calibrate = dict(readings=("option_pmi", "letter_argmax", "letter_sample", "generate"),
+                          kinds=("color", "shape"), max_questions=60, turns=3)
   return config

@@ -19,7 +19,8 @@ def test_by_hand():
   # mean 0.5, squared deviations 0.25 + 0.25 over n - 1 = 3: std = 6 ** -0.5
   np.testing.assert_allclose(advantages("dr_grpo"), [[0.5, -0.5, 0, 0]])
   np.testing.assert_allclose(advantages("grpo"), np.array([[0.5, -0.5, 0, 0]]) / (6 ** -0.5 + 1e-4), rtol=1e-6)
-  np.testing.assert_allclose(advantages("grpo", epsilon=1.0), np.array([[0.5, -0.5, 0, 0]]) / (6 ** -0.5 + 1), rtol=1e-6)
+  np.testing.assert_allclose(
+      advantages("grpo", epsilon=1.0), np.array([[0.5, -0.5, 0, 0]]) / (6 ** -0.5 + 1), rtol=1e-6)
   # the others' means: 1/3, 2/3, 1/2, 1/2
   np.testing.assert_allclose(advantages("rloo"), [[2 / 3, -2 / 3, 0, 0]], rtol=1e-6)
 

@@ -23,8 +23,9 @@ def case():
   shifted = lambda scale: (logp + rng.normal(0, scale, logp.shape)).astype(np.float32)
   counts = np.arange(T) < rng.integers(1, T + 1, (B, G))[..., None]
   return types.SimpleNamespace(
-      logp=logp, old=shifted(0.4), sampled=shifted(0.5), reference=shifted(0.5), entropy=rng.random(logp.shape).astype(np.float32),
-      advantage=rng.normal(0, 1, (B, G)).astype(np.float32), counts=counts)
+      logp=logp, old=shifted(0.4), sampled=shifted(0.5), reference=shifted(0.5),
+      entropy=rng.random(logp.shape).astype(np.float32), advantage=rng.normal(0, 1, (B, G)).astype(np.float32),
+      counts=counts)
 
 
 class Accelerator:
@@ -75,8 +76,8 @@ def assert_same_loss(ours, theirs):
   assert np.abs(theirs[1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("aggregation, loss_type", [("sequence_mean", "grpo"), ("token_mean", "bnpo"), ("token_mean", "dapo"),
-                                                    ("constant", "dr_grpo")])
+@pytest.mark.parametrize("aggregation, loss_type", [
+    ("sequence_mean", "grpo"), ("token_mean", "bnpo"), ("token_mean", "dapo"), ("constant", "dr_grpo")])
 @pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.5)])
 def test_clipped_surrogate_and_aggregations(case, aggregation, loss_type, low, high):
   assert_same_loss(our_loss(case, LossConfig(clip_low=low, clip_high=high, aggregation=aggregation)),
@@ -91,13 +92,15 @@ def test_dual_clip_is_trls_two_sided_clipping(case):
 
 
 def test_gspo(case):
-  assert_same_loss(our_loss(case, LossConfig(surrogate="gspo", clip_low=0.05, clip_high=0.05, aggregation="sequence_mean")),
+  assert_same_loss(our_loss(case, LossConfig(surrogate="gspo", clip_low=0.05, clip_high=0.05,
+                                             aggregation="sequence_mean")),
         trl_loss(case, "grpo", level="sequence", low=0.05, high=0.05))
 
 
 def test_cispo(case):
   # TRL's epsilon_high is the largest weight itself, and it has no lower bound.
-  assert_same_loss(our_loss(case, LossConfig(surrogate="cispo", clip_low=1.0, clip_high=0.3)), trl_loss(case, "cispo", high=1.3))
+  assert_same_loss(our_loss(case, LossConfig(surrogate="cispo", clip_low=1.0, clip_high=0.3)),
+                   trl_loss(case, "cispo", high=1.3))
 
 
 def test_reinforce_is_minus_advantage_times_logp(case):
@@ -143,11 +146,13 @@ def test_kl_estimators():
   rng = np.random.default_rng(0)
   p, q = torch.tensor(rng.normal(0, 1, 50), requires_grad=True), torch.tensor(rng.normal(0, 1, 50))
   d = q - p
-  literal = {"k1": -d, "k2": 0.5 * d ** 2, "k3": torch.exp(d) - d - 1, "k3_clamped": (torch.exp(d) - d - 1).clamp(-10, 10)}
+  literal = {"k1": -d, "k2": 0.5 * d ** 2, "k3": torch.exp(d) - d - 1,
+             "k3_clamped": (torch.exp(d) - d - 1).clamp(-10, 10)}
   literal["k3_k2"] = literal["k2"] - literal["k2"].detach() + literal["k3"].detach()
   for name, value in literal.items():
     grad, = torch.autograd.grad(value.sum(), p, retain_graph=True)
-    ours, pull = jax.vjp(lambda x, name=name: kl_estimate(x, jnp.asarray(q.numpy()), name), jnp.asarray(p.detach().numpy()))
+    ours, pull = jax.vjp(lambda x, name=name: kl_estimate(x, jnp.asarray(q.numpy()), name),
+                         jnp.asarray(p.detach().numpy()))
     np.testing.assert_allclose(ours, value.detach(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(pull(jnp.ones(50))[0], grad, rtol=1e-4, atol=1e-5)
   assert kl_estimate(jnp.zeros(1), jnp.full(1, 30.0), "k3_clamped") == 10
@@ -167,7 +172,8 @@ def test_k3_k2_has_the_true_gradient_in_expectation():
 # ---- advantages ----
 
 def literal_advantages(terms, weights, each_term_apart, scale=True):
-  """Group by group in numpy: the weighted sum normalised, or (GDPO) each term normalised, summed, and the batch whitened."""
+  """Group by group in numpy: the weighted sum normalised, or (GDPO) each term normalised, summed, and the batch
+  whitened."""
   normal = lambda x: (x - x.mean()) / ((x.std(ddof=1) if scale else 1 - 1e-4) + 1e-4)
   out = np.zeros((B, G))
   for b in range(B):
@@ -223,7 +229,8 @@ def test_the_released_codes_whitening(terms):
   reward[2] = 0.25  # a flat group
   rloo = reward - (reward.sum(1, keepdims=True) - reward) / (G - 1)
   tokens = np.random.default_rng(0).integers(1, 50, (B, G))
-  ours = group_advantages(jnp.asarray(reward), ALL, AdvantageConfig("rloo", whiten="released"), tokens_BG=jnp.asarray(tokens))
+  ours = group_advantages(jnp.asarray(reward), ALL, AdvantageConfig("rloo", whiten="released"),
+                          tokens_BG=jnp.asarray(tokens))
   np.testing.assert_allclose(ours, released_whitening(rloo, tokens), rtol=1e-4, atol=1e-5)
   assert (np.asarray(ours)[2] != 0).all()  # as released
   kept = group_advantages(jnp.asarray(reward), ALL, AdvantageConfig("rloo", whiten="captions"))
@@ -231,7 +238,8 @@ def test_the_released_codes_whitening(terms):
 
 
 @pytest.mark.parametrize("cfg", [AdvantageConfig("grpo"), AdvantageConfig("rloo", whiten="released"),
-                                 AdvantageConfig("gdpo", whiten="captions"), AdvantageConfig("dr_grpo", whiten="captions")],
+                                 AdvantageConfig("gdpo", whiten="captions"),
+                                 AdvantageConfig("dr_grpo", whiten="captions")],
                          ids=lambda c: f"{c.estimator}-{c.whiten}")
 def test_unscored_captions_change_nobodys_advantage(terms, cfg):
   scored = np.ones((B, G), bool)
@@ -239,6 +247,7 @@ def test_unscored_captions_change_nobodys_advantage(terms, cfg):
   tokens = jnp.full((B, G), 7)
   def advantages(fill):
     values = [jnp.where(scored, t, fill) for t in terms]
-    return np.asarray(group_advantages(values[0] + values[1], jnp.asarray(scored), cfg, [(1.0, v) for v in values], tokens))
+    return np.asarray(group_advantages(
+        values[0] + values[1], jnp.asarray(scored), cfg, [(1.0, v) for v in values], tokens))
   np.testing.assert_array_equal(advantages(0.0), advantages(1e6))
   assert (advantages(0.0)[~scored] == 0).all() and advantages(0.0)[scored].any()

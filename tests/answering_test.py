@@ -16,8 +16,8 @@ from caprl_jax.data.rows import QARow, Question
 from caprl_jax.models.load import load_policy
 from caption_test import write_checkpoint
 
-QUESTIONS = (Question("What color is the shape", ("red", "green", "blue", "teal"), 2), Question("What shape is present?", ("circle", "image"), 0),
-             Question("Which one", ("a", "b", "c"), 1))
+QUESTIONS = (Question("What color is the shape", ("red", "green", "blue", "teal"), 2),
+             Question("What shape is present?", ("circle", "image"), 0), Question("Which one", ("a", "b", "c"), 1))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def theirs(folder, image, questions, cfg, seed):
         if with_image:
           extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         with torch.no_grad():
-          logits = model(input_ids=ids, **extra).logits[0, -1, letters[:len(order) + (with_image and cfg.none_of_above)]]
+          logits = model(input_ids=ids, **extra).logits[
+              0, -1, letters[:len(order) + (with_image and cfg.none_of_above)]]
         p, gold = torch.softmax(logits, 0).numpy(), order.index(question.gold)
         sums[0 if with_image else 1] += p.argmax() == gold
         sums[2 if with_image else 3] += p[gold]
@@ -93,14 +94,16 @@ def test_what_cannot_be_asked(folder):
   assert isinstance(got[1], ValueError) and "row '1': cannot read its image" in str(got[1])
   good, *others = got[0]
   assert not good.error and good.visual_prob > 0
-  assert [verdict.error for verdict in others] == ["it spells a token of the chat template"] * 2 + ["11 options, more than 10"]
+  assert [verdict.error for verdict in others] == [
+      "it spells a token of the chat template"] * 2 + ["11 options, more than 10"]
   assert others[0] == Verdict(error=others[0].error)
 
 
 def test_orders_turn():
   question = QUESTIONS[0]
   made = orders(question, 4, 0)
-  assert sorted(order.index(question.gold) for order in made) == [0, 1, 2, 3] and all(sorted(o) == [0, 1, 2, 3] for o in made)
+  assert (sorted(order.index(question.gold) for order in made) == [0, 1, 2, 3]
+          and all(sorted(o) == [0, 1, 2, 3] for o in made))
   assert made == orders(question, 4, 0) and len({str(orders(question, 1, seed)) for seed in range(20)}) > 5
 
 

@@ -86,7 +86,8 @@ def test_a_tokenizer_that_does_not_match_the_weights(shared, config, tmp_path, m
   other = tiny.tokenizer(True).to_json()  # with the vision tokens, for which the judge has no rows
   (tmp_path / "judge" / "tokenizer.json").write_text(other)
   config.judge.source = str(tmp_path / "judge")
-  with pytest.raises(ValueError, match=r"the tokenizer has ids up to \d+ .*, but the embedding only \d+ rows.*one model"):
+  with pytest.raises(
+      ValueError, match=r"the tokenizer has ids up to \d+ .*, but the embedding only \d+ rows.*one model"):
     start(config, mesh)
 
 
@@ -123,7 +124,8 @@ def test_a_bad_question_is_named(shared, config, tmp_path, mesh, change, message
 def test_a_dataset_that_curation_empties(config, mesh):
   """The random judge answers as if there were no caption: nothing can be kept."""
   config.curate = dict(informed=("The image shows a {color} {shape}.",), min_informed=0.75, max_blind=0.0)
-  with pytest.raises(ValueError, match=r"rows\.jsonl: curation left none of 24 questions.*dropped/color.*stronger judge"):
+  with pytest.raises(
+      ValueError, match=r"rows\.jsonl: curation left none of 24 questions.*dropped/color.*stronger judge"):
     start(config, mesh)
 
 
@@ -145,7 +147,8 @@ def test_group_size_1(config, estimator):
 @pytest.mark.parametrize("microbatches", [0, 3, 16])
 def test_microbatches_that_do_not_divide(config, microbatches):
   config["update"].microbatches = microbatches
-  message = rf"update\.microbatches = {microbatches} does not divide data\.batch_size = 8 images; use one of \[1, 2, 4, 8\]"
+  message = (rf"update\.microbatches = {microbatches} does not divide data\.batch_size = 8 images; "
+             r"use one of \[1, 2, 4, 8\]")
   with pytest.raises(ValueError, match=message):
     read_settings(config)
 
@@ -172,7 +175,8 @@ def test_vocabularies_that_no_table_relates():
   vocabulary, absent = relate_vocabularies(policy, tiny.tokenizer(False), policy.vocab_size)
   assert absent > 0 and (vocabulary.judge_id_V < 0).sum() >= absent
   spec = json.loads(tiny.tokenizer(False).to_json())
-  spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in ("<|im_end|>", "<|endoftext|>")]
+  spec["added_tokens"] = [token for token in spec["added_tokens"]
+                          if token["content"] not in ("<|im_end|>", "<|endoftext|>")]
   endless = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
   with pytest.raises(ValueError, match="no end token"):
     relate_vocabularies(endless, tiny.tokenizer(False), endless.vocab_size)

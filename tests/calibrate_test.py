@@ -43,7 +43,8 @@ def test_figures_are_shares_of_the_questions(figures):
     for condition in calibrate.CONDITIONS:
       shares = row[condition]
       np.testing.assert_allclose(sum(shares.values()), 1, atol=1e-6)
-      np.testing.assert_allclose(np.array(list(shares.values())) * 16, np.round(np.array(list(shares.values())) * 16), atol=1e-6)
+      np.testing.assert_allclose(np.array(list(shares.values())) * 16,
+                                 np.round(np.array(list(shares.values())) * 16), atol=1e-6)
   agreement = figures["agreement"]
   assert agreement["option_pmi"]["option_pmi"] == 1
   assert agreement["option_pmi"]["letter_argmax"] == agreement["letter_argmax"]["option_pmi"] < 1
@@ -66,7 +67,8 @@ def test_position_bias_is_measured_over_turned_options(figures):
   position = figures["readings"]["letter_argmax"]["position"]
   assert len(position["accuracy_by_gold_slot"]) == 3 and abs(sum(position["chosen_by_slot"])) <= 1 + 1e-6
   question = Question("?", ("a", "b", "c"), 2)
-  assert [calibrate.turned(question, by).options for by in range(3)] == [("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")]
+  assert [calibrate.turned(question, by).options for by in range(3)] == [
+      ("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")]
   assert [q.options[q.gold] for q in (calibrate.turned(question, by) for by in range(4))] == ["c"] * 4
 
 

@@ -25,8 +25,8 @@ from caprl_jax.data.easy_vqa import easy_vqa_root
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-SPECIALS = {"qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                     "<|video_pad|>"],
+SPECIALS = {"qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+                     "<|image_pad|>", "<|video_pad|>"],
             "internvl": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]}
 SIZES = [(40, 30), (120, 90), (33, 150), (64, 64), (200, 40), (41, 30)]
 PROMPT = "Please describe this image in detail."
@@ -186,7 +186,8 @@ def test_what_cannot_be_captioned_is_said(checkpoint, tmp_path, capsys):
   bad.write_text('{"picture": "a.png"}\n')
   broken = tmp_path / "broken.png"
   broken.write_bytes(b"no image")
-  for source, what, more in ((tmp_path / "empty", "no image in this folder", ()), (tmp_path / "none", "no such file", ()),
+  for source, what, more in ((tmp_path / "empty", "no image in this folder", ()),
+                             (tmp_path / "none", "no such file", ()),
                              (bad, "bad.jsonl:1: not a JSON object with an 'image'", ()),
                              (broken, "broken.png", ("--config.caption.skip_bad_images=False",))):
     assert command(checkpoint, source, tmp_path / "out.jsonl", *more) == 2

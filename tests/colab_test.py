@@ -14,8 +14,8 @@ import tiny
 for needed in ("nbformat", "nbclient", "ipykernel"):
   pytest.importorskip(
       needed, reason=f"{needed} is missing: {sys.executable} -m pip install nbformat nbclient ipykernel")
-import nbclient  # pylint: disable=wrong-import-position
-import nbformat  # pylint: disable=wrong-import-position
+import nbclient  # noqa: E402  # pylint: disable=wrong-import-position
+import nbformat  # noqa: E402  # pylint: disable=wrong-import-position
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "launch" / "colab.ipynb"

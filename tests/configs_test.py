@@ -79,14 +79,16 @@ def test_the_quickstart_s_files_are_here():
 @pytest.mark.parametrize(
   "override, message",
   [
-    ("--config.optimizer.learning_rat=1", r"optimizer\.learning_rat is not a key of .*did you mean --config\.optimizer\.learning_rate\?"),
+    ("--config.optimizer.learning_rat=1",
+     r"optimizer\.learning_rat is not a key of .*did you mean --config\.optimizer\.learning_rate\?"),
     ("--config.update.loss.clip_hihg=1", r"did you mean --config\.update\.loss\.clip_high"),
     ("--config.group_size=4", r"did you mean --config\.rollout\.group_size"),
     ("--config.rollout=4", r"--config\.rollout is a section"),
   ],
 )
 def test_an_unknown_key_names_the_nearest(override, message, tmp_path, capsys):
-  code = main.main(["main", f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={tmp_path / 'run'}", override])
+  code = main.main(
+      ["main", f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={tmp_path / 'run'}", override])
   assert code == 2
   assert re.search(message, capsys.readouterr().err)
 

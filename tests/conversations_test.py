@@ -101,7 +101,8 @@ def test_all_layouts_are_read(folder):
     ({"conversations": llava("a", "b")[::-1]}, "turns are of assistant, user"),
     ({"conversations": [{"from": "bot", "value": "a"}]}, "from 'bot' is not one of human"),
     ({"conversations": []}, "must be a list of turns"),
-    ({"messages": openai([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}], "b")}, "is no path of a file"),
+    ({"messages": openai([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}], "b")},
+     "is no path of a file"),
 ])
 def test_bad_rows_are_refused_or_dropped(folder, row, message):
   path = write(folder, row, {"conversations": llava("text", "only")})

@@ -82,7 +82,8 @@ def test_a_question_answered_without_its_caption_is_dropped():
   rows, counts = curate(ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(), 0, "train")
   assert rows[0].questions == (COLOR,)  # shape: one of three blind presentations right, 1/3 >= 0.25
   assert counts["dropped/shape"] == 3 and counts["kept/color"] == 1
-  rows, _ = curate(ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(max_blind=0.34), 0, "")
+  rows, _ = curate(
+      ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(max_blind=0.34), 0, "")
   assert rows[0].questions == (COLOR, SHAPE)
 
 

@@ -1,4 +1,5 @@
-"""Mode `curate`: nothing is lost between images and questions, the rules as published, resume, new thresholds, endpoints."""
+"""Mode `curate`: nothing is lost between images and questions, the rules as published, resume, new thresholds,
+endpoints."""
 
 import http.server
 import json
@@ -52,9 +53,10 @@ def images(tmp_path):
 
 
 def run(tmp_path, checkpoint, source, *more):
-  return main.main(["main", "--config=configs/curate.py", f"--workdir={tmp_path / 'work'}", f"--config.curation.input={source}",
-                    f"--config.curation.output={tmp_path / 'out.jsonl'}", f"--config.answerer.checkpoint={checkpoint}",
-                    "--config.answerer.dtype=float32", "--config.answerer.param_dtype=float32", "--config.answerer.max_pixels=None",
+  return main.main(["main", "--config=configs/curate.py", f"--workdir={tmp_path / 'work'}",
+                    f"--config.curation.input={source}", f"--config.curation.output={tmp_path / 'out.jsonl'}",
+                    f"--config.answerer.checkpoint={checkpoint}", "--config.answerer.dtype=float32",
+                    "--config.answerer.param_dtype=float32", "--config.answerer.max_pixels=None",
                     "--config.curation.answers.batch_size=2", "--config.curation.shard_rows=4", *more])
 
 
@@ -76,9 +78,11 @@ def test_given_questions_are_filtered_by_the_models_answers(tmp_path, checkpoint
   assert run(tmp_path, checkpoint, given, *GIVEN) == 0
   rows = read_qa_rows(str(given), 0)
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  with jax.set_mesh(mesh), answering.Answerer(load_policy(str(checkpoint), mesh), answering.AnswerConfig(batch_size=1), mesh, 0) as one:
+  with jax.set_mesh(mesh), answering.Answerer(
+      load_policy(str(checkpoint), mesh), answering.AnswerConfig(batch_size=1), mesh, 0) as one:
     verdicts = dict(item for batch in one(rows, range(6)) for item in batch)
-  want = {(row.name, q.stem) for n, row in enumerate(rows) for q, v in zip(row.questions, verdicts[n]) if v.visual > 0.1 and v.blind < 0.9}
+  want = {(row.name, q.stem) for n, row in enumerate(rows) for q, v in zip(row.questions, verdicts[n])
+          if v.visual > 0.1 and v.blind < 0.9}
   got = read_qa_rows(str(tmp_path / "out.jsonl"), 0)
   assert want and {(row.name, q.stem) for row in got for q in row.questions} == want
   assert all(row.facts == {"n": row.name[-1]} for row in got)
@@ -86,7 +90,8 @@ def test_given_questions_are_filtered_by_the_models_answers(tmp_path, checkpoint
   dropped = left_out(tmp_path)
   assert len(dropped) == 12 - len(want) and all("verdict" in item for item in dropped)
   figures = json.loads((tmp_path / "work" / "funnel.json").read_text())
-  assert figures["questions"]["parsed"] == 12 == figures["questions"]["kept"] + sum(figures["questions"]["dropped"].values())
+  assert (figures["questions"]["parsed"] == 12
+          == figures["questions"]["kept"] + sum(figures["questions"]["dropped"].values()))
   assert sum(figures["visual/blind"].values()) == 12
   page = (tmp_path / "work" / "curation.html").read_text()
   assert page.count("<article") == 6 and "Funnel" in page
@@ -100,7 +105,8 @@ def test_other_thresholds_ask_no_model(tmp_path, checkpoint, given, monkeypatch)
   monkeypatch.setattr(curation, "Answerer", None)  # what would be called
   counts = set()
   for visual, blind in ((0.0, 1.0), (0.3, 1.0), (0.0, 0.3), (0.9, 0.1)):
-    status = run(tmp_path, checkpoint, given, GIVEN[0], f"--config.curation.min_visual={visual}", f"--config.curation.max_blind={blind}")
+    status = run(tmp_path, checkpoint, given, GIVEN[0], f"--config.curation.min_visual={visual}",
+                 f"--config.curation.max_blind={blind}")
     figures = read()
     assert figures["visual/blind"] == first["visual/blind"]
     shares = [(*map(float, key.split("/")), n) for key, n in figures["visual/blind"].items()]
@@ -138,9 +144,10 @@ def test_the_published_rule():
   row = QARow(b"", (), "image")
   questions = [Question(f"Question number {n} {'abcdefgh'[n] * 4}", ("x", "y"), 0) for n in range(5)]
   verdict = lambda visual, blind, error="": dict(visual=visual, blind=blind, visual_prob=0, blind_prob=0, error=error)
-  verdicts = [verdict(1.0, 0.0), verdict(0.75, 0.0), verdict(1.0, 0.25), verdict(1.0, 0.0, "too long"), verdict(1.0, 0.0)]
-  item = Finished(0, {"image": "image", "questions": jsonl.plain_questions(QARow(b"", tuple(questions), "")), "verdicts": verdicts,
-                      "failures": [], "error": ""}, {})
+  verdicts = [verdict(1.0, 0.0), verdict(0.75, 0.0), verdict(1.0, 0.25), verdict(1.0, 0.0, "too long"),
+              verdict(1.0, 0.0)]
+  item = Finished(0, {"image": "image", "questions": jsonl.plain_questions(QARow(b"", tuple(questions), "")),
+                      "verdicts": verdicts, "failures": [], "error": ""}, {})
   got = select(row, item, CurationConfig("", "a.jsonl"))
   assert [q.stem for q, _ in got.kept] == [questions[0].stem, questions[4].stem]
   assert [(q.stem, why) for q, _, why in got.dropped] == [
@@ -203,7 +210,8 @@ def test_images_to_questions_through_an_endpoint(tmp_path, checkpoint, images, s
   assert "cut at max_tokens" in figures["questions"]["not parsed"]
   out = left_out(tmp_path)
   why = {item["image"].rpartition("/")[2]: (item["reason"], item["why"]) for item in out if "why" in item}
-  assert why["copy.png"][0] == "repeated" and why["copy.png"][1].endswith("0.png") and why["small.png"] == ("too small", "20x20 pixels")
+  assert (why["copy.png"][0] == "repeated" and why["copy.png"][1].endswith("0.png")
+          and why["small.png"] == ("too small", "20x20 pixels"))
   assert why["famous.jpg"][0] == "like a benchmark's" and "cannot read its image" in why["torn.png"][1]
   assert sum("Unfinished" in item.get("text", "") for item in out) == 6
   rows = read_qa_rows(str(tmp_path / "out.jsonl"), 0)
@@ -220,13 +228,15 @@ def test_a_server_that_dies_has_refused_no_image(tmp_path, checkpoint, images, s
   assert run(tmp_path, checkpoint, images, *more) == 2 and "2 requests in a row failed" in capsys.readouterr().err
   server.dead = False
   assert run(tmp_path, checkpoint, images, *more) == 0
-  assert len(server.asked) == 7 and json.loads((tmp_path / "work" / "funnel.json").read_text())["images"]["with a reply"] == 7
+  assert (len(server.asked) == 7
+          and json.loads((tmp_path / "work" / "funnel.json").read_text())["images"]["with a reply"] == 7)
 
 
 def test_a_model_of_ours_writes_and_its_text_is_kept(tmp_path, checkpoint, images):
   """A random model writes no question: every text is in left_out.jsonl, and the run says that nothing is left."""
-  assert run(tmp_path, checkpoint, images, f"--config.generator.checkpoint={checkpoint}", "--config.generator.dtype=float32",
-             "--config.generator.param_dtype=float32", "--config.generator.max_pixels=None", "--config.curation.max_tokens=8",
+  assert run(tmp_path, checkpoint, images, f"--config.generator.checkpoint={checkpoint}",
+             "--config.generator.dtype=float32", "--config.generator.param_dtype=float32",
+             "--config.generator.max_pixels=None", "--config.curation.max_tokens=8",
              "--config.curation.batch_size=2") == 2
   figures = json.loads((tmp_path / "work" / "funnel.json").read_text())
   assert figures["images"]["with a reply"] == 7 and figures["questions"]["kept"] == 0

@@ -39,8 +39,8 @@ def test_a_record_that_cannot_be_used(folder, monkeypatch):
   monkeypatch.setattr(type(source), "__getitem__", lambda self, i: records[i])
   good, bad = datasets.scan_tfds(folder, "test")
   assert isinstance(good, QARow) and isinstance(bad, BadRow)
-  assert bad.message == f"{folder}:test, record 1: questions[0]: the key 'options' is missing (known keys: stem, options, " \
-      "gold, kind, provenance)"
+  assert bad.message == f"{folder}:test, record 1: questions[0]: the key 'options' is missing (known keys: stem, " \
+      "options, gold, kind, provenance)"
 
 
 def test_refusals(folder, tmp_path):

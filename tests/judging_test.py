@@ -28,7 +28,8 @@ PROMPT = JudgePrompt(
 ASKED = [[([20, 21], [[30], [31, 32], [33, 34, 35]], 1), ([22, 23, 24, 25], [[30, 31], [36]], 0),
           ([26], [[37], [38, 39], [40, 41], [42]], 3)],
          [([27, 28], [[43], [44]], 1), ([29, 20, 21], [[45, 46, 47], [48], [49, 30]], 2)]]
-ONE_TOKEN = [[([20, 21], [[30], [31], [33]], 1), ([22, 23, 24, 25], [[30], [36]], 0), ([26], [[37], [38], [40], [42]], 3)],
+ONE_TOKEN = [[([20, 21], [[30], [31], [33]], 1), ([22, 23, 24, 25], [[30], [36]], 0),
+              ([26], [[37], [38], [40], [42]], 3)],
              [([27, 28], [[43], [44]], 1), ([29, 20, 21], [[45], [48], [49]], 2)]]
 
 
@@ -123,7 +124,8 @@ def test_option_pmi_equals_scoring_each_joined_prompt_on_its_own(params, asked, 
 def test_letters_equal_the_joined_prompt_with_its_options_in_the_drawn_order(params, reading):
   table = questions(ASKED)
   got = ask(params, table, JudgeConfig(reading=reading))
-  order = np.asarray(draw_orders(jax.random.split(KEY, 3)[1], jnp.asarray(table.option_valid_BKAO.any(-1)), JudgeConfig()))
+  order = np.asarray(draw_orders(
+      jax.random.split(KEY, 3)[1], jnp.asarray(table.option_valid_BKAO.any(-1)), JudgeConfig()))
   moved = 0
   for b, g, k, stem, options, gold, caption in every(ASKED):
     shown = [a for a in order[b, k] if a < len(options)]
@@ -199,7 +201,8 @@ def test_absent_options_and_questions_are_never_chosen(params, reading):
   table.prior_BKA[~table.option_valid_BKAO.any(-1)] = -1e6  # as good as it gets
   count = table.option_valid_BKAO.any(-1).sum(-1)
   for seed in range(5):
-    for cfg in (JudgeConfig(reading=reading), *([JudgeConfig(reading="letter_sample")] if reading != "option_pmi" else [])):
+    for cfg in (JudgeConfig(reading=reading),
+                *([JudgeConfig(reading="letter_sample")] if reading != "option_pmi" else [])):
       got = ask(params, table, cfg, key=jax.random.key(seed))
       assert (got.choice_BGK < np.maximum(count, 1)[:, None]).all()
   absent = np.broadcast_to(~table.valid_BK[:, None], got.valid_BGK.shape)

@@ -10,17 +10,23 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "caprl_jax"
 # Top to bottom: a module may import only what stands above it. A new module goes where it belongs.
 ORDER = [
   "types", "masked", "files", "configuration", "presets", "config_file", "endpoint", "sharding",
-  "data.rows", "data.jsonl", "data.released", "data.generated", "data.parquet", "data.datasets", "data.pictures", "data.easy_vqa", "data.chart_drawing", "data.chart_tables", "data.chart_questions", "data.charts", "data.sources", "data.benchmarks", "data.images", "data.similar",
+  "data.rows", "data.jsonl", "data.released", "data.generated", "data.parquet", "data.datasets", "data.pictures",
+  "data.easy_vqa", "data.chart_drawing", "data.chart_tables", "data.chart_questions", "data.charts", "data.sources",
+  "data.benchmarks", "data.images", "data.similar",
   "models.gguf", "models.files", "models.tokenizer",
   "models.layers", "models.attention", "models.decoder",
   "models.family", "models.qwen25_vl", "models.qwen3_vl", "models.internvl", "models.families",
-  "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load", "models.compose", "models.published", "models.quantize",
+  "models.policy", "models.head", "models.weights", "models.chat", "models.lora", "models.load", "models.compose",
+  "models.published", "models.quantize",
   "data.prompts", "data.judge_prompts", "data.questions", "data.batches",
   "sampling", "rollout", "presenting", "judging", "caption_terms", "reward", "advantages", "loss",
   "optimizer", "update", "step",
-  "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "scoring", "answering", "data.conversations", "data.rendering", "data.packing", "next_token", "vqa", "writing", "curate", "setup_run", "calibrate",
+  "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "scoring", "answering", "data.conversations",
+  "data.rendering", "data.packing", "next_token", "vqa", "writing", "curate", "setup_run", "calibrate",
   "samples", "evaluate", "curves", "report_template", "report", "dataset",
-  "sft", "train", "pretrain_policy", "pretrain", "caption_shards", "caption_formats", "caption_report", "caption", "curation_page", "curation", "kept", "prism_figures", "prism_page", "prism", "export", "plan", "gallery_page", "gallery", "demo",
+  "sft", "train", "pretrain_policy", "pretrain", "caption_shards", "caption_formats", "caption_report", "caption",
+  "curation_page", "curation", "kept", "prism_figures", "prism_page", "prism", "export", "plan", "gallery_page",
+  "gallery", "demo",
   "main",
 ]  # fmt: skip
 

@@ -36,7 +36,8 @@ def test_split_and_merge_are_inverse():
 def test_what_each_kind_trains(case):
   pair = oracle.make_pair(case)
   names = flat(pair.params)
-  chosen = {kind: {n for n in names if trained(kind, pair.cfg.family)(n)} for kind in ("full", "decoder", "projector", "lora")}
+  chosen = {kind: {n for n in names if trained(kind, pair.cfg.family)(n)}
+            for kind in ("full", "decoder", "projector", "lora")}
   assert chosen["full"] == set(names) and not chosen["lora"]
   assert chosen["decoder"] == {n for n in names if n.startswith("language_model.")}
   assert chosen["projector"] and all("merger" in n or "projector" in n for n in chosen["projector"])
@@ -113,10 +114,12 @@ def test_a_run_with_adapters_changes_only_them(tmp_path):
   config.train.steps = 2
   train.run(config, tmp_path / "run")
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  before, after = (flat(load_policy(str(p), mesh).params) for p in (config.policy.checkpoint, tmp_path / "run" / "policy"))
+  before, after = (flat(load_policy(str(p), mesh).params)
+                   for p in (config.policy.checkpoint, tmp_path / "run" / "policy"))
   moved = {n for n in before if np.abs(before[n] - after[n]).max() > 0}
   assert moved == {"language_model.layers.self_attn.q_proj.kernel", "language_model.layers.mlp.up_proj.kernel"}
-  assert {p.name for p in (tmp_path / "run" / "adapters").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+  assert {p.name for p in (tmp_path / "run" / "adapters").iterdir()} == {
+      "adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("kind", ["decoder", "projector", "lora"])

@@ -94,7 +94,8 @@ def test_clip_higher_by_hand(ratio, advantage, loss, slope):
 
   def f(logp):
     one = jnp.ones((1, 1, 1), bool)
-    return policy_loss(logp, jnp.zeros((1, 1, 1)), None, None, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), one, cfg)[0]
+    return policy_loss(logp, jnp.zeros((1, 1, 1)), None, None, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage),
+                       one, cfg)[0]
 
   got, grad = jax.value_and_grad(f)(jnp.full((1, 1, 1), math.log(ratio)))
   np.testing.assert_allclose([got, grad[0, 0, 0]], [loss, slope], rtol=1e-6)
@@ -149,14 +150,15 @@ def test_microbatches_add_up(case):
   cfg = LossConfig(aggregation="sequence_mean", kl=0.1)
   *arrays, counts = (jnp.asarray(x) for x in case)
   total, count, _ = policy_loss(*arrays[:2], None, *arrays[2:], counts, cfg)
-  parts = [policy_loss(*(x[b:b + 1] for x in arrays[:2]), None, *(x[b:b + 1] for x in arrays[2:]), counts[b:b + 1], cfg) for b in range(B)]
+  parts = [policy_loss(*(x[b:b + 1] for x in arrays[:2]), None, *(x[b:b + 1] for x in arrays[2:]),
+                       counts[b:b + 1], cfg) for b in range(B)]
   np.testing.assert_allclose(total, sum(p[0] for p in parts), rtol=1e-6)
   assert count == sum(p[1] for p in parts)
 
 
-@pytest.mark.parametrize("wrong", [dict(clip_low=-0.1), dict(clip_low=1.0), dict(clip_high=-0.1), dict(kl=-1.0), dict(dual_clip=1.1),
-                                   dict(dual_clip=3.0, surrogate="cispo"), dict(importance_cap=0.0),
-                                   dict(kl_in="reward", kl_estimator="full")])
+@pytest.mark.parametrize("wrong", [
+    dict(clip_low=-0.1), dict(clip_low=1.0), dict(clip_high=-0.1), dict(kl=-1.0), dict(dual_clip=1.1),
+    dict(dual_clip=3.0, surrogate="cispo"), dict(importance_cap=0.0), dict(kl_in="reward", kl_estimator="full")])
 def test_wrong_settings_are_refused(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
     LossConfig(**wrong)

@@ -107,8 +107,8 @@ class Pair:
 
 def hf_preprocessor(processor) -> dict:
   made = processor.to_dict()
-  return {k: made[k] for k in ("size", "image_mean", "image_std", "min_patches", "max_patches", "min_pixels", "max_pixels")
-          if k in made}
+  return {k: made[k] for k in ("size", "image_mean", "image_std", "min_patches", "max_patches", "min_pixels",
+                               "max_pixels") if k in made}
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:

@@ -27,7 +27,8 @@ RELEASED = {"id": "d976b8c551d62f12920218d54ecb6a58", "image": {"bytes": png("re
             "prompt": [{"role": "user", "content": "<image> Please describe this image in detail."}],
             "data_source": "image_caption_rl",
             "reward_model": {"ground_truth": [{"question": "Which city is mentioned in the company's address?",
-                                               "choices": ["A) 北京市", "B) 上海市", "C) 惠州市", "D) 广州市"], "answer": "C"}]}}
+                                               "choices": ["A) 北京市", "B) 上海市", "C) 惠州市", "D) 广州市"],
+                                               "answer": "C"}]}}
 
 
 def plain(row: QARow):
@@ -57,7 +58,8 @@ def test_the_releases_own_layout(tmp_path):
 
 
 def test_video_labels_and_bad_rows(tmp_path):
-  change = lambda **qa: RELEASED | {"reward_model": {"ground_truth": [RELEASED["reward_model"]["ground_truth"][0] | qa]}}
+  change = lambda **qa: RELEASED | {
+      "reward_model": {"ground_truth": [RELEASED["reward_model"]["ground_truth"][0] | qa]}}
   rows = [change(choices=["A. Black", "B. White"], answer="B"), change(answer="E"), change(choices=[]),
           RELEASED | {"reward_model": {"ground_truth": []}}, RELEASED]
   path = tmp_path / "a.parquet"

@@ -31,7 +31,8 @@ def test_parameters_are_as_many_as_published(name):
   assert plan.parameter_count(CONFIGS[name]) == COUNTS[name]
 
 
-@pytest.mark.parametrize("name", ["caprl_3b", "caprl_qwen3vl_2b", "caprl_qwen3vl_4b", "caprl_internvl35_8b", "colab_lora"])
+@pytest.mark.parametrize(
+    "name", ["caprl_3b", "caprl_qwen3vl_2b", "caprl_qwen3vl_4b", "caprl_internvl35_8b", "colab_lora"])
 def test_the_recipes_name_published_models(name):
   config = config_file.load_config(str(ROOT / "configs" / f"{name}.py"))
   assert config.policy.checkpoint in COUNTS and config.judge.source in COUNTS
@@ -50,14 +51,16 @@ def test_largest_arrays():
     %a = f32[4,1024,1024]{2,1,0} fusion(%b), kind=kLoop
     ROOT %c = bf16[1024,1024]{1,0:T(8,128)} dot(%a, %a)
     %d = f32[9999999999]{0} parameter(0)"""
-  assert plan.largest_arrays(text) == [(4 / 256, "f32[4,1024,1024]", "fusion", 1), (1 / 512, "bf16[1024,1024]", "dot", 1)]
+  assert plan.largest_arrays(text) == [
+      (4 / 256, "f32[4,1024,1024]", "fusion", 1), (1 / 512, "bf16[1024,1024]", "dot", 1)]
 
 
 def command(tmp_path, *more, config="colab_lora"):
   return subprocess.run(
       [sys.executable, "-m", "caprl_jax.main", f"--config=configs/{config}.py", "--config.mode=plan",
-       f"--workdir={tmp_path}", "--config.plan.layers=1", *more], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(
-           p for p in (LIBTPU, os.environ.get("PYTHONPATH")) if p)},
+       f"--workdir={tmp_path}", "--config.plan.layers=1", *more], cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu",
+           "PYTHONPATH": os.pathsep.join(p for p in (LIBTPU, os.environ.get("PYTHONPATH")) if p)},
       capture_output=True, text=True, timeout=1100)
 
 

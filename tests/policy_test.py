@@ -52,7 +52,8 @@ def test_hidden_states_match_layer_by_layer(pair):
   images, prompts = batch(pair.cfg)
   valid = np.asarray(prompts.valid_BP[1])
   states = {}
-  hooks = [layer.register_forward_hook(lambda m, a, out, i=i: states.__setitem__(i, out if torch.is_tensor(out) else out[0]))
+  hooks = [layer.register_forward_hook(
+      lambda m, a, out, i=i: states.__setitem__(i, out if torch.is_tensor(out) else out[0]))
            for i, layer in enumerate(pair.theirs.model.language_model.layers)]
   with torch.no_grad():
     pair.theirs(**pair.inputs(pictures()[1], prompts.tokens_BP[1][valid]))

@@ -100,7 +100,8 @@ def test_stages_train_what_they_should_and_questions_are_asked(folder, whole_run
 
 def test_questions_that_cannot_be_asked_are_counted():
   row = QARow(b"", (Question("a", ("b", "c"), 0, "x"), Question("d", ("e", "f"), 0)), "row")
-  figures = summarise([row, row], {0: [Verdict(1.0, 0.5, 0.9, 0.4), Verdict(error="too many")], 1: ValueError("broken")})
+  figures = summarise(
+      [row, row], {0: [Verdict(1.0, 0.5, 0.9, 0.4), Verdict(error="too many")], 1: ValueError("broken")})
   assert figures["errors"] == 3 and figures["questions"] == 1 and figures["images"] == 2
   assert figures["kinds"] == {"x": {"questions": 1, "accuracy": 1.0, "blind": 0.5, "probability": 0.9,
                                     "blind_probability": 0.4}}

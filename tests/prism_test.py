@@ -42,8 +42,8 @@ def made(tmp_path_factory):
 
 def run(folder, workdir, *more, checkpoints=("policy0", "policy1")):
   captioners = ",".join(f"{name}={folder / name}" for name in checkpoints)
-  return main.main(["main", "--config=configs/prism_quickstart.py", f"--workdir={workdir}", f"--config.prism.captioners={captioners}",
-                    f"--config.judge.source={folder / 'judge'}",
+  return main.main(["main", "--config=configs/prism_quickstart.py", f"--workdir={workdir}",
+                    f"--config.prism.captioners={captioners}", f"--config.judge.source={folder / 'judge'}",
                     "--config.prism.captions=2", "--config.prism.max_tokens=8", "--config.prism.batch_size=2", *more])
 
 
@@ -64,10 +64,12 @@ def test_reading_answers(made, tmp_path, capsys):
     assert one["mean"] == pytest.approx(right.mean()) and one["best"] == pytest.approx(right.max(1).mean())
     assert one["interval"][0] <= one["mean"] <= one["interval"][1] and one["kinds"].keys() == {"color", "shape"}
     said = [row for row in answers if row["captioner"] == who]
-    assert one["misled"] == pytest.approx(np.mean([row["answer"] >= 0 and "ABC"[row["answer"]] != row["gold"] for row in said]))
+    assert one["misled"] == pytest.approx(np.mean([
+        row["answer"] >= 0 and "ABC"[row["answer"]] != row["gold"] for row in said]))
     assert one["captionqa"] == pytest.approx(np.mean([row["captionqa"] for row in said]))
   difference = entry["captioners"]["policy1"]["difference"]
-  assert difference["mean"] == pytest.approx(entry["captioners"]["policy1"]["mean"] - entry["captioners"]["policy0"]["mean"])
+  assert difference["mean"] == pytest.approx(
+      entry["captioners"]["policy1"]["mean"] - entry["captioners"]["policy0"]["mean"])
   assert "difference" not in entry["captioners"]["policy0"]
   assert "policy1" in capsys.readouterr().err
   page = (tmp_path / "prism.html").read_text()
@@ -77,8 +79,9 @@ def test_reading_answers(made, tmp_path, capsys):
 def test_written_answers_are_the_judges_own(made, tmp_path):
   """Greedy: each text is what the judge writes after the whole prompt; the release's file goes with a QA source."""
   sources = f"--config.prism.benchmarks=charts={made / 'lmm_eval_chartqa.json'},qa={made / 'qa.jsonl'}"
-  more = (sources, f"--config.prism.image_root={made}", "--config.prism.answers=write", "--config.prism.answer_tokens=6",
-          "--config.prism.answer_temperature=0.0", "--config.prism.answer_batch_size=4")
+  more = (sources, f"--config.prism.image_root={made}", "--config.prism.answers=write",
+          "--config.prism.answer_tokens=6", "--config.prism.answer_temperature=0.0",
+          "--config.prism.answer_batch_size=4")
   assert run(made, tmp_path, *more, checkpoints=("policy0",)) == 0
   answers = read(tmp_path / "answers.jsonl")
   assert len(answers) == (3 + 4) * 3 and {row["benchmark"] for row in answers} == {"charts", "qa"}
@@ -87,8 +90,8 @@ def test_written_answers_are_the_judges_own(made, tmp_path):
     judge = load_judge(str(made / "judge"), mesh)
     writer = Writer(judge, SamplingConfig(6, temperature=0.0), 1, mesh, 0)
     charts = [row for row in answers if row["benchmark"] == "charts"]
-    texts = [f"<|im_start|>user\nHere is a detailed caption of an image: {row['caption']}. Please answer the question based on the "
-             "caption.How many?<|im_end|>\n<|im_start|>assistant\n" for row in charts]
+    texts = [f"<|im_start|>user\nHere is a detailed caption of an image: {row['caption']}. Please answer the question "
+             "based on the caption.How many?<|im_end|>\n<|im_start|>assistant\n" for row in charts]
     want = dict(item for batch in writer([judge.tokenizer.encode(text) for text in texts]) for item in batch)
   assert [row["answer"] for row in charts] == [want[i].text for i in range(len(texts))]
   assert all("official" in row for row in answers)
@@ -97,7 +100,8 @@ def test_written_answers_are_the_judges_own(made, tmp_path):
 
 
 def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
-  more = (f"--config.prism.benchmarks=qa={made / 'qa.jsonl'}", "--config.prism.answers=write", "--config.prism.answer_tokens=4")
+  more = (f"--config.prism.benchmarks=qa={made / 'qa.jsonl'}", "--config.prism.answers=write",
+          "--config.prism.answer_tokens=4")
   write, asked = prism.Writer.__call__, []
 
   def cut(self, prompts):
@@ -126,7 +130,8 @@ def test_figures_by_hand():
   np.testing.assert_allclose(scores["captionqa"], [[1, 0, 1 / 3 + 0.05, 1], [1, 0, 0.55, 0.55]])
   values = prism_figures.per_image(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), ["a", "a", "b"])
   np.testing.assert_allclose(values, [1.5 * 2 / 3, 0.0]) and np.testing.assert_allclose(values.mean(), 0.5)
-  written = prism_figures.score_answers(rows, np.array([["The answer is B", "nothing of the kind, really"], ["A", "B"]], object))
+  written = prism_figures.score_answers(
+      rows, np.array([["The answer is B", "nothing of the kind, really"], ["A", "B"]], object))
   np.testing.assert_array_equal(written["ours"], [[1, 0], [1, 0]])
   assert written["official"].max() == 0  # no </think>, no <answer>, no box
 

@@ -31,7 +31,8 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl")
 INSTRUCTION = "Please describe this image in detail."
 INSTRUCTIONS = (
     INSTRUCTION, "", " ", "\n\n two lines \n\n", "What is it?<|im_end|>\n<|im_start|>assistant\nA cat.",
-    "<|vision_start|><|endoftext|> <tool_call>{}</tool_call> <think>", "描述这张图片。", "décris l’image: cafe\u0301 \u212b",
+    "<|vision_start|><|endoftext|> <tool_call>{}</tool_call> <think>", "描述这张图片。",
+    "décris l’image: cafe\u0301 \u212b",
     "опиши 画像 🙂👩‍👩‍👧 \u200b\ufeff", "1234567890 == x\t\t'S don't I'LL", "{{ messages }} {% raw %} <img>")
 TEXT = dict(vocab_size=152064, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2)
@@ -218,7 +219,8 @@ def test_the_vocabulary_is_the_real_one():
       151644, 872, 198, 74785, 419, 2168, 13, 151645, 198, 151644, 77091, 198]
   # By tiktoken's rule, from the ranks alone; words as the file's regular expression cuts them.
   words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(qwen_vocabulary.WORDS), behavior="isolated")
-  for text in ("It's 1,234 o'clock…", "опиши 画像 🙂👩‍👩‍👧", "def f(x):\n    return  x**2\r\n\r\n", "Straße \t naïve ﷽"):
+  for text in ("It's 1,234 o'clock…", "опиши 画像 🙂👩‍👩‍👧",
+               "def f(x):\n    return  x**2\r\n\r\n", "Straße \t naïve ﷽"):
     expected = [ranks[token] for word, _ in words.pre_tokenize_str(text)
                 for token in qwen_vocabulary.bpe(word.encode(), ranks)]
     assert ours.encode(text) == expected

@@ -24,7 +24,8 @@ from caprl_jax.types import Captions, Vocabulary
 import flax.linen as nn
 
 # Each image's questions: several lines in a stem, options that end in punctuation, two to four of them.
-ASKED = [[parse_question("What is shown?\nLook closely.\n - A) a dog.\n - B) a cat!\n - C) 12\n - E) Can not answer", "B"),
+ASKED = [[parse_question("What is shown?\nLook closely.\n - A) a dog.\n - B) a cat!\n - C) 12\n - E) Can not answer",
+                         "B"),
           Question("Where is it?", ("inside", "outside"), 0),
           Question("How many?", ("one", "two", "three", "four or more"), 3)],
          [Question("What color is it?", ("red", "dark green"), 1), Question("When?", ("noon", "at night.", "dawn"), 1)]]
@@ -231,7 +232,8 @@ def test_permutations_average_the_turned_orders(judge, tokenizer, transcription)
 
 
 def test_samples_follow_the_letters_distribution(judge, tokenizer, transcription):
-  cfg = JudgeConfig(reading="letter_sample", prompt="official", abstain="last", shuffle=False, draws=400, temperature=0.6)
+  cfg = JudgeConfig(reading="letter_sample", prompt="official", abstain="last", shuffle=False, draws=400,
+                    temperature=0.6)
   table, got = ask(judge, tokenizer, OFFICIAL, cfg)
   at = got.question_BGK[0, 0] == 0
   text = OFFICIAL.joined(CAPTIONS[0][0], ASKED[0][0].stem, texts(ASKED[0][0], [0, 1, 2, A], OFFICIAL), "ABCD")

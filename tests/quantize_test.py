@@ -23,7 +23,8 @@ def test_a_kernel_is_rounded_by_column():
   assert out["a"]["kernel"].dtype == jnp.int8 and out["embedding"].sum() == 3
   x = jnp.array([[1.0, 2.0]])
   linear = Linear(2, ("embed", "mlp"), True, 0.02, jnp.float32)
-  wide, small = linear.apply({"params": {"kernel": kernel, "bias": jnp.ones(2)}}, x), linear.apply({"params": out["a"]}, x)
+  wide, small = (linear.apply({"params": {"kernel": kernel, "bias": jnp.ones(2)}}, x),
+                 linear.apply({"params": out["a"]}, x))
   np.testing.assert_allclose(small, wide, atol=0.02)
   assert np.abs(small - wide).max() > 0
 
@@ -34,14 +35,16 @@ def test_zero_columns_stay_zero():
 
 
 def test_logits_stay_near(tmp_path):
-  judge = load_judge(str(tiny.write_judge(tmp_path / "judge")), sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
+  judge = load_judge(str(tiny.write_judge(tmp_path / "judge")),
+                     sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
   small = to_int8(judge.params)
   assert small["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.int8
   tokens = jnp.arange(12)[None] % judge.model.cfg.vocab_size
 
   def logits(params):
     run = lambda m, t: m(m.embed(t), jnp.arange(12)[None], jnp.ones(t.shape, bool))[0]
-    return np.asarray(judge.model.apply({"params": params}, tokens, method=run) @ head_matrix(judge.model.cfg, params).T)
+    return np.asarray(
+        judge.model.apply({"params": params}, tokens, method=run) @ head_matrix(judge.model.cfg, params).T)
 
   want, got = logits(judge.params), logits(small)
   assert 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()

@@ -17,8 +17,8 @@ from caprl_jax.models.tokenizer import Tokenizer, load_tokenizer
 import qwen_vocabulary
 
 # Not among them: one that begins with two white spaces, the first of which the head's line end would swallow.
-CAPTIONS = ["", "The image shows a red circle.", "a red circle", " A blue square, 12 pixels wide ", "Yes!\nIt is red.\n",
-            "naïve 東京 🙂", "\"Quoted\" (twice)...", "- A) first\n- B) second\n\n", "\tred  \n"]
+CAPTIONS = ["", "The image shows a red circle.", "a red circle", " A blue square, 12 pixels wide ",
+            "Yes!\nIt is red.\n", "naïve 東京 🙂", "\"Quoted\" (twice)...", "- A) first\n- B) second\n\n", "\tred  \n"]
 QUESTIONS = [Question("what color is the shape?", ("red", "dark green", "blue"), 0, "color"),
              Question("Is there a circle", ("yes", "no"), 1, "yesno"),
              Question("how many squares (in total)?", ("1", "12", "none at all", "I can't tell"), 2, "count")]
@@ -104,8 +104,8 @@ def test_options_that_end_in_punctuation_or_break_lines_stay_one_option(qwen, sm
 
 def test_first_words_take_the_prompts_space_as_the_joined_text_does(qwen):
   tokenize = QuestionTokenizer(qwen, OFFICIAL, KINDS, "last")
-  for caption in ("The", "A", "In", "This", "12", "\"Stop\"", "ünder", "#1", "\n\nOh", "  two", "Photograph", "<Caption",
-                  "unmistakable", "東京"):
+  for caption in ("The", "A", "In", "This", "12", "\"Stop\"", "ünder", "#1", "\n\nOh", "  two", "Photograph",
+                  "<Caption", "unmistakable", "東京"):
     text = OFFICIAL.joined(caption + " x", "Q?", ["a", "b", OFFICIAL.abstain])
     got = spliced(tokenize, caption + " x", Question("Q?", ("a", "b"), 0, "color"), (0, 1, 2), "ABC")
     assert qwen.decode(got, skip_special=False) == text
@@ -157,7 +157,8 @@ def test_letters_of_more_than_one_token_are_refused(smollm2):
 def test_templates_by_reading():
   assert template_for("option_pmi") is PMI
   assert all(template_for(f"letter_{how}") is PLAIN for how in ("argmax", "prob", "sample"))
-  assert template_for("generate", "official") is OFFICIAL and template_for("letter_prob", "official_video") is OFFICIAL_VIDEO
+  assert (template_for("generate", "official") is OFFICIAL
+          and template_for("letter_prob", "official_video") is OFFICIAL_VIDEO)
 
 
 def test_the_official_prompt_to_the_byte():
@@ -165,7 +166,8 @@ def test_the_official_prompt_to_the_byte():
   pad = "  "
   assert got == f"""<|im_start|>user
 You will be given an image caption describing the visual content.{pad}
-Your task is to answer the multiple-choice question **strictly based on the caption**, even if the answer may seem obvious from prior knowledge or question wording.
+Your task is to answer the multiple-choice question **strictly based on the caption**, even if the answer may seem \
+obvious from prior knowledge or question wording.
 
 Ignore any external knowledge. Do not make assumptions beyond what the caption explicitly or implicitly states.
 
@@ -205,16 +207,17 @@ The answer is"""
 def test_the_video_wording_is_not_indented():
   got = OFFICIAL_VIDEO.joined("[00:01] A cat.", "When?", ["[00:01]", OFFICIAL.abstain])
   assert not re.search(r"^ {4,}", got, re.M) and got.count("<|im_start|>") == 2 and "\n<|im_start|>assistant\n" in got
-  for part in ("video caption describing visual content and events over time.  \n", "implicitly states. Pay close attention to "
-               "timestamps (e.g., [mm:ss]) and the sequence of events.\n", "[00:08] drops a brown leather wallet",
-               "- B) He drops a brown leather wallet  \n", "The answer is B.\n", "[00:15] A silver sedan runs a red light",
+  for part in ("video caption describing visual content and events over time.  \n",
+               "implicitly states. Pay close attention to timestamps (e.g., [mm:ss]) and the sequence of events.\n",
+               "[00:08] drops a brown leather wallet", "- B) He drops a brown leather wallet  \n",
+               "The answer is B.\n", "[00:15] A silver sedan runs a red light",
                "- D) It was raining heavily\n- E) Can", "The answer is E.\n"):
     assert part in got
 
 
 def made(kind, number=0, stem=3, options=(1, 2), gold=0):
-  return TokenizedQuestion(tuple(range(100 * number, 100 * number + stem)), tuple((7,) * n for n in options), gold, kind,
-                           tuple(-float(i) for i in range(len(options))))
+  return TokenizedQuestion(tuple(range(100 * number, 100 * number + stem)), tuple((7,) * n for n in options), gold,
+                           kind, tuple(-float(i) for i in range(len(options))))
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -190,7 +190,8 @@ def _session() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def tokenizer_directory(family: str) -> pathlib.Path:
-  """A directory with the family's tokenizer.json, tokenizer_config.json and chat_template.jinja; kept for the session."""
+  """A directory with the family's tokenizer.json, tokenizer_config.json and chat_template.jinja; kept for the
+  session."""
   path = pathlib.Path(_session().name) / family
   contents = tokenizer_json(family)
   path.mkdir()

@@ -45,8 +45,8 @@ def write_metrics(workdir, steps):
       writer.write(step, {
           "reward/mean": 0.4 + step / 100, "judge/accuracy": 0.5, "judge/accuracy/shape": 0.4,
           "eval/accuracy": 0.5, "judge/abstained": 0.1, "judge/misled": 0.4, "reward/accuracy": 0.5,
-          "update/logp_difference": 1e-6, "rollout/length": 5 + step / 10, "update/entropy": 1.2, "advantage/flat_groups": 0.1,
-          "update/grad_norm": 500 if step == 20 else 1,
+          "update/logp_difference": 1e-6, "rollout/length": 5 + step / 10, "update/entropy": 1.2,
+          "advantage/flat_groups": 0.1, "update/grad_norm": 500 if step == 20 else 1,
           "update/kl": math.nan if step == 2 else 0.01, "time/step_secs": 3.0})
 
 

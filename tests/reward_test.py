@@ -85,7 +85,8 @@ def test_being_misled_costs_and_abstaining_does_not():
   np.testing.assert_allclose(reward[:2, 0], [2 / 3, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("length, ended, worth", [(4, False, 1.0), (5, True, 1.0), (5, False, 0.75), (6, False, 0.5), (8, False, 0.0)])
+@pytest.mark.parametrize("length, ended, worth", [
+    (4, False, 1.0), (5, True, 1.0), (5, False, 0.75), (6, False, 0.5), (8, False, 0.0)])
 def test_the_length_term_counts_text_without_the_end_token(length, ended, worth):
   cfg = RewardConfig(length=0.2, length_full_tokens=4, length_zero_tokens=8)
   reward, terms = rewarded(cfg, captions(1, length=length, ended=ended))
@@ -112,7 +113,8 @@ def test_timestamps_are_read_from_the_tokens_bytes():
 
 def test_an_unscored_caption_has_no_terms():
   caption = captions(1, length=8, ended=False)
-  reward, scored, terms = caption_reward(answers(CREDIT, valid_where_asked(1)), caption, RewardConfig(length=1.0, truncated=1.0))
+  reward, scored, terms = caption_reward(
+      answers(CREDIT, valid_where_asked(1)), caption, RewardConfig(length=1.0, truncated=1.0))
   assert not scored[2].any() and reward[2, 0] == 0 and all(value[2, 0] == 0 for value in terms.values())
 
 

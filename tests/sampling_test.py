@@ -231,7 +231,8 @@ def test_the_loop_stops_at_max_tokens_and_after_one_step_if_only_the_end_is_ther
 def test_only_the_end_allowed_gives_captions_of_one_token(model):
   only = model[3].replace(allowed_V=jnp.arange(V) == ENDS[0])
   captions = sample(model, vocabulary=only)
-  np.testing.assert_array_equal(captions.tokens_BGT, np.broadcast_to(np.where(np.arange(T) == 0, ENDS[0], PAD), (3, G, T)))
+  np.testing.assert_array_equal(
+      captions.tokens_BGT, np.broadcast_to(np.where(np.arange(T) == 0, ENDS[0], PAD), (3, G, T)))
   np.testing.assert_array_equal(captions.valid_BGT.sum(-1), 1)
   np.testing.assert_allclose(captions.logp_BGT, 0, atol=1e-6)
   assert captions.ended_BG.all()

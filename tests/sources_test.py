@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from caprl_jax.data import datasets, jsonl, parquet, released, sources
+from caprl_jax.data import datasets, jsonl, parquet, released
 from caprl_jax.data.batches import index_stream, train_iterator
 from caprl_jax.data.rows import QARow, Question, read_image
 from caprl_jax.data.sources import Part, parse_mixture, read_parts, read_qa_rows, scan_qa_rows
@@ -49,7 +49,8 @@ def test_mixtures(text, parts):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("a.jsonl +  + b.jsonl", "is empty"), ("", "is empty"), ("0.5*a.jsonl + b.jsonl", "every source of a mixture a weight, or none"),
+    ("a.jsonl +  + b.jsonl", "is empty"), ("", "is empty"),
+    ("0.5*a.jsonl + b.jsonl", "every source of a mixture a weight, or none"),
     ("0*a.jsonl + 1*b.jsonl", "must be greater than 0"), ("-1*a.jsonl + 1*b.jsonl", "must be greater than 0"),
     ("1.2.3*a.jsonl", "'1.2.3' is no weight"),
 ])

@@ -127,8 +127,9 @@ def test_gradients_do_not_depend_on_microbatches(made, aggregation, counts):
   scored = jnp.asarray(rng.random(captions.ended_BG.shape) < 0.8)
   loss = dataclasses.replace(made.settings.step.update.loss, aggregation=aggregation)
   # All arrays are arguments: XLA would spend minutes on folding constants.
-  results = [jax.jit(lambda p, *arrays, m=m: loss_gradients(made.policy.model, p, *arrays, 1.0, UpdateConfig(loss, microbatches=m)))(
-      made.policy.params, made.frozen, Rollout(batch, captions, scored, advantage)) for m in counts]
+  results = [jax.jit(lambda p, *arrays, m=m: loss_gradients(
+      made.policy.model, p, *arrays, 1.0, UpdateConfig(loss, microbatches=m)))(
+          made.policy.params, made.frozen, Rollout(batch, captions, scored, advantage)) for m in counts]
   scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(results[0][0]))
   assert scale > 1e-3
   for other in results[1:]:
@@ -143,7 +144,8 @@ def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(made):
   """sampled = teacher-forced with the shared prefix = every caption alone in a batch of its own image."""
   batch, vocabulary = a_batch(made), made.frozen.vocabulary
   captions = sample(made, batch, 2)
-  score = jax.jit(lambda p, batch, captions: caption_logprobs(made.policy.model, p, batch, captions, vocabulary, 1.0)[0])
+  score = jax.jit(lambda p, batch, captions: caption_logprobs(
+      made.policy.model, p, batch, captions, vocabulary, 1.0)[0])
   valid = np.asarray(captions.valid_BGT)
   shared = np.asarray(score(made.policy.params, batch, captions))
   np.testing.assert_allclose(np.asarray(captions.logp_BGT)[valid], shared[valid], atol=1e-4)

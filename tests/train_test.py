@@ -56,7 +56,8 @@ def finished(config, tmp_path_factory):
 
 def steps_of(workdir):
   """metrics.jsonl without the times, which no two runs share."""
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(workdir / "metrics.jsonl")]
+  return [{k: v for k, v in row.items() if not k.startswith("time/")}
+          for row in read_metrics(workdir / "metrics.jsonl")]
 
 
 def assert_same_policy(a, b):
@@ -81,7 +82,8 @@ def test_a_run_leaves_all_its_outputs(finished, config):
   for stage in ("before", "after"):
     figures = summary[stage]
     assert 0 <= figures["accuracy"] <= 1 and figures["questions"] == 24 and figures["images"] == 12
-    assert figures.keys() >= {"accuracy/color", "accuracy/shape", "length_tokens", "truncated", "flat_groups", "unscored"}
+    assert figures.keys() >= {
+        "accuracy/color", "accuracy/shape", "length_tokens", "truncated", "flat_groups", "unscored"}
   assert summary["counts"]["train_rows"] == summary["counts"]["eval_rows"] == 12
   assert summary["wall_secs"].keys() >= {"setup", "gate", "before", "train", "after"}
   assert summary["versions"]["jax"] == jax.__version__

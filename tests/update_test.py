@@ -32,7 +32,8 @@ def rollout(made):
   rng = np.random.default_rng(0)
   shape = captions.ended_BG.shape
   captions = captions.replace(ended_BG=jnp.asarray(rng.random(shape) < 0.5))
-  return Rollout(batch, captions, jnp.asarray(rng.random(shape) < 0.9), jnp.asarray(rng.normal(size=shape), jnp.float32))
+  return Rollout(batch, captions, jnp.asarray(rng.random(shape) < 0.9),
+                 jnp.asarray(rng.normal(size=shape), jnp.float32))
 
 
 def state_of(made, tx=TX):
@@ -51,11 +52,13 @@ def close(a, b, atol=2e-5):
 
 @pytest.mark.parametrize("importance", ["none", "truncate"])
 def test_minibatches_and_epochs_are_optimizer_steps_in_a_row(made, rollout, importance):
-  cfg = UpdateConfig(LossConfig(importance=importance, aggregation="sequence_mean"), minibatches=2, epochs=2, microbatches=2)
+  cfg = UpdateConfig(LossConfig(importance=importance, aggregation="sequence_mean"), minibatches=2, epochs=2,
+                     microbatches=2)
   state, metrics = update(made, rollout, cfg)
   params, opt_state = made.policy.params, TX.init(made.policy.params)
   if importance != "none":
-    old = jax.jit(lambda p, r: score_captions(made.policy.model, p, made.frozen, r.batch, r.captions, 1.0, cfg))(params, rollout)
+    old = jax.jit(lambda p, r: score_captions(
+        made.policy.model, p, made.frozen, r.batch, r.captions, 1.0, cfg))(params, rollout)
     rollout = dataclasses.replace(rollout, old_logp_BGT=old)
   one = jax.jit(lambda p, o, part: optimizer_step(made.policy.model, TX, p, o, made.frozen, part, 1.0, cfg))
   ratios, losses = [], []
@@ -102,7 +105,8 @@ def test_an_entropy_bonus_raises_entropy(made, rollout):
   flat = dataclasses.replace(rollout, advantage_BG=jnp.zeros(rollout.scored_BG.shape))
   _, before = update(made, flat, UpdateConfig(LossConfig()))
   state, _ = update(made, flat, UpdateConfig(LossConfig(entropy=1.0)))
-  score = jax.jit(lambda p, r: caption_logprobs(made.policy.model, p, r.batch, r.captions, made.frozen.vocabulary, 1.0)[1])
+  score = jax.jit(lambda p, r: caption_logprobs(
+      made.policy.model, p, r.batch, r.captions, made.frozen.vocabulary, 1.0)[1])
   counts = rollout.captions.valid_BGT & rollout.scored_BG[..., None]
   after = float((score(state.params, rollout) * counts).sum() / counts.sum())
   assert after > float(before["update/entropy"]) + 1e-4

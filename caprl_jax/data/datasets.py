@@ -26,8 +26,8 @@ class CaprlQa(tfds.core.GeneratorBasedBuilder):
   """Images with multiple-choice questions.
 
   `CaprlQa(rows={"train": [...], "test": [...]}, data_dir=FOLDER).download_and_prepare()` writes
-  FOLDER/caprl_qa/<config>/<version>; `tfds:` and that folder is then a source (`sources.read_qa_rows`). Records keep the
-  order of the rows: shuffling is the training pipeline's, by its seed.
+  FOLDER/caprl_qa/<config>/<version>; `tfds:` and that folder is then a source (`sources.read_qa_rows`). Records keep
+  the order of the rows: shuffling is the training pipeline's, by its seed.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -44,7 +44,8 @@ class CaprlQa(tfds.core.GeneratorBasedBuilder):
     return tfds.core.DatasetInfo(
         builder=self, description="Images with multiple-choice questions, for training captioners by their answers.",
         features=tfds.features.FeaturesDict({
-            "image": text("the encoded image (JPEG, PNG, ...), as bytes"), "name": text("stands for the row in messages"),
+            "image": text("the encoded image (JPEG, PNG, ...), as bytes"),
+            "name": text("stands for the row in messages"),
             "qa": text("JSON: questions [{stem, options, gold, kind?, provenance?}], facts?")}),
         disable_shuffling=True)
 
@@ -63,7 +64,8 @@ class CaprlQa(tfds.core.GeneratorBasedBuilder):
       yield i, {"image": data, "name": row.name, "qa": json.dumps(qa, ensure_ascii=False)}
 
 
-def write_tfds(folder: str | os.PathLike[str], rows: Mapping[str, Sequence[QARow]], dataset: str = "default") -> pathlib.Path:
+def write_tfds(folder: str | os.PathLike[str], rows: Mapping[str, Sequence[QARow]],
+               dataset: str = "default") -> pathlib.Path:
   """Writes splits of rows under `folder` and returns the dataset's own folder, which appears whole or not at all.
 
   Raises ValueError for rows that `check_rows` refuses, images that cannot be read, and a dataset that is there already.
@@ -75,7 +77,8 @@ def write_tfds(folder: str | os.PathLike[str], rows: Mapping[str, Sequence[QARow
   target = pathlib.Path(builder.data_path)
   if target.exists():
     raise ValueError(f"{target} holds a dataset already; delete it, or write to another folder")
-  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(compute_stats=tfds.download.ComputeStatsMode.SKIP))
+  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
+      compute_stats=tfds.download.ComputeStatsMode.SKIP))
   _source.cache_clear()
   return target
 
@@ -87,8 +90,8 @@ def scan_tfds(folder: str, split: str) -> Iterator[QARow | BadRow]:
   """
   source = _source(folder, split)
   if not {"image", "name", "qa"} <= set(source.dataset_info.features or ()):
-    raise ValueError(f"{folder}: its features are {sorted(source.dataset_info.features)}, not image, name and qa as CaprlQa "
-                     "writes; convert it to JSON lines first")
+    raise ValueError(f"{folder}: its features are {sorted(source.dataset_info.features)}, not image, name and qa as "
+                     "CaprlQa writes; convert it to JSON lines first")
   for i in range(len(source)):
     where = f"{folder}:{split}, record {i}"
     try:
@@ -145,8 +148,8 @@ def _source(folder: str, split: str):
   if split not in builder.info.splits:
     raise ValueError(f"{folder}: no split {split!r}; it has {sorted(builder.info.splits)}")
   if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-    raise ValueError(f"{folder}: its files are {builder.info.file_format.value}; only array_record can be read at random. "
-                     "Prepare it again with file_format='array_record'")
+    raise ValueError(f"{folder}: its files are {builder.info.file_format.value}; only array_record can be read at "
+                     "random. Prepare it again with file_format='array_record'")
   features = builder.info.features or {}
   # The file's own bytes: pixels would have to be encoded again.
   skip = "image" in features and isinstance(features["image"], tfds.features.Image)

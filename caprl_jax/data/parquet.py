@@ -43,8 +43,8 @@ def parquet_files(source: str | os.PathLike[str]) -> list[pathlib.Path]:
   else:
     found = [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(str(path))))
   if not found:
-    raise ValueError(f"{source}: no parquet file there; name a .parquet file, a pattern such as 'train-*.parquet', or a folder "
-                     "of them")
+    raise ValueError(f"{source}: no parquet file there; name a .parquet file, a pattern such as 'train-*.parquet', "
+                     "or a folder of them")
   return found
 
 
@@ -92,7 +92,8 @@ def write_parquet(path: str | os.PathLike[str], rows: Sequence[QARow]) -> None:
   try:
     with pq.ParquetWriter(partial, SCHEMA) as writer:
       for start in range(0, len(rows), ROWS_PER_GROUP):
-        writer.write_table(pa.Table.from_pylist([_format_row(row) for row in rows[start:start + ROWS_PER_GROUP]], SCHEMA))
+        writer.write_table(
+            pa.Table.from_pylist([_format_row(row) for row in rows[start:start + ROWS_PER_GROUP]], SCHEMA))
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)
@@ -161,7 +162,8 @@ def _check_layout(file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str
   lacking = [name for name in needed if name not in names]
   if lacking:
     videos = " (videos are not supported)" if "videos" in names else ""
-    raise ValueError(f"{path}: the columns {lacking} are missing{videos}; it has {names}, CapRL-QA's layout has {SCHEMA.names}")
+    raise ValueError(f"{path}: the columns {lacking} are missing{videos}; it has {names}, "
+                     f"CapRL-QA's layout has {SCHEMA.names}")
   kind = file.schema_arrow.field("image").type
   plain = kind.value_type if pa.types.is_dictionary(kind) else kind
   if not (pa.types.is_struct(plain) and plain.get_field_index("bytes") >= 0) and not _is_bytes(plain):
@@ -202,7 +204,8 @@ def _parse_row(row: dict[str, Any], image: ParquetImage, where: str) -> QARow:
     raise ValueError(f"{where}: reward_model.ground_truth holds no questions; add some or drop the row")
   kinds, provenances = (extra.get(key) or [""] * len(asked) for key in ("kinds", "provenances"))
   if not len(kinds) == len(provenances) == len(asked):
-    raise ValueError(f"{where}: extra_info has {len(kinds)} kinds and {len(provenances)} provenances for {len(asked)} questions")
+    raise ValueError(f"{where}: extra_info has {len(kinds)} kinds and {len(provenances)} provenances "
+                     f"for {len(asked)} questions")
   questions = []
   for i, (item, kind, provenance) in enumerate(zip(asked, kinds, provenances, strict=True)):
     at = f"{where}, question {i}"
@@ -228,10 +231,12 @@ def _extra_info(row: dict[str, Any], where: str) -> dict[str, Any]:
 def _format_row(row: QARow) -> dict[str, Any]:
   data = image_bytes(row)
   image_suffix(data, f"row {row.name!r}")  # refuses what is no image
-  extra = {"name": row.name, "kinds": [q.kind for q in row.questions], "provenances": [q.provenance for q in row.questions]}
+  extra = {"name": row.name, "kinds": [q.kind for q in row.questions],
+           "provenances": [q.provenance for q in row.questions]}
   return {
       "id": hashlib.md5(data).hexdigest(), "image": {"bytes": data, "path": None},
       "prompt": [{"role": "user", "content": f"<image> {INSTRUCTION}"}], "data_source": "image_caption_rl",
       "reward_model": {"ground_truth": [
-          {"question": q.stem, "choices": choices_of(q), "answer": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[q.gold]} for q in row.questions]},
+          {"question": q.stem, "choices": choices_of(q), "answer": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[q.gold]}
+          for q in row.questions]},
       "extra_info": json.dumps(extra if row.facts is None else extra | {"facts": row.facts}, ensure_ascii=False)}

@@ -93,11 +93,11 @@ class QuestionTokenizer:
     letter_ids = [encode(template.letter.format(letter=letter)) for letter in letters]
     needed = 6 if self.abstain_letter == "F" else options + (self.abstain != "none")
     if any(len(ids) != 1 for ids in letter_ids[:needed]) and template.label:
-      raise ValueError(f"the judge's tokenizer does not write each of {template.letter!r} for {letters[:needed]} as one "
-                       "token; use judge.reading = 'option_pmi'")
+      raise ValueError(f"the judge's tokenizer does not write each of {template.letter!r} for {letters[:needed]} as "
+                       "one token; use judge.reading = 'option_pmi'")
     if rows is not None and options + (self.abstain != "none") > 9:
-      raise ValueError(f"reading 'generate' knows the letters A to I, but a question has {options} options; use another "
-                       "judge.reading or drop such questions")
+      raise ValueError(f"reading 'generate' knows the letters A to I, but a question has {options} options; use "
+                       "another judge.reading or drop such questions")
     width = max(map(len, labels))
     head, spaced, space = template.head, None, None
     if head.endswith(" "):

@@ -48,8 +48,8 @@ def question_of(stem: str, choices: Sequence[str], answer: str, kind: str = "", 
   options = {letter: option for letter, option in found.items() if not _ABSTAIN.match(option)}
   letter = answer.strip().removesuffix(")").removesuffix(".")
   if letter not in options:
-    raise ValueError(f"{where}: the answer {answer!r} of {stem!r} is none of its options {sorted(options)}; correct it or "
-                     "drop the question")
+    raise ValueError(f"{where}: the answer {answer!r} of {stem!r} is none of its options {sorted(options)}; "
+                     "correct it or drop the question")
   question = Question(stem, tuple(options.values()), list(options).index(letter), kind)
   check_question(question, where)
   return question
@@ -67,8 +67,8 @@ def scan_json(path: pathlib.Path, image_root: pathlib.Path | None = None) -> Ite
     {"message": three turns}, what the OpenRLHF trainer reads: the image stands in the user's turn, and the turn of role
       "answer" holds a Python list of (stem and option lines, letter), here read as a literal and never run.
 
-  Image paths are relative to `image_root`, by default the file's folder. A row that cannot be used is a BadRow with file
-  and line (or number in the list). Raises ValueError for a file that cannot be read or has no rows.
+  Image paths are relative to `image_root`, by default the file's folder. A row that cannot be used is a BadRow with
+  file and line (or number in the list). Raises ValueError for a file that cannot be read or has no rows.
   """
   root = path.parent if image_root is None else image_root
   empty = True
@@ -118,9 +118,11 @@ def _items(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 def _json_row(item: Any, root: pathlib.Path, where: str) -> QARow:
   if not isinstance(item, dict):
     raise ValueError(f"{where} is {item!r:.80}, but it must be an object with image_path and qa_list, or message")
-  image, asked = _of_message(item["message"], where) if "message" in item else (item.get("image_path"), item.get("qa_list"))
+  image, asked = (_of_message(item["message"], where) if "message" in item
+                  else (item.get("image_path"), item.get("qa_list")))
   if not isinstance(image, str) or not image:
-    raise ValueError(f"{where}: no image path (image_path, or an image in the user's turn of message); it has {sorted(item)}")
+    raise ValueError(f"{where}: no image path (image_path, or an image in the user's turn of message); "
+                     f"it has {sorted(item)}")
   if not isinstance(asked, list) or not asked:
     raise ValueError(f"{where}: no questions (qa_list, or a turn of role 'answer' in message); it has {sorted(item)}")
   questions = []
@@ -131,7 +133,8 @@ def _json_row(item: Any, root: pathlib.Path, where: str) -> QARow:
     questions.append(parse_question(*pair, where=f"{where}, question {i}"))
   file = root / image.removeprefix("file://")
   if not file.is_file():
-    raise ValueError(f"{where}: image {image!r} is not a file in {root}; correct it, or move the JSON to where its paths begin")
+    raise ValueError(f"{where}: image {image!r} is not a file in {root}; correct it, or move the JSON to where its "
+                     "paths begin")
   return QARow(file, tuple(questions), image, where=where)
 
 
@@ -144,5 +147,5 @@ def _of_message(message: Any, where: str) -> tuple[Any, Any]:
     answers = roles.get("answer")
     return image, ast.literal_eval(answers) if isinstance(answers, str) else answers
   except (ValueError, SyntaxError, TypeError, KeyError) as error:
-    raise ValueError(f"{where}: message is not a list of turns of role and content, with a list of (question, letter) in "
-                     f"the turn 'answer' ({type(error).__name__}: {error})") from error
+    raise ValueError(f"{where}: message is not a list of turns of role and content, with a list of (question, letter) "
+                     f"in the turn 'answer' ({type(error).__name__}: {error})") from error

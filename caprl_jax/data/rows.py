@@ -96,7 +96,8 @@ def good_rows(found: Iterable[Row | BadRow], bad_rows: BadRows = "refuse") -> li
     raise ValueError(bad[0].message)
   shown = "\n  ".join(row.message for row in bad[:SHOWN_BAD_ROWS])
   more = f"\n  and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-  raise ValueError(f"{len(bad)} bad rows of {len(good) + len(bad)} (bad_rows = 'drop' leaves them out):\n  {shown}{more}")
+  raise ValueError(f"{len(bad)} bad rows of {len(good) + len(bad)} (bad_rows = 'drop' leaves them out):\n"
+                   f"  {shown}{more}")
 
 
 def kinds(rows: Iterable[QARow]) -> list[str]:
@@ -160,8 +161,8 @@ def image_bytes(row: QARow | CaptionRow) -> bytes:
   try:
     return row.image.read_bytes() if isinstance(row.image, pathlib.Path) else row.image.read()
   except OSError as error:
-    raise ValueError(f"row {row.name!r}: cannot read its image ({row.image}): {error.strerror}; replace the image or drop "
-                     "the row") from error
+    raise ValueError(f"row {row.name!r}: cannot read its image ({row.image}): {error.strerror}; replace the image or "
+                     "drop the row") from error
 
 
 def image_place(row: QARow | CaptionRow) -> str:

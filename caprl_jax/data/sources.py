@@ -64,7 +64,8 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
   elif kind == "charts":
     match = re.fullmatch(r"([^:]*)(?::(\d+)(?::(\d+)x(\d+))?)?", rest)
     if not match:
-      raise ValueError(f"data source {source!r}: write charts:SPLIT, charts:SPLIT:NUMBER or charts:SPLIT:NUMBER:WIDTHxHEIGHT")
+      raise ValueError(f"data source {source!r}: write charts:SPLIT, charts:SPLIT:NUMBER or "
+                       "charts:SPLIT:NUMBER:WIDTHxHEIGHT")
     split, count, width, height = match.groups()
     asked = {"count": int(count)} if count else {}
     yield from charts.read_charts(split, seed, **asked, **({"pixels": (int(width), int(height))} if width else {}))

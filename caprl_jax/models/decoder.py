@@ -1,4 +1,5 @@
-"""Token embeddings, positions, prefixes -> hidden states: the decoder of the Llama, Qwen2 and Qwen3 families and their VLMs.
+"""Token embeddings, positions, prefixes -> hidden states: the decoder of the Llama, Qwen2 and Qwen3 families and their
+VLMs.
 
 One definition serves the judge and the policy's language model. It owns no cache: it takes prefixes
 (`attention.Prefix`) and returns the keys and values of the new tokens.

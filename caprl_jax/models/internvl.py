@@ -111,7 +111,8 @@ class VisionAttention(nn.Module):
     cfg = self.cfg
     N, S, D = x_NSD.shape
     options = dict(init_std=cfg.init_std, dtype=cfg.dtype)
-    q, k, v = (linear(D, ("vision_embed", "heads"), f"{n}_proj", use_bias=cfg.qkv_bias, **options)(x_NSD) for n in "qkv")
+    q, k, v = (linear(D, ("vision_embed", "heads"), f"{n}_proj", use_bias=cfg.qkv_bias, **options)(x_NSD)
+               for n in "qkv")
     if cfg.qk_norm:
       q, k = RMSNorm(1e-6, name="q_norm")(q), RMSNorm(1e-6, name="k_norm")(k)
     q, k, v = (x.reshape(N, S, cfg.num_heads, cfg.head_dim) for x in (q, k, v))
@@ -249,15 +250,16 @@ def from_chat(config: dict, tensors: Mapping) -> tuple[dict, Mapping]:
          "text_config": text, "downsample_ratio": config.get("downsample_ratio", 0.5),
          "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
          "image_token_id": config.get("img_context_token_id") or 151671,
-         "tiles": {"min_patches": config.get("min_dynamic_patch", 1), "max_patches": config.get("max_dynamic_patch", 12),
+         "tiles": {"min_patches": config.get("min_dynamic_patch", 1),
+                   "max_patches": config.get("max_dynamic_patch", 12),
                    "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}}
   return new, _ChatTensors(tensors)
 
 
 FAMILY = Family(
     "internvl", VisionConfig.from_hf, text_config, projector=r"visual\.multi_modal_projector\.",
-    marker="<IMG_CONTEXT>", after_marker="\n", open="<img>", close="</img>", aliases=("internvl_chat",), adapt=from_chat,
-    keys=Keys(
+    marker="<IMG_CONTEXT>", after_marker="\n", open="<img>", close="</img>", aliases=("internvl_chat",),
+    adapt=from_chat, keys=Keys(
         prefixes=(("language_model.lm_head.", ("lm_head.", "language_model.lm_head.")),
                   ("language_model.", ("model.language_model.", "language_model.model.")),
                   ("visual.multi_modal_projector.", ("model.multi_modal_projector.", "multi_modal_projector.")),

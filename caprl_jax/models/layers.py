@@ -23,7 +23,8 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Low-rank adapters (Hu et al., arXiv 2106.09685): y += x A B * alpha / rank, on the linear maps named in `targets`."""
+  """Low-rank adapters (Hu et al., arXiv 2106.09685): y += x A B * alpha / rank, on the linear maps named in
+  `targets`."""
   rank: int
   alpha: float
   targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -57,7 +58,8 @@ class Linear(nn.Module):
     if self.lora is not None and self.name in self.lora.targets:
       # A starts random and B at zero, so that the model starts as it was.
       a = self.param("lora_a", nn.with_logical_partitioning(
-          nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (self.axes[0], None)), (shape[0], self.lora.rank))
+          nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (self.axes[0], None)),
+                     (shape[0], self.lora.rank))
       b = self.param("lora_b", nn.with_logical_partitioning(
           nn.initializers.zeros_init(), (None, self.axes[1])), (self.lora.rank, shape[1]))
       y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype) * jnp.asarray(self.lora.scale, self.dtype)

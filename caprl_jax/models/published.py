@@ -17,11 +17,12 @@ def _qwen25_vl(**text) -> dict:
 
 def _qwen3_vl(vision: dict, tied: bool, **text) -> dict:
   text = dict(model_type="qwen3_vl_text", vocab_size=151936, head_dim=128, num_key_value_heads=8, rms_norm_eps=1e-6,
-              rope_theta=5e6, rope_scaling=dict(rope_type="default", mrope_section=[24, 20, 20], mrope_interleaved=True),
-              **text)
+              rope_theta=5e6,
+              rope_scaling=dict(rope_type="default", mrope_section=[24, 20, 20], mrope_interleaved=True), **text)
   return dict(model_type="qwen3_vl", image_token_id=151655, tie_word_embeddings=tied, text_config=text,
-              vision_config=dict(num_heads=16, patch_size=16, spatial_merge_size=2, temporal_patch_size=2, in_channels=3,
-                                 num_position_embeddings=2304, out_hidden_size=text["hidden_size"], **vision))
+              vision_config=dict(num_heads=16, patch_size=16, spatial_merge_size=2, temporal_patch_size=2,
+                                 in_channels=3, num_position_embeddings=2304, out_hidden_size=text["hidden_size"],
+                                 **vision))
 
 
 _SMALL_TOWER = dict(depth=24, hidden_size=1024, intermediate_size=4096, deepstack_visual_indexes=[5, 11, 17])
@@ -51,11 +52,11 @@ CONFIGS = {
                            image_size=[448, 448], patch_size=[14, 14], attention_bias=True, use_qk_norm=False,
                            norm_type="layer_norm", layer_norm_eps=1e-6, use_mean_pooling=True)),
     "Qwen/Qwen2.5-0.5B-Instruct": dict(
-        _QWEN2, vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, tie_word_embeddings=True),
+        _QWEN2, vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
     "Qwen/Qwen2.5-1.5B-Instruct": dict(
-        _QWEN2, vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, tie_word_embeddings=True),
+        _QWEN2, vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
     "Qwen/Qwen2.5-3B-Instruct": dict(
         _QWEN2, vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
         num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True),
