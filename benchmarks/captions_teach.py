@@ -1,14 +1,15 @@
-"""The paper's claim in small: do captions of a CapRL-trained captioner teach another model more than its warm start's do?
+"""The paper's claim in small: do captions of a CapRL-trained captioner teach another model more than its warm start's?
 
   python benchmarks/captions_teach.py --caprl runs/quickstart/policy
   python benchmarks/captions_teach.py --data charts --warm runs/charts_sft/policy --caprl runs/charts/policy \\
-    --train data/charts/train.jsonl --test data/charts/test.jsonl
+    --train data/charts/train.jsonl --test data/charts/test.jsonl --tokens 72
 
-A captioner before and after CapRL captions the same training images. A model in the paper's arrangement (a vision tower, a
-language model that can read and has seen no image, a new projector) is pretrained on the one's captions, on the other's,
-or on none, learns to answer questions about the training images, and is asked about held-out ones with the image in sight:
-direct VQA by letter, each question in two orders of its options. Stages and model are those of configs/pretrain_letters.py;
-everything but the captions is the same. Prints a table over seeds and writes results.json; what is done is not done again.
+A captioner before and after CapRL captions the same training images. A model in the paper's arrangement (a vision
+tower, a language model that can read and has seen no image, a new projector) is pretrained on the one's captions, on
+the other's, or on none, beside the language model's own lessons without images; then it learns to answer questions
+about the training images, and is asked about held-out ones with the image in sight: direct VQA by letter, each question
+in two orders of its options. Stages and model are those of configs/pretrain_letters.py; everything but the captions is
+the same. Prints a table over seeds and writes results.json; what is done is not done again.
 """
 
 import argparse
@@ -55,7 +56,8 @@ def language_model(args, workdir: pathlib.Path) -> pathlib.Path:
   folder = workdir / "language"
   if args.language is None and not (folder / "read").exists():
     main_program(f"--config={ROOT / 'configs/pretrain_language.py'}", f"--workdir={folder}",
-                 f"--config.pretrain.stages.read.data={args.train}", f"--config.pretrain.stages.read.told={TOLD[args.data]}")
+                 f"--config.pretrain.stages.read.data={args.train}",
+                 f"--config.pretrain.stages.read.told={TOLD[args.data]}")
   return args.language or folder / "read"
 
 
@@ -85,12 +87,14 @@ def main() -> None:
     for name, corpus in corpora.items():
       folder = workdir / f"{name.replace(' ', '_')}_{seed}"
       if not (folder / "vqa.json").exists():
-        more = [] if corpus is None else [f"--config.pretrain.stages.further.data={corpus}"]
+        data = args.train if corpus is None else f"{corpus} + {args.train}"
+        stages = "--config.pretrain.stages"
         main_program(f"--config={ROOT / 'configs/pretrain_letters.py'}", f"--workdir={folder}", f"--config.seed={seed}",
                      f"--config.pretrain_policy.vision={args.warm}", f"--config.pretrain_policy.language={language}",
-                     f"--config.pretrain.stages.instruct.data={args.train}", f"--config.pretrain.eval={args.test}",
-                     f"--config.pretrain.stages.instruct.kinds={kinds!r}", f"--config.pretrain.eval_kinds={kinds!r}",
-                     *more, *args.overrides)
+                     f"{stages}.further.data={data}", f"{stages}.further.told={TOLD[args.data]}",
+                     f"{stages}.further.kinds={kinds!r}", f"{stages}.instruct.data={args.train}",
+                     f"{stages}.instruct.kinds={kinds!r}", f"--config.pretrain.eval={args.test}",
+                     f"--config.pretrain.eval_kinds={kinds!r}", *args.overrides)
       found[name].append(json.loads((folder / "vqa.json").read_text()))
       print(f"seed {seed}, {name}: {found[name][-1]['accuracy']:.3f}", flush=True)
   (workdir / "results.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -102,13 +106,14 @@ def table(found: dict[str, list[dict]]) -> str:
   lines = ["| pretrained on captions of | accuracy (by seed) | " + " | ".join(kinds) + " | without the image |",
            "|---" * (len(kinds) + 3) + "|"]
   for name, runs in found.items():
-    value = lambda get: interval([get(run) for run in runs])
-    lines.append(f"| {name} | {value(lambda run: run['accuracy'])} ({', '.join(format(run['accuracy'], '.3f') for run in runs)}) | "
-                 + " | ".join(value(lambda run, kind=kind: run["kinds"][kind]["accuracy"]) for kind in kinds)
-                 + f" | {value(lambda run: run['blind'])} |")
+    each = ", ".join(format(run["accuracy"], ".3f") for run in runs)
+    cells = [interval([run["kinds"][kind]["accuracy"] for run in runs]) for kind in kinds]
+    lines.append(f"| {name} | {interval([run['accuracy'] for run in runs])} ({each}) | " + " | ".join(cells)
+                 + f" | {interval([run['blind'] for run in runs])} |")
   for one, other in (("CapRL", "warm start"), ("CapRL", "none"), ("warm start", "none")):
-    difference = [a["accuracy"] - b["accuracy"] for a, b in zip(found[one], found[other])]
-    lines.append(f"\n{one} minus {other}, by seed: {interval(difference, '+.3f')} ({', '.join(format(d, '+.3f') for d in difference)})")
+    difference = [a["accuracy"] - b["accuracy"] for a, b in zip(found[one], found[other], strict=True)]
+    each = ", ".join(format(value, "+.3f") for value in difference)
+    lines.append(f"\n{one} minus {other}, by seed: {interval(difference, '+.3f')} ({each})")
   return "\n".join(lines)
 
 

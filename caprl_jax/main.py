@@ -46,7 +46,7 @@ MODES = {
   "pretrain": Mode(
     "caprl_jax.pretrain",
     "what captions are worth: train a captioner in stages on captions and conversations, then ask it about images",
-    "--config=configs/pretrain_small.py --workdir=runs/pretrain",
+    "--config=configs/pretrain_language.py --workdir=runs/pretrain_language",
   ),
   "evaluate": Mode(
     "caprl_jax.prism",

@@ -3,8 +3,8 @@
   python -m caprl_jax.main --config=configs/pretrain_language.py --workdir=runs/pretrain_language
 
 Learns to answer multiple-choice questions by letter about a sentence that it is told, such as "The image shows a red
-circle."; written to runs/pretrain_language/read (a captioner's directory, whose tower is random). About 15 minutes on 2 CPU
-cores; the loss ends at 0.045, which is 0.09 nats a letter.
+circle."; written to runs/pretrain_language/read (a captioner's directory, whose tower is random). About 15 minutes on
+2 CPU cores; the loss ends at 0.045, which is 0.09 nats a letter.
 """
 
 import ml_collections
@@ -37,7 +37,7 @@ def get_config():
                    final_fraction=0.05)
   config.pretrain = dict(
       order=("read",),
-      stages=dict(read=dict(data="easy_vqa:train", told="The image shows a {color} {shape}.", questions=1, trained="decoder",
-                            steps=1200, batch_size=24, optimizer=optimizer, pack=dict(tokens=256))),
+      stages=dict(read=dict(data="easy_vqa:train", told="The image shows a {color} {shape}.", questions=1,
+                            trained="decoder", steps=1200, batch_size=24, optimizer=optimizer, pack=dict(tokens=256))),
       eval=None, output_dtype="bfloat16", checkpoint_every_steps=200)
   return config
