@@ -42,7 +42,8 @@ def score(prediction: str | None, gold: str | Sequence[str], benchmark: str, opt
   """Ours: an extracted answer by its benchmark's metric. Several golds: the best counts.
 
   Where a multiple-choice benchmark asks an open question (MMMU), the gold is no letter and `exact` applies; where a
-  mathematical one asks for a letter, `multiple_choice` does.
+  mathematical one asks for a letter, `multiple_choice` does. Where the gold is the text of one option, its letter is
+  right too.
 
   Raises ValueError for a benchmark that is not in METRICS, for no gold, and as `multiple_choice` and `maths`.
   """
@@ -58,6 +59,24 @@ def score(prediction: str | None, gold: str | Sequence[str], benchmark: str, opt
 
 
 def _score_one(prediction: str | None, gold: str, metric: Metric, options: Sequence[str]) -> Score:
+  found = _by_metric(prediction, gold, metric, options)
+  option = None if _LETTER.fullmatch(gold.strip()) else _option_of(gold, options)
+  if found.value < 1 and option is not None:
+    chosen = multiple_choice(prediction, string.ascii_uppercase[option], options)
+    return Score(chosen, "multiple_choice") if chosen else found
+  return found
+
+
+def _option_of(text: str, options: Sequence[str]) -> int | None:
+  """The option whose text it is; None for none, or for several."""
+  for normal in (_plain_text, _normal):
+    same = [i for i, option in enumerate(options) if normal(option) == normal(text)]
+    if same:
+      return same[0] if len(same) == 1 else None
+  return None
+
+
+def _by_metric(prediction: str | None, gold: str, metric: Metric, options: Sequence[str]) -> Score:
   if metric == "relaxed":
     return Score(relaxed_accuracy(prediction, gold), "relaxed")
   if _LETTER.fullmatch(gold.strip()) and (not options or _index(gold.strip()) < len(options)):
@@ -79,8 +98,10 @@ _LABEL = re.compile(r"[\s*_(\[\"'`$]*(?:option\s+|choice\s+)?[(\[*]*([A-Z])"
                     r"(?:[*)\]\"'`$]*[\s.]*$|\*\*|\**[)\].:：](?!\d)|\**[,，、](?!\s*(?-i:[A-HJ-Z])\b)|\s+[-–—]\s"
                     r"|\s+(?:because|since|as)\b)", re.IGNORECASE)
 _REASON = re.compile(r"(?<=\S)[,;]?\s+(?:because|since)\s.*$", re.IGNORECASE)
-# A full stop with more text behind it, but not that of "Dr. No"; and one at the end, but not that of "U.S.".
-_SENTENCE_END = re.compile(r"(?:(?<=\d)|(?<=[^\W\d_]{4})|(?<=[)\]}$*]))\.\s.*$|(?<!\.[^\W\d])\.$")
+# Words that a full stop shortens: as they are spelt ("12 ms." has none of "Ms."), and in any case before a number.
+_ABBREVIATIONS = frozenset("Capt Col Dr Gen Gov Lt Mr Mrs Ms Mt Prof Rep Rev Sen Sgt St Vs approx ca cf vs".split())
+_BEFORE_NUMBERS = frozenset("apr aug ch dec eq feb fig figs jan jul jun mar no nos nov oct p pp sec sep sept "
+                            "vol".split())
 
 
 def extract_answer(output: str, options: int | None, protocol: Protocol) -> str | None:
@@ -97,9 +118,10 @@ def extract_answer(output: str, options: int | None, protocol: Protocol) -> str 
     1. the last `\\boxed{X}` in the last `<answer>`, braces balanced;
     2. the text of the last `<answer>` (its end tag may be missing, as when the end of the turn took its place);
     3. the last `\\boxed{X}` anywhere;
-    4. the line after the last "answer is", "correct option is", "Answer:", "答案是" and the like, without a reason
+    4. the sentence after the last "answer is", "correct option is", "Answer:", "答案是" and the like, without a reason
        ("because …") and the full stop;
-    5. multiple choice: a letter that is all the text, or begins it or its last line with ")", "." or ":" behind it;
+    5. multiple choice: a letter that is all the text, or begins its last line with ")", "." or ":" behind it, or so
+       begins its first one where no other line begins with another option's;
     6. the last line that holds letters or digits.
   With options, a letter that begins any of these ("B) red", "(B).", "B, because …") stands for all of it.
   """
@@ -120,13 +142,17 @@ def extract_answer(output: str, options: int | None, protocol: Protocol) -> str 
   if not found:
     said = [text[match.end():].partition("\n")[0] for match in _SAID.finditer(text)]
     said = [line for line in said if re.search(r"\w", line)]
-    found = _SENTENCE_END.sub("", _REASON.sub("", said[-1].strip())).strip().strip("*") if said else None
+    found = _first_sentence(_REASON.sub("", said[-1].strip())).strip().strip("*") if said else None
   if found:
     return _letter_of(found, options) or found
   lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
   if not lines:
     return None
-  return _letter_of(lines[-1], options) or _letter_of(lines[0], options) or lines[-1]
+  last, first = _letter_of(lines[-1], options), _letter_of(lines[0], options)
+  # One that goes through the options begins a line with each.
+  if not last and first and {_letter_of(line, options) for line in lines} - {first, None}:
+    first = None
+  return last or first or lines[-1]
 
 
 def _official_answer(output: str) -> str | None:
@@ -150,6 +176,23 @@ def _last_boxed(text: str) -> str | None:
       begin, boxed = opened.pop()
       last = max(last, (begin, match.start())) if boxed else last
   return text[last[0]:last[1]].strip() or None if last[0] >= 0 else None
+
+
+def _first_sentence(text: str) -> str:
+  """A line up to the full stop that ends its first sentence, without it."""
+  words = text.split()
+  for number, (word, following) in enumerate(zip(words, words[1:]), 1):
+    if word.endswith(".") and _ends_a_sentence(word[:-1].lstrip("([*\"'“‘"), following):
+      return " ".join(words[:number])[:-1]
+  return re.sub(r"(?<!\.[^\W\d])\.$", "", text)
+
+
+def _ends_a_sentence(word: str, following: str) -> bool:
+  """Whether the full stop between two words does; not in "Dr. No", "Fig. 3", "J. Smith", "U.S. dollars", "Inc. and"."""
+  initials = (len(word) == 1 and word.isupper()) or re.fullmatch(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]", word)
+  short = word.isalpha() and len(word) < 4 and following[0].islower()
+  number = word.casefold() in _BEFORE_NUMBERS and following.lstrip("#(")[:1].isdigit()
+  return not (not word or word.endswith(".") or initials or short or number or word in _ABBREVIATIONS)
 
 
 def _letter_of(text: str, options: int | None) -> str | None:
@@ -425,7 +468,8 @@ def official_score(prediction: str | None, gold: str | Sequence[str], benchmark:
     math-verify to "0.5", which becomes "\\frac{1}{2}";
     a gold that math-verify finds nothing in (one with a line break, say) scores 1.0, whatever was answered, or nothing;
     words are products of letters to math-verify: "lube" is "blue";
-    a list of golds is a list to relaxed correctness and ANLS, and one text to math-verify.
+    a list of golds is a list to relaxed correctness and ANLS, and one text to math-verify;
+    ANLS compares texts with single spaces, and divides by their length with all of them.
   The versions of math-verify differ in what they can parse; the release names none. Raises ValueError if it is not
   installed, or outside the main thread.
   """
@@ -499,8 +543,8 @@ def _official_float(text: str) -> float | None:
 
 
 def _official_distance(gold: str, answer: str) -> float:
+  longer = max(len(gold.upper()), len(answer.upper()))  # of the texts as they stand, extra spaces included
   gold, answer = " ".join(gold.lower().split()), " ".join(answer.lower().split())
-  longer = max(len(gold), len(answer))
   return _distance(gold, answer) / longer if longer else 0.0
 
 

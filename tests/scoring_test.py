@@ -93,6 +93,9 @@ def test_a_looping_output_is_read_at_once():
   ("B. It is blue.\nOne can see that", "B"),
   ("The sky is blue.\nSo: it must be that\nB", "B"),
   ("A blue sky\nblue", "blue"),
+  ("A) red: not mentioned.\nB) blue: yes.\nC) green: no.\nSo it is blue.", "So it is blue."),  # goes through them
+  ("B) blue\nA) red is not mentioned.\nThat is all.", "That is all."),
+  ("B) blue: that is it.\nB) is what is said.\nI am sure.", "B"),
   ("As seen, red", "As seen, red"),
 ])
 def test_ours_with_options(output, answer):
@@ -105,6 +108,23 @@ def test_ours_with_options(output, answer):
   ("The answer is 4.25 because of the bar. It is high.", "4.25"),
   ("Answer: 42. The bar says so.", "42"),
   ("The answer is Dr. No.", "Dr. No"),
+  ("The answer is Yes. The chart shows an increase.", "Yes"),
+  ("The answer is No. The chart shows none.", "No"),
+  ("The answer is red. It says so.", "red"),
+  ("Answer: 12 km. The scale has it.", "12 km"),
+  ("Answer: 12 ms. The axis has it.", "12 ms"),
+  ("Answer: 5 m. The axis has it.", "5 m"),
+  ("Answer: 50%. That is half.", "50%"),
+  ("Answer: **Yes**. It rises.", "Yes"),
+  ("The answer is St. Louis. The map has it.", "St. Louis"),
+  ("The answer is red vs. blue. The two differ.", "red vs. blue"),
+  ("The answer is Fig. 3. It shows a dog.", "Fig. 3"),
+  ("The answer is No. 5 of them. It is the last.", "No. 5 of them"),
+  ("The answer is Jan. 2015. It is the peak.", "Jan. 2015"),
+  ("The answer is J. R. Smith. He painted it.", "J. R. Smith"),
+  ("The answer is U.S. dollars. It says so.", "U.S. dollars"),
+  ("The answer is Acme Inc. and Ajax. Both rose.", "Acme Inc. and Ajax"),
+  ("The answer is Hm... So be it.", "Hm... So be it"),
   ("The answer is U.S.", "U.S."),
   ("Answer: **$1,200**", "$1,200"),
   ("The final answer is B) blue", "B) blue"),  # no options: nothing is a letter
@@ -262,6 +282,14 @@ def test_every_benchmark_has_a_metric():
   ("kitten", ("x", "sitting"), "InfoVQA", (), (1 - 3 / 7, "anls")),
   ("41", "42", "InfoVQA", (), (0.5, "anls")),
   ("blue", "B", "MathVerse", COLOURS, (1, "multiple_choice")),
+  ("C", "light green", "ChartQAPro", COLOURS, (1, "multiple_choice")),  # the letter of a gold that is a text
+  ("C", "light green", "MMMU", COLOURS, (1, "multiple_choice")),
+  ("B", "light green", "MMMU", COLOURS, (0, "exact")),
+  ("light green", "light green", "MMMU", COLOURS, (1, "exact")),
+  (None, "light green", "ChartQAPro", COLOURS, (0, "relaxed")),
+  ("A", "2", "MMMU", ("2", "2", "3"), (0, "exact")),  # of two options
+  ("C", "purple", "MMMU", COLOURS, (0, "exact")),
+  ("A", "B", "ChartQAPro", ("B", "A"), (0, "relaxed")),  # a letter is a letter
   ("B", "B", "VisuLogic", (), (1, "multiple_choice")),
 ])
 def test_scores_by_benchmark(prediction, gold, benchmark, options, want):
@@ -304,6 +332,7 @@ def test_what_cannot_be_scored(gold, benchmark, message):
   ("kitten", "sitting", "ChartQA", 0, 0),
   ("abcd", "abxx", "InfoVQA", 0.5, 0.5),
   ("abcd", "axxx", "InfoVQA", 0, 0),
+  ("ab xx", "ab  cd", "InfoVQA", 2 / 3, 0.6),  # two of six, the second space counted in the length only
   ("41", "42", "MMStar", 0, 0),  # neither "char" nor "info"
   ("2\\sqrt{3}", "\\sqrt{12}", "CharXiv", 1, 0),  # the best of relaxed and math-verify
   ("a", "A", "MMStar", 1, 1),
