@@ -250,7 +250,7 @@ class Pictures:
   def __init__(self, source: str | None, names: Sequence[str], folders: Sequence[pathlib.Path]):
     self.folders, self.missing = folders, 0
     alike = len(names) > 1 and len({os.path.isabs(name) for name in names}) == 1
-    self.common = os.path.commonpath(names) if alike else ""
+    self.common = os.path.commonpath(names) if alike else None
     self.rows: dict[str, CaptionRow] = {}
     if source is not None:
       rows = {row.name: row for row in find_images(source)}
@@ -262,6 +262,8 @@ class Pictures:
 
   def short(self, shared: Shared) -> str:
     """Its name without the folder that all have in common, which is nobody's business on a page that is passed on."""
+    if self.common is None:
+      return os.path.basename(shared.name) or shared.name
     return os.path.relpath(shared.name, self.common) if self.common else shared.name
 
   def read(self, shared: Shared) -> Image.Image | None:
@@ -280,16 +282,20 @@ class Pictures:
       yield shared.row
     for folder in self.folders:
       path = folder / shared.name
-      if path.is_file():
+      if os.path.isfile(path):  # pathlib's own raises for a name that is too long, as a data: URI is
         yield CaptionRow(path, "", shared.name)
 
 
 def with_questions(common: Sequence[Shared], source: str, cfg: GalleryConfig, seed: int) -> list[Shared]:
   """The images with some questions about each, where there are any. Raises ValueError where no image has one."""
-  found = read_qa_rows(source, seed)
-  rows = {row.name: row for row in (_some_questions(row, cfg, seed) for row in found) if row.questions}
+  found: dict[str, QARow] = {}
+  for row in read_qa_rows(source, seed):
+    # An image may have several rows.
+    before = found[row.name].questions if row.name in found else ()
+    found[row.name] = dataclasses.replace(row, questions=(*before, *row.questions))
+  rows = {row.name: row for row in (_some_questions(row, cfg, seed) for row in found.values()) if row.questions}
   if not rows:
-    raise ValueError(f"gallery.kinds = {cfg.kinds} leaves no question; {source} has {kinds(found)}")
+    raise ValueError(f"gallery.kinds = {cfg.kinds} leaves no question; {source} has {kinds(found.values())}")
   called = match_names([shared.name for shared in common], list(rows))
   if not called:
     raise ValueError(f"gallery.questions = {source!r}: none of its {len(rows):,} images, such as {next(iter(rows))!r}, "

@@ -1,5 +1,6 @@
 """Mode `gallery`: files matched, figures, what the judge got right, the page in a browser."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -13,6 +14,8 @@ import pytest
 import tiny
 from caprl_jax import config_file, configuration, gallery
 from caprl_jax.asking import Asker
+from caprl_jax.data.jsonl import write_jsonl
+from caprl_jax.data.sources import read_qa_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
@@ -126,6 +129,32 @@ def test_those_that_differ_most_come_by_their_words():
     assert len(drawn) == len(most) == 4 and len({shared.name for shared in [*drawn, *most]}) == 8
     assert "0" in {shared.name for shared in drawn} or most[0].name == "0"
   assert gallery.difference(images[0]) == 1.0 and gallery.difference(images[1]) == 0.0
+
+
+def test_questions_of_several_rows_of_an_image_are_all_asked(folder):
+  rows = read_qa_rows(str(folder / "rows.jsonl"), 0)
+  write_jsonl(folder / "apart.jsonl", [dataclasses.replace(row, questions=(q,)) for row in rows for q in row.questions])
+  shared = [gallery.Shared(row.name, {}) for row in rows]
+  cfg = gallery.GalleryConfig("a=b")
+  whole = gallery.with_questions(shared, str(folder / "rows.jsonl"), cfg, 0)
+  apart = gallery.with_questions(shared, str(folder / "apart.jsonl"), cfg, 0)
+  assert [one.questions for one in apart] == [one.questions for one in whole] and len(whole[0].questions) == 2
+
+
+def test_names_are_shown_without_this_machine_s_folders():
+  def shown(*names):
+    pictures = gallery.Pictures(None, names, [])
+    return [pictures.short(gallery.Shared(name, {})) for name in names]
+  assert shown("/home/me/a/1.png", "/home/me/b/1.png") == ["a/1.png", "b/1.png"]
+  assert shown("/home/me/1.png") == ["1.png"]
+  assert shown("/home/me/1.png", "images/2.png") == ["1.png", "2.png"]
+  assert shown("a/1.png", "b/1.png") == ["a/1.png", "b/1.png"]
+
+
+def test_a_name_too_long_for_a_file_is_not_found(folder):
+  for name in ("data:image/png;base64," + "A" * 5000, "x\0y"):
+    pictures = gallery.Pictures(None, [name], [folder])
+    assert pictures.read(gallery.Shared(name, {})) is None and pictures.missing == 1
 
 
 def test_names_match_by_whole_paths_only():
