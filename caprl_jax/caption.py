@@ -228,7 +228,7 @@ class Captioner:
       group = []
       for tokens_T, valid_T, ended in zip(tokens_BGT[n], valid_BGT[n], ended_BG[n]):
         ids = tokens_T[valid_T].tolist()
-        group.append({"caption": self.loaded.tokenizer.decode(ids), "tokens": ids,
+        group.append({"caption": self.loaded.tokenizer.decode_written(ids), "tokens": ids,
                       "finish": "end" if ended else "length"})
       row = {"image": rows[number].name, **group[0]}
       found.append((number, row if len(group) == 1 else row | {"group": group}))
@@ -265,8 +265,7 @@ def run(config, workdir: pathlib.Path) -> None:
                   cfg.caption_key, f" with `{section.checkpoint}`, asked: {instruction!r}")
   rows = find_images(cfg.input)
   seed = config.get("seed", 0)
-  settings = {"checkpoint": section.checkpoint, "prompt": instruction, "seed": seed}
-  settings |= {key: getattr(section, key) for key in ("dtype", "param_dtype", "min_pixels", "max_pixels")}
+  settings = section.identity() | {"prompt": instruction, "seed": seed}
   settings |= {key: getattr(cfg, key) for key in ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")}
   settings = manifest(settings, [row.name for row in rows], cfg.shard_rows)
   host, hosts = (jax.process_index(), jax.process_count()) if cfg.hosts is None else (cfg.host, cfg.hosts)

@@ -355,7 +355,7 @@ def _questions_stage(stages: Stages, config, cfg: CurationConfig, rows, names, m
     return stages.run("2_questions", settings, names, make,
                       lambda endpoint, numbers: _ask(endpoint, numbers, rows)), endpoint_cfg.model
   section = configuration.load_section(config, "generator", PolicySection)
-  settings |= sampling | {"checkpoint": section.checkpoint, "dtype": section.dtype, "seed": seed}
+  settings |= sampling | section.identity() | {"seed": seed}
   caption_cfg = CaptionConfig("", "", batch_size=cfg.batch_size, **sampling)
   with jax.set_mesh(mesh):
     make = lambda: Captioner(section.load(mesh), caption_cfg, generated.GENERATION_USER, mesh, seed,
@@ -368,8 +368,8 @@ def _questions_stage(stages: Stages, config, cfg: CurationConfig, rows, names, m
 def _answers_stage(stages: Stages, cfg: CurationConfig, section: PolicySection, rows, names, written: Parts | None,
                    provenance: str, mesh, seed) -> Parts:
   failures: dict[int, list] = {}
-  settings = {"checkpoint": section.checkpoint, "dtype": section.dtype, "answers": dataclasses.asdict(cfg.answers),
-              "seed": seed, "questions": written.manifest if written else cfg.input}
+  settings = section.identity() | {"answers": dataclasses.asdict(cfg.answers), "seed": seed,
+                                   "questions": written.manifest if written else cfg.input}
   asked = list(rows)
   if written:
     for item in written.read():

@@ -20,6 +20,7 @@ from caprl_jax.data.judge_prompts import template_for
 from caprl_jax.data.questions import QuestionTokenizer, question_shape
 from caprl_jax.data.rows import BadRows, QARow, kinds
 from caprl_jax.data.sources import read_parts, read_qa_rows
+from caprl_jax.models.files import fingerprint
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.load import Loaded, load_judge, load_policy, relate_vocabularies
 from caprl_jax.models.lora import Trainable, split, trained
@@ -66,6 +67,12 @@ class PolicySection:
     """The captioner. Raises ValueError as `load_policy`."""
     return load_policy(self.checkpoint, mesh, jnp.dtype(self.dtype), jnp.dtype(self.param_dtype), self.remat,
                        self.lora if self.trainable == "lora" else None, self.min_pixels, self.max_pixels)
+
+  def identity(self) -> dict[str, Any]:
+    """What the captioner's texts depend on but for its instruction: settings of work that is kept. A checkpoint trained
+    anew in its place is another one. Raises ValueError as `fingerprint`."""
+    return {"checkpoint": self.checkpoint, "checkpoint_sha256": fingerprint(self.checkpoint), "dtype": self.dtype,
+            "param_dtype": self.param_dtype, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ class Writer:
 
   def _fetch(self, members: list[int], out) -> list[tuple[int, Written]]:
     tokens_NT, valid_NT, done_N = jax.device_get(out)
-    decode_ids = self.loaded.tokenizer.decode
+    decode_ids = self.loaded.tokenizer.decode_written
     return [(number, Written(decode_ids(tokens_NT[n][valid_NT[n]].tolist()), "end" if done_N[n] else "length"))
             for n, number in enumerate(members)]
 

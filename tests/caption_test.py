@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -137,6 +138,24 @@ def test_captions_are_those_of_generate(case, penalty, tmp_path):
     assert row["caption"] == tokenizer.decode(want, skip_special_tokens=True)
 
 
+def test_markers_that_are_not_flagged_special_stay(checkpoint, tmp_path):
+  """As in batch_decode with skip_special_tokens: `<think>` of Qwen3's tokenizers is such a token."""
+  write_images(tmp_path / "images")
+  assert command(checkpoint, tmp_path / "images", tmp_path / "plain.jsonl") == 0
+  shutil.copytree(checkpoint, tmp_path / "marked")
+  spec = tiny.read_back(tmp_path / "marked" / "tokenizer.json")
+  written = {token for row in read(tmp_path / "plain.jsonl") for token in row["tokens"]}
+  marked = [(token, i) for token, i in spec["model"]["vocab"].items() if i in written and token.isalpha()][:3]
+  spec["added_tokens"] += [
+      {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+       "special": False} for token, i in marked]
+  (tmp_path / "marked" / "tokenizer.json").write_text(json.dumps(spec))
+  assert command(tmp_path / "marked", tmp_path / "images", tmp_path / "out.jsonl") == 0
+  rows, tokenizer = read(tmp_path / "out.jsonl"), transformers.AutoTokenizer.from_pretrained(tmp_path / "marked")
+  assert any(i in row["tokens"] for row in rows for _, i in marked)
+  assert [row["caption"] for row in rows] == [tokenizer.decode(row["tokens"], skip_special_tokens=True) for row in rows]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
   return tiny.write_policy(tmp_path_factory.mktemp("tiny") / "policy")
@@ -250,6 +269,15 @@ def test_a_job_goes_on_only_with_its_settings_and_ends_once(checkpoint, tmp_path
   (tmp_path / "out.stats.json").unlink()
   assert command(checkpoint, tmp_path / "images", output) == 2
   assert "not from this job" in capsys.readouterr().err
+
+
+def test_a_checkpoint_trained_anew_is_another_job(checkpoint, tmp_path, capsys):
+  write_images(tmp_path / "images")
+  shutil.copytree(checkpoint, tmp_path / "policy")
+  assert command(tmp_path / "policy", tmp_path / "images", tmp_path / "out.jsonl") == 0
+  tiny.train_anew(tmp_path / "policy")
+  assert command(tmp_path / "policy", tmp_path / "images", tmp_path / "out.jsonl") == 2
+  assert "from a job with other settings" in (said := capsys.readouterr().err) and "checkpoint_sha256 was" in said
 
 
 # ---- many images, real processes

@@ -3,6 +3,7 @@ endpoints."""
 
 import http.server
 import json
+import shutil
 import threading
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+import tiny
 from caprl_jax import answering, curation, main, sharding
 from caprl_jax.caption_shards import Finished
 from caprl_jax.curation import CurationConfig, select
@@ -120,6 +122,18 @@ def test_other_settings_of_a_stage_are_refused(tmp_path, checkpoint, given, caps
   assert run(tmp_path, checkpoint, given, *GIVEN) == 0
   assert run(tmp_path, checkpoint, given, *GIVEN, "--config.curation.answers.permutations=2") == 2
   assert "3_answers is left from a job with other settings: answers was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_answerer_trained_anew_or_run_otherwise_is_refused(tmp_path, checkpoint, given, trained, capsys):
+  shutil.copytree(checkpoint, tmp_path / "answerer")
+  assert run(tmp_path, tmp_path / "answerer", given, *GIVEN) == 0
+  if trained:
+    tiny.train_anew(tmp_path / "answerer")
+  more = () if trained else ("--config.answerer.max_pixels=4096",)
+  assert run(tmp_path, tmp_path / "answerer", given, *GIVEN, *more) == 2
+  what = "checkpoint_sha256 was" if trained else "max_pixels was None and is 4096"
+  assert f"3_answers is left from a job with other settings: {what}" in capsys.readouterr().err
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path, checkpoint, given, monkeypatch):

@@ -1,7 +1,9 @@
 """Finding a model's files; reading and writing Hugging Face directories."""
 
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -172,6 +174,29 @@ def test_resolve_local_files(tmp_path):
   for source in (str(tmp_path / "absent"), "absent", "org/absent.gguf", "./absent"):
     with pytest.raises(ValueError, match="no such directory or file.*hub name"):
       files.resolve_model(source)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**6, 50])
+def test_a_fingerprint_is_of_what_loading_reads(tmp_path, max_shard_bytes):
+  write = lambda path, tensors, **more: files.write_directory(
+      path, CONFIG, tensors, max_shard_bytes=max_shard_bytes, tokenizer_files={"tokenizer.json": "{}"} | more)
+  write(tmp_path / "a", some_tensors())
+  first = files.fingerprint(tmp_path / "a")
+  shutil.copytree(tmp_path / "a", tmp_path / "copy")
+  for file in (tmp_path / "copy").iterdir():
+    os.utime(file, (1, 1))
+  (tmp_path / "copy" / "README.md").write_text("a card")
+  assert files.fingerprint(str(tmp_path / "copy")) == first  # another place, other times
+  write(tmp_path / "a", some_tensors() | {"e.bias": np.asarray([8], np.int32)})
+  second = files.fingerprint(tmp_path / "a")
+  write(tmp_path / "a", some_tensors(), **{"chat_template.jinja": "{{ messages }}"})
+  assert len({first, second, files.fingerprint(tmp_path / "a")}) == 3
+  with pytest.raises(ValueError, match="no such directory or file"):
+    files.fingerprint(tmp_path / "none")
+  (tmp_path / "m.gguf").write_bytes(b"x")
+  one = files.fingerprint(tmp_path / "m.gguf")
+  (tmp_path / "m.gguf").write_bytes(b"y")
+  assert files.fingerprint(tmp_path / "m.gguf") != one
 
 
 def test_resolve_package(tmp_path, monkeypatch):

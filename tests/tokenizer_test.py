@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 
 from caprl_jax.models import files
 from caprl_jax.models import gguf
@@ -60,6 +61,14 @@ def test_special_tokens_are_parsed_by_encode_only(full):
   assert full.special_ids.isdisjoint(plain)
   assert full.decode(plain) == text
   assert full.encode(text) == ids  # encode_plain has not switched the shared backend
+
+
+def test_written_text_keeps_what_is_not_flagged_special(full):
+  """As transformers' skip_special_tokens: Qwen3's <think> is such a token."""
+  ids = [*full.encode("<tool_call>red<|im_end|><tool_call>\n<|endoftext|>"), full.vocab_size + 5]
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(full.to_json()))
+  assert full.decode_written(ids) == theirs.decode(ids, skip_special_tokens=True) == "<tool_call>red<tool_call>\n"
+  assert full.decode(ids) == "red\n"
 
 
 def test_plain_encoding_never_gives_a_special_id(smollm2):

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -30,6 +31,30 @@ def test_texts_are_transformers_own(tmp_path):
     ended = ids[-1] in ends
     assert got[n].text == loaded.tokenizer.decode(ids) and got[n].finish == ("end" if ended else "length")
   assert len({text.text for text in got.values()}) > 1
+
+
+def test_a_thought_s_end_stays_in_the_text(tmp_path):
+  """Qwen3's tokenizers have `</think>` as an added token that is not flagged special."""
+  folder = tiny.write_judge(tmp_path / "judge")
+  backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text())
+  backend.add_tokens(["</think>"])
+  think = backend.token_to_id("</think>")
+  (folder / "tokenizer.json").write_text(backend.to_str())
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+  model.resize_token_embeddings(think + 1, mean_resizing=False)
+  prompt = [3, 1, 4, 1, 5]
+  with torch.no_grad():
+    first = model(torch.tensor([prompt])).logits[0, -1]
+    assert first.max() > 0
+    model.lm_head.weight[think] = 2 * model.lm_head.weight[first.argmax()]  # the likeliest token of all
+  model.save_pretrained(folder)
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    (batch,) = Writer(load_judge(str(folder), mesh), SamplingConfig(3, temperature=0.0), 1, mesh, 0)([prompt])
+  with torch.no_grad():
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[0, len(prompt):].tolist()
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend).decode(ids, skip_special_tokens=True)
+  assert ids[0] == think and batch[0][1].text == theirs and theirs.startswith("</think>")
 
 
 def test_buckets_are_few_and_wide_enough():

@@ -1,8 +1,10 @@
 """Name of a model -> its files; Hugging Face directories in and out."""
 
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -75,6 +77,31 @@ def _package_gguf(package: str) -> pathlib.Path:
   return found[0]
 
 
+def fingerprint(source: str | os.PathLike) -> str:
+  """sha256 of the files that loading a model reads, by name and contents, wherever they lie.
+
+  Not of their times: hosts that share an output may each have a copy. The weights are read whole, as loading does.
+
+  Raises:
+    ValueError: as `resolve_model` and `read_directory`.
+  """
+  path = resolve_model(source)
+  found = [path]
+  if path.is_dir():
+    _, tensors = read_directory(path)
+    weights = sorted({tensors.place_of(name) for name in tensors})
+    found = [path / "config.json", *_small_files(path), *(path / name for name in weights)]
+  with futures.ThreadPoolExecutor() as pool:
+    digests = pool.map(_sha256, found)
+    names = [[file.name, digest] for file, digest in zip(found, digests)]
+  return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_model(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
   """Reads config and weights of what `resolve_model` returned.
 
@@ -133,10 +160,14 @@ def read_preprocessor(path: pathlib.Path) -> dict[str, Any]:
 
 def read_small_files(path: pathlib.Path) -> dict[str, bytes]:
   """All that a checkpoint needs besides config.json and weights, as it stands: tokenizer, template, processor."""
+  return {file.name: file.read_bytes() for file in _small_files(path)}
+
+
+def _small_files(path: pathlib.Path) -> list[pathlib.Path]:
   skip = {"config.json", INDEX, "recognition.json", "adapter_config.json"}
   kinds = (".json", ".jinja", ".txt", ".model")
-  return {file.name: file.read_bytes() for file in sorted(path.iterdir())
-          if file.is_file() and file.suffix in kinds and file.name not in skip}
+  return [file for file in sorted(path.iterdir())
+          if file.is_file() and file.suffix in kinds and file.name not in skip]
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -44,6 +44,13 @@ class Tokenizer:
       ids = [token_id for token_id in ids if token_id not in self.special_ids]
     return self.backend.decode(ids, skip_special_tokens=False)
 
+  def decode_written(self, ids: Iterable[int]) -> str:
+    """The text of ids that a model wrote, as `skip_special_tokens` of transformers and vLLM gives it.
+
+    Only tokens that the file flags as special are left out. Qwen3's `<think>` is not: who reads a reply looks for it.
+    """
+    return self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
   def id_of(self, token: str) -> int:
     """The id of a token by its byte-level spelling (`Ġthe`); ValueError if absent."""
     token_id = self.backend.token_to_id(token)
