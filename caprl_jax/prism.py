@@ -9,6 +9,7 @@ that an interrupted evaluation goes on and a benchmark on the same images costs 
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -32,6 +33,7 @@ from caprl_jax.data.rows import BadRows, CaptionRow, Question, good_rows, image_
 from caprl_jax.data.sources import read_qa_rows
 from caprl_jax.files import write_json
 from caprl_jax.kept import Kept
+from caprl_jax.models.files import fingerprint
 from caprl_jax.models.load import Loaded, load_judge
 from caprl_jax.prism_page import write_page
 from caprl_jax.sampling import SamplingConfig
@@ -54,8 +56,8 @@ class PrismConfig:
   answers: "write", as CapRL: the answering model (section `judge`) writes up to `answer_tokens` at
     `answer_temperature`; or "read": its reading of the options, as in training (rows with lettered options only; the
     others are left out and counted). Reading also tells a caption that says nothing from one that misleads.
-  blind: ask with an empty caption too. intervals: their level. cache: folder of captions and answers; None: in the
-    workdir.
+  blind: ask with an empty caption too. intervals: their level. examples: questions on the page. cache: folder of
+    captions and answers; None: in the workdir.
   """
   captioners: str
   benchmarks: str
@@ -77,11 +79,17 @@ class PrismConfig:
   bad_rows: BadRows = "refuse"
 
   def __post_init__(self):
-    named(self.captioners, "prism.captioners")
+    if prism_figures.BLIND in named(self.captioners, "prism.captioners"):
+      raise ValueError(f"prism.captioners: the name {prism_figures.BLIND!r} stands for no caption; use another")
     named(self.benchmarks, "prism.benchmarks")
-    if self.captions < 1 or self.batch_size < 1 or self.answer_batch_size < 1:
-      raise ValueError(f"prism.captions = {self.captions}, batch_size = {self.batch_size} and answer_batch_size = "
-                       f"{self.answer_batch_size} must be at least 1")
+    for key, least in (("captions", 1), ("batch_size", 1), ("answer_batch_size", 1), ("max_tokens", 1),
+                       ("answer_tokens", 1), ("temperature", 0), ("answer_temperature", 0), ("examples", 0)):
+      if not getattr(self, key) >= least:
+        raise ValueError(f"prism.{key} = {getattr(self, key)} must be at least {least}")
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f"prism.top_p = {self.top_p} must be above 0 and at most 1, which draws from all tokens")
+    if not 0 < self.intervals < 1:
+      raise ValueError(f"prism.intervals = {self.intervals} must be between 0 and 1, as 0.95 for 95%")
     if self.captions > 1 and self.temperature == 0:
       raise ValueError(f"prism.captions = {self.captions} greedy captions of an image are all the same; "
                        "set captions = 1, or a temperature")
@@ -150,11 +158,15 @@ def caption_all(images: dict[str, CaptionRow], kept: Kept, load, cfg: PrismConfi
   if not left:
     return
   settings = CaptionConfig("", "", max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
-                           batch_size=cfg.batch_size, skip_bad_images=False, repetition_penalty=1.0)
+                           batch_size=cfg.batch_size, repetition_penalty=1.0)
   with Captioner(load(), settings, instruction, mesh, seed, group=cfg.captions) as captioner, \
       tqdm(total=len(left), desc="captions", unit="image", disable=None) as bar:
     rows = [images[digest] for digest in left]
     for found in captioner(rows, range(len(rows))):
+      for item in found:
+        if "error" in item.row:
+          raise ValueError(f"{item.row['error']} (Prism leaves no image out, whose questions would count as wrong: "
+                           "mend it, or take its rows out of prism.benchmarks' file)")
       kept.put({left[item.number]: [
           {"caption": one["caption"], "tokens": len(one["tokens"]), "finish": one["finish"]}
           for one in item.row.get("group") or [item.row]] for item in found})
@@ -183,14 +195,18 @@ class Prompts:
     return encode(before) + plain(caption) + encode(after)
 
 
-def write_answers(pairs: Sequence[tuple[BenchmarkRow, str, int]], kept: Kept, judge: Loaded, cfg: PrismConfig, mesh,
-                  seed) -> list[str]:
-  """The text that answers each (row, caption, number of the caption); what `kept` holds is not written again."""
+# A row, a caption, and what the caption is: the digest of its image and its number among that image's.
+Pair = tuple[BenchmarkRow, str, tuple[str, int]]
+
+
+def write_answers(pairs: Sequence[Pair], kept: Kept, judge: Loaded, cfg: PrismConfig, mesh, seed) -> list[str]:
+  """The text that answers each row from each caption; what `kept` holds is not written again."""
   prompts = Prompts(judge)
   ids = [prompts(row, caption) for row, caption, _ in pairs]
-  # Two captions with the same words are answered by themselves: at a temperature, answers are draws.
-  keys = [hashlib.sha256(json.dumps([one, number if cfg.answer_temperature else 0]).encode()).hexdigest()
-          for one, (_, _, number) in zip(ids, pairs)]
+  # Two captions with the same words, of one image or of two, are answered by themselves: at a temperature, answers are
+  # draws, and one draw for several images would look like agreement.
+  keys = [hashlib.sha256(json.dumps([one, which if cfg.answer_temperature else 0]).encode()).hexdigest()
+          for one, (_, _, which) in zip(ids, pairs)]
   left = {key: one for key, one in zip(keys, ids) if key not in kept}
   if left:
     writer = Writer(judge, SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature),
@@ -203,16 +219,10 @@ def write_answers(pairs: Sequence[tuple[BenchmarkRow, str, int]], kept: Kept, ju
   return [kept[key]["text"] for key in keys]
 
 
-def read_answers(pairs: Sequence[tuple[BenchmarkRow, str, int]], asker: Asker) -> np.ndarray:
+def read_answers(pairs: Sequence[Pair], asker: Asker) -> np.ndarray:
   """The option that the judge reads from each caption, int; -1 where it abstains."""
-  return asker.choices([(caption, _question(row)) for row, caption, _ in pairs], "answers")
-
-
-def _question(row: BenchmarkRow) -> Question:
-  stem = benchmarks.user_text(row)
-  if row.benchmark == benchmarks.QUESTIONS:
-    stem = stem.rsplit("\n", len(row.options))[0]  # its lines of options are ours
-  return Question(stem, row.options, _letter(row), row.kind)
+  asks = [(caption, Question(row.stem, row.options, _letter(row), row.kind)) for row, caption, _ in pairs]
+  return asker.choices(asks, "answers")
 
 
 def make_asker(judge: Loaded, section: JudgeSection, rows: Sequence[BenchmarkRow], seed: int) -> Asker:
@@ -239,6 +249,11 @@ def run(config, workdir: pathlib.Path) -> None:
     sharding.check_batch_size(size, mesh, name)
   read = {name: read_rows(name, source, cfg, seed)
           for name, source in named(cfg.benchmarks, "prism.benchmarks").items()}
+  captioners = {name: dataclasses.replace(policy, checkpoint=checkpoint)
+                for name, checkpoint in named(cfg.captioners, "prism.captioners").items()}
+  # All of them before the first caption: the last one may not be there.
+  identities = {name: captioner.identity() for name, captioner in captioners.items()}
+  judge = {"judge": section.source, "judge_sha256": fingerprint(section.source), "dtype": section.dtype}
   digests: dict[str, list[str]] = {}
   images: dict[str, CaptionRow] = {}
   for name, rows in read.items():
@@ -248,16 +263,16 @@ def run(config, workdir: pathlib.Path) -> None:
   cache = pathlib.Path(cfg.cache).expanduser() if cfg.cache else workdir / "cache"
   with jax.set_mesh(mesh):
     captions = {}
-    for name, checkpoint in named(cfg.captioners, "prism.captioners").items():
-      settings = {"checkpoint": checkpoint, "instruction": policy.instruction, "dtype": policy.dtype,
-                  "min_pixels": policy.min_pixels, "max_pixels": policy.max_pixels, "captions": cfg.captions,
-                  "temperature": cfg.temperature, "top_p": cfg.top_p, "max_tokens": cfg.max_tokens, "seed": seed}
-      captions[name] = Kept(cache, "captions", settings)
+    for name, captioner in captioners.items():
+      settings = {"instruction": policy.instruction, "captions": cfg.captions, "temperature": cfg.temperature,
+                  "top_p": cfg.top_p, "max_tokens": cfg.max_tokens, "seed": seed}
+      captions[name] = Kept(cache, "captions", identities[name] | settings)
       log.info("captioner %s: %d of %d images are captioned already", name,
                sum(d in captions[name] for d in images), len(images))
-      load = lambda checkpoint=checkpoint: dataclasses.replace(policy, checkpoint=checkpoint).load(mesh)
-      caption_all(images, captions[name], load, cfg, policy.instruction, mesh, seed)
-    answered = _answer_all(read, digests, captions, section, cfg, cache, mesh, seed)
+      caption_all(images, captions[name], functools.partial(captioner.load, mesh), cfg, policy.instruction, mesh, seed)
+    kept = Kept(cache, "answers", judge | {"temperature": cfg.answer_temperature, "tokens": cfg.answer_tokens,
+                                           "seed": seed}) if cfg.answers == "write" else None
+    answered = _answer_all(read, digests, captions, section, cfg, kept, mesh, seed)
   figures = prism_figures.summarise(answered, read, digests, captions, cfg, seed)
   write_json(workdir / "prism.json", figures)
   prism_figures.write_answers(workdir / "answers.jsonl", answered, read, digests, captions)
@@ -266,21 +281,19 @@ def run(config, workdir: pathlib.Path) -> None:
   log.info("page: %s", workdir / "prism.html")
 
 
-def _answer_all(read, digests, captions: dict[str, Kept], section: JudgeSection, cfg: PrismConfig, cache: pathlib.Path,
+def _answer_all(read, digests, captions: dict[str, Kept], section: JudgeSection, cfg: PrismConfig, kept: Kept | None,
                 mesh, seed: int) -> dict[str, dict[str, Any]]:
-  """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays [rows,
-  captions]."""
+  """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays [rows, captions].
+  Texts go to `kept`; without one, options are read."""
   judge = load_judge(section.source, mesh, jnp.dtype(section.dtype))
-  kept = Kept(cache, "answers", {"judge": section.source, "dtype": section.dtype, "temperature": cfg.answer_temperature,
-                                 "tokens": cfg.answer_tokens, "seed": seed}) if cfg.answers == "write" else None
   answered: dict[str, dict[str, Any]] = {}
   for name, rows in read.items():
     asker = make_asker(judge, section, rows, seed) if kept is None else None
-    pairs_of: dict[str, list] = {who: [
-        (row, one["caption"], n) for row, digest in zip(rows, digests[name]) for n, one in enumerate(store[digest])]
-        for who, store in captions.items()}
+    pairs_of: dict[str, list[Pair]] = {who: [
+        (row, one["caption"], (digest, n)) for row, digest in zip(rows, digests[name])
+        for n, one in enumerate(store[digest])] for who, store in captions.items()}
     if cfg.blind:
-      pairs_of["blind"] = [(row, "", 0) for row in rows]
+      pairs_of[prism_figures.BLIND] = [(row, "", (digest, 0)) for row, digest in zip(rows, digests[name])]
     answered[name] = {}
     for who, pairs in pairs_of.items():
       found = (read_answers(pairs, asker) if kept is None

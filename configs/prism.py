@@ -8,7 +8,8 @@ The files are internlm/CapRL-Evaluation-Files' (MMStar, ChartQA, ChartQAPro, Cha
 MathVerse, MathVision, WeMath, VisuLogic); a QA source of configs/dataset.py may stand in a file's place. Writes
 prism.json, answers.jsonl and prism.html, with our scores and, where math-verify is installed, the released scorer's
 beside them. The first captioner is the one that the others are compared with. An interrupted evaluation goes on from
-cache/.
+cache/. A captioner is asked by its checkpoint's own chat template, system turn included ("You are a helpful assistant."
+in Qwen2.5-VL's), where the released prompt has a user's turn alone.
 """
 
 import ml_collections

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import string
 import zipfile
 
 from PIL import Image
@@ -10,7 +11,8 @@ import pytest
 
 from caprl_jax.data import benchmarks, rows
 from caprl_jax.data.benchmarks import (
-  BenchmarkRow, StoredZipImage, from_qa_rows, parse_options, read_benchmark, split_prompt, stage2_prompt, user_text,
+  BenchmarkRow, StoredZipImage, from_qa_rows, parse_options, read_benchmark, split_options, split_prompt, stage2_prompt,
+  user_text,
 )  # fmt: skip
 from caprl_jax.data.rows import BadRow, QARow, Question
 
@@ -44,7 +46,8 @@ def images(tmp_path):
 
 def test_a_row(tmp_path, images):
   assert list(read_benchmark(write(tmp_path, [item()]), images)) == [
-    BenchmarkRow(images / "charts/a.png", prompt(), "B", ("red", "light blue"), "MMStar", "MMStar/0")]
+    BenchmarkRow(images / "charts/a.png", prompt(), "B", ("red", "light blue"), "MMStar", "MMStar/0",
+                 stem="What colour is the dog?\nAnswer with the letter.")]
 
 
 @pytest.mark.parametrize("answer, gold", [
@@ -246,11 +249,31 @@ def test_options_of_a_question(text, options):
   assert parse_options(text) == options
 
 
+@pytest.mark.parametrize("text, stem", [
+  (ASKED, "What colour is the dog?\nAnswer with the letter."),
+  ("Q?\nChoices:\nA:3\nB:4", "Q?"),
+  ("Q?\n\nOptions:\n\n(A) red\n(B) blue", "Q?"),
+  ("What are my options\nA) x\nB) y", "What are my options"),
+  ("A) old\nB) list\nQ?\nA) x\nB) y", "A) old\nB) list\nQ?"),
+  ("Q?\nOptions: A: red, B: blue", "Q?"),
+  ("Q? Choices: (A) red (B) blue\nAnswer.", "Q?\nAnswer."),
+  ("Q?\nA) only", "Q?\nA) only"),
+  ("A) red\nB) blue", ""),
+])
+def test_a_question_without_its_options(text, stem):
+  assert split_options(text) == (stem, parse_options(text))
+
+
+def test_letters_end_at_z():
+  text = "\n".join(f"{letter}) {letter}{letter}" for letter in string.ascii_uppercase) + "\nB) more"
+  assert len(parse_options(text)) == 26
+
+
 @pytest.mark.parametrize("answer, options", [("B", ("red", "light blue")), ("blue", ("red", "light blue")), ("C", ()),
                                              (["A", "C"], ())])
 def test_options_that_the_gold_is_not_of_are_not_believed(tmp_path, images, answer, options):
   (row,) = read_benchmark(write(tmp_path, [item(answer=answer)]), images)
-  assert row.options == options
+  assert row.options == options and row.stem == (split_options(ASKED)[0] if options else ASKED)
 
 
 # Plain rows of questions.
@@ -259,7 +282,7 @@ def test_plain_questions_as_a_benchmark():
   first, second = Question("What colour?", ("red", "blue"), 1, "colour"), Question("How\nmany?", ("1", "2", "3"), 0)
   found = from_qa_rows([QARow(b"x", (first, second), "dog"), QARow(b"y", (first,), "cat")])
   assert found[0] == BenchmarkRow(b"x", "<image>\nWhat colour?\nA) red\nB) blue", "B", ("red", "blue"), "questions",
-                                  "dog, question 0", "colour")
+                                  "dog, question 0", "colour", "What colour?")
   assert [(row.name, row.gold, row.image) for row in found] == [
     ("dog, question 0", "B", b"x"), ("dog, question 1", "A", b"x"), ("cat", "B", b"y")]
   assert all(parse_options(user_text(row)) == row.options for row in found)

@@ -1,6 +1,8 @@
 """Prism: figures by hand, both ways of answering against references, files of the release, what is kept, the page."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from caprl_jax.data.rows import QARow, Question
 from caprl_jax.kept import Kept
 from caprl_jax.models.load import load_judge
 from caprl_jax.sampling import SamplingConfig
+from caprl_jax.setup_run import PolicySection
 from caprl_jax.writing import Writer
 from caption_test import write_checkpoint
 
@@ -129,7 +132,8 @@ def test_figures_by_hand():
   np.testing.assert_array_equal(scores["misled"], [[0, 1, 0, 0], [0, 1, 0, 0]])
   np.testing.assert_allclose(scores["captionqa"], [[1, 0, 1 / 3 + 0.05, 1], [1, 0, 0.55, 0.55]])
   values = prism_figures.per_image(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), ["a", "a", "b"])
-  np.testing.assert_allclose(values, [1.5 * 2 / 3, 0.0]) and np.testing.assert_allclose(values.mean(), 0.5)
+  np.testing.assert_allclose(values, [1.5 * 2 / 3, 0.0])
+  np.testing.assert_allclose(values.mean(), 0.5)
   written = prism_figures.score_answers(
       rows, np.array([["The answer is B", "nothing of the kind, really"], ["A", "B"]], object))
   np.testing.assert_array_equal(written["ours"], [[1, 0], [1, 0]])
@@ -162,9 +166,96 @@ def test_what_is_kept_survives_a_torn_line(tmp_path):
     (("--config.prism.captioners=runs/policy",), "'runs/policy' must be name=value"),
     (("--config.prism.captioners=a=x,a=y",), "the name 'a' is given twice"),
     (("--config.prism.benchmarks=a=lmm_eval_MMStar.json",), "set prism.image_root"),
+    (("--config.prism.captioners=blind=x",), "the name 'blind' stands for no caption"),
 ])
 def test_settings_refused(made, tmp_path, change, message, capsys):
   assert run(made, tmp_path, *change) == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value, message", [
+    (dict(intervals=95.0), "prism.intervals = 95.0 must be between 0 and 1"),
+    (dict(temperature=-1.0), "prism.temperature = -1.0 must be at least 0"),
+    (dict(answer_temperature=-0.5), "prism.answer_temperature = -0.5 must be at least 0"),
+    (dict(top_p=0.0), "prism.top_p = 0.0 must be above 0"),
+    (dict(max_tokens=0), "prism.max_tokens = 0 must be at least 1"),
+    (dict(answer_tokens=0), "prism.answer_tokens = 0 must be at least 1"),
+    (dict(batch_size=0), "prism.batch_size = 0 must be at least 1"),
+    (dict(examples=-1), "prism.examples = -1 must be at least 0"),
+])
+def test_values_refused(value, message):
+  with pytest.raises(ValueError, match=message):
+    prism.PrismConfig("a=x", "b=y", **value)
+
+
+@pytest.mark.parametrize("missing", ["prism.captioners=a={}/policy0,b={}/none", "judge.source={}/none"])
+def test_a_model_that_is_not_there_is_said_before_the_first_caption(made, tmp_path, missing, monkeypatch, capsys):
+  monkeypatch.setattr(prism, "Captioner", None)  # what would be called
+  assert run(made, tmp_path, f"--config.prism.benchmarks=qa={made / 'qa.jsonl'}",
+             f"--config.{missing.format(made, made)}") == 2
+  assert f"model '{made}/none': no such directory" in capsys.readouterr().err
+
+
+def test_a_model_trained_anew_says_all_anew(made, tmp_path):
+  for name in ("policy0", "judge"):
+    shutil.copytree(made / name, tmp_path / name)
+  more = (f"--config.prism.benchmarks=qa={made / 'qa.jsonl'}", f"--config.judge.source={tmp_path / 'judge'}",
+          "--config.prism.answers=write", "--config.prism.answer_tokens=4", "--config.prism.answer_temperature=0.0")
+  again = lambda *changed: run(tmp_path, tmp_path / "run", *more, *changed, checkpoints=("policy0",))
+  counts = lambda: [len(list((tmp_path / "run" / "cache").glob(f"{kind}-*"))) for kind in ("captions", "answers")]
+  said = lambda: [row["caption"] for row in read(tmp_path / "run" / "answers.jsonl")]
+  assert again() == 0 and counts() == [1, 1]
+  first = said()
+  assert again() == 0 and counts() == [1, 1] and said() == first
+  tiny.train_anew(tmp_path / "judge")
+  assert again() == 0 and counts() == [1, 2] and said() == first
+  tiny.train_anew(tmp_path / "policy0")
+  assert again() == 0 and counts() == [2, 2] and said() != first
+  section = PolicySection(str(tmp_path / "policy0"))
+  assert dataclasses.replace(section, param_dtype="bfloat16").identity() != section.identity()
+
+
+@pytest.mark.parametrize("temperature, draws", [(1.0, 3), (0.0, 1)])
+def test_images_share_no_draw(made, tmp_path, temperature, draws):
+  """Three images, one question, no caption: the prompts are the same. A greedy answer is the same too."""
+  more = (f"--config.prism.benchmarks=charts={made / 'lmm_eval_chartqa.json'}", f"--config.prism.image_root={made}",
+          "--config.prism.answers=write", "--config.prism.answer_tokens=8",
+          f"--config.prism.answer_temperature={temperature}")
+  assert run(made, tmp_path, *more, checkpoints=("policy0",)) == 0
+  answers = read(tmp_path / "answers.jsonl")
+  assert len({row["answer"] for row in answers if row["captioner"] == "blind"}) == draws
+  (kept,) = (tmp_path / "cache").glob("answers-*")
+  captions = len({row["caption"] for row in answers} - {""})
+  assert len(read(kept)) - 1 == (3 * 2 if temperature else captions) + draws
+
+
+def test_an_image_that_cannot_be_read_is_said_with_what_helps(made, tmp_path, capsys):
+  (tmp_path / "torn.png").write_bytes(b"no image")
+  jsonl.write_jsonl(tmp_path / "qa.jsonl", [QARow(tmp_path / "torn.png", (COLOR,), "torn")])
+  assert run(made, tmp_path, f"--config.prism.benchmarks=qa={tmp_path / 'qa.jsonl'}") == 2
+  said = capsys.readouterr().err
+  assert "torn.png" in said and "take its rows out of prism.benchmarks' file" in said
+  assert "skip_bad_images" not in said
+
+
+def test_a_reading_judge_is_shown_the_options_once(made, tmp_path):
+  """It lists them by its own template: they do not stand in the question as well, whatever they look like."""
+  folded = Question("Which?", ("one\ntwo", "three\nfour"), 0)
+  prompt = "<|im_start|>user\n<image>{}<|im_end|>\n<|im_start|>assistant\n"
+  texts = ("What colour?\nA. red\nB. blue", "What colour?\nOptions: A: red, B: blue")
+  (tmp_path / "lmm_eval_MMStar.json").write_text(json.dumps([
+      {"image": "0.png", "prompt": prompt.format(text), "answer": "B"} for text in texts]))
+  rows = [*benchmarks.read_benchmark(tmp_path / "lmm_eval_MMStar.json", made),
+          *benchmarks.from_qa_rows([QARow(made / "0.png", (folded,), "folded")])]
+
+  class Asked:
+    def choices(self, asks, what):
+      self.asks = asks
+      return np.full(len(asks), -1)
+
+  asked = Asked()
+  prism.read_answers([(row, "A dog.", ("x", 0)) for row in rows], asked)
+  assert [(question.stem, question.options, question.gold) for _, question in asked.asks] == [
+      ("What colour?", ("red", "blue"), 1)] * 2 + [("Which?", folded.options, 0)]
 
 
 def test_questions_without_letters_are_left_out_of_reading_and_counted(made, tmp_path, capsys):

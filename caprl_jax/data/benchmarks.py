@@ -38,6 +38,7 @@ AFTER_CAPTION = ". Please answer the question based on the caption."
 
 _USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 _OPTION_LINE = re.compile(r"\s*(?:[-*]\s*)?(?:\(([A-Z])\)|([A-Z])[).:])\s*(\S.*?)\s*$")
+_OPTIONS_TITLE = re.compile(r"(?:^|\n)\s*(?:options|choices)\s*[:：]?\s*\Z", re.IGNORECASE)
 _INLINE = re.compile(r"(?:options|choices)\s*[:：]\s*(.+)", re.IGNORECASE)
 _INLINE_LABEL = re.compile(r"(?:^|[\s,;])\(?([A-Z])[).:]\s*")
 
@@ -49,7 +50,7 @@ class BenchmarkRow:
   `prompt` is the whole text that an answering model reads, with exactly one of PLACEHOLDERS where the caption goes.
   `gold` is the answer, or several that are all right, as the file writes it. `options` are the texts of lettered
   options that the prompt lists; () where it lists none, or none that the gold letter is of. `kind` is a group for
-  metrics.
+  metrics. `stem` is the question without these options, for who lists them anew.
   """
   image: ImageSource
   prompt: str
@@ -58,6 +59,7 @@ class BenchmarkRow:
   benchmark: str
   name: str
   kind: str = ""
+  stem: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,7 +142,8 @@ def from_qa_rows(rows: Iterable[QARow]) -> list[BenchmarkRow]:
       name = row.name if len(row.questions) == 1 else f"{row.name}, question {i}"
       split_at_placeholder(prompt, f"row {name!r}")
       gold = string.ascii_uppercase[question.gold]
-      found.append(BenchmarkRow(row.image, prompt, gold, question.options, QUESTIONS, name, question.kind))
+      found.append(BenchmarkRow(row.image, prompt, gold, question.options, QUESTIONS, name, question.kind,
+                                question.stem))
   return found
 
 
@@ -185,25 +188,33 @@ def parse_options(text: str) -> tuple[str, ...]:
 
   They stand a line each ("A) red", "(A) red", "A. red", "A: red", "- A. red"), or in one line behind "Options:" or
   "Choices:" ("Options: A: red, B: blue")."""
-  lines = [(match.group(1) or match.group(2), match.group(3)) if match else None
-           for match in map(_OPTION_LINE.match, text.splitlines())]
+  return split_options(text)[1]
+
+
+def split_options(text: str) -> tuple[str, tuple[str, ...]]:
+  """A question -> its text without its options and their title, and the options, as `parse_options` has them."""
+  lines = text.splitlines()
   best: list[str] = []
   run: list[str] = []
-  for line in lines:
-    if line and line[0] == "A":
-      run = [line[1]]
-    elif line and run and line[0] == string.ascii_uppercase[len(run)]:
-      run.append(line[1])
+  end = 0
+  for number, match in enumerate(map(_OPTION_LINE.match, lines), 1):
+    letter = (match.group(1) or match.group(2)) if match else None
+    if letter == "A":
+      run = [match.group(3)]
+    elif letter and run and letter == chr(ord("A") + len(run)):
+      run.append(match.group(3))
     else:
       run = []
-    best = list(run) if len(run) >= 2 else best
+    if len(run) >= 2:
+      best, end = list(run), number
   if best:
-    return tuple(best)
-  for inline in reversed(_INLINE.findall(text)):
-    found = _inline_options(inline)
+    before = _OPTIONS_TITLE.sub("", "\n".join(lines[:end - len(best)]))
+    return "\n".join([before, *lines[end:]]).strip(), tuple(best)
+  for inline in reversed(list(_INLINE.finditer(text))):
+    found = _inline_options(inline.group(1))
     if len(found) >= 2:
-      return found
-  return ()
+      return (text[:inline.start()].rstrip() + text[inline.end():]).strip(), found
+  return text, ()
 
 
 def _inline_options(text: str) -> tuple[str, ...]:
@@ -229,11 +240,12 @@ def _row(item: Any, find: "_Finder", benchmark: str, name: str, where: str) -> B
   gold = _gold(item["answer"], where)
   image = find(_image_path(item["image"], where), where)
   row = BenchmarkRow(image, prompt, gold, (), benchmark, name)
-  options = parse_options(user_text(row))
+  whole = user_text(row)
+  stem, options = split_options(whole)
   letters = [one.strip() for one in ((gold,) if isinstance(gold, str) else gold) if re.fullmatch(r"\s*[A-Z]\s*", one)]
   if any(letter not in string.ascii_uppercase[:len(options)] for letter in letters):
-    options = ()  # not read right; the letter is still a gold
-  return dataclasses.replace(row, options=options)
+    stem, options = whole, ()  # not read right; the letter is still a gold
+  return dataclasses.replace(row, options=options, stem=stem)
 
 
 def _gold(answer: Any, where: str) -> str | tuple[str, ...]:
