@@ -76,6 +76,38 @@ def split_over_batch(tree: Any) -> Any:
   return _constrain(tree, P(("data", "fsdp")))
 
 
+def batch_shards() -> int:
+  """Inside jit: how many parts a batch is split into; 1 where there is no mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def split_chunks(tree: Any, rows: int, shards: int) -> Any:
+  """[M, ...] -> [chunks, shards * rows, ...], padded with zeros: of each of the `shards` parts some rows a chunk, so
+  that each device's rows stay where they are. Cut straight, a chunk would be of one device, and all would compute it."""
+  def cut(x):
+    x = x.reshape(shards, -1, *x.shape[1:])
+    chunks = -(-x.shape[1] // rows)
+    x = jnp.pad(x, ((0, 0), (0, chunks * rows - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+    return jnp.swapaxes(x.reshape(shards, chunks, rows, *x.shape[2:]), 0, 1).reshape(chunks, -1, *x.shape[2:])
+  made = jax.tree.map(cut, tree)
+  return _constrain(made, P(None, ("data", "fsdp"))) if shards > 1 else made
+
+
+def join_chunks(tree: Any, count: int, shards: int) -> Any:
+  """The inverse of `split_chunks` for `count` rows."""
+  def join(x):
+    x = jnp.swapaxes(x.reshape(x.shape[0], shards, -1, *x.shape[2:]), 0, 1)
+    return x.reshape(shards, -1, *x.shape[3:])[:, :count // shards].reshape(count, *x.shape[3:])
+  return jax.tree.map(join, tree)
+
+
+def gathered_head(head_VD: jax.Array) -> jax.Array:
+  """Inside jit: an unembedding whole along its width, once for all chunks. Split along it, every product with it is a
+  partial sum, and logits, the greatest arrays there are, would be summed over devices."""
+  return _constrain(head_VD, P("tensor"))
+
+
 def join_microbatches(tree: Any) -> Any:
   """The inverse of `microbatches`."""
   return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)

@@ -1,4 +1,10 @@
-"""Log-probabilities and entropies from the head: chunked or whole, over allowed tokens, with gradients."""
+"""Log-probabilities and entropies from the head: chunked or whole, over allowed tokens, with gradients, on a mesh."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +76,56 @@ def test_logits_are_float32_from_bfloat16():
   want = np.asarray(HIDDEN.astype(jnp.bfloat16), np.float32) @ np.asarray(HEAD.astype(jnp.bfloat16), np.float32).T / 2
   np.testing.assert_allclose(logits[:, ALLOWED], want[:, ALLOWED], rtol=1e-5, atol=1e-5)
   assert (logits[:, ~ALLOWED] < -1e29).all()
+
+
+# In a process of its own, since the number of CPU devices is set before jax starts.
+PROGRAM = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import jax.numpy as jnp
+import numpy as np
+import hlo
+from caprl_jax import sharding
+from caprl_jax.models.head import token_kl, token_logprobs
+
+B, L, D, V = 8, 90, 16, 50
+rng = np.random.default_rng(0)
+arrays = [rng.normal(size=size).astype(np.float32) for size in ((B, L, D), (V, D), (B, L, D))]
+arrays.append(rng.integers(0, V, (B, L, 1)))
+
+def f(hidden, head, other, target):
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  logp, entropy = token_logprobs(flat(hidden), head, flat(target), chunk_tokens=32)
+  return (logp.sum(1) + entropy + token_kl(flat(hidden), head, flat(other), head, chunk_tokens=32)) @ jnp.arange(B * L)
+
+found = {}
+for name, sizes in dict(one=None, data4=dict(data=4), fsdp4=dict(data=1, fsdp=4), both=dict(data=2, fsdp=2)).items():
+  mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})), jax.devices() if sizes else jax.devices()[:1])
+  batch, head = sharding.batch_sharding(mesh), jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
+  with jax.set_mesh(mesh):
+    places = (batch, head, batch, batch)
+    step = jax.jit(jax.value_and_grad(f, (0, 1, 2)), in_shardings=places, out_shardings=(None, places[:3]))
+    compiled = step.lower(*arrays).compile()
+    value, grads = jax.block_until_ready(compiled(*map(jax.device_put, arrays, places)))
+  text = compiled.as_text()
+  found[name] = dict(flops=hlo.dot_flops(text), value=float(value), grads=[np.asarray(g).tolist() for g in grads],
+                     sums=[line for line in text.splitlines() if " all-reduce(" in line and f",{V}]" in line])
+print(json.dumps(found))
+"""
+
+
+def test_on_a_mesh_each_device_computes_its_own_tokens():
+  """Chunks cut straight through the tokens were computed by all devices, and logits summed over them."""
+  root = pathlib.Path(__file__).resolve().parent
+  done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, cwd=root.parent,
+                        env={**os.environ, "PYTHONPATH": f"{root.parent}{os.pathsep}{root}"})
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = json.loads(done.stdout)
+  one = found.pop("one")
+  for name, got in found.items():
+    assert got["flops"] <= 1.1 * one["flops"] / 4, name  # 90 tokens a row are 96 in chunks of 32
+    assert not got["sums"], name
+    np.testing.assert_allclose(got["value"], one["value"], rtol=1e-5, err_msg=name)
+    for a, b in zip(got["grads"], one["grads"], strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), err_msg=name)
