@@ -84,7 +84,8 @@ def batch_shards() -> int:
 
 def split_chunks(tree: Any, rows: int, shards: int) -> Any:
   """[M, ...] -> [chunks, shards * rows, ...], padded with zeros: of each of the `shards` parts some rows a chunk, so
-  that each device's rows stay where they are. Cut straight, a chunk would be of one device, and all would compute it."""
+  that each device's rows stay where they are. Cut straight, a chunk would be of one device, and all would compute
+  it."""
   def cut(x):
     x = x.reshape(shards, -1, *x.shape[1:])
     chunks = -(-x.shape[1] // rows)
