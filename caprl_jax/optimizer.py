@@ -12,14 +12,16 @@ class OptimizerConfig:
   """adamw; adafactor, whose second moments are a row and a column a matrix; or muon for the matrices of layers with
   NAdamW, as optax has it, for everything else (embeddings, norms, biases).
 
-  learning_rate is the peak, reached after `warmup_steps`; `cosine` then falls to `final_fraction` of it at the last
-  step. With muon, `learning_rate` is the matrices' and `adam_learning_rate` the rest's.
+  learning_rate is the peak, reached after `warmup_steps`, or `warmup_fraction` of all steps; `cosine` then falls to
+  `final_fraction` of it at the last step. With muon, `learning_rate` is the matrices' and `adam_learning_rate` the
+  rest's.
   """
   name: Literal["adamw", "adafactor", "muon"] = "adamw"
   learning_rate: float = 1e-6
   adam_learning_rate: float | None = None
   schedule: Literal["constant", "cosine"] = "constant"
   warmup_steps: int = 0
+  warmup_fraction: float | None = None
   final_fraction: float = 0.1
   b1: float = 0.9
   b2: float = 0.95
@@ -31,6 +33,11 @@ class OptimizerConfig:
     if self.learning_rate <= 0 or self.clip_norm <= 0 or self.warmup_steps < 0:
       raise ValueError(f"learning_rate = {self.learning_rate} and clip_norm = {self.clip_norm} must be positive, "
                        f"warmup_steps = {self.warmup_steps} >= 0")
+    if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
+      raise ValueError(f"warmup_fraction = {self.warmup_fraction} must be from 0 to less than 1")
+    if self.warmup_steps and self.warmup_fraction:
+      raise ValueError(f"warmup_steps = {self.warmup_steps} and warmup_fraction = {self.warmup_fraction}: set one of "
+                       "them, the other to 0")
 
 
 def _muon_dimensions(params):
@@ -42,16 +49,21 @@ def _muon_dimensions(params):
   return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
+def warmup(cfg: OptimizerConfig, steps: int) -> int:
+  """Steps of the warm-up in a run of `steps`, of which one is left at least."""
+  return min(cfg.warmup_steps or round((cfg.warmup_fraction or 0) * steps), max(steps - 1, 0))
+
+
 def learning_rate_schedule(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
   """Linear warm-up to `peak`, then constant or cosine until `steps`."""
-  warmup = min(cfg.warmup_steps, max(steps - 1, 0))
+  rising = warmup(cfg, steps)
   if cfg.schedule == "cosine":
-    after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=cfg.final_fraction)
+    after = optax.cosine_decay_schedule(peak, max(steps - rising, 1), alpha=cfg.final_fraction)
   else:
     after = optax.constant_schedule(peak)
-  if not warmup:
+  if not rising:
     return after
-  return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])
+  return optax.join_schedules([optax.linear_schedule(peak / rising, peak, max(rising - 1, 1)), after], [rising])
 
 
 def build_optimizer(cfg: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -22,9 +22,8 @@ Sizes for 3B on 8 accelerators of 80 GB or more, or a TPU slice of as much memor
 import ml_collections
 
 
-def stage(data: str | None, steps: int, examples: int, learning_rate: float, microbatches: int, **settings) -> dict:
-  """steps: of one epoch over the paper's data, for the warm-up."""
-  optimizer = dict(name="adamw", learning_rate=learning_rate, schedule="cosine", warmup_steps=round(0.03 * steps),
+def stage(data: str | None, examples: int, learning_rate: float, microbatches: int, **settings) -> dict:
+  optimizer = dict(name="adamw", learning_rate=learning_rate, schedule="cosine", warmup_steps=0, warmup_fraction=0.03,
                    final_fraction=0.0, b1=0.9, b2=0.999, weight_decay=0.0, clip_norm=1.0)
   return dict(data=data, image_root=None, max_rows=None, epochs=1.0, examples=examples, microbatches=microbatches,
               optimizer=optimizer, pack=dict(tokens=4096, window=8192, too_long="drop", bad_rows="drop"), **settings)
@@ -40,9 +39,9 @@ def get_config():
   config.pretrain = dict(
       order=("align", "further", "instruct"),
       stages=dict(
-          align=stage("blip_laion_cc_sbu_558k.json", 2180, 256, 1e-3, 1, trained="projector"),
-          further=stage(None, 3906, 256, 4e-5, 4, trained="full"),
-          instruct=stage("open-llava-next_instruct_mix1M.json", 7812, 128, 2e-5, 4, trained="full")),
+          align=stage("blip_laion_cc_sbu_558k.json", 256, 1e-3, 1, trained="projector"),
+          further=stage(None, 256, 4e-5, 4, trained="full"),
+          instruct=stage("open-llava-next_instruct_mix1M.json", 128, 2e-5, 4, trained="full")),
       eval=None, eval_rows=1000, output_dtype="bfloat16", checkpoint_every_steps=500)
   config.pretrain.answer = dict(permutations=4, none_of_above=False, batch_size=8)
   return config

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from caprl_jax.optimizer import OptimizerConfig, build_optimizer, learning_rate_schedule
+from caprl_jax.optimizer import OptimizerConfig, build_optimizer, learning_rate_schedule, warmup
 
 
 # optax.contrib.muon runs its Adam with Nesterov momentum: with b1 = 0.9 the first step is
@@ -40,6 +40,16 @@ def test_a_run_shorter_than_its_warmup_still_reaches_the_peak():
   got = rates(OptimizerConfig(schedule="cosine", warmup_steps=50), 1.0, 3, 3)
   np.testing.assert_allclose(got, [0.5, 1.0, 1.0], rtol=1e-6)
   assert np.isfinite(rates(OptimizerConfig(schedule="cosine", warmup_steps=5), 1.0, 1, 2)).all()
+
+
+def test_a_warmup_may_be_a_share_of_the_steps():
+  for steps, count in ((200, 6), (10, 0), (20, 1), (1, 0)):
+    cfg = OptimizerConfig(schedule="cosine", warmup_fraction=0.03)
+    assert warmup(cfg, steps) == count
+    fixed = OptimizerConfig(schedule="cosine", warmup_steps=count)
+    assert rates(cfg, 1.0, steps, steps) == rates(fixed, 1.0, steps, steps)
+  assert warmup(OptimizerConfig(warmup_fraction=0.9), 2) == 1 and warmup(OptimizerConfig(warmup_steps=9), 3) == 2
+  assert warmup(OptimizerConfig(warmup_steps=9, warmup_fraction=0.0), 20) == 9
 
 
 def params():
@@ -129,7 +139,8 @@ def test_descends(name):
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(learning_rate=0.0), "learning_rate = 0.0"), (dict(clip_norm=-1.0), "clip_norm = -1.0"),
-    (dict(warmup_steps=-1), "warmup_steps = -1")])
+    (dict(warmup_steps=-1), "warmup_steps = -1"), (dict(warmup_fraction=1.0), "warmup_fraction = 1.0 must be from 0"),
+    (dict(warmup_steps=5, warmup_fraction=0.1), "warmup_steps = 5 and warmup_fraction = 0.1: set one of them")])
 def test_wrong_settings_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
     OptimizerConfig(**wrong)
