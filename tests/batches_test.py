@@ -208,6 +208,8 @@ def test_an_extreme_image_names_the_row(rows):
   long = QARow(encoded((2010, 10)), (), "the long one")
   with pytest.raises(ValueError, match="row 'the long one'.*2010x10"):
     ImagePrompt(CFG, PIECES, image_shape(rows, CFG))(long)
+  with pytest.raises(ValueError, match=r"row 'the long one' \(\d+ bytes in memory\).*2010x10.*200 times the other"):
+    image_shape([*rows, long], CFG)
 
 
 def test_a_share_makes_its_own_examples_only():

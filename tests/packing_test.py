@@ -1,8 +1,11 @@
 """Packed rows against each example alone: logits and gradients of all families; plans, rows and batches."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 import oracle
@@ -241,7 +244,39 @@ def test_images_that_cannot_be_read(tiny_folder, policy, caplog):
   with pytest.raises(ValueError, match="row 'bad one': cannot read its image"):
     make_packer(policy, [bad, *talks(tiny_folder)], tokens=256)
   assert len(make_packer(policy, [bad, *talks(tiny_folder)], tokens=256, bad_rows="drop").examples) == 29
-  assert "dropped 1 of 30 examples whose image cannot be read" in caplog.text
+  assert "dropped: row 'bad one': cannot read its image" in caplog.text and "dropped 1 bad rows of 30" in caplog.text
+  narrow = tiny_folder / "narrow.png"
+  Image.new("RGB", (4, 900)).save(narrow)
+  with pytest.raises(ValueError, match=r"row 'narrow one' \(.*narrow.png\): .*one side is over 200 times the other"):
+    make_packer(policy, [dataclasses.replace(bad, image=narrow, name="narrow one")], tokens=256)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_images_whose_pixels_are_cut(tiny_folder, policy, caplog, packing):
+  """Their headers are fine: what is wrong shows when a row is made."""
+  whole, cut = tiny_folder / "whole.jpg", tiny_folder / "cut.jpg"
+  Image.effect_noise((48, 48), 90).convert("RGB").save(whole)
+  cut.write_bytes(whole.read_bytes()[:-900])
+  talk = lambda image, name: Conversation(image, (Turn("user", "what", 0), Turn("assistant", "it is red")), name)
+  examples = [*talks(tiny_folder)[-5:], talk(cut, "cut one"), talk(whole, "whole one")]
+  settings = dict(tokens=128, images=2, packing=packing)
+  refusing = make_packer(policy, examples, **settings)
+  with pytest.raises(ValueError, match=r"row 'cut one': cannot read its image \(.*cut.jpg\).*drop the row \(bad_rows = "
+                                       "'drop' leaves it out") as raised:
+    list(packed_batches(refusing, 1, len(refusing.plan(0).rows)))
+  assert str(raised.value).count("'cut one'") == 1
+
+  packer = make_packer(policy, examples, bad_rows="drop", **settings)
+  batches = list(packed_batches(packer, 1, packer.rows_until(2), threads=2))
+  assert sum(int(batch.dropped_B.sum()) for batch in batches) == 2  # once an epoch
+  assert sum(int(batch.segment_BL.max()) for batch in batches) == 2 * (len(examples) - 1)
+  assert caplog.text.count("dropped: row 'cut one': cannot read its image") == 1
+  # What is left is as it would be without it.
+  loss = jax.jit(lambda batch: packed_loss(policy.model, policy.params, batch, 64))
+  total = [sum(float(x) for x in column) for column in zip(*map(loss, batches[:packer.rows_until(1)]))]
+  without = make_packer(policy, [e for e in examples if e.name != "cut one"], **settings)
+  want = [loss(jax.tree.map(lambda x: np.asarray(x)[None], without(n))) for n in range(without.rows_until(1))]
+  np.testing.assert_allclose(total, [sum(float(x) for x in column) for column in zip(*want)], rtol=1e-5)
 
 
 def test_batches_resume_and_do_not_depend_on_processes(tiny_folder, policy):

@@ -13,7 +13,7 @@ from PIL import Image
 from caprl_jax.data.images import pad_image
 from caprl_jax.data.prompts import build_prompt, stack_prompts
 from caprl_jax.data.questions import QuestionShape, TokenizedQuestion, pad_questions, pick_questions
-from caprl_jax.data.rows import CaptionRow, QARow, open_image, read_image
+from caprl_jax.data.rows import CaptionRow, QARow, image_place, open_image, read_image
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.types import Batch, Images, Prompts
 
@@ -26,10 +26,14 @@ class ImageShape:
 
 
 def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageShape:
-  """The smallest shape that holds every image; reads only the files' headers. Raises ValueError as `read_image`."""
+  """The smallest shape that holds every image; reads only the files' headers. Raises ValueError as `read_image`, and
+  for an extreme aspect ratio."""
   slots, tokens = 0, 0
-  for width, height in {_header_size(row) for row in rows}:
-    shape = cfg.vision.pixels.shape(height, width)
+  for (width, height), row in {_header_size(row): row for row in rows}.items():
+    try:
+      shape = cfg.vision.pixels.shape(height, width)
+    except ValueError as error:
+      raise ValueError(f"row {row.name!r} ({image_place(row)}): {error} or drop the row") from error
     slots, tokens = max(slots, shape[0]), max(tokens, shape[1])
   return ImageShape(slots, tokens)
 

@@ -1,9 +1,8 @@
 """Captions, conversations and questions, by source -> turns of user and assistant to learn from."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
-import json
 import logging
 import pathlib
 import string
@@ -12,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from caprl_jax.answering import question_text
-from caprl_jax.data import jsonl
-from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, Question, good_rows
+from caprl_jax.configuration import did_you_mean
+from caprl_jax.data.released import read_items
+from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, Question, good_rows, kinds as kinds_of
 from caprl_jax.data.sources import parse_mixture, read_parts
 
 log = logging.getLogger("caprl_jax.data")
@@ -67,6 +67,7 @@ class Asked:
 
 
 Example = Conversation | Asked
+_QA_KEYS = {"questions", "message", "qa_list"}  # of rows that `data/sources.py` reads
 
 
 def read_examples(source: str, instruction: str, image_root: str | None = None, seed: int = 0,
@@ -81,7 +82,8 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
       in a human's text is where the image goes (before the first text if it is nowhere);
     {"messages": [{"role", "content"}], "image"? or "images"?, "id"?}: OpenAI's, the content a text like LLaVA's or a
       list of {"type": "text", "text"} and {"type": "image"};
-    {"image", "questions"}: multiple choice, as every other source of `data/sources.py`.
+    {"image", "questions"}, {"image_path", "qa_list"}, {"message"}: multiple choice, as every other source of
+      `data/sources.py`.
   " + " joins sources, row by row.
 
   Args:
@@ -96,45 +98,63 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
     kinds: of questions; None: all.
 
   Raises:
-    ValueError: an unknown source, one without rows, or bad rows that are to be refused, with file and line.
+    ValueError: an unknown source, one without rows, or bad rows that are to be refused, with file and line; kinds, or
+      facts to be told, that no row of questions has.
   """
-  found: list[Example] = []
+  facts = told_facts(told)
   parts = parse_mixture(source)
   if any(part.weight for part in parts):
     raise ValueError(f"{source!r}: weights are not supported here, every example is used once an epoch; leave them out")
+  read: list[tuple[str, list[Conversation] | list[QARow]]] = []
   for part in parts:
     path = pathlib.Path(part.source).expanduser()
-    if path.suffix in (".jsonl", ".json") and not {"questions", "message"} & _first(path).keys():
-      rows = scan_conversations(path, instruction, image_root)
-      if max_rows is not None:
-        rows = itertools.islice(rows, max_rows)
-      made: list[Example] = list(good_rows(rows, bad_rows))
+    if path.suffix in (".jsonl", ".json") and not _QA_KEYS & _first(path).keys():
+      scanned = itertools.islice(scan_conversations(path, instruction, image_root), max_rows)
+      read.append((part.source, good_rows(scanned, bad_rows)))
     else:
-      read = [row for _, rows in read_parts(part.source, seed, max_rows, bad_rows) for row in rows]
-      made = [piece for row in of_kinds(read, kinds) for piece in _asked(row, questions, told)]
+      read += [(part.source, rows) for _, rows in read_parts(part.source, seed, max_rows, bad_rows)]
+  asked = [row for _, rows in read for row in rows if isinstance(row, QARow)]
+  if asked:
+    check_kinds(asked, kinds)
+    _check_known(f"told = {told!r}", facts, {fact for row in asked for fact in row.facts or ()}, "facts")
+  found: list[Example] = []
+  for name, rows in read:
+    made = _pieces(rows, name, questions, told, kinds) if rows and isinstance(rows[0], QARow) else rows
     if not made:
-      raise ValueError(f"{part.source}: no rows to learn from")
+      raise ValueError(f"{name}: no rows to learn from")
     found += made
   return found
 
 
-def _items(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Place and value of each row of a .jsonl file, or of the list that a .json file is."""
-  if path.suffix == ".jsonl":
-    yield from jsonl.read_lines(path)
-    return
-  try:
-    held = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
-  if not isinstance(held, list):
-    raise ValueError(f"{path}: it holds no list of rows")
-  yield from ((f"{path}, row {i}", item) for i, item in enumerate(held))
-
-
 def _first(path: pathlib.Path) -> Mapping:
   """The first row that is an object."""
-  return next((item for _, item in _items(path) if isinstance(item, dict)), {})
+  return next((item for _, item in read_items(path) if isinstance(item, dict)), {})
+
+
+def told_facts(told: str | None) -> set[str]:
+  """The facts that a template names. Raises ValueError for a place that names none, such as {}."""
+  remedy = "each place must name a fact and nothing else, as in 'The image shows a {color} {shape}.'"
+  try:
+    places = [rest for _, *rest in string.Formatter().parse(told or "") if rest[0] is not None]
+  except ValueError as error:
+    raise ValueError(f"told = {told!r}: {error}; {remedy}") from error
+  if any(not name or spec or conversion for name, spec, conversion in places):
+    raise ValueError(f"told = {told!r}: {remedy}")
+  return {name for name, _, _ in places}
+
+
+def check_kinds(rows: Sequence[QARow], wanted: Sequence[str] | None, place: str = "kinds") -> None:
+  """Raises ValueError, starting with `place`, for a kind of questions that no row has."""
+  _check_known(f"{place} = {wanted}", wanted or (), kinds_of(rows), "kinds")
+
+
+def _check_known(setting: str, wanted: Iterable[str], known: Iterable[str], what: str) -> None:
+  """Raises ValueError, starting with `setting`, where something is wanted that no row has."""
+  known = sorted(known)
+  for name in wanted:
+    if name not in known:
+      raise ValueError(f"{setting}: no row has {name!r}{did_you_mean(name, known)} ({what}: "
+                       f"{', '.join(map(repr, known)) or 'none'})")
 
 
 def of_kinds(rows: Sequence[QARow], kinds: Sequence[str] | None) -> list[QARow]:
@@ -145,14 +165,22 @@ def of_kinds(rows: Sequence[QARow], kinds: Sequence[str] | None) -> list[QARow]:
   return [row for row in some if row.questions]
 
 
+def _pieces(rows: Sequence[QARow], source: str, questions: int | None, told: str | None,
+            kinds: Sequence[str] | None) -> list[Asked]:
+  """The rows' questions of these kinds; of rows that know what is to be told. Logs how many rows are left out."""
+  some, facts = of_kinds(rows, kinds), told_facts(told)
+  knowing = [row for row in some if facts <= (row.facts or {}).keys()]
+  for setting, before, after in ((f"kinds = {kinds}", rows, some), (f"told = {told!r}", some, knowing)):
+    if len(after) < len(before):
+      log.info("%s: %s leaves out %d of %d rows", source, setting, len(before) - len(after), len(before))
+  return [piece for row in knowing for piece in _asked(row, questions, told)]
+
+
 def _asked(row: QARow, questions: int | None, told: str | None) -> list[Asked]:
-  """The row cut into some of its questions each; nothing where it lacks facts that are to be told."""
-  places = {name for _, name, _, _ in string.Formatter().parse(told or "") if name}
-  if not places <= (row.facts or {}).keys():
-    return []
+  """The row cut into some of its questions each."""
   size = questions or len(row.questions)
   return [Asked(None if told else row.image, row.questions[i:i + size], row.name if size >= len(row.questions) else
-                f"{row.name}, questions from {i}", told.format(**row.facts) + "\n" if told else "")
+                f"{row.name}, questions from {i}", told.format(**(row.facts or {})) + "\n" if told else "")
           for i in range(0, len(row.questions), size)]
 
 
@@ -176,7 +204,7 @@ def scan_conversations(path: pathlib.Path, instruction: str,
                        image_root: str | None = None) -> Iterator[Conversation | BadRow]:
   """The captions and conversations of a file (`read_examples`), with a BadRow for each row that is neither."""
   failed, empty = 0, True
-  for where, item in _items(path):
+  for where, item in read_items(path):
     empty = False
     if isinstance(item, BadRow):
       yield item

@@ -22,13 +22,11 @@ from caprl_jax.data.conversations import Asked, Conversation, Example, conversat
 from caprl_jax.data.images import pad_image
 from caprl_jax.data.prompts import Prompt, build_prompt
 from caprl_jax.data.rendering import Rendered
-from caprl_jax.data.rows import BadRows, read_image
+from caprl_jax.data.rows import BadRow, BadRows, good_rows, read_image
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.types import Array, Images, Prompts
 
 log = logging.getLogger("caprl_jax.data")
-
-SHOWN = 3
 
 
 @flax.struct.dataclass
@@ -38,6 +36,7 @@ class Packed:
   prompts: Prompts
   segment_BL: Array  # int32, 1 and on; 0 is padding
   wanted_BL: Array  # bool, tokens to be predicted
+  dropped_B: Array  # int32, examples that were left out because their image cannot be read
 
   def flat_images(self) -> Images | None:
     """The images as `Policy.packed` takes them, B * M in a row."""
@@ -53,6 +52,8 @@ class PackConfig:
   packing: False puts one example in a row.
   window: examples, in shuffled order, that are packed among themselves; larger ones fill better and shuffle less.
   too_long: examples longer than a row are an error, or are dropped and counted; none is ever cut.
+  bad_rows: examples whose image cannot be read are an error, or are dropped and logged. Headers are read before the
+    first step; pixels that are cut show later, when an example's turn comes, and its tokens become padding.
   """
   tokens: int
   images: int | None = None
@@ -105,7 +106,7 @@ class Packer:
   def __init__(self, examples: Sequence[Example], render: Callable[[Conversation], Rendered], cfg: PolicyConfig,
                pack: PackConfig, seed: int):
     self.render, self.cfg, self.pack, self.seed = render, cfg, pack, seed
-    self.lock, self.plans, self.starts = threading.Lock(), {}, [0]
+    self.lock, self.plans, self.starts, self.dropped = threading.Lock(), {}, [0], set()
     examples, shapes = self._readable(examples)
     own = [render(conversation_of(example)) for example in examples]
     counts = np.array([shape.tokens for shape in shapes])
@@ -120,23 +121,15 @@ class Packer:
 
   def _readable(self, examples: Sequence[Example]) -> tuple[list[Example], list[ImageShape]]:
     """The examples whose image's size can be read, and what it takes; headers only."""
-    def shape(example: Example) -> ImageShape | ValueError:
+    def look(example: Example) -> tuple[Example, ImageShape] | BadRow:
       try:
-        return ImageShape(0, 0) if example.image is None else image_shape([example], self.cfg)
+        return example, ImageShape(0, 0) if example.image is None else image_shape([example], self.cfg)
       except ValueError as error:
-        if self.pack.bad_rows == "refuse":
-          raise
-        return error
+        return BadRow(example.name, str(error))
 
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-      shapes = list(pool.map(shape, examples))
-    bad = [s for s in shapes if isinstance(s, ValueError)]
-    for error in bad[:SHOWN]:
-      log.warning("dropped: %s", error)
-    if bad:
-      log.warning("dropped %d of %d examples whose image cannot be read (bad_rows = 'drop')", len(bad), len(examples))
-    good = [i for i, s in enumerate(shapes) if isinstance(s, ImageShape)]
-    return [examples[i] for i in good], [shapes[i] for i in good]
+      good = good_rows(pool.map(look, examples), self.pack.bad_rows)
+    return [example for example, _ in good], [shape for _, shape in good]
 
   def _short(self, examples: Sequence[Example], lengths: np.ndarray) -> np.ndarray:
     """Indices of the examples that fit a row."""
@@ -145,7 +138,7 @@ class Packer:
       what = (f"{len(long)} of {len(lengths)} examples are longer than a row's {self.pack.tokens} tokens (the longest, "
               f"{examples[int(np.argmax(lengths))].name!r}, has {lengths.max()})")
       if self.pack.too_long == "refuse":
-        raise ValueError(f"{what}; raise tokens, lower policy.max_pixels, or set too_long = 'drop'")
+        raise ValueError(f"{what}; raise tokens, lower pretrain_policy.max_pixels, or set too_long = 'drop'")
       log.warning("dropped %s (too_long = 'drop')", what)
     keep = np.flatnonzero(lengths <= self.pack.tokens)
     if not len(keep):
@@ -211,15 +204,22 @@ class Packer:
             "wanted_tokens": int(sum(r.wanted_L.sum() for r in plan.rendered))}
 
   def __call__(self, number: int) -> Packed:
-    """Arrays of one row, without a batch axis. Raises ValueError for an image that cannot be read."""
+    """Arrays of one row, without a batch axis. An example whose image cannot be read raises ValueError or, where bad
+    rows are dropped, is left out."""
     epoch, row = self.locate(number)
     plan = self.plan(epoch)
     L, units = self.pack.tokens, self.shape.slots // self.cfg.vision.pixels.merge_size ** 2
     tokens, wanted, segment = np.zeros(L, np.int32), np.zeros(L, bool), np.zeros(L, np.int32)
     position, unit, shown, at = np.zeros((3, L), np.int32), [np.zeros(0, np.int32)], [], 0
-    for place, index in enumerate(plan.rows[row], 1):
+    members, place = plan.rows[row], 0
+    for index in members:
       rendered = plan.rendered[index]
-      prompt, patches = self._prompt(index, rendered)
+      try:
+        prompt, patches = self._prompt(index, rendered)
+      except ValueError as error:
+        self._drop(index, error)
+        continue
+      place += 1
       span = slice(at, at + len(prompt.tokens))
       at = span.stop
       tokens[span], position[:, span], segment[span] = prompt.tokens, prompt.position, place
@@ -229,7 +229,17 @@ class Packer:
         unit.append(patches.unit_I + len(shown) * units)
         shown.append(pad_image(patches, self.shape.slots, self.shape.tokens))
     prompts = Prompts(tokens, segment > 0, position, np.int32(0))
-    return Packed(self._images(shown, np.concatenate(unit)), prompts, segment, wanted)
+    return Packed(self._images(shown, np.concatenate(unit)), prompts, segment, wanted, np.int32(len(members) - place))
+
+  def _drop(self, index: int, error: ValueError) -> None:
+    """Logs an example that is left out, once. Raises ValueError where bad rows are refused."""
+    if self.pack.bad_rows == "refuse":
+      raise ValueError(f"{error} (bad_rows = 'drop' leaves it out)") from error
+    with self.lock:
+      new = index not in self.dropped
+      self.dropped.add(index)
+    if new:
+      log.warning("dropped: %s", error)
 
   def _prompt(self, index: int, rendered: Rendered) -> tuple[Prompt, object | None]:
     """Tokens and positions of an example, and its patches."""
@@ -237,8 +247,9 @@ class Packer:
     mrope = self.cfg.text.mrope_sections is not None
     if rendered.image_at < 0:
       return build_prompt(ids, (0, 0), [], self.cfg.image_token, False), None
+    image = read_image(example)  # its error names the row
     try:
-      patches = self.cfg.vision.pixels.patchify(read_image(example))
+      patches = self.cfg.vision.pixels.patchify(image)
     except ValueError as error:
       raise ValueError(f"row {example.name!r}: {error}") from error
     at = rendered.image_at

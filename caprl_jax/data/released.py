@@ -72,7 +72,7 @@ def scan_json(path: pathlib.Path, image_root: pathlib.Path | None = None) -> Ite
   """
   root = path.parent if image_root is None else image_root
   empty = True
-  for where, item in _items(path):
+  for where, item in read_items(path):
     empty = False
     if isinstance(item, BadRow):
       yield item
@@ -98,7 +98,8 @@ def write_json(path: pathlib.Path, rows: Sequence[QARow], image_folder: pathlib.
   write_text(path, json.dumps(items, indent=1, ensure_ascii=False) + "\n")
 
 
-def _items(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def read_items(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Place and value of each row of a JSON file, a list of rows or a row a line; a BadRow for a line that is no JSON."""
   try:
     with path.open("rb") as file:
       start = file.read(64).lstrip()
