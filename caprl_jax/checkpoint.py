@@ -20,6 +20,11 @@ class CheckpointConfig:
   keep: int = 2
 
 
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+  """The steps of the checkpoints under `workdir/checkpoints`, of which none is opened."""
+  return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
 class Checkpoints:
   """The checkpoints under `workdir/checkpoints`. A checkpoint that was not finished is not one: Orbax renames it
   into place when all items are written."""

@@ -5,7 +5,7 @@ aligned on short captions (projector only), pretrained further on the captions u
 with all parameters). Stages read captions, conversations or questions, several of them packed into a row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -13,33 +13,36 @@ import logging
 import math
 import pathlib
 import shutil
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from caprl_jax import configuration, sharding
 from caprl_jax.answering import AnswerConfig
-from caprl_jax.checkpoint import CheckpointConfig, Checkpoints
-from caprl_jax.data.conversations import Example, of_kinds, read_examples
-from caprl_jax.data.packing import PackConfig, Packer, packed_batches
+from caprl_jax.checkpoint import CheckpointConfig, Checkpoints, saved_steps
+from caprl_jax.data.conversations import Example, check_kinds, of_kinds, read_examples
+from caprl_jax.data.packing import PackConfig, Packed, Packer, packed_batches
 from caprl_jax.data.rendering import ChatRenderer
+from caprl_jax.data.rows import QARow
 from caprl_jax.data.sources import read_qa_rows
 from caprl_jax.files import write_json
 from caprl_jax.loop import run_loop
 from caprl_jax.models.load import Loaded, save_policy
 from caprl_jax.models.lora import split, trained, whole
 from caprl_jax.next_token import pretrain_step
-from caprl_jax.optimizer import OptimizerConfig, build_optimizer
+from caprl_jax.optimizer import OptimizerConfig, build_optimizer, warmup
 from caprl_jax.pretrain_policy import PretrainPolicyConfig, begin
 from caprl_jax.train import abstract_state, make_state
-from caprl_jax.types import Params
+from caprl_jax.types import Params, TrainState
 from caprl_jax.vqa import ask
 
 log = logging.getLogger("caprl_jax.pretrain")
 
 TRAINING = "training"  # folder in the workdir for metrics and checkpoints
+FAR = 0.15  # relative difference of examples a step from those asked for that is worth a warning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,9 @@ class StageConfig:
   instruction: what the user says where a row has a caption only.
   trained: which parameters are; the others have no gradient.
   steps or epochs: one of them. batch_size (rows) or examples: one of them; with `examples`, a step has as many rows as
-    hold that many on average, so that published batch sizes can be kept where rows are packed.
-  microbatches: parts a batch is cut into, to save memory; the gradient is the same.
+    hold that many on average, rounded to a multiple of devices x microbatches, so that published batch sizes can be
+    kept, nearly, where rows are packed.
+  microbatches: parts a batch is cut into, to save memory; the gradient is the same. May be another when a run goes on.
   """
   data: str | None
   optimizer: OptimizerConfig
@@ -109,20 +113,48 @@ class PretrainConfig:
       raise ValueError(f"order = {self.order}: name each stage once; none may be called {TRAINING!r}")
 
 
-def rows_a_step(stage: StageConfig, name: str, packer: Packer, mesh: jax.sharding.Mesh) -> int:
-  """Rows of a batch. Raises ValueError where a batch cannot be split over devices and microbatches."""
+def rows_a_step(stage: StageConfig, name: str, packer: Packer, mesh: jax.sharding.Mesh,
+                begun: int | None = None) -> int:
+  """Rows of a batch. Raises ValueError where a batch cannot be split over devices and microbatches.
+
+  begun: rows of the steps that were made already; what follows has as many.
+  """
   devices = mesh.size // sharding.batch_sharding(mesh).shard_shape((mesh.size,))[0]
   parts = devices * stage.microbatches
-  if stage.batch_size is None:
-    return max(round(stage.examples / packer.figures()["examples_per_row"] / parts), 1) * parts
-  if stage.batch_size % parts:
-    raise ValueError(f"pretrain.stages.{name}.batch_size = {stage.batch_size} rows cannot be cut into microbatches = "
-                     f"{stage.microbatches} parts for {devices} devices each; use a multiple of {parts}")
-  return stage.batch_size
+  cut = f"microbatches = {stage.microbatches} parts for {devices} devices each"
+  if begun is not None:
+    if begun % parts:
+      raise ValueError(f"stage {name!r} was begun with {begun} rows a step, which cannot be cut into {cut}; set "
+                       f"pretrain.stages.{name}.microbatches, or the number of devices, so that their product divides "
+                       f"{begun}")
+    return begun
+  if stage.batch_size is not None:
+    if stage.batch_size % parts:
+      raise ValueError(f"pretrain.stages.{name}.batch_size = {stage.batch_size} rows cannot be cut into {cut}; use a "
+                       f"multiple of {parts}")
+    return stage.batch_size
+  per_row = packer.figures()["examples_per_row"]
+  rows = max(round(stage.examples / per_row / parts), 1) * parts
+  if abs(rows * per_row / stage.examples - 1) > FAR:
+    log.warning("pretrain.stages.%s.examples = %d, but a step has about %.0f: %d rows of %.1f examples, as %s need a "
+                "multiple of %d rows; lower microbatches, pack.tokens or the number of devices", name, stage.examples,
+                rows * per_row, rows, per_row, cut, parts)
+  return rows
+
+
+def _differing(held: Any, wanted: Any, place: str) -> Iterator[str]:
+  """Places at which two configs differ. What is not there is None: an older run lacks newer keys."""
+  if isinstance(held, Mapping) and isinstance(wanted, Mapping):
+    for key in {**held, **wanted}:
+      yield from _differing(held.get(key), wanted.get(key), f"{place}.{key}")
+  elif held != wanted:
+    yield place
 
 
 class Record:
   """pretrain.json: what each stage was and whether it is finished; read when a run goes on.
+
+  A stage that is neither finished nor has a checkpoint has left nothing: its config is free to change.
 
   Raises ValueError where the workdir holds a run with another model, seed or stage.
   """
@@ -132,22 +164,36 @@ class Record:
     self.config = {"seed": config["seed"], "pretrain_policy": config["pretrain_policy"]}
     self.wanted = {name: config["pretrain"]["stages"][name] for name in order}
     self.stages: dict[str, dict] = {}
-    if not self.path.exists():
-      return
-    held = json.loads(self.path.read_text())
-    self.stages = held["stages"]
-    differing = [k for k, v in self.config.items() if held[k] != v]
-    differing += [f"pretrain.stages.{k}" for k, v in self.stages.items() if self.wanted.get(k) != v["config"]]
+    if self.path.exists():
+      held = json.loads(self.path.read_text())
+      self.stages = {name: stage for name, stage in held["stages"].items()
+                     if stage["finished"] or saved_steps(workdir / TRAINING / name)}
+      if self.stages:
+        self._check(held, workdir)
+
+  def _check(self, held: Mapping, workdir: pathlib.Path) -> None:
+    differing = [place for key, value in self.config.items() for place in _differing(held[key], value, key)]
+    for name, stage in self.stages.items():
+      differing += _differing(stage["config"], self.wanted.get(name), f"pretrain.stages.{name}")
+    # How much is computed at once changes no result.
+    free = {"pretrain_policy.remat", *(f"pretrain.stages.{name}.microbatches" for name in self.stages)}
+    differing = [place for place in differing if place not in free]
     if list(self.wanted)[:len(self.stages)] != list(self.stages):
       differing.append("pretrain.order")
-    if differing:
-      raise ValueError(
-          f"{workdir} holds a run of another config (differing: {', '.join(differing)}); use another --workdir, or "
-          "delete it")
+    if not differing:
+      return
+    *done, last = self.stages
+    what = f"another config (differing: {', '.join(differing)})"
+    if self.stages[last]["finished"] or not all(d.startswith(f"pretrain.stages.{last}.") for d in differing):
+      raise ValueError(f"{workdir} holds a run of {what}; use another --workdir, or delete it")
+    other = (f", or use another --workdir with pretrain_policy.checkpoint = {str(workdir / done[-1])!r} and "
+             f"pretrain.order = {tuple(self.wanted)[len(done):]}") if done else ""
+    raise ValueError(f"{workdir / TRAINING / last} holds a checkpoint of {what}, and with one only microbatches may "
+                     f"change; remove that folder to begin the stage anew{other}")
 
   def put(self, name: str, **values) -> None:
     """Adds to what is known of a stage, and writes it."""
-    self.stages[name] = {"config": self.wanted[name], "finished": False, **self.stages.get(name, {}), **values}
+    self.stages[name] = {"finished": False, **self.stages.get(name, {}), "config": self.wanted[name], **values}
     if jax.process_index() == 0:
       write_json(self.path, {**self.config, "stages": self.stages})
 
@@ -161,21 +207,45 @@ def _renderer(policy: Loaded) -> ChatRenderer:
   return ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special)
 
 
+def plan_stage(name: str, stage: StageConfig, packer: Packer, mesh: jax.sharding.Mesh,
+               record: Record) -> tuple[int, int]:
+  """Rows a step, and steps; logs them and puts them into the record. Raises ValueError where there are no such, or
+  others than when the stage was begun."""
+  begun, place = record.stages.get(name, {}), record.path.parent / TRAINING / name
+  if not begun and saved_steps(place):
+    raise ValueError(f"{place} holds a checkpoint of a stage that {record.path} does not know; remove that folder")
+  rows = rows_a_step(stage, name, packer, mesh, begun.get("batch_rows"))
+  steps = stage.steps or max(1, math.ceil(packer.rows_until(stage.epochs) / rows))
+  if steps != begun.get("steps", steps):
+    raise ValueError(f"stage {name!r} was begun with {begun['steps']} steps of {rows} rows, but {stage.data} makes "
+                     f"{steps} now; bring it back as it was, or remove {place} to begin the stage anew")
+  fixed, rising = stage.optimizer.warmup_steps, warmup(stage.optimizer, steps)
+  if rising < fixed:
+    log.warning("pretrain.stages.%s.optimizer.warmup_steps = %d is cut to %d: the stage has %d steps; lower it, or set "
+                "warmup_fraction in its place", name, fixed, rising, steps)
+  figures = {k: round(v, 4) for k, v in packer.figures().items()}
+  log.info(
+      "stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images a row; %d steps of %d rows "
+      "(%.0f examples)",
+      name, figures["examples"], figures["rows"], stage.pack.tokens, 100 * figures["fill"], figures["images_per_row"],
+      steps, rows, rows * figures["examples_per_row"])
+  record.put(name, steps=steps, batch_rows=rows, packing=figures)
+  return rows, steps
+
+
+def _step(state: TrainState, base: Params, batch: Packed, **settings):
+  """`pretrain_step`, with what the packer left out among the metrics."""
+  state, metrics, _ = pretrain_step(state, base, batch, **settings)
+  return state, {**metrics, "pack/dropped": batch.dropped_B.sum().astype(jnp.float32)}, None
+
+
 def train_stage(name: str, stage: StageConfig, policy: Loaded, examples: Sequence[Example], cfg: PretrainConfig,
                 seed: int, mesh: jax.sharding.Mesh, workdir: pathlib.Path, config: dict, record: Record) -> Params:
   """Runs a stage, from its newest checkpoint where there is one, and gives all parameters. `policy.params` are used
   up."""
   family = policy.model.cfg.family
   packer = Packer(examples, _renderer(policy), policy.model.cfg, stage.pack, seed)
-  batch_size = rows_a_step(stage, name, packer, mesh)
-  steps = stage.steps or max(1, math.ceil(packer.rows_until(stage.epochs) / batch_size))
-  figures = {k: round(v, 4) for k, v in packer.figures().items()}
-  log.info(
-      "stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images a row; %d steps of %d rows "
-      "(%.0f examples)",
-      name, figures["examples"], figures["rows"], stage.pack.tokens, 100 * figures["fill"], figures["images_per_row"],
-      steps, batch_size, batch_size * figures["examples_per_row"])
-  record.put(name, steps=steps, batch_rows=batch_size, packing=figures)
+  batch_size, steps = plan_stage(name, stage, packer, mesh, record)
   params, base = split(policy.params, trained(stage.trained, family))
   shardings = split(policy.shardings, trained(stage.trained, family))[0]
   tx, schedule = build_optimizer(stage.optimizer, steps)
@@ -184,12 +254,15 @@ def train_stage(name: str, stage: StageConfig, policy: Loaded, examples: Sequenc
   checkpoints = Checkpoints(place, CheckpointConfig(cfg.checkpoint_every_steps, keep=1))
   iterator = packed_batches(packer, batch_size, steps, sharding.batch_share(mesh, batch_size))
   if checkpoints.latest_step() is not None:
-    state, position = checkpoints.restore(abstract_state(params, tx, shardings, mesh))
+    like = abstract_state(params, tx, shardings, mesh)
+    for x in jax.tree.leaves(params):
+      x.delete()  # or they would lie beside the restored ones
+    state, position = checkpoints.restore(like)
     iterator.set_state(position)
     log.info("stage %s goes on after step %d of %d", name, int(state.step), steps)
   else:
     state = make_state(params, tx, shardings, seed, mesh)
-  step = jax.jit(functools.partial(pretrain_step, policy=policy.model, tx=tx, schedule=schedule,
+  step = jax.jit(functools.partial(_step, policy=policy.model, tx=tx, schedule=schedule,
                                    microbatches=stage.microbatches, chunk_tokens=cfg.chunk_tokens), donate_argnums=0,
                  # The state comes out where it went in: another layout would compile the step anew.
                  out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None))
@@ -215,8 +288,8 @@ def run(config, workdir: pathlib.Path) -> None:
   record = Record(workdir, plain, order)
   done = record.finished()
   # All of them first: what a later stage's data lack should show before an earlier stage has run.
-  data = {name: _read(cfg.stages[name], seed) for name in order if name not in done}
-  asked = [] if cfg.eval is None else of_kinds(read_qa_rows(cfg.eval, seed)[:cfg.eval_rows], cfg.eval_kinds)
+  asked = _asked(cfg, seed, mesh)
+  data = {name: _read(name, cfg.stages[name], seed) for name in order if name not in done}
   with jax.set_mesh(mesh):
     policy = begin(section, data, asked, seed, mesh, workdir / done[-1] if done else None)
     dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
@@ -234,6 +307,27 @@ def run(config, workdir: pathlib.Path) -> None:
       ask(policy, asked, cfg.eval, cfg.answer, seed, mesh, workdir / "vqa.json")
 
 
-def _read(stage: StageConfig, seed: int) -> list[Example]:
-  return read_examples(stage.data, stage.instruction, stage.image_root, seed, stage.max_rows, stage.pack.bad_rows,
-                       stage.questions, stage.told, stage.kinds)
+def _read(name: str, stage: StageConfig, seed: int) -> list[Example]:
+  try:
+    return read_examples(stage.data, stage.instruction, stage.image_root, seed, stage.max_rows, stage.pack.bad_rows,
+                         stage.questions, stage.told, stage.kinds)
+  except ValueError as error:
+    raise ValueError(f"in pretrain.stages.{name}: {error}") from error
+
+
+def _asked(cfg: PretrainConfig, seed: int, mesh: jax.sharding.Mesh) -> list[QARow]:
+  """The rows that the last model is asked about. Raises ValueError for settings that would fail when it is."""
+  if cfg.eval is None:
+    return []
+  if jax.process_count() == 1:  # several do not ask
+    sharding.check_batch_size(cfg.answer.batch_size, mesh, "pretrain.answer.batch_size")
+  rows = read_qa_rows(cfg.eval, seed)[:cfg.eval_rows]
+  check_kinds(rows, cfg.eval_kinds, "pretrain.eval_kinds")
+  asked = of_kinds(rows, cfg.eval_kinds)
+  if not asked:
+    raise ValueError(f"pretrain.eval = {cfg.eval!r}: no row is left to ask about with eval_rows = {cfg.eval_rows}, "
+                     f"eval_kinds = {cfg.eval_kinds}")
+  if len(asked) < len(rows):
+    log.info("%s: eval_kinds = %s leaves out %d of %d rows", cfg.eval, cfg.eval_kinds, len(rows) - len(asked),
+             len(rows))
+  return asked

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from caprl_jax.data.conversations import Asked, Example, conversation_of
 from caprl_jax.data.rows import CaptionRow, QARow
 from caprl_jax.models.compose import compose_policy, with_tower
-from caprl_jax.models.load import Loaded, load_policy
+from caprl_jax.models.load import Loaded, load_policy, with_pixel_limits
 from caprl_jax.models.policy import Policy, PolicyConfig
 from caprl_jax.optimizer import OptimizerConfig
 from caprl_jax.sft import NewPolicyConfig, PhaseConfig, SFTConfig, make_policy
@@ -29,7 +29,7 @@ class PretrainPolicyConfig:
       `compact` keeps the tokens that the stages' data, the questions of `pretrain.eval` and `texts` need.
 
   dtype: of activations; param_dtype: of parameters (float32 with bfloat16 activations are master weights).
-  min_pixels, max_pixels: in place of the checkpoint's own limits on image size.
+  min_pixels, max_pixels: in place of the model's own limits on image size; written with it.
   """
   checkpoint: str | None = None
   vision: str | None = None
@@ -56,13 +56,16 @@ class PretrainPolicyConfig:
 
 def make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, mesh) -> Loaded:
   """The captioner that the first stage begins with. `texts`: what a compact vocabulary has to say."""
+  return with_pixel_limits(_make_model(section, texts, seed, mesh), section.min_pixels, section.max_pixels)
+
+
+def _make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, mesh) -> Loaded:
   dtype, param_dtype = jnp.dtype(section.dtype), jnp.dtype(section.param_dtype)
   options = (mesh, dtype, param_dtype, section.remat)
   if section.checkpoint is not None:
-    return load_policy(section.checkpoint, *options, None, section.min_pixels, section.max_pixels)
+    return load_policy(section.checkpoint, *options)
   if section.language is not None:
-    return compose_policy(section.vision, section.language, jax.random.key(seed), *options, section.min_pixels,
-                          section.max_pixels)
+    return compose_policy(section.vision, section.language, jax.random.key(seed), *options)
   new = NewPolicyConfig(architecture=section.architecture, preprocessor=section.preprocessor,
                         tokenizer=section.tokenizer, compact=section.compact)
   rows = [CaptionRow(b"", text, "") for text in dict.fromkeys([*section.texts, *texts])]
@@ -86,8 +89,8 @@ def begin(section: PretrainPolicyConfig, data: Mapping[str, list[Example]], aske
     data: examples of each stage; with `asked`, rows of questions, they say what a compact vocabulary needs.
   """
   if folder is not None:
-    return load_policy(str(folder), mesh, jnp.dtype(section.dtype), jnp.dtype(section.param_dtype), section.remat, None,
-                       section.min_pixels, section.max_pixels)
+    written = dict(vision=None, language=None, architecture=None, preprocessor=None, tokenizer=None)
+    return make_model(dataclasses.replace(section, checkpoint=str(folder), **written), [], seed, mesh)
   texts: list[str] = []
   if section.tokenizer and section.compact:
     questions = [Asked(row.image, row.questions, row.name) for row in asked]

