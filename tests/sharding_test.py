@@ -26,6 +26,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import ml_collections
 import numpy as np
+import hlo
 from caprl_jax import sharding
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.optimizer import build_optimizer
@@ -34,6 +35,23 @@ from caprl_jax.train import build_step, make_state
 
 config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
 results = {}
+real, programs = jax.jit, []
+
+
+def jit(function, **kwargs):
+  # The step is compiled by hand, so that its text can be read.
+  jitted, compiled = real(function, **kwargs), []
+  if getattr(getattr(function, "func", None), "__name__", "") != "train_step":
+    return jitted
+  def call(*args):
+    if not compiled:
+      compiled.append(jitted.lower(*args).compile())
+      programs.append(compiled[0].as_text())
+    return compiled[0](*args)
+  return call
+
+
+jax.jit = jit
 for name, sizes in json.loads(sys.argv[2]).items():
   devices = jax.devices()[:1] if sizes is None else jax.devices()
   assert len(jax.devices()) == 4
@@ -59,6 +77,7 @@ for name, sizes in json.loads(sys.argv[2]).items():
         jax.tree.leaves(state.params), jax.tree.leaves(made.policy.shardings), strict=True))
     results[name] = dict(steps=steps, share=share(state.params), moments=share(state.opt_state),
                          judge=share(made.frozen.judge), axes=specs, kept=kept,
+                         flops=hlo.dot_flops(programs[-1]), programs=len(programs),
                          tokens=np.asarray(jax.device_get(samples[0].tokens_BGT)).tolist())
 pathlib.Path(sys.argv[3]).write_text(json.dumps(results))
 """
@@ -79,7 +98,8 @@ def results(folder, config):
   (folder / "config.json").write_text(config.to_json())
   done = subprocess.run(
       [sys.executable, "-c", PROGRAM, str(folder / "config.json"), json.dumps(MESHES), str(folder / "results.json")],
-      cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=420)
+      cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}, capture_output=True, text=True,
+      timeout=420)
   assert done.returncode == 0, done.stderr[-4000:]
   return json.loads((folder / "results.json").read_text())
 
@@ -92,6 +112,13 @@ def test_the_sharded_step_is_the_step_on_one_device(results, name):
     assert a.keys() == b.keys()
     for key in a:
       np.testing.assert_allclose(b[key], a[key], rtol=2e-3, atol=2e-5, err_msg=f"step {number}: {key}")
+
+
+@pytest.mark.parametrize("name, at_most", [("data4", 1.03), ("data2_fsdp2", 1.03), ("fsdp2_tensor2", 1.2)])
+def test_each_device_computes_its_part(results, name, at_most):
+  """FLOPs of matrix products in one device's program, against those of a device alone."""
+  assert [found["programs"] for found in results.values()] == list(range(1, len(MESHES) + 1))
+  assert results[name]["flops"] <= at_most * results["one"]["flops"] / 4
 
 
 @pytest.mark.parametrize("name, axes, at_most", [

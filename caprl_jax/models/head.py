@@ -29,7 +29,7 @@ def _in_chunks(function: Callable, arrays: tuple[Array, ...], heads: tuple[Array
   heads = tuple(map(sharding.gathered_head, heads))
   function = jax.checkpoint(function)
   if M // shards <= chunk_tokens:
-    return function(*arrays, *heads)
+    return function(*(sharding.split_over_batch(arrays) if shards > 1 else arrays), *heads)
   out = jax.lax.map(lambda x: function(*x, *heads), sharding.split_chunks(arrays, chunk_tokens, shards))
   return sharding.join_chunks(out, M, shards)
 
