@@ -20,6 +20,7 @@ import sys
 
 import numpy as np
 
+from caprl_jax.data.jsonl import write_jsonl
 from caprl_jax.data.sources import read_qa_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -61,6 +62,16 @@ def language_model(args, workdir: pathlib.Path) -> pathlib.Path:
   return args.language or folder / "read"
 
 
+def text_lessons(args, workdir: pathlib.Path) -> str:
+  """A source of the rows whose text lessons are repeated beside captions."""
+  if args.lessons is None:
+    return args.train
+  path = workdir / "lessons.jsonl"
+  if not path.exists():
+    write_jsonl(path, read_qa_rows(args.train, 0)[:args.lessons])
+  return str(path)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--data", choices=sorted(TOLD), default="easy_vqa")
@@ -71,6 +82,7 @@ def main() -> None:
   parser.add_argument("--language", type=pathlib.Path, help="the language model; made if it is not given")
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/captions_teach"))
   parser.add_argument("--tokens", type=int, default=12, help="of a caption, at most")
+  parser.add_argument("--lessons", type=int, help="rows whose text lessons stand beside captions; default: all")
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--first-seed", type=int, default=0)
   parser.add_argument("overrides", nargs="*", help="--config.pretrain.... of every run, after --")
@@ -81,13 +93,13 @@ def main() -> None:
   corpora = {"none": None, "warm start": caption("warm_start", args.warm, images, workdir, args.tokens),
              "CapRL": caption("caprl", args.caprl, images, workdir, args.tokens)}
   language = language_model(args, workdir)
-  kinds = KINDS[args.data]
+  lessons, kinds = text_lessons(args, workdir), KINDS[args.data]
   found: dict[str, list[dict]] = {name: [] for name in corpora}
   for seed in range(args.first_seed, args.first_seed + args.seeds):
     for name, corpus in corpora.items():
       folder = workdir / f"{name.replace(' ', '_')}_{seed}"
       if not (folder / "vqa.json").exists():
-        data = args.train if corpus is None else f"{corpus} + {args.train}"
+        data = lessons if corpus is None else f"{corpus} + {lessons}"
         stages = "--config.pretrain.stages"
         main_program(f"--config={ROOT / 'configs/pretrain_letters.py'}", f"--workdir={folder}", f"--config.seed={seed}",
                      f"--config.pretrain_policy.vision={args.warm}", f"--config.pretrain_policy.language={language}",
