@@ -19,12 +19,12 @@ import subprocess
 import sys
 
 import numpy as np
+from scipy import stats
 
 from caprl_jax.data.jsonl import write_jsonl
 from caprl_jax.data.sources import read_qa_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95% interval of the mean of so many seeds
 TOLD = {"easy_vqa": "The image shows a {color} {shape}.", "charts": "{description}"}  # what the language model has read
 KINDS = {"easy_vqa": ("color", "shape"), "charts": None}  # yes/no questions are answered without the image
 
@@ -130,11 +130,11 @@ def table(found: dict[str, list[dict]]) -> str:
 
 
 def interval(values: list[float], how: str = ".3f") -> str:
-  """Mean and the half width of its 95% interval over seeds."""
+  """Mean and the half width of its 95% interval over seeds, by Student's t."""
   mean = np.mean(values)
   if len(values) < 2:
     return format(mean, how)
-  half = T95.get(len(values), 1.96) * np.std(values, ddof=1) / np.sqrt(len(values))
+  half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
   return f"{format(mean, how)} ± {half:.3f}"
 
 

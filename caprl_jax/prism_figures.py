@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from caprl_jax import scoring
+from caprl_jax import intervals, scoring
 from caprl_jax.data.benchmarks import BenchmarkRow
 from caprl_jax.files import write_text
 
@@ -78,7 +78,7 @@ def summarise(answered: Mapping[str, Mapping[str, np.ndarray]], read: Mapping[st
       figures |= {"length_tokens": float(np.mean([one["tokens"] for one in texts])),
                   "cut": float(np.mean([one["finish"] == "length" for one in texts]))}
       if who != first:
-        figures["difference"] = scoring.paired_difference(values[who], values[first], seed, cfg.intervals)._asdict()
+        figures["difference"] = intervals.paired_difference(values[who], values[first], seed, cfg.intervals)._asdict()
       entry["captioners"][who] = figures
     result["benchmarks"][benchmark] = entry
   result["average"] = {who: {key: float(np.mean([entry["captioners"][who][key]
@@ -91,7 +91,7 @@ def _one(scores: Mapping[str, np.ndarray], values: np.ndarray, rows: Sequence[Be
          seed: int) -> dict[str, Any]:
   ours = scores["ours"]
   figures: dict[str, Any] = {"mean": float(ours.mean()), "best": float(ours.max(1).mean()),
-                             "interval": list(scoring.bootstrap_interval(values, seed, cfg.intervals))}
+                             "interval": list(intervals.bootstrap_interval(values, seed, cfg.intervals))}
   figures |= {name: float(scores[name].mean()) for name in ("abstained", "misled", "captionqa") if name in scores}
   if "official" in scores:
     figures["official"] = {"mean": float(scores["official"].mean()), "best": float(scores["official"].max(1).mean())}
