@@ -301,7 +301,7 @@ def _server_message(body: str) -> str:
         found = found[name]
     body = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
   except ValueError:
-    pass
+    pass  # no JSON, as a proxy in between answers: the body is the message
   return body.strip()[:_REASON_CHARS] or "no reason given"
 
 

@@ -87,14 +87,18 @@ def summarise(answered: Mapping[str, Mapping[str, np.ndarray]], read: Mapping[st
   return result
 
 
+def _mean_and_best(scores: np.ndarray) -> dict[str, float]:
+  return dict(zip(("mean", "best"), intervals.mean_and_best(scores), strict=True))
+
+
 def _one(scores: Mapping[str, np.ndarray], values: np.ndarray, rows: Sequence[BenchmarkRow], cfg: Any,
          seed: int) -> dict[str, Any]:
   ours = scores["ours"]
-  figures: dict[str, Any] = {"mean": float(ours.mean()), "best": float(ours.max(1).mean()),
+  figures: dict[str, Any] = {**_mean_and_best(ours),
                              "interval": list(intervals.bootstrap_interval(values, seed, cfg.intervals))}
   figures |= {name: float(scores[name].mean()) for name in ("abstained", "misled", "captionqa") if name in scores}
   if "official" in scores:
-    figures["official"] = {"mean": float(scores["official"].mean()), "best": float(scores["official"].max(1).mean())}
+    figures["official"] = _mean_and_best(scores["official"])
   kinds = np.array([row.kind for row in rows])
   if len(set(kinds.tolist())) > 1:
     figures["kinds"] = {kind: float(ours[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))}
