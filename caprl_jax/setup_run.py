@@ -51,7 +51,7 @@ class PolicySection:
   trainable: `full`; `decoder` (the tower and projector stay); `projector` alone; or `lora`, adapters on the decoder's
     linear maps as `lora` says. What is not trained has no gradient, no optimizer state and no place in checkpoints.
   dtype: of activations; param_dtype: of parameters. float32 parameters with bfloat16 activations are master weights.
-  min_pixels, max_pixels: in place of the checkpoint's own limits on image size.
+  min_pixels, max_pixels: in place of the checkpoint's own limits on image size; written with the captioner.
   """
   checkpoint: str
   instruction: str = "Please describe this image in detail."

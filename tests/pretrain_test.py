@@ -30,6 +30,7 @@ from caprl_jax.models.policy import Policy
 from caprl_jax.models.tokenizer import load_tokenizer
 from caprl_jax.next_token import pretrain_step
 from caprl_jax.optimizer import OptimizerConfig, build_optimizer
+from caprl_jax.pretrain_record import Record
 from caprl_jax.train import make_state
 from caprl_jax.vqa import summarise
 
@@ -198,7 +199,7 @@ def test_new_stages_are_run_and_may_change_until_they_have_a_checkpoint(folder, 
   section = configuration.load_section(fewer, "pretrain_policy", pretrain_policy.PretrainPolicyConfig)
   plain = configuration.to_plain({"seed": 3, "pretrain_policy": section, "pretrain": configuration.load_section(
       fewer, "pretrain", pretrain.PretrainConfig)})
-  assert pretrain.Record(tmp_path, plain, ("align", "instruct")).finished() == ["align"]
+  assert Record(tmp_path, plain, ("align", "instruct")).finished() == ["align"]
 
   begun, begin, restore = [], pretrain.begin, pretrain.Checkpoints.restore
   monkeypatch.setattr(pretrain, "begin", lambda *a: begun.append(begin(*a)) or begun[0])
@@ -243,7 +244,7 @@ def test_rows_and_steps(folder, tmp_path, caplog):
     rows(6, examples=6, microbatches=4)
 
   plan = lambda record, **settings: pretrain.plan_stage("one", stage(**settings), packer, mesh, record)
-  made = lambda: pretrain.Record(tmp_path, configuration.to_plain(
+  made = lambda: Record(tmp_path, configuration.to_plain(
       {"seed": 0, "pretrain_policy": {}, "pretrain": {"stages": {"one": stage(batch_size=2)}}}), ["one"])
   late = OptimizerConfig(warmup_steps=5)
   caplog.clear()

@@ -45,6 +45,11 @@ class SmartResize:
   mean: tuple[float, ...] = CLIP_MEAN
   std: tuple[float, ...] = CLIP_STD
 
+  def __post_init__(self):
+    if not 0 < self.min_pixels <= self.max_pixels:
+      raise ValueError(f"images of min_pixels = {self.min_pixels} to max_pixels = {self.max_pixels} pixels: set both "
+                       "so that 0 < min_pixels <= max_pixels")
+
   def size(self, height: int, width: int) -> tuple[int, int]:
     """Height and width after resizing: multiples of a merge unit, within the pixel limits, aspect kept.
 

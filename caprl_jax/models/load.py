@@ -107,19 +107,21 @@ def load_policy(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32, param_d
                 max_pixels: int | None = None) -> Loaded:
   """Loads a captioner of any family from a Hugging Face directory or hub name. Raises ValueError as `load_judge`.
 
-  `min_pixels` and `max_pixels` take the place of the preprocessor's.
+  `min_pixels` and `max_pixels` take the place of the preprocessor's, and are written with the captioner: what sees
+  smaller images while it is trained and asked is given them afterwards, too.
   """
   path = files.resolve_model(source)
   config, tensors = files.read_directory(path)
   family = family_of(config)
   config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
   preprocessor = files.read_preprocessor(path)
-  limits = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v}
-  cfg = PolicyConfig.from_hf(config, {**preprocessor, **limits}, dtype=dtype, remat=remat, lora=lora)
+  cfg = PolicyConfig.from_hf(config, preprocessor, dtype=dtype, remat=remat, lora=lora)
   tokenizer = load_tokenizer(path)
   check_tokenizer(tokenizer, cfg.text.vocab_size, source)
-  params, shardings = _fill(init_policy(cfg), family.keys, tensors, source, mesh, param_dtype)
-  return Loaded(Policy(cfg), params, tokenizer, config, preprocessor, shardings, files.read_small_files(path))
+  empty = Loaded(Policy(cfg), {}, tokenizer, config, preprocessor, {}, files.read_small_files(path))
+  empty = with_pixel_limits(empty, min_pixels, max_pixels)
+  params, shardings = _fill(init_policy(empty.model.cfg), family.keys, tensors, source, mesh, param_dtype)
+  return dataclasses.replace(empty, params=params, shardings=shardings)
 
 
 def with_pixel_limits(loaded: Loaded, min_pixels: int | None, max_pixels: int | None) -> Loaded:
