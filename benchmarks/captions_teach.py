@@ -1,15 +1,14 @@
 """The paper's claim in small: do captions of a CapRL-trained captioner teach another model more than its warm start's?
 
   python benchmarks/captions_teach.py --caprl runs/quickstart/policy
-  python benchmarks/captions_teach.py --data charts --warm runs/charts_sft/policy --caprl runs/charts/policy \\
-    --train data/charts/train.jsonl --test data/charts/test.jsonl --tokens 72
+  python benchmarks/captions_teach.py --data charts --caprl runs/charts/policy
 
 A captioner before and after CapRL captions the same training images. A model in the paper's arrangement (a vision
 tower, a language model that can read and has seen no image, a new projector) is pretrained on the one's captions, on
 the other's, or on none, beside the language model's own lessons without images; then it learns to answer questions
-about the training images, and is asked about held-out ones with the image in sight: direct VQA by letter, each question
-in two orders of its options. Stages and model are those of configs/pretrain_letters.py; everything but the captions is
-the same. Prints a table over seeds and writes results.json; what is done is not done again.
+about the training images, and is asked about held-out ones with the image in sight: direct VQA, of easy-VQA by letter,
+of charts in words. Stages and model are those of configs/pretrain_letters.py and configs/pretrain_charts.py; everything
+but the captions is the same. Prints a table over seeds and writes results.json; what is done is not done again.
 """
 
 import argparse
@@ -21,16 +20,17 @@ import sys
 import numpy as np
 from scipy import stats
 
+from caprl_jax.config_file import load_config
 from caprl_jax.data.jsonl import write_jsonl
 from caprl_jax.data.sources import read_qa_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TOLD = {"easy_vqa": "The image shows a {color} {shape}.", "charts": "{description}"}  # what the language model has read
-KINDS = {"easy_vqa": ("color", "shape"), "charts": None}  # yes/no questions are answered without the image
+CONFIGS = {"easy_vqa": ROOT / "configs/pretrain_letters.py", "charts": ROOT / "configs/pretrain_charts.py"}
+TOKENS = {"easy_vqa": 12, "charts": 72}  # of a caption, at most
 
 
 def main_program(*arguments: str) -> None:
-  subprocess.run([sys.executable, "-m", "caprl_jax.main", *arguments], check=True, cwd=ROOT)
+  subprocess.run([sys.executable, "-m", "caprl_jax.main", *arguments], check=True)
 
 
 def caption(name: str, checkpoint: str, images: pathlib.Path, workdir: pathlib.Path, tokens: int) -> pathlib.Path:
@@ -52,48 +52,49 @@ def list_images(source: str, workdir: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def language_model(args, workdir: pathlib.Path) -> pathlib.Path:
+def language_model(args, told: str, workdir: pathlib.Path) -> pathlib.Path:
   """Made by configs/pretrain_language.py, if it is not given."""
   folder = workdir / "language"
   if args.language is None and not (folder / "read").exists():
     main_program(f"--config={ROOT / 'configs/pretrain_language.py'}", f"--workdir={folder}",
-                 f"--config.pretrain.stages.read.data={args.train}",
-                 f"--config.pretrain.stages.read.told={TOLD[args.data]}")
+                 f"--config.pretrain.stages.read.data={args.train}", f"--config.pretrain.stages.read.told={told}")
   return args.language or folder / "read"
 
 
-def text_lessons(args, workdir: pathlib.Path) -> str:
+def text_lessons(train: str, rows: int | None, workdir: pathlib.Path) -> str:
   """A source of the rows whose text lessons are repeated beside captions."""
-  if args.lessons is None:
-    return args.train
+  if rows is None:
+    return train
   path = workdir / "lessons.jsonl"
   if not path.exists():
-    write_jsonl(path, read_qa_rows(args.train, 0)[:args.lessons])
+    write_jsonl(path, read_qa_rows(train, 0)[:rows])
   return str(path)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--data", choices=sorted(TOLD), default="easy_vqa")
-  parser.add_argument("--train", default="easy_vqa:train", help="captioned, and asked about in stage 3")
-  parser.add_argument("--test", default="easy_vqa:test", help="held-out images and questions")
-  parser.add_argument("--warm", default=str(ROOT / "configs/quickstart_policy"), help="captioner, and the tower of all")
+  parser.add_argument("--data", choices=sorted(CONFIGS), default="easy_vqa")
+  parser.add_argument("--train", help="captioned, and asked about in stage 3; default: the config's")
+  parser.add_argument("--test", help="held-out images and questions; default: the config's")
+  parser.add_argument("--warm", help="the captioner before CapRL, and the tower of all; default: the config's tower")
   parser.add_argument("--caprl", required=True, help="the captioner after CapRL")
   parser.add_argument("--language", type=pathlib.Path, help="the language model; made if it is not given")
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/captions_teach"))
-  parser.add_argument("--tokens", type=int, default=12, help="of a caption, at most")
-  parser.add_argument("--lessons", type=int, help="rows whose text lessons stand beside captions; default: all")
+  parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/captions_teach_DATA")
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--first-seed", type=int, default=0)
   parser.add_argument("overrides", nargs="*", help="--config.pretrain.... of every run, after --")
   args = parser.parse_args()
-  workdir = args.workdir.resolve()
+  config = load_config(str(CONFIGS[args.data]))
+  further = config.pretrain.stages.further
+  args.train, args.test = args.train or further.data, args.test or config.pretrain.eval
+  args.warm = args.warm or config.pretrain_policy.vision
+  workdir = (args.workdir or pathlib.Path("runs", f"captions_teach_{args.data}")).resolve()
   workdir.mkdir(parents=True, exist_ok=True)
-  images = list_images(args.train, workdir)
-  corpora = {"none": None, "warm start": caption("warm_start", args.warm, images, workdir, args.tokens),
-             "CapRL": caption("caprl", args.caprl, images, workdir, args.tokens)}
-  language = language_model(args, workdir)
-  lessons, kinds = text_lessons(args, workdir), KINDS[args.data]
+  images, tokens = list_images(args.train, workdir), TOKENS[args.data]
+  corpora = {"none": None, "warm start": caption("warm_start", args.warm, images, workdir, tokens),
+             "CapRL": caption("caprl", args.caprl, images, workdir, tokens)}
+  language = language_model(args, further.told, workdir)
+  lessons = text_lessons(args.train, further.max_rows, workdir)
   found: dict[str, list[dict]] = {name: [] for name in corpora}
   for seed in range(args.first_seed, args.first_seed + args.seeds):
     for name, corpus in corpora.items():
@@ -101,12 +102,10 @@ def main() -> None:
       if not (folder / "vqa.json").exists():
         data = lessons if corpus is None else f"{corpus} + {lessons}"
         stages = "--config.pretrain.stages"
-        main_program(f"--config={ROOT / 'configs/pretrain_letters.py'}", f"--workdir={folder}", f"--config.seed={seed}",
+        main_program(f"--config={CONFIGS[args.data]}", f"--workdir={folder}", f"--config.seed={seed}",
                      f"--config.pretrain_policy.vision={args.warm}", f"--config.pretrain_policy.language={language}",
-                     f"{stages}.further.data={data}", f"{stages}.further.told={TOLD[args.data]}",
-                     f"{stages}.further.kinds={kinds!r}", f"{stages}.instruct.data={args.train}",
-                     f"{stages}.instruct.kinds={kinds!r}", f"--config.pretrain.eval={args.test}",
-                     f"--config.pretrain.eval_kinds={kinds!r}", *args.overrides)
+                     f"{stages}.further.data={data}", f"{stages}.further.max_rows=None",
+                     f"{stages}.instruct.data={args.train}", f"--config.pretrain.eval={args.test}", *args.overrides)
       found[name].append(json.loads((folder / "vqa.json").read_text()))
       print(f"seed {seed}, {name}: {found[name][-1]['accuracy']:.3f}", flush=True)
   (workdir / "results.json").write_text(json.dumps(found, indent=1) + "\n")

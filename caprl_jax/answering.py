@@ -5,6 +5,7 @@ the answer is read from the logits of the letters. Letters: B images, M presenta
 letters.
 """
 
+import abc
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 import dataclasses
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import os
 import string
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ import numpy as np
 from caprl_jax import sharding
 from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, shape_bucket, stack
 from caprl_jax.data.rows import QARow, Question
+from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.load import Loaded
 from caprl_jax.models.policy import Policy, last_hidden
@@ -74,50 +77,57 @@ def question_text(question: Question, order: Sequence[int], none_of_above: bool)
   return INSTRUCTION.format(question="\n".join(lines))
 
 
-def letter_logits(policy: Policy, params: Params, images: Images, prompts: Prompts, tokens_BML: Array, valid_BML: Array,
-                  letters_A: Array) -> Array:
-  """Logits of the letters after each presentation, float32 [B, M, A]; the image runs once for all M."""
-  _, prefix = policy.apply({"params": params}, images, prompts, method="prefill")
-  return _branch_logits(policy, params, prompts.next_position_B, (prefix,), tokens_BML, valid_BML, letters_A)
+def branch(policy: Policy, params: Params, images: Images | None, prompts: Prompts | None, tokens_BML: Array,
+           valid_BML: Array) -> tuple[Array, Array, tuple[Prefix, ...]]:
+  """Runs an image once, None for none, and all M presentations after it.
 
-
-def blind_logits(policy: Policy, params: Params, tokens_BML: Array, valid_BML: Array, letters_A: Array) -> Array:
-  """The same for presentations without an image, each by itself."""
-  start_B = jnp.zeros(tokens_BML.shape[0], jnp.int32)
-  return _branch_logits(policy, params, start_B, (), tokens_BML, valid_BML, letters_A)
-
-
-def _branch_logits(policy, params, start_B, prefixes, tokens_BML, valid_BML, letters_A) -> Array:
+  Returns what predicts the token after each presentation [B * M, D], that token's position [B * M], and the prefixes
+  that it follows: the image's, then the presentations' own.
+  """
   B, M, L = tokens_BML.shape
-  flat = lambda x: x.reshape(B * M, L)
-  position_NL = jnp.repeat(start_B, M)[:, None] + jnp.arange(L)
-  hidden_NLD, _ = policy.apply({"params": params}, flat(tokens_BML), position_NL, flat(valid_BML), prefixes,
-                               method="extend")
-  hidden_ND = last_hidden(hidden_NLD, flat(valid_BML))
+  start_B, prefixes = jnp.zeros(B, jnp.int32), ()
+  if images is not None:
+    _, image = policy.apply({"params": params}, images, prompts, method="prefill")
+    start_B, prefixes = prompts.next_position_B, (image,)
+  tokens_NL, valid_NL, start_N = tokens_BML.reshape(B * M, L), valid_BML.reshape(B * M, L), jnp.repeat(start_B, M)
+  hidden_NLD, own = policy.apply({"params": params}, tokens_NL, start_N[:, None] + jnp.arange(L), valid_NL, prefixes,
+                                 method="extend")
+  return last_hidden(hidden_NLD, valid_NL), start_N + valid_NL.sum(1), (*prefixes, own)
+
+
+def letter_logits(policy: Policy, params: Params, images: Images | None, prompts: Prompts | None, tokens_BML: Array,
+                  valid_BML: Array, letters_A: Array) -> Array:
+  """Logits of the letters after each presentation, float32 [B, M, A]; the image, if any, runs once for all M."""
+  hidden_ND, _, _ = branch(policy, params, images, prompts, tokens_BML, valid_BML)
   head_AD = head_matrix(policy.cfg.text, params["language_model"])[letters_A]
   logits = jnp.einsum("nd,ad->na", hidden_ND.astype(jnp.float32), head_AD.astype(jnp.float32))
-  return logits.reshape(B, M, -1)
+  return logits.reshape(*tokens_BML.shape[:2], -1)
 
 
-class Answerer:
-  """A model that answers questions of many images. A context manager: it has threads.
+class Asker(abc.ABC):
+  """Shows a model the questions of many images, with the image and without it, and judges what it makes of them. A
+  context manager: it has threads."""
 
-  Raises ValueError where a letter is no single token of its vocabulary.
-  """
+  presentations = 1  # of each question
 
   def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int):
     self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
-    ids = [loaded.tokenizer.encode_plain(letter) for letter in string.ascii_uppercase[:MAX_OPTIONS + 1]]
-    if any(len(found) != 1 for found in ids):
-      raise ValueError("the model's tokenizer has no single token for each of the letters A to K: "
-                       "it cannot be asked for them")
-    self.letters_A = np.array([found[0] for found in ids], np.int32)
-    self.visual = jax.jit(functools.partial(letter_logits, loaded.model))
-    self.blind = jax.jit(functools.partial(blind_logits, loaded.model))
     self.specials = [self._specials(self._ids("x", with_image)) for with_image in (False, True)]
     self.pool = futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1), "answering")
 
-  def __enter__(self) -> "Answerer":
+  @abc.abstractmethod
+  def texts(self, question: Question, with_image: bool) -> list[str]:
+    """What the user says, for each presentation."""
+
+  @abc.abstractmethod
+  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> np.ndarray:
+    """What the model makes of each presentation, [B, M, ...]."""
+
+  @abc.abstractmethod
+  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> Verdict:
+    """Of what `run` gave for a question's presentations, with the image and without it."""
+
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *failure) -> None:
@@ -168,8 +178,8 @@ class Answerer:
     if good:
       filled = [parts for _, parts in good] + [good[-1][1]] * (self.cfg.batch_size - len(good))
       images, prompts = stack([example for example, _, _ in filled])
-      visual = self._logits([shown for _, shown, _ in filled], images, prompts)
-      blind = self._logits([shown for _, _, shown in filled])
+      visual = self._run([shown for _, shown, _ in filled], images, prompts)
+      blind = self._run([shown for _, _, shown in filled])
       for b, ((number, first), (_, shown, hidden)) in enumerate(good):
         asked = rows[number].questions[first:first + self.cfg.questions_per_row]
         for k, question in enumerate(asked):
@@ -180,18 +190,16 @@ class Answerer:
     return list(finished.items())
 
   def _presentations(self, questions: Sequence[Question], with_image: bool) -> list[list[int] | None]:
-    """Token ids of each question in each order; None for one that cannot be shown. Those after the image only, if
+    """Token ids of each question's presentations; None for one that cannot be shown. Those after the image only, if
     any."""
     shown: list[list[int] | None] = []
-    for question in questions:
-      for order in orders(question, self.cfg.permutations, self.seed):
-        text = question_text(question, order, with_image and self.cfg.none_of_above)
-        try:
-          ids = self._ids(text, with_image)
-        except ValueError:  # it spells the image's token
-          ids = None
-        # One special token more than the template's own, and the question has closed the turn.
-        shown.append(ids if ids and self._specials(ids) == self.specials[with_image] else None)
+    for text in (text for question in questions for text in self.texts(question, with_image)):
+      try:
+        ids = self._ids(text, with_image)
+      except ValueError:  # it spells the image's token
+        ids = None
+      # One special token more than the template's own, and the question has closed the turn.
+      shown.append(ids if ids and self._specials(ids) == self.specials[with_image] else None)
     return shown
 
   def _ids(self, text: str, with_image: bool) -> list[int]:
@@ -200,8 +208,8 @@ class Answerer:
   def _specials(self, ids: Sequence[int]) -> int:
     return sum(token in self.loaded.tokenizer.special_ids for token in ids)
 
-  def _logits(self, shown: Sequence[Sequence[list[int] | None]], images=None, prompts=None) -> np.ndarray:
-    M = self.cfg.questions_per_row * self.cfg.permutations
+  def _run(self, shown: Sequence[Sequence[list[int] | None]], images=None, prompts=None) -> np.ndarray:
+    M = self.cfg.questions_per_row * self.presentations
     longest = max((len(ids) for row in shown for ids in row if ids), default=1)
     L = -(-longest // TOKENS_STEP) * TOKENS_STEP
     tokens, valid = np.zeros((len(shown), M, L), np.int32), np.zeros((len(shown), M, L), bool)
@@ -210,29 +218,50 @@ class Answerer:
       for m, ids in enumerate(row):
         if ids:
           tokens[b, m, :len(ids)], valid[b, m, :len(ids)] = ids, True
-    put = lambda tree: sharding.put_batch(tree, self.mesh)
-    letters = jax.device_put(self.letters_A, sharding.replicated(self.mesh))
-    arguments = put(tokens), put(valid), letters
-    if images is None:
-      return jax.device_get(self.blind(self.loaded.params, *arguments))
-    return jax.device_get(self.visual(self.loaded.params, put(images), put(prompts), *arguments))
+    return jax.device_get(self.run(*sharding.put_batch((images, prompts, tokens, valid), self.mesh)))
 
-  def _verdict(self, question: Question, k: int, shown, hidden, visual_MA, blind_MA) -> Verdict:
-    R = self.cfg.permutations
+  def _verdict(self, question: Question, k: int, shown, hidden, visual_M: np.ndarray, blind_M: np.ndarray) -> Verdict:
+    its = slice(k * self.presentations, (k + 1) * self.presentations)
+    if None in shown[its] or None in hidden[its]:
+      return Verdict(error="it spells a token of the chat template")
+    return self.verdict(question, visual_M[its], blind_M[its])
+
+
+class Answerer(Asker):
+  """A model that answers questions by letter.
+
+  Raises ValueError where a letter is no single token of its vocabulary.
+  """
+
+  def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int):
+    ids = [loaded.tokenizer.encode_plain(letter) for letter in string.ascii_uppercase[:MAX_OPTIONS + 1]]
+    if any(len(found) != 1 for found in ids):
+      raise ValueError("the model's tokenizer has no single token for each of the letters A to K: "
+                       "it cannot be asked for them")
+    self.letters_A = jax.device_put(np.array([found[0] for found in ids], np.int32), sharding.replicated(mesh))
+    self._logits = jax.jit(functools.partial(letter_logits, loaded.model))
+    self.presentations = cfg.permutations
+    super().__init__(loaded, cfg, mesh, seed)
+
+  def texts(self, question: Question, with_image: bool) -> list[str]:
+    return [question_text(question, order, with_image and self.cfg.none_of_above)
+            for order in orders(question, self.cfg.permutations, self.seed)]
+
+  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> np.ndarray:
+    return self._logits(self.loaded.params, images, prompts, tokens_BML, valid_BML, self.letters_A)
+
+  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> Verdict:
     if len(question.options) > MAX_OPTIONS:
       return Verdict(error=f"{len(question.options)} options, more than {MAX_OPTIONS}")
-    if None in shown[k * R:(k + 1) * R] or None in hidden[k * R:(k + 1) * R]:
-      return Verdict(error="it spells a token of the chat template")
     right, probability = {}, {}
-    for name, logits, more in (("visual", visual_MA, self.cfg.none_of_above), ("blind", blind_MA, False)):
-      count = len(question.options) + more
-      part = logits[k * R:(k + 1) * R, :count].astype(np.float64)
+    gold = [order.index(question.gold) for order in orders(question, self.cfg.permutations, self.seed)]
+    for name, logits_RA, more in (("visual", visual, self.cfg.none_of_above), ("blind", blind, False)):
+      part = logits_RA[:, :len(question.options) + more].astype(np.float64)
       if not np.isfinite(part).all():
         raise ValueError(f"the model gave numbers that are not finite for the question {question.stem!r}; "
                          "check its dtype")
-      gold = [order.index(question.gold) for order in orders(question, R, self.seed)]
       p = np.exp(part - part.max(1, keepdims=True))
       p /= p.sum(1, keepdims=True)
       right[name] = float(np.mean(part.argmax(1) == gold))
-      probability[name] = float(np.mean(p[np.arange(R), gold]))
+      probability[name] = float(np.mean(p[np.arange(len(gold)), gold]))
     return Verdict(right["visual"], right["blind"], probability["visual"], probability["blind"])

@@ -22,7 +22,7 @@ import numpy as np
 from caprl_jax import configuration, sharding
 from caprl_jax.answering import AnswerConfig
 from caprl_jax.checkpoint import CheckpointConfig, Checkpoints, saved_steps
-from caprl_jax.data.conversations import Example, check_kinds, of_kinds, read_examples
+from caprl_jax.data.conversations import Asked, Example, check_kinds, of_kinds, read_examples
 from caprl_jax.data.packing import PackConfig, Packed, Packer, packed_batches
 from caprl_jax.data.rendering import ChatRenderer
 from caprl_jax.data.rows import QARow
@@ -31,6 +31,7 @@ from caprl_jax.loop import run_loop
 from caprl_jax.models.load import Loaded, save_policy
 from caprl_jax.models.lora import split, trained, whole
 from caprl_jax.next_token import pretrain_step
+from caprl_jax.open_answering import check_open_question
 from caprl_jax.optimizer import OptimizerConfig, build_optimizer, warmup
 from caprl_jax.pretrain_policy import PretrainPolicyConfig, begin
 from caprl_jax.pretrain_record import Record, TRAINING
@@ -48,7 +49,7 @@ class StageConfig:
   """One stage of training.
 
   data: see `data.conversations.read_examples`; None skips the stage. image_root, max_rows, questions, told,
-    kinds: as there.
+    kinds, open_question: as there.
   instruction: what the user says where a row has a caption only.
   trained: which parameters are; the others have no gradient.
   steps or epochs: one of them. batch_size (rows) or examples: one of them; with `examples`, a step has as many rows as
@@ -71,6 +72,7 @@ class StageConfig:
   questions: int | None = None
   told: str | None = None
   kinds: tuple[str, ...] | None = None
+  open_question: str | None = None
 
   def __post_init__(self):
     for first, second in (("steps", "epochs"), ("batch_size", "examples")):
@@ -80,6 +82,7 @@ class StageConfig:
             f"{first} = {getattr(self, first)}, {second} = {getattr(self, second)}: set one of them, to more than 0")
     if self.microbatches < 1:
       raise ValueError(f"microbatches = {self.microbatches} must be at least 1")
+    check_open_question(self.open_question)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +93,16 @@ class PretrainConfig:
     output_dtype, and what is written is what the next one begins with; its metrics are in `workdir/training/<name>`.
   eval: multiple-choice questions (`data/sources.py`) that the last model is asked, with the image and without, as
     `answer` says; None asks nothing. eval_rows: the first images only. eval_kinds: of questions, None for all.
+  eval_open_question: asks without showing the options, as a stage's `open_question`; what is written, eval_max_tokens
+    at most, is right where it is the right option but for case, articles and punctuation. None: by letter.
   """
   stages: dict[str, StageConfig]
   order: tuple[str, ...]
   eval: str | None = None
   eval_rows: int = 500
   eval_kinds: tuple[str, ...] | None = None
+  eval_open_question: str | None = None
+  eval_max_tokens: int = 16
   answer: AnswerConfig = AnswerConfig(none_of_above=False)
   output_dtype: str = "float32"
   checkpoint_every_steps: int = 200
@@ -107,6 +114,9 @@ class PretrainConfig:
         raise ValueError(
             f"order names {name!r}, which is no stage{configuration.did_you_mean(name, self.stages)} (stages: "
             f"{', '.join(self.stages)})")
+    check_open_question(self.eval_open_question)
+    if self.eval_max_tokens < 1:
+      raise ValueError(f"eval_max_tokens = {self.eval_max_tokens} must be at least 1")
     if not self.order or len(set(self.order)) < len(self.order) or TRAINING in self.order:
       raise ValueError(f"order = {self.order}: name each stage once; none may be called {TRAINING!r}")
 
@@ -229,7 +239,8 @@ def run(config, workdir: pathlib.Path) -> None:
   asked = _asked(cfg, seed, mesh)
   data = {name: _read(name, cfg.stages[name], seed) for name in order if name not in done}
   with jax.set_mesh(mesh):
-    policy = begin(section, data, asked, seed, mesh, workdir / done[-1] if done else None)
+    questions = [Asked(row.image, row.questions, row.name, open_question=cfg.eval_open_question) for row in asked]
+    policy = begin(section, data, questions, seed, mesh, workdir / done[-1] if done else None)
     dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
     for number, (name, examples) in enumerate(data.items(), len(done)):
       params = train_stage(name, cfg.stages[name], policy, examples, cfg, seed + number, mesh, workdir, plain, record)
@@ -242,13 +253,14 @@ def run(config, workdir: pathlib.Path) -> None:
         shutil.rmtree(workdir / TRAINING / name / "checkpoints")
         log.info("stage %s: wrote %s", name, workdir / name)
     if cfg.eval is not None:
-      ask(policy, asked, cfg.eval, cfg.answer, seed, mesh, workdir / "vqa.json")
+      ask(policy, asked, cfg.eval, cfg.answer, seed, mesh, workdir / "vqa.json",
+          cfg.eval_open_question, cfg.eval_max_tokens)
 
 
 def _read(name: str, stage: StageConfig, seed: int) -> list[Example]:
   try:
     return read_examples(stage.data, stage.instruction, stage.image_root, seed, stage.max_rows, stage.pack.bad_rows,
-                         stage.questions, stage.told, stage.kinds)
+                         stage.questions, stage.told, stage.kinds, stage.open_question)
   except ValueError as error:
     raise ValueError(f"in pretrain.stages.{name}: {error}") from error
 

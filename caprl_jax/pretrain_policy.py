@@ -8,8 +8,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.data.conversations import Asked, Example, conversation_of
-from caprl_jax.data.rows import CaptionRow, QARow
+from caprl_jax.data.conversations import Example, conversation_of
+from caprl_jax.data.rows import CaptionRow
 from caprl_jax.models.compose import compose_policy, with_tower
 from caprl_jax.models.load import Loaded, load_policy, with_pixel_limits
 from caprl_jax.models.policy import Policy, PolicyConfig
@@ -81,20 +81,19 @@ def texts_of(examples: Sequence[Example]) -> list[str]:
   return list(dict.fromkeys(turn.text for example in examples for turn in conversation_of(example).turns))
 
 
-def begin(section: PretrainPolicyConfig, data: Mapping[str, list[Example]], asked: list[QARow], seed: int, mesh,
+def begin(section: PretrainPolicyConfig, data: Mapping[str, list[Example]], asked: Sequence[Example], seed: int, mesh,
            folder: pathlib.Path | None) -> Loaded:
   """The model that a finished stage wrote into `folder`, or the one that the first stage begins with.
 
   Args:
-    data: examples of each stage; with `asked`, rows of questions, they say what a compact vocabulary needs.
+    data: examples of each stage; with `asked`, the evaluation's questions, they say what a compact vocabulary needs.
   """
   if folder is not None:
     written = dict(vision=None, language=None, architecture=None, preprocessor=None, tokenizer=None)
     return make_model(dataclasses.replace(section, checkpoint=str(folder), **written), [], seed, mesh)
   texts: list[str] = []
   if section.tokenizer and section.compact:
-    questions = [Asked(row.image, row.questions, row.name) for row in asked]
-    texts = texts_of([example for examples in [*data.values(), questions] for example in examples])
+    texts = texts_of([example for examples in [*data.values(), asked] for example in examples])
   policy = make_model(section, texts, seed, mesh)
   log.info("%.2fM parameters, vocabulary %d", sum(x.size for x in jax.tree.leaves(policy.params)) / 1e6,
            policy.model.cfg.text.vocab_size)

@@ -1,7 +1,8 @@
 """A captioner, questions about images -> its accuracy with the images and without them (`vqa.json`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 import logging
 import pathlib
 
@@ -14,14 +15,17 @@ from caprl_jax.answering import Answerer, AnswerConfig, Verdict
 from caprl_jax.data.rows import QARow
 from caprl_jax.files import write_json
 from caprl_jax.models.load import Loaded
+from caprl_jax.open_answering import OpenAnswerer, OpenVerdict
 
 log = logging.getLogger("caprl_jax.vqa")
+
+EXAMPLES = 20  # answers in words that are written down
 
 
 def summarise(rows: Sequence[QARow], verdicts: dict[int, list[Verdict] | ValueError]) -> dict[str, object]:
   """Figures of all questions and of each kind: `accuracy` is the share of orders of the options, mean over questions,
-  in which the image's question is answered right; `blind` the same without the image; `..._probability` the mean
-  probability of the right letter."""
+  in which the image's question is answered right (in words: of answers that are right); `blind` the same without the
+  image; `..._probability` the mean probability of the right letter."""
   groups: dict[str, list[Verdict]] = {}
   errors = 0
   for number, row in enumerate(rows):
@@ -32,9 +36,10 @@ def summarise(rows: Sequence[QARow], verdicts: dict[int, list[Verdict] | ValueEr
       if not verdict.error:
         groups.setdefault(question.kind, []).append(verdict)
   mean = lambda found, name: float(np.mean([getattr(v, name) for v in found]))
-  figures = lambda found: {
-      "questions": len(found), "accuracy": mean(found, "visual"), "blind": mean(found, "blind"),
-      "probability": mean(found, "visual_prob"), "blind_probability": mean(found, "blind_prob")}
+  fields = {"accuracy": "visual", "blind": "blind"}
+  if not any(isinstance(verdict, OpenVerdict) for found in groups.values() for verdict in found):
+    fields |= {"probability": "visual_prob", "blind_probability": "blind_prob"}
+  figures = lambda found: {"questions": len(found), **{name: mean(found, field) for name, field in fields.items()}}
   everything = [verdict for found in groups.values() for verdict in found]
   if not everything:
     raise ValueError(f"none of the {len(rows)} rows has a question that could be asked")
@@ -42,20 +47,34 @@ def summarise(rows: Sequence[QARow], verdicts: dict[int, list[Verdict] | ValueEr
           "kinds": {kind or "(none)": figures(found) for kind, found in sorted(groups.items())}}
 
 
+def examples(rows: Sequence[QARow], verdicts: Mapping[int, list[Verdict] | ValueError]) -> list[dict[str, str]]:
+  """The first answers in words, to be read."""
+  found = ({"image": row.name, "question": question.stem, "right": question.options[question.gold],
+            "written": verdict.written, "without the image": verdict.blind_written}
+           for number, row in enumerate(rows) if not isinstance(verdicts[number], ValueError)
+           for question, verdict in zip(row.questions, verdicts[number]) if isinstance(verdict, OpenVerdict))
+  return list(itertools.islice(found, EXAMPLES))
+
+
 def ask(policy: Loaded, rows: Sequence[QARow], source: str, cfg: AnswerConfig, seed: int, mesh: jax.sharding.Mesh,
-        path: pathlib.Path) -> dict[str, object] | None:
-  """Asks all questions of `rows`, logs and writes the figures. With several processes, only says how to do it: None."""
+        path: pathlib.Path, open_question: str | None = None, max_tokens: int = 16) -> dict[str, object] | None:
+  """Asks all questions of `rows`, logs and writes the figures: by letter or, with `open_question`, in words. With
+  several processes, only says how to do it: None."""
   if jax.process_count() > 1:
     log.warning("questions about images are asked in one process only: run the same command again in one")
     return None
   sharding.check_batch_size(cfg.batch_size, mesh, "pretrain.answer.batch_size")
   verdicts: dict[int, list[Verdict] | ValueError] = {}
-  with Answerer(policy, cfg, mesh, seed) as answerer, tqdm(total=len(rows), desc="questions", unit="image",
-                                                           disable=None) as bar:
+  made = (OpenAnswerer(policy, cfg, mesh, seed, open_question, max_tokens) if open_question else
+          Answerer(policy, cfg, mesh, seed))
+  with made as answerer, tqdm(total=len(rows), desc="questions", unit="image", disable=None) as bar:
     for found in answerer(rows, range(len(rows))):
       verdicts |= dict(found)
       bar.update(len(found))
-  figures = {"source": source, "answer": dataclasses.asdict(cfg), **summarise(rows, verdicts)}
+  figures = {"source": source, "open_question": open_question, "answer": dataclasses.asdict(cfg),
+             **summarise(rows, verdicts)}
+  if open_question:
+    figures["examples"] = examples(rows, verdicts)
   write_json(path, figures)
   log.info("%s: %d questions about %d images, accuracy %.3f, without the image %.3f (%s)", source, figures["questions"],
            figures["images"], figures["accuracy"], figures["blind"],

@@ -26,12 +26,13 @@ def get_config():
   optimizer = lambda rate: dict(name="muon", learning_rate=rate, adam_learning_rate=rate / 10, schedule="cosine",
                                 warmup_steps=5, final_fraction=0.05)
   common = dict(data="easy_vqa:train", image_root=None, max_rows=None, questions=1, kinds=("color", "shape"),
-                trained="full", examples=64, pack=dict(tokens=256))
+                open_question=None, trained="full", examples=64, pack=dict(tokens=256))
   config.pretrain = dict(
       order=("further", "instruct"),
       stages=dict(further=dict(told="The image shows a {color} {shape}.", steps=150, optimizer=optimizer(0.01),
                                **common),
                   instruct=dict(told=None, steps=120, optimizer=optimizer(0.005), **common)),
       eval="easy_vqa:test", eval_rows=300, eval_kinds=("color", "shape"),
+      eval_open_question=None, eval_max_tokens=16,
       answer=dict(permutations=2, none_of_above=False, questions_per_row=4, batch_size=16))
   return config

@@ -192,6 +192,10 @@ def test_questions_become_turns_in_another_order_every_time(folder):
   told = conversation_of(read_examples(qa(folder), ASK, told="It is {color}.")[0])
   assert told.image is None and told.turns[1:] == own.turns[1:]
   assert told.turns[0].text == "It is red.\n" + own.turns[0].text
+  open_ = read_examples(qa(folder), ASK, open_question="Say: {question}")[0]
+  for made in (conversation_of(open_), conversation_of(open_, np.random.default_rng(1))):
+    said = {turn.text: answer.text for turn, answer in zip(made.turns[::2], made.turns[1::2])}
+    assert said == {f"Say: {q.stem}": q.options[q.gold] for q in rows[0].questions} and made.turns[0].image_at == 0
   shapes = read_examples(qa(folder), ASK, kinds=("shape",))
   assert [[q.kind for q in row.questions] for row in shapes] == [["shape"]] * 3
   split = read_examples(qa(folder), ASK, questions=1)

@@ -22,6 +22,7 @@ ORDER = [
   "sampling", "rollout", "presenting", "judging", "caption_terms", "reward", "advantages", "loss",
   "optimizer", "update", "step",
   "translate", "metrics", "trackers", "checkpoint", "loop", "asking", "scoring", "intervals", "answering",
+  "open_answering",
   "data.conversations", "data.rendering", "data.packing",
   "next_token", "vqa", "writing", "curate", "setup_run", "calibrate",
   "samples", "evaluate", "curves", "report_template", "report", "dataset",

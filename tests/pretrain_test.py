@@ -103,6 +103,20 @@ def test_stages_train_what_they_should_and_questions_are_asked(folder, whole_run
   assert not (whole_run / "training" / "align" / "checkpoints").exists()
 
 
+def test_a_model_that_learns_to_answer_in_words_does(folder, tmp_path):
+  made = config(folder, ("instruct",), eval_open_question="{question}", eval_max_tokens=8)
+  with made.unlocked():
+    stage = made.pretrain.stages.instruct
+    stage.update(open_question="{question}", steps=60, epochs=None, examples=24, microbatches=1)
+    stage.optimizer.learning_rate = 0.02
+  pretrain.run(made, tmp_path)
+  figures = tiny.read_back(tmp_path / "vqa.json")
+  right = {question["options"][question["gold"]] for line in (folder / "data" / "rows.jsonl").read_text().splitlines()
+           for question in json.loads(line)["questions"]}
+  assert {example["written"] for example in figures["examples"]} <= right
+  assert figures["accuracy"] > max(0.7, figures["blind"] + 0.2)
+
+
 def test_questions_that_cannot_be_asked_are_counted():
   row = QARow(b"", (Question("a", ("b", "c"), 0, "x"), Question("d", ("e", "f"), 0)), "row")
   figures = summarise(
@@ -270,6 +284,9 @@ def test_rows_and_steps(folder, tmp_path, caplog):
      r"in pretrain.stages.instruct: kinds = \('size',\): no row has 'size' \(kinds: 'color', 'shape'\)"),
     (dict(stages=dict(instruct=dict(told="It is {size}."))), "in pretrain.stages.instruct: told = .*no row has 'size'"),
     (dict(stages=dict(instruct=dict(told="It is {}."))), "instruct: told = 'It is {}.': each place must name a fact"),
+    (dict(stages=dict(instruct=dict(open_question="Look."))), "open_question = 'Look.' must have one place {question}"),
+    (dict(eval_open_question="Look."), "pretrain: open_question = 'Look.' must have one place {question}"),
+    (dict(eval_open_question="{question}", eval_max_tokens=0), "eval_max_tokens = 0 must be at least 1"),
 ])
 def test_what_would_fail_after_training_is_refused_before_it(folder, tmp_path, monkeypatch, change, message):
   monkeypatch.setattr(pretrain, "begin", None)

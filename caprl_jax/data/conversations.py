@@ -15,6 +15,7 @@ from caprl_jax.configuration import did_you_mean
 from caprl_jax.data.released import read_items
 from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, Question, good_rows, kinds as kinds_of
 from caprl_jax.data.sources import parse_mixture, read_parts
+from caprl_jax.open_answering import open_text
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -59,11 +60,12 @@ class Conversation:
 @dataclasses.dataclass(frozen=True)
 class Asked:
   """Multiple-choice questions about an image, or about a `text` that is told in its place; options come in another
-  order at every visit."""
+  order at every visit. With `open_question`, a wording, they are not shown, and the right option is the answer."""
   image: ImageSource | None
   questions: tuple[Question, ...]
   name: str
   text: str = ""
+  open_question: str | None = None
 
 
 Example = Conversation | Asked
@@ -72,7 +74,8 @@ _QA_KEYS = {"questions", "message", "qa_list"}  # of rows that `data/sources.py`
 
 def read_examples(source: str, instruction: str, image_root: str | None = None, seed: int = 0,
                   max_rows: int | None = None, bad_rows: BadRows = "refuse", questions: int | None = None,
-                  told: str | None = None, kinds: Sequence[str] | None = None) -> list[Example]:
+                  told: str | None = None, kinds: Sequence[str] | None = None,
+                  open_question: str | None = None) -> list[Example]:
   """Reads what a stage of pretraining learns from.
 
   A .jsonl file holds a line each, or a .json file in a list,
@@ -96,6 +99,8 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
     told: a template of facts, such as "The image shows a {color} shape.": questions are asked after this text and
       without the image, of rows that know such facts; how a language model can be taught to read.
     kinds: of questions; None: all.
+    open_question: a wording such as "{question}\\nAnswer the question using a single word or phrase.", in which no
+      options are shown and the assistant says the right one; None: they are, and the assistant says a letter.
 
   Raises:
     ValueError: an unknown source, one without rows, or bad rows that are to be refused, with file and line; kinds, or
@@ -119,7 +124,7 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
     _check_known(f"told = {told!r}", facts, {fact for row in asked for fact in row.facts or ()}, "facts")
   found: list[Example] = []
   for name, rows in read:
-    made = _pieces(rows, name, questions, told, kinds) if rows and isinstance(rows[0], QARow) else rows
+    made = _pieces(rows, name, questions, told, kinds, open_question) if rows and isinstance(rows[0], QARow) else rows
     if not made:
       raise ValueError(f"{name}: no rows to learn from")
     found += made
@@ -166,37 +171,43 @@ def of_kinds(rows: Sequence[QARow], kinds: Sequence[str] | None) -> list[QARow]:
 
 
 def _pieces(rows: Sequence[QARow], source: str, questions: int | None, told: str | None,
-            kinds: Sequence[str] | None) -> list[Asked]:
+            kinds: Sequence[str] | None, open_question: str | None) -> list[Asked]:
   """The rows' questions of these kinds; of rows that know what is to be told. Logs how many rows are left out."""
   some, facts = of_kinds(rows, kinds), told_facts(told)
   knowing = [row for row in some if facts <= (row.facts or {}).keys()]
   for setting, before, after in ((f"kinds = {kinds}", rows, some), (f"told = {told!r}", some, knowing)):
     if len(after) < len(before):
       log.info("%s: %s leaves out %d of %d rows", source, setting, len(before) - len(after), len(before))
-  return [piece for row in knowing for piece in _asked(row, questions, told)]
+  return [piece for row in knowing for piece in _asked(row, questions, told, open_question)]
 
 
-def _asked(row: QARow, questions: int | None, told: str | None) -> list[Asked]:
+def _asked(row: QARow, questions: int | None, told: str | None, open_question: str | None) -> list[Asked]:
   """The row cut into some of its questions each."""
   size = questions or len(row.questions)
   return [Asked(None if told else row.image, row.questions[i:i + size], row.name if size >= len(row.questions) else
-                f"{row.name}, questions from {i}", told.format(**(row.facts or {})) + "\n" if told else "")
+                f"{row.name}, questions from {i}", told.format(**(row.facts or {})) + "\n" if told else "",
+                open_question)
           for i in range(0, len(row.questions), size)]
 
 
 def conversation_of(example: Example, rng: np.random.Generator | None = None) -> Conversation:
   """Turns of an example. Questions, and each one's options, come in an order that `rng` draws (None: their own), one
-  turn a question; the assistant answers with the letter alone. The image, or what is told, stands before the first."""
+  turn a question; the assistant answers with the letter alone, or the option. The image, or what is told, stands before
+  the first."""
   if isinstance(example, Conversation):
     return example
   draw = (lambda n: rng.permutation(n).tolist()) if rng else (lambda n: list(range(n)))
   turns = []
   for number in draw(len(example.questions)):
     question = example.questions[number]
-    order = draw(len(question.options))
-    text = question_text(question, order, none_of_above=False)
+    if example.open_question:
+      text, answer = open_text(example.open_question, question), question.options[question.gold]
+    else:
+      order = draw(len(question.options))
+      text = question_text(question, order, none_of_above=False)
+      answer = string.ascii_uppercase[order.index(question.gold)]
     turns += [Turn("user", text) if turns else Turn("user", example.text + text, None if example.image is None else 0),
-              Turn("assistant", string.ascii_uppercase[order.index(question.gold)])]
+              Turn("assistant", answer)]
   return Conversation(example.image, tuple(turns), example.name)
 
 

@@ -181,7 +181,8 @@ class Packer:
   def locate(self, number: int) -> tuple[int, int]:
     """Epoch and row in it of the stream's `number`-th row."""
     while self.starts[-1] <= number:
-      rows, epoch = len(self.plan(len(self.starts) - 1).rows), len(self.starts) - 1
+      epoch = len(self.starts) - 1  # read once: another thread may be adding to them
+      rows = len(self.plan(epoch).rows)
       with self.lock:
         if len(self.starts) == epoch + 1:  # no other thread was faster
           self.starts.append(self.starts[-1] + rows)

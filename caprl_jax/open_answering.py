@@ -1,0 +1,94 @@
+"""Images with open questions -> a captioner's answers in words, with the image and without: direct VQA.
+
+The image runs once, every question branches from it, and every answer from its question. Letters as in answering.py;
+T tokens of an answer.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from caprl_jax import sharding
+from caprl_jax.answering import AnswerConfig, Asker, branch, Verdict
+from caprl_jax.data.rows import Question
+from caprl_jax.models.decoder import head_matrix
+from caprl_jax.models.load import Loaded
+from caprl_jax.models.policy import Policy
+from caprl_jax.rollout import empty_cache
+from caprl_jax.sampling import decode, SamplingConfig
+from caprl_jax.scoring import exact
+from caprl_jax.types import Array, Images, Params, Prompts, Vocabulary
+
+PLACE = "{question}"
+LLAVA = PLACE + "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's wording, arXiv 2310.03744
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenVerdict(Verdict):
+  """How one question was answered in words; `visual` and `blind` are 1 where that is `exact`ly the right option, and
+  there are no probabilities. written, blind_written: the answers with the image and without it."""
+  written: str = ""
+  blind_written: str = ""
+
+
+def check_open_question(wording: str | None) -> None:
+  """Raises ValueError, which names no place, for a wording that has no place for the question's stem, or several."""
+  if wording is not None and wording.count(PLACE) != 1:
+    raise ValueError(f"open_question = {wording!r} must have one place {PLACE}, as {LLAVA!r} has")
+
+
+def open_text(wording: str, question: Question) -> str:
+  """The user's text, the stem in the place of {question}; options are not shown."""
+  return wording.replace(PLACE, question.stem)
+
+
+def write_answers(policy: Policy, params: Params, images: Images | None, prompts: Prompts | None, tokens_BML: Array,
+                  valid_BML: Array, *, vocabulary: Vocabulary, cfg: SamplingConfig) -> tuple[Array, Array]:
+  """The likeliest tokens after each presentation, and which are valid, [B, M, T] each; the image, if any, runs once."""
+  B, M, _ = tokens_BML.shape
+  hidden_ND, next_position_N, prefixes = branch(policy, params, images, prompts, tokens_BML, valid_BML)
+
+  def extend(tokens, position, valid, cache):
+    return policy.apply({"params": params}, tokens, position, valid, (*prefixes, cache), method="extend")
+
+  end = decode(extend, head_matrix(policy.cfg.text, params["language_model"]), hidden_ND, next_position_N,
+               empty_cache(prefixes[-1], B * M, cfg.max_tokens), vocabulary, jax.random.key(0), cfg)
+  return end.tokens_NT.reshape(B, M, -1), end.valid_NT.reshape(B, M, -1)
+
+
+class OpenAnswerer(Asker):
+  """A model that answers questions in words, greedily. `permutations` and `none_of_above` of `cfg` do not matter: no
+  options are shown.
+
+  Raises ValueError where the model's files name no end token.
+  """
+
+  def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int,
+               wording: str = LLAVA, max_tokens: int = 16):
+    size, tokenizer = loaded.model.cfg.text.vocab_size, loaded.tokenizer
+    if not tokenizer.end_ids:
+      raise ValueError("the model's files name no end token: its answers would never stop; add eos_token_id to "
+                       "config.json")
+    vocabulary = Vocabulary(jnp.ones(size, bool), jnp.full(size, -1, jnp.int32),  # every id, as in `generate`
+                            tuple(tokenizer.end_ids), tokenizer.end_ids[0])
+    vocabulary = jax.device_put(vocabulary, sharding.replicated(mesh))
+    self._write = jax.jit(functools.partial(write_answers, loaded.model, vocabulary=vocabulary,
+                                            cfg=SamplingConfig(max_tokens, temperature=0.0)))
+    self.wording = wording
+    super().__init__(loaded, cfg, mesh, seed)
+
+  def texts(self, question: Question, with_image: bool) -> list[str]:
+    return [open_text(self.wording, question)]
+
+  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> np.ndarray:
+    tokens, valid = self._write(self.loaded.params, images, prompts, tokens_BML, valid_BML)
+    return jnp.where(valid, tokens, -1)
+
+  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> OpenVerdict:
+    written, blind_written = (self.loaded.tokenizer.decode_written([t for t in tokens[0].tolist() if t >= 0]).strip()
+                              for tokens in (visual, blind))
+    gold = question.options[question.gold]
+    return OpenVerdict(exact(written, gold), exact(blind_written, gold), written=written, blind_written=blind_written)
