@@ -1,13 +1,14 @@
 """A config file, then --config.section.key=value arguments -> ConfigDict."""
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import importlib.machinery
 import importlib.util
 import os
 import pathlib
 import re
-from typing import Any
+import typing
+from typing import Any, Protocol
 
 import ml_collections
 
@@ -45,27 +46,41 @@ def load_config(path: str) -> ml_collections.ConfigDict:
   return config.lock()
 
 
-def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[re.Match], file: str) -> None:
+class Schema(Protocol):
+  """What is known of keys that a config file leaves at their defaults (`sections.py`)."""
+
+  def annotation_of(self, key: str) -> Any:
+    """The type of a dotted key's value; None for a key that no section has."""
+
+  def keys(self) -> list[str]:
+    """All dotted keys."""
+
+
+def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[re.Match], file: str,
+                    schema: Callable[[], Schema]) -> None:
   """Applies matches of `OVERRIDE` in place, and expands the preset, which goes first: what it fills in can then be
   overridden like what the file says. One named here takes the place of the file's own algorithm (`presets.replace`).
 
+  Args:
+    schema: asked for, which takes a second, only where a key is not in the file.
+
   Raises:
-    ValueError: a key that neither `file` nor the preset has, a value of another type than there, no such preset.
+    ValueError: a key that neither `file` nor the schema has, a value of another type than there, no such preset.
   """
   named = [override for override in overrides if override["key"] == "preset"]
   if named and "preset" not in config:
     with config.unlocked():
       config.preset = None
   for override in named:
-    _override(config, override, file)
+    _override(config, override, file, schema)
   (presets.replace if named else presets.expand)(config)
   for override in overrides:
     if override not in named:
-      _override(config, override, file)
+      _override(config, override, file, schema)
 
 
-def _override(config: ml_collections.ConfigDict, override: re.Match, file: str) -> None:
-  """Sets one value of the config, by the type it has there.
+def _override(config: ml_collections.ConfigDict, override: re.Match, file: str, schema: Callable[[], Schema]) -> None:
+  """Sets one value of the config, by the type it has there or, where it is not there, that its section gives it.
 
   Not by ml_collections.config_flags: it looks a key up as an attribute first, so that
   `config.update.learning_rate` would find ConfigDict's method `update`, and it cannot set a value
@@ -77,8 +92,13 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str) 
   for section in sections:
     holder = holder[section] if _is_section(holder) and section in holder else None
   if not _is_section(holder) or leaf not in holder:
+    if (annotation := schema().annotation_of(key)) is not None:
+      _add(config, override, annotation)
+      return
     known = _leaves(config)
-    near = configuration.nearest(key, known)
+    near = configuration.nearest(key, [*known, *schema().keys()])
+    if near and near[0] in known:  # the file's own are likelier to be meant
+      near = configuration.nearest(key, known)
     hint = f"; did you mean {' or '.join(f'--config.{k}' for k in near)}?" if near else ""
     place = key.rpartition(".")[0]
     while place and not any(k.startswith(f"{place}.") for k in known):
@@ -100,6 +120,40 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str) 
     raise ValueError(
       f"--config.{key}={text}: not a value of type {kind.__name__}, which {file} gives it"
     ) from error
+
+
+def _add(config: ml_collections.ConfigDict, override: re.Match, annotation: Any) -> None:
+  """Sets a key that the config does not have."""
+  key, text = override["key"], override["text"]
+  expected = configuration.expected(annotation)
+  if expected == "a section":
+    raise ValueError(f"--config.{key} is a section; set its keys one by one")
+  if override["no"] or text is None:
+    if annotation is not bool or (override["no"] and text is not None):
+      raise ValueError(f"{override[0]}: write --config.{key}=VALUE ({expected})")
+    text = "False" if override["no"] else "True"
+  try:
+    value = configuration.convert(_parse_annotated(text, annotation), annotation, key)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"--config.{key}={text}: it must be {expected}") from error
+  *sections, leaf = key.split(".")
+  holder = config
+  with config.unlocked():
+    for section in sections:
+      if not _is_section(holder.get(section)):
+        holder[section] = ml_collections.ConfigDict()
+      holder = holder[section]
+    holder[leaf] = value
+
+
+def _parse_annotated(text: str, annotation: Any) -> Any:
+  """A value from text as an annotation has it, of which None may be a part."""
+  kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+  if text != "None" and len(kinds) == 1:
+    origin = typing.get_origin(kinds[0]) or kinds[0]
+    return _parse_value(text, origin if isinstance(origin, type) else type(None))
+  value = _parse_value(text, type(None))
+  return text if str in kinds and type(value) not in (type(None), *kinds) else value
 
 
 def _parse_value(text: str, kind: type) -> Any:

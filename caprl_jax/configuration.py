@@ -138,13 +138,13 @@ def _build(section: Any, cls: type, place: str) -> Any:
   for field in fields:
     value = _value(section, field.name, _MISSING)
     if value is not _MISSING:
-      values[field.name] = _convert(value, annotations[field.name], f"{place}.{field.name}")
+      values[field.name] = convert(value, annotations[field.name], f"{place}.{field.name}")
     elif (
       field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ):
       raise ValueError(
         f"{place}.{field.name} is missing and has no default; set it in the config file or with "
-        f"--{place}.{field.name}=VALUE (it must be {_expected(annotations[field.name])})"
+        f"--{place}.{field.name}=VALUE (it must be {expected(annotations[field.name])})"
       )
   try:
     return cls(**values)
@@ -152,9 +152,9 @@ def _build(section: Any, cls: type, place: str) -> Any:
     raise ValueError(f"in {place}: {error}") from error
 
 
-def _convert(value: Any, annotation: Any, place: str) -> Any:
-  """`value` as `annotation` wants it, or ValueError."""
-  wrong = ValueError(f"{place} is {_describe(value)}, but it must be {_expected(annotation)}")
+def convert(value: Any, annotation: Any, place: str) -> Any:
+  """`value` as `annotation` wants it. Raises ValueError, which names `place`, for another one."""
+  wrong = ValueError(f"{place} is {_describe(value)}, but it must be {expected(annotation)}")
   origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
   if annotation is Any:
     return value
@@ -179,7 +179,7 @@ def _convert(value: Any, annotation: Any, place: str) -> Any:
     if not isinstance(value, _MAPPINGS):
       raise wrong
     _, item = arguments or (str, Any)
-    return {key: _convert(value[key], item, f"{place}.{key}") for key in value.keys()}
+    return {key: convert(value[key], item, f"{place}.{key}") for key in value.keys()}
   if annotation is float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       raise wrong
@@ -204,11 +204,11 @@ def _convert_union(
     return None
   alternatives = [a for a in alternatives if a is not type(None)]
   if len(alternatives) == 1:  # `X | None`: X's own complaint is the clearest
-    return _convert(value, alternatives[0], place)
+    return convert(value, alternatives[0], place)
   # `int | float` must leave 1 an int, so an alternative of the value's own type goes first.
   for alternative in sorted(alternatives, key=lambda a: a is not type(value)):
     try:
-      return _convert(value, alternative, place)
+      return convert(value, alternative, place)
     except ValueError:
       continue  # another alternative may take it; if none does, `wrong` names them all
   raise wrong
@@ -224,7 +224,7 @@ def _convert_tuple(value: Any, items: Sequence[Any], wrong: ValueError, place: s
   if len(items) != len(value):
     raise wrong
   return tuple(
-    _convert(v, item, f"{place}[{i}]") for i, (v, item) in enumerate(zip(value, items))
+    convert(v, item, f"{place}[{i}]") for i, (v, item) in enumerate(zip(value, items))
   )
 
 
@@ -242,19 +242,19 @@ _NAMES = {
 }  # fmt: skip
 
 
-def _expected(annotation: Any) -> str:
+def expected(annotation: Any) -> str:
   """An annotation in words."""
   origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
   if origin in (typing.Union, types.UnionType):
-    return " or ".join(map(_expected, arguments))
+    return " or ".join(map(expected, arguments))
   if origin is typing.Literal:
     return "one of " + ", ".join(map(repr, arguments))
   if origin is tuple:
     if len(arguments) == 2 and arguments[1] is Ellipsis:
-      return f"a tuple, each item {_expected(arguments[0])}"
-    return f"a tuple of {len(arguments)}: ({', '.join(map(_expected, arguments))})"
+      return f"a tuple, each item {expected(arguments[0])}"
+    return f"a tuple of {len(arguments)}: ({', '.join(map(expected, arguments))})"
   if origin in (dict, Mapping):
-    return f"a dict, each value {_expected(arguments[1])}"
+    return f"a dict, each value {expected(arguments[1])}"
   if dataclasses.is_dataclass(annotation):
     return "a section"
   return _NAMES.get(annotation, repr(annotation))

@@ -211,7 +211,9 @@ def _help_page(options: flags.FlagValues) -> str:
   lines.append("")
   for name, mode in MODES.items():
     lines += [f"  {name:<10}{mode.line}", f"  {'':<10}{command} {mode.example}"]
-  table = {"--config.section.key=...": "Change one value of the config file; None empties it."}
+  table = {
+    "--config.section.key=...": "Change one value of the config, in the file or at its default; None empties it."
+  }
   for name in sorted(options):
     table[f"--[no]{name}" if options[name].boolean else f"--{name}=..."] = options[name].help
   lines += ["", "Flags:", ""]
@@ -250,7 +252,9 @@ def _parse(
   if not options.config:
     raise ValueError("--config is missing, e.g. --config=configs/quickstart.py (--help shows examples)")
   config = config_file.load_config(options.config)
-  config_file.apply_overrides(config, overrides, options.config)
+  config_file.apply_overrides(
+    config, overrides, options.config, lambda: importlib.import_module("caprl_jax.sections")
+  )
   workdir = options.workdir or [*_modes(config).values()][0].workdir
   if not workdir:
     raise ValueError("--workdir is missing, e.g. --workdir=runs/quickstart (--help shows examples)")

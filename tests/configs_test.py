@@ -7,7 +7,7 @@ import pytest
 
 from caprl_jax import (
   caption, config_file, configuration, curation, dataset, demo, endpoint, export, gallery, main, plan, pretrain,
-  pretrain_policy, prism, setup_run, sft, sharding,
+  pretrain_policy, prism, sections, setup_run, sft, sharding,
 )  # fmt: skip
 from caprl_jax.optimizer import build_optimizer
 
@@ -104,3 +104,72 @@ def test_an_unknown_key_in_a_file_names_the_nearest():
     config.rolout = {}
   with pytest.raises(ValueError, match=r"config\.rolout is not a known key; did you mean 'rollout'\?"):
     setup_run.read_settings(config)
+
+
+# ---- keys that a file leaves at their defaults ----
+
+
+def overridden(path, *arguments):
+  config = config_file.load_config(str(ROOT / "configs" / path))
+  matches = [config_file.OVERRIDE.fullmatch(argument) for argument in arguments]
+  config_file.apply_overrides(config, matches, path, lambda: sections)
+  return config
+
+
+@pytest.mark.parametrize(
+  "path, argument, key, value",
+  [
+    ("quickstart.py", "--config.judge.int8", "judge.int8", True),
+    ("quickstart.py", "--config.judge.int8=False", "judge.int8", False),
+    ("quickstart.py", "--config.mesh.fsdp=2", "mesh.fsdp", 2),
+    ("quickstart.py", "--config.policy.trainable=lora", "policy.trainable", "lora"),
+    ("quickstart.py", "--config.policy.lora.rank=4", "policy.lora.rank", 4),
+    ("quickstart.py", "--config.policy.max_pixels=4096", "policy.max_pixels", 4096),
+    ("quickstart.py", "--config.policy.max_pixels=None", "policy.max_pixels", None),
+    ("quickstart.py", "--config.data.bad_rows=drop", "data.bad_rows", "drop"),
+    ("caprl_3b.py", "--config.calibrate.captions=17", "calibrate.captions", "17"),  # a path: no number is meant
+    ("prism.py", "--config.prism.bad_rows=drop", "prism.bad_rows", "drop"),
+    ("pretrain_caprl.py", "--config.pretrain.eval_open_question={question}", "pretrain.eval_open_question",
+     "{question}"),
+    ("pretrain_caprl.py", "--config.pretrain.stages.align.kinds=['a']", "pretrain.stages.align.kinds", ("a",)),
+    ("pretrain_caprl.py", "--config.pretrain.stages.align.kinds=a", "pretrain.stages.align.kinds", ("a",)),
+    ("caprl_3b.py", "--config.optimizer.weight_decay=0", "optimizer.weight_decay", 0.0),
+  ],
+)  # fmt: skip
+def test_a_key_that_the_file_leaves_out_can_be_set(path, argument, key, value):
+  config, (name, *_) = overridden(path, argument), key.split(".")
+  got = config
+  for part in key.split("."):
+    got = got[part]
+  assert got == value and type(got) is type(value) and config.is_locked
+  if len(sections.SECTIONS[name]) == 1 and name != "calibrate":
+    configuration.load_section(config, name, sections.SECTIONS[name][0])
+
+
+@pytest.mark.parametrize(
+  "argument, message",
+  [
+    ("--config.judge.int_8=True", r"judge\.int_8 is not a key of quickstart\.py; did you mean .*judge\.int8"),
+    ("--config.nowhere.size=1", r"--config\.nowhere\.size is not a key of quickstart\.py"),
+    ("--config.judge.int8=perhaps", r"--config\.judge\.int8=perhaps: it must be True or False"),
+    ("--config.policy.max_pixels=many", r"max_pixels=many: it must be an integer or None"),
+    ("--config.policy.max_pixels", r"write --config\.policy\.max_pixels=VALUE \(an integer or None\)"),
+    ("--config.policy.trainable=Lora", r"trainable=Lora: it must be one of 'full'"),
+    ("--config.policy.lora=1", r"--config\.policy\.lora is a section; set its keys"),
+    ("--config.mesh=1", r"--config\.mesh is a section; set its keys"),
+  ],
+)
+def test_a_key_that_no_section_has_cannot_be_set(argument, message):
+  with pytest.raises(ValueError, match=message):
+    overridden("quickstart.py", argument)
+
+
+def test_the_schema_is_whole():
+  assert set(sections.SECTIONS) == set(setup_run.KNOWN_SECTIONS)
+  known = sections.keys()
+  assert {"judge.int8", "rollout.sampling.top_p", "update.loss.kl", "prism.benchmarks"} <= set(known)
+  for path in CONFIGS:
+    config = config_file.load_config(str(path))
+    for key in config_file._leaves(config):
+      assert sections.annotation_of(key) is not None or key.startswith(("policy.architecture", "policy.preprocessor",
+        "pretrain_policy.architecture", "pretrain_policy.preprocessor")), f"{path.name}: {key}"

@@ -30,7 +30,7 @@ ORDER = [
   "caption_shards", "caption_formats", "caption_report", "caption",
   "curation_page", "curation", "kept", "prism_figures", "prism_page", "prism", "export", "plan", "gallery_page",
   "gallery", "demo",
-  "main",
+  "sections", "main",
 ]  # fmt: skip
 
 # Why not: nnx breaks on recent jax, and the others are heavy and must not be needed to run.
