@@ -90,6 +90,8 @@ def main() -> None:
   args.warm = args.warm or config.pretrain_policy.vision
   workdir = (args.workdir or pathlib.Path("runs", f"captions_teach_{args.data}")).resolve()
   workdir.mkdir(parents=True, exist_ok=True)
+  check_settings(workdir, {"config": config.to_json(), "arguments": [
+      str(x) for x in (args.train, args.test, args.warm, args.caprl, args.language, *args.overrides)]})
   images, tokens = list_images(args.train, workdir), TOKENS[args.data]
   corpora = {"none": None, "warm start": caption("warm_start", args.warm, images, workdir, tokens),
              "CapRL": caption("caprl", args.caprl, images, workdir, tokens)}
@@ -110,6 +112,15 @@ def main() -> None:
       print(f"seed {seed}, {name}: {found[name][-1]['accuracy']:.3f}", flush=True)
   (workdir / "results.json").write_text(json.dumps(found, indent=1) + "\n")
   print(table(found))
+
+
+def check_settings(workdir: pathlib.Path, settings: dict) -> None:
+  """What is kept in a workdir was made with these settings, or it is not used."""
+  path = workdir / "settings.json"
+  if path.exists() and (held := json.loads(path.read_text())) != settings:
+    raise SystemExit(f"{workdir} holds results of other settings ({held['arguments']}, now {settings['arguments']}, or "
+                     "another config); use another --workdir")
+  path.write_text(json.dumps(settings))
 
 
 def table(found: dict[str, list[dict]]) -> str:

@@ -26,6 +26,7 @@ from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.load import Loaded
 from caprl_jax.models.policy import Policy, last_hidden
+from caprl_jax.models.tokenizer import Tokenizer
 from caprl_jax.types import Array, Images, Params, Prompts
 
 INSTRUCTION = "{question}. Answer the question with only the correct letter"  # the released curation's own, to the byte
@@ -104,7 +105,16 @@ def letter_logits(policy: Policy, params: Params, images: Images | None, prompts
   return logits.reshape(*tokens_BML.shape[:2], -1)
 
 
-class Asker(abc.ABC):
+def letter_ids(tokenizer: Tokenizer) -> np.ndarray:
+  """Ids of the letters A, B, ...; raises ValueError where one is no single token."""
+  ids = [tokenizer.encode_plain(letter) for letter in string.ascii_uppercase[:MAX_OPTIONS + 1]]
+  if any(len(found) != 1 for found in ids):
+    raise ValueError("the model's tokenizer has no single token for each of the letters A to K: it cannot be asked for "
+                     "them")
+  return np.array([found[0] for found in ids], np.int32)
+
+
+class ImageAsker(abc.ABC):
   """Shows a model the questions of many images, with the image and without it, and judges what it makes of them. A
   context manager: it has threads."""
 
@@ -120,7 +130,7 @@ class Asker(abc.ABC):
     """What the user says, for each presentation."""
 
   @abc.abstractmethod
-  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> np.ndarray:
+  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> Array:
     """What the model makes of each presentation, [B, M, ...]."""
 
   @abc.abstractmethod
@@ -213,11 +223,12 @@ class Asker(abc.ABC):
     longest = max((len(ids) for row in shown for ids in row if ids), default=1)
     L = -(-longest // TOKENS_STEP) * TOKENS_STEP
     tokens, valid = np.zeros((len(shown), M, L), np.int32), np.zeros((len(shown), M, L), bool)
-    valid[:, :, 0] = True
+    # Nobody reads what becomes of a filler; one like the others ends no later than they.
+    filler = next((ids for row in shown for ids in row if ids), [0])
     for b, row in enumerate(shown):
-      for m, ids in enumerate(row):
-        if ids:
-          tokens[b, m, :len(ids)], valid[b, m, :len(ids)] = ids, True
+      for m, ids in enumerate([*row, *[None] * (M - len(row))]):
+        ids = ids or filler
+        tokens[b, m, :len(ids)], valid[b, m, :len(ids)] = ids, True
     return jax.device_get(self.run(*sharding.put_batch((images, prompts, tokens, valid), self.mesh)))
 
   def _verdict(self, question: Question, k: int, shown, hidden, visual_M: np.ndarray, blind_M: np.ndarray) -> Verdict:
@@ -227,18 +238,11 @@ class Asker(abc.ABC):
     return self.verdict(question, visual_M[its], blind_M[its])
 
 
-class Answerer(Asker):
-  """A model that answers questions by letter.
-
-  Raises ValueError where a letter is no single token of its vocabulary.
-  """
+class Answerer(ImageAsker):
+  """A model that answers questions by letter. Raises ValueError as `letter_ids`."""
 
   def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int):
-    ids = [loaded.tokenizer.encode_plain(letter) for letter in string.ascii_uppercase[:MAX_OPTIONS + 1]]
-    if any(len(found) != 1 for found in ids):
-      raise ValueError("the model's tokenizer has no single token for each of the letters A to K: "
-                       "it cannot be asked for them")
-    self.letters_A = jax.device_put(np.array([found[0] for found in ids], np.int32), sharding.replicated(mesh))
+    self.letters_A = jax.device_put(letter_ids(loaded.tokenizer), sharding.replicated(mesh))
     self._logits = jax.jit(functools.partial(letter_logits, loaded.model))
     self.presentations = cfg.permutations
     super().__init__(loaded, cfg, mesh, seed)
@@ -247,7 +251,7 @@ class Answerer(Asker):
     return [question_text(question, order, with_image and self.cfg.none_of_above)
             for order in orders(question, self.cfg.permutations, self.seed)]
 
-  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> np.ndarray:
+  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> Array:
     return self._logits(self.loaded.params, images, prompts, tokens_BML, valid_BML, self.letters_A)
 
   def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> Verdict:

@@ -6,17 +6,19 @@ T tokens of an answer.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax import sharding
-from caprl_jax.answering import AnswerConfig, Asker, branch, Verdict
+from caprl_jax.answering import AnswerConfig, branch, ImageAsker, Verdict
 from caprl_jax.data.rows import Question
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.load import Loaded
 from caprl_jax.models.policy import Policy
+from caprl_jax.models.tokenizer import Tokenizer
 from caprl_jax.rollout import empty_cache
 from caprl_jax.sampling import decode, SamplingConfig
 from caprl_jax.scoring import exact
@@ -28,8 +30,8 @@ LLAVA = PLACE + "\nAnswer the question using a single word or phrase."  # LLaVA-
 
 @dataclasses.dataclass(frozen=True)
 class OpenVerdict(Verdict):
-  """How one question was answered in words; `visual` and `blind` are 1 where that is `exact`ly the right option, and
-  there are no probabilities. written, blind_written: the answers with the image and without it."""
+  """How one question was answered in words; `visual` and `blind` are 1 where it `is_right`, and there are no
+  probabilities. written, blind_written: the answers with the image and without it."""
   written: str = ""
   blind_written: str = ""
 
@@ -38,6 +40,25 @@ def check_open_question(wording: str | None) -> None:
   """Raises ValueError, which names no place, for a wording that has no place for the question's stem, or several."""
   if wording is not None and wording.count(PLACE) != 1:
     raise ValueError(f"open_question = {wording!r} must have one place {PLACE}, as {LLAVA!r} has")
+
+
+def speaks_of_options(question: Question) -> bool:
+  """Whether a stem is about options that `open_text` does not show, as in "which of these ...?"."""
+  return re.search(r"\b(of|among|from) (these|those)\b|\bfollowing\b", question.stem.lower()) is not None
+
+
+def check_ends(tokenizer: Tokenizer) -> None:
+  """Raises ValueError for a model that does not know how to end an answer."""
+  if not tokenizer.end_ids:
+    raise ValueError("the model's files name no end token: its answers would never stop; add eos_token_id to "
+                     "config.json")
+
+
+def is_right(written: str, question: Question) -> bool:
+  """Whether an answer is `exact`ly the right option; where it is others as well ("C", "C#"), by its very letters."""
+  gold = question.options[question.gold]
+  several = sum(exact(written, option) for option in question.options) > 1
+  return bool(exact(written, gold)) and (not several or written.casefold() == gold.strip().casefold())
 
 
 def open_text(wording: str, question: Question) -> str:
@@ -59,19 +80,15 @@ def write_answers(policy: Policy, params: Params, images: Images | None, prompts
   return end.tokens_NT.reshape(B, M, -1), end.valid_NT.reshape(B, M, -1)
 
 
-class OpenAnswerer(Asker):
+class OpenAnswerer(ImageAsker):
   """A model that answers questions in words, greedily. `permutations` and `none_of_above` of `cfg` do not matter: no
-  options are shown.
-
-  Raises ValueError where the model's files name no end token.
+  options are shown. Raises ValueError as `check_ends`.
   """
 
   def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int,
                wording: str = LLAVA, max_tokens: int = 16):
     size, tokenizer = loaded.model.cfg.text.vocab_size, loaded.tokenizer
-    if not tokenizer.end_ids:
-      raise ValueError("the model's files name no end token: its answers would never stop; add eos_token_id to "
-                       "config.json")
+    check_ends(tokenizer)
     vocabulary = Vocabulary(jnp.ones(size, bool), jnp.full(size, -1, jnp.int32),  # every id, as in `generate`
                             tuple(tokenizer.end_ids), tokenizer.end_ids[0])
     vocabulary = jax.device_put(vocabulary, sharding.replicated(mesh))
@@ -83,12 +100,12 @@ class OpenAnswerer(Asker):
   def texts(self, question: Question, with_image: bool) -> list[str]:
     return [open_text(self.wording, question)]
 
-  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> np.ndarray:
+  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> Array:
     tokens, valid = self._write(self.loaded.params, images, prompts, tokens_BML, valid_BML)
     return jnp.where(valid, tokens, -1)
 
   def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> OpenVerdict:
     written, blind_written = (self.loaded.tokenizer.decode_written([t for t in tokens[0].tolist() if t >= 0]).strip()
                               for tokens in (visual, blind))
-    gold = question.options[question.gold]
-    return OpenVerdict(exact(written, gold), exact(blind_written, gold), written=written, blind_written=blind_written)
+    right = [float(is_right(text, question)) for text in (written, blind_written)]
+    return OpenVerdict(*right, written=written, blind_written=blind_written)

@@ -29,7 +29,7 @@ from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.load import init_decoder, init_policy
 from caprl_jax.models.lora import split, trained
-from caprl_jax.models.policy import Policy, PolicyConfig
+from caprl_jax.models.policy import limit_pixels, Policy, PolicyConfig
 from caprl_jax.models.published import CONFIGS
 from caprl_jax.setup_run import Settings, read_settings
 from caprl_jax.step import train_step
@@ -139,10 +139,10 @@ def lower_step(settings: Settings, plan: PlanConfig, devices: list):
   mesh = sharding.make_mesh(settings.mesh, devices)
   sharding.check_batch_size(settings.data.batch_size, mesh, "data.batch_size")
   section = settings.policy
-  pixels = {k: v for k, v in (("min_pixels", section.min_pixels), ("max_pixels", section.max_pixels)) if v}
   config = shallower(read_config(section.checkpoint), plan.layers)
-  cfg = PolicyConfig.from_hf(config, pixels, dtype=jnp.dtype(section.dtype), remat=section.remat,
+  cfg = PolicyConfig.from_hf(config, {}, dtype=jnp.dtype(section.dtype), remat=section.remat,
                              lora=section.lora if section.trainable == "lora" else None)
+  cfg = limit_pixels(cfg, section.min_pixels, section.max_pixels)
   judge_config = shallower(read_config(settings.judge.source), plan.layers)
   if is_vision_language(judge_config):
     judge_config = family_of(judge_config).text(judge_config)

@@ -22,7 +22,7 @@ import numpy as np
 from caprl_jax import configuration, sharding
 from caprl_jax.answering import AnswerConfig
 from caprl_jax.checkpoint import CheckpointConfig, Checkpoints, saved_steps
-from caprl_jax.data.conversations import Asked, Example, check_kinds, of_kinds, read_examples
+from caprl_jax.data.conversations import Asked, Example, check_kinds, of_kinds, read_examples, warn_of_options
 from caprl_jax.data.packing import PackConfig, Packed, Packer, packed_batches
 from caprl_jax.data.rendering import ChatRenderer
 from caprl_jax.data.rows import QARow
@@ -37,7 +37,7 @@ from caprl_jax.pretrain_policy import PretrainPolicyConfig, begin
 from caprl_jax.pretrain_record import Record, TRAINING
 from caprl_jax.train import abstract_state, make_state
 from caprl_jax.types import Params, TrainState
-from caprl_jax.vqa import ask
+from caprl_jax.vqa import ask, check_model
 
 log = logging.getLogger("caprl_jax.pretrain")
 
@@ -194,6 +194,7 @@ def train_stage(name: str, stage: StageConfig, policy: Loaded, examples: Sequenc
   family = policy.model.cfg.family
   packer = Packer(examples, _renderer(policy), policy.model.cfg, stage.pack, seed)
   batch_size, steps = plan_stage(name, stage, packer, mesh, record)
+  record.check_vocabulary(name, policy.tokenizer)
   params, base = split(policy.params, trained(stage.trained, family))
   shardings = split(policy.shardings, trained(stage.trained, family))[0]
   tx, schedule = build_optimizer(stage.optimizer, steps)
@@ -241,6 +242,8 @@ def run(config, workdir: pathlib.Path) -> None:
   with jax.set_mesh(mesh):
     questions = [Asked(row.image, row.questions, row.name, open_question=cfg.eval_open_question) for row in asked]
     policy = begin(section, data, questions, seed, mesh, workdir / done[-1] if done else None)
+    if asked:
+      check_model(policy, cfg.eval_open_question)
     dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
     for number, (name, examples) in enumerate(data.items(), len(done)):
       params = train_stage(name, cfg.stages[name], policy, examples, cfg, seed + number, mesh, workdir, plain, record)
@@ -277,6 +280,8 @@ def _asked(cfg: PretrainConfig, seed: int, mesh: jax.sharding.Mesh) -> list[QARo
   if not asked:
     raise ValueError(f"pretrain.eval = {cfg.eval!r}: no row is left to ask about with eval_rows = {cfg.eval_rows}, "
                      f"eval_kinds = {cfg.eval_kinds}")
+  if cfg.eval_open_question:
+    warn_of_options(asked, cfg.eval)
   if len(asked) < len(rows):
     log.info("%s: eval_kinds = %s leaves out %d of %d rows", cfg.eval, cfg.eval_kinds, len(rows) - len(asked),
              len(rows))

@@ -12,7 +12,7 @@ from caprl_jax.data.conversations import Example, conversation_of
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.models.compose import compose_policy, with_tower
 from caprl_jax.models.load import Loaded, load_policy, with_pixel_limits
-from caprl_jax.models.policy import Policy, PolicyConfig
+from caprl_jax.models.policy import check_pixel_limits, Policy, PolicyConfig
 from caprl_jax.optimizer import OptimizerConfig
 from caprl_jax.sft import NewPolicyConfig, PhaseConfig, SFTConfig, make_policy
 
@@ -46,6 +46,7 @@ class PretrainPolicyConfig:
   max_pixels: int | None = None
 
   def __post_init__(self):
+    check_pixel_limits(self.min_pixels, self.max_pixels)
     keys = ("checkpoint", "vision", "language", "architecture", "tokenizer")
     given = [key for key in keys if getattr(self, key) is not None]
     ways = (keys[:1], keys[1:3], keys[3:], (keys[1], *keys[3:]))

@@ -1,6 +1,7 @@
 """What a run of mode `pretrain` has done, in its workdir: pretrain.json, and whether a config may go on with it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 
 from caprl_jax.checkpoint import saved_steps
 from caprl_jax.files import write_json
+from caprl_jax.models.tokenizer import Tokenizer
 
 TRAINING = "training"  # folder in the workdir for metrics and checkpoints
 
@@ -61,6 +63,17 @@ class Record:
              f"pretrain.order = {tuple(self.wanted)[len(done):]}") if done else ""
     raise ValueError(f"{workdir / TRAINING / last} holds a checkpoint of {what}, and with one only microbatches may "
                      f"change; remove that folder to begin the stage anew{other}")
+
+  def check_vocabulary(self, name: str, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a stage was begun with another vocabulary: a compact one is made of all that the stages
+    read and the model is asked, and its ids would mean something else."""
+    found = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+    begun = self.stages[name].get("vocabulary_sha256", found)
+    if begun != found:
+      raise ValueError(f"stage {name!r} was begun with another vocabulary: pretrain_policy.compact makes it of what "
+                       f"stages read and the evaluation asks; bring that back as it was, or remove "
+                       f"{self.path.parent / TRAINING / name} to begin the stage anew")
+    self.put(name, vocabulary_sha256=found)
 
   def put(self, name: str, **values) -> None:
     """Adds to what is known of a stage, and writes it."""

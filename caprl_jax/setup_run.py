@@ -22,6 +22,7 @@ from caprl_jax.data.rows import BadRows, QARow, kinds
 from caprl_jax.data.sources import read_parts, read_qa_rows
 from caprl_jax.models.files import fingerprint
 from caprl_jax.models.layers import LoraConfig
+from caprl_jax.models.policy import check_pixel_limits
 from caprl_jax.models.load import Loaded, load_judge, load_policy, relate_vocabularies
 from caprl_jax.models.lora import Trainable, split, trained
 from caprl_jax.models.quantize import to_int8
@@ -62,6 +63,9 @@ class PolicySection:
   lora: LoraConfig = LoraConfig(rank=16, alpha=32.0)
   min_pixels: int | None = None
   max_pixels: int | None = None
+
+  def __post_init__(self):
+    check_pixel_limits(self.min_pixels, self.max_pixels)
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
     """The captioner. Raises ValueError as `load_policy`."""

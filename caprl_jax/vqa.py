@@ -11,11 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 from caprl_jax import sharding
-from caprl_jax.answering import Answerer, AnswerConfig, Verdict
+from caprl_jax.answering import Answerer, AnswerConfig, letter_ids, Verdict
 from caprl_jax.data.rows import QARow
 from caprl_jax.files import write_json
 from caprl_jax.models.load import Loaded
-from caprl_jax.open_answering import OpenAnswerer, OpenVerdict
+from caprl_jax.open_answering import check_ends, OpenAnswerer, OpenVerdict
 
 log = logging.getLogger("caprl_jax.vqa")
 
@@ -56,6 +56,11 @@ def examples(rows: Sequence[QARow], verdicts: Mapping[int, list[Verdict] | Value
   return list(itertools.islice(found, EXAMPLES))
 
 
+def check_model(policy: Loaded, open_question: str | None) -> None:
+  """Raises ValueError for a model that `ask` could not ask."""
+  (check_ends if open_question else letter_ids)(policy.tokenizer)
+
+
 def ask(policy: Loaded, rows: Sequence[QARow], source: str, cfg: AnswerConfig, seed: int, mesh: jax.sharding.Mesh,
         path: pathlib.Path, open_question: str | None = None, max_tokens: int = 16) -> dict[str, object] | None:
   """Asks all questions of `rows`, logs and writes the figures: by letter or, with `open_question`, in words. With
@@ -71,8 +76,8 @@ def ask(policy: Loaded, rows: Sequence[QARow], source: str, cfg: AnswerConfig, s
     for found in answerer(rows, range(len(rows))):
       verdicts |= dict(found)
       bar.update(len(found))
-  figures = {"source": source, "open_question": open_question, "answer": dataclasses.asdict(cfg),
-             **summarise(rows, verdicts)}
+  how = {"open_question": open_question, "max_tokens": max_tokens} if open_question else dataclasses.asdict(cfg)
+  figures = {"source": source, "answer": how, **summarise(rows, verdicts)}
   if open_question:
     figures["examples"] = examples(rows, verdicts)
   write_json(path, figures)

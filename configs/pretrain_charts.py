@@ -4,10 +4,10 @@
     --config.pretrain.stages.read.data=data/charts/train.jsonl --config.pretrain.stages.read.told="{description}"
   python -m caprl_jax.main --config=configs/pretrain_charts.py --workdir=runs/charts_none
 
-configs/pretrain_letters.py on the charts of configs/charts_sft.py, with the tower of that captioner. `further` repeats
-the language model's lessons on 400 charts and reads captions, if there are any; `instruct` asks what a chart shows
-("which bar is tallest?"), and the model says it ("red"). About 7 minutes on 2 CPU cores.
-benchmarks/captions_teach.py compares captioners with it.
+configs/pretrain_letters.py on the charts of configs/charts_sft.py, with the tower of that captioner: both come first.
+`further` repeats the language model's lessons on 400 charts; with captions beside them the lessons are to be a file of
+their own and max_rows None, since it counts captions too. `instruct` asks what a chart shows ("which bar is tallest?"),
+and the model says it ("red"). About 7 minutes on 2 CPU cores. benchmarks/captions_teach.py compares captioners with it.
 """
 
 import pathlib
@@ -23,4 +23,5 @@ def get_config():
   config.pretrain.stages.instruct.update(open_question="{question}", **common)
   config.pretrain.update(eval="data/charts/test.jsonl", eval_kinds=None, eval_open_question="{question}",
                          eval_max_tokens=8)
+  config.pretrain.answer.questions_per_row = 5
   return config

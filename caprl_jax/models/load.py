@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax import sharding
-from caprl_jax.data.images import SmartResize
 from caprl_jax.models import files, weights
 from caprl_jax.models.chat import default_template, find_template, prompt_pieces, text_prompt
 from caprl_jax.models.decoder import Decoder, DecoderConfig
@@ -20,7 +19,7 @@ from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.family import DECODER_KEYS, Keys
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.lora import merge, merge_lora, new_lora, split_lora
-from caprl_jax.models.policy import Policy, PolicyConfig
+from caprl_jax.models.policy import limit_pixels, Policy, PolicyConfig
 from caprl_jax.models.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
 from caprl_jax.types import Images, Params, Prompts, Vocabulary
 
@@ -127,15 +126,13 @@ def load_policy(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32, param_d
 def with_pixel_limits(loaded: Loaded, min_pixels: int | None, max_pixels: int | None) -> Loaded:
   """The same captioner with other limits on image size (None: its own), which `save_policy` writes with it. One of a
   family that cuts images into tiles has no such limits and stays as it is."""
-  cfg = loaded.model.cfg
-  given = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v}
-  if not given or not isinstance(cfg.vision.pixels, SmartResize):
+  cfg = limit_pixels(loaded.model.cfg, min_pixels, max_pixels)
+  if cfg is loaded.model.cfg:
     return loaded
-  pixels = dataclasses.replace(cfg.vision.pixels, **given)
+  pixels = cfg.vision.pixels
   # Both spellings: transformers reads either, and its older versions one of them.
   said = {"min_pixels": pixels.min_pixels, "max_pixels": pixels.max_pixels,
           "size": {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}}
-  cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pixels=pixels))
   return dataclasses.replace(loaded, model=Policy(cfg), preprocessor={**loaded.preprocessor, **said},
                              files=files.change_preprocessor(loaded.files, said))
 

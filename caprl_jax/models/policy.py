@@ -5,17 +5,21 @@ are differentiable, so rollout and loss run the same code.
 """
 
 import dataclasses
+import logging
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from caprl_jax.data.images import SmartResize
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of
 from caprl_jax.models.family import Family, Features, VisionConfig
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.types import Images, Prompts
+
+log = logging.getLogger("caprl_jax.models")
 
 Array = jax.Array
 
@@ -43,6 +47,27 @@ class PolicyConfig:
     except KeyError as error:
       raise ValueError(f"config.json (model_type {family.model_type!r}) lacks the key {error}; take the whole file of "
                        "the checkpoint") from error
+
+
+def limit_pixels(cfg: PolicyConfig, min_pixels: int | None, max_pixels: int | None) -> PolicyConfig:
+  """With other limits on image size (None: its own). A family that cuts images into tiles has none: it says so."""
+  if not (min_pixels or max_pixels):
+    return cfg
+  if not isinstance(cfg.vision.pixels, SmartResize):
+    log.warning("min_pixels and max_pixels change nothing: %s cuts images into tiles of one size",
+                cfg.family.model_type)
+    return cfg
+  pixels = cfg.vision.pixels.limited(min_pixels, max_pixels)
+  return dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pixels=pixels))
+
+
+def check_pixel_limits(min_pixels: int | None, max_pixels: int | None) -> None:
+  """Raises ValueError for limits that no image can keep."""
+  for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+    if value is not None and value < 1:
+      raise ValueError(f"{name} = {value} must be at least 1; None is the checkpoint's own")
+  if min_pixels and max_pixels and min_pixels > max_pixels:
+    raise ValueError(f"min_pixels = {min_pixels} is more than max_pixels = {max_pixels}")
 
 
 def merge_image_features(x_BPD: Array, features_BUD: Array, unit_BI: Array, is_image_BP: Array) -> Array:
