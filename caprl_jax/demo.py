@@ -265,7 +265,7 @@ def import_gradio() -> Any:
   try:
     import gradio
   except ImportError as error:
-    raise ValueError(f"mode demo needs gradio, which cannot be imported ({error}); pip install caprl_jax[demo], or "
+    raise ValueError(f"mode demo needs gradio, which cannot be imported ({error}); pip install -e '.[demo]', or "
                      "gradio by itself") from error
   if int(gradio.__version__.partition(".")[0]) < 6:
     raise ValueError(f"mode demo needs gradio 6 or newer, not {gradio.__version__}; pip install -U gradio")

@@ -131,7 +131,7 @@ def run(config, workdir: pathlib.Path) -> None:
   """Evaluates `policy.checkpoint`; writes summary.json (`before`) and samples/before.json."""
   settings = read_settings(config)
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
-    made = set_up(settings)
+    made = set_up(settings, training=False)
     figures = Evaluator(made)(made.policy.params, workdir / "samples" / "before.json", "before", 0)
   if jax.process_index() == 0:
     write_json(workdir_file(workdir), {"before": figures, "counts": made.counts})

@@ -474,7 +474,7 @@ def official_score(prediction: str | None, gold: str | Sequence[str], benchmark:
   """
   package = _math_verify()
   if package is None:
-    raise ValueError("the official scorer needs math-verify: pip install 'caprl_jax[maths]', or use the protocol "
+    raise ValueError("the official scorer needs math-verify: pip install -e '.[maths]', or use the protocol "
                      "'ours'")
   answer = prediction or ""
   text = gold if isinstance(gold, str) else str(list(gold))

@@ -234,13 +234,16 @@ class Run:
   translator: Translator | None = None  # where captioner and judge have different vocabularies
 
 
-def set_up(settings: Settings) -> Run:
-  """Loads both models, reads and curates the data, tokenises the questions. Call under `jax.set_mesh`."""
+def set_up(settings: Settings, training: bool = True) -> Run:
+  """Loads both models, reads and curates the data, tokenises the questions. Call under `jax.set_mesh`.
+
+  training: False leaves out what only training needs: `data.train` and the reference.
+  """
   mesh = jax.sharding.get_mesh()
   data = settings.data
   sharding.check_batch_size(data.batch_size, mesh, "data.batch_size")
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
-  train_parts = read_parts(data.train, settings.seed, data.max_train_rows, data.bad_rows)
+  train_parts = read_parts(data.train, settings.seed, data.max_train_rows, data.bad_rows) if training else []
   train_rows = [row for _, rows in train_parts for row in rows]
   eval_rows = read_qa_rows(data.eval, settings.seed, data.max_eval_rows, data.bad_rows)
   policy = settings.policy.load(mesh)
@@ -281,7 +284,8 @@ def set_up(settings: Settings) -> Run:
     log.info("training %s: %.2fM of %.1fM parameters", settings.policy.trainable,
              sum(x.size for x in jax.tree.leaves(trained_params)) / 1e6, _millions(policy))
   # The reference starts as a copy: the state's own parameters are donated to the step.
-  reference = jax.tree.map(jnp.copy, trained_params) if settings.step.update.loss.kl > 0 else None
+  with_reference = training and settings.step.update.loss.kl > 0
+  reference = jax.tree.map(jnp.copy, trained_params) if with_reference else None
   stamps = (put(stamp_table(policy.tokenizer.texts(policy.model.cfg.text.vocab_size)))
             if settings.step.reward.timestamps else None)
   options = shape.options if settings.judge.reading != "option_pmi" else 2

@@ -1,7 +1,7 @@
 """CapRL-3B's recipe: Qwen2.5-VL-3B captions, Qwen2.5-3B answers; all parameters trained.
 
-  python -m caprl_jax.main --config=configs/caprl_3b.py --workdir=runs/NAME --config.data.train=CapRL-QA-75K.jsonl \\
-    --config.data.eval=held_out.jsonl
+  python -m caprl_jax.main --config=configs/caprl_3b.py --workdir=runs/NAME \\
+    --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
 
 As released: 128 images x 8 captions a step at temperature 1, captions of up to 4096 tokens, 8 draws with replacement
 from an image's questions, answers sampled at 0.6, Adam at 1e-6 with 20 warm-up steps and a cosine to a tenth,

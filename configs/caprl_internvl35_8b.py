@@ -1,6 +1,7 @@
 """CapRL-InternVL3.5-8B: InternVL3.5-8B captions, Qwen3-4B answers.
 
-  python -m caprl_jax.main --config=configs/caprl_internvl35_8b.py --workdir=runs/NAME --config.data.train=FILE.jsonl
+  python -m caprl_jax.main --config=configs/caprl_internvl35_8b.py --workdir=runs/NAME \\
+    --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
 
 The recipe of configs/caprl_3b.py, where what was released for these captioners says nothing else.
 """

@@ -1,6 +1,7 @@
 """CapRL 2.0: Qwen3-VL-4B captions, Qwen3-4B answers.
 
-  python -m caprl_jax.main --config=configs/caprl_qwen3vl_4b.py --workdir=runs/NAME --config.data.train=FILE.jsonl
+  python -m caprl_jax.main --config=configs/caprl_qwen3vl_4b.py --workdir=runs/NAME \\
+    --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
 
 What was released for CapRL++ on images (preset official_caprlpp), on the batch and number of steps of
 configs/caprl_3b.py. Its README names Qwen3-4B-Instruct as judge; any checkpoint of that architecture loads.

@@ -4,7 +4,7 @@
   python -m caprl_jax.main --config=configs/demo.py --config.policy.checkpoint=runs/quickstart/policy
 
 then open http://127.0.0.1:7860. As it stands it runs on a CPU: the quickstart's warm start (the second command: what it
-has become) and SmolLM2, with examples of easy-VQA. Needs gradio: pip install caprl_jax[demo]. The page can be reached
+has become) and SmolLM2, with examples of easy-VQA. Needs gradio: pip install -e '.[demo]'. The page can be reached
 from this machine only (--config.demo.host, --config.demo.share say otherwise), and asks nothing of the network. Every
 key is described in `demo.DemoConfig`.
 """

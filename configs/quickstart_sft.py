@@ -2,8 +2,8 @@
 
   python -m caprl_jax.main --config=configs/quickstart_sft.py --workdir=runs/quickstart_sft
 
-makes the checkpoint in configs/quickstart_policy (about 15 minutes on 2 CPU cores). Phase 0 teaches it to see, on
-captions that name both; phase 1 teaches it to speak tersely: an eighth of its captions is complete.
+remakes the checkpoint of configs/quickstart_policy in WORKDIR/policy (about 15 minutes on 2 CPU cores). Phase 0 teaches
+it to see, on captions that name both; phase 1 teaches it to speak tersely: an eighth of its captions is complete.
 """
 
 import ml_collections

@@ -180,7 +180,7 @@ def test_without_gradio_the_remedy_is_named(monkeypatch):
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path):
-  pytest.importorskip("gradio", reason="no gradio: pip install caprl_jax[demo]")
+  pytest.importorskip("gradio", reason="no gradio: pip install -e '.[demo]'")
   config = config_file.load_config(str(ROOT / "configs" / "demo.py"))
   with socket.socket() as taken:
     taken.bind(("127.0.0.1", 0))
@@ -206,7 +206,7 @@ WAIT_MS = 300_000  # a slow machine compiles a while
 @pytest.fixture
 def address(tmp_path):
   """Where the quickstart's models are served."""
-  pytest.importorskip("gradio", reason="no gradio: pip install caprl_jax[demo]")
+  pytest.importorskip("gradio", reason="no gradio: pip install -e '.[demo]'")
   pytest.importorskip("playwright", reason="no playwright: pip install playwright (its own browsers are not needed)")
   if BROWSER is None:
     pytest.skip("no browser: apt-get install chromium lets this test use the page")

@@ -51,6 +51,8 @@ def test_round_trip(picture, tmp_path):
   jsonl.write_caption_jsonl(tmp_path / "c.jsonl", captions)
   assert jsonl.read_caption_jsonl(tmp_path / "c.jsonl") == captions
   assert json.loads((tmp_path / "c.jsonl").read_text())["image"] == "images/1.png"
+  ours = {"image": "images/1.png", "caption": captions[0].caption, "name": "one", "tokens": [3, 1], "finish": "end"}
+  assert jsonl.read_caption_jsonl(write_lines(tmp_path / "ours.jsonl", ours)) == captions
 
 
 def test_defaults_and_blank_lines(picture, tmp_path):
@@ -112,6 +114,8 @@ def test_refusals_name_file_and_line(item, message, picture, tmp_path):
     ({"image": "images/1.png", "caption": " "}, ":1: caption is empty"),
     ({"image": "images/1.png", "captoin": "A"}, ":1: 'captoin' is not a known key; .*'caption'"),
     ({"image": "images/1.png"}, ":1: the key 'caption' is missing"),
+    ({"image": "images/1.png", "error": "torn"}, r":1: an error stands in the caption's place \(torn\)"),
+    ({"image": "images/1.png", "caption": "A", "tokens": [1], "finish": "length"}, ":1: the caption was cut"),
   ],
 )
 def test_caption_refusals(item, message, picture, tmp_path):

@@ -59,9 +59,9 @@ def write_jsonl(
 
 
 def read_caption_jsonl(path: PathLike, image_root: PathLike | None = None) -> list[CaptionRow]:
-  """Reads captions, one image a line: {"image": path, "caption": text, "name"?}.
+  """Reads captions, one image a line: {"image": path, "caption": text, "name"?}, and what mode `caption` writes.
 
-  Paths, names and errors are those of `read_jsonl`; an empty caption is an error too.
+  Paths, names and errors are those of `read_jsonl`; a caption that is empty, missing or cut is an error too.
   """
   return good_rows(_scan_rows(path, image_root, _parse_caption_row))
 
@@ -83,7 +83,7 @@ def write_caption_jsonl(
 # What a line may hold, by JSON type.
 _QA_KEYS = {"image": str, "questions": list, "name": str, "facts": dict}
 _QUESTION_KEYS = {"stem": str, "options": list, "gold": int | str, "kind": str, "provenance": str}
-_CAPTION_KEYS = {"image": str, "caption": str, "name": str}
+_CAPTION_KEYS = {"image": str, "caption": str, "name": str, "tokens": list, "finish": str}  # of mode `caption`, too
 _TYPE_NAMES = {
   str: "a string", list: "a list", dict: "an object", int | str: "an index, a letter or a text",
 }  # fmt: skip
@@ -128,7 +128,11 @@ def _find_option(gold: str, options: Sequence[str], where: str) -> int:
 
 
 def _parse_caption_row(item: Any, image_root: pathlib.Path, where: str) -> CaptionRow:
+  if isinstance(item, dict) and "error" in item:
+    raise ValueError(f"{where}: an error stands in the caption's place ({item['error']}); caption it anew or drop it")
   _check_object(item, _CAPTION_KEYS, ("image", "caption"), where)
+  if item.get("finish") == "length":  # who learns from it would learn to stop there
+    raise ValueError(f"{where}: the caption was cut at max_tokens; caption it with more or drop the row")
   _check_caption(item["caption"], where)
   return CaptionRow(_image_file(item, image_root, where), item["caption"], _name(item))
 
