@@ -1,4 +1,4 @@
-"""The import order of design.md, and what no module of the package may import or spell."""
+"""The import order of the modules, and what no module of the package may import or spell."""
 
 import ast
 import pathlib

@@ -19,7 +19,7 @@ MESHES = {
     "data2_fsdp2": dict(data=2, fsdp=2)}
 
 # In a process of its own, since the number of CPU devices is set before jax starts. Everything sharded is jitted and
-# every step waited for: XLA's in-process collectives hang otherwise (design.md, section 5).
+# every step waited for: XLA's in-process collectives hang otherwise.
 PROGRAM = """
 import dataclasses, json, pathlib, sys
 import jax

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tiny
-from caprl_jax import metrics, sharding, train
+from caprl_jax import evaluate, metrics, sharding, train
 from caprl_jax.checkpoint import Checkpoints
 from caprl_jax.metrics import read_metrics
 from caprl_jax.models.load import load_policy
@@ -65,6 +65,17 @@ def assert_same_policy(a, b):
   one, other = (load_policy(str(path / "policy"), mesh).params for path in (a, b))
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
     np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def test_mode_evaluate_finds_what_the_run_found_and_needs_no_training_data(config, finished, tmp_path):
+  alone = config.copy_and_resolve_references()
+  alone.policy.checkpoint, alone.data.train = str(finished / "policy"), "nowhere.jsonl"
+  evaluate.run(alone, tmp_path)
+  found, run = (tiny.read_back(path / "summary.json") for path in (tmp_path, finished))
+  assert found["before"] == run["after"] and found["counts"]["eval_rows"] == run["counts"]["eval_rows"]
+  captions = lambda path, name: [[c["text"] for c in row["captions"]]
+                                 for row in tiny.read_back(path / "samples" / name)["rows"]]
+  assert captions(tmp_path, "before.json") == captions(finished, "after.json")
 
 
 def test_a_run_leaves_all_its_outputs(finished, config):
