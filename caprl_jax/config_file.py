@@ -86,7 +86,7 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str, 
   `config.update.learning_rate` would find ConfigDict's method `update`, and it cannot set a value
   that is a list, or None in the file.
   """
-  key, text = override["key"], override["text"]
+  key = override["key"]
   *sections, leaf = key.split(".")
   holder = config
   for section in sections:
@@ -96,24 +96,22 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str, 
       _add(config, override, annotation)
       return
     known = _leaves(config)
-    near = configuration.nearest(key, [*known, *schema().keys()])
+    every = list(dict.fromkeys([*known, *schema().keys()]))
+    near = configuration.nearest(key, every)
     if near and near[0] in known:  # the file's own are likelier to be meant
       near = configuration.nearest(key, known)
     hint = f"; did you mean {' or '.join(f'--config.{k}' for k in near)}?" if near else ""
     place = key.rpartition(".")[0]
-    while place and not any(k.startswith(f"{place}.") for k in known):
+    while place and not any(k.startswith(f"{place}.") for k in every):
       place = place.rpartition(".")[0]
-    listed = [k for k in known if k.startswith(f"{place}.")] if place else sorted({k.partition(".")[0] for k in known})
+    listed = [k for k in every if k.startswith(f"{place}.")] if place else sorted({k.partition(".")[0] for k in known})
     raise ValueError(f"--config.{key} is not a key of {file}{hint} ({'keys of ' + place if place else 'sections'}: "
                      f"{', '.join(listed)})")
   kind = holder.get_type(leaf)
   if issubclass(kind, ml_collections.ConfigDict):
     keys = ", ".join(f"--config.{key}.{k}" for k in _leaves(holder[leaf]))
     raise ValueError(f"--config.{key} is a section; set its keys one by one ({keys})")
-  if override["no"] or text is None:
-    if kind is not bool or (override["no"] and text is not None):
-      raise ValueError(f"{override[0]}: write --config.{key}=VALUE ({kind.__name__} in {file})")
-    text = "False" if override["no"] else "True"
+  text = _text_of(override, kind, f"{kind.__name__} in {file}")
   try:
     holder[leaf] = _parse_value(text, kind)
   except (ValueError, TypeError) as error:
@@ -122,16 +120,23 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str, 
     ) from error
 
 
+def _text_of(override: re.Match, kind: Any, expected: str) -> str:
+  """The value as written; --config.key and --noconfig.key are True and False where the key is a bool."""
+  text = override["text"]
+  if text is not None and not override["no"]:
+    return text
+  if kind is not bool or text is not None:
+    raise ValueError(f"{override[0]}: write --config.{override['key']}=VALUE ({expected})")
+  return "False" if override["no"] else "True"
+
+
 def _add(config: ml_collections.ConfigDict, override: re.Match, annotation: Any) -> None:
   """Sets a key that the config does not have."""
-  key, text = override["key"], override["text"]
+  key = override["key"]
   expected = configuration.expected(annotation)
   if expected == "a section":
     raise ValueError(f"--config.{key} is a section; set its keys one by one")
-  if override["no"] or text is None:
-    if annotation is not bool or (override["no"] and text is not None):
-      raise ValueError(f"{override[0]}: write --config.{key}=VALUE ({expected})")
-    text = "False" if override["no"] else "True"
+  text = _text_of(override, annotation, expected)
   try:
     value = configuration.convert(_parse_annotated(text, annotation), annotation, key)
   except (ValueError, TypeError) as error:

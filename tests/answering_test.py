@@ -20,14 +20,18 @@ QUESTIONS = (Question("What color is the shape", ("red", "green", "blue", "teal"
              Question("What shape is present?", ("circle", "image"), 0), Question("Which one", ("a", "b", "c"), 1))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  path = tmp_path_factory.mktemp("answering")
+def make_folder(path):
+  """A captioner and three images of two shapes."""
   write_checkpoint(path / "qwen", "qwen2_5_vl")
   rng = np.random.default_rng(0)
   for i, (w, h) in enumerate([(40, 30), (120, 90), (41, 30)]):
     Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path / f"{i}.png")
   return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return make_folder(tmp_path_factory.mktemp("answering"))
 
 
 def load(folder):

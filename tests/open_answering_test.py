@@ -15,7 +15,7 @@ from caprl_jax.answering import AnswerConfig, Verdict
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.models.load import load_policy
 from caprl_jax.open_answering import check_open_question, is_right, open_text, OpenAnswerer, speaks_of_options
-from caption_test import write_checkpoint
+from answering_test import make_folder
 
 WORDING = "Look! {question}\nBe short."
 STEMS = ("What color is the shape", "What shape is present?", "Which one")
@@ -24,12 +24,7 @@ TOKENS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  path = tmp_path_factory.mktemp("open")
-  write_checkpoint(path / "qwen", "qwen2_5_vl")
-  rng = np.random.default_rng(0)
-  for i, (w, h) in enumerate([(40, 30), (120, 90), (41, 30)]):
-    Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path / f"{i}.png")
-  return path
+  return make_folder(tmp_path_factory.mktemp("open"))
 
 
 @pytest.fixture(scope="module")
