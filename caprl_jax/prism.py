@@ -35,6 +35,7 @@ from caprl_jax.files import write_json
 from caprl_jax.kept import Kept
 from caprl_jax.models.files import fingerprint
 from caprl_jax.models.load import Loaded, load_judge
+from caprl_jax.models.quantize import to_int8
 from caprl_jax.prism_page import write_page
 from caprl_jax.sampling import SamplingConfig
 from caprl_jax.setup_run import JudgeSection, PolicySection
@@ -199,7 +200,7 @@ class Prompts:
 Pair = tuple[BenchmarkRow, str, tuple[str, int]]
 
 
-def write_answers(pairs: Sequence[Pair], kept: Kept, judge: Loaded, cfg: PrismConfig, mesh, seed) -> list[str]:
+def write_answers(pairs: Sequence[Pair], kept: Kept, judge: Loaded, writer: Writer, cfg: PrismConfig) -> list[str]:
   """The text that answers each row from each caption; what `kept` holds is not written again."""
   prompts = Prompts(judge)
   ids = [prompts(row, caption) for row, caption, _ in pairs]
@@ -209,8 +210,6 @@ def write_answers(pairs: Sequence[Pair], kept: Kept, judge: Loaded, cfg: PrismCo
           for one, (_, _, which) in zip(ids, pairs)]
   left = {key: one for key, one in zip(keys, ids) if key not in kept}
   if left:
-    writer = Writer(judge, SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature),
-                    cfg.answer_batch_size, mesh, seed)
     names = list(left)
     with tqdm(total=len(left), desc="answers", unit="answer", disable=None) as bar:
       for found in writer(list(left.values())):
@@ -254,6 +253,8 @@ def run(config, workdir: pathlib.Path) -> None:
   # All of them before the first caption: the last one may not be there.
   identities = {name: captioner.identity() for name, captioner in captioners.items()}
   judge = {"judge": section.source, "judge_sha256": fingerprint(section.source), "dtype": section.dtype}
+  if section.int8:  # the key is new: without it, what was kept stays valid
+    judge["int8"] = True
   digests: dict[str, list[str]] = {}
   images: dict[str, CaptionRow] = {}
   for name, rows in read.items():
@@ -273,11 +274,14 @@ def run(config, workdir: pathlib.Path) -> None:
     kept = Kept(cache, "answers", judge | {"temperature": cfg.answer_temperature, "tokens": cfg.answer_tokens,
                                            "seed": seed}) if cfg.answers == "write" else None
     answered = _answer_all(read, digests, captions, section, cfg, kept, mesh, seed)
-  figures = prism_figures.summarise(answered, read, digests, captions, cfg, seed)
+  scored = {name: {who: prism_figures.score_answers(rows, found) for who, found in answered[name].items()}
+            for name, rows in read.items()}
+  figures = prism_figures.summarise(scored, read, digests, captions, cfg, seed)
   write_json(workdir / "prism.json", figures)
-  prism_figures.write_answers(workdir / "answers.jsonl", answered, read, digests, captions)
+  prism_figures.write_answers(workdir / "answers.jsonl", answered, scored, read, digests, captions)
   log.info("\n%s", prism_figures.table_text(figures))
-  write_page(workdir / "prism.html", figures, answered, read, digests, captions, images, cfg.examples, seed)
+  write_page(workdir / "prism.html", figures, answered, scored, read, digests, captions, images, cfg.examples,
+             seed)
   log.info("page: %s", workdir / "prism.html")
 
 
@@ -286,9 +290,14 @@ def _answer_all(read, digests, captions: dict[str, Kept], section: JudgeSection,
   """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays [rows, captions].
   Texts go to `kept`; without one, options are read."""
   judge = load_judge(section.source, mesh, jnp.dtype(section.dtype))
+  if section.int8:
+    judge = dataclasses.replace(judge, params=to_int8(judge.params))
+  # One for all benchmarks: what is compiled for one serves the others.
+  asker = make_asker(judge, section, [row for rows in read.values() for row in rows], seed) if kept is None else None
+  sampling = SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature)
+  writer = Writer(judge, sampling, cfg.answer_batch_size, mesh, seed) if kept is not None else None
   answered: dict[str, dict[str, Any]] = {}
   for name, rows in read.items():
-    asker = make_asker(judge, section, rows, seed) if kept is None else None
     pairs_of: dict[str, list[Pair]] = {who: [
         (row, one["caption"], (digest, n)) for row, digest in zip(rows, digests[name])
         for n, one in enumerate(store[digest])] for who, store in captions.items()}
@@ -297,6 +306,6 @@ def _answer_all(read, digests, captions: dict[str, Kept], section: JudgeSection,
     answered[name] = {}
     for who, pairs in pairs_of.items():
       found = (read_answers(pairs, asker) if kept is None
-               else np.array(write_answers(pairs, kept, judge, cfg, mesh, seed), object))
+               else np.array(write_answers(pairs, kept, judge, writer, cfg), object))
       answered[name][who] = found.reshape(len(rows), -1)
   return answered

@@ -10,35 +10,35 @@ from caprl_jax.data import benchmarks
 from caprl_jax.data.benchmarks import BenchmarkRow
 from caprl_jax.data.rows import CaptionRow, image_bytes
 from caprl_jax.files import write_text
-from caprl_jax.prism_figures import BLIND, score_answers
+from caprl_jax.prism_figures import BLIND, difference_text, official_text
 from caprl_jax.report_template import card, embedded, page, percent, table, text
 
 _PLOT = 620  # pixels of the axis from 0 to 100
 
 
-def write_page(path: pathlib.Path, figures: Mapping[str, Any], answered, read: Mapping[str, Sequence[BenchmarkRow]],
-               digests, captions, images: Mapping[str, CaptionRow], examples: int, seed: int) -> None:
+def write_page(path: pathlib.Path, figures: Mapping[str, Any], answered, scored,
+               read: Mapping[str, Sequence[BenchmarkRow]], digests, captions, images: Mapping[str, CaptionRow],
+               examples: int, seed: int) -> None:
   """Writes the page. Examples are at random, half of them questions on which captioners differ, where they do."""
   cards = [card(text(who), percent(one["mean"]), f"best of {figures['captions']}: {percent(one['best'])}; "
                 f"{one['length_tokens']:.0f} tokens a caption") for who, one in figures["average"].items()]
-  heads = ["benchmark", "captioner", "mean", "interval", f"best of {figures['captions']}", "official", "blind",
+  heads = ["benchmark", "captioner", "mean", "interval", f"best of {figures['captions']}", "official / best", "blind",
            "abstained", "misled", "CaptionQA", "tokens", "cut", "against the first"]
   rows = []
   for name, entry in figures["benchmarks"].items():
     for who, one in entry["captioners"].items():
       versus = one.get("difference")
       rows.append([text(name), text(who), percent(one["mean"]), " – ".join(map(percent, one["interval"])),
-                   percent(one["best"]), percent(one["official"]["mean"]) if "official" in one else "–",
+                   percent(one["best"]), official_text(one, lambda x: "–" if x is None else percent(x)),
                    percent(entry[BLIND]["ours"]) if BLIND in entry else "–", percent(one["abstained"]),
                    percent(one["misled"]), percent(one["captionqa"]) if "captionqa" in one else "–",
                    f"{one['length_tokens']:.1f}", percent(one["cut"]),
-                   f"{100 * versus['mean']:+.1f} [{100 * versus['low']:+.1f}, {100 * versus['high']:+.1f}], "
-                   f"p = {versus['p']:.3f}" if versus else ""])
+                   text(difference_text(versus)) if versus else ""])
   kinds = [[text(f"{name}, {kind}")] + [percent(one["kinds"][kind]) for one in entry["captioners"].values()]
            for name, entry in figures["benchmarks"].items()
            for kind in next(iter(entry["captioners"].values())).get("kinds", {})]
-  shown = [_example(name, i, answered[name], read[name], digests[name], captions, images)
-           for name, i in _picked(answered, read, examples, seed)]
+  shown = [_example(name, i, answered[name], scored[name], read[name], digests[name], captions, images)
+           for name, i in _picked(scored, read, examples, seed)]
   write_text(path, page("Prism", [
       f"<div class=cards>{''.join(cards)}</div>",
       "<h2>Accuracy from captions</h2><p class=soft>Mean over questions and captions with its "
@@ -75,24 +75,23 @@ def _dots(figures: Mapping[str, Any]) -> str:
           f'{"".join(lines)}</svg>')
 
 
-def _picked(answered, read, examples: int, seed: int) -> list[tuple[str, int]]:
+def _picked(scored, read, examples: int, seed: int) -> list[tuple[str, int]]:
   rng = np.random.default_rng(seed)
   every = [(name, i) for name, rows in read.items() for i in range(len(rows))]
   differing = []
-  for name, rows in read.items():
-    means = [score_answers(rows, found)["ours"].mean(1) for who, found in answered[name].items() if who != BLIND]
+  for name in read:
+    means = [scores["ours"].mean(1) for who, scores in scored[name].items() if who != BLIND]
     differing += [(name, int(i)) for i in np.flatnonzero(np.ptp(np.array(means), axis=0) >= 0.5)]
   take = lambda pool, count: [pool[i] for i in rng.permutation(len(pool))[:count]]
   chosen = take(differing, examples // 2)
   return chosen + take([item for item in every if item not in set(chosen)], examples - len(chosen))
 
 
-def _example(name: str, i: int, answered, rows: Sequence[BenchmarkRow], digests, captions, images) -> str:
+def _example(name: str, i: int, answered, scored, rows: Sequence[BenchmarkRow], digests, captions, images) -> str:
   row, said = rows[i], []
   for who, found in answered.items():
-    scores = score_answers([row], found[i:i + 1])
     for n, answer in enumerate(found[i]):
-      mark = (("none", "–") if scores["abstained"][0, n] else ("right", "✓") if scores["ours"][0, n] >= 0.5
+      mark = (("none", "–") if scored[who]["abstained"][i, n] else ("right", "✓") if scored[who]["ours"][i, n] >= 0.5
               else ("wrong", "✗"))
       shown = answer if isinstance(answer, str) else row.options[answer] if answer >= 0 else "no answer"
       caption = "no caption" if who == BLIND else captions[who][digests[i]][n]["caption"]

@@ -154,6 +154,19 @@ def extract_answer(output: str, options: int | None, protocol: Protocol) -> str 
   return last or first or lines[-1]
 
 
+_REFUSAL = re.compile(
+  r"\b(?:can(?:no|')t|can not|could not|couldn't|unable to|impossible to|not possible to)\b[^.\n]*"
+  r"\b(?:answer|determin\w+|tell|say|know|infer\w*|identif\w+|find)\b"
+  r"|(?:\bnot|n't)(?: \w+){0,2} (?:mention\w*|specif\w+|provide\w*|state\w*|given|enough|sufficient)\b"
+  r"|\b(?:insufficient|no|not enough) information\b|\bunanswerable\b|\b(?:do not|don't) know\b|^(?:unknown|n/?a)\W*$",
+  re.IGNORECASE)
+
+
+def refuses(answer: str) -> bool:
+  """Whether an answer that `extract_answer` found says that there is none, as in "The caption does not mention it"."""
+  return _REFUSAL.search(answer.replace("’", "'").strip()) is not None
+
+
 def _official_answer(output: str) -> str | None:
   # The released pattern is </think>\s*<answer>.*?\\boxed{(.*)}.*?</answer>, greedy and over lines. Backtracking, it is
   # cubic in a text of many boxes, as looping models write; this finds the same in one pass.

@@ -112,7 +112,10 @@ def test_lines(tmp_path, images):
 
 @pytest.mark.parametrize("name, benchmark", [
   ("lmm_eval_chartqa.json", "ChartQA"), ("lmm_eval_ChartQA_Pro.json", "ChartQAPro"), ("lmm_eval_seed2k.json", "SEED"),
-  ("lmm_eval_MMMU_Pro.json", "MMMU-Pro"), ("lmm_eval_mmmu.json", "MMMU"), ("lmm_eval_infovqa.json", "InfoVQA")])
+  ("lmm_eval_MMMU_Pro.json", "MMMU-Pro"), ("lmm_eval_mmmu.json", "MMMU"), ("lmm_eval_infovqa.json", "InfoVQA"),
+  ("lmm_eval_MMStar.json", "MMStar"), ("lmm_eval_CharXiv.json", "CharXiv"), ("lmm_eval_MathVision.json", "MathVision"),
+  ("lmm_eval_MathVerse_MINIVInt.json", "MathVerse"), ("lmm_eval_WeMath.json", "WeMath"),
+  ("lmm_eval_Visu.json", "VisuLogic")])
 def test_the_files_name_says_the_benchmark(tmp_path, name, benchmark):
   assert benchmarks.benchmark_of(tmp_path / "chart" / "info" / name) == benchmark
 

@@ -175,7 +175,7 @@ def test_a_page_is_not_shared_unless_asked():
 
 def test_without_gradio_the_remedy_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "gradio", None)
-  with pytest.raises(ValueError, match=r"pip install caprl_jax\[demo\]"):
+  with pytest.raises(ValueError, match=r"pip install -e '\.\[demo\]'"):
     demo.import_gradio()
 
 

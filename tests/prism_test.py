@@ -97,7 +97,7 @@ def test_written_answers_are_the_judges_own(made, tmp_path):
              "based on the caption.How many?<|im_end|>\n<|im_start|>assistant\n" for row in charts]
     want = dict(item for batch in writer([judge.tokenizer.encode(text) for text in texts]) for item in batch)
   assert [row["answer"] for row in charts] == [want[i].text for i in range(len(texts))]
-  assert all("official" in row for row in answers)
+  assert all(("official" in row) == (row["benchmark"] == "charts") for row in answers)  # the plain rows ask for no tags
   figures = json.loads((tmp_path / "prism.json").read_text())
   assert figures["benchmarks"]["charts"]["captioners"]["policy0"]["official"].keys() == {"mean", "best"}
 
@@ -137,7 +137,51 @@ def test_figures_by_hand():
   written = prism_figures.score_answers(
       rows, np.array([["The answer is B", "nothing of the kind, really"], ["A", "B"]], object))
   np.testing.assert_array_equal(written["ours"], [[1, 0], [1, 0]])
-  assert written["official"].max() == 0  # no </think>, no <answer>, no box
+  assert "official" not in written  # plain questions do not ask for its </think>, <answer> and box
+  np.testing.assert_array_equal(written["abstained"], [[0, 0], [0, 0]])
+  open_ = BenchmarkRow(b"", "<image>Q", "100", (), "ChartQA", "3")
+  chart = prism_figures.score_answers([open_], np.array([["x</think><answer>\\boxed{105.2}</answer>", "", "100",
+                                                          "The caption does not mention it."]], object))
+  # Its 5% are of the answer, not of the gold.
+  np.testing.assert_array_equal(chart["official"], [[1, 0, 0, 0]])
+  np.testing.assert_array_equal(chart["ours"], [[0, 0, 1, 0]])
+  np.testing.assert_array_equal(chart["abstained"], [[0, 1, 0, 1]])
+  np.testing.assert_array_equal(chart["misled"], [[1, 0, 0, 0]])
+  assert "captionqa" not in chart
+  mixed = prism_figures.score_answers([rows[0], open_], np.array([["B"], ["100"]], object))
+  np.testing.assert_array_equal(mixed["captionqa"], [[1], [np.nan]])
+
+
+def test_the_summary_by_hand(tmp_path):
+  """Two images, three questions, two captions each, and no caption."""
+  question = lambda kind, gold: BenchmarkRow(b"", "<image>Q", gold, ("x", "y"), benchmarks.QUESTIONS, kind, kind=kind)
+  rows = {"one": [question("a", "A"), question("b", "B"), question("a", "A")]}
+  digests = {"one": ["i", "i", "j"]}
+  answered = {"one": {"old": np.array([[0, 1], [1, 1], [-1, 1]]), "new": np.array([[0, 0], [1, 0], [0, 0]]),
+                      "blind": np.array([[0], [0], [-1]])}}
+  said = lambda *tokens: {d: [{"caption": f"{d}{n}", "tokens": n, "finish": "length" if n > 8 else "end"}
+                              for n in tokens] for d in "ij"}
+  captions = {"old": said(2, 4), "new": said(6, 9)}
+  scored = {"one": {who: prism_figures.score_answers(rows["one"], found) for who, found in answered["one"].items()}}
+  cfg = prism.PrismConfig("old=a,new=b", "one=c", captions=2)
+  found = prism_figures.summarise(scored, rows, digests, captions, cfg, 0)
+  entry = found["benchmarks"]["one"]
+  assert (entry["questions"], entry["images"]) == (3, 2)
+  assert entry["blind"]["ours"] == pytest.approx(1 / 3) and entry["blind"]["abstained"] == pytest.approx(1 / 3)
+  old, new = entry["captioners"]["old"], entry["captioners"]["new"]
+  assert (old["mean"], old["best"]) == pytest.approx((3 / 6, 2 / 3)) and (new["mean"], new["best"]) == (5 / 6, 1)
+  assert old["kinds"] == pytest.approx({"a": 1 / 4, "b": 1}) and new["kinds"] == {"a": 1, "b": 0.5}
+  assert (old["length_tokens"], old["cut"], new["length_tokens"], new["cut"]) == (3, 0, 7.5, 0.5)
+  assert (old["abstained"], old["misled"]) == pytest.approx((1 / 6, 2 / 6))
+  assert new["difference"]["mean"] == pytest.approx(2 / 6)
+  text = prism_figures.table_text(found)
+  assert "50.0" in text and "83.3" in text and "33.3" in text and "p = 0.000" not in text
+  assert prism_figures.difference_text(dict(mean=0.1, low=0.05, high=0.15, p=0.0)).endswith("p < 0.001")
+  prism_figures.write_answers(tmp_path / "answers.jsonl", answered, scored, rows, digests, captions)
+  lines = read(tmp_path / "answers.jsonl")
+  assert len(lines) == 3 * (2 + 2 + 1)
+  assert {k: lines[1][k] for k in ("row", "captioner", "caption", "answer", "ours", "misled")} == dict(
+      row="a", captioner="old", caption="i4", answer=1, ours=0, misled=1)
 
 
 def test_a_caption_cannot_steer_the_answering_model(made):

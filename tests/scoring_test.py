@@ -9,7 +9,8 @@ import pytest
 from caprl_jax import scoring
 from caprl_jax.data import benchmarks
 from caprl_jax.scoring import (
-  anls, exact, extract_answer, maths, multiple_choice, official_score, relaxed_accuracy, score,
+  anls, exact, extract_answer, maths, multiple_choice, official_score, refuses, relaxed_accuracy,
+  score,
 )  # fmt: skip
 
 THOUGHT = "<think>First B, then \\boxed{7}. The answer is C.</think>\n"
@@ -365,7 +366,17 @@ def test_a_zero_prediction_is_a_text_to_the_release(monkeypatch):
   assert official_score("5", "0", "ChartQA") == 0
 
 
+def test_answers_that_say_there_is_none():
+  none = ("It cannot be determined from the caption.", "The caption does not mention the color", "I don't know",
+          "I’m unable to answer this question", "Not specified", "There is not enough information.", "Unknown.", "N/A",
+          "The value isn't provided", "No information", "This is unanswerable")
+  some = ("B", "red", "not red", "The unknown soldier", "12", "You cannot see red", "can be seen", "Information desk",
+          "No", "none of them", "a stated goal")
+  assert [text for text in none if not refuses(text)] == []
+  assert [text for text in some if refuses(text)] == []
+
+
 def test_the_official_scorer_needs_math_verify(monkeypatch):
   monkeypatch.setitem(sys.modules, "math_verify", None)
-  with pytest.raises(ValueError, match="pip install 'caprl_jax.maths.'"):
+  with pytest.raises(ValueError, match=r"pip install -e '\.\[maths\]'"):
     official_score("1", "1", "MMStar")
