@@ -91,6 +91,7 @@ class PretrainConfig:
 
   stages: by name; `order` says which are run, one after the other. Each one's model is written to `workdir/<name>`, in
     output_dtype, and what is written is what the next one begins with; its metrics are in `workdir/training/<name>`.
+    With data in none of them the model is only asked.
   eval: multiple-choice questions (`data/sources.py`) that the last model is asked, with the image and without, as
     `answer` says; None asks nothing. eval_rows: the first images only. eval_kinds: of questions, None for all.
   eval_open_question: asks without showing the options, as a stage's `open_question`; what is written, eval_max_tokens

@@ -14,6 +14,7 @@ from caprl_jax import sharding
 from caprl_jax.answering import Answerer, AnswerConfig, letter_ids, Verdict
 from caprl_jax.data.rows import QARow
 from caprl_jax.files import write_json
+from caprl_jax.intervals import bootstrap_interval
 from caprl_jax.models.load import Loaded
 from caprl_jax.open_answering import check_ends, OpenAnswerer, OpenVerdict
 
@@ -25,16 +26,19 @@ EXAMPLES = 20  # answers in words that are written down
 def summarise(rows: Sequence[QARow], verdicts: dict[int, list[Verdict] | ValueError]) -> dict[str, object]:
   """Figures of all questions and of each kind: `accuracy` is the share of orders of the options, mean over questions,
   in which the image's question is answered right (in words: of answers that are right); `blind` the same without the
-  image; `..._probability` the mean probability of the right letter."""
+  image; `..._probability` the mean probability of the right letter; `interval` of the accuracy, 95% over images."""
   groups: dict[str, list[Verdict]] = {}
-  errors = 0
+  errors, right_of_image = 0, []
   for number, row in enumerate(rows):
     found = verdicts[number]
-    pairs = [] if isinstance(found, ValueError) else zip(row.questions, found, strict=True)
+    pairs = [] if isinstance(found, ValueError) else list(zip(row.questions, found, strict=True))
     errors += len(row.questions) if isinstance(found, ValueError) else sum(bool(verdict.error) for verdict in found)
     for question, verdict in pairs:
       if not verdict.error:
         groups.setdefault(question.kind, []).append(verdict)
+    good = [verdict.visual for _, verdict in pairs if not verdict.error]
+    if good:
+      right_of_image.append(sum(good))
   mean = lambda found, name: float(np.mean([getattr(v, name) for v in found]))
   fields = {"accuracy": "visual", "blind": "blind"}
   if not any(isinstance(verdict, OpenVerdict) for found in groups.values() for verdict in found):
@@ -43,7 +47,9 @@ def summarise(rows: Sequence[QARow], verdicts: dict[int, list[Verdict] | ValueEr
   everything = [verdict for found in groups.values() for verdict in found]
   if not everything:
     raise ValueError(f"none of the {len(rows)} rows has a question that could be asked")
-  return {**figures(everything), "images": len(rows), "errors": errors,
+  # Images weigh as they have questions: the mean of these values is the accuracy.
+  values = np.array(right_of_image) * len(right_of_image) / len(everything)
+  return {**figures(everything), "interval": list(bootstrap_interval(values, 0)), "images": len(rows), "errors": errors,
           "kinds": {kind or "(none)": figures(found) for kind, found in sorted(groups.items())}}
 
 
@@ -81,7 +87,7 @@ def ask(policy: Loaded, rows: Sequence[QARow], source: str, cfg: AnswerConfig, s
   if open_question:
     figures["examples"] = examples(rows, verdicts)
   write_json(path, figures)
-  log.info("%s: %d questions about %d images, accuracy %.3f, without the image %.3f (%s)", source, figures["questions"],
-           figures["images"], figures["accuracy"], figures["blind"],
+  log.info("%s: %d questions about %d images, accuracy %.3f [%.3f, %.3f], without the image %.3f (%s)", source,
+           figures["questions"], figures["images"], figures["accuracy"], *figures["interval"], figures["blind"],
            ", ".join(f"{kind} {f['accuracy']:.3f}/{f['blind']:.3f}" for kind, f in figures["kinds"].items()))
   return figures

@@ -15,6 +15,9 @@ model (base here), and the instruction of captions. Its benchmarks (InfoVQA, Doc
 `pretrain.eval` asks multiple-choice questions of your own, and every stage's model is a directory that lmms-eval or
 VLMEvalKit can load.
 
+The paper's set-up (b) is --config.pretrain_policy.language=Qwen/Qwen2.5-7B; (c), InternLM2.5 with CLIP-ViT-L, is of
+families that this package does not have.
+
 Sizes for 3B on 8 accelerators of 80 GB or more, or a TPU slice of as much memory; not run at this size. Raise
 `microbatches` where memory is short.
 """

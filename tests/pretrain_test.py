@@ -17,6 +17,7 @@ import tiny
 from caprl_jax import configuration, pretrain, pretrain_policy, sharding
 from caprl_jax.answering import Verdict
 from caprl_jax.checkpoint import saved_steps
+from caprl_jax.config_file import load_config
 from caprl_jax.data.conversations import read_examples
 from caprl_jax.data.packing import PackConfig, Packer
 from caprl_jax.data.rows import QARow, Question
@@ -99,6 +100,7 @@ def test_stages_train_what_they_should_and_questions_are_asked(folder, whole_run
   figures = tiny.read_back(whole_run / "vqa.json")
   assert figures["images"] == 4 and figures["questions"] == 8 and figures["kinds"].keys() == {"color", "shape"}
   assert figures["accuracy"] == np.mean([k["accuracy"] for k in figures["kinds"].values()])
+  assert figures["interval"][0] <= figures["accuracy"] <= figures["interval"][1]
   assert all(0 <= figures[k] <= 1 for k in ("accuracy", "blind", "probability", "blind_probability"))
   assert not (whole_run / "training" / "align" / "checkpoints").exists()
 
@@ -117,11 +119,31 @@ def test_a_model_that_learns_to_answer_in_words_does(folder, tmp_path):
   assert figures["accuracy"] > max(0.7, figures["blind"] + 0.2)
 
 
+def test_without_any_data_a_model_is_only_asked(folder, whole_run, tmp_path):
+  made = config(folder, ("instruct",), dict(checkpoint=str(whole_run / "instruct")))
+  with made.unlocked():
+    made.pretrain.stages.instruct.data = None
+  pretrain.run(made, tmp_path)
+  assert tiny.read_back(tmp_path / "vqa.json") == tiny.read_back(whole_run / "vqa.json")
+  assert not (tmp_path / "instruct").exists()
+
+
+def test_the_published_hyperparameters():
+  """The paper's stages: what each trains, learning rate, examples a step."""
+  made = load_config("configs/pretrain_caprl.py")
+  cfg = configuration.load_section(made, "pretrain", pretrain.PretrainConfig)
+  assert cfg.order == ("align", "further", "instruct") and cfg.stages["further"].data is None
+  found = {name: (stage.trained, stage.optimizer.learning_rate, stage.examples) for name, stage in cfg.stages.items()}
+  assert found == {
+      "align": ("projector", 1e-3, 256), "further": ("full", 4e-5, 256), "instruct": ("full", 2e-5, 128)}
+
+
 def test_questions_that_cannot_be_asked_are_counted():
   row = QARow(b"", (Question("a", ("b", "c"), 0, "x"), Question("d", ("e", "f"), 0)), "row")
   figures = summarise(
       [row, row], {0: [Verdict(1.0, 0.5, 0.9, 0.4), Verdict(error="too many")], 1: ValueError("broken")})
   assert figures["errors"] == 3 and figures["questions"] == 1 and figures["images"] == 2
+  assert figures["interval"] == [1.0, 1.0]  # of one image
   assert figures["kinds"] == {"x": {"questions": 1, "accuracy": 1.0, "blind": 0.5, "probability": 0.9,
                                     "blind_probability": 0.4}}
   with pytest.raises(ValueError, match="none of the 1 rows has a question"):
