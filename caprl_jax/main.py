@@ -10,6 +10,7 @@ import pathlib
 import sys
 import textwrap
 import traceback
+import types
 from typing import NamedTuple
 
 from absl import flags
@@ -252,13 +253,25 @@ def _parse(
   if not options.config:
     raise ValueError("--config is missing, e.g. --config=configs/quickstart.py (--help shows examples)")
   config = config_file.load_config(options.config)
-  config_file.apply_overrides(
-    config, overrides, options.config, lambda: importlib.import_module("caprl_jax.sections")
-  )
+  config_file.apply_overrides(config, overrides, options.config, _schema)
   workdir = options.workdir or [*_modes(config).values()][0].workdir
   if not workdir:
     raise ValueError("--workdir is missing, e.g. --workdir=runs/quickstart (--help shows examples)")
   return config, _make_workdir(workdir)
+
+
+def _schema() -> types.ModuleType:
+  """What is known of keys that a config file leaves out: it takes a second, and most runs need none of it.
+
+  absl writes while orbax is imported and, where the root logger has no handler, gives it one, which would say all our
+  lines again.
+  """
+  quiet = logging.NullHandler()
+  logging.root.addHandler(quiet)
+  try:
+    return importlib.import_module("caprl_jax.sections")
+  finally:
+    logging.root.removeHandler(quiet)
 
 
 def _modes(config: ml_collections.ConfigDict) -> dict[str, Mode]:

@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -162,6 +164,14 @@ def test_a_key_that_the_file_leaves_out_can_be_set(path, argument, key, value):
 def test_a_key_that_no_section_has_cannot_be_set(argument, message):
   with pytest.raises(ValueError, match=message):
     overridden("quickstart.py", argument)
+
+
+def test_the_schema_leaves_logging_and_devices_alone():
+  """It is read before the log is set up and before processes find each other, which must come before any device."""
+  program = ("import logging; from caprl_jax import main; main._schema(); from jax._src import xla_bridge; "
+             "print(logging.root.handlers, xla_bridge.backends_are_initialized())")
+  made = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+  assert made.stdout == "[] False\n", made.stderr
 
 
 def test_the_schema_is_whole():
