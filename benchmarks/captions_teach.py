@@ -1,7 +1,7 @@
 """The paper's claim in small: do captions of a CapRL-trained captioner teach another model more than its warm start's?
 
   python benchmarks/captions_teach.py --caprl runs/quickstart/policy
-  python benchmarks/captions_teach.py --data charts --caprl runs/charts/policy
+  python benchmarks/captions_teach.py --data charts --caprl runs/charts/policy --train data/charts/train_4000.jsonl
 
 A captioner before and after CapRL captions the same training images. A model in the paper's arrangement (a vision
 tower, a language model that can read and has seen no image, a new projector) is pretrained on the one's captions, on
