@@ -9,8 +9,9 @@ import pytest
 
 from caprl_jax import (
   caption, config_file, configuration, curation, dataset, demo, endpoint, export, gallery, main, plan, pretrain,
-  pretrain_policy, prism, sections, setup_run, sft, sharding,
+  pretrain_policy, prism, scoring, sections, setup_run, sft, sharding,
 )  # fmt: skip
+from caprl_jax.data import benchmarks
 from caprl_jax.optimizer import build_optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -106,6 +107,12 @@ def test_an_unknown_key_in_a_file_names_the_nearest():
     config.rolout = {}
   with pytest.raises(ValueError, match=r"config\.rolout is not a known key; did you mean 'rollout'\?"):
     setup_run.read_settings(config)
+
+
+def test_the_paper_s_evaluation_has_all_its_files():
+  found = prism.named(config_file.load_config(str(ROOT / "configs" / "prism.py")).prism.benchmarks, "")
+  assert len(found) == 12 and set(found) < set(scoring.METRICS)
+  assert all(pathlib.Path(path).stem in benchmarks.BENCHMARKS for path in found.values())
 
 
 # ---- keys that a file leaves at their defaults ----
