@@ -30,8 +30,8 @@ def get_config():
   config.prism = dict(
       captioners="Qwen2.5-VL-3B=Qwen/Qwen2.5-VL-3B-Instruct,CapRL-3B=internlm/CapRL-3B",
       benchmarks=",".join(f"{name}=json_file/{file}.json" for file, name in BENCHMARKS.items()),
-      image_root="bench_image_folder.zip", captions=4, temperature=1.0, max_tokens=2048, batch_size=8, answers="write", answer_tokens=2048, answer_temperature=1.0,
-      answer_batch_size=16, blind=True, examples=24)
+      image_root="bench_image_folder.zip", captions=4, temperature=1.0, max_tokens=2048, batch_size=8,
+      answers="write", answer_tokens=2048, answer_temperature=1.0, answer_batch_size=16, blind=True, examples=24)
   config.prism.max_rows = None
   config.prism.cache = None
   return config
