@@ -72,8 +72,8 @@ def delta(before: Any, after: Any, how: str) -> str:
     return ""
   change = after - before
   if how == "percent":
-    return f"{100 * change:+.1f} points"
-  return f"{change:+,}" if isinstance(change, int) else f"{change:+,.2f}"
+    return f"{100 * change:+z.1f} points"
+  return f"{change:+,}" if isinstance(change, int) else f"{change:+z,.2f}"  # z: a fall that rounds to none is no -0.00
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from caprl_jax import curves, metrics, report
+from caprl_jax import curves, metrics, report, report_template
 
 QUESTION = {"stem": "what is the red shape?", "options": ["circle", "triangle", "rectangle"],
             "gold": 0, "kind": "shape"}
@@ -283,3 +283,8 @@ def test_the_picture_of_the_page_is_not_blank(workdir, tmp_path):
   assert len(np.unique(pixels, axis=0)) > 50
   red = (pixels[:, 0] > 240) & (pixels[:, 1:].max(1) < 20)
   assert red.sum() > 1000  # the embedded circles
+
+
+def test_a_change_that_rounds_to_none_has_no_minus():
+  assert report_template.delta(0.002, 0.0, "share") == "+0.00" and report_template.delta(0.2, 0.1, "share") == "-0.10"
+  assert report_template.delta(0.5001, 0.5, "percent") == "+0.0 points"
