@@ -10,6 +10,7 @@ import numpy as np
 from caprl_jax import intervals, scoring
 from caprl_jax.data.benchmarks import BenchmarkRow, QUESTIONS
 from caprl_jax.files import write_text
+from caprl_jax.official_scoring import official_score
 
 BLIND = "blind"
 # CaptionQA (arXiv 2511.21025, section 3.4): "cannot answer" earns this over guessing among the options
@@ -38,7 +39,7 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
         ours.append(scoring.score(read, row.gold, row.benchmark, row.options).value)
         none.append(float(not ours[-1] and (read is None or scoring.refuses(read))))
         if official:
-          theirs.append(scoring.official_score(
+          theirs.append(official_score(
               scoring.extract_answer(answer, len(row.options) or None, "official"), row.gold, row.benchmark))
       else:
         ours.append(float(answer >= 0 and "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[answer] == row.gold.strip()))
