@@ -439,7 +439,7 @@ def _exact_or_number(prediction: str | None, gold: str) -> float:
   return max(exact(prediction, gold), relaxed_accuracy(prediction, gold, 0))
 
 
-def hasmath_verify_package() -> bool:
+def has_math_verify() -> bool:
   """Whether the package math-verify is installed, without which there is no official score."""
   return importlib.util.find_spec("math_verify") is not None
 
