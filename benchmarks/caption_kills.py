@@ -22,7 +22,7 @@ import time
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-from caprl_jax.data.easy_vqa import easy_vqa_root
+from caprl_jax.data.readers.easy_vqa import easy_vqa_root
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUBSET = 2000

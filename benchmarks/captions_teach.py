@@ -20,9 +20,9 @@ import sys
 import numpy as np
 from scipy import stats
 
-from caprl_jax.config_file import load_config
-from caprl_jax.data.jsonl import write_jsonl
-from caprl_jax.data.sources import read_qa_rows
+from caprl_jax.config.loading import load_config
+from caprl_jax.data.readers.jsonl import write_jsonl
+from caprl_jax.data.readers.qa_sources import read_qa_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {"easy_vqa": ROOT / "configs/pretrain_letters.py", "charts": ROOT / "configs/pretrain_charts.py"}

@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from caprl_jax import sharding
-from caprl_jax.data import datasets
 from caprl_jax.data.batches import ImagePrompt, QABatcher, image_shape, train_iterator
-from caprl_jax.data.questions import TokenizedQuestion, question_shape
+from caprl_jax.data.judge_questions import TokenizedQuestion, question_shape
+from caprl_jax.data.readers import tfds
 from caprl_jax.data.rows import QARow, Question, image_bytes, read_image
-from caprl_jax.models.published import CONFIGS
+from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.models.policy import PolicyConfig
 
 
@@ -60,8 +60,8 @@ def main() -> None:
   rows = [QARow(photos[i % len(photos)], (question,), f"{i}") for i in range(args.images)]
   cfg = PolicyConfig.from_hf(CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"], dict(min_pixels=3136, max_pixels=1_000_000))
   with tempfile.TemporaryDirectory() as folder:
-    path = str(datasets.write_tfds(folder, {"train": rows}))
-    rows = list(datasets.scan_tfds(path, "train"))
+    path = str(tfds.write_tfds(folder, {"train": rows}))
+    rows = list(tfds.scan_tfds(path, "train"))
     print(f"{args.images} JPEGs of {args.size}x{args.size} pixels, "
           f"{np.mean([len(p) for p in photos]) / 1e3:.0f} KB each, "
           f"{os.cpu_count()} cores, {args.threads} thread(s); Qwen2.5-VL's processor, batches of {args.batch}")

@@ -17,11 +17,11 @@ import numpy as np
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
 from caprl_jax.data.judge_prompts import OFFICIAL, PMI
-from caprl_jax.data.questions import QuestionTokenizer, pad_questions, question_shape
+from caprl_jax.data.judge_questions import QuestionTokenizer, pad_questions, question_shape
 from caprl_jax.data.rows import Question
-from caprl_jax.judging import answer_questions
-from caprl_jax.models.load import load_judge
-from caprl_jax.presenting import JudgeConfig
+from caprl_jax.hub.load import load_judge
+from caprl_jax.rl.judge import answer_questions
+from caprl_jax.rl.judge_protocol import JudgeConfig
 
 
 def best_secs(run, repeats: int = 3) -> float:

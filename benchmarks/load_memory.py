@@ -29,7 +29,7 @@ class RandomTensors(dict):
 
 def write(folder: pathlib.Path, gb: float) -> float:
   """A checkpoint of about `gb` * 10^9 bytes; returns its exact size in 10^9 bytes."""
-  from caprl_jax.models.files import write_directory
+  from caprl_jax.hub.hub_files import write_directory
   layers = round((gb * 1e9 / 4 - VOCAB * WIDTH) / LAYER)
   shapes = RandomTensors({"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)})
   for i in range(layers):
@@ -48,8 +48,9 @@ def write(folder: pathlib.Path, gb: float) -> float:
 
 def load(folder: str, dtype: str) -> None:
   import jax
+
   from caprl_jax import sharding
-  from caprl_jax.models.load import load_judge
+  from caprl_jax.hub.load import load_judge
   mesh = sharding.make_mesh(sharding.MeshConfig())
   jax.block_until_ready(jax.numpy.zeros(8))
   peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

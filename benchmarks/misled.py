@@ -19,19 +19,20 @@ import re
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
+import ml_collections
 import numpy as np
 
-from caprl_jax import sft, sharding
+from caprl_jax import sharding
+from caprl_jax.config.loading import load_config
 from caprl_jax.data.batches import train_iterator
-from caprl_jax.data.easy_vqa import COLORS, SHAPES
-from caprl_jax.data.jsonl import write_caption_jsonl
+from caprl_jax.data.readers.easy_vqa import COLORS, SHAPES
+from caprl_jax.data.readers.jsonl import write_caption_jsonl
+from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow
-from caprl_jax.data.sources import read_qa_rows
-from caprl_jax.evaluate import Evaluator
-from caprl_jax.config_file import load_config
-from caprl_jax.setup_run import read_settings, set_up
-from caprl_jax.train import build_step, make_optimizer, make_state, policy_shardings
-import ml_collections
+from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.modes import sft
+from caprl_jax.modes.evaluate.run import Evaluator
+from caprl_jax.modes.train.run import build_step, make_optimizer, make_state, policy_shardings
 
 UNKNOWN = "circle"  # the shape that the warm start has no true word for
 REWARDS = {"accuracy": dict(accuracy=1.0), "accuracy - 2 misled": dict(accuracy=1.0, misled=2.0)}

@@ -13,12 +13,13 @@ import traceback
 import types
 from typing import NamedTuple
 
-from absl import flags
 import ml_collections
+from absl import flags
 from tqdm import auto as tqdm
 
 import caprl_jax
-from caprl_jax import config_file, configuration
+from caprl_jax.config import loading as config_file
+from caprl_jax.config import schema as configuration
 
 # Named in full, because this module is `__main__` when it is run.
 log = logging.getLogger("caprl_jax.main")
@@ -35,69 +36,69 @@ class Mode(NamedTuple):
 
 MODES = {
   "train": Mode(
-    "caprl_jax.train",
+    "caprl_jax.modes.train.run",
     "CapRL: the policy captions, the judge answers from the captions, the policy improves",
     "--config=configs/quickstart.py --workdir=runs/quickstart",
   ),
   "sft": Mode(
-    "caprl_jax.sft",
+    "caprl_jax.modes.sft",
     "teach a policy to see and to speak from given captions, before CapRL",
     "--config=configs/quickstart_sft.py --workdir=runs/quickstart_sft",
   ),
   "pretrain": Mode(
-    "caprl_jax.pretrain",
+    "caprl_jax.modes.pretrain.run",
     "what captions are worth: train a captioner in stages on captions and conversations, then ask it about images",
     "--config=configs/pretrain_language.py --workdir=runs/pretrain_language",
   ),
   "evaluate": Mode(
-    "caprl_jax.prism",
+    "caprl_jax.modes.prism.run",
     "how much of an image captions carry: Prism on benchmarks, or a training config's own held-out rows",
     "--config=configs/prism_quickstart.py --workdir=runs/prism",
   ),
   "calibrate": Mode(
-    "caprl_jax.calibrate",
+    "caprl_jax.modes.calibrate",
     "whether a judge can be trusted: accuracy by caption, position bias, agreement, the margin to abstain by",
     "--config=configs/quickstart.py --workdir=runs/calibrate --config.mode=calibrate",
   ),
   "curate": Mode(
-    "caprl_jax.curation",
+    "caprl_jax.modes.curate.run",
     "images in, filtered questions out: a model writes them, another answers with the image and without",
     "--config=configs/curate.py --workdir=runs/curate "
     "--config.curation.input=IMAGES --config.curation.output=qa.parquet",
   ),
   "dataset": Mode(
-    "caprl_jax.dataset",
+    "caprl_jax.modes.dataset.run",
     "what is in a QA dataset and what is wrong with it; a copy in another format",
     "--config=configs/dataset.py --config.dataset.input=easy_vqa:test",
     workdir="runs/dataset",
   ),
   "caption": Mode(
-    "caprl_jax.caption",
+    "caprl_jax.modes.caption.run",
     "caption images in folders, JSON lines, tar files, parquet or TFDS, on one host or many",
     "--config=configs/caption.py --config.policy.checkpoint=DIR --config.caption.input=FOLDER "
     "--config.caption.output=captions.jsonl",
     workdir="runs/caption",
   ),
   "gallery": Mode(
-    "caprl_jax.gallery",
+    "caprl_jax.modes.gallery.run",
     "a page that shows what several captioners wrote about the same images, side by side",
     "--config=configs/gallery.py --config.gallery.captions=before=a.jsonl,after=b.jsonl",
     workdir="runs/gallery",
   ),
   "demo": Mode(
-    "caprl_jax.demo",
+    "caprl_jax.modes.demo",
     "a local page: drop an image in, read its caption, watch the judge answer from the words",
     "--config=configs/demo.py --config.policy.checkpoint=runs/quickstart/policy",
     workdir="runs/demo",
   ),
   "plan": Mode(
-    "caprl_jax.plan",
+    "caprl_jax.modes.plan",
     "memory and largest arrays of a training config's step on a TPU topology, without a TPU",
     "--config=configs/caprl_3b.py --config.mode=plan --config.plan.topology=v5p:2x2x2",
     workdir="runs/plan",
   ),
   "export": Mode(
-    "caprl_jax.export",
+    "caprl_jax.modes.export",
     "a run's captioner (or any checkpoint) as a directory that transformers and vLLM load",
     "--config=configs/export.py --config.export.run=runs/quickstart --config.export.output=DIR",
     workdir="runs/export",
@@ -269,7 +270,7 @@ def _schema() -> types.ModuleType:
   quiet = logging.NullHandler()
   logging.root.addHandler(quiet)
   try:
-    return importlib.import_module("caprl_jax.sections")
+    return importlib.import_module("caprl_jax.modes.sections")
   finally:
     logging.root.removeHandler(quiet)
 

@@ -4,10 +4,10 @@ Mesh axes: `data` replicates parameters, `fsdp` shards them over their width and
 splits heads, MLPs and vocabulary. A batch is split over `data` and `fsdp` together.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn

@@ -139,3 +139,19 @@ class Frozen:
   reference: Params | None = None
   base: Params | None = None
   stamps_VX: Array | None = None
+
+
+@flax.struct.dataclass
+class Packed:
+  """Rows as `Policy.packed` reads them, with M images a row kept apart: `images` has [B, M, S, ...], but `unit_BI`."""
+  images: Images | None
+  prompts: Prompts
+  segment_BL: Array  # int32, 1 and on; 0 is padding
+  wanted_BL: Array  # bool, tokens to be predicted
+  dropped_B: Array  # int32, examples that were left out because their image cannot be read
+
+  def flat_images(self) -> Images | None:
+    """The images as `Policy.packed` takes them, B * M in a row."""
+    join = lambda x: x.reshape(-1, *x.shape[2:])
+    i = self.images
+    return None if i is None else Images(join(i.patches_BSE), join(i.position_BS2), join(i.valid_BS), i.unit_BI)

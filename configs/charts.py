@@ -9,7 +9,7 @@ curation keeps those.
 
 import pathlib
 
-from caprl_jax.config_file import load_config
+from caprl_jax.config.loading import load_config
 
 
 def get_config():

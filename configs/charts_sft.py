@@ -12,7 +12,7 @@ complete. 13 minutes on 2 CPU cores.
 
 import pathlib
 
-from caprl_jax.config_file import load_config
+from caprl_jax.config.loading import load_config
 
 FULL = "{description}"
 

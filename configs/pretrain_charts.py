@@ -12,7 +12,7 @@ and the model says it ("red"). About 7 minutes on 2 CPU cores. benchmarks/captio
 
 import pathlib
 
-from caprl_jax.config_file import load_config
+from caprl_jax.config.loading import load_config
 
 
 def get_config():

@@ -11,7 +11,7 @@ import pathlib
 
 import ml_collections
 
-from caprl_jax.config_file import load_config
+from caprl_jax.config.loading import load_config
 
 
 def get_config():

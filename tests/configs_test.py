@@ -6,15 +6,25 @@ import subprocess
 import sys
 
 import pytest
+from helpers.paths import ROOT
 
-from caprl_jax import (
-  caption, config_file, configuration, curation, dataset, demo, endpoint, export, gallery, main, plan, pretrain,
-  pretrain_policy, prism, scoring, sections, setup_run, sft, sharding,
-)  # fmt: skip
-from caprl_jax.data import benchmarks
-from caprl_jax.optimizer import build_optimizer
+from caprl_jax import main, sharding
+from caprl_jax.config import loading as config_file
+from caprl_jax.config import schema as configuration
+from caprl_jax.data.readers import benchmarks
+from caprl_jax.harness import setup as setup_run
+from caprl_jax.inference import endpoint
+from caprl_jax.modes import demo, export, plan, sections, sft
+from caprl_jax.modes.caption import run as caption
+from caprl_jax.modes.curate import run as curation
+from caprl_jax.modes.dataset import run as dataset
+from caprl_jax.modes.gallery import run as gallery
+from caprl_jax.modes.pretrain import policy as pretrain_policy
+from caprl_jax.modes.pretrain import run as pretrain
+from caprl_jax.modes.prism import run as prism
+from caprl_jax.rl.optimizer import build_optimizer
+from caprl_jax.scoring import answers as scoring  # fmt: skip
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 

@@ -13,9 +13,10 @@ import pytest  # pylint: disable=wrong-import-position
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
   """`setup_run.Run` of the tiny models, under a mesh of one device."""
-  import tiny  # it needs torch, which not every test does
+  from helpers import tiny  # it needs torch, which not every test does
+
   from caprl_jax import sharding
-  from caprl_jax.setup_run import read_settings, set_up
+  from caprl_jax.harness.setup import read_settings, set_up
   config = tiny.write_all(tmp_path_factory.mktemp("tiny"))
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
     yield set_up(read_settings(config))

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pathlib
 import re
 import signal
 import socket
@@ -12,10 +11,9 @@ import textwrap
 import types
 
 import pytest
+from helpers.paths import ROOT
 
 from caprl_jax import main as main_module
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 CONFIG = """
 from ml_collections import config_dict
@@ -213,8 +211,8 @@ def test_a_mode_that_cannot_be_imported_shows_before_the_first_runs(cli, monkeyp
 
 def test_log_lines(cli, tmp_path):
   def run(config, workdir):
-    logging.getLogger("caprl_jax.train").info("step 1")
-    logging.getLogger("caprl_jax.train").debug("detail")
+    logging.getLogger("caprl_jax.modes.train.run").info("step 1")
+    logging.getLogger("caprl_jax.modes.train.run").debug("detail")
     logging.getLogger("absl").warning("careful")
     logging.getLogger("absl").info("chatter")
 

@@ -2,18 +2,17 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from helpers import tiny
+from helpers.paths import ROOT
 
-import tiny
 from caprl_jax import sharding
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 MESHES = {
     "one": None, "data4": dict(data=4), "fsdp2_tensor2": dict(data=1, fsdp=2, tensor=2),
     "data2_fsdp2": dict(data=2, fsdp=2)}
@@ -26,12 +25,12 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import ml_collections
 import numpy as np
-import hlo
+from helpers import hlo
 from caprl_jax import sharding
 from caprl_jax.data.batches import train_iterator
-from caprl_jax.optimizer import build_optimizer
-from caprl_jax.setup_run import read_settings, set_up
-from caprl_jax.train import build_step, make_state
+from caprl_jax.rl.optimizer import build_optimizer
+from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.modes.train.run import build_step, make_state
 
 config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
 results = {}

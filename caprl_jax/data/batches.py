@@ -1,19 +1,19 @@
 """Rows -> batches of fixed shape, shuffled, resumable, the same for any number of processes: a Grain pipeline."""
 
-from collections.abc import Callable, Sequence
 import concurrent.futures
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 
 import grain
 import jax
 import numpy as np
 from PIL import Image
 
-from caprl_jax.data.images import pad_image
-from caprl_jax.data.prompts import build_prompt, stack_prompts
-from caprl_jax.data.questions import QuestionShape, TokenizedQuestion, pad_questions, pick_questions
+from caprl_jax.data.image_prompts import build_prompt, stack_prompts
+from caprl_jax.data.judge_questions import QuestionShape, TokenizedQuestion, pad_questions, pick_questions
 from caprl_jax.data.rows import CaptionRow, QARow, image_place, open_image, read_image
+from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.types import Batch, Images, Prompts
 

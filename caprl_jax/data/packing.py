@@ -5,44 +5,27 @@ without those before it. Letters: B rows, M images a row, S patch slots and U un
 image tokens of a row.
 """
 
-from collections.abc import Callable, Sequence
 import concurrent.futures
 import dataclasses
 import logging
 import os
 import threading
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-import flax.struct
 import grain
 import numpy as np
 
 from caprl_jax.data.batches import ImageShape, image_shape, stack
-from caprl_jax.data.conversations import Asked, Conversation, Example, conversation_of
-from caprl_jax.data.images import pad_image
-from caprl_jax.data.prompts import Prompt, build_prompt
-from caprl_jax.data.rendering import Rendered
+from caprl_jax.data.chat_rendering import Rendered
+from caprl_jax.data.image_prompts import Prompt, build_prompt
+from caprl_jax.data.readers.conversations import Asked, Conversation, Example, conversation_of
 from caprl_jax.data.rows import BadRow, BadRows, good_rows, read_image
+from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import PolicyConfig
-from caprl_jax.types import Array, Images, Prompts
+from caprl_jax.types import Images, Packed, Prompts
 
 log = logging.getLogger("caprl_jax.data")
-
-
-@flax.struct.dataclass
-class Packed:
-  """Rows as `Policy.packed` reads them, with M images a row kept apart: `images` has [B, M, S, ...], but `unit_BI`."""
-  images: Images | None
-  prompts: Prompts
-  segment_BL: Array  # int32, 1 and on; 0 is padding
-  wanted_BL: Array  # bool, tokens to be predicted
-  dropped_B: Array  # int32, examples that were left out because their image cannot be read
-
-  def flat_images(self) -> Images | None:
-    """The images as `Policy.packed` takes them, B * M in a row."""
-    join = lambda x: x.reshape(-1, *x.shape[2:])
-    i = self.images
-    return None if i is None else Images(join(i.patches_BSE), join(i.position_BS2), join(i.valid_BS), i.unit_BI)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Images with questions or captions: the schema of a row, its validation, its image."""
 
-from collections.abc import Iterable, Sequence
 import dataclasses
 import io
 import logging
 import pathlib
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np

@@ -4,9 +4,9 @@ A family's file holds its vision configuration (`VisionConfig` below says what i
 `FAMILY`; `families.py` lists them. CONTRIBUTING.md walks through adding one.
 """
 
-from collections.abc import Callable, Mapping
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn

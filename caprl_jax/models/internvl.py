@@ -6,9 +6,9 @@ and the pixel shuffle are reshapes. Padded tiles are computed and read by nobody
 Letters: B images, S patch slots, W tiles, U = S / 4 units, D width.
 """
 
-from collections.abc import Iterator, Mapping
 import dataclasses
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caprl_jax.data.images import CLIP_MEAN, CLIP_STD, Tiles
 from caprl_jax.models.attention import attend
 from caprl_jax.models.family import Family, Features, Keys
+from caprl_jax.models.image_processor import CLIP_MEAN, CLIP_STD, Tiles
 from caprl_jax.models.layers import ACTIVATIONS, MLP, LayerNorm, PatchEmbed, RMSNorm, linear
 from caprl_jax.types import Images
 
@@ -35,7 +35,7 @@ def _one(size) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class InternVisionConfig:
   """Architecture of tower and projector; `from_hf` reads Hugging Face's config.json and preprocessor_config.json."""
   pixels: Tiles
   depth: int
@@ -57,7 +57,7 @@ class VisionConfig:
   remat: bool = False
 
   @classmethod
-  def from_hf(cls, config: dict, preprocessor: dict | None = None, **overrides) -> "VisionConfig":
+  def from_hf(cls, config: dict, preprocessor: dict | None = None, **overrides) -> "InternVisionConfig":
     """Reads config.json and, for pixels, preprocessor_config.json."""
     vision, pixels = config["vision_config"], preprocessor or {}
     tile, patch = _one(vision["image_size"]), _one(vision["patch_size"])
@@ -104,7 +104,7 @@ class VisionConfig:
 
 class VisionAttention(nn.Module):
   """Attention among the patches of a tile and its class token."""
-  cfg: VisionConfig
+  cfg: InternVisionConfig
 
   @nn.compact
   def __call__(self, x_NSD):
@@ -122,7 +122,7 @@ class VisionAttention(nn.Module):
 
 class VisionLayer(nn.Module):
   """Pre-norm attention and MLP, each scaled by a learned vector; scanned over layers."""
-  cfg: VisionConfig
+  cfg: InternVisionConfig
 
   @nn.compact
   def __call__(self, x_NSD, _):
@@ -137,7 +137,7 @@ class VisionLayer(nn.Module):
 
 class Projector(nn.Module):
   """Each unit's 2x2 patches -> one feature of the language model's width."""
-  cfg: VisionConfig
+  cfg: InternVisionConfig
 
   @nn.compact
   def __call__(self, x_BUD: Array) -> Array:
@@ -151,7 +151,7 @@ class Projector(nn.Module):
 
 class VisionTower(nn.Module):
   """Images -> features [B, U, out_hidden_size], tile after tile."""
-  cfg: VisionConfig
+  cfg: InternVisionConfig
 
   def setup(self):
     cfg = self.cfg
@@ -257,7 +257,7 @@ def from_chat(config: dict, tensors: Mapping) -> tuple[dict, Mapping]:
 
 
 FAMILY = Family(
-    "internvl", VisionConfig.from_hf, text_config, projector=r"visual\.multi_modal_projector\.",
+    "internvl", InternVisionConfig.from_hf, text_config, projector=r"visual\.multi_modal_projector\.",
     marker="<IMG_CONTEXT>", after_marker="\n", open="<img>", close="</img>", aliases=("internvl_chat",),
     adapt=from_chat, keys=Keys(
         prefixes=(("language_model.lm_head.", ("lm_head.", "language_model.lm_head.")),

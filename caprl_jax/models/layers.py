@@ -3,8 +3,8 @@
 Letters: L tokens, D width, h head width. Logical axis names are resolved to mesh axes in `sharding.py`.
 """
 
-from collections.abc import Sequence
 import dataclasses
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax

@@ -5,21 +5,18 @@ are differentiable, so rollout and loss run the same code.
 """
 
 import dataclasses
-import logging
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.data.images import SmartResize
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of
 from caprl_jax.models.family import Family, Features, VisionConfig
+from caprl_jax.models.image_processor import SmartResize
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.types import Images, Prompts
-
-log = logging.getLogger("caprl_jax.models")
 
 Array = jax.Array
 
@@ -49,16 +46,17 @@ class PolicyConfig:
                        "the checkpoint") from error
 
 
-def limit_pixels(cfg: PolicyConfig, min_pixels: int | None, max_pixels: int | None) -> PolicyConfig:
-  """With other limits on image size (None: its own). A family that cuts images into tiles has none: it says so."""
+def limit_pixels(
+    cfg: PolicyConfig, min_pixels: int | None, max_pixels: int | None) -> tuple[PolicyConfig, str]:
+  """The config with other limits on image size (None: its own), and what must be said about them: "" where nothing
+  must. A family that cuts images into tiles has no such limits."""
   if not (min_pixels or max_pixels):
-    return cfg
+    return cfg, ""
   if not isinstance(cfg.vision.pixels, SmartResize):
-    log.warning("min_pixels and max_pixels change nothing: %s cuts images into tiles of one size",
-                cfg.family.model_type)
-    return cfg
-  pixels = cfg.vision.pixels.limited(min_pixels, max_pixels)
-  return dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pixels=pixels))
+    return cfg, (f"min_pixels and max_pixels change nothing: {cfg.family.model_type} cuts images into tiles of one "
+                 "size")
+  pixels, notice = cfg.vision.pixels.limited(min_pixels, max_pixels)
+  return dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pixels=pixels)), notice
 
 
 def check_pixel_limits(min_pixels: int | None, max_pixels: int | None) -> None:

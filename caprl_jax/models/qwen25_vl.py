@@ -15,9 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.data.images import CLIP_MEAN, CLIP_STD, SmartResize
 from caprl_jax.models.attention import attend
 from caprl_jax.models.family import Family, Features, Keys
+from caprl_jax.models.image_processor import CLIP_MEAN, CLIP_STD, SmartResize
 from caprl_jax.models.layers import GatedMLP, PatchEmbed, RMSNorm, axial_tables, linear, rotate
 from caprl_jax.types import Images
 
@@ -36,7 +36,7 @@ def smart_resize(preprocessor: dict | None, patch_size: int, merge_size: int, mi
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class Qwen25VisionConfig:
   """Architecture of the tower; `from_hf` reads Hugging Face's config.json and preprocessor_config.json."""
   pixels: SmartResize
   depth: int
@@ -53,7 +53,7 @@ class VisionConfig:
   remat: bool = False
 
   @classmethod
-  def from_hf(cls, config: dict, preprocessor: dict | None = None, **overrides) -> "VisionConfig":
+  def from_hf(cls, config: dict, preprocessor: dict | None = None, **overrides) -> "Qwen25VisionConfig":
     """Reads config.json and, for pixels, preprocessor_config.json."""
     config = config["vision_config"]
     patch, merge = config["patch_size"], config.get("spatial_merge_size", 2)
@@ -89,7 +89,7 @@ def rotated_qkv(qkv_BSE: Array, cfg, cos_BSh: Array, sin_BSh: Array) -> tuple[Ar
 
 class VisionAttention(nn.Module):
   """Attention among the patches of a window, or of the whole image."""
-  cfg: VisionConfig
+  cfg: Qwen25VisionConfig
 
   @nn.compact
   def __call__(self, x_BSD, cos_BSh, sin_BSh, valid_BS, is_full):
@@ -111,7 +111,7 @@ class VisionAttention(nn.Module):
 
 class VisionBlock(nn.Module):
   """Pre-norm attention and gated MLP, scanned over layers."""
-  cfg: VisionConfig
+  cfg: Qwen25VisionConfig
 
   @nn.compact
   def __call__(self, x_BSD, is_full, cos_BSh, sin_BSh, valid_BS):
@@ -124,7 +124,7 @@ class VisionBlock(nn.Module):
 
 class PatchMerger(nn.Module):
   """Each unit's 2x2 patches -> one feature of the language model's width."""
-  cfg: VisionConfig
+  cfg: Qwen25VisionConfig
 
   @nn.compact
   def __call__(self, x_BSD: Array) -> Array:
@@ -139,7 +139,7 @@ class PatchMerger(nn.Module):
 
 class VisionTower(nn.Module):
   """Images -> features [B, U, out_hidden_size] in window order."""
-  cfg: VisionConfig
+  cfg: Qwen25VisionConfig
 
   def setup(self):
     cfg = self.cfg
@@ -172,7 +172,7 @@ def text_config(config: dict) -> dict:
 
 
 FAMILY = Family(
-    "qwen2_5_vl", VisionConfig.from_hf, text_config, projector=r"visual\.merger\.",
+    "qwen2_5_vl", Qwen25VisionConfig.from_hf, text_config, projector=r"visual\.merger\.",
     keys=Keys(
         prefixes=(("language_model.lm_head.", ("lm_head.",)),
                   ("language_model.", ("model.", "model.language_model.", "language_model.model.")),

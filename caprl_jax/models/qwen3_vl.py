@@ -14,9 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.data.images import SmartResize
 from caprl_jax.models.attention import attend
 from caprl_jax.models.family import Family, Features, Keys
+from caprl_jax.models.image_processor import SmartResize
 from caprl_jax.models.layers import MLP, LayerNorm, PatchEmbed, axial_tables, linear
 from caprl_jax.models.qwen25_vl import rotated_qkv, smart_resize
 from caprl_jax.types import Images
@@ -26,7 +26,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class Qwen3VisionConfig:
   """Architecture of the tower; `from_hf` reads Hugging Face's config.json and preprocessor_config.json."""
   pixels: SmartResize
   depth: int
@@ -44,7 +44,7 @@ class VisionConfig:
   remat: bool = False
 
   @classmethod
-  def from_hf(cls, config: dict, preprocessor: dict | None = None, **overrides) -> "VisionConfig":
+  def from_hf(cls, config: dict, preprocessor: dict | None = None, **overrides) -> "Qwen3VisionConfig":
     """Reads config.json and, for pixels, preprocessor_config.json."""
     config = config["vision_config"]
     pixels = smart_resize(preprocessor, config["patch_size"], config.get("spatial_merge_size", 2), 256 * 256,
@@ -72,7 +72,7 @@ class VisionConfig:
 
 class VisionAttention(nn.Module):
   """Attention among the patches of an image."""
-  cfg: VisionConfig
+  cfg: Qwen3VisionConfig
 
   @nn.compact
   def __call__(self, x_BSD, cos_BSh, sin_BSh, valid_BS):
@@ -86,7 +86,7 @@ class VisionAttention(nn.Module):
 
 class VisionBlock(nn.Module):
   """Pre-norm attention and MLP, scanned over layers. The carry's second part collects the inner layers' outputs."""
-  cfg: VisionConfig
+  cfg: Qwen3VisionConfig
 
   @nn.compact
   def __call__(self, carry, place, cos_BSh, sin_BSh, valid_BS):
@@ -104,7 +104,7 @@ class VisionBlock(nn.Module):
 
 class PatchMerger(nn.Module):
   """Each unit's 2x2 patches -> one feature of the language model's width; normed a patch, or a unit, at a time."""
-  cfg: VisionConfig
+  cfg: Qwen3VisionConfig
   norm_units: bool
 
   @nn.compact
@@ -142,7 +142,7 @@ def stretched_positions(table_ND: Array, side: int, position_BS2: Array, valid_B
 
 class VisionTower(nn.Module):
   """Images -> features [B, U, out_hidden_size] in raster order of units, and X more for the decoder's first layers."""
-  cfg: VisionConfig
+  cfg: Qwen3VisionConfig
 
   def setup(self):
     cfg = self.cfg
@@ -183,7 +183,7 @@ def text_config(config: dict) -> dict:
 
 
 FAMILY = Family(
-    "qwen3_vl", VisionConfig.from_hf, text_config, projector=r"visual\.(merger|deepstack_merger_list)\.",
+    "qwen3_vl", Qwen3VisionConfig.from_hf, text_config, projector=r"visual\.(merger|deepstack_merger_list)\.",
     keys=Keys(
         prefixes=(("language_model.lm_head.", ("lm_head.",)),
                   ("language_model.", ("model.language_model.", "model.", "language_model.model.")),

@@ -1,0 +1,199 @@
+"""A config file, then --config.section.key=value arguments -> ConfigDict."""
+
+import ast
+import importlib.machinery
+import importlib.util
+import os
+import pathlib
+import re
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import ml_collections
+
+from caprl_jax.config import presets
+from caprl_jax.config import schema as configuration
+
+# --config.section.key=value; --config.section.key and --noconfig.section.key are True and False.
+OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", re.DOTALL)
+
+
+def load_config(path: str) -> ml_collections.ConfigDict:
+  """The locked ConfigDict of a config file. `FILE:ARGUMENT` calls `get_config(ARGUMENT)`."""
+  file, *argument = path.split(":", 1)
+  if not os.path.isfile(file):
+    shipped = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+    hint = configuration.did_you_mean(file, shipped)
+    listed = f" (in configs/: {', '.join(shipped)})" if shipped else ""
+    raise ValueError(f"config file {file!r} does not exist in {os.getcwd()}{hint}{listed}")
+  spec = importlib.util.spec_from_loader(
+    "caprl_jax_config", importlib.machinery.SourceFileLoader("caprl_jax_config", file)
+  )
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise ValueError("it has no get_config()")
+    config = module.get_config(*argument)
+  except Exception as error:  # a config file is a program: it may raise anything
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    raise ValueError(f"config file {file}: {kind}{error}") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      f"config file {file}: get_config() returned {type(config).__name__}; "
+      "it must return an ml_collections.ConfigDict"
+    )
+  return config.lock()
+
+
+class Schema(Protocol):
+  """What is known of keys that a config file leaves at their defaults (`sections.py`)."""
+
+  def annotation_of(self, key: str) -> Any:
+    """The type of a dotted key's value; None for a key that no section has."""
+
+  def keys(self) -> list[str]:
+    """All dotted keys."""
+
+
+def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[re.Match], file: str,
+                    schema: Callable[[], Schema]) -> None:
+  """Applies matches of `OVERRIDE` in place, and expands the preset, which goes first: what it fills in can then be
+  overridden like what the file says. One named here takes the place of the file's own algorithm (`presets.replace`).
+
+  Args:
+    schema: asked for, which takes a second, only where a key is not in the file.
+
+  Raises:
+    ValueError: a key that neither `file` nor the schema has, a value of another type than there, no such preset.
+  """
+  named = [override for override in overrides if override["key"] == "preset"]
+  if named and "preset" not in config:
+    with config.unlocked():
+      config.preset = None
+  for override in named:
+    _override(config, override, file, schema)
+  (presets.replace if named else presets.expand)(config)
+  for override in overrides:
+    if override not in named:
+      _override(config, override, file, schema)
+
+
+def _override(config: ml_collections.ConfigDict, override: re.Match, file: str, schema: Callable[[], Schema]) -> None:
+  """Sets one value of the config, by the type it has there or, where it is not there, that its section gives it.
+
+  Not by ml_collections.config_flags: it looks a key up as an attribute first, so that
+  `config.update.learning_rate` would find ConfigDict's method `update`, and it cannot set a value
+  that is a list, or None in the file.
+  """
+  key = override["key"]
+  *sections, leaf = key.split(".")
+  holder = config
+  for section in sections:
+    holder = holder[section] if _is_section(holder) and section in holder else None
+  if not _is_section(holder) or leaf not in holder:
+    if (annotation := schema().annotation_of(key)) is not None:
+      _add(config, override, annotation)
+      return
+    known = _leaves(config)
+    every = list(dict.fromkeys([*known, *schema().keys()]))
+    near = configuration.nearest(key, every)
+    if near and near[0] in known:  # the file's own are likelier to be meant
+      near = configuration.nearest(key, known)
+    hint = f"; did you mean {' or '.join(f'--config.{k}' for k in near)}?" if near else ""
+    place = key.rpartition(".")[0]
+    while place and not any(k.startswith(f"{place}.") for k in every):
+      place = place.rpartition(".")[0]
+    listed = [k for k in every if k.startswith(f"{place}.")] if place else sorted({k.partition(".")[0] for k in known})
+    raise ValueError(f"--config.{key} is not a key of {file}{hint} ({'keys of ' + place if place else 'sections'}: "
+                     f"{', '.join(listed)})")
+  kind = holder.get_type(leaf)
+  if issubclass(kind, ml_collections.ConfigDict):
+    keys = ", ".join(f"--config.{key}.{k}" for k in _leaves(holder[leaf]))
+    raise ValueError(f"--config.{key} is a section; set its keys one by one ({keys})")
+  text = _text_of(override, kind, f"{kind.__name__} in {file}")
+  try:
+    holder[leaf] = _parse_value(text, kind)
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"--config.{key}={text}: not a value of type {kind.__name__}, which {file} gives it"
+    ) from error
+
+
+def _text_of(override: re.Match, kind: Any, expected: str) -> str:
+  """The value as written; --config.key and --noconfig.key are True and False where the key is a bool."""
+  text = override["text"]
+  if text is not None and not override["no"]:
+    return text
+  if kind is not bool or text is not None:
+    raise ValueError(f"{override[0]}: write --config.{override['key']}=VALUE ({expected})")
+  return "False" if override["no"] else "True"
+
+
+def _add(config: ml_collections.ConfigDict, override: re.Match, annotation: Any) -> None:
+  """Sets a key that the config does not have."""
+  key = override["key"]
+  expected = configuration.expected(annotation)
+  if expected == "a section":
+    raise ValueError(f"--config.{key} is a section; set its keys one by one")
+  text = _text_of(override, annotation, expected)
+  try:
+    value = configuration.convert(_parse_annotated(text, annotation), annotation, key)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"--config.{key}={text}: it must be {expected}") from error
+  *sections, leaf = key.split(".")
+  holder = config
+  with config.unlocked():
+    for section in sections:
+      if not _is_section(holder.get(section)):
+        holder[section] = ml_collections.ConfigDict()
+      holder = holder[section]
+    holder[leaf] = value
+
+
+def _parse_annotated(text: str, annotation: Any) -> Any:
+  """A value from text as an annotation has it, of which None may be a part."""
+  kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+  if text != "None" and len(kinds) == 1:
+    origin = typing.get_origin(kinds[0]) or kinds[0]
+    return _parse_value(text, origin if isinstance(origin, type) else type(None))
+  value = _parse_value(text, type(None))
+  return text if str in kinds and type(value) not in (type(None), *kinds) else value
+
+
+def _parse_value(text: str, kind: type) -> Any:
+  if text == "None":
+    return None  # whether the section allows it is for `configuration.load_section` to say
+  if kind is str:
+    return text
+  if kind is bool:
+    if text.lower() not in ("true", "1", "false", "0"):
+      raise ValueError(text)
+    return text.lower() in ("true", "1")
+  if kind in (int, float):
+    return kind(text)
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if kind is type(None):
+    return value
+  if kind in (tuple, list):
+    return kind(value) if isinstance(value, (tuple, list)) else kind([value])
+  if not isinstance(value, kind):
+    raise ValueError(text)
+  return value
+
+
+def _is_section(value: Any) -> bool:
+  return isinstance(value, ml_collections.ConfigDict)
+
+
+def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+  """The dotted keys of all values."""
+  keys = []
+  for key in config.keys():
+    nested = issubclass(config.get_type(key), ml_collections.ConfigDict)
+    keys += _leaves(config[key], f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+  return keys

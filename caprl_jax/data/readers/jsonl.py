@@ -1,0 +1,309 @@
+"""JSON lines <-> rows."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from caprl_jax.atomic_files import write_bytes
+from caprl_jax.config import schema as configuration
+from caprl_jax.data.rows import (
+  BadRow,
+  CaptionRow,
+  QARow,
+  Question,
+  Row,
+  check_question,
+  check_rows,
+  folded,
+  good_rows,
+  image_bytes,
+  image_place,
+)  # fmt: skip
+
+PathLike = str | os.PathLike[str]
+
+
+def read_jsonl(path: PathLike, image_root: PathLike | None = None) -> list[QARow]:
+  """Reads questions, one image a line.
+
+  A line is {"image": path, "questions": [{"stem", "options", "gold", "kind"?, "provenance"?}],
+  "name"?, "facts"?}.
+  Image paths are relative to `image_root`, by default the file's folder; a row without a name is
+  named after that path. `gold` is the right option's index, letter ("B") or text.
+
+  Raises:
+    ValueError: an unreadable or empty file; or, with the file and line, an unknown, missing or
+      ill-typed key, a gold that fits no option or two, a question that `check_question` refuses,
+      or an image file that is not there.
+  """
+  return good_rows(scan_jsonl(path, image_root))
+
+
+def scan_jsonl(path: PathLike, image_root: PathLike | None = None) -> Iterator[QARow | BadRow]:
+  """As `read_jsonl`, with a BadRow for each line it would refuse."""
+  return _scan_rows(path, image_root, _parse_qa_row)
+
+
+def write_jsonl(
+  path: PathLike,
+  rows: Sequence[QARow],
+  image_root: PathLike | None = None,
+  image_folder: PathLike | None = None,
+) -> None:
+  """Writes what `read_jsonl` reads. The file appears whole or not at all.
+
+  Images that are no files of their own are saved in `image_folder`, named by their content.
+
+  Raises ValueError for rows that `check_rows` refuses, and for such images without a folder.
+  """
+  check_rows(rows, str(path))
+  _write_rows(path, rows, image_root, image_folder, _format_qa_row)
+
+
+def read_caption_jsonl(path: PathLike, image_root: PathLike | None = None) -> list[CaptionRow]:
+  """Reads captions, one image a line: {"image": path, "caption": text, "name"?}, and what mode `caption` writes.
+
+  Paths, names and errors are those of `read_jsonl`; a caption that is empty, missing or cut is an error too.
+  """
+  return good_rows(_scan_rows(path, image_root, _parse_caption_row))
+
+
+def write_caption_jsonl(
+  path: PathLike, rows: Sequence[CaptionRow], image_root: PathLike | None = None
+) -> None:
+  """Writes what `read_caption_jsonl` reads. The file appears whole or not at all.
+
+  Raises ValueError for no rows, an empty caption and images in memory.
+  """
+  if not rows:
+    raise ValueError(f"{path}: no rows to write")
+  for row in rows:
+    _check_caption(row.caption, f"{path}: row {row.name!r}")
+  _write_rows(path, rows, image_root, None, lambda row: {"caption": row.caption})
+
+
+# What a line may hold, by JSON type.
+_QA_KEYS = {"image": str, "questions": list, "name": str, "facts": dict}
+_QUESTION_KEYS = {"stem": str, "options": list, "gold": int | str, "kind": str, "provenance": str}
+_CAPTION_KEYS = {"image": str, "caption": str, "name": str, "tokens": list, "finish": str}  # of mode `caption`, too
+_TYPE_NAMES = {
+  str: "a string", list: "a list", dict: "an object", int | str: "an index, a letter or a text",
+}  # fmt: skip
+
+
+def _parse_qa_row(item: Any, image_root: pathlib.Path, where: str) -> QARow:
+  _check_object(item, _QA_KEYS, ("image", "questions"), where)
+  facts = item.get("facts")
+  for key, value in (facts or {}).items():
+    _check_type(value, str, f"{where}: facts.{key}")
+  questions = parse_questions(item["questions"], f"{where}: questions")
+  return QARow(_image_file(item, image_root, where), questions, _name(item), facts, where)
+
+
+def parse_question(item: Any, where: str) -> Question:
+  _check_object(item, _QUESTION_KEYS, ("stem", "options", "gold"), where)
+  for i, option in enumerate(item["options"]):
+    _check_type(option, str, f"{where}: options[{i}]")
+  options = tuple(item["options"])
+  gold = item["gold"]
+  if isinstance(gold, str):
+    gold = _find_option(gold, options, where)
+  question = Question(item["stem"], options, gold, item.get("kind", ""), item.get("provenance", ""))
+  check_question(question, where)
+  return question
+
+
+def _find_option(gold: str, options: Sequence[str], where: str) -> int:
+  """The index of the option whose letter or text is `gold`, if there is exactly one."""
+  letters = dict(enumerate(string.ascii_uppercase))
+  found = [
+    i for i, option in enumerate(options)
+    if folded(option) == folded(gold) or letters.get(i) == gold.strip()
+  ]  # fmt: skip
+  if len(found) != 1:
+    fits = " and ".join(repr(options[i]) for i in found) or "none"
+    raise ValueError(
+      f"{where}: gold {gold!r} fits {fits} of the options {list(options)}; it must be the letter "
+      "(A for the first) or the text of exactly one, or an index from 0"
+    )
+  return found[0]
+
+
+def _parse_caption_row(item: Any, image_root: pathlib.Path, where: str) -> CaptionRow:
+  if isinstance(item, dict) and "error" in item:
+    raise ValueError(f"{where}: an error stands in the caption's place ({item['error']}); caption it anew or drop it")
+  _check_object(item, _CAPTION_KEYS, ("image", "caption"), where)
+  if item.get("finish") == "length":  # who learns from it would learn to stop there
+    raise ValueError(f"{where}: the caption was cut at max_tokens; caption it with more or drop the row")
+  _check_caption(item["caption"], where)
+  return CaptionRow(_image_file(item, image_root, where), item["caption"], _name(item))
+
+
+def _check_caption(caption: str, where: str) -> None:
+  if not caption.strip():
+    raise ValueError(f"{where}: caption is empty; write one or drop the row")
+
+
+def _format_qa_row(row: QARow) -> dict[str, Any]:
+  return {"questions": plain_questions(row)} | ({} if row.facts is None else {"facts": row.facts})
+
+
+def plain_questions(row: QARow) -> list[dict[str, Any]]:
+  """The row's questions as JSON has them; kind and provenance only where there is one."""
+  return [
+    {key: list(value) if isinstance(value, tuple) else value
+     for key, value in dataclasses.asdict(question).items() if value != ""}
+    for question in row.questions
+  ]
+
+
+def parse_questions(items: Any, where: str) -> tuple[Question, ...]:
+  """The questions of `plain_questions`. Raises ValueError, starting with `where`."""
+  _check_type(items, list, where)
+  if not items:
+    raise ValueError(f"{where} is empty; add some or drop the row")
+  return tuple(parse_question(item, f"{where}[{i}]") for i, item in enumerate(items))
+
+
+def _name(item: Mapping[str, Any]) -> str:
+  return item.get("name", item["image"])
+
+
+def _image_file(item: Mapping[str, Any], image_root: pathlib.Path, where: str) -> pathlib.Path:
+  # Looked for now: otherwise a wrong root would show after the compile, in the middle of training.
+  file = image_root / item["image"]
+  if not file.is_file():
+    raise ValueError(
+      f"{where}: image {item['image']!r} is not a file in {image_root}; correct it or pass the "
+      "image_root that the paths are relative to"
+    )
+  return file
+
+
+def _check_object(
+  item: Any, types: Mapping[str, Any], required: Iterable[str], where: str
+) -> None:
+  """Raises ValueError unless `item` is an object of `types`' keys and types, all `required` in."""
+  _check_type(item, dict, where)
+  listed = ", ".join(types)
+  for key, value in item.items():
+    if key not in types:
+      hint = configuration.did_you_mean(key, types)
+      raise ValueError(f"{where}: {key!r} is not a known key{hint} (known keys: {listed})")
+    _check_type(value, types[key], f"{where}: {key}")
+  for key in required:
+    if key not in item:
+      raise ValueError(f"{where}: the key {key!r} is missing (known keys: {listed})")
+
+
+def _check_type(value: Any, expected: Any, where: str) -> None:
+  if isinstance(value, bool) or not isinstance(value, expected):  # a bool is an int to Python
+    raise ValueError(f"{where} is {value!r:.80}, but it must be {_TYPE_NAMES[expected]}")
+
+
+def _scan_rows(
+  path: PathLike,
+  image_root: PathLike | None,
+  parse: Callable[[Any, pathlib.Path, str], Row],
+) -> Iterator[Row | BadRow]:
+  path = pathlib.Path(path)
+  image_root = path.parent if image_root is None else pathlib.Path(image_root)
+  empty = True
+  for where, item in read_lines(path):
+    empty = False
+    if isinstance(item, BadRow):
+      yield item
+      continue
+    try:
+      yield parse(item, image_root, where)
+    except ValueError as error:
+      yield BadRow(where, str(error))
+  if empty:
+    raise ValueError(f"{path}: no rows; write one JSON object a line")
+
+
+def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Yields `file:line` and the line's JSON value, or a BadRow; blank lines count but are skipped."""
+  try:
+    file = path.open("rb")
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+  with file:
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        item = json.loads(line)
+      except ValueError as error:  # bad JSON and bad UTF-8 alike
+        item = BadRow(
+          f"{path}:{number}",
+          f"{path}:{number}: not JSON ({error}); write one whole JSON object a line, in UTF-8",
+        )
+      yield f"{path}:{number}", item
+
+
+def _write_rows(
+  path: PathLike,
+  rows: Sequence[Row],
+  image_root: PathLike | None,
+  image_folder: PathLike | None,
+  fields: Callable[[Row], dict[str, Any]],
+) -> None:
+  path = pathlib.Path(path)
+  image_root = pathlib.Path(os.path.abspath(path.parent if image_root is None else image_root))
+  if image_folder is not None:
+    rows = [save_image(row, pathlib.Path(image_folder)) for row in rows]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  try:
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+      for row in rows:
+        item = {"image": relative_image(row, image_root), "name": row.name} | fields(row)
+        file.write(json.dumps(item, ensure_ascii=False) + "\n")
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def save_image(row: Row, folder: pathlib.Path, copy: bool = False) -> Row:
+  """The row with its image as a file: its own unless `copy`, or one in `folder`, named by its content.
+
+  Raises ValueError for an image that is in no format we know.
+  """
+  if isinstance(row.image, pathlib.Path) and not copy:
+    return row
+  data = image_bytes(row)
+  file = folder / (hashlib.sha256(data).hexdigest()[:24] + image_suffix(data, f"row {row.name!r}"))
+  if not file.exists():
+    write_bytes(file, data)
+  return dataclasses.replace(row, image=file)
+
+
+def image_suffix(data: bytes, where: str) -> str:
+  """The file suffix of an encoded image, ".jpg" for JPEG. Raises ValueError, starting with `where`."""
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
+  except Exception as error:
+    raise ValueError(f"{where}: its image ({len(data)} bytes) is in no known format: {error}; replace it or drop the "
+                     "row") from error
+
+
+def relative_image(row: QARow | CaptionRow, image_root: pathlib.Path) -> str:
+  """The image's path from `image_root`; absolute for an image outside it."""
+  image_root = pathlib.Path(os.path.abspath(image_root))
+  if not isinstance(row.image, pathlib.Path):
+    raise ValueError(
+      f"row {row.name!r} has its image in memory or in an archive ({image_place(row)}), but JSON "
+      "lines hold paths; pass an image_folder to save it in"
+    )
+  file = pathlib.Path(os.path.abspath(row.image))
+  return (file.relative_to(image_root) if file.is_relative_to(image_root) else file).as_posix()

@@ -1,0 +1,118 @@
+"""Name of a dataset -> rows. `SOURCES` lists what a name may be."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterator
+
+from caprl_jax.data import rows as rows_lib
+from caprl_jax.data.charts import rows as charts
+from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
+from caprl_jax.data.readers.easy_vqa import read_easy_vqa
+
+SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
+  charts:train, charts:test        charts drawn from the package vega_datasets; charts:train:5000 says how many,
+                                   charts:train:5000:96x72 how large (small ones have no text)
+  FILE.jsonl                       a row a line (docs: data/jsonl.py)
+  FILE.json                        the JSON of CapRL's first release
+  FILE.parquet, a folder, "*"      CapRL-QA-75K's layout
+  tfds:FOLDER:SPLIT                a TFDS dataset in ArrayRecord (mode dataset writes one)
+  0.7*SOURCE + 0.3*SOURCE          a mixture, by weight; without weights, every row alike"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One source of a mixture. weight: its share of what is drawn, None where no source has one."""
+  source: str
+  weight: float | None = None
+
+
+def parse_mixture(text: str) -> tuple[Part, ...]:
+  """The sources joined by " + ", each with an optional "weight*" before it.
+
+  Raises ValueError for weights that are not positive, or that only some sources have.
+  """
+  parts = []
+  for piece in re.split(r"\s\+\s", text):
+    match = re.fullmatch(r"\s*(?:([0-9.eE+-]+)\s*\*(?!\.))?\s*(\S.*?)\s*", piece)
+    if not match:
+      raise ValueError(f"data source {text!r}: a source between two '+' is empty")
+    weight, source = match.groups()
+    try:
+      parts.append(Part(source, None if weight is None else float(weight)))
+    except ValueError as error:
+      raise ValueError(f"data source {piece!r}: {weight!r} is no weight; write 0.7*{source}") from error
+  weights = [part.weight for part in parts]
+  if any(w is None for w in weights) and any(w is not None for w in weights):
+    raise ValueError(f"data source {text!r}: give every source of a mixture a weight, or none")
+  if any(w is not None and not 0 < w < float("inf") for w in weights):
+    raise ValueError(f"data source {text!r}: weights must be greater than 0")
+  return tuple(parts)
+
+
+def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.BadRow]:
+  """The rows of one source (`SOURCES`, no mixture), with a BadRow for each that cannot be used.
+
+  Args:
+    seed: of what a reader draws (distractors, charts).
+
+  Raises:
+    ValueError: an unknown source, or a file that cannot be read at all.
+  """
+  kind, _, rest = source.partition(":")
+  suffix = pathlib.Path(source).suffix
+  if kind == "easy_vqa":
+    yield from read_easy_vqa(rest, seed)
+  elif kind == "charts":
+    match = re.fullmatch(r"([^:]*)(?::(\d+)(?::(\d+)x(\d+))?)?", rest)
+    if not match:
+      raise ValueError(f"data source {source!r}: write charts:SPLIT, charts:SPLIT:NUMBER or "
+                       "charts:SPLIT:NUMBER:WIDTHxHEIGHT")
+    split, count, width, height = match.groups()
+    asked = {"count": int(count)} if count else {}
+    yield from charts.read_charts(split, seed, **asked, **({"pixels": (int(width), int(height))} if width else {}))
+  elif kind == "tfds":
+    folder, _, split = rest.rpartition(":")
+    if not folder:
+      raise ValueError(f"data source {source!r}: write tfds:FOLDER:SPLIT, e.g. tfds:data/caprl_qa/default/1.0.0:train")
+    yield from tfds.scan_tfds(folder, split)
+  elif suffix == ".jsonl":
+    yield from jsonl.scan_jsonl(source)
+  elif suffix == ".json":
+    yield from caprl_json.scan_json(pathlib.Path(source).expanduser())
+  elif suffix == ".parquet" or pathlib.Path(source).expanduser().is_dir():
+    yield from caprl_parquet.scan_parquet(source)
+  else:
+    raise ValueError(f"data source {source!r} is not known; it may be\n{SOURCES}")
+
+
+def read_parts(mixture: str, seed: int, max_rows: int | None = None,
+               bad_rows: rows_lib.BadRows = "refuse") -> list[tuple[Part, list[rows_lib.QARow]]]:
+  """Reads and checks the sources of a mixture, each by itself.
+
+  Args:
+    max_rows: keeps the first rows only, of each source.
+    bad_rows: "refuse" them all with an error, or "drop" and log them.
+
+  Raises:
+    ValueError: an unknown source, bad rows that are to be refused, or what `rows.check_rows` refuses.
+  """
+  read = []
+  for part in parse_mixture(mixture):
+    found = rows_lib.good_rows(scan_qa_rows(part.source, seed), bad_rows)[:max_rows]
+    rows_lib.check_rows(found, part.source)
+    read.append((part, found))
+  return read
+
+
+def read_qa_rows(source: str, seed: int, max_rows: int | None = None,
+                 bad_rows: rows_lib.BadRows = "refuse") -> list[rows_lib.QARow]:
+  """The rows of all sources of a mixture, one after the other; weights are left aside. As `read_parts`."""
+  return [row for _, found in read_parts(source, seed, max_rows, bad_rows) for row in found]
+
+
+def read_caption_rows(source: str) -> list[rows_lib.CaptionRow]:
+  """Reads images with captions from a .jsonl file (`jsonl.read_caption_jsonl`)."""
+  if not source.endswith(".jsonl"):
+    raise ValueError(f"caption source {source!r} is not known; use a .jsonl file of image and caption")
+  return jsonl.read_caption_jsonl(pathlib.Path(source))

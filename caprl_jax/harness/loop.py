@@ -1,0 +1,194 @@
+"""Step, state, batches -> trained state: dispatches step n, then reads the numbers of step n - 1."""
+
+import collections
+import logging
+import math
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from caprl_jax import sharding
+from caprl_jax.harness.checkpoints import Checkpoints
+from caprl_jax.harness.metrics import MetricsWriter, Progress
+from caprl_jax.harness.trackers import Tracker
+from caprl_jax.types import TrainState
+
+log = logging.getLogger("caprl_jax.harness.loop")
+
+
+class CompileCounter:
+  """Counts how often XLA compiles while it is entered; a step must not after its first call."""
+
+  def __init__(self):
+    self.count = 0
+
+  def _on_event(self, event: str, *_, **__) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      self.count += 1
+
+  def __enter__(self) -> "CompileCounter":
+    jax.monitoring.register_event_duration_secs_listener(self._on_event)
+    return self
+
+  def __exit__(self, *_) -> None:
+    jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+
+class Interrupts:
+  """Ctrl-C while it is entered. One process: KeyboardInterrupt at once, as ever.
+
+  Several must stop after the same step, or their checkpoint is none. SIGINT becomes SIGTERM, which jax takes as a
+  notice of preemption and tells all processes; `check` then raises in all of them before the same step.
+  """
+
+  def __init__(self):
+    self.asked, self.several = False, jax.process_count() > 1
+
+  def __enter__(self) -> "Interrupts":
+    if self.several:
+      self.previous = signal.signal(signal.SIGINT, self._pass_on)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self.several:
+      signal.signal(signal.SIGINT, self.previous)
+
+  def _pass_on(self, *_) -> None:
+    signal.signal(signal.SIGINT, self.previous)  # a second one ends this process at once
+    self.asked = True
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  def check(self, step: int) -> None:
+    """Called before each step."""
+    if self.several and multihost_utils.reached_preemption_sync_point(step):
+      raise KeyboardInterrupt
+
+
+class StepReports:
+  """Steps whose numbers were not read yet, and where these go: metrics.jsonl, progress bar, trackers, `on_samples`;
+  only on the main process."""
+
+  def __init__(self, workdir: pathlib.Path, start: int, steps: int, what: str, reward_name: str,
+               on_samples: Callable[[int, Any, Any], None] | None, trackers: Sequence[Tracker]):
+    self.main = jax.process_index() == 0
+    self.reward_name, self.on_samples, self.trackers = reward_name, on_samples, trackers
+    self.pending, self.extra = collections.deque(), {}
+    self.before = time.perf_counter()
+    if self.main:
+      self.writer, self.progress = MetricsWriter(workdir), Progress(steps, start, what)
+      self.writer.truncate_after(start)
+
+  def add(self, step: int, metrics: dict, batch: Any, samples: Any, data_secs: float) -> None:
+    """A step that was dispatched, and how long it had to wait for its batch."""
+    self.pending.append((step, metrics, batch, samples))
+    self.extra[step] = {"time/data_secs": data_secs}
+
+  def read(self, most_pending: int = 0) -> None:
+    """Reads the oldest steps, and waits for them, until `most_pending` are left.
+
+    Raises FloatingPointError where loss or gradient were not finite; that step stays pending.
+    """
+    while len(self.pending) > most_pending:
+      step, metrics, batch, samples = self.pending[0]
+      numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      numbers = {name: value for name, value in numbers.items()  # a kind that the batch does not ask about has none
+                 if not (name.startswith("judge/accuracy/") and math.isnan(value))}
+      now = time.perf_counter()
+      numbers["time/step_secs"], self.before = now - self.before, now
+      numbers |= self.extra.pop(step, {})
+      if numbers.get("update/nonfinite"):
+        raise FloatingPointError(
+            f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
+            f"such an update changes no parameters, and the checkpoint of step {self.pending[-1][0]} holds finite "
+            "ones. Lower optimizer.learning_rate or look at the batch's rows in samples/")
+      self.pending.popleft()
+      if self.main:
+        self._write(step, numbers, batch, samples)
+
+  def _write(self, step: int, numbers: dict[str, float], batch: Any, samples: Any) -> None:
+    self.writer.write(step, numbers)
+    for tracker in self.trackers:
+      tracker.write(step, numbers)
+    self.progress.update(numbers.get(self.reward_name))
+    if self.on_samples:
+      self.on_samples(step, batch, samples)
+
+  def evaluate(self, step: int, state: TrainState, evaluate: Callable[[int, TrainState], dict[str, float]]) -> None:
+    """Evaluates after a step; the figures join its numbers, the seconds are no step's."""
+    jax.block_until_ready(self.pending[-1][1])
+    began = time.perf_counter()
+    self.extra.setdefault(step, {}).update(evaluate(step, state))
+    self.before += time.perf_counter() - began
+
+  def close(self) -> None:
+    if self.main:
+      self.progress.close()
+      self.writer.close()
+
+
+def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh: jax.sharding.Mesh,
+             checkpoints: Checkpoints, config: dict, workdir: pathlib.Path, what: str, reward_name: str,
+             on_samples: Callable[[int, Any, Any], None] | None = None,
+             evaluate: Callable[[int, TrainState], dict[str, float]] | None = None, evaluate_every: int = 0,
+             trackers: Sequence[Tracker] = ()) -> TrainState:
+  """Runs `step_fn(state, batch) -> (state, metrics, samples)` up to step `steps`.
+
+  Args:
+    state: donated to the first step. Its `step` says where to begin.
+    iterator: yields this process's share of a batch as numpy; has `get_state`, the same in every process.
+    on_samples: called as (step, this process's share of the batch, samples) after each step, on the main process.
+    evaluate: called as (step, state) after every `evaluate_every`-th step, in all processes; its numbers join the
+      step's.
+    trackers: get every number that metrics.jsonl gets.
+
+  Raises:
+    FloatingPointError: loss or gradient not finite; that update changed no parameters, and they are saved first.
+    KeyboardInterrupt: passed on after a checkpoint of the last finished step.
+  """
+  start = int(state.step)
+  reports = StepReports(workdir, start, steps, what, reward_name, on_samples, trackers)
+  position = iterator.get_state()  # after the batch of the last step
+  save = lambda force=False: checkpoints.save(state, position, config, force=force)
+  try:
+    with CompileCounter() as compiles, Interrupts() as interrupts:
+      for step in range(start + 1, steps + 1):
+        interrupts.check(step)
+        began = time.perf_counter()
+        batch = next(iterator)
+        # The devices still work on step n - 1 (its numbers are read below): this copy runs beside them.
+        on_device = sharding.put_batch(batch, mesh)
+        data_secs = time.perf_counter() - began
+        state, metrics, samples = step_fn(state, on_device)
+        position = iterator.get_state()
+        reports.add(step, metrics, batch, samples, data_secs)
+        reports.read(most_pending=1)  # step n - 1, while the devices work on step n
+        if step == start + 1:
+          jax.block_until_ready(metrics)
+          after_first = compiles.count
+        known = compiles.count  # evaluation and Orbax, which cuts what has copies, have programs of their own
+        if evaluate and evaluate_every and step % evaluate_every == 0:
+          reports.evaluate(step, state, evaluate)
+        if step % checkpoints.cfg.every_steps == 0:
+          reports.read()  # before the checkpoint: a kill after it must leave no gap in metrics.jsonl
+          save()
+        after_first += compiles.count - known
+      reports.read()
+      if start < steps:
+        log.info("%s: %d compilations after the first step", what, compiles.count - after_first)
+  except (KeyboardInterrupt, FloatingPointError) as error:
+    save(force=True)
+    if isinstance(error, KeyboardInterrupt):
+      reports.read()
+    raise
+  finally:
+    reports.close()
+  save(force=True)
+  if interrupts.asked:  # too late for a step to be left
+    raise KeyboardInterrupt
+  return state

@@ -1,0 +1,196 @@
+"""Numbered rows in shards on disk: kept as they finish, whole after any kill, shared by hosts that see one folder."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+log = logging.getLogger("caprl_jax.harness.row_shards")
+
+SETTINGS = "settings.json"
+POLL_SECS, SAY_SECS = 2.0, 60.0
+
+
+class RowResult(NamedTuple):
+  """One input row's outcome: its number, its output row, and what only statistics need (bucket, secs, reason)."""
+  number: int
+  row: dict[str, Any]
+  about: dict[str, Any]
+
+
+def manifest(settings: dict[str, Any], names: Sequence[str], shard_rows: int) -> dict[str, Any]:
+  """What has to be the same when a job goes on: the settings that rows depend on, the input's names, the cut."""
+  digest = hashlib.sha256()
+  for name in names:
+    digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+  return settings | {"images": len(names), "names_sha256": digest.hexdigest(), "shard_rows": shard_rows}
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+  """The entries in which two manifests differ, with both values; empty where they agree."""
+  keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+  return "; ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys)
+
+
+class ShardedJob:
+  """The folder of a job's shards.
+
+  Shard s has rows s * shard_rows and on; host h of `hosts` does the shards with s % hosts == h. `00012-of-00500.jsonl`
+  is whole, with `.partial` at its end it is in work: a line [number, row, about] as each row finishes, in any order.
+
+  Raises ValueError, at `open`, for a folder that is left from a job with another manifest.
+  """
+
+  def __init__(self, folder: pathlib.Path, manifest: dict[str, Any], host: int, hosts: int):
+    self.folder, self.manifest, self.host, self.hosts = folder, manifest, host, hosts
+    self.count = manifest["images"]
+    self.shards = -(-self.count // manifest["shard_rows"])
+    self.mine = range(host, self.shards, hosts)
+
+  def open(self) -> None:
+    """Makes the folder, or checks that the one that is there is of this job."""
+    self.folder.mkdir(parents=True, exist_ok=True)
+    path = self.folder / SETTINGS
+    if not path.exists():
+      _write_once(path, json.dumps(self.manifest, indent=1))
+    found = json.loads(path.read_text("utf-8"))
+    if found != self.manifest:
+      raise ValueError(f"{self.folder} is left from a job with other settings: {differences(found, self.manifest)}. "
+                       "Run it with those, delete the folder to begin anew, or name another output")
+
+  def numbers(self, shard: int) -> range:
+    rows = self.manifest["shard_rows"]
+    return range(shard * rows, min((shard + 1) * rows, self.count))
+
+  def path(self, shard: int) -> pathlib.Path:
+    return self.folder / f"{shard:05d}-of-{self.shards:05d}.jsonl"
+
+  def count_done(self, shard: int) -> int:
+    """Rows kept of a shard in work."""
+    partial = self.path(shard).with_name(self.path(shard).name + ".partial")
+    return partial.read_bytes().count(b"\n") if partial.exists() else 0
+
+  def missing(self) -> list[int]:
+    """Shards, of all hosts, that are not whole."""
+    names = set(os.listdir(self.folder))
+    return [shard for shard in range(self.shards) if self.path(shard).name not in names]
+
+  def wait(self) -> None:
+    """Returns when all shards of all hosts are whole; says once a minute whose are not."""
+    said = -SAY_SECS
+    while missing := self.missing():
+      if time.monotonic() - said >= SAY_SECS:
+        said = time.monotonic()
+        late = sorted({shard % self.hosts for shard in missing})
+        log.info("waiting for %d of %d shards, of host%s %s", len(missing), self.shards, "s" if len(late) > 1 else "",
+                 ", ".join(map(str, late)))
+      time.sleep(POLL_SECS)
+
+  def wait_until_removed(self) -> None:
+    """Returns when the host that writes the output has done so."""
+    while self.folder.exists():
+      time.sleep(POLL_SECS)
+
+  def read(self) -> Iterator[RowResult]:
+    """All rows in order, with one shard in memory at a time. Every shard must be whole."""
+    for shard in range(self.shards):
+      found = {item.number: item for item in map(_parse, self.path(shard).read_bytes().split(b"\n")[:-1])}
+      if found.keys() != set(self.numbers(shard)):
+        raise ValueError(f"{self.path(shard)} has {len(found)} rows, not the {len(self.numbers(shard))} of its shard; "
+                         "delete this file and run the same command, which makes it again")
+      yield from (found[number] for number in self.numbers(shard))
+
+  @contextlib.contextmanager
+  def lock(self, what: str) -> Iterator[None]:
+    """Held while the output is written. Raises ValueError while another process holds it."""
+    with open(self.folder / f"{what}.lock", "a") as file:
+      _lock(file, self.folder)
+      yield
+
+  def remove(self) -> None:
+    """Takes the folder away: at once for whoever looks, so that a kill leaves no half of it."""
+    self.sweep()
+    os.rename(self.folder, self._gone)
+    self.sweep()
+
+  def sweep(self) -> None:
+    """Takes away what a kill within `remove` has left."""
+    shutil.rmtree(self._gone, ignore_errors=True)
+
+  @property
+  def _gone(self) -> pathlib.Path:
+    return self.folder.with_name(self.folder.name + ".done")
+
+
+class Shard:
+  """A shard in work, of one process: `done` are the numbers of its rows so far. A context manager."""
+
+  def __init__(self, parts: ShardedJob, shard: int):
+    self.path, self.numbers = parts.path(shard), parts.numbers(shard)
+    self.partial = self.path.with_name(self.path.name + ".partial")
+    self.done: set[int] = set()
+    self.file = None
+
+  def __enter__(self) -> "Shard":
+    self.file = open(self.partial, "a+b")
+    _lock(self.file, self.partial)
+    if self.path.exists():  # another process has just made it whole
+      self.done.update(self.numbers)
+      self.partial.unlink(missing_ok=True)
+      return self
+    self.file.seek(0)
+    end = 0
+    for line in self.file:
+      try:
+        item = _parse(line)
+        assert line.endswith(b"\n") and item.number in self.numbers
+      except (ValueError, TypeError, AssertionError):
+        break  # a kill tears the last line; a crash of the machine may leave worse behind it
+      self.done.add(item.number)
+      end += len(line)
+    self.file.truncate(end)
+    return self
+
+  def put(self, items: Iterable[RowResult]) -> None:
+    """Keeps rows: a kill after this does not lose them."""
+    for item in items:
+      assert item.number in self.numbers and item.number not in self.done, item.number
+      self.done.add(item.number)
+      self.file.write(json.dumps(item).encode() + b"\n")
+    self.file.flush()
+
+  def __exit__(self, *failure) -> None:
+    if failure[0] is None and len(self.done) == len(self.numbers) and not self.path.exists():
+      os.fsync(self.file.fileno())  # before the name says that it is whole
+      os.rename(self.partial, self.path)
+    self.file.close()
+
+
+def _parse(line: bytes) -> RowResult:
+  return RowResult(*json.loads(line))
+
+
+def _lock(file, what: pathlib.Path) -> None:
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
+  except BlockingIOError:
+    file.close()
+    raise ValueError(f"another process is writing {what}; wait for it, stop it, or give each its own "
+                     "caption.host") from None
+  except OSError as error:
+    log.debug("%s: no locks on this file system (%s)", what, error)
+
+
+def _write_once(path: pathlib.Path, text: str) -> None:
+  """Writes a file that several hosts may write at the same time, each the same."""
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process ids are the same in containers
+  temporary.write_text(text, "utf-8")
+  os.replace(temporary, path)

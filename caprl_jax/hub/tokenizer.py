@@ -1,0 +1,277 @@
+"""Text <-> token ids, and how two vocabularies relate."""
+
+import dataclasses
+import difflib
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from caprl_jax.hub import gguf, hub_files
+
+CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_ENDS = ("<|im_end|>", "<|endoftext|>")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+  """A vocabulary of text tokens and special tokens.
+
+  Special is here every token that was added to the BPE vocabulary, flagged as special in the file
+  or not: Qwen's `<tool_call>` and `<|fim_prefix|>` are not flagged, yet are markers and not text.
+  """
+  backend: tokenizers.Tokenizer
+  eos_ids: tuple[int, ...] = ()  # what the model's config and generation config call its end
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text that we wrote: special tokens spelt in it become their ids, none is added."""
+    return self.backend.encode(text, add_special_tokens=False).ids
+
+  def encode_plain(self, text: str) -> list[int]:
+    """Ids of a text that others wrote: "<|im_end|>" is ten characters, never a special id."""
+    return self._plain.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+    """The text of some ids; those beyond the vocabulary (an embedding's padding) are skipped."""
+    ids = [int(token_id) for token_id in ids]
+    if skip_special:
+      ids = [token_id for token_id in ids if token_id not in self.special_ids]
+    return self.backend.decode(ids, skip_special_tokens=False)
+
+  def decode_written(self, ids: Iterable[int]) -> str:
+    """The text of ids that a model wrote, as `skip_special_tokens` of transformers and vLLM gives it.
+
+    Only tokens that the file flags as special are left out. Qwen3's `<think>` is not: who reads a reply looks for it.
+    """
+    return self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
+  def id_of(self, token: str) -> int:
+    """The id of a token by its byte-level spelling (`Ġthe`); ValueError if absent."""
+    token_id = self.backend.token_to_id(token)
+    if token_id is None:
+      near = difflib.get_close_matches(token, self.backend.get_vocab(), n=5)
+      raise ValueError(f"token {token!r} is not in the vocabulary of {self.vocab_size} tokens. "
+                       f"Nearest: {near or 'none'}. Use one of these or another tokenizer.")
+    return token_id
+
+  @functools.cached_property
+  def vocab_size(self) -> int:
+    """The highest id plus one, special tokens included: the rows that an embedding needs."""
+    return max(self.backend.get_vocab().values()) + 1
+
+  @functools.cached_property
+  def special_ids(self) -> frozenset[int]:
+    return frozenset(self.backend.get_added_tokens_decoder())
+
+  @functools.cached_property
+  def end_ids(self) -> tuple[int, ...]:
+    """Ids that end a text: the model's own first, then the chat format's, without repeats."""
+    chat = (self.backend.token_to_id(token) for token in CHAT_ENDS)
+    return tuple(dict.fromkeys([*self.eos_ids, *(end for end in chat if end is not None)]))
+
+  def to_json(self) -> str:
+    """The contents of `tokenizer.json`."""
+    return self.backend.to_str()
+
+  def texts(self, rows: int) -> list[bytes]:
+    """The bytes that each id below `rows` stands for; none for special tokens and for ids without a token."""
+    # Byte-level BPE spells printable bytes as themselves, and the others, in order, as the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in printable)
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    texts = [b""] * rows
+    for token, token_id in self.backend.get_vocab().items():
+      if token_id not in self.special_ids:
+        texts[token_id] = bytes(byte_of[character] for character in token)
+    return texts
+
+  @functools.cached_property
+  def _plain(self) -> tokenizers.Tokenizer:
+    # The flag `encode_special_tokens` would spare only tokens that are flagged as special.
+    spec = json.loads(self.to_json())
+    return tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+  """Loads the tokenizer of a model that `files.resolve_model` found.
+
+  Args:
+    path: a `.gguf` file, or a directory with `tokenizer.json`, or with `vocab.json` and
+      `merges.txt` (then of Qwen2's kind, with the added tokens that `tokenizer_config.json` lists).
+
+  Raises:
+    ValueError: says which file is missing or broken.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    config, _ = gguf.read_gguf(path)
+    return Tokenizer(gguf.gguf_tokenizer(path), _eos_ids([config]))
+  if (path / "tokenizer.json").exists():
+    file = path / "tokenizer.json"
+    try:
+      backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+      raise ValueError(f"{file} ({file.stat().st_size:,} bytes) is not a tokenizer: {error}. "
+                       "Download it again or update tokenizers.") from error
+  else:
+    backend = _from_vocab_and_merges(path)
+  # Some files ask for a length; ours is the caller's business.
+  backend.no_truncation()
+  backend.no_padding()
+  configs = [path / name for name in ("config.json", "generation_config.json")]
+  return Tokenizer(backend, _eos_ids(hub_files.read_json(file) for file in configs if file.exists()))
+
+
+def _eos_ids(configs: Iterable[dict[str, Any]]) -> tuple[int, ...]:
+  ids: list[int] = []
+  for config in configs:
+    # Vision-language models may keep the language model's settings one level down.
+    for section in (config, config.get("text_config") or {}):
+      eos = section.get("eos_token_id")
+      if eos is not None:
+        ids += eos if isinstance(eos, list) else [eos]
+  return tuple(dict.fromkeys(ids))
+
+
+def _from_vocab_and_merges(path: pathlib.Path) -> tokenizers.Tokenizer:
+  absent = [name for name in ("vocab.json", "merges.txt") if not (path / name).exists()]
+  if absent:
+    raise ValueError(f"{path}: no tokenizer.json, nor {' and '.join(absent)} to build one "
+                     "from. Copy the tokenizer's files there.")
+  lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+  # A header line starts with "#version"; a merge may start with "#".
+  merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+  vocab = hub_files.read_json(path / "vocab.json")
+  backend = gguf.byte_level_bpe(vocab, merges, "qwen2")
+  if (path / "tokenizer_config.json").exists():
+    added = hub_files.read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
+    for token_id, token in sorted((int(token_id), token) for token_id, token in added.items()):
+      backend.add_tokens([tokenizers.AddedToken(**token)])
+      actual = backend.token_to_id(token["content"])
+      if actual != token_id:
+        raise ValueError(f"{path}: tokenizer_config.json gives {token['content']!r} the id "
+                         f"{token_id}, but after vocab.json ({len(vocab)} tokens) it is {actual}. "
+                         "Use the model's tokenizer.json.")
+  return backend
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, source: str | os.PathLike) -> None:
+  """Raises a ValueError if the tokenizer has ids for which an embedding of `vocab_size` has no row.
+
+  More rows than ids are fine: checkpoints pad them.
+  """
+  if tokenizer.vocab_size > vocab_size:
+    last = tokenizer.backend.id_to_token(tokenizer.vocab_size - 1)
+    raise ValueError(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1} "
+                     f"({last!r}), but the embedding only {vocab_size} rows (vocab_size in "
+                     "config.json). Use the tokenizer and the weights of one model.")
+
+
+def compact_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], extra_special: Sequence[str],
+                      multiple_of: int = 8) -> tuple[tokenizers.Tokenizer, list[int]]:
+  """A smaller byte-level BPE vocabulary that encodes `texts` into the same token strings.
+
+  It holds the byte symbols (those of the 256 that the original has), every token that the texts
+  need with the tokens and merges on the way to it, the chat's special tokens that the original has,
+  `extra_special`, and `<|unused_0|>`, `<|unused_1|>`, ... up to a multiple. BPE applies the
+  lowest-ranked merge that fits, and every merge that the full vocabulary applies to these texts is
+  kept, so the choices are the same.
+
+  Returns:
+    The tokenizer, and for each of its ids the original's id, or -1 for tokens that are new.
+
+  Raises:
+    ValueError: the tokenizer is not BPE, an extra special token is a text token already, or a text
+      would be encoded differently, as one with a special token that is not kept.
+  """
+  spec = json.loads(tokenizer.to_json())
+  if spec["model"]["type"] != "BPE":
+    raise ValueError(f"the tokenizer's model is {spec['model']['type']}; only byte-level BPE can "
+                     "be made compact. Use the full vocabulary.")
+  vocab = tokenizer.backend.get_vocab()
+  merges = [tuple(merge) for merge in spec["model"]["merges"]]
+  full = tokenizer.backend.encode_batch(list(texts), add_special_tokens=False)
+  ranks = {merge: rank for rank, merge in enumerate(merges)}
+  kept = vocab.keys() & set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  for token_id in {token_id for encoding in full for token_id in encoding.ids}:
+    if token_id not in tokenizer.special_ids:
+      kept |= _merge_path(tokenizer.backend.id_to_token(token_id), ranks)
+
+  text_tokens = sorted(kept, key=vocab.__getitem__)
+  specials = [token for token in CHAT_SPECIALS if token in vocab]
+  specials = list(dict.fromkeys([*specials, *extra_special]))
+  if not kept.isdisjoint(specials):
+    raise ValueError(f"extra_special holds text tokens: {sorted(kept.intersection(specials))}. "
+                     "Give special tokens a spelling that is no text, such as <|name|>.")
+  padding = -(len(text_tokens) + len(specials)) % multiple_of
+  specials += [f"<|unused_{number}|>" for number in range(padding)]
+
+  spec["model"]["vocab"] = {token: token_id for token_id, token in enumerate(text_tokens)}
+  spec["model"]["merges"] = [pair for pair in merges if kept.issuperset((*pair, "".join(pair)))]
+  spec["added_tokens"] = []
+  spec["post_processor"] = None  # it may name special tokens by their old ids
+  compact = tokenizers.Tokenizer.from_str(json.dumps(spec))
+  compact.add_special_tokens(
+      [tokenizers.AddedToken(token, special=True, normalized=False) for token in specials])
+
+  small = compact.encode_batch(list(texts), add_special_tokens=False)
+  for text, ours, original in zip(texts, small, full, strict=True):
+    if ours.tokens != original.tokens:
+      raise ValueError(f"the compact vocabulary encodes {text!r} as {ours.tokens}, the full one as "
+                       f"{original.tokens}. If special tokens differ, list those in extra_special "
+                       "that the original has, and leave out of the texts those it lacks.")
+  return compact, [vocab.get(token, -1) for token in [*text_tokens, *specials]]
+
+
+def _merge_path(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
+  """The token and what BPE makes on the way from its characters to it."""
+  parts = list(token)
+  path = set(parts)
+  while len(parts) > 1:
+    rank, at = min((ranks.get(pair, len(ranks)), at)
+                   for at, pair in enumerate(zip(parts, parts[1:], strict=False)))
+    if rank == len(ranks):  # reached by no merge: a model that takes whole words (ignore_merges)
+      path.add(token)
+      break
+    parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    path.add(parts[at])
+  return path
+
+
+def id_table(policy: Tokenizer, judge: Tokenizer, require_all: bool = True) -> np.ndarray:
+  """The judge's id of each text token of the policy, by the token's string.
+
+  Args:
+    policy: the vocabulary of captions.
+    judge: the vocabulary that captions are read in.
+    require_all: whether every text token of the policy has to be a text token of the judge.
+
+  Returns:
+    int32 [policy.vocab_size]; -1 for special tokens of either, ids without a token, and text tokens
+    that the judge lacks.
+
+  Raises:
+    ValueError: `require_all` and the judge lacks some.
+  """
+  table = np.full(policy.vocab_size, -1, np.int32)
+  theirs = judge.backend.get_vocab()
+  absent = []
+  for token, token_id in policy.backend.get_vocab().items():
+    if token_id in policy.special_ids:
+      continue
+    judge_id = theirs.get(token)
+    if judge_id is None or judge_id in judge.special_ids:
+      absent.append(token)
+    else:
+      table[token_id] = judge_id
+  if absent and require_all:
+    raise ValueError(f"{len(absent)} of the policy's {policy.vocab_size} tokens are not text "
+                     f"tokens of the judge: {sorted(absent)[:8]}. Use a policy and a judge of one "
+                     "family (Qwen2.5-VL with Qwen2.5, Qwen3-VL with Qwen3), or a compact "
+                     "tokenizer made from the judge's.")
+  return table

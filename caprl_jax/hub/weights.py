@@ -1,0 +1,131 @@
+"""Parameter trees <-> Hugging Face tensors, by a model's `Keys`; layers stacked on the way in.
+
+Nothing is read before the device that needs it asks for its part, so the host never holds a model.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from caprl_jax import sharding
+from caprl_jax.models.family import Keys
+from caprl_jax.types import Params
+
+
+def _entries(params: Params, keys: Keys) -> Iterator[tuple[tuple, str, list[str], bool, Any]]:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = ".".join(p.key for p in path)
+    yield path, name, *keys.candidates(name), leaf
+
+
+class _Leaf:
+  """One parameter's tensors in the checkpoint; `read` gives any part of it."""
+
+  def __init__(self, tensors: Mapping, names: list[str], stacked: bool, transposed: bool, dtype):
+    self.tensors, self.names, self.stacked, self.transposed, self.dtype = tensors, names, stacked, transposed, dtype
+    self.known: dict[tuple, np.ndarray] = {}
+
+  def read(self, index: tuple[slice, ...]) -> np.ndarray:
+    key = tuple((s.start, s.stop) for s in index)
+    if key not in self.known:  # replicas on several devices ask for the same part
+      if self.stacked:
+        names, inner = self.names[index[0]], index[1:]
+        parts = [self._one(name, inner) for name in names[:1]]
+        whole = np.empty((len(names), *parts[0].shape), self.dtype)
+        whole[0] = parts.pop()
+        for i, name in enumerate(names[1:], 1):
+          whole[i] = self._one(name, inner)
+        self.known = {key: whole}
+      else:
+        self.known = {key: self._one(self.names[0], index).astype(self.dtype)}
+    return self.known[key]
+
+  def _one(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    index = index[::-1] if self.transposed else index
+    read = getattr(self.tensors, "read_part", None)
+    tensor = read(name, index) if read else np.asarray(self.tensors[name])[index]
+    return tensor.T if self.transposed else tensor
+
+
+def _shape(tensors: Mapping, name: str) -> tuple[int, ...]:
+  of = getattr(tensors, "shape_of", None)
+  return tuple(of(name)) if of else np.shape(tensors[name])
+
+
+def params_from_tensors(abstract: Params, tensors: Mapping, keys: Keys, source: str, shardings: Any = None) -> Params:
+  """Fills a tree of ShapeDtypeStructs from a checkpoint.
+
+  Args:
+    abstract: the parameters' shapes and dtypes (`jax.eval_shape` of an init).
+    tensors: checkpoint key -> array; may be lazy, and offer `shape_of(name)` and `read_part(name, index)`.
+    source: names the checkpoint in errors.
+    shardings: a tree like `abstract`; each device is given its part and no more is read for it.
+
+  Raises:
+    ValueError: tensors missing or left over (both listed), or a shape that does not fit, all before any is read.
+  """
+  used, missing, leaves = set(), [], []
+  for path, name, candidates, transposed, leaf in _entries(abstract, keys):
+    stacked = "{}" in candidates[0]
+    found = []
+    for i in range(leaf.shape[0]) if stacked else (None,):
+      names = [key.format(i) for key in candidates]
+      there = next((n for n in names if n in tensors), None)
+      if there is None:
+        missing.append(names[0])
+        continue
+      want = leaf.shape[1:] if stacked else leaf.shape
+      want = want[::-1] if transposed else want
+      shape = _shape(tensors, there)
+      if shape != want:
+        place = getattr(tensors, "place_of", lambda _: "")(there)
+        raise ValueError(f"{source}: tensor {there}{place and f' in {place}'} has shape {shape}, but config.json asks "
+                         f"for {want} ({name})")
+      used.add(there)
+      found.append(there)
+    leaves.append(_Leaf(tensors, found, stacked, transposed, leaf.dtype))
+  if missing:
+    raise ValueError(f"{source}: {len(missing)} tensors are missing, for example {missing[:5]}")
+  # A tied head may be written out too; it is the embedding once more.
+  extra = [k for k in tensors if k not in used and not re.fullmatch(
+      rf"(language_model\.)?lm_head\.weight|{keys.unused}", k)]
+  if extra:
+    raise ValueError(f"{source}: {len(extra)} tensors fit no parameter, for example {sorted(extra)[:5]}; "
+                     "is config.json of another model?")
+  structure = jax.tree_util.tree_structure(abstract)
+  shapes = jax.tree.leaves(abstract)
+  places = [None] * len(leaves) if shardings is None else structure.flatten_up_to(shardings)
+  filled = []
+  for leaf, shape, place in zip(leaves, shapes, places):
+    if place is None:
+      filled.append(jax.numpy.asarray(leaf.read((slice(None),) * len(shape.shape))))
+    else:
+      filled.append(jax.make_array_from_callback(shape.shape, place, leaf.read))
+      leaf.known.clear()
+  return jax.tree_util.tree_unflatten(structure, filled)
+
+
+class TensorsOfParams(Mapping):
+  """The checkpoint's tensors under the names this package writes, each made when asked for (by all processes alike);
+  the inverse of `params_from_tensors`. `dtype` casts them."""
+
+  def __init__(self, params: Params, keys: Keys, dtype=None):
+    self.dtype, self.sources = dtype, {}
+    for _, _, candidates, transposed, leaf in _entries(params, keys):
+      for i in range(leaf.shape[0]) if "{}" in candidates[0] else (None,):
+        self.sources[candidates[0].format(i)] = (leaf, i, transposed)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    leaf, number, transposed = self.sources[name]
+    array = np.asarray(sharding.to_host(leaf if number is None else leaf[number]))
+    array = array.T if transposed else array
+    return np.ascontiguousarray(array if self.dtype is None else array.astype(self.dtype))
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.sources)
+
+  def __len__(self) -> int:
+    return len(self.sources)

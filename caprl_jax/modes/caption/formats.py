@@ -1,0 +1,253 @@
+"""Finished rows, in order -> the output: JSON lines, parquet, text files beside images, a Hugging Face dataset."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, TextIO
+
+from caprl_jax.atomic_files import write_text
+from caprl_jax.data.readers.image_sources import mirrored
+from caprl_jax.data.rows import CaptionRow, image_bytes
+
+Format = Literal["jsonl", "parquet", "txt", "hf", "caprl_2m"]
+SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+ROWS_PER_GROUP = 10_000
+GROUP_BYTES = 32 << 20  # of images, in a row group: what a reader of one row has to decode
+FILE_BYTES = 500 << 20  # of a file of a Hugging Face dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """Where captions go, and in which layout.
+
+  kind: `jsonl`: every row; `parquet`: every row, columns image, caption, tokens, finish, error; `txt`: `path` is a
+    folder with the images' own tree, a/b.png -> a/b.txt, beside the images where it is their own folder; `hf`: a folder
+    that `datasets.load_dataset` reads; `caprl_2m`: JSON lines of image and caption alone, as `image_key` and
+    `caption_key`. What failed has no row in the last three: it stands, with its reason, in `failed_path`.
+  base: the folder that a `txt` tree mirrors from.
+  """
+  path: pathlib.Path
+  kind: Format
+  base: pathlib.Path
+  embed_images: bool = True
+  image_key: str = "image"
+  caption_key: str = "caption"
+  about: str = ""  # for the dataset card: which model, asked what
+
+  def beside(self, suffix: str) -> pathlib.Path:
+    """A file next to the output: captions.jsonl -> captions.stats.json; a folder keeps its whole name."""
+    stem = self.path.name if self.kind in ("txt", "hf") else self.path.stem
+    return self.path.with_name(stem + suffix)
+
+  @property
+  def failed_path(self) -> pathlib.Path:
+    return self.beside(".failed.jsonl")
+
+  def check(self, inputs: Sequence[CaptionRow]) -> None:
+    """Before anything is captioned: raises ValueError where the output would overwrite, or could not be written."""
+    if self.kind == "txt":
+      _check_texts(self, inputs)
+    elif self.path.exists():
+      raise ValueError(f"{self.path} is there already, and not from this job; delete it or name another caption.output")
+
+  def write(self, found: Iterable[tuple[int, dict[str, Any]]], inputs: Sequence[CaptionRow]) -> None:
+    """Writes (number, row) in order, reading them once. A file or a `hf` folder appears whole or not at all."""
+    _WRITERS[self.kind](self, found, inputs)
+
+
+def kind_of(path: pathlib.Path, asked: Format | None) -> Format:
+  """The format asked for, or that of the suffix. Raises ValueError for a suffix that says nothing."""
+  if asked is not None:
+    return asked
+  if path.suffix.lower() not in SUFFIXES:
+    raise ValueError(f"caption.output = {str(path)!r} does not say its format; end it in .jsonl or .parquet, or set "
+                     "caption.format to txt, hf (folders) or caprl_2m")
+  return SUFFIXES[path.suffix.lower()]
+
+
+@contextlib.contextmanager
+def _whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary path that takes the place of `path` once all has been written."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.tmp")  # of a known name: what a kill leaves is written over
+  yield temporary
+  with open(temporary, "rb") as file:
+    os.fsync(file.fileno())  # the shards are removed next
+  os.replace(temporary, path)
+
+
+def _line(value: dict[str, Any]) -> str:
+  return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def _clean(row: dict[str, Any]) -> dict[str, Any]:
+  """Without what Arrow has no form for: the lone surrogates of file names that are no UTF-8."""
+  clean = lambda value: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+  return {key: clean(value) for key, value in row.items()}
+
+
+@contextlib.contextmanager
+def _failures(output: Output) -> Iterator[Callable[[dict[str, Any]], None]]:
+  """Takes failed rows to `failed_path`, which is there only if there are any."""
+  output.failed_path.unlink(missing_ok=True)
+  file: TextIO | None = None
+  temporary = output.failed_path.with_name(f".{output.failed_path.name}.tmp")
+
+  def put(row: dict[str, Any]) -> None:
+    nonlocal file
+    file = file or open(temporary, "w", encoding="utf-8")
+    file.write(_line(row))
+
+  yield put
+  if file:
+    file.close()
+    os.replace(temporary, output.failed_path)
+
+
+def _captioned(output: Output, found) -> Iterator[tuple[int, dict[str, Any]]]:
+  """The rows with a caption; the others go to `failed_path`."""
+  with _failures(output) as failed:
+    for number, row in found:
+      if "error" in row:
+        failed(row)
+      else:
+        yield number, row
+
+
+def _write_jsonl(output: Output, found, inputs) -> None:
+  del inputs
+  with _whole(output.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    file.writelines(_line(row) for _, row in found)
+
+
+def _write_caprl_2m(output: Output, found, inputs) -> None:
+  del inputs
+  with _whole(output.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    file.writelines(_line({output.image_key: row["image"], output.caption_key: row["caption"]})
+                    for _, row in _captioned(output, found))
+
+
+def _write_parquet(output: Output, found, inputs) -> None:
+  import pyarrow as pa  # only here and below: JSON lines need none of it
+  import pyarrow.parquet as pq
+  del inputs
+  schema = pa.schema([("image", pa.string()), ("caption", pa.string()), ("tokens", pa.list_(pa.int32())),
+                      ("finish", pa.string()), ("error", pa.string())])
+  with _whole(output.path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    group: list[dict[str, Any]] = []
+
+    def flush() -> None:
+      writer.write_table(pa.Table.from_pylist(group, schema))  # an absent key is a null
+      group.clear()
+
+    for _, row in found:
+      group.append(_clean(row))
+      if len(group) == ROWS_PER_GROUP:
+        flush()
+    flush()
+
+
+def _check_texts(output: Output, inputs: Sequence[CaptionRow]) -> None:
+  """Every text has a place of its own, where nothing is yet."""
+  first: dict[pathlib.Path, str] = {}
+  for row in inputs:
+    path = _text_path(output, row)
+    if path in first:
+      raise ValueError(f"{first[path]!r} and {row.name!r} would both be captioned in {path}; rename one, or caption "
+                       "into .jsonl or .parquet")
+    first[path] = row.name
+  there: list[pathlib.Path] = []
+  for folder in sorted({path.parent for path in first}):
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    if not above.is_dir():
+      raise ValueError(f"{folder} cannot be made for texts: {above} is a file; name another caption.output")
+    if above == folder:
+      there += [folder / name for name in os.listdir(folder) if folder / name in first]
+  if there:
+    raise ValueError(f"{len(there)} of the texts to write are there already, such as {min(there)}; move them or name "
+                     "another caption.output")
+
+
+def _text_path(output: Output, row: CaptionRow) -> pathlib.Path:
+  return (output.path / mirrored(row, output.base)).with_suffix(".txt")
+
+
+def _write_texts(output: Output, found, inputs) -> None:
+  output.path.mkdir(parents=True, exist_ok=True)
+  for number, row in _captioned(output, found):
+    write_text(_text_path(output, inputs[number]), row["caption"].encode("utf-8", "replace").decode() + "\n")
+
+
+def _write_hf(output: Output, found, inputs) -> None:
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+  image = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if output.embed_images else pa.string()
+  schema = pa.schema([("image", image), *([("name", pa.string())] if output.embed_images else []),
+                      ("caption", pa.string()), ("tokens", pa.list_(pa.int32())), ("finish", pa.string())])
+  # So that a single file, too, is read with its pictures.
+  kinds = {"image": {"_type": "Image"} if output.embed_images else {"dtype": "string", "_type": "Value"}}
+  for field in list(schema)[1:]:
+    value = {"dtype": "int32" if field.name == "tokens" else "string", "_type": "Value"}
+    kinds[field.name] = {"feature": value, "_type": "Sequence"} if field.name == "tokens" else value
+  schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": kinds}})})
+
+  temporary = output.path.with_name(f".{output.path.name}.tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  data = temporary / "data"
+  data.mkdir(parents=True)
+  writer, group, group_bytes, file_bytes, files, rows, total = None, [], 0, 0, 0, 0, 0
+
+  def flush(last: bool) -> None:
+    nonlocal writer, group_bytes, file_bytes, files
+    if writer is None and (group or not files):
+      writer = pq.ParquetWriter(data / f"{files}.parquet", schema)
+      files += 1
+    if group:
+      writer.write_table(pa.Table.from_pylist(group, schema))
+      file_bytes += group_bytes
+    group.clear()
+    group_bytes = 0
+    if writer is not None and (last or file_bytes >= FILE_BYTES):
+      writer.close()
+      writer, file_bytes = None, 0
+
+  for number, row in _captioned(output, found):
+    row = _clean(row)
+    entry = {"image": row["image"], "name": row["image"], "caption": row["caption"], "tokens": row["tokens"],
+             "finish": row["finish"]}
+    size = len(row["caption"].encode()) + 4 * len(row["tokens"]) + len(row["image"])
+    if output.embed_images:
+      entry["image"] = {"bytes": image_bytes(inputs[number]), "path": pathlib.PurePath(row["image"]).name}
+      size += len(entry["image"]["bytes"])
+    group.append(entry)
+    group_bytes, rows, total = group_bytes + size, rows + 1, total + size
+    if group_bytes >= GROUP_BYTES or len(group) == ROWS_PER_GROUP:
+      flush(False)
+  flush(True)
+  for i in range(files):
+    os.rename(data / f"{i}.parquet", data / f"train-{i:05d}-of-{files:05d}.parquet")
+  write_text(temporary / "README.md", _card(output, list(schema.names), rows, total))
+  shutil.rmtree(output.path, ignore_errors=True)  # `check` has seen that it is ours
+  os.rename(temporary, output.path)
+
+
+def _card(output: Output, names: list[str], rows: int, size: int) -> str:
+  features = []
+  for name in names:
+    kind = "dtype: image" if name == "image" and output.embed_images else "dtype: string"
+    kind = "list: int32" if name == "tokens" else kind
+    features.append(f"  - name: {name}\n    {kind}\n")
+  return (f"---\ntask_categories:\n- image-to-text\ndataset_info:\n  features:\n{''.join(features)}"
+          f"  splits:\n  - name: train\n    num_bytes: {size}\n    num_examples: {rows}\n  dataset_size: {size}\n"
+          "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n\n"
+          f"# {output.path.name}\n\n{rows:,} images captioned by caprl_jax{output.about}.\n\n"
+          "`tokens` are the ids that were sampled, the end token included; `finish` is `end`, or `length` for a "
+          "caption that was cut.\n")
+
+
+_WRITERS = {"jsonl": _write_jsonl, "parquet": _write_parquet, "txt": _write_texts, "hf": _write_hf,
+            "caprl_2m": _write_caprl_2m}

@@ -1,0 +1,313 @@
+"""Mode `dataset`: what is in a QA dataset and what is wrong with it, as a table and a page; and a copy in another
+format.
+
+Every row is read, every image decoded, every question checked. Rows that cannot be used are listed with file and line;
+they are refused, or dropped where the config says so.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from caprl_jax.atomic_files import write_json, write_text
+from caprl_jax.config import schema as configuration
+from caprl_jax.data.batches import ImageShape, shape_bucket
+from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
+from caprl_jax.data.readers.qa_sources import parse_mixture, scan_qa_rows
+from caprl_jax.data.rows import BadRow, BadRows, QARow, image_bytes, open_image, read_image
+from caprl_jax.hub.hub_files import read_json, read_preprocessor, resolve_model
+from caprl_jax.models.image_processor import SmartResize
+from caprl_jax.models.policy import PolicyConfig
+from caprl_jax.pages.markup import card, embedded, page, percent, table, text
+
+log = logging.getLogger("caprl_jax.modes.dataset.run")
+
+QWEN25_VL = SmartResize(patch_size=14, merge_size=2, min_pixels=3136, max_pixels=1_000_000, window_units=4)
+PAGE_IMAGES = 24
+LISTED = 20  # bad rows and repeated images in the log; files hold all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+  """input: a source or mixture (`data/sources.py`).
+
+  output: where to write the rows too, as FILE.jsonl or FILE.json (images in FILE_images/), FILE.parquet, or tfds:FOLDER
+    with the names `split` and `name`; None only looks.
+  bad_rows: "refuse" ends with an error when the table is printed and writes no output; "drop" leaves them out of it.
+  repeated_images: "keep" them, or "merge" their questions into the first row that has the image.
+  max_rows: of each source. checkpoint: whose image processor counts tokens; None: Qwen2.5-VL's, with CapRL's limit of a
+    million pixels.
+  """
+  input: str
+  output: str | None = None
+  split: str = "train"
+  name: str = "default"
+  bad_rows: BadRows = "refuse"
+  repeated_images: Literal["keep", "merge"] = "keep"
+  max_rows: int | None = None
+  checkpoint: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFacts:
+  """What one image is, from its bytes."""
+  digest: str
+  format: str
+  width: int
+  height: int
+  bytes: int
+
+
+def inspect_image(row: QARow) -> ImageFacts | BadRow:
+  """Decodes the row's image in full; a BadRow where it cannot be."""
+  try:
+    data = image_bytes(row)
+    pixels = read_image(row)
+    with open_image(row) as image:
+      kind = image.format or "unknown"
+  except ValueError as error:
+    where = row.where or row.name
+    return BadRow(where, f"{where}: {error}")
+  return ImageFacts(hashlib.sha256(data).hexdigest(), kind, *pixels.size, len(data))
+
+
+def read_all(cfg: DatasetConfig, seed: int) -> tuple[list[QARow], list[ImageFacts], list[BadRow]]:
+  """All rows whose image and questions are good, their images' facts, and the bad rows."""
+  found: list[QARow] = []
+  bad: list[BadRow] = []
+  for part in parse_mixture(cfg.input):
+    count = 0
+    for row in tqdm(scan_qa_rows(part.source, seed), desc="rows", unit="row", leave=False, delay=2, disable=None):
+      if cfg.max_rows is not None and count >= cfg.max_rows:
+        break
+      count += 1
+      problem = row if isinstance(row, BadRow) else _problem(row)
+      found.append(row) if problem is None else bad.append(problem)
+  rows, facts = [], []
+  for row, fact in zip(found, _inspected(found), strict=True):
+    if isinstance(fact, BadRow):
+      bad.append(fact)
+    else:
+      rows.append(row)
+      facts.append(fact)
+  return rows, facts, bad
+
+
+def _problem(row: QARow) -> BadRow | None:
+  """Questions are checked where they are read; what is left is asking one thing twice."""
+  stems = [question.stem.strip() for question in row.questions]
+  twice = [stem for stem, times in Counter(stems).items() if times > 1]
+  if not twice:
+    return None
+  where = row.where or row.name
+  return BadRow(where, f"{where}: the question {twice[0]!r} is asked {stems.count(twice[0])} times; keep one of them")
+
+
+def _inspected(rows: Sequence[QARow]) -> Iterator[ImageFacts | BadRow]:
+  progress = tqdm(total=len(rows), desc="images", unit="image", leave=False, delay=2, disable=None)
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
+    for start in range(0, len(rows), 1024):  # a piece at a time: what is decoded does not pile up
+      piece = rows[start:start + 1024]
+      yield from pool.map(inspect_image, piece)
+      progress.update(len(piece))
+
+
+def repeated(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
+  """(row, the first row with the same bytes) of each image that was there before."""
+  first: dict[str, int] = {}
+  return [(i, first[fact.digest]) for i, fact in enumerate(facts) if first.setdefault(fact.digest, i) != i]
+
+
+def merge_repeated(rows: Sequence[QARow], facts: Sequence[ImageFacts]) -> tuple[list[QARow], list[ImageFacts]]:
+  """One row an image: the first with it, and the questions of the others that it does not ask yet."""
+  questions: dict[str, dict[str, object]] = {}
+  first: dict[str, int] = {}
+  for i, (row, fact) in enumerate(zip(rows, facts, strict=True)):
+    first.setdefault(fact.digest, i)
+    for question in row.questions:
+      questions.setdefault(fact.digest, {}).setdefault(question.stem.strip(), question)
+  kept = sorted(first.values())
+  return ([dataclasses.replace(rows[i], questions=tuple(questions[facts[i].digest].values())) for i in kept],
+          [facts[i] for i in kept])
+
+
+def survey(rows: Sequence[QARow], facts: Sequence[ImageFacts], bad: Sequence[BadRow], pixels) -> dict:
+  """The figures of the table. `pixels`: an image processor, as `PolicyConfig.vision.pixels`."""
+  questions = [question for row in rows for question in row.questions]
+  kinds: dict[str, dict] = {}
+  for question in questions:
+    kind = kinds.setdefault(
+        question.kind or "(none)", {"questions": 0, "options": Counter(), "gold": Counter(), "longest": 0})
+    kind["questions"] += 1
+    kind["options"][len(question.options)] += 1
+    kind["gold"]["ABCDEFGHIJKLMNOPQRSTUVWXYZ"[question.gold]] += 1
+    lengths = [len(option) for option in question.options]
+    kind["longest"] += lengths[question.gold] == max(lengths) and lengths.count(max(lengths)) == 1
+  shapes, unfit = [], 0
+  for fact in facts:
+    try:
+      shapes.append(ImageShape(*pixels.shape(fact.height, fact.width)))
+    except ValueError:  # too long and narrow
+      unfit += 1
+  buckets = Counter(shape_bucket(shape, 4) for shape in shapes)
+  tokens = [shape.tokens for shape in shapes]
+  per_image = [len(row.questions) for row in rows]
+  return {
+      "rows": len(rows) + len(bad), "bad": len(bad), "images": len({fact.digest for fact in facts}),
+      "repeated_images": len(repeated(facts)), "questions": len(questions),
+      "questions_an_image": _spread(per_image), "formats": dict(Counter(fact.format for fact in facts).most_common()),
+      "width": _spread([fact.width for fact in facts]), "height": _spread([fact.height for fact in facts]),
+      "megabytes": sum(fact.bytes for fact in facts) / 1e6, "image_tokens": _spread(tokens), "too_narrow": unfit,
+      "buckets": [{"tokens": bucket.tokens, "images": images} for bucket, images in
+                  sorted(buckets.items(), key=lambda item: item[0].tokens)],
+      "kinds": {name: {**kind, "options": dict(sorted(kind["options"].items())),
+                       "gold": dict(sorted(kind["gold"].items()))}
+                for name, kind in sorted(kinds.items())},
+      "with_facts": sum(row.facts is not None for row in rows),
+      "provenance": dict(Counter(question.provenance or "(none)" for question in questions).most_common(10))}
+
+
+def _spread(values: Sequence[int]) -> dict[str, int]:
+  """Least, median and greatest."""
+  if not len(values):
+    return {}
+  return {"min": int(min(values)), "median": int(np.median(values)), "max": int(max(values))}
+
+
+def table_text(figures: dict) -> str:
+  """The table, as the log has it."""
+  spread = lambda key: " / ".join(f"{v:,}" for v in figures[key].values()) or "-"
+  most_common = lambda gold, n: max(gold.values()) / n
+  lines = [
+      f"rows        {figures['rows']:,}, of which bad {figures['bad']:,}",
+      f"images      {figures['images']:,} distinct, {figures['repeated_images']:,} repeated; "
+      + ", ".join(f"{kind} {count:,}" for kind, count in figures["formats"].items())
+      + f"; {figures['megabytes']:,.1f} MB",
+      f"size        width {spread('width')}, height {spread('height')} pixels (least / median / greatest)",
+      f"tokens      {spread('image_tokens')} an image" + (f"; {figures['too_narrow']:,} too narrow for the processor"
+                                                          if figures["too_narrow"] else ""),
+      "buckets     "
+      + ", ".join(f"{bucket['images']:,} of up to {bucket['tokens']:,}" for bucket in figures["buckets"][:12])
+      + (" tokens" if len(figures["buckets"]) <= 12 else f" tokens, and {len(figures['buckets']) - 12} more"),
+      f"questions   {figures['questions']:,}; {spread('questions_an_image')} an image; "
+      f"facts for {figures['with_facts']:,} rows",
+      "",
+      f"{'kind':<24}{'questions':>10}  {'options':<18}{'best letter':>12}{'longest':>9}"]
+  for name, kind in figures["kinds"].items():
+    options = ", ".join(f"{count:,}x{n}" for n, count in kind["options"].items())
+    lines.append(f"{name[:23]:<24}{kind['questions']:>10,}  {options:<18}"
+                 f"{most_common(kind['gold'], kind['questions']):>11.1%} "
+                 f"{kind['longest'] / kind['questions']:>8.1%}")
+  lines.append("(best letter: right answers by always saying the same one; longest: by saying the one longest option)")
+  return "\n".join(lines)
+
+
+def write_page(path: pathlib.Path, name: str, rows: Sequence[QARow], figures: dict, bad: Sequence[BadRow],
+               seed: int) -> None:
+  """A page that shows the figures, some rows and what is wrong with the others."""
+  cards = [card("images", f"{figures['images']:,}", f"{figures['repeated_images']:,} repeated"),
+           card("questions", f"{figures['questions']:,}", f"{len(figures['kinds'])} kinds"),
+           card("bad rows", f"{figures['bad']:,}", f"of {figures['rows']:,}")]
+  kinds = [[text(kind), f"{f['questions']:,}", text(", ".join(map(str, f["options"]))),
+            percent(max(f["gold"].values()) / f["questions"]), percent(f["longest"] / f["questions"])]
+           for kind, f in figures["kinds"].items()]
+  order = np.random.default_rng(seed).permutation(len(rows))[:PAGE_IMAGES]
+  samples = []
+  for i in sorted(order):
+    row = rows[i]
+    listed = "".join(
+        f"<li><span class=stem>{text(q.stem)}</span> <small>{text(q.kind)}</small><br>" + " ".join(
+            f'<span class="option{" gold" if n == q.gold else ""}">{text(option)}</span>'
+            for n, option in enumerate(q.options))
+        + "</li>" for q in row.questions[:12])
+    more = f"<p class=soft>and {len(row.questions) - 12} more</p>" if len(row.questions) > 12 else ""
+    facts = f"<p class=soft>{text(json.dumps(row.facts, ensure_ascii=False))}</p>" if row.facts else ""
+    samples.append(f"<article class=sample><div class=picture>{embedded(image_bytes(row), row.name)}"
+                   f"<div class='file soft'>{text(row.name)}</div></div>"
+                   f"<div><ol class=questions>{listed}</ol>{more}{facts}</div></article>")
+  problems = "".join(f"<li>{text(row.message)}</li>" for row in bad[:200])
+  write_text(path, page(name, [
+      f"<div class=cards>{''.join(cards)}</div>",
+      "<h2>Questions by kind</h2>" + table(["kind", "questions", "options", "best letter", "longest option"], kinds)
+      + "<p class=soft>What always saying the same letter, or the longest option, would get right.</p>",
+      f"<h2>Bad rows</h2><ul>{problems}</ul>" if bad else "",
+      f"<h2>{len(samples)} rows at random</h2><div class=samples>{''.join(samples)}</div>"]))
+
+
+def write_rows(rows: Sequence[QARow], output: str, split: str, name: str) -> pathlib.Path:
+  """Writes an output of `DatasetConfig`, whole or not at all, and returns its path. Raises ValueError for an image that
+  cannot be read and for a TFDS dataset that is there already."""
+  if output.startswith("tfds:"):
+    return tfds.write_tfds(pathlib.Path(output.removeprefix("tfds:")).expanduser(), {split: rows}, name)
+  path = pathlib.Path(output).expanduser()
+  if path.suffix == ".parquet":
+    caprl_parquet.write_parquet(path, rows)
+    return path
+  # Copied even where they are files: the dataset is then one folder that can be moved.
+  folder = path.with_name(f"{path.stem}_images")
+  rows = [jsonl.save_image(row, folder, copy=True)
+          for row in tqdm(rows, desc="saving images", leave=False, delay=2, disable=None)]
+  if path.suffix == ".json":
+    caprl_json.write_json(path, rows)
+  else:
+    jsonl.write_jsonl(path, rows)
+  return path
+
+
+def check_output(output: str, key: str) -> None:
+  """Raises ValueError, with the config's key, for an output in no known format."""
+  if not output.startswith("tfds:") and pathlib.Path(output).suffix not in (".jsonl", ".json", ".parquet"):
+    raise ValueError(f"{key} = {output!r}: write FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER")
+
+
+def _processor(checkpoint: str | None):
+  if checkpoint is None:
+    return QWEN25_VL
+  path = resolve_model(checkpoint)
+  return PolicyConfig.from_hf(read_json(path / "config.json"), read_preprocessor(path)).vision.pixels
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Writes dataset.json, dataset.html and, where there are any, bad_rows.jsonl to the workdir; then
+  `dataset.output`."""
+  cfg = configuration.load_section(config, "dataset", DatasetConfig)
+  seed = config["seed"] if "seed" in config else 0
+  if cfg.output is not None:
+    check_output(cfg.output, "dataset.output")
+  pixels = _processor(cfg.checkpoint)
+  rows, facts, bad = read_all(cfg, seed)
+  figures = survey(rows, facts, bad, pixels)
+  log.info("%s\n%s", cfg.input, table_text(figures))
+  write_json(workdir / "dataset.json", figures)
+  for row in bad[:LISTED]:
+    log.warning("bad row: %s", row.message)
+  if len(bad) > LISTED:
+    log.warning("and %d more bad rows", len(bad) - LISTED)
+  bad_file = workdir / "bad_rows.jsonl"
+  bad_file.unlink(missing_ok=True)
+  if bad:
+    write_text(bad_file, "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in bad))
+  for i, first in repeated(facts)[:LISTED]:
+    log.info("row %r repeats the image of %r", rows[i].name, rows[first].name)
+  write_page(workdir / "dataset.html", cfg.input, rows, figures, bad, seed)
+  log.info("page: %s", workdir / "dataset.html")
+  if bad and cfg.bad_rows == "refuse":
+    raise ValueError(f"{len(bad)} bad rows of {figures['rows']}, listed in {bad_file}; mend them, or leave them out "
+                     "with --config.dataset.bad_rows=drop")
+  if cfg.output is not None:
+    if not rows:
+      raise ValueError(f"{cfg.input}: no good row is left to write")
+    if cfg.repeated_images == "merge":
+      rows, facts = merge_repeated(rows, facts)
+    path = write_rows(rows, cfg.output, cfg.split, cfg.name)
+    log.info("wrote %d rows to %s", len(rows), path)

@@ -1,0 +1,173 @@
+"""A gallery's figures and captions -> its page: tables in numbers, a card an image with the captions side by side."""
+
+import dataclasses
+import io
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from caprl_jax.atomic_files import write_bytes
+from caprl_jax.data.rows import QARow, Question
+from caprl_jax.pages import markup as markup
+
+NOBODY = "no caption"  # the row of the table that says what the judge guesses
+_SMALL_PIXELS = 192  # a side; larger pictures are embedded as JPEG
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_STYLE = """<style>
+.gallery{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(250px,100%),1fr));gap:12px}
+.gallery>section{border-top:3px solid var(--line);padding-top:6px;min-width:0}.gallery h3{margin:0 0 4px}
+.only{background:rgba(230,165,0,.2);color:inherit;border-radius:3px;
+box-shadow:0 1.5px 0 rgba(190,130,0,.75)}
+.scroll{overflow-x:auto}.scroll :is(th,td){white-space:nowrap}.sample .questions{margin-top:0}
+@media(max-width:760px){.sample .picture img{max-width:192px}}
+</style>"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+  """What one captioner has for one image. caption: None where it failed, and `error` says why; tokens, cut: None where
+  the file does not say."""
+  caption: str | None
+  error: str = ""
+  tokens: int | None = None
+  cut: bool | None = None
+
+  @property
+  def words(self) -> list[str]:
+    return _WORD.findall(self.caption or "")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedImage:
+  """An image that all captioners have. row: its questions; choices: of each captioner, the option that the judge chose
+  for each (-1: none; None: it was not asked)."""
+  name: str
+  said: dict[str, Said]
+  row: QARow | None = None
+  choices: dict[str, list[int | None]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def questions(self) -> tuple[Question, ...]:
+    return self.row.questions if self.row else ()
+
+  def right(self, who: str) -> list[bool]:
+    return [choice == q.gold for choice, q in zip(self.choices[who], self.questions, strict=True)]
+
+
+def write_page(path: pathlib.Path, figures: dict[str, Any], drawn: Sequence[ComparedImage], most: Sequence[ComparedImage],
+               picture: Callable[[ComparedImage], Image.Image | None], short: Callable[[ComparedImage], str]) -> None:
+  """Writes the page. It needs no network and runs no script.
+
+  Args:
+    figures: as `gallery.figures` returns them.
+    drawn, most: the cards' images, drawn at random and those where the captioners differ most.
+    picture: of an image; None where there is none. Called once a card, in their order.
+    short: the name of an image on the page.
+  """
+  names = list((drawn or most)[0].said)
+  asked = bool(figures.get("questions"))
+  marked = ('A <mark class="only">marked</mark> word is in that caption alone. ' if len(names) > 1 else "")
+  about = f"<p class=soft>{marked}{f'The judge sees only the caption. {markup.LEGEND}' if asked else ''}</p>"
+  sections = [_STYLE, _summary(figures)]
+  for title, shown in (("Drawn at random", drawn), ("Where the captioners differ most", most)):
+    if shown:
+      cards = "".join(_card(shared, picture(shared), short(shared)) for shared in shown)
+      sections.append(f"<section><h2>{title}</h2>{about}<div class=samples>{cards}</div></section>")
+  page = markup.page(" · ".join(names), sections)
+  write_bytes(path, page.encode("utf-8", "xmlcharrefreplace"))  # a caption may hold what UTF-8 cannot
+
+
+def _summary(f: dict[str, Any]) -> str:
+  head = ["captioner", "images", "failed", "words", "tokens", "cut"]
+  rows = []
+  for who, row in f["captioners"].items():
+    if who != NOBODY:
+      rows.append([markup.text(who), markup.show(row["images"]), markup.show(row["failed"]),
+                   markup.show(row["words"], "tenths"), markup.show(row["tokens"], "tenths"),
+                   markup.show(row["cut_share"], "percent")])
+  parts = [f"<p class=soft>{f['images']:,} images have a row in every file. Words and tokens: mean of a caption; cut: "
+           f"share of captions that end at the token limit.</p>{_scrolling(markup.table(head, rows), 'captions')}"]
+  if f.get("questions"):
+    names = list(f["questions_by_kind"])
+    head = ["judge's answers", "right", "wrong", *(f"{markup.text(kind or 'no kind')}" for kind in names)]
+    rows = [[markup.text(who), markup.show(row["accuracy"], "percent"), markup.show(row["misled"], "percent"),
+             *(markup.show(row["accuracy_by_kind"][kind], "percent") for kind in names)]
+            for who, row in f["captioners"].items()]
+    rows.append(["questions", *(f"{n:,}" for n in (f["questions"], *f["questions_by_kind"].values()))])
+    rows[-1].insert(2, "")
+    parts.append(f"<p class=soft style='margin-top:20px'>Questions about {f['judged_images']:,} of these images, drawn "
+                 "at random, put to the judge with each caption, and with none, where it can but guess. By kind: the "
+                 f"share answered right.</p>{_scrolling(markup.table(head, rows), 'accuracy')}")
+  return f"<section><h2 style='margin-top:0'>In numbers</h2>{''.join(parts)}</section>"
+
+
+def _scrolling(table: str, label: str) -> str:
+  return f'<div class=scroll role=region tabindex=0 aria-label="table: {label}">{table}</div>'
+
+
+def _card(shared: ComparedImage, picture: Image.Image | None, name: str) -> str:
+  listed = "".join(_question(question) for question in shared.questions)
+  counts: dict[str, int] = {}
+  for said in shared.said.values():
+    for word in {word.casefold() for word in said.words}:
+      counts[word] = counts.get(word, 0) + 1
+  several = sum(said.caption is not None for said in shared.said.values()) > 1
+  alone = {word for word, n in counts.items() if n == 1} if several else set()
+  columns = "".join(_column(who, said, shared, alone) for who, said in shared.said.items())
+  return (f"<article class=sample><div class=picture>{_element(picture, name)}"
+          f'<div class="soft file">{markup.text(name)}</div></div><div class=words>'
+          + (f"<ol class=questions>{listed}</ol>" if listed else "")
+          + f"<div class=gallery>{columns}</div></div></article>")
+
+
+def _element(picture: Image.Image | None, name: str) -> str:
+  """The picture as markup; words in its place where there is none."""
+  if picture is None:
+    return '<div class="absent soft">no picture found</div>'
+  picture.thumbnail((markup.MAX_IMAGE_PIXELS, markup.MAX_IMAGE_PIXELS))
+  buffer = io.BytesIO()
+  picture.save(buffer, "PNG" if max(picture.size) <= _SMALL_PIXELS else "JPEG", quality=85)
+  return markup.embedded(buffer.getvalue(), name)
+
+
+def _question(question: Question) -> str:
+  options = " ".join(f'<span class="option{" gold" if i == question.gold else ""}">{markup.text(option)}</span>'
+                     for i, option in enumerate(question.options))
+  return (f"<li><span class=stem>{markup.text(question.stem)}</span> <small>{markup.text(question.kind)}</small>"
+          f"<div>{options}</div></li>")
+
+
+def _column(who: str, said: Said, shared: ComparedImage, alone: set[str]) -> str:
+  head = f"<h3>{markup.text(who)}</h3>"
+  if said.caption is None:
+    return (f'<section>{head}<p class=marks><span class="answer wrong"><b>✗</b> failed</span></p>'
+            f"<p>{markup.text(said.error)}</p></section>")
+  caption = _highlighted(said.caption, alone) if said.caption.strip() else "<i class=soft>(empty)</i>"
+  chips = "".join(_chip(n, question, choice) for n, (question, choice) in
+                  enumerate(zip(shared.questions, shared.choices.get(who, ())), 1))
+  length = f"{len(said.words)} words" + (f", {said.tokens} tokens" if said.tokens is not None else "")
+  cut = ' <span class="answer wrong">cut</span>' if said.cut else ""
+  return (f"<section>{head}<p class=text>{caption}</p><p class=marks>{chips}<span class=soft>{length}</span>{cut}</p>"
+          "</section>")
+
+
+def _highlighted(caption: str, alone: set[str]) -> str:
+  out, end = [], 0
+  for match in _WORD.finditer(caption):
+    if match[0].casefold() in alone:
+      out += [markup.text(caption[end:match.start()]), f'<mark class="only">{markup.text(match[0])}</mark>']
+      end = match.end()
+  return "".join([*out, markup.text(caption[end:])])
+
+
+def _chip(number: int, question: Question, choice: int | None) -> str:
+  if choice is None or choice < 0:
+    kind, symbol, word = "none", "–", "no answer"
+  else:
+    kind, symbol = ("right", "✓") if choice == question.gold else ("wrong", "✗")
+    word = question.options[choice]
+  return (f'<span class="answer {kind}" title="question {number}: {kind}"><small>{number}</small> '
+          f"<b>{symbol}</b> {markup.text(word)}</span> ")

@@ -1,0 +1,275 @@
+"""Mode `train`: gate, evaluation, CapRL, evaluation, report. Resumes where it stopped."""
+
+import functools
+import json
+import logging
+import pathlib
+import platform
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from caprl_jax import __version__, sharding
+from caprl_jax.atomic_files import write_json
+from caprl_jax.config import schema as configuration
+from caprl_jax.data.batches import train_iterator
+from caprl_jax.harness.checkpoints import Checkpoints
+from caprl_jax.harness.loop import run_loop
+from caprl_jax.harness.metrics import StageClock
+from caprl_jax.harness.samples import save_samples
+from caprl_jax.harness.setup import Run, Settings, gate, read_settings, set_up, summary_path
+from caprl_jax.harness.trackers import open_trackers
+from caprl_jax.hub.load import save_policy
+from caprl_jax.hub.lora import save_adapters
+from caprl_jax.models.trainable import split_params, trainable_filter, merge_params
+from caprl_jax.modes.evaluate.run import Evaluator
+from caprl_jax.modes.train.report import write_report
+from caprl_jax.rl.optimizer import build_optimizer
+from caprl_jax.rl.step import ask_judge, learn, train_step, write_captions
+from caprl_jax.types import Params, TrainState
+
+log = logging.getLogger("caprl_jax.modes.train.run")
+
+
+class Summary:
+  """summary.json: written after each stage, read when a run resumes."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self.path = summary_path(workdir)
+    self.values = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+  def put(self, **values) -> None:
+    self.values |= values
+    if jax.process_index() == 0:
+      write_json(self.path, self.values)
+
+
+def versions() -> dict[str, str]:
+  """What the run ran on."""
+  device = jax.devices()[0]
+  return {"caprl_jax": __version__, "python": platform.python_version(), "jax": jax.__version__,
+          "optax": optax.__version__, "device": f"{len(jax.devices())} x {device.device_kind}"}
+
+
+def make_state(params: Params, tx: optax.GradientTransformation, shardings, seed: int, mesh) -> TrainState:
+  """The state before the first step. It owns `params`, and is donated to the step with them."""
+  opt_state = jax.jit(tx.init, out_shardings=sharding.optimizer_shardings(tx, params, shardings, mesh))(params)
+  put = lambda x: jax.device_put(x, sharding.replicated(mesh))
+  return TrainState(put(jnp.int32(0)), params, opt_state, put(jax.random.key(seed)))
+
+
+def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, mesh) -> TrainState:
+  """Shapes and shardings of the state, for restoring one without having another in memory."""
+  with_sharding = lambda tree, places: jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+  params = with_sharding(params, shardings)
+  opt_state = with_sharding(jax.eval_shape(tx.init, params), sharding.optimizer_shardings(tx, params, shardings, mesh))
+  scalar = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
+  return TrainState(scalar(jnp.int32(0)), params, opt_state, scalar(jax.random.key_data(jax.random.key(0))))
+
+
+def rollout_shardings(shardings, mesh):
+  """Of the policy's parameters while captions are written; None where they need not move."""
+  return sharding.gathered(shardings) if sharding.splits_parameters(mesh) else None
+
+
+def policy_shardings(made: Run):
+  """Shardings of the parameters that are trained."""
+  kind = made.settings.policy.trainable
+  return split_params(made.policy.shardings, trainable_filter(kind, made.policy.model.cfg.family))[0]
+
+
+def build_step(made: Run, tx: optax.GradientTransformation, schedule: optax.Schedule | None = None):
+  """The one jit of training: `(state, batch) -> (state, metrics, samples)`, the state donated. The judge is an
+  argument of the program, never a constant in it. Several jits where captions have to be translated between them, or
+  `train.fused` is off."""
+  if made.translator or not made.settings.train.fused:
+    return _build_stages(made, tx, schedule)
+  stages = functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
+                             cfg=made.settings.step, kinds=made.kinds, schedule=schedule,
+                             rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh))
+  step = None
+
+  def run(state: TrainState, batch):
+    nonlocal step
+    if step is None:  # the state comes out where it went in: another layout would compile the step anew
+      shardings = jax.tree.map(lambda x: x.sharding, state)
+      everywhere = sharding.replicated(made.mesh)  # every process reads metrics and samples
+      step = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
+    return step(state, made.frozen, batch)
+
+  return run
+
+
+def _build_stages(made: Run, tx: optax.GradientTransformation, schedule):
+  """Rollout, judge and update as three programs; waits for each and adds its seconds to the metrics."""
+  cfg, everywhere = made.settings.step, sharding.replicated(made.mesh)
+  write = jax.jit(functools.partial(write_captions, policy=made.policy.model, cfg=cfg,
+                                    rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh)))
+  judge = jax.jit(functools.partial(ask_judge, judge=made.judge.model, cfg=cfg))
+  stages = functools.partial(learn, policy=made.policy.model, tx=tx, cfg=cfg, kinds=made.kinds, schedule=schedule)
+  update = None
+
+  def run(state: TrainState, batch):
+    nonlocal update
+    if update is None:
+      shardings = jax.tree.map(lambda x: x.sharding, state)
+      update = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
+    clock, extra, translated = StageClock(), {}, None
+    with clock("rollout"):
+      captions = jax.block_until_ready(write(state, made.frozen, batch))
+    if made.translator:
+      ids, keep, cut = made.translator(jax.device_get(captions))
+      translated, extra["judge/cut"] = sharding.put_batch((ids, keep), made.mesh), np.float32(cut)
+    with clock("judge"):
+      answers, blind = jax.block_until_ready(judge(state, made.frozen, batch, captions, translated))
+    with clock("update"):
+      state, metrics, samples = update(state, made.frozen, batch, captions, answers, blind)
+      jax.block_until_ready(metrics)
+    return state, {**metrics, **extra, **{f"time/{k}_secs": np.float32(v) for k, v in clock.secs.items()}}, samples
+
+  return run
+
+
+class Best:
+  """The best captioner so far by held-out accuracy, in workdir/best, with its figures in best.json."""
+
+  def __init__(self, made: Run, workdir: pathlib.Path):
+    self.made, self.folder = made, workdir / "best"
+    for name in ("best.new", "best.old"):  # a kill came between two renames: the newer one, if it was finished
+      if not self.folder.exists() and (workdir / name / "best.json").exists() and jax.process_index() == 0:
+        (workdir / name).rename(self.folder)
+    figures = self.folder / "best.json"
+    self.accuracy = json.loads(figures.read_text())["accuracy"] if figures.exists() else float("-inf")
+
+  def keep(self, step: int, params: Params, accuracy: float) -> None:
+    """Writes the captioner where it is the best. A kill leaves the old one or the new one."""
+    if not accuracy > self.accuracy:
+      return
+    self.accuracy = accuracy
+    new, old = self.folder.with_name("best.new"), self.folder.with_name("best.old")
+    main = jax.process_index() == 0
+    if main:
+      shutil.rmtree(new, ignore_errors=True)
+    save_policy(new, self.made.policy, params)
+    if main:
+      write_json(new / "best.json", {"step": step, "accuracy": accuracy})
+      shutil.rmtree(old, ignore_errors=True)
+      if self.folder.exists():
+        self.folder.rename(old)
+      new.rename(self.folder)
+      shutil.rmtree(old, ignore_errors=True)
+      log.info("best so far: step %d, held-out accuracy %.3f, kept in %s", step, accuracy, self.folder)
+
+
+def rollout_images(settings: Settings) -> int:
+  """Images that a step captions."""
+  return settings.data.batch_size * settings.step.rollout.oversample
+
+
+def make_optimizer(settings: Settings) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimizer of a run; its schedule counts optimizer steps, of which a rollout may take several."""
+  return build_optimizer(settings.optimizer, settings.train.steps * settings.step.update.steps)
+
+
+def train(made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator | None = None) -> TrainState:
+  """Runs the CapRL steps from the newest checkpoint, if there is one; else from `made.policy.params`, which the steps
+  use up. `evaluator` is for held-out figures on the way (`evaluate.every_steps`)."""
+  settings = made.settings
+  tx, schedule = make_optimizer(settings)
+  kind = trainable_filter(settings.policy.trainable, made.policy.model.cfg.family)
+  params, shardings = split_params(made.policy.params, kind)[0], policy_shardings(made)
+  images = rollout_images(settings)
+  share = sharding.batch_share(made.mesh, images)
+  iterator = train_iterator(made.train.example, made.mixture, images, settings.seed, share)
+  checkpoints = Checkpoints(workdir, settings.checkpoint)
+  if checkpoints.latest_step() is not None:
+    state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))
+    iterator.set_state(position)
+    log.info("resuming after step %d", int(state.step))
+  else:
+    state = make_state(params, tx, shardings, settings.seed, made.mesh)
+
+  trackers = []
+  if jax.process_index() == 0:
+    try:
+      trackers = open_trackers(settings.train.trackers, workdir, config, int(state.step), settings.train.wandb_mode)
+    except ValueError as error:
+      if jax.process_count() == 1:
+        raise
+      log.warning("going on without trackers, for the other processes' sake: %s", error)
+  best = Best(made, workdir)
+
+  def keep_samples(step: int, batch, samples) -> None:
+    if step == 1 or step % settings.train.sample_every == 0:
+      host = jax.tree.map(lambda x: x[share], jax.device_get(samples))
+      path = workdir / "samples" / f"step_{step:06d}.json"
+      save_samples(path, "train", step, [(batch, host)], made.train, made.policy.tokenizer,
+                   settings.train.sample_images)
+      for tracker in trackers:
+        tracker.samples(step, path)
+
+  def held_out(step: int, state: TrainState) -> dict[str, float]:
+    params = merge_params(state.params, made.frozen.base)
+    figures = evaluator(params, workdir / "samples" / f"eval_{step:06d}.json", "eval", step)
+    best.keep(step, params, figures["accuracy"])
+    return {f"eval/{name}": value for name, value in figures.items()}
+
+  try:
+    return run_loop(build_step(made, tx, schedule), state, iterator, steps=settings.train.steps, mesh=made.mesh,
+                    checkpoints=checkpoints, config=config, workdir=workdir, what="CapRL", reward_name="reward/mean",
+                    on_samples=keep_samples, evaluate=held_out if evaluator else None,
+                    evaluate_every=settings.evaluate.every_steps, trackers=trackers)
+  finally:
+    checkpoints.close()
+    for tracker in trackers:
+      tracker.close()
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """All stages; a stage that summary.json already holds is not run again."""
+  settings = read_settings(config)
+  plain = configuration.to_plain(config)
+  summary = Summary(workdir)
+  old = summary.values.get("config")
+  if old is not None and {**old, "train": None} != {**plain, "train": None}:
+    changed = [k for k in plain if old.get(k) != plain[k]]
+    raise ValueError(f"{workdir} holds a run of another config (differing: {changed}); use another --workdir, or "
+                     "delete it")
+  if "after" in summary.values and summary.values.get("config") == plain:
+    log.info("this run is complete: accuracy %.3f -> %.3f; see %s", summary.values["before"]["accuracy"],
+             summary.values["after"]["accuracy"], workdir / "report.html")
+    return
+  clock = StageClock(summary.values.get("wall_secs"))
+  with jax.set_mesh(sharding.make_mesh(settings.mesh)):
+    with clock("setup"):
+      made = set_up(settings)
+    with clock("gate"):
+      figures = gate(made)
+    summary.put(gate=figures, counts=made.counts, versions=versions(), config=plain, wall_secs=clock.secs)
+    evaluator = Evaluator(made)
+    if "before" not in summary.values:
+      with clock("before"):
+        before = evaluator(made.policy.params, workdir / "samples" / "before.json", "before", 0)
+      summary.put(before=before, wall_secs=clock.secs)
+    try:
+      with clock("train"):
+        state = jax.block_until_ready(train(made, plain, workdir, evaluator))
+    finally:
+      summary.put(wall_secs=clock.secs)
+      if jax.process_index() == 0:
+        write_report(workdir)
+    with clock("after"):
+      params = merge_params(state.params, made.frozen.base)
+      after = evaluator(params, workdir / "samples" / "after.json", "after", settings.train.steps)
+    if settings.evaluate.every_steps:
+      Best(made, workdir).keep(settings.train.steps, params, after["accuracy"])
+    summary.put(after=after, wall_secs=clock.secs)
+    save_policy(workdir / "policy", made.policy, params)
+    if settings.policy.trainable == "lora":
+      save_adapters(workdir / "adapters", params, settings.policy.lora, settings.policy.checkpoint)
+  if jax.process_index() == 0:
+    log.info("report: %s   captioner: %s", write_report(workdir), workdir / "policy")

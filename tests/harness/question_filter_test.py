@@ -1,0 +1,152 @@
+"""Curation with a judge whose answers are written down."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from caprl_jax.data.rows import QARow, Question
+from caprl_jax.harness import question_filter as module
+from caprl_jax.harness.question_filter import CurateConfig, mismatched_facts
+
+COLOR = Question("what color?", ("red", "blue"), 0, "color")
+SHAPE = Question("what shape?", ("circle", "square"), 0, "shape")
+INFORMED = ("It is a {color} {shape}.", "A {color} {shape}.", "There is a {color} {shape}.", "One {color} {shape}.")
+
+
+class FakeAsker:
+  """Answers by a function of caption and question, and keeps what it was asked."""
+
+  def __init__(self, right):
+    self.right, self.asked = right, []
+
+  def correct(self, asks, what="judging"):
+    self.asked += [(what, caption, question) for caption, question in asks]
+    return np.array([self.right(caption, question) for caption, question in asks], bool)
+
+
+def row(name, color, shape, questions=(COLOR, SHAPE)):
+  return QARow(b"", questions, name, {"color": color, "shape": shape})
+
+
+ROWS = [row("a", "red", "circle"), row("b", "blue", "square"), row("c", "green", "square")]
+
+
+def honest(caption, question):
+  """Right from a caption that says the gold attribute."""
+  return question.options[question.gold] in caption
+
+
+def config(**kwargs):
+  return CurateConfig(**{"informed": INFORMED, **kwargs})
+
+
+def curate(rows, asker, cfg, seed, where):
+  """Of one split."""
+  return module.curate([(where, rows)], asker, cfg, seed)[0]
+
+
+def test_mismatched_facts_share_no_fact():
+  facts = lambda color, shape: {"color": color, "shape": shape}
+  pool = [facts(c, s) for c in ("red", "blue", "green") for s in ("circle", "square", "star")]
+  got = mismatched_facts(ROWS[0], pool, 10, seed=0)
+  assert len(got) == 4 and all(f["color"] != "red" and f["shape"] != "circle" for f in got)
+  assert len(mismatched_facts(ROWS[0], pool, 2, seed=0)) == 2
+  assert mismatched_facts(ROWS[0], pool, 2, 0) == mismatched_facts(row("other", "red", "circle"), pool, 2, 0)
+  picks = [tuple(map(str, mismatched_facts(ROWS[0], pool, 2, seed))) for seed in range(10)]
+  assert len(set(picks)) > 1
+  assert mismatched_facts(ROWS[0], pool[:3], 2, 0) == []  # all red
+  untitled = dataclasses.replace(ROWS[0], facts={"chart": "bar", "title": ""})
+  assert mismatched_facts(untitled, [{"chart": "pie", "title": ""}, {"chart": "bar", "title": ""}], 2, 0) == [
+      {"chart": "pie", "title": ""}]
+
+
+def test_the_same_value_of_another_attribute_is_no_shared_fact():
+  orange = QARow(b"", (COLOR,), "o", {"color": "orange", "fruit": "pear"})
+  assert mismatched_facts(orange, [{"color": "red", "fruit": "orange"}], 1, 0)
+
+
+def test_kept_and_dropped_by_kind():
+  asker = FakeAsker(honest)
+  rows, counts = curate(ROWS, asker, config(), 0, "train")
+  # Golds are red and circle: only the first row's captions say them, and no mismatched caption does.
+  assert [r.name for r in rows] == ["a"] and rows[0].questions == (COLOR, SHAPE)
+  assert counts == {"kept/color": 1, "dropped/color": 2, "kept/shape": 1, "dropped/shape": 2}
+  blind = [caption for what, caption, q in asker.asked if what == "blind" and q is COLOR]
+  assert blind[0] == "" and set(blind[1:]) == {"It is a blue square.", "It is a green square."}
+  # What already failed one of four templates cannot pass three in four: it is not asked again.
+  assert sum(what == "informed" for what, _, _ in asker.asked) == 6 + 2 * 3
+
+
+def test_a_question_answered_without_its_caption_is_dropped():
+  rows, counts = curate(ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(), 0, "train")
+  assert rows[0].questions == (COLOR,)  # shape: one of three blind presentations right, 1/3 >= 0.25
+  assert counts["dropped/shape"] == 3 and counts["kept/color"] == 1
+  rows, _ = curate(
+      ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(max_blind=0.34), 0, "")
+  assert rows[0].questions == (COLOR, SHAPE)
+
+
+def test_a_question_answered_from_other_images_captions_is_dropped():
+  asker = FakeAsker(lambda c, q: honest(c, q) or (q is COLOR and "square" in c and c.startswith("It")))
+  rows, counts = curate(ROWS, asker, config(), 0, "train")
+  assert rows[0].questions == (SHAPE,)
+  assert counts["kept/color"] == 0 and counts["dropped/color"] == 3
+
+
+@pytest.mark.parametrize("least, kept", [(0.74, True), (0.75, False)])
+def test_the_informed_threshold_is_strict(least, kept):
+  asker = FakeAsker(lambda c, q: honest(c, q) and not c.startswith("There"))  # three of four
+  if kept:
+    rows, _ = curate(ROWS, asker, config(min_informed=least), 0, "train")
+    assert rows[0].questions == (COLOR, SHAPE)
+  else:
+    with pytest.raises(ValueError, match="left none"):
+      curate(ROWS, asker, config(min_informed=least), 0, "train")
+
+
+def test_no_mismatched_captions():
+  asker = FakeAsker(honest)
+  rows, _ = curate(ROWS, asker, config(mismatched=0), 0, "train")
+  assert rows[0].questions == (COLOR, SHAPE)
+  assert {caption for what, caption, _ in asker.asked if what == "blind"} == {""}
+
+
+@pytest.mark.parametrize("facts", [None, {"color": "red"}])
+def test_rows_without_the_facts_are_left_out_and_counted(facts):
+  rows, counts = curate([*ROWS, QARow(b"", (COLOR, SHAPE), "d", facts)], FakeAsker(honest), config(), 0, "train")
+  assert [r.name for r in rows] == ["a"]
+  assert counts["dropped/without facts"] == 2
+
+
+def test_nothing_left_raises():
+  with pytest.raises(ValueError, match=r"train: curation left none of 6 questions.*'dropped/color': 3"):
+    curate(ROWS, FakeAsker(lambda c, q: False), config(), 0, "train")
+  with pytest.raises(ValueError, match="left none"):
+    curate(ROWS, FakeAsker(lambda c, q: True), config(), 0, "train")  # knows it all without a caption
+
+
+def test_no_templates_keeps_every_row():
+  asker = FakeAsker(honest)
+  assert curate(ROWS, asker, CurateConfig(), 0, "train") == (ROWS, {})
+  assert not asker.asked
+
+
+def test_splits_are_judged_together_and_kept_apart():
+  asker = FakeAsker(honest)
+  (train, counts), (test, test_counts) = module.curate([("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(
+      max_blind=1.1, min_informed=-1), 0)
+  assert [r.name for r in train] == ["b", "c"] and [r.name for r in test] == ["a"]
+  assert counts["kept/color"] == 2 and test_counts["kept/color"] == 1
+  asker = FakeAsker(honest)
+  with pytest.raises(ValueError, match="train: curation left none of 4"):
+    module.curate([("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(), 0)
+
+
+def test_what_cannot_pass_any_more_is_not_asked_again():
+  many = [row(str(i), f"c{i}", f"s{i}") for i in range(9)]
+  asker = FakeAsker(lambda c, q: True)
+  with pytest.raises(ValueError, match="left none"):
+    curate(many, asker, config(mismatched=8), 0, "train")
+  # Nine blind presentations: with the third right answer 3/9 >= 0.25, so six are never asked.
+  assert sum(what == "blind" for what, _, _ in asker.asked) == 3 * 2 * 9

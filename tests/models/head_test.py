@@ -1,0 +1,130 @@
+"""Log-probabilities and entropies from the head: chunked or whole, over allowed tokens, with gradients, on a mesh."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.paths import ROOT
+
+from caprl_jax.models.head import scaled_logits, token_logprobs
+
+M, D, V, X = 11, 6, 17, 3
+HIDDEN = jax.random.normal(jax.random.key(0), (M, D))
+HEAD = jax.random.normal(jax.random.key(1), (V, D))
+ALLOWED = jnp.arange(V) % 3 != 1
+TARGET = jax.random.randint(jax.random.key(2), (M, X), 0, V // 3) * 3  # multiples of 3 are allowed
+
+
+def by_hand(hidden, head, target, allowed, temperature):
+  logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T / temperature
+  p = np.exp(logits) * (1.0 if allowed is None else np.asarray(allowed))
+  p /= p.sum(1, keepdims=True)
+  entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+  return np.log(np.take_along_axis(p, np.asarray(target), 1)), entropy
+
+
+@pytest.mark.parametrize("allowed", [None, ALLOWED], ids=["all", "allowed"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [1, 4, 11, 1024])
+def test_against_numpy_at_every_chunk_size(allowed, temperature, chunk):
+  logp, entropy = token_logprobs(HIDDEN, HEAD, TARGET, allowed_V=allowed, temperature=temperature, chunk_tokens=chunk)
+  want_logp, want_entropy = by_hand(HIDDEN, HEAD, TARGET, allowed, temperature)
+  assert logp.shape == (M, X) and entropy.shape == (M,) and logp.dtype == entropy.dtype == jnp.float32
+  np.testing.assert_allclose(logp, want_logp, atol=1e-5)
+  np.testing.assert_allclose(entropy, want_entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize("allowed", [None, ALLOWED], ids=["all", "allowed"])
+def test_gradients_do_not_depend_on_chunks(allowed):
+  def f(hidden, head, chunk):
+    logp, entropy = token_logprobs(hidden, head, TARGET, allowed_V=allowed, temperature=0.7, chunk_tokens=chunk)
+    return jnp.sum(logp * jnp.arange(1.0, X + 1)) + jnp.sum(entropy * jnp.arange(M))
+
+  def whole(hidden, head):
+    logits = hidden @ head.T / 0.7
+    if allowed is not None:
+      logits = jnp.where(allowed, logits, -1e30)
+    logp = jax.nn.log_softmax(logits)
+    entropy = -jnp.sum(jnp.where(jnp.exp(logp) > 0, jnp.exp(logp) * logp, 0), -1)
+    return jnp.sum(jnp.take_along_axis(logp, TARGET, 1) * jnp.arange(1.0, X + 1)) + jnp.sum(entropy * jnp.arange(M))
+
+  want = jax.grad(whole, (0, 1))(HIDDEN, HEAD)
+  for chunk in (4, 1024):
+    got = jax.grad(f, (0, 1))(HIDDEN, HEAD, chunk)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), got, want)
+  if allowed is not None:
+    np.testing.assert_array_equal(got[1][~np.asarray(allowed)], 0)
+
+
+def test_entropy_of_a_uniform_and_of_a_certain_distribution():
+  _, entropy = token_logprobs(jnp.zeros((2, D)), HEAD, TARGET[:2], allowed_V=ALLOWED)
+  np.testing.assert_allclose(entropy, np.log(int(ALLOWED.sum())), rtol=1e-6)
+  only = jnp.arange(V) == 3
+  logp, entropy = token_logprobs(HIDDEN, HEAD, jnp.full((M, 1), 3), allowed_V=only)
+  np.testing.assert_allclose(logp, 0, atol=1e-6)
+  np.testing.assert_allclose(entropy, 0, atol=1e-6)
+
+
+def test_logits_are_float32_from_bfloat16():
+  logits = scaled_logits(HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16), ALLOWED, 2.0)
+  assert logits.dtype == jnp.float32
+  want = np.asarray(HIDDEN.astype(jnp.bfloat16), np.float32) @ np.asarray(HEAD.astype(jnp.bfloat16), np.float32).T / 2
+  np.testing.assert_allclose(logits[:, ALLOWED], want[:, ALLOWED], rtol=1e-5, atol=1e-5)
+  assert (logits[:, ~ALLOWED] < -1e29).all()
+
+
+# In a process of its own, since the number of CPU devices is set before jax starts.
+PROGRAM = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import jax.numpy as jnp
+import numpy as np
+from helpers import hlo
+from caprl_jax import sharding
+from caprl_jax.models.head import token_kl, token_logprobs
+
+B, L, D, V = 8, 90, 16, 50
+rng = np.random.default_rng(0)
+arrays = [rng.normal(size=size).astype(np.float32) for size in ((B, L, D), (V, D), (B, L, D))]
+arrays.append(rng.integers(0, V, (B, L, 1)))
+
+def f(hidden, head, other, target):
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  logp, entropy = token_logprobs(flat(hidden), head, flat(target), chunk_tokens=32)
+  return (logp.sum(1) + entropy + token_kl(flat(hidden), head, flat(other), head, chunk_tokens=32)) @ jnp.arange(B * L)
+
+found = {}
+for name, sizes in dict(one=None, data4=dict(data=4), fsdp4=dict(data=1, fsdp=4), both=dict(data=2, fsdp=2)).items():
+  mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})), jax.devices() if sizes else jax.devices()[:1])
+  batch, head = sharding.batch_sharding(mesh), jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
+  with jax.set_mesh(mesh):
+    places = (batch, head, batch, batch)
+    step = jax.jit(jax.value_and_grad(f, (0, 1, 2)), in_shardings=places, out_shardings=(None, places[:3]))
+    compiled = step.lower(*arrays).compile()
+    value, grads = jax.block_until_ready(compiled(*map(jax.device_put, arrays, places)))
+  text = compiled.as_text()
+  found[name] = dict(flops=hlo.dot_flops(text), value=float(value), grads=[np.asarray(g).tolist() for g in grads],
+                     sums=[line for line in text.splitlines() if " all-reduce(" in line and f",{V}]" in line])
+print(json.dumps(found))
+"""
+
+
+def test_on_a_mesh_each_device_computes_its_own_tokens():
+  """Chunks cut straight through the tokens were computed by all devices, and logits summed over them."""
+  done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, cwd=ROOT,
+                        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = json.loads(done.stdout)
+  one = found.pop("one")
+  for name, got in found.items():
+    assert got["flops"] <= 1.1 * one["flops"] / 4, name  # 90 tokens a row are 96 in chunks of 32
+    assert not got["sums"], name
+    np.testing.assert_allclose(got["value"], one["value"], rtol=1e-5, err_msg=name)
+    for a, b in zip(got["grads"], one["grads"], strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), err_msg=name)

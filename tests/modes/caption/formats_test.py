@@ -1,0 +1,347 @@
+"""Where captions go: resumable shards, each format read back by its own reader, statistics by hand, the page."""
+
+import io
+import json
+import logging
+import pathlib
+import shutil
+import subprocess
+import threading
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from caprl_jax.data.readers.image_sources import base_folder, find_images
+from caprl_jax.data.rows import CaptionRow, read_image
+from caprl_jax.harness import row_shards
+from caprl_jax.harness.row_shards import RowResult, ShardedJob, Shard
+from caprl_jax.modes.caption import formats as caption_formats
+from caprl_jax.modes.caption import report as caption_report
+from caprl_jax.modes.caption.formats import Output
+
+# ---- shards
+
+
+def make(folder, count=10, shard_rows=4, host=0, hosts=1, **settings) -> ShardedJob:
+  names = [f"{i}.png" for i in range(count)]
+  return ShardedJob(folder, row_shards.manifest({"prompt": "?"} | settings, names, shard_rows), host, hosts)
+
+
+def finished(number: int) -> RowResult:
+  return RowResult(number, {"image": f"{number}.png", "caption": f"é {number}\u2028", "tokens": [number],
+                           "finish": "end"}, {"bucket": "4x1", "secs": 0.5})
+
+
+def fill(parts: ShardedJob, shard: int) -> None:
+  with Shard(parts, shard) as kept:
+    kept.put([finished(number) for number in reversed(kept.numbers) if number not in kept.done])
+
+
+def test_shards_are_shared_and_read_in_order(tmp_path):
+  hosts = [make(tmp_path / "parts", host=host, hosts=2) for host in range(2)]
+  assert [list(parts.mine) for parts in hosts] == [[0, 2], [1]] and list(hosts[0].numbers(2)) == [8, 9]
+  for parts in hosts:
+    parts.open()
+    for shard in parts.mine:
+      fill(parts, shard)
+  assert hosts[0].missing() == [] and list(hosts[0].read()) == [finished(number) for number in range(10)]
+  assert hosts[1].path(1).name == "00001-of-00003.jsonl"
+  hosts[0].remove()
+  assert list(tmp_path.iterdir()) == []
+  assert list(make(tmp_path / "x", count=3, host=2, hosts=3).mine) == []  # a host may have nothing to do
+
+
+@pytest.mark.parametrize("tail", [b"", b'[2, {"ima', b"[2, {}, {}]", b"\0\0\0\n", b"[2]\n",
+                                  b'[99, {}, {}]\n', b"7\n[3"])
+def test_a_shard_goes_on_after_what_was_kept(tail, tmp_path):
+  parts = make(tmp_path / "parts")
+  parts.open()
+  with Shard(parts, 0) as kept:
+    kept.put([finished(3), finished(0)])
+  assert parts.missing() == [0, 1, 2]
+  with open(kept.partial, "ab") as file:
+    file.write(tail)
+  with Shard(parts, 0) as kept:
+    assert kept.done == {0, 3}
+    kept.put([finished(1)])
+    with pytest.raises(AssertionError):
+      kept.put([finished(1)])
+    kept.put([finished(2)])
+  assert parts.missing() == [1, 2] and not kept.partial.exists()
+  for shard in (1, 2):
+    fill(parts, shard)
+  assert list(parts.read()) == [finished(number) for number in range(10)]
+
+
+def test_a_kill_between_the_last_row_and_the_name(tmp_path, monkeypatch):
+  parts = make(tmp_path / "parts")
+  parts.open()
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(row_shards.os, "rename", killed)
+  with pytest.raises(KeyboardInterrupt):
+    fill(parts, 0)
+  monkeypatch.undo()
+  assert parts.missing() == [0, 1, 2]
+  fill(parts, 0)
+  assert parts.missing() == [1, 2]
+
+
+def test_a_shard_has_one_writer(tmp_path):
+  parts = make(tmp_path / "parts")
+  parts.open()
+  with Shard(parts, 0) as kept:
+    kept.put([finished(0)])
+    with pytest.raises(ValueError, match=r"another process is writing .*00000-of-00003.*caption\.host"):
+      Shard(parts, 0).__enter__()
+  fill(parts, 0)
+  with Shard(parts, 0) as kept:  # its other writer was just about to end
+    assert kept.done == {0, 1, 2, 3}
+  assert parts.missing() == [1, 2] and not kept.partial.exists()
+  with parts.lock("output"), pytest.raises(ValueError, match="another process"), parts.lock("output"):
+    pass
+
+
+def test_other_settings_and_missing_rows_are_refused(tmp_path):
+  make(tmp_path / "parts").open()
+  make(tmp_path / "parts").open()
+  for other, message in ((make(tmp_path / "parts", prompt="!"), r"prompt was '\?' and is '!'"),
+                         (make(tmp_path / "parts", count=11), "images was 10 and is 11; names_sha256 was"),
+                         (make(tmp_path / "parts", shard_rows=5), "shard_rows was 4 and is 5")):
+    with pytest.raises(ValueError, match=message):
+      other.open()
+  parts = make(tmp_path / "parts")
+  for shard in range(3):
+    fill(parts, shard)
+  parts.path(1).write_bytes(b"".join(parts.path(1).read_bytes().splitlines(True)[1:]))
+  with pytest.raises(ValueError, match="has 3 rows, not the 4"):
+    list(parts.read())
+
+
+def test_waiting_names_the_hosts_that_are_late(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(row_shards, "POLL_SECS", 0.05)
+  parts, other = make(tmp_path / "parts", hosts=2), make(tmp_path / "parts", host=1, hosts=2)
+  parts.open()
+  fill(parts, 0)
+  later = [threading.Timer(0.3, fill, (parts, 2)), threading.Timer(0.6, fill, (other, 1))]
+  for timer in later:
+    timer.start()
+  with caplog.at_level(logging.INFO, "caprl_jax"):
+    parts.wait()
+  assert parts.missing() == [] and caplog.text.count("waiting for") == 1
+  assert "waiting for 2 of 3 shards, of hosts 0, 1" in caplog.text
+  for timer in later:
+    timer.join()
+
+
+# ---- formats
+
+
+@pytest.fixture
+def images(tmp_path):
+  """A folder of six images in a tree; the fourth does not open."""
+  rng = np.random.default_rng(0)
+  for i in range(6):
+    path = tmp_path / "images" / ("deep" if i % 2 else "") / f"{i}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (8, 9 + i, 3), dtype=np.uint8)).save(path)
+  return tmp_path / "images"
+
+
+def outcome(rows: list[CaptionRow]) -> list[tuple[int, dict]]:
+  """What a captioner might make of them."""
+  good = lambda i: {"caption": f"Ünï {i}\n\"x\"", "tokens": [i, 2, 3], "finish": "end" if i else "length"}
+  return [(i, {"image": row.name} | ({"error": "no"} if i == 3 else good(i))) for i, row in enumerate(rows)]
+
+
+def output(kind, path, source, **more) -> Output:
+  return Output(path, kind, base_folder(str(source)), **more)
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_json_lines(images, tmp_path):
+  rows = find_images(str(images))
+  output("jsonl", tmp_path / "new" / "out.jsonl", images).write(outcome(rows), rows)
+  assert lines(tmp_path / "new" / "out.jsonl") == [row for _, row in outcome(rows)]
+  output("caprl_2m", tmp_path / "c.jsonl", images, image_key="img", caption_key="text").write(outcome(rows), rows)
+  good = [row for _, row in outcome(rows) if "error" not in row]
+  assert lines(tmp_path / "c.jsonl") == [{"img": row["image"], "text": row["caption"]} for row in good]
+  assert lines(tmp_path / "c.failed.jsonl") == [{"image": rows[3].name, "error": "no"}]
+
+
+def test_parquet(images, tmp_path, monkeypatch):
+  monkeypatch.setattr(caption_formats, "ROWS_PER_GROUP", 4)
+  rows = find_images(str(images))
+  output("parquet", tmp_path / "out.parquet", images).write(outcome(rows), rows)
+  file = pq.ParquetFile(tmp_path / "out.parquet")
+  assert file.metadata.num_row_groups == 2
+  found = file.read().to_pylist()
+  there = lambda row: {key: value for key, value in row.items() if value is not None}
+  assert [there(row) for row in found] == [row for _, row in outcome(rows)]
+  assert all(row.keys() == {"image", "caption", "tokens", "finish", "error"} for row in found)
+
+
+def test_texts_beside_the_images_and_in_a_tree_of_their_own(images, tmp_path):
+  rows = find_images(str(images))
+  for folder in (images, tmp_path / "texts"):
+    out = output("txt", folder, images)
+    out.check(rows)
+    out.write(outcome(rows), rows)
+    found = {str(path.relative_to(folder)): path.read_text("utf-8") for path in folder.rglob("*.txt")}
+    assert found == {("deep/" if int(row["image"][-5]) % 2 else "") + row["image"][-5] + ".txt": row["caption"] + "\n"
+                     for _, row in outcome(rows) if "error" not in row}
+    assert lines(folder.with_name(folder.name + ".failed.jsonl")) == [{"image": rows[3].name, "error": "no"}]
+    with pytest.raises(ValueError, match="5 of the texts to write are there already"):
+      out.check(rows)
+  shutil.copy(images / "0.png", images / "0.jpg")
+  with pytest.raises(ValueError, match="would both be captioned in"):
+    output("txt", tmp_path / "more", images).check(find_images(str(images)))
+
+
+def test_texts_for_images_in_a_tar(images, tmp_path):
+  (tmp_path / "set").mkdir()
+  subprocess.run(["tar", "cf", tmp_path / "set" / "a.tar", "-C", images, "0.png", "deep"], check=True)
+  rows = find_images(str(tmp_path / "set"))
+  output("txt", tmp_path / "texts", tmp_path / "set").write([(0, outcome(rows)[0][1])], rows)
+  assert [str(path.relative_to(tmp_path / "texts")) for path in (tmp_path / "texts").rglob("*.txt")] == ["a.tar/0.txt"]
+  with pytest.raises(ValueError, match=r"a\.tar is a file"):
+    output("txt", tmp_path / "set", tmp_path / "set").check(rows)
+
+
+@pytest.mark.parametrize("embed", [True, False])
+def test_a_hugging_face_dataset(embed, images, tmp_path, monkeypatch):
+  monkeypatch.setattr(caption_formats, "FILE_BYTES", 500)  # several files
+  monkeypatch.setattr(caption_formats, "GROUP_BYTES", 300)
+  rows = find_images(str(images))
+  out = output("hf", tmp_path / "set", images, embed_images=embed, about=" with `m: {x}`")
+  out.write(outcome(rows), rows)
+  names = sorted(path.name for path in (tmp_path / "set" / "data").iterdir())
+  assert names == [f"train-{i:05d}-of-{len(names):05d}.parquet" for i in range(len(names))]
+  assert len(names) > 1 if embed else len(names) == 1
+  found = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))["train"]
+  good = [(i, row) for i, row in outcome(rows) if "error" not in row]
+  assert found["caption"] == [row["caption"] for _, row in good]
+  assert found["finish"] == [row["finish"] for _, row in good]
+  assert found["tokens"] == [row["tokens"] for _, row in good]
+  assert found["name" if embed else "image"] == [row["image"] for _, row in good]
+  if embed:
+    assert isinstance(found.features["image"], datasets.Image)
+    for picture, (i, _) in zip(found["image"], good, strict=True):
+      assert np.array_equal(np.asarray(picture), np.asarray(Image.open(rows[i].image)))
+    one = datasets.Dataset.from_parquet(str(tmp_path / "set" / "data" / names[0]), cache_dir=str(tmp_path / "cache"))
+    assert one[0]["image"].size == (9, 8)  # a file by itself too
+  out.write(outcome(rows)[:2], rows)  # after a kill: what is there is ours, and gives way
+  assert datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache2"))["train"].num_rows == 2
+
+
+def test_outputs_that_are_there_or_say_no_format_are_refused(images, tmp_path):
+  rows = find_images(str(images))
+  for kind, path in (("jsonl", tmp_path / "x.jsonl"), ("hf", tmp_path / "x")):
+    path.mkdir() if kind == "hf" else path.write_text("mine")
+    with pytest.raises(ValueError, match="is there already, and not from this job"):
+      output(kind, path, images).check(rows)
+  assert caption_formats.kind_of(pathlib.Path("a.parquet"), None) == "parquet"
+  assert caption_formats.kind_of(pathlib.Path("a.parquet"), "hf") == "hf"
+  with pytest.raises(ValueError, match="does not say its format"):
+    caption_formats.kind_of(pathlib.Path("captions"), None)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf", "caprl_2m"])
+def test_a_kill_leaves_no_half_of_an_output(kind, images, tmp_path):
+  rows = find_images(str(images))
+
+  def killed():
+    yield from outcome(rows)[:3]
+    raise KeyboardInterrupt
+
+  out = output(kind, tmp_path / "out.x", images)
+  with pytest.raises(KeyboardInterrupt):
+    out.write(killed(), rows)
+  assert not out.path.exists()
+  out.write(outcome(rows), rows)
+  assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+# ---- statistics and the page
+
+
+def test_statistics_are_those_counted_by_hand():
+  found = caption_report.Statistics(hosts=2, shard_rows=2, samples=16, seed=0)
+  lengths = [1, 2, 3, 4, 20]
+  texts = ["a", "b", "b", "c", "b"]
+  for number, (length, text) in enumerate(zip(lengths, texts)):
+    tokens = [7] * length  # the longest is a loop
+    about = {"bucket": "16x4" if number else "128x32", "secs": 0.1 if number // 2 % 2 else 0.05}
+    row = {"image": f"{number}", "caption": text, "tokens": tokens, "finish": "length" if length > 3 else "end"}
+    found.add(RowResult(number, row, about))
+  for number, reason in ((5, "not an image"), (6, "no such file"), (7, "not an image")):
+    found.add(RowResult(number, {"image": f"{number}", "error": "?"}, {"reason": reason}))
+  figures = found.figures()
+  rate = figures.pop("images_per_sec")
+  assert figures == {
+      "images": 8, "captioned": 5, "failed": 3, "failed_by_reason": {"not an image": 2, "no such file": 1},
+      "cut_share": 0.4, "caption_tokens": {"mean": 6.0, "p5": 1, "p50": 3, "p95": 20, "max": 20},
+      "distinct_captions": 3, "repeat_share": 0.4, "loop_share": 0.2, "images_by_bucket": {"16x4": 4, "128x32": 1}}
+  assert rate == pytest.approx(20 + 10)  # host 0 at 20 a second, host 1 at 10
+  assert [n for n, _ in found.longest.rows()] == [4, 3] and [n for n, _ in found.shortest.rows()] == [0, 1]
+  assert [n for n, _ in found.cuts.rows()] == [3, 4] and len(found.failures.rows()) == 2
+  empty = caption_report.Statistics(1, 1, 48, 0).figures()
+  assert empty["captioned"] == 0 and empty["cut_share"] is None and empty["caption_tokens"] is None
+
+
+def test_loops():
+  text = list(range(40))
+  for tokens, loops in ((text, False), (text + [1, 2, 3, 4] * 3, True), (text + [1, 2, 3, 4] * 2, False),
+                        ([5] * 11, False), ([5] * 12, True), (text[:5] + list(range(32)) * 3, True),
+                        (text[:5] + list(range(33)) * 3, False),
+                        ([1, 2, 3, 4, 9, 1, 2, 3, 4, 8, 1, 2, 3, 4], False), ([], False)):
+    assert caption_report.has_loop(tokens) == loops, tokens
+
+
+def test_reasons(tmp_path):
+  reasons: dict[str, str] = {}
+  (tmp_path / "bad.png").write_bytes(b"no image")
+  whole = io.BytesIO()
+  Image.effect_noise((60, 60), 50).save(whole, "PNG")
+  (tmp_path / "torn.png").write_bytes(whole.getvalue()[:300])
+  for name in ("bad", "torn", "absent"):
+    with pytest.raises(ValueError) as failure:
+      read_image(CaptionRow(tmp_path / f"{name}.png", "", name))
+    try:
+      raise ValueError("outer") from failure.value
+    except ValueError as error:
+      reasons[name] = caption_report.reason_of(error)
+  assert reasons == {"bad": "not an image", "torn": "damaged image", "absent": "no such file"}
+  assert caption_report.reason_of(ValueError("one side is over 200 times the other")) == "too narrow"
+
+
+def test_random_samples_are_the_seed_s_and_spread():
+  picked = []
+  for seed in (0, 0, 1):
+    sample = caption_report._Random(100, seed)
+    for number in range(10_000):
+      sample.add(number, {})
+    picked.append([number for number, _ in sample.rows()])
+  assert picked[0] == picked[1] != picked[2] and len(set(picked[0])) == 100
+  assert 4000 < np.mean(picked[0]) < 6000
+
+
+def test_the_page_shows_each_row_once_and_escapes(images, tmp_path):
+  rows = find_images(str(images))
+  found = caption_report.Statistics(1, 100, 48, 0)
+  for number, row in outcome(rows):
+    row = row | ({"caption": f"<script>{number}"} if "caption" in row else {"error": "<b>why"})
+    found.add(RowResult(number, row, {"bucket": "4x1", "secs": 0.1} if "caption" in row else {"reason": "other"}))
+  page = caption_report.samples_page("out", found, {"max_tokens": 3, "prompt": "<i>?"}, rows)
+  assert page.count("<article") == 6 and page.count("data:image/png;base64") == 6
+  assert "<script>" not in page and "&lt;script&gt;5" in page and "&lt;b&gt;why" in page and "&lt;i&gt;?" in page
+  for title in ("Longest", "Failed", "Cut"):
+    assert page.count(f"<h2>{title}</h2>") == 1

