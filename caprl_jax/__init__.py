@@ -1,3 +1,5 @@
-"""CapRL in JAX: reinforcement learning of captions that a blind language model can answer questions from."""
+"""CapRL in JAX: reinforcement learning of captions that a blind language model can answer questions
+from.
+"""
 
 __version__ = "0.1.0"

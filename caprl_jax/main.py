@@ -47,22 +47,26 @@ MODES = {
   ),
   "pretrain": Mode(
     "caprl_jax.modes.pretrain.run",
-    "what captions are worth: train a captioner in stages on captions and conversations, then ask it about images",
+    "what captions are worth: train a captioner in stages on captions and conversations, then ask "
+    "it about images",
     "--config=configs/pretrain_language.py --workdir=runs/pretrain_language",
   ),
   "evaluate": Mode(
     "caprl_jax.modes.prism.run",
-    "how much of an image captions carry: Prism on benchmarks, or a training config's own held-out rows",
+    "how much of an image captions carry: Prism on benchmarks, or a training config's own held-out "
+    "rows",
     "--config=configs/prism_quickstart.py --workdir=runs/prism",
   ),
   "calibrate": Mode(
     "caprl_jax.modes.calibrate",
-    "whether a judge can be trusted: accuracy by caption, position bias, agreement, the margin to abstain by",
+    "whether a judge can be trusted: accuracy by caption, position bias, agreement, the margin to "
+    "abstain by",
     "--config=configs/quickstart.py --workdir=runs/calibrate --config.mode=calibrate",
   ),
   "curate": Mode(
     "caprl_jax.modes.curate.run",
-    "images in, filtered questions out: a model writes them, another answers with the image and without",
+    "images in, filtered questions out: a model writes them, another answers with the image and "
+    "without",
     "--config=configs/curate.py --workdir=runs/curate "
     "--config.curation.input=IMAGES --config.curation.output=qa.parquet",
   ),
@@ -178,22 +182,33 @@ def _define_flags() -> flags.FlagValues:
   # be parsed only once in a process.
   options = flags.FlagValues()
   flags.DEFINE_string(
-    "config", None, "Config file, e.g. configs/quickstart.py: Python with a get_config().",
+    "config",
+    None,
+    "Config file, e.g. configs/quickstart.py: Python with a get_config().",
     flag_values=options,
-  )  # fmt: skip
+  )
   flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints, metrics, samples and the report. A run that is "
-    "started again in its workdir goes on where it stopped.", flag_values=options,
-  )  # fmt: skip
+    "workdir",
+    None,
+    "Folder for checkpoints, metrics, samples and the report. A run that is "
+    "started again in its workdir goes on where it stopped.",
+    flag_values=options,
+  )
   flags.DEFINE_boolean(
-    "distributed", None, "Join the other hosts before any device is used. Without the flag: on a "
+    "distributed",
+    None,
+    "Join the other hosts before any device is used. Without the flag: on a "
     "TPU slice of several hosts, or where JAX_COORDINATOR_ADDRESS is set. Also reads "
-    "JAX_NUM_PROCESSES and JAX_PROCESS_ID.", flag_values=options,
-  )  # fmt: skip
+    "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    flag_values=options,
+  )
   flags.DEFINE_boolean(
-    "compilation_cache", True, "On accelerators, keep compiled programs in the user's cache "
-    "folder, or in JAX_COMPILATION_CACHE_DIR if that is set.", flag_values=options,
-  )  # fmt: skip
+    "compilation_cache",
+    True,
+    "On accelerators, keep compiled programs in the user's cache "
+    "folder, or in JAX_COMPILATION_CACHE_DIR if that is set.",
+    flag_values=options,
+  )
   flags.DEFINE_boolean(
     "traceback", False, "Show the Python traceback of an error too.", flag_values=options
   )
@@ -252,7 +267,9 @@ def _parse(
         "config, --config.section.key=value with the equals sign"
       )
   if not options.config:
-    raise ValueError("--config is missing, e.g. --config=configs/quickstart.py (--help shows examples)")
+    raise ValueError(
+      "--config is missing, e.g. --config=configs/quickstart.py (--help shows examples)"
+    )
   config = config_file.load_config(options.config)
   config_file.apply_overrides(config, overrides, options.config, _schema)
   workdir = options.workdir or [*_modes(config).values()][0].workdir
@@ -262,10 +279,11 @@ def _parse(
 
 
 def _schema() -> types.ModuleType:
-  """What is known of keys that a config file leaves out: it takes a second, and most runs need none of it.
+  """What is known of keys that a config file leaves out: it takes a second, and most runs need none
+  of it.
 
-  absl writes while orbax is imported and, where the root logger has no handler, gives it one, which would say all our
-  lines again.
+  absl writes while orbax is imported and, where the root logger has no handler, gives it one, which
+  would say all our lines again.
   """
   quiet = logging.NullHandler()
   logging.root.addHandler(quiet)

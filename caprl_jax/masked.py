@@ -10,7 +10,9 @@ NEGATIVE = -1e30
 
 
 def masked_sum(x: Array, mask: Array, axis=None, keepdims: bool = False) -> Array:
-  """Sum of x where mask holds, in float32. What is masked may be nan or inf; its gradient is zero."""
+  """Sum of x where mask holds, in float32. What is masked may be nan or inf; its gradient is
+  zero.
+  """
   return jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0), axis=axis, keepdims=keepdims)
 
 

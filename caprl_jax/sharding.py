@@ -1,7 +1,8 @@
-"""Mesh, the table from logical to mesh axes, shardings of a tree. The only module that spells a mesh axis.
+"""Mesh, the table from logical to mesh axes, shardings of a tree. The only module that spells a
+mesh axis.
 
-Mesh axes: `data` replicates parameters, `fsdp` shards them over their width and is gathered on use, `tensor`
-splits heads, MLPs and vocabulary. A batch is split over `data` and `fsdp` together.
+Mesh axes: `data` replicates parameters, `fsdp` shards them over their width and is gathered on use,
+`tensor` splits heads, MLPs and vocabulary. A batch is split over `data` and `fsdp` together.
 """
 
 import dataclasses
@@ -18,8 +19,14 @@ import optax
 
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES = (
-    ("vocab", "tensor"), ("embed", "fsdp"), ("vision_embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"),
-    ("kv_heads", "tensor"), ("norm", None), ("layers", None),
+  ("vocab", "tensor"),
+  ("embed", "fsdp"),
+  ("vision_embed", "fsdp"),
+  ("mlp", "tensor"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("norm", None),
+  ("layers", None),
 )
 P = jax.sharding.PartitionSpec
 
@@ -27,6 +34,7 @@ P = jax.sharding.PartitionSpec
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices along each mesh axis; -1, at most once, takes what is left."""
+
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
@@ -38,11 +46,16 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh
   sizes = [cfg.data, cfg.fsdp, cfg.tensor]
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-    raise ValueError(f"config.mesh {dict(zip(MESH_AXES, sizes))}: sizes are positive, and at most one is -1")
+    raise ValueError(
+      f"config.mesh {dict(zip(MESH_AXES, sizes))}: sizes are positive, and at most one is -1"
+    )
   if -1 in sizes and len(devices) % known == 0:
     sizes[sizes.index(-1)] = len(devices) // known
   if -1 in sizes or math.prod(sizes) != len(devices):
-    raise ValueError(f"config.mesh {dict(zip(MESH_AXES, sizes))} does not multiply to the {len(devices)} devices here")
+    raise ValueError(
+      f"config.mesh {dict(zip(MESH_AXES, sizes))} does not multiply to the "
+      f"{len(devices)} devices here"
+    )
   kinds = (jax.sharding.AxisType.Auto,) * 3
   if devices[0].platform == "tpu":  # orders devices by the torus they sit on
     return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
@@ -66,7 +79,9 @@ def _constrain(tree: Any, spec: P) -> Any:
 
 
 def microbatches(tree: Any, count: int) -> Any:
-  """[B, ...] -> [count, B / count, ...]: every count-th row, so that each device's rows stay where they are."""
+  """[B, ...] -> [count, B / count, ...]: every count-th row, so that each device's rows stay where
+  they are.
+  """
   cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
   return _constrain(jax.tree.map(cut, tree), P(None, ("data", "fsdp")))
 
@@ -83,29 +98,36 @@ def batch_shards() -> int:
 
 
 def split_chunks(tree: Any, rows: int, shards: int) -> Any:
-  """[M, ...] -> [chunks, shards * rows, ...], padded with zeros: of each of the `shards` parts some rows a chunk, so
-  that each device's rows stay where they are. Cut straight, a chunk would be of one device, and all would compute
-  it."""
+  """[M, ...] -> [chunks, shards * rows, ...], padded with zeros: of each of the `shards` parts some
+  rows a chunk, so that each device's rows stay where they are. Cut straight, a chunk would be of
+  one device, and all would compute it."""
+
   def cut(x):
     x = x.reshape(shards, -1, *x.shape[1:])
     chunks = -(-x.shape[1] // rows)
     x = jnp.pad(x, ((0, 0), (0, chunks * rows - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
-    return jnp.swapaxes(x.reshape(shards, chunks, rows, *x.shape[2:]), 0, 1).reshape(chunks, -1, *x.shape[2:])
+    return jnp.swapaxes(x.reshape(shards, chunks, rows, *x.shape[2:]), 0, 1).reshape(
+      chunks, -1, *x.shape[2:]
+    )
+
   made = jax.tree.map(cut, tree)
   return _constrain(made, P(None, ("data", "fsdp"))) if shards > 1 else made
 
 
 def join_chunks(tree: Any, count: int, shards: int) -> Any:
   """The inverse of `split_chunks` for `count` rows."""
+
   def join(x):
     x = jnp.swapaxes(x.reshape(x.shape[0], shards, -1, *x.shape[2:]), 0, 1)
-    return x.reshape(shards, -1, *x.shape[3:])[:, :count // shards].reshape(count, *x.shape[3:])
+    return x.reshape(shards, -1, *x.shape[3:])[:, : count // shards].reshape(count, *x.shape[3:])
+
   return jax.tree.map(join, tree)
 
 
 def gathered_head(head_VD: jax.Array) -> jax.Array:
-  """Inside jit: an unembedding whole along its width, once for all chunks. Split along it, every product with it is a
-  partial sum, and logits, the greatest arrays there are, would be summed over devices."""
+  """Inside jit: an unembedding whole along its width, once for all chunks. Split along it, every
+  product with it is a partial sum, and logits, the greatest arrays there are, would be summed over
+  devices."""
   return _constrain(head_VD, P("tensor"))
 
 
@@ -115,10 +137,14 @@ def join_microbatches(tree: Any) -> Any:
 
 
 def gathered(shardings: Any) -> Any:
-  """Shardings of parameters that many short programs use in a row, as decoding does: not split over `fsdp`, which
-  would be gathered anew for each token."""
+  """Shardings of parameters that many short programs use in a row, as decoding does: not split over
+  `fsdp`, which would be gathered anew for each token."""
+
   def one(s):
-    return jax.sharding.NamedSharding(s.mesh, P(*(None if axis == "fsdp" else axis for axis in s.spec)))
+    return jax.sharding.NamedSharding(
+      s.mesh, P(*(None if axis == "fsdp" else axis for axis in s.spec))
+    )
+
   return jax.tree.map(one, shardings)
 
 
@@ -131,18 +157,22 @@ def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh, name: str) -> Non
   """Raises ValueError when a batch cannot be split evenly over the mesh."""
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % parts:
-    raise ValueError(f"{name} = {batch_size} images cannot be split over data x fsdp = {parts} devices; "
-                     f"use a multiple of {parts}")
+    raise ValueError(
+      f"{name} = {batch_size} images cannot be split over data x fsdp = {parts} "
+      f"devices; use a multiple of {parts}"
+    )
 
 
 def abstract_params(init: Callable[[], Any]) -> Any:
-  """The parameters' shapes, boxed with their logical axes, without any memory. `init` returns flax variables."""
+  """The parameters' shapes, boxed with their logical axes, without any memory. `init` returns flax
+  variables.
+  """
   return jax.eval_shape(init)["params"]
 
 
 def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Shardings of a boxed tree by `RULES`; an axis that its mesh axis does not divide, or that has one
-  device, stays whole."""
+  """Shardings of a boxed tree by `RULES`; an axis that its mesh axis does not divide, or that has
+  one device, stays whole."""
   rules = dict(RULES)
 
   def one(leaf):
@@ -153,21 +183,31 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     if len(used) != len(set(used)):
       raise ValueError(f"logical axes {names} put two dimensions on one mesh axis: {axes}")
     return jax.sharding.NamedSharding(
-        mesh, P(*(a if a and mesh.shape[a] > 1 and size % mesh.shape[a] == 0 else None
-                  for a, size in zip(axes, shape))))
+      mesh,
+      P(
+        *(
+          a if a and mesh.shape[a] > 1 and size % mesh.shape[a] == 0 else None
+          for a, size in zip(axes, shape)
+        )
+      ),
+    )
 
   return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def placer(shardings: Any) -> Callable[[tuple, np.ndarray], jax.Array]:
-  """(tree path, host array) -> device array in the sharding of that path; for readers of checkpoints."""
+  """(tree path, host array) -> device array in the sharding of that path; for readers of
+  checkpoints.
+  """
   by_path = dict(jax.tree_util.tree_leaves_with_path(shardings))
   return lambda path, array: jax.device_put(array, by_path[path])
 
 
-def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Shardings of the optimizer's state: what lies at a parameter's path and has its shape lies where it lies; the rest
-  (counts, Adafactor's vectors) is replicated."""
+def optimizer_shardings(
+  tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: jax.sharding.Mesh
+) -> Any:
+  """Shardings of the optimizer's state: what lies at a parameter's path and has its shape lies
+  where it lies; the rest (counts, Adafactor's vectors) is replicated."""
   shapes = dict(jax.tree_util.tree_leaves_with_path(params))
   places = dict(jax.tree_util.tree_leaves_with_path(shardings))
 
@@ -177,17 +217,22 @@ def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings
       if found is not None and found.shape == x.shape:
         return places[path[start:]]
     return replicated(mesh)
+
   return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
 
 
 def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
-  """Places in a batch that lie on this process's devices, ascending. Processes overlap where `tensor` spans them."""
+  """Places in a batch that lie on this process's devices, ascending. Processes overlap where
+  `tensor` spans them.
+  """
   places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in places]))
 
 
 def put_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """This process's share of a batch (`batch_share`), as numpy, -> global device arrays split over the batch axis."""
+  """This process's share of a batch (`batch_share`), as numpy, -> global device arrays split over
+  the batch axis.
+  """
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   here = batch_share(mesh, parts).tolist()  # a batch of `parts` rows has one a part
 
@@ -197,7 +242,7 @@ def put_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
     def part(index):
       first = here.index((index[0].start or 0) // rows) * rows
-      return x[first:first + rows]
+      return x[first : first + rows]
 
     return jax.make_array_from_callback((rows * parts, *x.shape[1:]), batch_sharding(mesh), part)
 
@@ -206,8 +251,12 @@ def put_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def to_host(tree: Any) -> Any:
   """Arrays as numpy, whole on every process. Where there are several, all of them must call it."""
-  split = lambda x: isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-  return jax.device_get(jax.tree.map(lambda x: _replicate(x.sharding.mesh)(x) if split(x) else x, tree))
+  split = lambda x: (
+    isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+  )
+  return jax.device_get(
+    jax.tree.map(lambda x: _replicate(x.sharding.mesh)(x) if split(x) else x, tree)
+  )
 
 
 @functools.cache

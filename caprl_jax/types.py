@@ -23,20 +23,25 @@ Params = Any  # a plain pytree of arrays
 
 @flax.struct.dataclass
 class Images:
-  """Patches of a batch of images in window-major order, every image padded to the same number of slots.
+  """Patches of a batch of images in window-major order, every image padded to the same number of
+  slots.
 
-  Slot order: windows in raster order, merge units in raster order inside a window, the 2x2 patches of a unit
-  last. A window always takes the same number of slots, so windowed attention is a reshape (`data/images.py`).
+  Slot order: windows in raster order, merge units in raster order inside a window, the 2x2 patches
+  of a unit last. A window always takes the same number of slots, so windowed attention is a reshape
+  (`data/images.py`).
   """
+
   patches_BSE: Array  # uint8 pixels (channel, row, column), normalised on the device
   position_BS2: Array  # int32 row and column of the patch in its image's grid
   valid_BS: Array  # bool, False for padding
-  unit_BI: Array  # int32 merge unit that holds the i-th image token (raster order); padding repeats 0
+  # int32 merge unit that holds the i-th image token (raster order); padding repeats 0
+  unit_BI: Array
 
 
 @flax.struct.dataclass
 class Prompts:
   """The text part of what the policy reads, image pad tokens included. Padding is on the right."""
+
   tokens_BP: Array  # int32, policy vocabulary
   valid_BP: Array  # bool
   position_B3P: Array  # int32 M-RoPE positions (time, height, width)
@@ -46,6 +51,7 @@ class Prompts:
 @flax.struct.dataclass
 class Questions:
   """Multiple-choice questions as the judge's token ids. Padding is on the right of each piece."""
+
   stem_BKQ: Array  # int32, judge vocabulary
   stem_valid_BKQ: Array  # bool
   option_BKAO: Array  # int32, judge vocabulary
@@ -53,12 +59,14 @@ class Questions:
   gold_BK: Array  # int32 index of the right option
   valid_BK: Array  # bool, False where the image has fewer than K questions
   kind_BK: Array  # int32 index into the dataset's list of kinds, for metrics
-  prior_BKA: Array  # float32 mean log-probability of each option's tokens after the baseline caption
+  # float32 mean log-probability of each option's tokens after the baseline caption
+  prior_BKA: Array
 
 
 @flax.struct.dataclass
 class Batch:
   """One batch as the step sees it. `row_B` is the dataset row, for samples and errors."""
+
   images: Images
   prompts: Prompts
   questions: Questions
@@ -67,7 +75,10 @@ class Batch:
 
 @flax.struct.dataclass
 class Captions:
-  """What the rollout wrote. A caption's end token is part of it: it was sampled, so it counts in the loss."""
+  """What the rollout wrote. A caption's end token is part of it: it was sampled, so it counts in
+  the loss.
+  """
+
   tokens_BGT: Array  # int32, policy vocabulary; pad after the end token
   logp_BGT: Array  # float32 log-probability under the distribution sampled from; 0 after the end
   valid_BGT: Array  # bool, True up to and including the end token
@@ -76,20 +87,28 @@ class Captions:
 
 @flax.struct.dataclass
 class Answers:
-  """What the judge answered from each caption. K counts presentations: an image's questions, or draws from them."""
+  """What the judge answered from each caption. K counts presentations: an image's questions, or
+  draws from them.
+  """
+
   choice_BGK: Array  # int32 index of the chosen option in dataset order; -1: it abstained
   correct_BGK: Array  # bool
   credit_BGK: Array  # float32 what the reward counts: 0 or 1, or the gold option's probability
-  misled_BGK: Array  # float32 a wrong option was chosen: 0 or 1, or the probability of it. Abstaining is not misled
+  # float32 a wrong option was chosen: 0 or 1, or the probability of it. Abstaining is not misled
+  misled_BGK: Array
   asked_BGK: Array  # bool, the presentation exists
   valid_BGK: Array  # bool, it exists and the judge was finite
-  question_BGK: Array  # int32 which of the image's questions (an index into `Questions`) was presented
-  score_BGKA: Array  # float32 the numbers compared, absent options at -inf; abstaining comes last where it is an option
+  # int32 which of the image's questions (an index into `Questions`) was presented
+  question_BGK: Array
+  # float32 the numbers compared, absent options at -inf; abstaining comes last where it is an
+  # option
+  score_BGKA: Array
 
 
 @flax.struct.dataclass
 class TrainState:
   """Everything that training changes; a checkpoint is this plus the data iterator."""
+
   step: Array  # int32 scalar
   params: Params  # the policy's, those that are trained
   opt_state: Any
@@ -99,6 +118,7 @@ class TrainState:
 @flax.struct.dataclass
 class Vocabulary:
   """What the stages need to know of the policy's vocabulary."""
+
   allowed_V: Array  # bool, what the sampler may emit: text and end tokens
   judge_id_V: Array  # int32 id of the same text in the judge's vocabulary; -1 for special tokens
   end_ids: tuple[int, ...] = flax.struct.field(pytree_node=False)
@@ -109,9 +129,11 @@ class Vocabulary:
 class JudgePrompt:
   """The judge's prompt around caption, question and options, as token ids cut at its seams.
 
-  `option_pmi` needs only `head_L`; the other readings lay options out in slots, each a label and an option. One row of
-  `label_AL` and `letter_A` more than options, and six at least, stand for "can not answer".
+  `option_pmi` needs only `head_L`; the other readings lay options out in slots, each a label and an
+  option. One row of `label_AL` and `letter_A` more than options, and six at least, stand for "can
+  not answer".
   """
+
   head_L: Array  # int32, before the caption
   label_AL: Array  # int32 [A, L], before the option of slot a ("- A)")
   label_valid_AL: Array
@@ -121,7 +143,8 @@ class JudgePrompt:
   # int32 id of a token's text after a space, or -1: the prompt puts a space before captions
   spaced_V: Array | None = None
   space: Array | None = None  # int32 id of that space
-  letter_V: Array | None = None  # int32 the first of A to I in a token's text, 0 to 8, or -1; for `generate`
+  # int32 the first of A to I in a token's text, 0 to 8, or -1; for `generate`
+  letter_V: Array | None = None
   words: Vocabulary | None = None  # what the judge may write, for `generate`
 
 
@@ -129,10 +152,12 @@ class JudgePrompt:
 class Frozen:
   """What the step reads and never changes.
 
-  `reference` is None unless a KL term asks for it. `base` holds the policy's parameters that are not trained, where
-  `TrainState.params` are but a part (`models/lora.py`); None where all are trained. `stamps_VX` is what the reward for
-  timestamps has to know of the captioner's vocabulary (`caption_terms.stamp_table`).
+  `reference` is None unless a KL term asks for it. `base` holds the policy's parameters that are
+  not trained, where `TrainState.params` are but a part (`models/lora.py`); None where all are
+  trained. `stamps_VX` is what the reward for timestamps has to know of the captioner's vocabulary
+  (`caption_terms.stamp_table`).
   """
+
   judge: Params
   prompt: JudgePrompt
   vocabulary: Vocabulary
@@ -143,7 +168,10 @@ class Frozen:
 
 @flax.struct.dataclass
 class Packed:
-  """Rows as `Policy.packed` reads them, with M images a row kept apart: `images` has [B, M, S, ...], but `unit_BI`."""
+  """Rows as `Policy.packed` reads them, with M images a row kept apart: `images` has [B, M, S,
+  ...], but `unit_BI`.
+  """
+
   images: Images | None
   prompts: Prompts
   segment_BL: Array  # int32, 1 and on; 0 is padding
@@ -154,4 +182,8 @@ class Packed:
     """The images as `Policy.packed` takes them, B * M in a row."""
     join = lambda x: x.reshape(-1, *x.shape[2:])
     i = self.images
-    return None if i is None else Images(join(i.patches_BSE), join(i.position_BS2), join(i.valid_BS), i.unit_BI)
+    return (
+      None
+      if i is None
+      else Images(join(i.patches_BSE), join(i.position_BS2), join(i.valid_BS), i.unit_BI)
+    )

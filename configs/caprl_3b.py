@@ -3,11 +3,12 @@
   python -m caprl_jax.main --config=configs/caprl_3b.py --workdir=runs/NAME \\
     --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
 
-As released: 128 images x 8 captions a step at temperature 1, captions of up to 4096 tokens, 8 draws with replacement
-from an image's questions, answers sampled at 0.6, Adam at 1e-6 with 20 warm-up steps and a cosine to a tenth,
-leave-one-out advantages whitened over the batch, no KL, images of up to 10^6 pixels. 1800 steps are about three passes
-over 75,285 images. --config.preset=paper, official_caprlpp or caprl_jax trains with another algorithm. Written for a
-v5p-16 slice (8 chips); for another one, --config.mode=plan --config.plan.topology=... says whether the step fits.
+As released: 128 images x 8 captions a step at temperature 1, captions of up to 4096 tokens, 8 draws
+with replacement from an image's questions, answers sampled at 0.6, Adam at 1e-6 with 20 warm-up
+steps and a cosine to a tenth, leave-one-out advantages whitened over the batch, no KL, images of up
+to 10^6 pixels. 1800 steps are about three passes over 75,285 images. --config.preset=paper,
+official_caprlpp or caprl_jax trains with another algorithm. Written for a v5p-16 slice (8 chips);
+for another one, --config.mode=plan --config.plan.topology=... says whether the step fits.
 """
 
 import ml_collections
@@ -21,16 +22,26 @@ def get_config():
   config.mesh = dict(data=1, fsdp=-1, tensor=1)
 
   config.policy = dict(
-      checkpoint="Qwen/Qwen2.5-VL-3B-Instruct", instruction="Please describe this image in detail.", dtype="bfloat16",
-      param_dtype="float32", remat=True, trainable="full", min_pixels=3136, max_pixels=1_000_000)
+    checkpoint="Qwen/Qwen2.5-VL-3B-Instruct",
+    instruction="Please describe this image in detail.",
+    dtype="bfloat16",
+    param_dtype="float32",
+    remat=True,
+    trainable="full",
+    min_pixels=3136,
+    max_pixels=1_000_000,
+  )
   config.judge = dict(source="Qwen/Qwen2.5-3B-Instruct", dtype="bfloat16", microbatches=16)
 
-  config.data = dict(train="data/caprl_qa.jsonl", eval="data/held_out.jsonl", batch_size=128, questions=5)
+  config.data = dict(
+    train="data/caprl_qa.jsonl", eval="data/held_out.jsonl", batch_size=128, questions=5
+  )
   config.curate = dict(informed=())  # the released questions are filtered already
   config.gate = dict()
   config.gate.ideal = None
 
-  # Judge protocol, sampling, reward, advantages, loss and learning rate are the preset's (caprl_jax/presets.py).
+  # Judge protocol, sampling, reward, advantages, loss and learning rate are the preset's
+  # (caprl_jax/presets.py).
   config["update"] = dict(microbatches=16)
   config.optimizer = dict(moment_dtype="float32")
 

@@ -11,7 +11,9 @@ import pathlib
 
 
 def get_config():
-  spec = importlib.util.spec_from_file_location("caprl_3b", pathlib.Path(__file__).with_name("caprl_3b.py"))
+  spec = importlib.util.spec_from_file_location(
+    "caprl_3b", pathlib.Path(__file__).with_name("caprl_3b.py")
+  )
   base = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(base)
   config = base.get_config()

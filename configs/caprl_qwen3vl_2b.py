@@ -3,8 +3,9 @@
   python -m caprl_jax.main --config=configs/caprl_qwen3vl_2b.py --workdir=runs/NAME \\
     --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
 
-What was released for CapRL++ on images (preset official_caprlpp), on the batch and number of steps of
-configs/caprl_3b.py. Its README names Qwen3-4B-Instruct as judge; any checkpoint of that architecture loads.
+What was released for CapRL++ on images (preset official_caprlpp), on the batch and number of steps
+of configs/caprl_3b.py. Its README names Qwen3-4B-Instruct as judge; any checkpoint of that
+architecture loads.
 """
 
 import importlib.util
@@ -12,7 +13,9 @@ import pathlib
 
 
 def get_config():
-  spec = importlib.util.spec_from_file_location("caprl_3b", pathlib.Path(__file__).with_name("caprl_3b.py"))
+  spec = importlib.util.spec_from_file_location(
+    "caprl_3b", pathlib.Path(__file__).with_name("caprl_3b.py")
+  )
   base = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(base)
   config = base.get_config()

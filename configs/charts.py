@@ -1,10 +1,11 @@
-"""CapRL on small charts, on a CPU: the captioner of configs/charts_sft.py learns to say what it reads.
+"""CapRL on small charts, on a CPU: the captioner of configs/charts_sft.py learns to say what it
+reads.
 
   python -m caprl_jax.main --config=configs/charts.py --workdir=runs/charts
 
-Charts of 96x72 pixels from the tables of vega_datasets (configs/charts_sft.py says how they and the captioner are
-made); the judge is SmolLM2-135M-Instruct, which answers two thirds of their questions from a complete description;
-curation keeps those.
+Charts of 96x72 pixels from the tables of vega_datasets (configs/charts_sft.py says how they and the
+captioner are made); the judge is SmolLM2-135M-Instruct, which answers two thirds of their questions
+from a complete description; curation keeps those.
 """
 
 import pathlib
@@ -16,8 +17,13 @@ def get_config():
   config = load_config(str(pathlib.Path(__file__).with_name("quickstart.py"))).unlock()
   del config.calibrate
   config.policy.checkpoint = "runs/charts_sft/policy"
-  config.data.update(train="data/charts/train.jsonl", eval="data/charts/test.jsonl", batch_size=6, max_train_rows=150,
-                     max_eval_rows=40)
+  config.data.update(
+    train="data/charts/train.jsonl",
+    eval="data/charts/test.jsonl",
+    batch_size=6,
+    max_train_rows=150,
+    max_eval_rows=40,
+  )
   config.curate.update(informed=("{description}",), mismatched=1, max_blind=0.3)
   config.gate.update(ideal="{description}", generic="a chart.")
   config.rollout.sampling.max_tokens = 72

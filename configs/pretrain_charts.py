@@ -1,13 +1,17 @@
-"""What captions of charts are worth as pretraining data; questions are asked and answered in words, no options shown.
+"""What captions of charts are worth as pretraining data; questions are asked and answered in words,
+no options shown.
 
-  python -m caprl_jax.main --config=configs/pretrain_language.py --workdir=runs/pretrain_language_charts \\
-    --config.pretrain.stages.read.data=data/charts/train.jsonl --config.pretrain.stages.read.told="{description}"
+  python -m caprl_jax.main --config=configs/pretrain_language.py
+    --workdir=runs/pretrain_language_charts \\
+    --config.pretrain.stages.read.data=data/charts/train.jsonl
+    --config.pretrain.stages.read.told="{description}"
   python -m caprl_jax.main --config=configs/pretrain_charts.py --workdir=runs/charts_none
 
-configs/pretrain_letters.py on the charts of configs/charts_sft.py, with the tower of that captioner: both come first.
-`further` repeats the language model's lessons on 400 charts; with captions beside them the lessons are to be a file of
-their own and max_rows None, since it counts captions too. `instruct` asks what a chart shows ("which bar is tallest?"),
-and the model says it ("red"). About 7 minutes on 2 CPU cores. benchmarks/captions_teach.py compares captioners with it.
+configs/pretrain_letters.py on the charts of configs/charts_sft.py, with the tower of that
+captioner: both come first. `further` repeats the language model's lessons on 400 charts; with
+captions beside them the lessons are to be a file of their own and max_rows None, since it counts
+captions too. `instruct` asks what a chart shows ("which bar is tallest?"), and the model says it
+("red"). About 7 minutes on 2 CPU cores. benchmarks/captions_teach.py compares captioners with it.
 """
 
 import pathlib
@@ -17,11 +21,17 @@ from caprl_jax.config.loading import load_config
 
 def get_config():
   config = load_config(str(pathlib.Path(__file__).with_name("pretrain_letters.py"))).unlock()
-  config.pretrain_policy = dict(vision="runs/charts_sft/policy", language="runs/pretrain_language_charts/read")
+  config.pretrain_policy = dict(
+    vision="runs/charts_sft/policy", language="runs/pretrain_language_charts/read"
+  )
   common = dict(data="data/charts/train.jsonl", kinds=None)
   config.pretrain.stages.further.update(told="{description}", max_rows=400, steps=300, **common)
   config.pretrain.stages.instruct.update(open_question="{question}", **common)
-  config.pretrain.update(eval="data/charts/test.jsonl", eval_kinds=None, eval_open_question="{question}",
-                         eval_max_tokens=8)
+  config.pretrain.update(
+    eval="data/charts/test.jsonl",
+    eval_kinds=None,
+    eval_open_question="{question}",
+    eval_max_tokens=8,
+  )
   config.pretrain.answer.questions_per_row = 5
   return config

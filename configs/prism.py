@@ -1,16 +1,18 @@
-"""Prism evaluation as CapRL's paper has it: 4 captions an image at temperature 1, answered by a model without eyes.
+"""Prism evaluation as CapRL's paper has it: 4 captions an image at temperature 1, answered by a
+model without eyes.
 
   python -m caprl_jax.main --config=configs/prism.py --workdir=runs/prism    # all twelve
   python -m caprl_jax.main --config=configs/prism.py --workdir=runs/prism \\
     --config.prism.benchmarks=MMStar=json_file/lmm_eval_MMStar.json,ChartQA=json_file/lmm_eval_chartqa.json
 
-The files are internlm/CapRL-Evaluation-Files', downloaded into the working directory (MMStar, ChartQA, ChartQAPro,
-CharXiv, InfoVQA, MMMU, MMMU-Pro, SEED, MathVerse, MathVision, WeMath, VisuLogic; their images in
-bench_image_folder.zip, prism.image_root); a QA source of configs/dataset.py may stand in a file's place. Writes
-prism.json, answers.jsonl and prism.html, with our scores and, where math-verify is installed, the released scorer's
-beside them. The first captioner is the one that the others are compared with. An interrupted evaluation goes on from
-cache/. A captioner is asked by its checkpoint's own chat template, system turn included ("You are a helpful assistant."
-in Qwen2.5-VL's), where the released prompt has a user's turn alone.
+The files are internlm/CapRL-Evaluation-Files', downloaded into the working directory (MMStar,
+ChartQA, ChartQAPro, CharXiv, InfoVQA, MMMU, MMMU-Pro, SEED, MathVerse, MathVision, WeMath,
+VisuLogic; their images in bench_image_folder.zip, prism.image_root); a QA source of
+configs/dataset.py may stand in a file's place. Writes prism.json, answers.jsonl and prism.html,
+with our scores and, where math-verify is installed, the released scorer's beside them. The first
+captioner is the one that the others are compared with. An interrupted evaluation goes on from
+cache/. A captioner is asked by its checkpoint's own chat template, system turn included ("You are a
+helpful assistant." in Qwen2.5-VL's), where the released prompt has a user's turn alone.
 """
 
 import ml_collections
@@ -24,14 +26,29 @@ def get_config():
   config.seed = 0
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   # The paper's instruction in Prism lacks the full stop that training has.
-  config.policy = dict(checkpoint="unused", instruction="Please describe this image in detail", dtype="bfloat16",
-                       param_dtype="bfloat16", max_pixels=1_000_000)
+  config.policy = dict(
+    checkpoint="unused",
+    instruction="Please describe this image in detail",
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+    max_pixels=1_000_000,
+  )
   config.judge = dict(source="internlm/CapRL-Eval-3B", dtype="bfloat16")
   config.prism = dict(
-      captioners="Qwen2.5-VL-3B=Qwen/Qwen2.5-VL-3B-Instruct,CapRL-3B=internlm/CapRL-3B",
-      benchmarks=",".join(f"{name}=json_file/{file}.json" for file, name in BENCHMARKS.items()),
-      image_root="bench_image_folder.zip", captions=4, temperature=1.0, max_tokens=2048, batch_size=8,
-      answers="write", answer_tokens=2048, answer_temperature=1.0, answer_batch_size=16, blind=True, examples=24)
+    captioners="Qwen2.5-VL-3B=Qwen/Qwen2.5-VL-3B-Instruct,CapRL-3B=internlm/CapRL-3B",
+    benchmarks=",".join(f"{name}=json_file/{file}.json" for file, name in BENCHMARKS.items()),
+    image_root="bench_image_folder.zip",
+    captions=4,
+    temperature=1.0,
+    max_tokens=2048,
+    batch_size=8,
+    answers="write",
+    answer_tokens=2048,
+    answer_temperature=1.0,
+    answer_batch_size=16,
+    blind=True,
+    examples=24,
+  )
   config.prism.max_rows = None
   config.prism.cache = None
   return config

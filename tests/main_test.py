@@ -54,10 +54,14 @@ def _cli(tmp_path, monkeypatch, capsys):
 
     module("fake", run)
     module("other", lambda config, workdir: None)
-    code = main_module.main([
-      "main", f"--config={config or tmp_path / 'config.py'}",
-      f"--workdir={workdir or tmp_path / 'run'}", *arguments,
-    ])  # fmt: skip
+    code = main_module.main(
+      [
+        "main",
+        f"--config={config or tmp_path / 'config.py'}",
+        f"--workdir={workdir or tmp_path / 'run'}",
+        *arguments,
+      ]
+    )
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -188,8 +192,9 @@ def test_errors_of_a_run(cli, tmp_path, error, code):
   got, _, err = cli(run=_fail(error))
   assert got == code
   assert err.splitlines()[1:] == [
-    f"error: {error}", f"(the traceback is in {tmp_path / 'run' / 'log.txt'})",
-  ]  # fmt: skip
+    f"error: {error}",
+    f"(the traceback is in {tmp_path / 'run' / 'log.txt'})",
+  ]
   log = (tmp_path / "run" / "log.txt").read_text()
   assert "Traceback" in log and str(error) in log
   got, _, err = cli("--traceback", run=_fail(error))
@@ -261,8 +266,11 @@ def test_distributed_is_tried_only_where_there_are_hosts(monkeypatch):
   )
   monkeypatch.setitem(sys.modules, "jax", fake_jax)
   for name in (
-    "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"
-  ):  # fmt: skip
+    "TPU_PROCESS_ADDRESSES",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_PROCESS_ID",
+  ):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
   assert main_module._start_distributed(None) == 0 and joined == []
@@ -279,9 +287,14 @@ def test_distributed_is_tried_only_where_there_are_hosts(monkeypatch):
 
 def _python(*arguments, **environment):
   return subprocess.Popen(
-    [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, text=True,
-    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
+    [sys.executable, *arguments],
+    cwd=ROOT,
+    env=os.environ | environment,
+    text=True,
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def test_help_is_a_page_about_this_program_only():
@@ -300,7 +313,8 @@ def test_help_is_a_page_about_this_program_only():
 def test_a_real_process_joins_itself_is_interrupted_and_says_what_to_do(tmp_path):
   """Real signal, real jax.distributed with one process, and no device in use before it."""
   (tmp_path / "config.py").write_text(CONFIG)
-  (tmp_path / "fake_mode.py").write_text(textwrap.dedent("""
+  (tmp_path / "fake_mode.py").write_text(
+    textwrap.dedent("""
     import jax, time
     def run(config, workdir):
       assert jax.distributed.is_initialized() and jax.process_count() == 1
@@ -310,7 +324,8 @@ def test_a_real_process_joins_itself_is_interrupted_and_says_what_to_do(tmp_path
           time.sleep(0.1)
       finally:
         (workdir / "unwound").touch()
-  """))
+  """)
+  )
   program = (
     "import sys; from caprl_jax import main\n"
     "main.MODES['fake'] = main.Mode('fake_mode', '', '')\n"
@@ -320,10 +335,16 @@ def test_a_real_process_joins_itself_is_interrupted_and_says_what_to_do(tmp_path
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
   process = _python(
-    "-c", program, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}",
-    "--distributed", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}",
-    JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="1", JAX_PROCESS_ID="0",
-  )  # fmt: skip
+    "-c",
+    program,
+    f"--config={tmp_path / 'config.py'}",
+    f"--workdir={tmp_path / 'run'}",
+    "--distributed",
+    PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}",
+    JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+    JAX_NUM_PROCESSES="1",
+    JAX_PROCESS_ID="0",
+  )
   assert process.stdout.readline() == "running\n", process.communicate(timeout=60)
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=60)

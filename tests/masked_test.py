@@ -7,7 +7,9 @@ import pytest
 
 from caprl_jax.masked import NEGATIVE, masked_max, masked_mean, masked_min, masked_std, masked_sum
 
-X = jnp.array([[1.0, 2.0, 4.0, jnp.nan], [jnp.inf, -3.0, jnp.nan, -jnp.inf], [jnp.nan, jnp.nan, jnp.inf, 7.0]])
+X = jnp.array(
+  [[1.0, 2.0, 4.0, jnp.nan], [jnp.inf, -3.0, jnp.nan, -jnp.inf], [jnp.nan, jnp.nan, jnp.inf, 7.0]]
+)
 MASK = jnp.array([[True, True, True, False], [False, True, False, False], [False] * 4])
 
 
@@ -37,7 +39,9 @@ def test_axis_and_keepdims():
 def test_a_mask_is_broadcast_in_the_count_too():
   x = jnp.arange(6.0).reshape(2, 3)
   np.testing.assert_allclose(masked_mean(x, jnp.array([True, False, True])), (0 + 2 + 3 + 5) / 4)
-  np.testing.assert_allclose(masked_std(x, jnp.array([[True], [False]])), np.std([0, 1, 2]), rtol=1e-6)
+  np.testing.assert_allclose(
+    masked_std(x, jnp.array([[True], [False]])), np.std([0, 1, 2]), rtol=1e-6
+  )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32, jnp.bool_])

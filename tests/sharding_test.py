@@ -1,4 +1,6 @@
-"""The step on four fake devices is the step on one: data, fsdp and tensor parallel; and bad meshes."""
+"""The step on four fake devices is the step on one: data, fsdp and tensor parallel; and bad
+meshes.
+"""
 
 import json
 import os
@@ -14,11 +16,14 @@ from helpers.paths import ROOT
 from caprl_jax import sharding
 
 MESHES = {
-    "one": None, "data4": dict(data=4), "fsdp2_tensor2": dict(data=1, fsdp=2, tensor=2),
-    "data2_fsdp2": dict(data=2, fsdp=2)}
+  "one": None,
+  "data4": dict(data=4),
+  "fsdp2_tensor2": dict(data=1, fsdp=2, tensor=2),
+  "data2_fsdp2": dict(data=2, fsdp=2),
+}
 
-# In a process of its own, since the number of CPU devices is set before jax starts. Everything sharded is jitted and
-# every step waited for: XLA's in-process collectives hang otherwise.
+# In a process of its own, since the number of CPU devices is set before jax starts. Everything
+# sharded is jitted and every step waited for: XLA's in-process collectives hang otherwise.
 PROGRAM = """
 import dataclasses, json, pathlib, sys
 import jax
@@ -96,9 +101,20 @@ def config(folder):
 def results(folder, config):
   (folder / "config.json").write_text(config.to_json())
   done = subprocess.run(
-      [sys.executable, "-c", PROGRAM, str(folder / "config.json"), json.dumps(MESHES), str(folder / "results.json")],
-      cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}, capture_output=True, text=True,
-      timeout=420)
+    [
+      sys.executable,
+      "-c",
+      PROGRAM,
+      str(folder / "config.json"),
+      json.dumps(MESHES),
+      str(folder / "results.json"),
+    ],
+    cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    capture_output=True,
+    text=True,
+    timeout=420,
+  )
   assert done.returncode == 0, done.stderr[-4000:]
   return json.loads((folder / "results.json").read_text())
 
@@ -110,18 +126,29 @@ def test_the_sharded_step_is_the_step_on_one_device(results, name):
   for number, (a, b) in enumerate(zip(one["steps"], sharded["steps"], strict=True), 1):
     assert a.keys() == b.keys()
     for key in a:
-      np.testing.assert_allclose(b[key], a[key], rtol=2e-3, atol=2e-5, err_msg=f"step {number}: {key}")
+      np.testing.assert_allclose(
+        b[key], a[key], rtol=2e-3, atol=2e-5, err_msg=f"step {number}: {key}"
+      )
 
 
-@pytest.mark.parametrize("name, at_most", [("data4", 1.03), ("data2_fsdp2", 1.03), ("fsdp2_tensor2", 1.2)])
+@pytest.mark.parametrize(
+  "name, at_most", [("data4", 1.03), ("data2_fsdp2", 1.03), ("fsdp2_tensor2", 1.2)]
+)
 def test_each_device_computes_its_part(results, name, at_most):
   """FLOPs of matrix products in one device's program, against those of a device alone."""
   assert [found["programs"] for found in results.values()] == list(range(1, len(MESHES) + 1))
   assert results[name]["flops"] <= at_most * results["one"]["flops"] / 4
 
 
-@pytest.mark.parametrize("name, axes, at_most", [
-    ("one", [], 1.0), ("data4", [], 1.0), ("data2_fsdp2", ["fsdp"], 0.6), ("fsdp2_tensor2", ["fsdp", "tensor"], 0.4)])
+@pytest.mark.parametrize(
+  "name, axes, at_most",
+  [
+    ("one", [], 1.0),
+    ("data4", [], 1.0),
+    ("data2_fsdp2", ["fsdp"], 0.6),
+    ("fsdp2_tensor2", ["fsdp", "tensor"], 0.4),
+  ],
+)
 def test_parameters_lie_where_the_mesh_says(results, name, axes, at_most):
   found = results[name]
   assert found["axes"] == axes and found["kept"]
@@ -131,12 +158,16 @@ def test_parameters_lie_where_the_mesh_says(results, name, axes, at_most):
       assert found[tree] == 1.0, tree
 
 
-@pytest.mark.parametrize("sizes, message", [
+@pytest.mark.parametrize(
+  "sizes, message",
+  [
     (dict(data=3), r"'data': 3.*does not multiply to the 4 devices"),
     (dict(data=-1, fsdp=3), r"'fsdp': 3.*does not multiply to the 4 devices"),
     (dict(data=8), "does not multiply to the 4 devices"),
     (dict(data=-1, fsdp=-1), "at most one is -1"),
-    (dict(data=0), "sizes are positive")])
+    (dict(data=0), "sizes are positive"),
+  ],
+)
 def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(sharding.MeshConfig(**sizes), [jax.devices()[0]] * 4)

@@ -57,16 +57,22 @@ class Schema(Protocol):
     """All dotted keys."""
 
 
-def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[re.Match], file: str,
-                    schema: Callable[[], Schema]) -> None:
-  """Applies matches of `OVERRIDE` in place, and expands the preset, which goes first: what it fills in can then be
-  overridden like what the file says. One named here takes the place of the file's own algorithm (`presets.replace`).
+def apply_overrides(
+  config: ml_collections.ConfigDict,
+  overrides: Sequence[re.Match],
+  file: str,
+  schema: Callable[[], Schema],
+) -> None:
+  """Applies matches of `OVERRIDE` in place, and expands the preset, which goes first: what it fills
+  in can then be overridden like what the file says. One named here takes the place of the file's
+  own algorithm (`presets.replace`).
 
   Args:
     schema: asked for, which takes a second, only where a key is not in the file.
 
   Raises:
-    ValueError: a key that neither `file` nor the schema has, a value of another type than there, no such preset.
+    ValueError: a key that neither `file` nor the schema has, a value of another type than there, no
+    such preset.
   """
   named = [override for override in overrides if override["key"] == "preset"]
   if named and "preset" not in config:
@@ -80,8 +86,11 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[re.Ma
       _override(config, override, file, schema)
 
 
-def _override(config: ml_collections.ConfigDict, override: re.Match, file: str, schema: Callable[[], Schema]) -> None:
-  """Sets one value of the config, by the type it has there or, where it is not there, that its section gives it.
+def _override(
+  config: ml_collections.ConfigDict, override: re.Match, file: str, schema: Callable[[], Schema]
+) -> None:
+  """Sets one value of the config, by the type it has there or, where it is not there, that its
+  section gives it.
 
   Not by ml_collections.config_flags: it looks a key up as an attribute first, so that
   `config.update.learning_rate` would find ConfigDict's method `update`, and it cannot set a value
@@ -105,9 +114,15 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str, 
     place = key.rpartition(".")[0]
     while place and not any(k.startswith(f"{place}.") for k in every):
       place = place.rpartition(".")[0]
-    listed = [k for k in every if k.startswith(f"{place}.")] if place else sorted({k.partition(".")[0] for k in known})
-    raise ValueError(f"--config.{key} is not a key of {file}{hint} ({'keys of ' + place if place else 'sections'}: "
-                     f"{', '.join(listed)})")
+    listed = (
+      [k for k in every if k.startswith(f"{place}.")]
+      if place
+      else sorted({k.partition(".")[0] for k in known})
+    )
+    raise ValueError(
+      f"--config.{key} is not a key of {file}{hint} "
+      f"({'keys of ' + place if place else 'sections'}: {', '.join(listed)})"
+    )
   kind = holder.get_type(leaf)
   if issubclass(kind, ml_collections.ConfigDict):
     keys = ", ".join(f"--config.{key}.{k}" for k in _leaves(holder[leaf]))
@@ -122,7 +137,9 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str, 
 
 
 def _text_of(override: re.Match, kind: Any, expected: str) -> str:
-  """The value as written; --config.key and --noconfig.key are True and False where the key is a bool."""
+  """The value as written; --config.key and --noconfig.key are True and False where the key is a
+  bool.
+  """
   text = override["text"]
   if text is not None and not override["no"]:
     return text

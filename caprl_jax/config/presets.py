@@ -1,7 +1,8 @@
 """Name of a published recipe -> the settings of its algorithm.
 
-A preset fills in what a config leaves open: sections judge, rollout, reward, advantage, update, optimizer. What the
-config file or the command line says stands. Paper and released code differ, so each has its own.
+A preset fills in what a config leaves open: sections judge, rollout, reward, advantage, update,
+optimizer. What the config file or the command line says stands. Paper and released code differ, so
+each has its own.
 """
 
 import logging
@@ -10,65 +11,141 @@ import ml_collections
 
 log = logging.getLogger("caprl_jax.config.presets")
 
-_OFFICIAL_JUDGE = dict(reading="generate", prompt="official", abstain="last", temperature=0.6, max_tokens=10, draws=8,
-                       replacement=True, independent=True)
+_OFFICIAL_JUDGE = dict(
+  reading="generate",
+  prompt="official",
+  abstain="last",
+  temperature=0.6,
+  max_tokens=10,
+  draws=8,
+  replacement=True,
+  independent=True,
+)
 _SAMPLING = dict(max_tokens=4096, temperature=1.0)
 
 PRESETS = {
-    # The released launch script, reward server and OpenRLHF fork of CapRL-3B: no shuffling, no KL, REINFORCE with a
-    # leave-one-out baseline, whitened over the batch, accuracy times two (which the whitening undoes).
-    "official_caprl_3b": dict(
-        judge=dict(_OFFICIAL_JUDGE, shuffle=False, abstain_letter="next"),
-        rollout=dict(group_size=8, sampling=_SAMPLING),
-        reward=dict(accuracy=2.0),
-        advantage=dict(estimator="rloo", whiten="released"),
-        update=dict(loss=dict(surrogate="reinforce", aggregation="token_mean", kl=0.0)),
-        optimizer=dict(name="adamw", learning_rate=1e-6, schedule="cosine", warmup_steps=20, final_fraction=0.1, b1=0.9,
-                       b2=0.95, weight_decay=0.0, clip_norm=1.0)),
-    # The released training script of CapRL++ (verl) for images: options shuffled with "F) Can not answer" after them, a
-    # length term, the sampler's log-probabilities as the old ones, a mean a caption first.
-    "official_caprlpp": dict(
-        judge=dict(_OFFICIAL_JUDGE, shuffle=True, abstain_letter="F"),
-        rollout=dict(group_size=8, sampling=_SAMPLING),
-        reward=dict(accuracy=1.0, length=0.2, length_full_tokens=2048, length_zero_tokens=3072),
-        advantage=dict(estimator="rloo"),
-        update=dict(loss=dict(surrogate="clip", clip_low=0.2, clip_high=0.2, aggregation="sequence_mean", kl=0.0)),
-        optimizer=dict(name="adamw", learning_rate=1e-5, schedule="constant", warmup_steps=20, clip_norm=1.0)),
-    # What arXiv 2509.22647 describes: shuffled options, GRPO with its KL. It prints no G, N, KL weight, clip range or
-    # learning rate: 8 and 8 are the released code's, 0.04 and 0.2 those of GRPO (arXiv 2402.03300), whose aggregation
-    # it is too.
-    "paper": dict(
-        judge=dict(_OFFICIAL_JUDGE, shuffle=True, abstain_letter="F"),
-        rollout=dict(group_size=8, sampling=_SAMPLING),
-        reward=dict(accuracy=1.0),
-        advantage=dict(estimator="grpo"),
-        update=dict(loss=dict(surrogate="clip", clip_low=0.2, clip_high=0.2, aggregation="sequence_mean", kl=0.04,
-                              kl_estimator="k3", kl_in="loss")),
-        optimizer=dict(name="adamw", learning_rate=1e-6, schedule="cosine", warmup_steps=20, final_fraction=0.1, b1=0.9,
-                       b2=0.95, weight_decay=0.0, clip_norm=1.0)),
-    # Ours: every question once, read from logits over two turned orders, the same for a group; false statements cost
-    # what true ones earn half of; no token of a cut caption is learned from.
-    "caprl_jax": dict(
-        judge=dict(reading="letter_argmax", prompt="official", abstain="last", shuffle=True, permutations=2, draws=0,
-                   independent=False),
-        rollout=dict(group_size=8, sampling=_SAMPLING),
-        reward=dict(accuracy=1.0, misled=0.5, length=0.2, length_full_tokens=2048, length_zero_tokens=3072),
-        advantage=dict(estimator="rloo"),
-        update=dict(loss=dict(surrogate="clip", clip_low=0.2, clip_high=0.28, aggregation="token_mean", kl=0.0,
-                              importance="truncate", mask_truncated=True)),
-        optimizer=dict(name="adamw", learning_rate=1e-6, schedule="cosine", warmup_steps=20, final_fraction=0.1, b1=0.9,
-                       b2=0.95, weight_decay=0.0, clip_norm=1.0)),
+  # The released launch script, reward server and OpenRLHF fork of CapRL-3B: no shuffling, no KL,
+  # REINFORCE with a leave-one-out baseline, whitened over the batch, accuracy times two (which
+  # the whitening undoes).
+  "official_caprl_3b": dict(
+    judge=dict(_OFFICIAL_JUDGE, shuffle=False, abstain_letter="next"),
+    rollout=dict(group_size=8, sampling=_SAMPLING),
+    reward=dict(accuracy=2.0),
+    advantage=dict(estimator="rloo", whiten="released"),
+    update=dict(loss=dict(surrogate="reinforce", aggregation="token_mean", kl=0.0)),
+    optimizer=dict(
+      name="adamw",
+      learning_rate=1e-6,
+      schedule="cosine",
+      warmup_steps=20,
+      final_fraction=0.1,
+      b1=0.9,
+      b2=0.95,
+      weight_decay=0.0,
+      clip_norm=1.0,
+    ),
+  ),
+  # The released training script of CapRL++ (verl) for images: options shuffled with "F) Can not
+  # answer" after them, a length term, the sampler's log-probabilities as the old ones, a mean a
+  # caption first.
+  "official_caprlpp": dict(
+    judge=dict(_OFFICIAL_JUDGE, shuffle=True, abstain_letter="F"),
+    rollout=dict(group_size=8, sampling=_SAMPLING),
+    reward=dict(accuracy=1.0, length=0.2, length_full_tokens=2048, length_zero_tokens=3072),
+    advantage=dict(estimator="rloo"),
+    update=dict(
+      loss=dict(surrogate="clip", clip_low=0.2, clip_high=0.2, aggregation="sequence_mean", kl=0.0)
+    ),
+    optimizer=dict(
+      name="adamw", learning_rate=1e-5, schedule="constant", warmup_steps=20, clip_norm=1.0
+    ),
+  ),
+  # What arXiv 2509.22647 describes: shuffled options, GRPO with its KL. It prints no G, N, KL
+  # weight, clip range or learning rate: 8 and 8 are the released code's, 0.04 and 0.2 those of
+  # GRPO (arXiv 2402.03300), whose aggregation it is too.
+  "paper": dict(
+    judge=dict(_OFFICIAL_JUDGE, shuffle=True, abstain_letter="F"),
+    rollout=dict(group_size=8, sampling=_SAMPLING),
+    reward=dict(accuracy=1.0),
+    advantage=dict(estimator="grpo"),
+    update=dict(
+      loss=dict(
+        surrogate="clip",
+        clip_low=0.2,
+        clip_high=0.2,
+        aggregation="sequence_mean",
+        kl=0.04,
+        kl_estimator="k3",
+        kl_in="loss",
+      )
+    ),
+    optimizer=dict(
+      name="adamw",
+      learning_rate=1e-6,
+      schedule="cosine",
+      warmup_steps=20,
+      final_fraction=0.1,
+      b1=0.9,
+      b2=0.95,
+      weight_decay=0.0,
+      clip_norm=1.0,
+    ),
+  ),
+  # Ours: every question once, read from logits over two turned orders, the same for a group;
+  # false statements cost what true ones earn half of; no token of a cut caption is learned from.
+  "caprl_jax": dict(
+    judge=dict(
+      reading="letter_argmax",
+      prompt="official",
+      abstain="last",
+      shuffle=True,
+      permutations=2,
+      draws=0,
+      independent=False,
+    ),
+    rollout=dict(group_size=8, sampling=_SAMPLING),
+    reward=dict(
+      accuracy=1.0, misled=0.5, length=0.2, length_full_tokens=2048, length_zero_tokens=3072
+    ),
+    advantage=dict(estimator="rloo"),
+    update=dict(
+      loss=dict(
+        surrogate="clip",
+        clip_low=0.2,
+        clip_high=0.28,
+        aggregation="token_mean",
+        kl=0.0,
+        importance="truncate",
+        mask_truncated=True,
+      )
+    ),
+    optimizer=dict(
+      name="adamw",
+      learning_rate=1e-6,
+      schedule="cosine",
+      warmup_steps=20,
+      final_fraction=0.1,
+      b1=0.9,
+      b2=0.95,
+      weight_decay=0.0,
+      clip_norm=1.0,
+    ),
+  ),
 }
 
 
 # What of a section is no part of an algorithm, and stays when a preset takes the section's place.
-_RESOURCES = {"judge": ("source", "dtype", "int8", "microbatches", "chunk_tokens", "blind"), "reward": (),
-              "advantage": (), "update": ("microbatches", "chunk_tokens")}
+_RESOURCES = {
+  "judge": ("source", "dtype", "int8", "microbatches", "chunk_tokens", "blind"),
+  "reward": (),
+  "advantage": (),
+  "update": ("microbatches", "chunk_tokens"),
+}
 
 
 def replace(config: ml_collections.ConfigDict) -> None:
-  """Puts judge protocol, reward, advantage and loss of `config.preset` in the place of the config's, in place; sizes,
-  models and optimizer stay. Raises ValueError as `expand`."""
+  """Puts judge protocol, reward, advantage and loss of `config.preset` in the place of the
+  config's, in place; sizes, models and optimizer stay. Raises ValueError as `expand`."""
   if config.get("preset") in PRESETS:
     with config.unlocked():
       for section, kept in _RESOURCES.items():
@@ -78,7 +155,8 @@ def replace(config: ml_collections.ConfigDict) -> None:
 
 
 def expand(config: ml_collections.ConfigDict) -> None:
-  """Fills in what `config.preset` says and the config does not, in place; twice is the same as once.
+  """Fills in what `config.preset` says and the config does not, in place; twice is the same as
+  once.
 
   Raises:
     ValueError: no such preset.

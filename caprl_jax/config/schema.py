@@ -139,9 +139,7 @@ def _build(section: Any, cls: type, place: str) -> Any:
     value = _value(section, field.name, _MISSING)
     if value is not _MISSING:
       values[field.name] = convert(value, annotations[field.name], f"{place}.{field.name}")
-    elif (
-      field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ):
+    elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
       raise ValueError(
         f"{place}.{field.name} is missing and has no default; set it in the config file or with "
         f"--{place}.{field.name}=VALUE (it must be {expected(annotations[field.name])})"
@@ -195,9 +193,7 @@ def convert(value: Any, annotation: Any, place: str) -> Any:
   raise TypeError(f"{place} is annotated {annotation!r}, which load_section does not know")
 
 
-def _convert_union(
-  value: Any, alternatives: Sequence[Any], wrong: ValueError, place: str
-) -> Any:
+def _convert_union(value: Any, alternatives: Sequence[Any], wrong: ValueError, place: str) -> Any:
   if value is None:
     if type(None) not in alternatives:
       raise wrong
@@ -223,9 +219,7 @@ def _convert_tuple(value: Any, items: Sequence[Any], wrong: ValueError, place: s
     items = items[:1] * len(value)
   if len(items) != len(value):
     raise wrong
-  return tuple(
-    convert(v, item, f"{place}[{i}]") for i, (v, item) in enumerate(zip(value, items))
-  )
+  return tuple(convert(v, item, f"{place}[{i}]") for i, (v, item) in enumerate(zip(value, items)))
 
 
 def _describe(value: Any) -> str:
@@ -237,9 +231,16 @@ def _describe(value: Any) -> str:
 
 
 _NAMES = {
-  bool: "True or False", int: "an integer", float: "a number", str: "a string", Any: "anything",
-  type(None): "None", None: "None", tuple: "a tuple", dict: "a dict",
-}  # fmt: skip
+  bool: "True or False",
+  int: "an integer",
+  float: "a number",
+  str: "a string",
+  Any: "anything",
+  type(None): "None",
+  None: "None",
+  tuple: "a tuple",
+  dict: "a dict",
+}
 
 
 def expected(annotation: Any) -> str:

@@ -1,4 +1,6 @@
-"""Rows -> batches of fixed shape, shuffled, resumable, the same for any number of processes: a Grain pipeline."""
+"""Rows -> batches of fixed shape, shuffled, resumable, the same for any number of processes: a
+Grain pipeline.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -11,7 +13,12 @@ import numpy as np
 from PIL import Image
 
 from caprl_jax.data.image_prompts import build_prompt, stack_prompts
-from caprl_jax.data.judge_questions import QuestionShape, TokenizedQuestion, pad_questions, pick_questions
+from caprl_jax.data.judge_questions import (
+  QuestionShape,
+  TokenizedQuestion,
+  pad_questions,
+  pick_questions,
+)
 from caprl_jax.data.rows import CaptionRow, QARow, image_place, open_image, read_image
 from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import PolicyConfig
@@ -21,13 +28,14 @@ from caprl_jax.types import Batch, Images, Prompts
 @dataclasses.dataclass(frozen=True)
 class ImageShape:
   """Padded sizes of a run's images: patch slots S and image tokens I."""
+
   slots: int
   tokens: int
 
 
 def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageShape:
-  """The smallest shape that holds every image; reads only the files' headers. Raises ValueError as `read_image`, and
-  for an extreme aspect ratio."""
+  """The smallest shape that holds every image; reads only the files' headers. Raises ValueError as
+  `read_image`, and for an extreme aspect ratio."""
   slots, tokens = 0, 0
   for (width, height), row in {_header_size(row): row for row in rows}.items():
     try:
@@ -41,46 +49,70 @@ def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageS
 def _header_size(row) -> tuple[int, int]:
   try:
     with open_image(row) as image:
-      return image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # turned by EXIF
+      # turned by EXIF
+      return image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]
   except Exception:
     return read_image(row).size  # raises the error that names row and file
 
 
 def shape_bucket(shape: ImageShape, multiple: int) -> ImageShape:
   """The shape rounded up by at most a quarter, so that few programs are compiled."""
+
   def up(n: int, multiple: int) -> int:
     step = max(multiple, 1 << max(n.bit_length() - 3, 0))
     step = -(-step // multiple) * multiple
     return -(-n // step) * step
+
   return ImageShape(up(shape.slots, multiple), up(shape.tokens, 4))
 
 
 class ImagePrompt:
-  """A row -> its image and prompt, padded to the run's shape. `pieces`: token ids before and after the image's."""
+  """A row -> its image and prompt, padded to the run's shape. `pieces`: token ids before and after
+  the image's.
+  """
 
   def __init__(self, cfg: PolicyConfig, pieces: tuple[list[int], list[int]], shape: ImageShape):
     self.cfg, self.shape = cfg, shape
     self.before, self.after = pieces
     self.length = len(self.before) + shape.tokens + len(self.after)
 
-  def __call__(self, row: QARow | CaptionRow, image: Image.Image | None = None) -> tuple[Images, Prompts]:
+  def __call__(
+    self, row: QARow | CaptionRow, image: Image.Image | None = None
+  ) -> tuple[Images, Prompts]:
     """Arrays without a batch axis. `image` replaces the row's own (an augmented one)."""
     try:
       patches = self.cfg.vision.pixels.patchify(image or read_image(row))
       padded = pad_image(patches, self.shape.slots, self.shape.tokens)
     except ValueError as error:
       raise ValueError(f"row {row.name!r}: {error}") from error
-    prompt = build_prompt(self.before, patches.grid_units, self.after, self.cfg.image_token,
-                          self.cfg.text.mrope_sections is not None)
+    prompt = build_prompt(
+      self.before,
+      patches.grid_units,
+      self.after,
+      self.cfg.image_token,
+      self.cfg.text.mrope_sections is not None,
+    )
     return Images(**padded), jax.tree.map(lambda x: x[0], stack_prompts([prompt], self.length))
 
 
 class QABatcher:
   """Row indices -> `types.Batch`: images, prompts and K questions each."""
 
-  def __init__(self, rows: Sequence[QARow], tokenized: Sequence[Sequence[TokenizedQuestion]], prompt: ImagePrompt,
-               questions: int, shape: QuestionShape):
-    self.rows, self.tokenized, self.prompt, self.count, self.shape = rows, tokenized, prompt, questions, shape
+  def __init__(
+    self,
+    rows: Sequence[QARow],
+    tokenized: Sequence[Sequence[TokenizedQuestion]],
+    prompt: ImagePrompt,
+    questions: int,
+    shape: QuestionShape,
+  ):
+    self.rows, self.tokenized, self.prompt, self.count, self.shape = (
+      rows,
+      tokenized,
+      prompt,
+      questions,
+      shape,
+    )
 
   def example(self, index: int, rng: np.random.Generator) -> Batch:
     """One row's arrays without a batch axis; `rng` picks its questions."""
@@ -98,44 +130,61 @@ def index_stream(parts: Sequence[tuple[int, float | None]], seed: int) -> grain.
   """An endless stream of row indices, every row once before any comes again.
 
   Args:
-    parts: (rows, weight) of the sources of a mixture, whose rows stand one after the other. With weights each source is
-      shuffled and repeated by itself, and gets its share of the stream; without, all rows are alike.
+    parts: (rows, weight) of the sources of a mixture, whose rows stand one after the other. With
+      weights each source is shuffled and repeated by itself, and gets its share of the stream;
+      without, all rows are alike.
   """
   weights = [weight for _, weight in parts]
   if len(parts) == 1 or None in weights:
     return grain.MapDataset.range(sum(rows for rows, _ in parts)).seed(seed).shuffle().repeat()
   ends = np.cumsum([rows for rows, _ in parts]).tolist()
-  spans = [grain.MapDataset.range(end - rows, end).seed(seed + i).shuffle().repeat()
-           for i, ((rows, _), end) in enumerate(zip(parts, ends, strict=True))]
+  spans = [
+    grain.MapDataset.range(end - rows, end).seed(seed + i).shuffle().repeat()
+    for i, ((rows, _), end) in enumerate(zip(parts, ends, strict=True))
+  ]
   return grain.MapDataset.mix(spans, np.asarray(weights, float) / sum(weights)).seed(seed)
 
 
-def train_iterator(example: Callable, parts: int | Sequence[tuple[int, float | None]], batch_size: int, seed: int,
-                   share: Sequence[int] | None = None, threads: int | None = None) -> grain.DatasetIterator:
-  """Endless shuffled batches; `get_state` / `set_state` resume it exactly, with any number of processes.
+def train_iterator(
+  example: Callable,
+  parts: int | Sequence[tuple[int, float | None]],
+  batch_size: int,
+  seed: int,
+  share: Sequence[int] | None = None,
+  threads: int | None = None,
+) -> grain.DatasetIterator:
+  """Endless shuffled batches; `get_state` / `set_state` resume it exactly, with any number of
+  processes.
 
   Args:
-    example: (row index, numpy Generator) -> arrays without a batch axis; the generator is seeded by the position in
-      the stream, so what is drawn does not depend on what was skipped.
+    example: (row index, numpy Generator) -> arrays without a batch axis; the generator is seeded by
+      the position in the stream, so what is drawn does not depend on what was skipped.
     parts: rows; or the sources of a mixture (`index_stream`).
-    share: places in each batch that are made here (`sharding.batch_share`): only those are read. None: all.
-    threads: that make examples, by default one a core, 16 at most. They are ahead of the training by a few batches.
+    share: places in each batch that are made here (`sharding.batch_share`): only those are read.
+    None: all. threads: that make examples, by default one a core, 16 at most. They are ahead of the
+    training by a few batches.
   """
   places = range(batch_size) if share is None else [int(i) for i in share]
   threads = threads or min(16, os.cpu_count() or 1)
   stream = index_stream([(parts, None)] if isinstance(parts, int) else parts, seed).random_map(
-      lambda index, rng: example(int(index), rng))
+    lambda index, rng: example(int(index), rng)
+  )
   pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="examples")
   made = lambda number: stack(list(pool.map(lambda i: stream[number * batch_size + i], places)))
   dataset = grain.MapDataset.range(len(stream) // batch_size).map(made)
   return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def eval_batches(example: Callable, count: int, batch_size: int, seed: int, share: Sequence[int] | None = None):
-  """Every row once, in order, in batches; yields (batch, real rows in it): the last one is filled up with its last
-  row. Each row's generator is seeded by (seed, index). `share` is that of `train_iterator`; the real rows are counted
-  in the whole batch."""
+def eval_batches(
+  example: Callable, count: int, batch_size: int, seed: int, share: Sequence[int] | None = None
+):
+  """Every row once, in order, in batches; yields (batch, real rows in it): the last one is filled
+  up with its last row. Each row's generator is seeded by (seed, index). `share` is that of
+  `train_iterator`; the real rows are counted in the whole batch."""
   places = range(batch_size) if share is None else share
   for start in range(0, count, batch_size):
     index = [min(start + int(i), count - 1) for i in places]
-    yield stack([example(i, np.random.default_rng([seed, i])) for i in index]), min(batch_size, count - start)
+    yield (
+      stack([example(i, np.random.default_rng([seed, i])) for i in index]),
+      min(batch_size, count - start),
+    )

@@ -5,10 +5,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class JudgeTemplate:
-  """head, caption, stem; for the letter readings then label + option a slot, and tail, after which the letter stands.
+  """head, caption, stem; for the letter readings then label + option a slot, and tail, after which
+  the letter stands.
 
-  baseline: the caption that says nothing, for `option_pmi`. specials: chat tokens that the tokenizer must know.
+  baseline: the caption that says nothing, for `option_pmi`. specials: chat tokens that the
+  tokenizer must know.
   """
+
   name: str = "plain"
   head: str = "Caption:\n"
   stem: str = "\nQuestion: {question}\nAnswer:"
@@ -22,20 +25,26 @@ class JudgeTemplate:
 
   def joined(self, caption: str, stem: str, options: list[str], letters: str = "ABCDEFGHI") -> str:
     """The whole prompt as one string, options in the order given."""
-    lines = "".join(self.label.format(letter=letter) + self.option.format(option=option)
-                    for letter, option in zip(letters, options))
+    lines = "".join(
+      self.label.format(letter=letter) + self.option.format(option=option)
+      for letter, option in zip(letters, options)
+    )
     return self.head + caption + self.stem.format(question=stem) + lines + self.tail
 
 
 PMI = JudgeTemplate()
-# Its caption ends at a line break, which Qwen's tokenizer, reading the joined text, would join to a full stop; here the
-# two stay tokens of their own. The official prompt has no such place.
+# Its caption ends at a line break, which Qwen's tokenizer, reading the joined text, would join to a
+# full stop; here the two stay tokens of their own. The official prompt has no such place.
 PLAIN = JudgeTemplate(
-    head="Answer the multiple-choice question strictly based on the caption.\n\nCaption:\n",
-    stem="\nQuestion: {question}", label="\n- {letter})", tail="\nThe answer is")
+  head="Answer the multiple-choice question strictly based on the caption.\n\nCaption:\n",
+  stem="\nQuestion: {question}",
+  label="\n- {letter})",
+  tail="\nThe answer is",
+)
 
-# What follows is the prompt of CapRL's reward server (arXiv 2509.22647, figure 15, and its released code), of which
-# every byte counts: trailing spaces, no system turn, no space after "is". A test holds the bytes.
+# What follows is the prompt of CapRL's reward server (arXiv 2509.22647, figure 15, and its released
+# code), of which every byte counts: trailing spaces, no system turn, no space after "is". A test
+# holds the bytes.
 _RULES = """\
 Your task is to answer the multiple-choice question **strictly based on the caption**, even if the answer may seem \
 obvious from prior knowledge or question wording.
@@ -72,32 +81,61 @@ Now, answer the question based on the following caption:
 
 Caption: <Caption Start> """
 _TURN = dict(
-    stem=" <Caption End>  \nQuestion: {question}", label="\n   - {letter})",
-    tail="  <|im_end|>\n<|im_start|>assistant\nThe answer is", specials=("<|im_start|>", "<|im_end|>"))
+  stem=" <Caption End>  \nQuestion: {question}",
+  label="\n   - {letter})",
+  tail="  <|im_end|>\n<|im_start|>assistant\nThe answer is",
+  specials=("<|im_start|>", "<|im_end|>"),
+)
 
-OFFICIAL = JudgeTemplate(name="official", head=_HEAD.format(
-    space="  ", intro="You will be given an image caption describing the visual content.", rules=_RULES,
+OFFICIAL = JudgeTemplate(
+  name="official",
+  head=_HEAD.format(
+    space="  ",
+    intro="You will be given an image caption describing the visual content.",
+    rules=_RULES,
     first="A woman in a red coat is walking a black dog across a snowy park.",
-    first_question="What color is the dog?", first_a="Brown", first_b="White", first_c="Black", first_d="Gray",
-    first_gold="C", second="A child is waving a British flag during a parade.",
-    second_question="What color is the flag?", second_a="Red", second_b="Blue", second_c="Red, white, and blue",
-    second_d="White"), **_TURN)
+    first_question="What color is the dog?",
+    first_a="Brown",
+    first_b="White",
+    first_c="Black",
+    first_d="Gray",
+    first_gold="C",
+    second="A child is waving a British flag during a parade.",
+    second_question="What color is the flag?",
+    second_a="Red",
+    second_b="Blue",
+    second_c="Red, white, and blue",
+    second_d="White",
+  ),
+  **_TURN,
+)
 
-# CapRL++'s wording for videos. The released code indents its lines by eight spaces, inside the chat's markup too: a
-# defect, not repeated here.
-OFFICIAL_VIDEO = JudgeTemplate(name="official_video", head=_HEAD.format(
-    space="  ", intro="You will be given a video caption describing visual content and events over time.",
+# CapRL++'s wording for videos. The released code indents its lines by eight spaces, inside the
+# chat's markup too: a defect, not repeated here.
+OFFICIAL_VIDEO = JudgeTemplate(
+  name="official_video",
+  head=_HEAD.format(
+    space="  ",
+    intro="You will be given a video caption describing visual content and events over time.",
     rules=_RULES + " Pay close attention to timestamps (e.g., [mm:ss]) and the sequence of events.",
-    first="[00:00 - 00:05] A man in a blue shirt is running down a wet street. [00:06] He suddenly stops and [00:08] "
-          "drops a brown leather wallet on the ground.",
+    first="[00:00 - 00:05] A man in a blue shirt is running down a wet street. [00:06] He suddenly "
+    "stops and [00:08] drops a brown leather wallet on the ground.",
     first_question="What happens immediately after the man stops running at [00:06]?",
-    first_a="He takes off his blue shirt", first_b="He drops a brown leather wallet",
-    first_c="He picks up an umbrella", first_d="He looks at his watch", first_gold="B",
-    second="[00:15] A silver sedan runs a red light and [00:18] crashes into a fire hydrant. [00:20] Water sprays high "
-           "into the air.",
-    second_question="Why did the silver sedan run the red light?", second_a="The brakes failed",
-    second_b="The driver was texting", second_c="The driver was speeding to a hospital",
-    second_d="It was raining heavily"), **_TURN)
+    first_a="He takes off his blue shirt",
+    first_b="He drops a brown leather wallet",
+    first_c="He picks up an umbrella",
+    first_d="He looks at his watch",
+    first_gold="B",
+    second="[00:15] A silver sedan runs a red light and [00:18] crashes into a fire hydrant. "
+    "[00:20] Water sprays high into the air.",
+    second_question="Why did the silver sedan run the red light?",
+    second_a="The brakes failed",
+    second_b="The driver was texting",
+    second_c="The driver was speeding to a hospital",
+    second_d="It was raining heavily",
+  ),
+  **_TURN,
+)
 
 TEMPLATES = {t.name: t for t in (PLAIN, OFFICIAL, OFFICIAL_VIDEO)}
 

@@ -1,8 +1,9 @@
-"""Conversations of all lengths -> rows of one length, several a row, with little padding: a plan an epoch, then arrays.
+"""Conversations of all lengths -> rows of one length, several a row, with little padding: a plan an
+epoch, then arrays.
 
-A plan depends on the seed and the epoch alone, so every process makes the same one, and row n of the stream can be made
-without those before it. Letters: B rows, M images a row, S patch slots and U units of an image, L tokens of a row, I
-image tokens of a row.
+A plan depends on the seed and the epoch alone, so every process makes the same one, and row n of
+the stream can be made without those before it. Letters: B rows, M images a row, S patch slots and U
+units of an image, L tokens of a row, I image tokens of a row.
 """
 
 import concurrent.futures
@@ -30,14 +31,18 @@ log = logging.getLogger("caprl_jax.data")
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-  """tokens: length of a row. images: most of a row; as many of the largest image's size are computed in every row, so
-    that too many cost time, and too few leave rows unfilled. None takes what a full row holds on average.
+  """tokens: length of a row. images: most of a row; as many of the largest image's size are
+    computed in every row, so that too many cost time, and too few leave rows unfilled. None takes
+    what a full row holds on average.
   packing: False puts one example in a row.
-  window: examples, in shuffled order, that are packed among themselves; larger ones fill better and shuffle less.
-  too_long: examples longer than a row are an error, or are dropped and counted; none is ever cut.
-  bad_rows: examples whose image cannot be read are an error, or are dropped and logged. Headers are read before the
-    first step; pixels that are cut show later, when an example's turn comes, and its tokens become padding.
+  window: examples, in shuffled order, that are packed among themselves; larger ones fill better and
+  shuffle less. too_long: examples longer than a row are an error, or are dropped and counted; none
+  is ever cut. bad_rows: examples whose image cannot be read are an error, or are dropped and
+  logged. Headers are read before the
+    first step; pixels that are cut show later, when an example's turn comes, and its tokens become
+    padding.
   """
+
   tokens: int
   images: int | None = None
   packing: bool = True
@@ -47,17 +52,24 @@ class PackConfig:
 
   def __post_init__(self):
     if self.tokens < 2 or self.window < 1 or (self.images is not None and self.images < 1):
-      raise ValueError(f"tokens = {self.tokens}, images = {self.images} and window = {self.window} must be positive")
+      raise ValueError(
+        f"tokens = {self.tokens}, images = {self.images} and window = {self.window} "
+        "must be positive"
+      )
 
 
-def first_fit(lengths: Sequence[int], images: Sequence[int], tokens: int, most_images: int) -> list[list[int]]:
-  """First-fit decreasing: rows of at most `tokens` and `most_images`, each a list of indices; no length is above
-  `tokens`."""
+def first_fit(
+  lengths: Sequence[int], images: Sequence[int], tokens: int, most_images: int
+) -> list[list[int]]:
+  """First-fit decreasing: rows of at most `tokens` and `most_images`, each a list of indices; no
+  length is above `tokens`."""
   free_tokens, free_images = np.full(len(lengths), tokens), np.full(len(lengths), most_images)
   rows: list[list[int]] = []
   for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
     # One row more than are open: there, everything fits.
-    fits = (free_tokens[:len(rows) + 1] >= lengths[i]) & (free_images[:len(rows) + 1] >= images[i])
+    fits = (free_tokens[: len(rows) + 1] >= lengths[i]) & (
+      free_images[: len(rows) + 1] >= images[i]
+    )
     row = int(np.argmax(fits))
     if row == len(rows):
       rows.append([])
@@ -70,6 +82,7 @@ def first_fit(lengths: Sequence[int], images: Sequence[int], tokens: int, most_i
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """One epoch: the examples of each row, and what they are this time."""
+
   rows: list[list[int]]
   rendered: Sequence[Rendered]
   tokens: int  # of all examples
@@ -80,14 +93,21 @@ class Plan:
 
 
 class Packer:
-  """Examples -> rows of `tokens` tokens. `packer(n)` is the n-th row of an endless stream in which every example comes
-  once an epoch, in rows that are packed anew each time.
+  """Examples -> rows of `tokens` tokens. `packer(n)` is the n-th row of an endless stream in which
+  every example comes once an epoch, in rows that are packed anew each time.
 
-  Raises ValueError for examples that are too long, where they are to be refused, and where none is left.
+  Raises ValueError for examples that are too long, where they are to be refused, and where none is
+  left.
   """
 
-  def __init__(self, examples: Sequence[Example], render: Callable[[Conversation], Rendered], cfg: PolicyConfig,
-               pack: PackConfig, seed: int):
+  def __init__(
+    self,
+    examples: Sequence[Example],
+    render: Callable[[Conversation], Rendered],
+    cfg: PolicyConfig,
+    pack: PackConfig,
+    seed: int,
+  ):
     self.render, self.cfg, self.pack, self.seed = render, cfg, pack, seed
     self.lock, self.plans, self.starts, self.dropped = threading.Lock(), {}, [0], set()
     examples, shapes = self._readable(examples)
@@ -95,7 +115,8 @@ class Packer:
     counts = np.array([shape.tokens for shape in shapes])
     keep = self._short(examples, np.array([len(r.tokens_L) for r in own]) + counts)
     self.examples, self.own = [examples[i] for i in keep], [own[i] for i in keep]
-    self.counts, self.slots = counts[keep], np.array([shapes[i].slots for i in keep])  # image tokens, patch slots
+    # image tokens, patch slots
+    self.counts, self.slots = counts[keep], np.array([shapes[i].slots for i in keep])
     self.shape = ImageShape(max(shapes[i].slots for i in keep), max(shapes[i].tokens for i in keep))
     lengths = self._lengths(self.own)
     with_image = int((self.counts > 0).sum())
@@ -104,9 +125,12 @@ class Packer:
 
   def _readable(self, examples: Sequence[Example]) -> tuple[list[Example], list[ImageShape]]:
     """The examples whose image's size can be read, and what it takes; headers only."""
+
     def look(example: Example) -> tuple[Example, ImageShape] | BadRow:
       try:
-        return example, ImageShape(0, 0) if example.image is None else image_shape([example], self.cfg)
+        return example, ImageShape(0, 0) if example.image is None else image_shape(
+          [example], self.cfg
+        )
       except ValueError as error:
         return BadRow(example.name, str(error))
 
@@ -118,10 +142,15 @@ class Packer:
     """Indices of the examples that fit a row."""
     long = np.flatnonzero(lengths > self.pack.tokens)
     if len(long):
-      what = (f"{len(long)} of {len(lengths)} examples are longer than a row's {self.pack.tokens} tokens (the longest, "
-              f"{examples[int(np.argmax(lengths))].name!r}, has {lengths.max()})")
+      what = (
+        f"{len(long)} of {len(lengths)} examples are longer than a row's {self.pack.tokens} "
+        f"tokens (the longest, {examples[int(np.argmax(lengths))].name!r}, has "
+        f"{lengths.max()})"
+      )
       if self.pack.too_long == "refuse":
-        raise ValueError(f"{what}; raise tokens, lower pretrain_policy.max_pixels, or set too_long = 'drop'")
+        raise ValueError(
+          f"{what}; raise tokens, lower pretrain_policy.max_pixels, or set too_long = 'drop'"
+        )
       log.warning("dropped %s (too_long = 'drop')", what)
     keep = np.flatnonzero(lengths <= self.pack.tokens)
     if not len(keep):
@@ -132,10 +161,14 @@ class Packer:
     return np.array([len(r.tokens_L) for r in rendered]) + self.counts
 
   def plan(self, epoch: int) -> Plan:
-    """The rows of an epoch (from 0). Kept for this epoch and its neighbours; may be called by several threads."""
+    """The rows of an epoch (from 0). Kept for this epoch and its neighbours; may be called by
+    several threads.
+    """
     with self.lock:
       if epoch not in self.plans:
-        self.plans = {number: plan for number, plan in self.plans.items() if abs(number - epoch) < 2}
+        self.plans = {
+          number: plan for number, plan in self.plans.items() if abs(number - epoch) < 2
+        }
         self.plans[epoch] = self._make_plan(epoch)
       return self.plans[epoch]
 
@@ -147,13 +180,18 @@ class Packer:
     window = self.pack.window if self.pack.packing else 1
     rows = []
     for start in range(0, len(order), window):
-      some = order[start:start + window]
-      rows += [some[row].tolist() for row in first_fit(lengths[some], images[some], self.pack.tokens, self.images)]
+      some = order[start : start + window]
+      rows += [
+        some[row].tolist()
+        for row in first_fit(lengths[some], images[some], self.pack.tokens, self.images)
+      ]
     # A window's first rows hold its longest examples.
     return Plan([rows[i] for i in rng.permutation(len(rows))], rendered, int(lengths.sum()))
 
   def _visit(self, index: int, epoch: int) -> Rendered:
-    """An example as it is in this epoch: of questions, the order of the options is another each time."""
+    """An example as it is in this epoch: of questions, the order of the options is another each
+    time.
+    """
     example = self.examples[index]
     if not isinstance(example, Asked):
       return self.own[index]
@@ -182,17 +220,22 @@ class Packer:
     """What the packing of the first epoch is like."""
     plan = self.plan(0)
     rows = len(plan.rows)
-    return {"examples": len(self.examples), "rows": rows, "examples_per_row": len(self.examples) / rows,
-            "fill": plan.fill(self.pack.tokens), "images_per_row": self.images,
-            "slot_fill": float(self.slots.sum()) / max(rows * self.images * self.shape.slots, 1),
-            "wanted_tokens": int(sum(r.wanted_L.sum() for r in plan.rendered))}
+    return {
+      "examples": len(self.examples),
+      "rows": rows,
+      "examples_per_row": len(self.examples) / rows,
+      "fill": plan.fill(self.pack.tokens),
+      "images_per_row": self.images,
+      "slot_fill": float(self.slots.sum()) / max(rows * self.images * self.shape.slots, 1),
+      "wanted_tokens": int(sum(r.wanted_L.sum() for r in plan.rendered)),
+    }
 
   def __call__(self, number: int) -> Packed:
-    """Arrays of one row, without a batch axis. An example whose image cannot be read raises ValueError or, where bad
-    rows are dropped, is left out."""
+    """Arrays of one row, without a batch axis. An example whose image cannot be read raises
+    ValueError or, where bad rows are dropped, is left out."""
     epoch, row = self.locate(number)
     plan = self.plan(epoch)
-    L, units = self.pack.tokens, self.shape.slots // self.cfg.vision.pixels.merge_size ** 2
+    L, units = self.pack.tokens, self.shape.slots // self.cfg.vision.pixels.merge_size**2
     tokens, wanted, segment = np.zeros(L, np.int32), np.zeros(L, bool), np.zeros(L, np.int32)
     position, unit, shown, at = np.zeros((3, L), np.int32), [np.zeros(0, np.int32)], [], 0
     members, place = plan.rows[row], 0
@@ -207,13 +250,22 @@ class Packer:
       span = slice(at, at + len(prompt.tokens))
       at = span.stop
       tokens[span], position[:, span], segment[span] = prompt.tokens, prompt.position, place
-      wanted[span] = np.insert(rendered.wanted_L, max(rendered.image_at, 0),
-                               np.zeros(patches.num_tokens if patches else 0, bool))
+      wanted[span] = np.insert(
+        rendered.wanted_L,
+        max(rendered.image_at, 0),
+        np.zeros(patches.num_tokens if patches else 0, bool),
+      )
       if patches:
         unit.append(patches.unit_I + len(shown) * units)
         shown.append(pad_image(patches, self.shape.slots, self.shape.tokens))
     prompts = Prompts(tokens, segment > 0, position, np.int32(0))
-    return Packed(self._images(shown, np.concatenate(unit)), prompts, segment, wanted, np.int32(len(members) - place))
+    return Packed(
+      self._images(shown, np.concatenate(unit)),
+      prompts,
+      segment,
+      wanted,
+      np.int32(len(members) - place),
+    )
 
   def _drop(self, index: int, error: ValueError) -> None:
     """Logs an example that is left out, once. Raises ValueError where bad rows are refused."""
@@ -237,29 +289,44 @@ class Packer:
     except ValueError as error:
       raise ValueError(f"row {example.name!r}: {error}") from error
     at = rendered.image_at
-    return build_prompt(ids[:at], patches.grid_units, ids[at:], self.cfg.image_token, mrope), patches
+    return build_prompt(
+      ids[:at], patches.grid_units, ids[at:], self.cfg.image_token, mrope
+    ), patches
 
   def _images(self, shown: list[dict[str, np.ndarray]], unit: np.ndarray) -> Images | None:
     """A row's images, filled up with empty ones."""
     if not self.images:
       return None
-    S, E = self.shape.slots, self.cfg.vision.in_channels * self.cfg.vision.pixels.patch_size ** 2
-    empty = dict(patches_BSE=np.zeros((S, E), np.uint8), position_BS2=np.zeros((S, 2), np.int32),
-                 valid_BS=np.zeros(S, bool))
+    S, E = self.shape.slots, self.cfg.vision.in_channels * self.cfg.vision.pixels.patch_size**2
+    empty = dict(
+      patches_BSE=np.zeros((S, E), np.uint8),
+      position_BS2=np.zeros((S, 2), np.int32),
+      valid_BS=np.zeros(S, bool),
+    )
     shown = shown + [empty] * (self.images - len(shown))
     I = min(self.images * self.shape.tokens, self.pack.tokens)
-    return Images(unit_BI=np.pad(unit.astype(np.int32), (0, I - len(unit))),
-                  **{name: np.stack([image[name] for image in shown]) for name in empty})
+    return Images(
+      unit_BI=np.pad(unit.astype(np.int32), (0, I - len(unit))),
+      **{name: np.stack([image[name] for image in shown]) for name in empty},
+    )
 
 
-def packed_batches(packer: Packer, batch_size: int, steps: int, share: Sequence[int] | None = None,
-                   threads: int | None = None) -> grain.DatasetIterator:
-  """`steps` batches of the packer's stream; `get_state` / `set_state` resume it exactly, with any number of processes.
+def packed_batches(
+  packer: Packer,
+  batch_size: int,
+  steps: int,
+  share: Sequence[int] | None = None,
+  threads: int | None = None,
+) -> grain.DatasetIterator:
+  """`steps` batches of the packer's stream; `get_state` / `set_state` resume it exactly, with any
+  number of processes.
 
   share: places in each batch that are made here (`sharding.batch_share`); None: all.
   """
   places = range(batch_size) if share is None else [int(i) for i in share]
-  pool = concurrent.futures.ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), thread_name_prefix="rows")
+  pool = concurrent.futures.ThreadPoolExecutor(
+    threads or min(16, os.cpu_count() or 1), thread_name_prefix="rows"
+  )
   made = lambda number: stack(list(pool.map(lambda i: packer(number * batch_size + i), places)))
   dataset = grain.MapDataset.range(steps).map(made)
   return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -9,36 +9,49 @@ import numpy as np
 
 from caprl_jax.data.rows import Question
 
-INSTRUCTION = "{question}. Answer the question with only the correct letter"  # the released curation's own, to the byte
+# the released curation's own, to the byte
+INSTRUCTION = "{question}. Answer the question with only the correct letter"
 NONE = "None of the above"
 PLACE = "{question}"
-LLAVA = PLACE + "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's wording, arXiv 2310.03744
+# LLaVA-1.5's wording, arXiv 2310.03744
+LLAVA = PLACE + "\nAnswer the question using a single word or phrase."
 
 
 def orders(question: Question, permutations: int, seed: int) -> list[list[int]]:
-  """Orders of the options: a random one, which depends on the question and the seed only, turned on place by place."""
+  """Orders of the options: a random one, which depends on the question and the seed only, turned on
+  place by place.
+  """
   digest = hashlib.sha256(f"{seed}/{question.stem}/{'/'.join(question.options)}".encode()).digest()
-  first = np.random.default_rng(int.from_bytes(digest, "big")).permutation(len(question.options)).tolist()
-  turn = lambda n: first[n % len(first):] + first[:n % len(first)]
+  first = (
+    np.random.default_rng(int.from_bytes(digest, "big")).permutation(len(question.options)).tolist()
+  )
+  turn = lambda n: first[n % len(first) :] + first[: n % len(first)]
   return [turn(n) for n in range(permutations)]
 
 
 def question_text(question: Question, order: Sequence[int], none_of_above: bool) -> str:
   """The user's text: stem and options in this order, as the released curation writes them."""
   shown = [question.options[i] for i in order] + [NONE] * none_of_above
-  lines = [question.stem, *(f"   - {letter}) {option}" for letter, option in zip(string.ascii_uppercase, shown))]
+  lines = [
+    question.stem,
+    *(f"   - {letter}) {option}" for letter, option in zip(string.ascii_uppercase, shown)),
+  ]
   return INSTRUCTION.format(question="\n".join(lines))
 
 
 def check_open_question(wording: str | None) -> None:
-  """Raises ValueError, which names no place, for a wording that has no place for the question's stem, or several."""
+  """Raises ValueError, which names no place, for a wording that has no place for the question's
+  stem, or several.
+  """
   if wording is not None and wording.count(PLACE) != 1:
     raise ValueError(f"open_question = {wording!r} must have one place {PLACE}, as {LLAVA!r} has")
 
 
 def speaks_of_options(question: Question) -> bool:
   """Whether a stem is about options that `open_text` does not show, as in "which of these ...?"."""
-  return re.search(r"\b(of|among|from) (these|those)\b|\bfollowing\b", question.stem.lower()) is not None
+  return (
+    re.search(r"\b(of|among|from) (these|those)\b|\bfollowing\b", question.stem.lower()) is not None
+  )
 
 
 def open_text(wording: str, question: Question) -> str:

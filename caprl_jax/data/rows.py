@@ -23,6 +23,7 @@ class Question:
   `gold` is the right option's index, `kind` a group for metrics, `provenance` says who made the
   question and how it was filtered ("easy-vqa", "qwen-vl, visual 4/4, blind 0/4").
   """
+
   stem: str
   options: tuple[str, ...]
   gold: int
@@ -39,7 +40,8 @@ class StoredImage(Protocol):
     """The encoded image. Raises ValueError, with `where`, when it cannot be read."""
 
 
-ImageSource = pathlib.Path | bytes | StoredImage  # a file, an encoded file's bytes, or one inside a larger file
+# a file, an encoded file's bytes, or one inside a larger file
+ImageSource = pathlib.Path | bytes | StoredImage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class QARow:
   {"color": "red"}, where the dataset knows them. `where` is the row's place, file and line, where
   there is one.
   """
+
   image: ImageSource
   questions: tuple[Question, ...]
   name: str
@@ -60,6 +63,7 @@ class QARow:
 @dataclasses.dataclass(frozen=True)
 class CaptionRow:
   """An image and a caption to imitate."""
+
   image: ImageSource
   caption: str
   name: str
@@ -67,7 +71,10 @@ class CaptionRow:
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-  """What stood in a row's place in a dataset and cannot be used. `message` starts with `where`, file and line."""
+  """What stood in a row's place in a dataset and cannot be used. `message` starts with `where`,
+  file and line.
+  """
+
   where: str
   message: str
 
@@ -96,8 +103,10 @@ def good_rows(found: Iterable[Row | BadRow], bad_rows: BadRows = "refuse") -> li
     raise ValueError(bad[0].message)
   shown = "\n  ".join(row.message for row in bad[:SHOWN_BAD_ROWS])
   more = f"\n  and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-  raise ValueError(f"{len(bad)} bad rows of {len(good) + len(bad)} (bad_rows = 'drop' leaves them out):\n"
-                   f"  {shown}{more}")
+  raise ValueError(
+    f"{len(bad)} bad rows of {len(good) + len(bad)} (bad_rows = 'drop' leaves them "
+    f"out):\n  {shown}{more}"
+  )
 
 
 def kinds(rows: Iterable[QARow]) -> list[str]:
@@ -161,8 +170,10 @@ def image_bytes(row: QARow | CaptionRow) -> bytes:
   try:
     return row.image.read_bytes() if isinstance(row.image, pathlib.Path) else row.image.read()
   except OSError as error:
-    raise ValueError(f"row {row.name!r}: cannot read its image ({row.image}): {error.strerror}; replace the image or "
-                     "drop the row") from error
+    raise ValueError(
+      f"row {row.name!r}: cannot read its image ({row.image}): {error.strerror}; "
+      "replace the image or drop the row"
+    ) from error
 
 
 def image_place(row: QARow | CaptionRow) -> str:
@@ -173,8 +184,12 @@ def image_place(row: QARow | CaptionRow) -> str:
 
 
 def open_image(row: QARow | CaptionRow) -> Image.Image:
-  """The row's image with only its header read, where it is a file. Raises whatever PIL stumbles over."""
-  return Image.open(row.image if isinstance(row.image, pathlib.Path) else io.BytesIO(image_bytes(row)))
+  """The row's image with only its header read, where it is a file. Raises whatever PIL stumbles
+  over.
+  """
+  return Image.open(
+    row.image if isinstance(row.image, pathlib.Path) else io.BytesIO(image_bytes(row))
+  )
 
 
 def read_image(row: QARow | CaptionRow) -> Image.Image:
@@ -193,8 +208,8 @@ def read_image(row: QARow | CaptionRow) -> Image.Image:
   # PIL's decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, IndexError…
   except Exception as error:
     raise ValueError(
-      f"row {row.name!r}: cannot read its image ({image_place(row)}): {type(error).__name__}: {error}; "
-      "replace the image or drop the row"
+      f"row {row.name!r}: cannot read its image ({image_place(row)}): {type(error).__name__}: "
+      f"{error}; replace the image or drop the row"
     ) from error
 
 

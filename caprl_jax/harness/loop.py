@@ -1,4 +1,6 @@
-"""Step, state, batches -> trained state: dispatches step n, then reads the numbers of step n - 1."""
+"""Step, state, batches -> trained state: dispatches step n, then reads the numbers of step n -
+1.
+"""
 
 import collections
 import logging
@@ -43,8 +45,9 @@ class CompileCounter:
 class Interrupts:
   """Ctrl-C while it is entered. One process: KeyboardInterrupt at once, as ever.
 
-  Several must stop after the same step, or their checkpoint is none. SIGINT becomes SIGTERM, which jax takes as a
-  notice of preemption and tells all processes; `check` then raises in all of them before the same step.
+  Several must stop after the same step, or their checkpoint is none. SIGINT becomes SIGTERM, which
+  jax takes as a notice of preemption and tells all processes; `check` then raises in all of them
+  before the same step.
   """
 
   def __init__(self):
@@ -71,11 +74,19 @@ class Interrupts:
 
 
 class StepReports:
-  """Steps whose numbers were not read yet, and where these go: metrics.jsonl, progress bar, trackers, `on_samples`;
-  only on the main process."""
+  """Steps whose numbers were not read yet, and where these go: metrics.jsonl, progress bar,
+  trackers, `on_samples`; only on the main process."""
 
-  def __init__(self, workdir: pathlib.Path, start: int, steps: int, what: str, reward_name: str,
-               on_samples: Callable[[int, Any, Any], None] | None, trackers: Sequence[Tracker]):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    start: int,
+    steps: int,
+    what: str,
+    reward_name: str,
+    on_samples: Callable[[int, Any, Any], None] | None,
+    trackers: Sequence[Tracker],
+  ):
     self.main = jax.process_index() == 0
     self.reward_name, self.on_samples, self.trackers = reward_name, on_samples, trackers
     self.pending, self.extra = collections.deque(), {}
@@ -97,16 +108,22 @@ class StepReports:
     while len(self.pending) > most_pending:
       step, metrics, batch, samples = self.pending[0]
       numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-      numbers = {name: value for name, value in numbers.items()  # a kind that the batch does not ask about has none
-                 if not (name.startswith("judge/accuracy/") and math.isnan(value))}
+      # a kind that the batch does not ask about has none
+      numbers = {
+        name: value
+        for name, value in numbers.items()
+        if not (name.startswith("judge/accuracy/") and math.isnan(value))
+      }
       now = time.perf_counter()
       numbers["time/step_secs"], self.before = now - self.before, now
       numbers |= self.extra.pop(step, {})
       if numbers.get("update/nonfinite"):
         raise FloatingPointError(
-            f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} is not finite; "
-            f"such an update changes no parameters, and the checkpoint of step {self.pending[-1][0]} holds finite "
-            "ones. Lower optimizer.learning_rate or look at the batch's rows in samples/")
+          f"step {step}: loss {numbers['update/loss']} or gradient norm "
+          f"{numbers['update/grad_norm']} is not finite; such an update changes no parameters, "
+          f"and the checkpoint of step {self.pending[-1][0]} holds finite ones. Lower "
+          "optimizer.learning_rate or look at the batch's rows in samples/"
+        )
       self.pending.popleft()
       if self.main:
         self._write(step, numbers, batch, samples)
@@ -119,7 +136,9 @@ class StepReports:
     if self.on_samples:
       self.on_samples(step, batch, samples)
 
-  def evaluate(self, step: int, state: TrainState, evaluate: Callable[[int, TrainState], dict[str, float]]) -> None:
+  def evaluate(
+    self, step: int, state: TrainState, evaluate: Callable[[int, TrainState], dict[str, float]]
+  ) -> None:
     """Evaluates after a step; the figures join its numbers, the seconds are no step's."""
     jax.block_until_ready(self.pending[-1][1])
     began = time.perf_counter()
@@ -132,24 +151,37 @@ class StepReports:
       self.writer.close()
 
 
-def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh: jax.sharding.Mesh,
-             checkpoints: Checkpoints, config: dict, workdir: pathlib.Path, what: str, reward_name: str,
-             on_samples: Callable[[int, Any, Any], None] | None = None,
-             evaluate: Callable[[int, TrainState], dict[str, float]] | None = None, evaluate_every: int = 0,
-             trackers: Sequence[Tracker] = ()) -> TrainState:
+def run_loop(
+  step_fn: Callable,
+  state: TrainState,
+  iterator,
+  *,
+  steps: int,
+  mesh: jax.sharding.Mesh,
+  checkpoints: Checkpoints,
+  config: dict,
+  workdir: pathlib.Path,
+  what: str,
+  reward_name: str,
+  on_samples: Callable[[int, Any, Any], None] | None = None,
+  evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+  evaluate_every: int = 0,
+  trackers: Sequence[Tracker] = (),
+) -> TrainState:
   """Runs `step_fn(state, batch) -> (state, metrics, samples)` up to step `steps`.
 
   Args:
     state: donated to the first step. Its `step` says where to begin.
-    iterator: yields this process's share of a batch as numpy; has `get_state`, the same in every process.
-    on_samples: called as (step, this process's share of the batch, samples) after each step, on the main process.
-    evaluate: called as (step, state) after every `evaluate_every`-th step, in all processes; its numbers join the
+    iterator: yields this process's share of a batch as numpy; has `get_state`, the same in every
+    process. on_samples: called as (step, this process's share of the batch, samples) after each
+    step, on the main process. evaluate: called as (step, state) after every `evaluate_every`-th
+    step, in all processes; its numbers join the
       step's.
     trackers: get every number that metrics.jsonl gets.
 
   Raises:
-    FloatingPointError: loss or gradient not finite; that update changed no parameters, and they are saved first.
-    KeyboardInterrupt: passed on after a checkpoint of the last finished step.
+    FloatingPointError: loss or gradient not finite; that update changed no parameters, and they are
+    saved first. KeyboardInterrupt: passed on after a checkpoint of the last finished step.
   """
   start = int(state.step)
   reports = StepReports(workdir, start, steps, what, reward_name, on_samples, trackers)
@@ -161,7 +193,8 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
         interrupts.check(step)
         began = time.perf_counter()
         batch = next(iterator)
-        # The devices still work on step n - 1 (its numbers are read below): this copy runs beside them.
+        # The devices still work on step n - 1 (its numbers are read below): this copy runs beside
+        # them.
         on_device = sharding.put_batch(batch, mesh)
         data_secs = time.perf_counter() - began
         state, metrics, samples = step_fn(state, on_device)
@@ -171,11 +204,13 @@ def run_loop(step_fn: Callable, state: TrainState, iterator, *, steps: int, mesh
         if step == start + 1:
           jax.block_until_ready(metrics)
           after_first = compiles.count
-        known = compiles.count  # evaluation and Orbax, which cuts what has copies, have programs of their own
+        # evaluation and Orbax, which cuts what has copies, have programs of their own
+        known = compiles.count
         if evaluate and evaluate_every and step % evaluate_every == 0:
           reports.evaluate(step, state, evaluate)
         if step % checkpoints.cfg.every_steps == 0:
-          reports.read()  # before the checkpoint: a kill after it must leave no gap in metrics.jsonl
+          # before the checkpoint: a kill after it must leave no gap in metrics.jsonl
+          reports.read()
           save()
         after_first += compiles.count - known
       reports.read()

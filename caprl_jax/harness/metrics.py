@@ -54,8 +54,9 @@ class MetricsWriter:
     step = int(step)
     if self._last_step is not None and step <= self._last_step:
       raise ValueError(
-          f"step {step} cannot follow step {self._last_step} in {self.path}; a resumed run calls "
-          "truncate_after(step of its checkpoint) first, a new run needs a new workdir")
+        f"step {step} cannot follow step {self._last_step} in {self.path}; a resumed run calls "
+        "truncate_after(step of its checkpoint) first, a new run needs a new workdir"
+      )
     if "step" in metrics:
       raise ValueError(f"metric 'step' of step {step} would hide the step itself; rename it")
     row = {"step": step}
@@ -92,8 +93,10 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     except ValueError as error:  # what json and the decoding of bytes raise is a ValueError too
       if number == len(lines) and not line.endswith(b"\n"):
         break
-      raise ValueError(f"{path}:{number}: {line[:80]!r} is not a line of metrics ({error}); "
-                       "delete that line or restore the file") from error
+      raise ValueError(
+        f"{path}:{number}: {line[:80]!r} is not a line of metrics ({error}); "
+        "delete that line or restore the file"
+      ) from error
     rows.append(row)
   return rows
 
@@ -105,9 +108,16 @@ class Progress:
   about every ten seconds, and always one for the first and the last step.
   """
 
-  def __init__(self, total: int, initial: int = 0, what: str = "train", *,
-               stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
-               every_secs: float = 10.0):
+  def __init__(
+    self,
+    total: int,
+    initial: int = 0,
+    what: str = "train",
+    *,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    every_secs: float = 10.0,
+  ):
     """total, initial: steps in all and steps done before this process. The rest is for tests."""
     self.total, self.done, self.what = total, initial, what
     self.reward = None  # exponential mean, None until a finite reward came
@@ -119,8 +129,13 @@ class Progress:
     if self._stream.isatty():
       # Our own time left, not tqdm's: its mean starts with the step that compiles.
       self._bar = tqdm.tqdm(
-          total=total, initial=initial, desc=what, file=self._stream, dynamic_ncols=True,
-          bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {postfix}")
+        total=total,
+        initial=initial,
+        desc=what,
+        file=self._stream,
+        dynamic_ncols=True,
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {postfix}",
+      )
 
   def update(self, reward: float | None = None) -> None:
     """One more step is done. A reward that is None or not finite leaves the mean as it is."""
@@ -172,8 +187,9 @@ class StageClock:
   asynchronously: block on the results before the stage ends, or the next stage pays.
   """
 
-  def __init__(self, secs: Mapping[str, float] | None = None, *,
-               clock: Callable[[], float] = time.monotonic):
+  def __init__(
+    self, secs: Mapping[str, float] | None = None, *, clock: Callable[[], float] = time.monotonic
+  ):
     """secs: what earlier processes of this run have used, from its summary."""
     self.secs = dict(secs or {})
     self._clock = clock
@@ -190,8 +206,10 @@ class StageClock:
 def _plain(value: Any, name: str, step: int) -> int | float | None:
   array = np.asarray(value)
   if array.shape != () or not np.can_cast(array.dtype, np.float64, "same_kind"):
-    raise ValueError(f"metric {name!r} of step {step} is {value!r}, not a real scalar; reduce it "
-                     "to one number in the step, or leave it to samples/")
+    raise ValueError(
+      f"metric {name!r} of step {step} is {value!r}, not a real scalar; reduce it "
+      "to one number in the step, or leave it to samples/"
+    )
   if np.issubdtype(array.dtype, np.bool_) or np.issubdtype(array.dtype, np.integer):
     return int(array)
   number = float(array)

@@ -1,9 +1,10 @@
-"""Questions, the judge -> the questions that can teach: answered with a caption of the image, not without.
+"""Questions, the judge -> the questions that can teach: answered with a caption of the image, not
+without.
 
-CapRL's curation rule (arXiv 2509.22647, section 3; thresholds of its released code) in small: where a dataset
-knows true captions, the judge itself is the filter. Informed presentations are true captions of the image, blind
-ones are the empty caption and true captions of images that share no fact with it: a question answered right from
-those needs no caption of this image.
+CapRL's curation rule (arXiv 2509.22647, section 3; thresholds of its released code) in small: where
+a dataset knows true captions, the judge itself is the filter. Informed presentations are true
+captions of the image, blind ones are the empty caption and true captions of images that share no
+fact with it: a question answered right from those needs no caption of this image.
 """
 
 import dataclasses
@@ -23,17 +24,22 @@ log = logging.getLogger("caprl_jax.harness.question_filter")
 class CurateConfig:
   """informed: templates of true captions with {fact} places; none: every question is kept as it is.
 
-  A question is kept when the share of informed presentations answered right is above `min_informed` and that of
-  blind ones (the empty caption and `mismatched` others) is below `max_blind`. CapRL: 0.75 and 0.25.
+  A question is kept when the share of informed presentations answered right is above `min_informed`
+  and that of blind ones (the empty caption and `mismatched` others) is below `max_blind`. CapRL:
+  0.75 and 0.25.
   """
+
   informed: tuple[str, ...] = ()
   mismatched: int = 4
   min_informed: float = 0.75
   max_blind: float = 0.25
 
 
-def mismatched_facts(row: QARow, pool: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
-  """Up to `count` fact sets from `pool` that share no value with the row's, the same for the same facts.
+def mismatched_facts(
+  row: QARow, pool: list[dict[str, str]], count: int, seed: int
+) -> list[dict[str, str]]:
+  """Up to `count` fact sets from `pool` that share no value with the row's, the same for the same
+  facts.
 
   An empty value, such as the title of a chart without one, is nothing to share.
   """
@@ -43,48 +49,65 @@ def mismatched_facts(row: QARow, pool: list[dict[str, str]], count: int, seed: i
   return [others[i] for i in rng.permutation(len(others))[:count]]
 
 
-def curate(splits: Sequence[tuple[str, list[QARow]]], asker: HostJudge, cfg: CurateConfig, seed: int):
+def curate(
+  splits: Sequence[tuple[str, list[QARow]]], asker: HostJudge, cfg: CurateConfig, seed: int
+):
   """Applies the rule to all splits at once, which asks what they share but once.
 
   Args:
     splits: (where the rows come from, for messages; the rows).
 
   Returns:
-    A list, a split an item, of: the rows with the questions kept (rows without any are left out), and counts
-    `kept/<kind>`, `dropped/<kind>`.
+    A list, a split an item, of: the rows with the questions kept (rows without any are left out),
+    and counts `kept/<kind>`, `dropped/<kind>`.
 
   Raises:
     ValueError: nothing is left of a split.
   """
   if not cfg.informed:
     return [(rows, {}) for _, rows in splits]
-  known = [[(row, q) for row in rows for q in row.questions if _knows(row, cfg)] for _, rows in splits]
+  known = [
+    [(row, q) for row in rows for q in row.questions if _knows(row, cfg)] for _, rows in splits
+  ]
   alive = _judge(list(itertools.chain(*known)), asker, cfg, seed)
   ends = np.cumsum([len(pairs) for pairs in known])[:-1]
-  return [_collect(rows, pairs, kept, where)
-          for (where, rows), pairs, kept in zip(splits, known, np.split(alive, ends), strict=True)]
+  return [
+    _collect(rows, pairs, kept, where)
+    for (where, rows), pairs, kept in zip(splits, known, np.split(alive, ends), strict=True)
+  ]
 
 
-def _judge(pairs: list[tuple[QARow, Question]], asker: HostJudge, cfg: CurateConfig, seed: int) -> np.ndarray:
-  """Which questions pass, bool [len(pairs)]. What has failed too often to pass is not asked again."""
+def _judge(
+  pairs: list[tuple[QARow, Question]], asker: HostJudge, cfg: CurateConfig, seed: int
+) -> np.ndarray:
+  """Which questions pass, bool [len(pairs)]. What has failed too often to pass is not asked
+  again.
+  """
   pool = [dict(items) for items in sorted({tuple(sorted(row.facts.items())) for row, _ in pairs})]
   alive = np.ones(len(pairs), bool)
   right, hits = np.zeros(len(pairs)), np.zeros(len(pairs))
 
   def inform(number: int, template: str) -> None:
     live = np.flatnonzero(alive)
-    right[live] += asker.correct([(template.format(**pairs[i][0].facts), pairs[i][1]) for i in live], "informed")
+    right[live] += asker.correct(
+      [(template.format(**pairs[i][0].facts), pairs[i][1]) for i in live], "informed"
+    )
     alive[:] &= 1 - (number - right) / len(cfg.informed) > cfg.min_informed
 
-  # The blind presentations mostly repeat captions of the first template, which the asker remembers, and drop much:
-  # they come before the other templates.
+  # The blind presentations mostly repeat captions of the first template, which the asker remembers,
+  # and drop much: they come before the other templates.
   inform(1, cfg.informed[0])
   others = [mismatched_facts(row, pool, cfg.mismatched, seed) for row, _ in pairs]
   total = np.array([1 + len(facts) for facts in others])
   for number in range(1 + cfg.mismatched):
     live = np.flatnonzero(alive & (number < total))
-    hits[live] += asker.correct([("" if number == 0 else cfg.informed[0].format(**others[i][number - 1]), pairs[i][1])
-                                 for i in live], "blind")
+    hits[live] += asker.correct(
+      [
+        ("" if number == 0 else cfg.informed[0].format(**others[i][number - 1]), pairs[i][1])
+        for i in live
+      ],
+      "blind",
+    )
     alive &= hits / total < cfg.max_blind
   for number, template in enumerate(cfg.informed[1:], 2):
     inform(number, template)
@@ -114,9 +137,19 @@ def _collect(rows: list[QARow], pairs: list[tuple[QARow, Question]], alive: np.n
   if unknown:
     counts["dropped/without facts"] = unknown
   if not kept:
-    raise ValueError(f"{where}: curation left none of {len(pairs)} questions: the judge answers none of them from a "
-                     f"true caption and fails it without one. Counts: {counts}. Use a stronger judge (judge.source), "
-                     "another judge.reading, or other curate thresholds")
-  rows = [dataclasses.replace(row, questions=tuple(kept[id(row)])) for row in rows if id(row) in kept]
-  log.info("%s: %d images kept, %s", where, len(rows), ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
+    raise ValueError(
+      f"{where}: curation left none of {len(pairs)} questions: the judge answers "
+      "none of them from a true caption and fails it without one. Counts: "
+      f"{counts}. Use a stronger judge (judge.source), another judge.reading, or "
+      "other curate thresholds"
+    )
+  rows = [
+    dataclasses.replace(row, questions=tuple(kept[id(row)])) for row in rows if id(row) in kept
+  ]
+  log.info(
+    "%s: %d images kept, %s",
+    where,
+    len(rows),
+    ", ".join(f"{k} {v}" for k, v in sorted(counts.items())),
+  )
   return rows, counts

@@ -1,4 +1,6 @@
-"""Results by key, in a file that grows: what an interrupted evaluation has done is there when it goes on."""
+"""Results by key, in a file that grows: what an interrupted evaluation has done is there when it
+goes on.
+"""
 
 import hashlib
 import json
@@ -8,7 +10,8 @@ from typing import Any
 
 
 class ResultCache(Mapping):
-  """key -> JSON value, for one kind of work under given settings: other settings have a file of their own.
+  """key -> JSON value, for one kind of work under given settings: other settings have a file of
+  their own.
 
   A line is [key, value]; the first line says the settings. A line that a kill has torn is dropped.
   """

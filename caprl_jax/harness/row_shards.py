@@ -1,4 +1,6 @@
-"""Numbered rows in shards on disk: kept as they finish, whole after any kill, shared by hosts that see one folder."""
+"""Numbered rows in shards on disk: kept as they finish, whole after any kill, shared by hosts that
+see one folder.
+"""
 
 import contextlib
 import fcntl
@@ -20,18 +22,27 @@ POLL_SECS, SAY_SECS = 2.0, 60.0
 
 
 class RowResult(NamedTuple):
-  """One input row's outcome: its number, its output row, and what only statistics need (bucket, secs, reason)."""
+  """One input row's outcome: its number, its output row, and what only statistics need (bucket,
+  secs, reason).
+  """
+
   number: int
   row: dict[str, Any]
   about: dict[str, Any]
 
 
 def manifest(settings: dict[str, Any], names: Sequence[str], shard_rows: int) -> dict[str, Any]:
-  """What has to be the same when a job goes on: the settings that rows depend on, the input's names, the cut."""
+  """What has to be the same when a job goes on: the settings that rows depend on, the input's
+  names, the cut.
+  """
   digest = hashlib.sha256()
   for name in names:
     digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
-  return settings | {"images": len(names), "names_sha256": digest.hexdigest(), "shard_rows": shard_rows}
+  return settings | {
+    "images": len(names),
+    "names_sha256": digest.hexdigest(),
+    "shard_rows": shard_rows,
+  }
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
@@ -43,8 +54,9 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
 class ShardedJob:
   """The folder of a job's shards.
 
-  Shard s has rows s * shard_rows and on; host h of `hosts` does the shards with s % hosts == h. `00012-of-00500.jsonl`
-  is whole, with `.partial` at its end it is in work: a line [number, row, about] as each row finishes, in any order.
+  Shard s has rows s * shard_rows and on; host h of `hosts` does the shards with s % hosts == h.
+  `00012-of-00500.jsonl` is whole, with `.partial` at its end it is in work: a line [number, row,
+  about] as each row finishes, in any order.
 
   Raises ValueError, at `open`, for a folder that is left from a job with another manifest.
   """
@@ -63,8 +75,11 @@ class ShardedJob:
       _write_once(path, json.dumps(self.manifest, indent=1))
     found = json.loads(path.read_text("utf-8"))
     if found != self.manifest:
-      raise ValueError(f"{self.folder} is left from a job with other settings: {differences(found, self.manifest)}. "
-                       "Run it with those, delete the folder to begin anew, or name another output")
+      raise ValueError(
+        f"{self.folder} is left from a job with other settings: "
+        f"{differences(found, self.manifest)}. Run it with those, delete the folder "
+        "to begin anew, or name another output"
+      )
 
   def numbers(self, shard: int) -> range:
     rows = self.manifest["shard_rows"]
@@ -90,8 +105,13 @@ class ShardedJob:
       if time.monotonic() - said >= SAY_SECS:
         said = time.monotonic()
         late = sorted({shard % self.hosts for shard in missing})
-        log.info("waiting for %d of %d shards, of host%s %s", len(missing), self.shards, "s" if len(late) > 1 else "",
-                 ", ".join(map(str, late)))
+        log.info(
+          "waiting for %d of %d shards, of host%s %s",
+          len(missing),
+          self.shards,
+          "s" if len(late) > 1 else "",
+          ", ".join(map(str, late)),
+        )
       time.sleep(POLL_SECS)
 
   def wait_until_removed(self) -> None:
@@ -102,10 +122,15 @@ class ShardedJob:
   def read(self) -> Iterator[RowResult]:
     """All rows in order, with one shard in memory at a time. Every shard must be whole."""
     for shard in range(self.shards):
-      found = {item.number: item for item in map(_parse, self.path(shard).read_bytes().split(b"\n")[:-1])}
+      found = {
+        item.number: item for item in map(_parse, self.path(shard).read_bytes().split(b"\n")[:-1])
+      }
       if found.keys() != set(self.numbers(shard)):
-        raise ValueError(f"{self.path(shard)} has {len(found)} rows, not the {len(self.numbers(shard))} of its shard; "
-                         "delete this file and run the same command, which makes it again")
+        raise ValueError(
+          f"{self.path(shard)} has {len(found)} rows, not the "
+          f"{len(self.numbers(shard))} of its shard; delete this file and run the "
+          "same command, which makes it again"
+        )
       yield from (found[number] for number in self.numbers(shard))
 
   @contextlib.contextmanager
@@ -131,7 +156,9 @@ class ShardedJob:
 
 
 class Shard:
-  """A shard in work, of one process: `done` are the numbers of its rows so far. A context manager."""
+  """A shard in work, of one process: `done` are the numbers of its rows so far. A context
+  manager.
+  """
 
   def __init__(self, parts: ShardedJob, shard: int):
     self.path, self.numbers = parts.path(shard), parts.numbers(shard)
@@ -180,17 +207,20 @@ def _parse(line: bytes) -> RowResult:
 
 def _lock(file, what: pathlib.Path) -> None:
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
+    # the kernel lets go of it when the process dies
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     file.close()
-    raise ValueError(f"another process is writing {what}; wait for it, stop it, or give each its own "
-                     "caption.host") from None
+    raise ValueError(
+      f"another process is writing {what}; wait for it, stop it, or give each its own caption.host"
+    ) from None
   except OSError as error:
     log.debug("%s: no locks on this file system (%s)", what, error)
 
 
 def _write_once(path: pathlib.Path, text: str) -> None:
   """Writes a file that several hosts may write at the same time, each the same."""
-  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process ids are the same in containers
+  # process ids are the same in containers
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
   temporary.write_text(text, "utf-8")
   os.replace(temporary, path)

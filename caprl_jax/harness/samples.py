@@ -1,4 +1,6 @@
-"""Captions, answers, rewards as arrays -> samples/*.json and pictures, for people and the report."""
+"""Captions, answers, rewards as arrays -> samples/*.json and pictures, for people and the
+report.
+"""
 
 import pathlib
 import re
@@ -9,13 +11,20 @@ from caprl_jax.data.rows import Question, read_image
 from caprl_jax.hub.tokenizer import Tokenizer
 
 
-def save_samples(path: pathlib.Path, stage: str, step: int, parts: list, batcher: QABatcher, tokenizer: Tokenizer,
-                 limit: int) -> None:
+def save_samples(
+  path: pathlib.Path,
+  stage: str,
+  step: int,
+  parts: list,
+  batcher: QABatcher,
+  tokenizer: Tokenizer,
+  limit: int,
+) -> None:
   """Writes up to `limit` images with captions, per-question answers and rewards.
 
   Args:
-    parts: (batch, (captions, answers, reward_BG, scored_BG, advantage_BG or None)) of numpy arrays; the batch may lack
-      images and prompts.
+    parts: (batch, (captions, answers, reward_BG, scored_BG, advantage_BG or None)) of numpy arrays;
+      the batch may lack images and prompts.
     batcher: made the batch; says which row an image is.
   """
   rows = []
@@ -25,31 +34,54 @@ def save_samples(path: pathlib.Path, stage: str, step: int, parts: list, batcher
         break
       index = int(batch.row_B[b])
       row = batcher.rows[index]
-      asked = [k for k in range(batch.questions.valid_BK.shape[1]) if batch.questions.valid_BK[b, k]]
+      asked = [
+        k for k in range(batch.questions.valid_BK.shape[1]) if batch.questions.valid_BK[b, k]
+      ]
       questions = [asked_question(batch, b, k, batcher, index) for k in asked]
-      rows.append({
-          "row": index, "name": row.name, "image": _save_image(row, path.parent),
-          "questions": [{"stem": q.stem, "options": list(q.options), "gold": q.gold, "kind": q.kind}
-                        for q in questions],
-          "captions": [{
+      rows.append(
+        {
+          "row": index,
+          "name": row.name,
+          "image": _save_image(row, path.parent),
+          "questions": [
+            {"stem": q.stem, "options": list(q.options), "gold": q.gold, "kind": q.kind}
+            for q in questions
+          ],
+          "captions": [
+            {
               "text": tokenizer.decode(captions.tokens_BGT[b, g][captions.valid_BGT[b, g]]),
               "length_tokens": int(captions.valid_BGT[b, g].sum()),
               "reward": float(reward[b, g]) if scored[b, g] else None,
               **({} if advantage is None else {"advantage": float(advantage[b, g])}),
-              "answers": [{"question": asked.index(int(answers.question_BGK[b, g, k])),
-                           "choice": int(answers.choice_BGK[b, g, k]), "correct": bool(answers.correct_BGK[b, g, k]),
-                           "valid": bool(answers.valid_BGK[b, g, k])}
-                          for k in range(answers.asked_BGK.shape[2]) if answers.asked_BGK[b, g, k]],
-          } for g in range(captions.tokens_BGT.shape[1])]})
+              "answers": [
+                {
+                  "question": asked.index(int(answers.question_BGK[b, g, k])),
+                  "choice": int(answers.choice_BGK[b, g, k]),
+                  "correct": bool(answers.correct_BGK[b, g, k]),
+                  "valid": bool(answers.valid_BGK[b, g, k]),
+                }
+                for k in range(answers.asked_BGK.shape[2])
+                if answers.asked_BGK[b, g, k]
+              ],
+            }
+            for g in range(captions.tokens_BGT.shape[1])
+          ],
+        }
+      )
   write_json(path, {"stage": stage, "step": step, "rows": rows})
 
 
 def asked_question(batch, b: int, k: int, batcher: QABatcher, index: int) -> Question:
   """The k-th question that the b-th image was asked, found by its tokens."""
   stem = tuple(batch.questions.stem_BKQ[b, k][batch.questions.stem_valid_BKQ[b, k]].tolist())
-  options = tuple(tuple(o[v].tolist()) for o, v in zip(batch.questions.option_BKAO[b, k],
-                                                       batch.questions.option_valid_BKAO[b, k]) if v.any())
-  for tokenized, question in zip(batcher.tokenized[index], batcher.rows[index].questions, strict=True):
+  options = tuple(
+    tuple(o[v].tolist())
+    for o, v in zip(batch.questions.option_BKAO[b, k], batch.questions.option_valid_BKAO[b, k])
+    if v.any()
+  )
+  for tokenized, question in zip(
+    batcher.tokenized[index], batcher.rows[index].questions, strict=True
+  ):
     if tokenized.stem == stem and tokenized.options == options:
       return question
   raise AssertionError(f"row {index} was asked a question that it does not have")

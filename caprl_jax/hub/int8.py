@@ -1,7 +1,7 @@
 """int8 weights for a judge: half of bfloat16's memory, the activations as they were.
 
-Each output column of a kernel is rounded to 255 levels of its largest weight; `layers.Linear` multiplies the scale back
-after the product. Embeddings and norms stay.
+Each output column of a kernel is rounded to 255 levels of its largest weight; `layers.Linear`
+multiplies the scale back after the product. Embeddings and norms stay.
 """
 
 import jax
@@ -18,7 +18,9 @@ def _round(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def to_int8(params: Params) -> Params:
-  """Every `kernel` [..., in, out] as int8 with a `kernel_scale` float32 [..., out]; the rest as it is."""
+  """Every `kernel` [..., in, out] as int8 with a `kernel_scale` float32 [..., out]; the rest as it
+  is.
+  """
   out = {}
   for name, value in params.items():
     if isinstance(value, dict):

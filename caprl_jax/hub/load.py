@@ -1,4 +1,6 @@
-"""Name of a checkpoint -> model, parameters, tokenizer; and a captioner back to a Hugging Face directory."""
+"""Name of a checkpoint -> model, parameters, tokenizer; and a captioner back to a Hugging Face
+directory.
+"""
 
 import dataclasses
 import json
@@ -30,8 +32,9 @@ log = logging.getLogger("caprl_jax.hub")
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A model with its parameters on the mesh. `config` and `preprocessor` are the checkpoint's JSON files, `files` its
-  other small ones (tokenizer, chat template, ...) as they stand."""
+  """A model with its parameters on the mesh. `config` and `preprocessor` are the checkpoint's JSON
+  files, `files` its other small ones (tokenizer, chat template, ...) as they stand."""
+
   model: Any
   params: Params
   tokenizer: Tokenizer
@@ -40,10 +43,16 @@ class Loaded:
   shardings: Any
   files: dict[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
 
-  def prompt_pieces(self, instruction: str, system: str | None = None) -> tuple[list[int], list[int]]:
-    """Token ids before and after the image's, for a captioner asked `instruction`, by its own chat template."""
+  def prompt_pieces(
+    self, instruction: str, system: str | None = None
+  ) -> tuple[list[int], list[int]]:
+    """Token ids before and after the image's, for a captioner asked `instruction`, by its own chat
+    template.
+    """
     template, special = self._chat()
-    return prompt_pieces(template, self.model.cfg.family, self.tokenizer, instruction, special, system)
+    return prompt_pieces(
+      template, self.model.cfg.family, self.tokenizer, instruction, special, system
+    )
 
   def text_prompt(self, instruction: str, system: str | None = None) -> list[int]:
     """Token ids of `instruction` without an image, by the checkpoint's own chat template."""
@@ -53,27 +62,43 @@ class Loaded:
   def _chat(self) -> tuple[str, dict[str, str]]:
     settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
     text = lambda token: token["content"] if isinstance(token, dict) else token
-    special = {k: text(settings[k]) for k in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(k)}
+    special = {
+      k: text(settings[k])
+      for k in ("bos_token", "eos_token", "pad_token", "unk_token")
+      if settings.get(k)
+    }
     return find_template(self.files) or default_template(self.model.cfg.family), special
 
 
 def init_policy(cfg: PolicyConfig) -> Callable[[jax.Array], Any]:
-  """key -> flax variables of a captioner; the inputs that the tower and the decoder are traced with are minimal."""
-  S, E = cfg.vision.slots_multiple, cfg.vision.in_channels * cfg.vision.pixels.patch_size ** 2
-  images = Images(jnp.zeros((1, S, E), jnp.uint8), jnp.zeros((1, S, 2), jnp.int32), jnp.ones((1, S), bool),
-                  jnp.zeros((1, 1), jnp.int32))
-  prompts = Prompts(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), jnp.zeros((1, 3, 2), jnp.int32),
-                    jnp.zeros(1, jnp.int32))
+  """key -> flax variables of a captioner; the inputs that the tower and the decoder are traced with
+  are minimal.
+  """
+  S, E = cfg.vision.slots_multiple, cfg.vision.in_channels * cfg.vision.pixels.patch_size**2
+  images = Images(
+    jnp.zeros((1, S, E), jnp.uint8),
+    jnp.zeros((1, S, 2), jnp.int32),
+    jnp.ones((1, S), bool),
+    jnp.zeros((1, 1), jnp.int32),
+  )
+  prompts = Prompts(
+    jnp.zeros((1, 2), jnp.int32),
+    jnp.ones((1, 2), bool),
+    jnp.zeros((1, 3, 2), jnp.int32),
+    jnp.zeros(1, jnp.int32),
+  )
   return lambda key: Policy(cfg).init(key, images, prompts)
 
 
 def init_decoder(cfg: DecoderConfig) -> Callable[[jax.Array], Any]:
   """key -> flax variables of a decoder."""
+
   def init(key):
     model = Decoder(cfg)
     tokens = jnp.zeros((1, 1), jnp.int32)
     run = lambda m, t: m(m.embed(t), t, jnp.ones(t.shape, bool))
     return model.init(key, tokens, method=run)
+
   return init
 
 
@@ -88,9 +113,9 @@ def _fill(init, keys: Keys, tensors, source, mesh, dtype) -> tuple[Params, Any]:
 
 
 def load_judge(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32) -> Loaded:
-  """Loads a text-only language model, or the decoder of a vision-language one, from whatever `files.resolve_model`
-  accepts. Raises ValueError for a checkpoint that is missing, damaged, of another family, or whose tokenizer has more
-  ids than it has rows."""
+  """Loads a text-only language model, or the decoder of a vision-language one, from whatever
+  `files.resolve_model` accepts. Raises ValueError for a checkpoint that is missing, damaged, of
+  another family, or whose tokenizer has more ids than it has rows."""
   path = hub_files.resolve_model(source)
   config, tensors = hub_files.read_model(path)
   keys = DECODER_KEYS
@@ -105,13 +130,21 @@ def load_judge(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32) -> Loade
   return Loaded(Decoder(cfg), params, tokenizer, config, {}, shardings)
 
 
-def load_policy(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32, param_dtype=jnp.float32,
-                remat: bool = False, lora: LoraConfig | None = None, min_pixels: int | None = None,
-                max_pixels: int | None = None) -> Loaded:
-  """Loads a captioner of any family from a Hugging Face directory or hub name. Raises ValueError as `load_judge`.
+def load_policy(
+  source: str,
+  mesh: jax.sharding.Mesh,
+  dtype=jnp.float32,
+  param_dtype=jnp.float32,
+  remat: bool = False,
+  lora: LoraConfig | None = None,
+  min_pixels: int | None = None,
+  max_pixels: int | None = None,
+) -> Loaded:
+  """Loads a captioner of any family from a Hugging Face directory or hub name. Raises ValueError as
+  `load_judge`.
 
-  `min_pixels` and `max_pixels` take the place of the preprocessor's, and are written with the captioner: what sees
-  smaller images while it is trained and asked is given them afterwards, too.
+  `min_pixels` and `max_pixels` take the place of the preprocessor's, and are written with the
+  captioner: what sees smaller images while it is trained and asked is given them afterwards, too.
   """
   path = hub_files.resolve_model(source)
   config, tensors = hub_files.read_directory(path)
@@ -121,15 +154,19 @@ def load_policy(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32, param_d
   cfg = PolicyConfig.from_hf(config, preprocessor, dtype=dtype, remat=remat, lora=lora)
   tokenizer = load_tokenizer(path)
   check_tokenizer(tokenizer, cfg.text.vocab_size, source)
-  empty = Loaded(Policy(cfg), {}, tokenizer, config, preprocessor, {}, hub_files.read_small_files(path))
+  empty = Loaded(
+    Policy(cfg), {}, tokenizer, config, preprocessor, {}, hub_files.read_small_files(path)
+  )
   empty = with_pixel_limits(empty, min_pixels, max_pixels)
-  params, shardings = _fill(init_policy(empty.model.cfg), family.keys, tensors, source, mesh, param_dtype)
+  params, shardings = _fill(
+    init_policy(empty.model.cfg), family.keys, tensors, source, mesh, param_dtype
+  )
   return dataclasses.replace(empty, params=params, shardings=shardings)
 
 
 def with_pixel_limits(loaded: Loaded, min_pixels: int | None, max_pixels: int | None) -> Loaded:
-  """The same captioner with other limits on image size (None: its own), which `save_policy` writes with it. One of a
-  family that cuts images into tiles has no such limits and stays as it is."""
+  """The same captioner with other limits on image size (None: its own), which `save_policy` writes
+  with it. One of a family that cuts images into tiles has no such limits and stays as it is."""
   cfg, notice = limit_pixels(loaded.model.cfg, min_pixels, max_pixels)
   if notice:
     log.warning("%s", notice)
@@ -137,14 +174,22 @@ def with_pixel_limits(loaded: Loaded, min_pixels: int | None, max_pixels: int | 
     return loaded
   pixels = cfg.vision.pixels
   # Both spellings: transformers reads either, and its older versions one of them.
-  said = {"min_pixels": pixels.min_pixels, "max_pixels": pixels.max_pixels,
-          "size": {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}}
-  return dataclasses.replace(loaded, model=Policy(cfg), preprocessor={**loaded.preprocessor, **said},
-                             files=hub_files.change_preprocessor(loaded.files, said))
+  said = {
+    "min_pixels": pixels.min_pixels,
+    "max_pixels": pixels.max_pixels,
+    "size": {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels},
+  }
+  return dataclasses.replace(
+    loaded,
+    model=Policy(cfg),
+    preprocessor={**loaded.preprocessor, **said},
+    files=hub_files.change_preprocessor(loaded.files, said),
+  )
 
 
-def new_policy(config: dict, preprocessor: dict, tokenizer: Tokenizer, key: jax.Array,
-               mesh: jax.sharding.Mesh) -> Loaded:
+def new_policy(
+  config: dict, preprocessor: dict, tokenizer: Tokenizer, key: jax.Array, mesh: jax.sharding.Mesh
+) -> Loaded:
   """A captioner with random parameters from config.json and preprocessor_config.json contents."""
   cfg = PolicyConfig.from_hf(config, preprocessor)
   check_tokenizer(tokenizer, cfg.text.vocab_size, "the new policy")
@@ -158,21 +203,42 @@ def new_policy_files(tokenizer: Tokenizer, family) -> dict[str, bytes]:
   """Tokenizer and generation files for a captioner that came from no checkpoint."""
   end = tokenizer.end_ids
   tokenizer_config = {
-      "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": default_template(family),
-      "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
-      "extra_special_tokens": {
-          "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_bos_token": "<|vision_start|>",
-          "vision_eos_token": "<|vision_end|>"}}
-  generation = {"eos_token_id": list(end), "pad_token_id": end[-1], "do_sample": True, "temperature": 1.0}
-  return {"tokenizer.json": tokenizer.to_json().encode(),
-          "tokenizer_config.json": json.dumps(tokenizer_config, indent=2).encode(),
-          "generation_config.json": json.dumps(generation, indent=2).encode()}
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "chat_template": default_template(family),
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "clean_up_tokenization_spaces": False,
+    "extra_special_tokens": {
+      "image_token": "<|image_pad|>",
+      "video_token": "<|video_pad|>",
+      "vision_bos_token": "<|vision_start|>",
+      "vision_eos_token": "<|vision_end|>",
+    },
+  }
+  generation = {
+    "eos_token_id": list(end),
+    "pad_token_id": end[-1],
+    "do_sample": True,
+    "temperature": 1.0,
+  }
+  return {
+    "tokenizer.json": tokenizer.to_json().encode(),
+    "tokenizer_config.json": json.dumps(tokenizer_config, indent=2).encode(),
+    "generation_config.json": json.dumps(generation, indent=2).encode(),
+  }
 
 
-def save_policy(path: str | pathlib.Path, loaded: Loaded, params: Params, dtype=None,
-                max_shard_bytes: int = 5_000_000_000, card: str | None = None) -> None:
-  """Writes a directory that transformers, vLLM and `load_policy` read. `dtype` casts the parameters; adapters are
-  merged into the matrices that they adapt; `card` becomes README.md. All processes call it, the first one writes."""
+def save_policy(
+  path: str | pathlib.Path,
+  loaded: Loaded,
+  params: Params,
+  dtype=None,
+  max_shard_bytes: int = 5_000_000_000,
+  card: str | None = None,
+) -> None:
+  """Writes a directory that transformers, vLLM and `load_policy` read. `dtype` casts the
+  parameters; adapters are merged into the matrices that they adapt; `card` becomes README.md. All
+  processes call it, the first one writes."""
   family = loaded.model.cfg.family
   params = merge_lora(params, loaded.model.cfg.text.lora)
   tensors = weights.TensorsOfParams(params, family.keys, dtype)
@@ -184,13 +250,22 @@ def save_policy(path: str | pathlib.Path, loaded: Loaded, params: Params, dtype=
   config.pop("torch_dtype", None)  # the same under its old name
   small = loaded.files or new_policy_files(loaded.tokenizer, family)
   small = {**small, **({"README.md": card.encode()} if card else {})}
-  if "preprocessor_config.json" not in small and loaded.preprocessor and "processor_config.json" not in small:
+  if (
+    "preprocessor_config.json" not in small
+    and loaded.preprocessor
+    and "processor_config.json" not in small
+  ):
     small["preprocessor_config.json"] = json.dumps(loaded.preprocessor, indent=2).encode()
-  hub_files.write_directory(path, config, tensors, tokenizer_files=small, max_shard_bytes=max_shard_bytes)
+  hub_files.write_directory(
+    path, config, tensors, tokenizer_files=small, max_shard_bytes=max_shard_bytes
+  )
 
 
-def relate_vocabularies(policy: Tokenizer, judge: Tokenizer, vocab_size: int) -> tuple[Vocabulary, int]:
-  """Which ids the policy may write and what they are to the judge, and how many of its text tokens the judge lacks.
+def relate_vocabularies(
+  policy: Tokenizer, judge: Tokenizer, vocab_size: int
+) -> tuple[Vocabulary, int]:
+  """Which ids the policy may write and what they are to the judge, and how many of its text tokens
+  the judge lacks.
 
   Where it lacks any, the table is of no use: captions have to be translated (`translate.py`).
 
@@ -202,12 +277,16 @@ def relate_vocabularies(policy: Tokenizer, judge: Tokenizer, vocab_size: int) ->
   """
   table = np.full(vocab_size, -1, np.int32)
   ids = id_table(policy, judge, require_all=False)
-  table[:len(ids)] = ids
+  table[: len(ids)] = ids
   if not policy.end_ids:
-    raise ValueError("the policy's tokenizer has no end token (<|im_end|>, <|endoftext|> or eos_token_id)")
+    raise ValueError(
+      "the policy's tokenizer has no end token (<|im_end|>, <|endoftext|> or eos_token_id)"
+    )
   text = np.zeros(vocab_size, bool)
   text[[i for i in policy.backend.get_vocab().values() if i not in policy.special_ids]] = True
   absent = int((text & (table < 0)).sum())
   allowed = text.copy()
   allowed[list(policy.end_ids)] = True
-  return Vocabulary(jnp.asarray(allowed), jnp.asarray(table), tuple(policy.end_ids), policy.end_ids[-1]), absent
+  return Vocabulary(
+    jnp.asarray(allowed), jnp.asarray(table), tuple(policy.end_ids), policy.end_ids[-1]
+  ), absent

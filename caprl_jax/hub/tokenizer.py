@@ -25,6 +25,7 @@ class Tokenizer:
   Special is here every token that was added to the BPE vocabulary, flagged as special in the file
   or not: Qwen's `<tool_call>` and `<|fim_prefix|>` are not flagged, yet are markers and not text.
   """
+
   backend: tokenizers.Tokenizer
   eos_ids: tuple[int, ...] = ()  # what the model's config and generation config call its end
 
@@ -44,9 +45,11 @@ class Tokenizer:
     return self.backend.decode(ids, skip_special_tokens=False)
 
   def decode_written(self, ids: Iterable[int]) -> str:
-    """The text of ids that a model wrote, as `skip_special_tokens` of transformers and vLLM gives it.
+    """The text of ids that a model wrote, as `skip_special_tokens` of transformers and vLLM gives
+    it.
 
-    Only tokens that the file flags as special are left out. Qwen3's `<think>` is not: who reads a reply looks for it.
+    Only tokens that the file flags as special are left out. Qwen3's `<think>` is not: who reads a
+    reply looks for it.
     """
     return self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
 
@@ -55,8 +58,10 @@ class Tokenizer:
     token_id = self.backend.token_to_id(token)
     if token_id is None:
       near = difflib.get_close_matches(token, self.backend.get_vocab(), n=5)
-      raise ValueError(f"token {token!r} is not in the vocabulary of {self.vocab_size} tokens. "
-                       f"Nearest: {near or 'none'}. Use one of these or another tokenizer.")
+      raise ValueError(
+        f"token {token!r} is not in the vocabulary of {self.vocab_size} tokens. "
+        f"Nearest: {near or 'none'}. Use one of these or another tokenizer."
+      )
     return token_id
 
   @functools.cached_property
@@ -79,8 +84,11 @@ class Tokenizer:
     return self.backend.to_str()
 
   def texts(self, rows: int) -> list[bytes]:
-    """The bytes that each id below `rows` stands for; none for special tokens and for ids without a token."""
-    # Byte-level BPE spells printable bytes as themselves, and the others, in order, as the characters from 256 on.
+    """The bytes that each id below `rows` stands for; none for special tokens and for ids without a
+    token.
+    """
+    # Byte-level BPE spells printable bytes as themselves, and the others, in order, as the
+    # characters from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (b for b in range(256) if b not in printable)
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -116,15 +124,19 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     try:
       backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-      raise ValueError(f"{file} ({file.stat().st_size:,} bytes) is not a tokenizer: {error}. "
-                       "Download it again or update tokenizers.") from error
+      raise ValueError(
+        f"{file} ({file.stat().st_size:,} bytes) is not a tokenizer: {error}. "
+        "Download it again or update tokenizers."
+      ) from error
   else:
     backend = _from_vocab_and_merges(path)
   # Some files ask for a length; ours is the caller's business.
   backend.no_truncation()
   backend.no_padding()
   configs = [path / name for name in ("config.json", "generation_config.json")]
-  return Tokenizer(backend, _eos_ids(hub_files.read_json(file) for file in configs if file.exists()))
+  return Tokenizer(
+    backend, _eos_ids(hub_files.read_json(file) for file in configs if file.exists())
+  )
 
 
 def _eos_ids(configs: Iterable[dict[str, Any]]) -> tuple[int, ...]:
@@ -141,8 +153,10 @@ def _eos_ids(configs: Iterable[dict[str, Any]]) -> tuple[int, ...]:
 def _from_vocab_and_merges(path: pathlib.Path) -> tokenizers.Tokenizer:
   absent = [name for name in ("vocab.json", "merges.txt") if not (path / name).exists()]
   if absent:
-    raise ValueError(f"{path}: no tokenizer.json, nor {' and '.join(absent)} to build one "
-                     "from. Copy the tokenizer's files there.")
+    raise ValueError(
+      f"{path}: no tokenizer.json, nor {' and '.join(absent)} to build one "
+      "from. Copy the tokenizer's files there."
+    )
   lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
   # A header line starts with "#version"; a merge may start with "#".
   merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
@@ -154,9 +168,11 @@ def _from_vocab_and_merges(path: pathlib.Path) -> tokenizers.Tokenizer:
       backend.add_tokens([tokenizers.AddedToken(**token)])
       actual = backend.token_to_id(token["content"])
       if actual != token_id:
-        raise ValueError(f"{path}: tokenizer_config.json gives {token['content']!r} the id "
-                         f"{token_id}, but after vocab.json ({len(vocab)} tokens) it is {actual}. "
-                         "Use the model's tokenizer.json.")
+        raise ValueError(
+          f"{path}: tokenizer_config.json gives {token['content']!r} the id "
+          f"{token_id}, but after vocab.json ({len(vocab)} tokens) it is {actual}. "
+          "Use the model's tokenizer.json."
+        )
   return backend
 
 
@@ -167,13 +183,16 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, source: str | os.Path
   """
   if tokenizer.vocab_size > vocab_size:
     last = tokenizer.backend.id_to_token(tokenizer.vocab_size - 1)
-    raise ValueError(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1} "
-                     f"({last!r}), but the embedding only {vocab_size} rows (vocab_size in "
-                     "config.json). Use the tokenizer and the weights of one model.")
+    raise ValueError(
+      f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1} "
+      f"({last!r}), but the embedding only {vocab_size} rows (vocab_size in "
+      "config.json). Use the tokenizer and the weights of one model."
+    )
 
 
-def compact_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], extra_special: Sequence[str],
-                      multiple_of: int = 8) -> tuple[tokenizers.Tokenizer, list[int]]:
+def compact_tokenizer(
+  tokenizer: Tokenizer, texts: Sequence[str], extra_special: Sequence[str], multiple_of: int = 8
+) -> tuple[tokenizers.Tokenizer, list[int]]:
   """A smaller byte-level BPE vocabulary that encodes `texts` into the same token strings.
 
   It holds the byte symbols (those of the 256 that the original has), every token that the texts
@@ -191,8 +210,10 @@ def compact_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], extra_special:
   """
   spec = json.loads(tokenizer.to_json())
   if spec["model"]["type"] != "BPE":
-    raise ValueError(f"the tokenizer's model is {spec['model']['type']}; only byte-level BPE can "
-                     "be made compact. Use the full vocabulary.")
+    raise ValueError(
+      f"the tokenizer's model is {spec['model']['type']}; only byte-level BPE can "
+      "be made compact. Use the full vocabulary."
+    )
   vocab = tokenizer.backend.get_vocab()
   merges = [tuple(merge) for merge in spec["model"]["merges"]]
   full = tokenizer.backend.encode_batch(list(texts), add_special_tokens=False)
@@ -206,8 +227,10 @@ def compact_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], extra_special:
   specials = [token for token in CHAT_SPECIALS if token in vocab]
   specials = list(dict.fromkeys([*specials, *extra_special]))
   if not kept.isdisjoint(specials):
-    raise ValueError(f"extra_special holds text tokens: {sorted(kept.intersection(specials))}. "
-                     "Give special tokens a spelling that is no text, such as <|name|>.")
+    raise ValueError(
+      f"extra_special holds text tokens: {sorted(kept.intersection(specials))}. "
+      "Give special tokens a spelling that is no text, such as <|name|>."
+    )
   padding = -(len(text_tokens) + len(specials)) % multiple_of
   specials += [f"<|unused_{number}|>" for number in range(padding)]
 
@@ -217,14 +240,17 @@ def compact_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], extra_special:
   spec["post_processor"] = None  # it may name special tokens by their old ids
   compact = tokenizers.Tokenizer.from_str(json.dumps(spec))
   compact.add_special_tokens(
-      [tokenizers.AddedToken(token, special=True, normalized=False) for token in specials])
+    [tokenizers.AddedToken(token, special=True, normalized=False) for token in specials]
+  )
 
   small = compact.encode_batch(list(texts), add_special_tokens=False)
   for text, ours, original in zip(texts, small, full, strict=True):
     if ours.tokens != original.tokens:
-      raise ValueError(f"the compact vocabulary encodes {text!r} as {ours.tokens}, the full one as "
-                       f"{original.tokens}. If special tokens differ, list those in extra_special "
-                       "that the original has, and leave out of the texts those it lacks.")
+      raise ValueError(
+        f"the compact vocabulary encodes {text!r} as {ours.tokens}, the full one as "
+        f"{original.tokens}. If special tokens differ, list those in extra_special "
+        "that the original has, and leave out of the texts those it lacks."
+      )
   return compact, [vocab.get(token, -1) for token in [*text_tokens, *specials]]
 
 
@@ -233,12 +259,14 @@ def _merge_path(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
   parts = list(token)
   path = set(parts)
   while len(parts) > 1:
-    rank, at = min((ranks.get(pair, len(ranks)), at)
-                   for at, pair in enumerate(zip(parts, parts[1:], strict=False)))
+    rank, at = min(
+      (ranks.get(pair, len(ranks)), at)
+      for at, pair in enumerate(zip(parts, parts[1:], strict=False))
+    )
     if rank == len(ranks):  # reached by no merge: a model that takes whole words (ignore_merges)
       path.add(token)
       break
-    parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    parts[at : at + 2] = [parts[at] + parts[at + 1]]
     path.add(parts[at])
   return path
 
@@ -270,8 +298,10 @@ def id_table(policy: Tokenizer, judge: Tokenizer, require_all: bool = True) -> n
     else:
       table[token_id] = judge_id
   if absent and require_all:
-    raise ValueError(f"{len(absent)} of the policy's {policy.vocab_size} tokens are not text "
-                     f"tokens of the judge: {sorted(absent)[:8]}. Use a policy and a judge of one "
-                     "family (Qwen2.5-VL with Qwen2.5, Qwen3-VL with Qwen3), or a compact "
-                     "tokenizer made from the judge's.")
+    raise ValueError(
+      f"{len(absent)} of the policy's {policy.vocab_size} tokens are not text "
+      f"tokens of the judge: {sorted(absent)[:8]}. Use a policy and a judge of one "
+      "family (Qwen2.5-VL with Qwen2.5, Qwen3-VL with Qwen3), or a compact "
+      "tokenizer made from the judge's."
+    )
   return table

@@ -25,7 +25,13 @@ class _Leaf:
   """One parameter's tensors in the checkpoint; `read` gives any part of it."""
 
   def __init__(self, tensors: Mapping, names: list[str], stacked: bool, transposed: bool, dtype):
-    self.tensors, self.names, self.stacked, self.transposed, self.dtype = tensors, names, stacked, transposed, dtype
+    self.tensors, self.names, self.stacked, self.transposed, self.dtype = (
+      tensors,
+      names,
+      stacked,
+      transposed,
+      dtype,
+    )
     self.known: dict[tuple, np.ndarray] = {}
 
   def read(self, index: tuple[slice, ...]) -> np.ndarray:
@@ -55,17 +61,20 @@ def _shape(tensors: Mapping, name: str) -> tuple[int, ...]:
   return tuple(of(name)) if of else np.shape(tensors[name])
 
 
-def params_from_tensors(abstract: Params, tensors: Mapping, keys: Keys, source: str, shardings: Any = None) -> Params:
+def params_from_tensors(
+  abstract: Params, tensors: Mapping, keys: Keys, source: str, shardings: Any = None
+) -> Params:
   """Fills a tree of ShapeDtypeStructs from a checkpoint.
 
   Args:
     abstract: the parameters' shapes and dtypes (`jax.eval_shape` of an init).
-    tensors: checkpoint key -> array; may be lazy, and offer `shape_of(name)` and `read_part(name, index)`.
-    source: names the checkpoint in errors.
+    tensors: checkpoint key -> array; may be lazy, and offer `shape_of(name)` and `read_part(name,
+    index)`. source: names the checkpoint in errors.
     shardings: a tree like `abstract`; each device is given its part and no more is read for it.
 
   Raises:
-    ValueError: tensors missing or left over (both listed), or a shape that does not fit, all before any is read.
+    ValueError: tensors missing or left over (both listed), or a shape that does not fit, all before
+    any is read.
   """
   used, missing, leaves = set(), [], []
   for path, name, candidates, transposed, leaf in _entries(abstract, keys):
@@ -82,19 +91,26 @@ def params_from_tensors(abstract: Params, tensors: Mapping, keys: Keys, source: 
       shape = _shape(tensors, there)
       if shape != want:
         place = getattr(tensors, "place_of", lambda _: "")(there)
-        raise ValueError(f"{source}: tensor {there}{place and f' in {place}'} has shape {shape}, but config.json asks "
-                         f"for {want} ({name})")
+        raise ValueError(
+          f"{source}: tensor {there}{place and f' in {place}'} has shape {shape}, "
+          f"but config.json asks for {want} ({name})"
+        )
       used.add(there)
       found.append(there)
     leaves.append(_Leaf(tensors, found, stacked, transposed, leaf.dtype))
   if missing:
     raise ValueError(f"{source}: {len(missing)} tensors are missing, for example {missing[:5]}")
   # A tied head may be written out too; it is the embedding once more.
-  extra = [k for k in tensors if k not in used and not re.fullmatch(
-      rf"(language_model\.)?lm_head\.weight|{keys.unused}", k)]
+  extra = [
+    k
+    for k in tensors
+    if k not in used and not re.fullmatch(rf"(language_model\.)?lm_head\.weight|{keys.unused}", k)
+  ]
   if extra:
-    raise ValueError(f"{source}: {len(extra)} tensors fit no parameter, for example {sorted(extra)[:5]}; "
-                     "is config.json of another model?")
+    raise ValueError(
+      f"{source}: {len(extra)} tensors fit no parameter, for example "
+      f"{sorted(extra)[:5]}; is config.json of another model?"
+    )
   structure = jax.tree_util.tree_structure(abstract)
   shapes = jax.tree.leaves(abstract)
   places = [None] * len(leaves) if shardings is None else structure.flatten_up_to(shardings)
@@ -109,8 +125,8 @@ def params_from_tensors(abstract: Params, tensors: Mapping, keys: Keys, source: 
 
 
 class TensorsOfParams(Mapping):
-  """The checkpoint's tensors under the names this package writes, each made when asked for (by all processes alike);
-  the inverse of `params_from_tensors`. `dtype` casts them."""
+  """The checkpoint's tensors under the names this package writes, each made when asked for (by all
+  processes alike); the inverse of `params_from_tensors`. `dtype` casts them."""
 
   def __init__(self, params: Params, keys: Keys, dtype=None):
     self.dtype, self.sources = dtype, {}

@@ -1,4 +1,5 @@
-"""Requests (text, an image) -> replies of an OpenAI-compatible chat endpoint: vLLM, SGLang, OpenAI, many at a time.
+"""Requests (text, an image) -> replies of an OpenAI-compatible chat endpoint: vLLM, SGLang, OpenAI,
+many at a time.
 
 The package `openai` is optional and imported where an endpoint is opened.
 """
@@ -28,7 +29,8 @@ from PIL import Image
 log = logging.getLogger("caprl_jax.inference.endpoint")
 
 Key = TypeVar("Key", bound=Hashable)
-Request = tuple[Key, str, str, bytes | None]  # key, system text ("": none), user text, an encoded image
+# key, system text ("": none), user text, an encoded image
+Request = tuple[Key, str, str, bytes | None]
 
 _FIRST_WAIT_SECS = 1.0  # before the first retry; doubled with each
 _LONGEST_WAIT_SECS = 120.0  # also where the server asks for longer
@@ -41,13 +43,15 @@ _SHOWN_MODELS = 20
 class EndpointConfig:
   """url: with its path, as in http://localhost:8000/v1. model: the name that it is served under.
 
-  api_key_env: name of the environment variable with the key, which is sent to `url` and never written anywhere; where
-    it is not set, or for "", the key is EMPTY, as servers without keys want.
-  concurrency: requests at a time. timeout_secs: for one attempt, whole. max_retries: attempts after the first, on
-    connection errors, timeouts, unreadable replies, 429 and 5xx.
-  repetition_penalty: no part of OpenAI's own protocol; sent unless None or 1. CapRL generated its questions with 1.05.
-  max_failures: so many failing requests in a row stop the run.
+  api_key_env: name of the environment variable with the key, which is sent to `url` and never
+    written anywhere; where it is not set, or for "", the key is EMPTY, as servers without keys
+    want.
+  concurrency: requests at a time. timeout_secs: for one attempt, whole. max_retries: attempts after
+    the first, on connection errors, timeouts, unreadable replies, 429 and 5xx.
+  repetition_penalty: no part of OpenAI's own protocol; sent unless None or 1. CapRL generated its
+  questions with 1.05. max_failures: so many failing requests in a row stop the run.
   """
+
   url: str
   model: str
   api_key_env: str = "OPENAI_API_KEY"
@@ -62,33 +66,50 @@ class EndpointConfig:
   def __post_init__(self):
     parts = urllib.parse.urlsplit(self.url)
     if parts.username or parts.password:
-      raise ValueError("endpoint.url holds a user name or password; put a key into an environment variable and name "
-                       "that in endpoint.api_key_env")
+      raise ValueError(
+        "endpoint.url holds a user name or password; put a key into an environment "
+        "variable and name that in endpoint.api_key_env"
+      )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-      raise ValueError(f"endpoint.url = {self.url!r} is no address; write it as http://localhost:8000/v1")
+      raise ValueError(
+        f"endpoint.url = {self.url!r} is no address; write it as http://localhost:8000/v1"
+      )
     if not self.model:
       raise ValueError("endpoint.model is empty; give the name that the model is served under")
     if self.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
       # It may be the key itself: not to be shown.
-      raise ValueError("endpoint.api_key_env is no name of an environment variable; put the key into a variable and "
-                       "give its name here, such as 'OPENAI_API_KEY'")
-    for name, least in (("concurrency", 1), ("max_retries", 0), ("max_tokens", 1), ("max_failures", 1)):
+      raise ValueError(
+        "endpoint.api_key_env is no name of an environment variable; put the key "
+        "into a variable and give its name here, such as 'OPENAI_API_KEY'"
+      )
+    for name, least in (
+      ("concurrency", 1),
+      ("max_retries", 0),
+      ("max_tokens", 1),
+      ("max_failures", 1),
+    ):
       if getattr(self, name) < least:
         raise ValueError(f"endpoint.{name} = {getattr(self, name)}: it must be at least {least}")
     if not self.timeout_secs > 0 or not self.temperature >= 0:
-      raise ValueError(f"endpoint.timeout_secs = {self.timeout_secs} must be above 0, and temperature = "
-                       f"{self.temperature} at least 0")
+      raise ValueError(
+        f"endpoint.timeout_secs = {self.timeout_secs} must be above 0, and "
+        f"temperature = {self.temperature} at least 0"
+      )
     if self.repetition_penalty is not None and not self.repetition_penalty > 0:
-      raise ValueError(f"endpoint.repetition_penalty = {self.repetition_penalty}: it must be above 0; None leaves it "
-                       "out")
+      raise ValueError(
+        f"endpoint.repetition_penalty = {self.repetition_penalty}: it must be above "
+        "0; None leaves it out"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
   """What became of a request: `text`, or `error` with the reason.
 
-  `finish` is the server's own word ("stop"; "length": cut off at max_tokens), "" where there was no reply.
+  `finish` is the server's own word ("stop"; "length": cut off at max_tokens), "" where there was no
+  reply.
   """
+
   text: str | None
   finish: str
   error: str | None
@@ -99,26 +120,34 @@ class Endpoint:
   """An open endpoint; to be closed, or used in a `with`. Requests run in a thread of its own."""
 
   def __init__(self, cfg: EndpointConfig):
-    """Opens no connection yet. Raises ValueError without the package `openai`, or for a key that cannot be sent."""
+    """Opens no connection yet. Raises ValueError without the package `openai`, or for a key that
+    cannot be sent.
+    """
     try:
       import openai
     except ImportError as error:
-      raise ValueError(f"an endpoint ({cfg.url}) is asked with the package openai, which cannot be imported ({error}); "
-                       "run `pip install openai`") from error
+      raise ValueError(
+        f"an endpoint ({cfg.url}) is asked with the package openai, which cannot be "
+        f"imported ({error}); run `pip install openai`"
+      ) from error
     self.cfg = cfg
     self._openai = openai
     self._key = (os.environ.get(cfg.api_key_env, "").strip() if cfg.api_key_env else "") or "EMPTY"
     if not re.fullmatch(r"[!-~]+", self._key):  # the client's own error would show it
-      raise ValueError(f"the environment variable {cfg.api_key_env} holds characters that no key has; set it anew")
+      raise ValueError(
+        f"the environment variable {cfg.api_key_env} holds characters that no key has; set it anew"
+      )
     self._failures = 0  # in a row
     self._busy = asyncio.Semaphore(cfg.concurrency)
     self._loop = asyncio.new_event_loop()
     self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
     self._thread.start()
-    # A proxy that the environment names for the world outside must not stand before a server on this machine.
+    # A proxy that the environment names for the world outside must not stand before a server on
+    # this machine.
     http = openai.DefaultAsyncHttpxClient(trust_env=False) if _is_local(cfg.url) else None
     self._client = openai.AsyncOpenAI(
-        base_url=cfg.url, api_key=self._key, timeout=cfg.timeout_secs, max_retries=0, http_client=http)
+      base_url=cfg.url, api_key=self._key, timeout=cfg.timeout_secs, max_retries=0, http_client=http
+    )
 
   def __enter__(self) -> "Endpoint":
     return self
@@ -140,7 +169,9 @@ class Endpoint:
       self._loop.close()
 
   def check(self) -> None:
-    """Asks for the list of models. Raises ValueError with url, reason and remedy, also where `model` is not in it."""
+    """Asks for the list of models. Raises ValueError with url, reason and remedy, also where
+    `model` is not in it.
+    """
     cfg = self.cfg
     where = f"endpoint {cfg.url}"
     try:
@@ -151,33 +182,42 @@ class Endpoint:
       if status in (401, 403):
         variable = cfg.api_key_env or "that endpoint.api_key_env names"
         remedy = f"put the right key into the environment variable {variable}"
-      elif (status or 0) >= 500 or isinstance(error, (self._openai.APIConnectionError, TimeoutError)):
+      elif (status or 0) >= 500 or isinstance(
+        error, (self._openai.APIConnectionError, TimeoutError)
+      ):
         remedy = f"start the server (such as `vllm serve {cfg.model}`), wait until it is ready, or correct endpoint.url"
       else:
         remedy = "is it the address of an OpenAI-compatible server? It mostly ends in /v1"
-      raise ValueError(f"{where} does not list its models: {self._reason(error)}; {remedy}") from error
+      raise ValueError(
+        f"{where} does not list its models: {self._reason(error)}; {remedy}"
+      ) from error
     if cfg.model not in served:
       near = difflib.get_close_matches(cfg.model, served, 1)
       more = f" and {len(served) - _SHOWN_MODELS} more" if len(served) > _SHOWN_MODELS else ""
       raise ValueError(
-          f"{where} does not serve endpoint.model = {cfg.model!r}" + (f"; did you mean {near[0]!r}?" if near else ";") +
-          f" It serves {', '.join(map(repr, served[:_SHOWN_MODELS])) or 'no model'}{more}")
+        f"{where} does not serve endpoint.model = {cfg.model!r}"
+        + (f"; did you mean {near[0]!r}?" if near else ";")
+        + f" It serves {', '.join(map(repr, served[:_SHOWN_MODELS])) or 'no model'}{more}"
+      )
 
   def ask_all(self, requests: Iterable[Request]) -> Iterator[tuple[Key, Reply]]:
     """Sends all requests and yields each one's key and reply, in the order in which they finish.
 
-    Reads at most 2 x concurrency requests ahead of what it has yielded. A request that fails, after its retries or for
-    a reason that no retry mends (a bad image, too long a prompt), yields a reply with `error`. Left early, also by
-    Ctrl-C, it cancels what is under way.
+    Reads at most 2 x concurrency requests ahead of what it has yielded. A request that fails, after
+    its retries or for a reason that no retry mends (a bad image, too long a prompt), yields a reply
+    with `error`. Left early, also by Ctrl-C, it cancels what is under way.
 
     Raises:
-      ValueError: `max_failures` requests in a row failed, counted over all calls; with the last one's reason.
+      ValueError: `max_failures` requests in a row failed, counted over all calls; with the last
+      one's reason.
     """
     waiting = iter(requests)
     running: dict[concurrent.futures.Future[Reply], Key] = {}
     try:
       while True:
-        for key, system, user, image in itertools.islice(waiting, 2 * self.cfg.concurrency - len(running)):
+        for key, system, user, image in itertools.islice(
+          waiting, 2 * self.cfg.concurrency - len(running)
+        ):
           running[self._start(self._ask(system, user, image))] = key
         if not running:
           return
@@ -188,8 +228,10 @@ class Endpoint:
           yield key, reply
           if self._failures >= self.cfg.max_failures:
             raise ValueError(
-                f"endpoint {self.cfg.url}, model {self.cfg.model!r}: {self._failures} requests in a row failed "
-                f"(endpoint.max_failures); the last one: {reply.error}. Mend that and start again")
+              f"endpoint {self.cfg.url}, model {self.cfg.model!r}: {self._failures} requests in "
+              f"a row failed (endpoint.max_failures); the last one: {reply.error}. Mend that and "
+              "start again"
+            )
     finally:
       for future in running:
         future.cancel()
@@ -211,19 +253,29 @@ class Endpoint:
         messages = _messages(system, user, image)
       except ValueError as error:
         return Reply(None, "", str(error), 0)
-      penalty = {} if cfg.repetition_penalty in (None, 1) else {"repetition_penalty": cfg.repetition_penalty}
+      penalty = (
+        {}
+        if cfg.repetition_penalty in (None, 1)
+        else {"repetition_penalty": cfg.repetition_penalty}
+      )
       for attempt in itertools.count(1):
         try:
-          async with asyncio.timeout(cfg.timeout_secs):  # the client's own timeout is for every single read
+          # the client's own timeout is for every single read
+          async with asyncio.timeout(cfg.timeout_secs):
             completion = await self._client.chat.completions.create(
-                model=cfg.model, messages=messages, temperature=cfg.temperature, max_tokens=cfg.max_tokens,
-                extra_body=penalty)
+              model=cfg.model,
+              messages=messages,
+              temperature=cfg.temperature,
+              max_tokens=cfg.max_tokens,
+              extra_body=penalty,
+            )
           choice = completion.choices[0]
           if choice.message.content is None:  # refused, filtered, or all tokens went into reasoning
             reason = f"the reply has no text (finish_reason {choice.finish_reason!r})"
             return Reply(None, choice.finish_reason or "", reason, attempt)
           return Reply(choice.message.content, choice.finish_reason or "", None, attempt)
-        # Whatever else stands in the place of a reply (HTML, half of a JSON) makes the client raise anything.
+        # Whatever else stands in the place of a reply (HTML, half of a JSON) makes the client raise
+        # anything.
         except Exception as error:
           status = getattr(error, "status_code", None)
           lasting = status is not None and status not in (408, 429) and status < 500
@@ -264,15 +316,21 @@ def _mime_type(image: bytes) -> str:
     with Image.open(io.BytesIO(image)) as opened:  # reads the header only
       kind = opened.format
   except Exception as error:
-    raise ValueError(f"the image ({len(image)} bytes) is in no known format ({error}); it was not sent") from error
+    raise ValueError(
+      f"the image ({len(image)} bytes) is in no known format ({error}); it was not sent"
+    ) from error
   kind = "JPEG" if kind == "MPO" else kind  # several JPEGs in one file, as phones write them
   if kind not in Image.MIME:
-    raise ValueError(f"the image is in the format {kind}, which has no MIME type; save it as PNG or JPEG")
+    raise ValueError(
+      f"the image is in the format {kind}, which has no MIME type; save it as PNG or JPEG"
+    )
   return Image.MIME[kind]
 
 
 def _wait_secs(attempt: int, error: Exception) -> float:
-  """How long to wait after an attempt: as the server asks, else doubled each time; never the same for all requests."""
+  """How long to wait after an attempt: as the server asks, else doubled each time; never the same
+  for all requests.
+  """
   asked = _retry_after_secs(getattr(getattr(error, "response", None), "headers", {}))
   if asked is not None:
     return min(asked, _LONGEST_WAIT_SECS) + random.random() * _FIRST_WAIT_SECS
@@ -286,14 +344,18 @@ def _retry_after_secs(headers) -> float | None:
     secs = float(said)
   except ValueError:
     try:
-      secs = (email.utils.parsedate_to_datetime(said) - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+      secs = (
+        email.utils.parsedate_to_datetime(said) - datetime.datetime.now(datetime.timezone.utc)
+      ).total_seconds()
     except (ValueError, TypeError):
       return None
   return max(secs, 0.0) if secs == secs else None
 
 
 def _server_message(body: str) -> str:
-  """The message inside the JSON of an error, as OpenAI, vLLM and FastAPI write it; else the body's beginning."""
+  """The message inside the JSON of an error, as OpenAI, vLLM and FastAPI write it; else the body's
+  beginning.
+  """
   try:
     found: Any = json.loads(body)
     for name in ("error", "message", "detail"):

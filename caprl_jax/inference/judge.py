@@ -1,7 +1,8 @@
-"""Captions and questions as text -> the judge's answers, on the host: for curation, the gate and priors.
+"""Captions and questions as text -> the judge's answers, on the host: for curation, the gate and
+priors.
 
-Asks each distinct thing once. Rows of one caption and a few questions go through `judging.answer_questions` in
-fixed shapes, so the caption is shared and one program is compiled.
+Asks each distinct thing once. Rows of one caption and a few questions go through
+`judging.answer_questions` in fixed shapes, so the caption is shared and one program is compiled.
 """
 
 import dataclasses
@@ -15,7 +16,12 @@ from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
-from caprl_jax.data.judge_questions import QuestionShape, QuestionTokenizer, pad_questions, question_shape
+from caprl_jax.data.judge_questions import (
+  QuestionShape,
+  QuestionTokenizer,
+  pad_questions,
+  question_shape,
+)
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import Loaded
 from caprl_jax.rl.judge import answer_questions
@@ -27,9 +33,17 @@ Ask = tuple[str, Question]  # a caption and a question about it
 class HostJudge:
   """A judge that remembers what it was asked."""
 
-  def __init__(self, judge: Loaded, tokenize: QuestionTokenizer, cfg: JudgeConfig, seed: int,
-               questions_per_row: int = 8, rows_per_call: int = 4):
-    # Each question once, for one caption at a time: what is drawn, and for how many captions, is the step's business.
+  def __init__(
+    self,
+    judge: Loaded,
+    tokenize: QuestionTokenizer,
+    cfg: JudgeConfig,
+    seed: int,
+    questions_per_row: int = 8,
+    rows_per_call: int = 4,
+  ):
+    # Each question once, for one caption at a time: what is drawn, and for how many captions, is
+    # the step's business.
     cfg = dataclasses.replace(cfg, draws=0, independent=False, blind=False, microbatches=1)
     self.tokenize, self.cfg = tokenize, cfg
     self.K, self.rows = questions_per_row, rows_per_call
@@ -38,20 +52,27 @@ class HostJudge:
     self._params = judge.params
     self._written = judge.model.cfg.vocab_size if cfg.reading == "generate" else None
     mesh = jax.tree.leaves(judge.params)[0].sharding.mesh
-    self._answer = jax.jit(functools.partial(answer_questions, judge.model, cfg=cfg),
-                           out_shardings=sharding.replicated(mesh))  # every process reads all answers
+    self._answer = jax.jit(
+      functools.partial(answer_questions, judge.model, cfg=cfg),
+      # every process reads all answers
+      out_shardings=sharding.replicated(mesh),
+    )
 
   @property
   def baseline(self) -> str:
     return self.tokenize.template.baseline
 
   def priors(self, questions: Iterable[Question]) -> None:
-    """Learns the options' log-probabilities after the baseline caption, which `prior_of` then knows."""
+    """Learns the options' log-probabilities after the baseline caption, which `prior_of` then
+    knows.
+    """
     if self.cfg.reading == "option_pmi":
       self._learn_options((self.baseline, q) for q in questions)
 
   def prior_of(self, question: Question) -> list[float]:
-    """Mean log-probability of each option after the baseline caption; zeros where the reading has no prior."""
+    """Mean log-probability of each option after the baseline caption; zeros where the reading has
+    no prior.
+    """
     if self.cfg.reading != "option_pmi":
       return [0.0] * len(question.options)
     return [self.known[self.baseline, question.stem, option] for option in question.options]
@@ -63,14 +84,17 @@ class HostJudge:
       return np.array([self.known[caption, q.stem, q.options] for caption, q in asks], int)
     self._learn_options([(self.baseline, q) for _, q in asks])
     self._learn_options(asks, what)
-    return np.array([best if gap > self.cfg.margin else -1 for best, gap in map(self.best_of, asks)], int)
+    return np.array(
+      [best if gap > self.cfg.margin else -1 for best, gap in map(self.best_of, asks)], int
+    )
 
   def best_of(self, ask: Ask) -> tuple[int, float]:
-    """`option_pmi`: the best option of what was asked before, whatever the margin, and its lead over the runner-up in
-    nats."""
+    """`option_pmi`: the best option of what was asked before, whatever the margin, and its lead
+    over the runner-up in nats."""
     caption, question = ask
-    score = (np.array([self.known[caption, question.stem, option] for option in question.options])
-             - self.prior_of(question))
+    score = np.array(
+      [self.known[caption, question.stem, option] for option in question.options]
+    ) - self.prior_of(question)
     second, best = np.sort(score)[-2:]
     return int(np.argmax(score)), float(best - second)
 
@@ -80,21 +104,26 @@ class HostJudge:
     return self.choices(asks, what) == gold
 
   def _learn_options(self, asks: Iterable[Ask], what: str = "judging") -> None:
-    """option_pmi: an option's score depends on nothing but caption, stem and itself, so each is asked once."""
+    """option_pmi: an option's score depends on nothing but caption, stem and itself, so each is
+    asked once.
+    """
     wanted: dict[str, dict[str, dict[str, None]]] = {}
     for caption, q in asks:
       for option in q.options:
         if (caption, q.stem, option) not in self.known:
           wanted.setdefault(caption, {}).setdefault(q.stem, {})[option] = None
     widest = 4
-    # Options of one token need no run of their own (`judging._option_scores`): they are asked apart from longer ones.
+    # Options of one token need no run of their own (`judging._option_scores`): they are asked apart
+    # from longer ones.
     todo: dict[bool, list[Ask]] = {False: [], True: []}
     for caption, stems in wanted.items():
       for stem, options in stems.items():
         for is_long in todo:
           some = [o for o in options if self._is_long(o) == is_long]
           for i in range(0, len(some), widest):
-            todo[is_long].append((caption, Question(stem, tuple(some[i:i + widest]), 0, self.tokenize.kinds[0])))
+            todo[is_long].append(
+              (caption, Question(stem, tuple(some[i : i + widest]), 0, self.tokenize.kinds[0]))
+            )
     for asked in todo.values():
       for (caption, q), scores in zip(asked, self._ask(asked, widest, what), strict=True):
         for option, score in zip(q.options, scores):
@@ -102,11 +131,18 @@ class HostJudge:
 
   @functools.cache
   def _is_long(self, option: str) -> bool:
-    return len(self.tokenize.tokenizer.encode_plain(self.tokenize.template.option.format(option=option))) > 1
+    return (
+      len(self.tokenize.tokenizer.encode_plain(self.tokenize.template.option.format(option=option)))
+      > 1
+    )
 
   def _learn_choices(self, asks: Sequence[Ask], what: str) -> None:
     """letter readings: the answer depends on all options."""
-    todo = list({(c, q.stem, q.options): (c, q) for c, q in asks if (c, q.stem, q.options) not in self.known}.values())
+    todo = list(
+      {
+        (c, q.stem, q.options): (c, q) for c, q in asks if (c, q.stem, q.options) not in self.known
+      }.values()
+    )
     widest = max((len(q.options) for _, q in todo), default=2)
     for (caption, q), choice in zip(todo, self._ask(todo, widest, what), strict=True):
       self.known[caption, q.stem, q.options] = int(choice)
@@ -122,32 +158,51 @@ class HostJudge:
     captions = {caption: self.tokenize.caption_ids(caption) for caption in by_caption}
     # Questions of a like length share a row and rows a call, so that little is padded ...
     length = lambda i: len(tokenized[i].stem)
-    rows = [(caption, order[i:i + self.K]) for caption, order in by_caption.items()
-            for order in [sorted(order, key=length)] for i in range(0, len(order), self.K)]
+    rows = [
+      (caption, order[i : i + self.K])
+      for caption, order in by_caption.items()
+      for order in [sorted(order, key=length)]
+      for i in range(0, len(order), self.K)
+    ]
     rows.sort(key=lambda row: (max(map(length, row[1])), len(captions[row[0]])))
     option_tokens = question_shape(tokenized).option_tokens
     prompt = self.tokenize.prompt(options if self.cfg.reading != "option_pmi" else 2, self._written)
     answers: list = [None] * len(asks)
-    for start in tqdm(range(0, len(rows), self.rows), desc=what, unit="batch", leave=False, delay=5, disable=None):
-      part = rows[start:start + self.rows]
+    for start in tqdm(
+      range(0, len(rows), self.rows), desc=what, unit="batch", leave=False, delay=5, disable=None
+    ):
+      part = rows[start : start + self.rows]
       part = part + [part[-1]] * (self.rows - len(part))
       # ... and lengths are rounded up, so that few programs are compiled.
-      shape = QuestionShape(options, _round_up(max(length(i) for _, order in part for i in order), 4), option_tokens)
+      shape = QuestionShape(
+        options, _round_up(max(length(i) for _, order in part for i in order), 4), option_tokens
+      )
       T = _round_up(max(1, *(len(captions[caption]) for caption, _ in part)), 8)
       ids = np.zeros((self.rows, 1, T), np.int32)
       keep = np.zeros((self.rows, 1, T), bool)
       for r, (caption, _) in enumerate(part):
-        ids[r, 0, :len(captions[caption])] = captions[caption]
-        keep[r, 0, :len(captions[caption])] = True
-      questions = stack([pad_questions([tokenized[i] for i in order], self.K, shape) for _, order in part])
-      out = self._answer(self._params, prompt, jnp.asarray(ids), jnp.asarray(keep),
-                         jax.tree.map(jnp.asarray, questions), key=jax.random.fold_in(self.key, start))
+        ids[r, 0, : len(captions[caption])] = captions[caption]
+        keep[r, 0, : len(captions[caption])] = True
+      questions = stack(
+        [pad_questions([tokenized[i] for i in order], self.K, shape) for _, order in part]
+      )
+      out = self._answer(
+        self._params,
+        prompt,
+        jnp.asarray(ids),
+        jnp.asarray(keep),
+        jax.tree.map(jnp.asarray, questions),
+        key=jax.random.fold_in(self.key, start),
+      )
       score, choice, valid = jax.device_get((out.score_BGKA, out.choice_BGK, out.valid_BGK))
       for r, (caption, order) in enumerate(part):
         for k, i in enumerate(order):
           if not valid[r, 0, k]:
-            raise ValueError(f"the judge gave numbers that are not finite for the question {asks[i][1].stem!r} on the "
-                             f"caption {caption!r}; check judge.source and its dtype")
+            raise ValueError(
+              "the judge gave numbers that are not finite for the question "
+              f"{asks[i][1].stem!r} on the caption {caption!r}; check judge.source "
+              "and its dtype"
+            )
           answers[i] = score[r, 0, k] if self.cfg.reading == "option_pmi" else choice[r, 0, k]
     return answers
 

@@ -1,7 +1,8 @@
-"""Images with open questions -> a captioner's answers in words, with the image and without: direct VQA.
+"""Images with open questions -> a captioner's answers in words, with the image and without: direct
+VQA.
 
-The image runs once, every question branches from it, and every answer from its question. Letters as in answering.py;
-T tokens of an answer.
+The image runs once, every question branches from it, and every answer from its question. Letters as
+in answering.py; T tokens of an answer.
 """
 
 import dataclasses
@@ -27,8 +28,9 @@ from caprl_jax.types import Array, Images, Params, Prompts, Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class OpenVqaAnswer(VqaAnswer):
-  """How one question was answered in words; `visual` and `blind` are 1 where it `is_right`, and there are no
-  probabilities. written, blind_written: the answers with the image and without it."""
+  """How one question was answered in words; `visual` and `blind` are 1 where it `is_right`, and
+  there are no probabilities. written, blind_written: the answers with the image and without it."""
+
   written: str = ""
   blind_written: str = ""
 
@@ -36,57 +38,108 @@ class OpenVqaAnswer(VqaAnswer):
 def check_ends(tokenizer: Tokenizer) -> None:
   """Raises ValueError for a model that does not know how to end an answer."""
   if not tokenizer.end_ids:
-    raise ValueError("the model's files name no end token: its answers would never stop; add eos_token_id to "
-                     "config.json")
+    raise ValueError(
+      "the model's files name no end token: its answers would never stop; add "
+      "eos_token_id to config.json"
+    )
 
 
 def is_right(written: str, question: Question) -> bool:
-  """Whether an answer is `exact`ly the right option; where it is others as well ("C", "C#"), by its very letters."""
+  """Whether an answer is `exact`ly the right option; where it is others as well ("C", "C#"), by its
+  very letters.
+  """
   gold = question.options[question.gold]
   several = sum(exact(written, option) for option in question.options) > 1
-  return bool(exact(written, gold)) and (not several or written.casefold() == gold.strip().casefold())
+  return bool(exact(written, gold)) and (
+    not several or written.casefold() == gold.strip().casefold()
+  )
 
 
-def write_answers(policy: Policy, params: Params, images: Images | None, prompts: Prompts | None, tokens_BML: Array,
-                  valid_BML: Array, *, vocabulary: Vocabulary, cfg: SamplingConfig) -> tuple[Array, Array]:
-  """The likeliest tokens after each presentation, and which are valid, [B, M, T] each; the image, if any, runs once."""
+def write_answers(
+  policy: Policy,
+  params: Params,
+  images: Images | None,
+  prompts: Prompts | None,
+  tokens_BML: Array,
+  valid_BML: Array,
+  *,
+  vocabulary: Vocabulary,
+  cfg: SamplingConfig,
+) -> tuple[Array, Array]:
+  """The likeliest tokens after each presentation, and which are valid, [B, M, T] each; the image,
+  if any, runs once.
+  """
   B, M, _ = tokens_BML.shape
-  hidden_ND, next_position_N, prefixes = branch(policy, params, images, prompts, tokens_BML, valid_BML)
+  hidden_ND, next_position_N, prefixes = branch(
+    policy, params, images, prompts, tokens_BML, valid_BML
+  )
 
   def extend(tokens, position, valid, cache):
-    return policy.apply({"params": params}, tokens, position, valid, (*prefixes, cache), method="extend")
+    return policy.apply(
+      {"params": params}, tokens, position, valid, (*prefixes, cache), method="extend"
+    )
 
-  end = decode(extend, head_matrix(policy.cfg.text, params["language_model"]), hidden_ND, next_position_N,
-               empty_cache(prefixes[-1], B * M, cfg.max_tokens), vocabulary, jax.random.key(0), cfg)
+  end = decode(
+    extend,
+    head_matrix(policy.cfg.text, params["language_model"]),
+    hidden_ND,
+    next_position_N,
+    empty_cache(prefixes[-1], B * M, cfg.max_tokens),
+    vocabulary,
+    jax.random.key(0),
+    cfg,
+  )
   return end.tokens_NT.reshape(B, M, -1), end.valid_NT.reshape(B, M, -1)
 
 
 class OpenAnswerer(VqaRunner):
-  """A model that answers questions in words, greedily. `permutations` and `none_of_above` of `cfg` do not matter: no
-  options are shown. Raises ValueError as `check_ends`.
+  """A model that answers questions in words, greedily. `permutations` and `none_of_above` of `cfg`
+  do not matter: no options are shown. Raises ValueError as `check_ends`.
   """
 
-  def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int,
-               wording: str = LLAVA, max_tokens: int = 16):
+  def __init__(
+    self,
+    loaded: Loaded,
+    cfg: AnswerConfig,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    wording: str = LLAVA,
+    max_tokens: int = 16,
+  ):
     size, tokenizer = loaded.model.cfg.text.vocab_size, loaded.tokenizer
     check_ends(tokenizer)
-    vocabulary = Vocabulary(jnp.ones(size, bool), jnp.full(size, -1, jnp.int32),  # every id, as in `generate`
-                            tuple(tokenizer.end_ids), tokenizer.end_ids[0])
+    # every id, as in `generate`
+    vocabulary = Vocabulary(
+      jnp.ones(size, bool),
+      jnp.full(size, -1, jnp.int32),
+      tuple(tokenizer.end_ids),
+      tokenizer.end_ids[0],
+    )
     vocabulary = jax.device_put(vocabulary, sharding.replicated(mesh))
-    self._write = jax.jit(functools.partial(write_answers, loaded.model, vocabulary=vocabulary,
-                                            cfg=SamplingConfig(max_tokens, temperature=0.0)))
+    self._write = jax.jit(
+      functools.partial(
+        write_answers,
+        loaded.model,
+        vocabulary=vocabulary,
+        cfg=SamplingConfig(max_tokens, temperature=0.0),
+      )
+    )
     self.wording = wording
     super().__init__(loaded, cfg, mesh, seed)
 
   def texts(self, question: Question, with_image: bool) -> list[str]:
     return [open_text(self.wording, question)]
 
-  def run(self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array) -> Array:
+  def run(
+    self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array
+  ) -> Array:
     tokens, valid = self._write(self.loaded.params, images, prompts, tokens_BML, valid_BML)
     return jnp.where(valid, tokens, -1)
 
   def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> OpenVqaAnswer:
-    written, blind_written = (self.loaded.tokenizer.decode_written([t for t in tokens[0].tolist() if t >= 0]).strip()
-                              for tokens in (visual, blind))
+    written, blind_written = (
+      self.loaded.tokenizer.decode_written([t for t in tokens[0].tolist() if t >= 0]).strip()
+      for tokens in (visual, blind)
+    )
     right = [float(is_right(text, question)) for text in (written, blind_written)]
     return OpenVqaAnswer(*right, written=written, blind_written=blind_written)

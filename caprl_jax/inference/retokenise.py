@@ -1,4 +1,5 @@
-"""Captions in the captioner's token ids -> the judge's, by way of their text: for vocabularies that no table relates.
+"""Captions in the captioner's token ids -> the judge's, by way of their text: for vocabularies that
+no table relates.
 
 A host hop between two programs, where captioner and judge are not of one family.
 """
@@ -10,14 +11,16 @@ from caprl_jax.types import Captions
 
 
 class Translator:
-  """Text of captions, tokenised anew. A caption may take up to twice its limit in the judge's tokens; of a longer one
-  the judge sees as much as fits, and the share of those is a metric."""
+  """Text of captions, tokenised anew. A caption may take up to twice its limit in the judge's
+  tokens; of a longer one the judge sees as much as fits, and the share of those is a metric."""
 
   def __init__(self, policy: Tokenizer, judge: Tokenizer, max_tokens: int):
     self.policy, self.judge, self.slots = policy, judge, 2 * max_tokens
 
   def __call__(self, captions: Captions) -> tuple[np.ndarray, np.ndarray, float]:
-    """Host arrays -> judge ids int32 [B, G, T], which of them count, and the share of captions that were cut."""
+    """Host arrays -> judge ids int32 [B, G, T], which of them count, and the share of captions that
+    were cut.
+    """
     B, G, _ = captions.tokens_BGT.shape
     ids, keep = np.zeros((B, G, self.slots), np.int32), np.zeros((B, G, self.slots), bool)
     cut = 0
@@ -25,6 +28,6 @@ class Translator:
       text = self.policy.decode(captions.tokens_BGT[place][captions.valid_BGT[place]])
       written = self.judge.encode_plain(text)
       cut += len(written) > self.slots
-      written = written[:self.slots]
-      ids[place][:len(written)], keep[place][:len(written)] = written, True
+      written = written[: self.slots]
+      ids[place][: len(written)], keep[place][: len(written)] = written, True
     return ids, keep, cut / (B * G)

@@ -1,5 +1,5 @@
-"""Prompts -> texts of a language model without eyes: Prism's second stage. Letters: N prompts, L prompt tokens, T new
-ones."""
+"""Prompts -> texts of a language model without eyes: Prism's second stage. Letters: N prompts, L
+prompt tokens, T new ones."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -20,44 +20,76 @@ from caprl_jax.types import Array, Params, Vocabulary
 
 class Written(NamedTuple):
   """A text, and whether it ended by itself ("end") or was cut at max_tokens ("length")."""
+
   text: str
   finish: str
 
 
-def write_texts(model: Decoder, params: Params, tokens_NL: Array, valid_NL: Array, key: Array, *,
-                vocabulary: Vocabulary, cfg: SamplingConfig) -> tuple[Array, Array, Array]:
-  """Goes on writing after each prompt: tokens and which are valid [N, T], and whether each ended [N]. The key is
-  consumed."""
+def write_texts(
+  model: Decoder,
+  params: Params,
+  tokens_NL: Array,
+  valid_NL: Array,
+  key: Array,
+  *,
+  vocabulary: Vocabulary,
+  cfg: SamplingConfig,
+) -> tuple[Array, Array, Array]:
+  """Goes on writing after each prompt: tokens and which are valid [N, T], and whether each ended
+  [N]. The key is consumed."""
   N, L = tokens_NL.shape
   run = lambda tokens, position, valid, prefixes: model.apply(
-      {"params": params}, model.apply({"params": params}, tokens, method="embed"), position, valid, prefixes)
+    {"params": params},
+    model.apply({"params": params}, tokens, method="embed"),
+    position,
+    valid,
+    prefixes,
+  )
   position = jnp.broadcast_to(jnp.arange(L), (N, L))
   hidden_NLD, prefix = run(tokens_NL, position, valid_NL, ())
   extend = lambda tokens, position, valid, cache: run(tokens, position, valid, (prefix, cache))
-  end = decode(extend, head_matrix(model.cfg, params), last_hidden(hidden_NLD, valid_NL), valid_NL.sum(1),
-               empty_cache(prefix, N, cfg.max_tokens), vocabulary, key, cfg)
+  end = decode(
+    extend,
+    head_matrix(model.cfg, params),
+    last_hidden(hidden_NLD, valid_NL),
+    valid_NL.sum(1),
+    empty_cache(prefix, N, cfg.max_tokens),
+    vocabulary,
+    key,
+    cfg,
+  )
   return end.tokens_NT, end.valid_NT, end.done_N
 
 
 class Writer:
   """A language model that goes on after prompts, a compiled program a bucket of prompt lengths."""
 
-  def __init__(self, loaded: Loaded, cfg: SamplingConfig, batch_size: int, mesh: jax.sharding.Mesh, seed: int):
+  def __init__(
+    self, loaded: Loaded, cfg: SamplingConfig, batch_size: int, mesh: jax.sharding.Mesh, seed: int
+  ):
     self.loaded, self.batch_size, self.mesh, self.seed = loaded, batch_size, mesh, seed
     size, ends = loaded.model.cfg.vocab_size, loaded.tokenizer.end_ids
     if not ends:
-      raise ValueError("the answering model's files name no end token: it would never stop; "
-                       "add eos_token_id to config.json")
-    vocabulary = Vocabulary(jnp.arange(size) < loaded.tokenizer.vocab_size, jnp.full(size, -1, jnp.int32),
-                            tuple(ends), ends[0])
-    self._run = jax.jit(functools.partial(write_texts, loaded.model, vocabulary=vocabulary, cfg=cfg))
+      raise ValueError(
+        "the answering model's files name no end token: it would never stop; "
+        "add eos_token_id to config.json"
+      )
+    vocabulary = Vocabulary(
+      jnp.arange(size) < loaded.tokenizer.vocab_size,
+      jnp.full(size, -1, jnp.int32),
+      tuple(ends),
+      ends[0],
+    )
+    self._run = jax.jit(
+      functools.partial(write_texts, loaded.model, vocabulary=vocabulary, cfg=cfg)
+    )
 
   def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, Written]]]:
     """Yields (number of the prompt, its text) batch by batch, prompts of like length together."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     running = None
     for start in range(0, len(order), self.batch_size):
-      members = order[start:start + self.batch_size]
+      members = order[start : start + self.batch_size]
       last, running = running, (members, self._dispatch([prompts[n] for n in members], start))
       if last:
         yield self._fetch(*last)
@@ -69,15 +101,20 @@ class Writer:
     tokens, valid = np.zeros((self.batch_size, L), np.int32), np.zeros((self.batch_size, L), bool)
     for n in range(self.batch_size):
       ids = prompts[min(n, len(prompts) - 1)]  # a batch is filled up with its last prompt
-      tokens[n, :len(ids)], valid[n, :len(ids)] = ids, True
+      tokens[n, : len(ids)], valid[n, : len(ids)] = ids, True
     key = jax.random.fold_in(jax.random.key(self.seed), number)
     return self._run(self.loaded.params, *sharding.put_batch((tokens, valid), self.mesh), key)
 
   def _fetch(self, members: list[int], out) -> list[tuple[int, Written]]:
     tokens_NT, valid_NT, done_N = jax.device_get(out)
     decode_ids = self.loaded.tokenizer.decode_written
-    return [(number, Written(decode_ids(tokens_NT[n][valid_NT[n]].tolist()), "end" if done_N[n] else "length"))
-            for n, number in enumerate(members)]
+    return [
+      (
+        number,
+        Written(decode_ids(tokens_NT[n][valid_NT[n]].tolist()), "end" if done_N[n] else "length"),
+      )
+      for n, number in enumerate(members)
+    ]
 
 
 def length_bucket(length: int) -> int:

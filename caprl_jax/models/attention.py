@@ -1,18 +1,19 @@
-"""The shared-prefix primitive: new tokens attend to prefixes whose rows a fan-out of branches shares.
+"""The shared-prefix primitive: new tokens attend to prefixes whose rows a fan-out of branches
+shares.
 
-A batch of N sequences is a set of branches. Each prefix has R rows with N = R * F: rows of a prefix are in the
-order of their branches (branch n reads row n // F), and are never tiled. Rollout, judge and loss are all this
-one primitive:
+A batch of N sequences is a set of branches. Each prefix has R rows with N = R * F: rows of a prefix
+are in the order of their branches (branch n reads row n // F), and are never tiled. Rollout, judge
+and loss are all this one primitive:
 
   rollout  [image + prompt: B rows] [own caption so far: N rows] + the new token
   loss     [image + prompt: B rows] + the caption's tokens
   judge    [instruction: 1 row] [caption: N rows] + each question's tokens (N * K branches)
 
-Attention over the pieces is computed piece by piece and merged by log-sum-exp (as flash attention merges its
-blocks; Dao et al., arXiv 2205.14135), so each piece can have its own kernel.
+Attention over the pieces is computed piece by piece and merged by log-sum-exp (as flash attention
+merges its blocks; Dao et al., arXiv 2205.14135), so each piece can have its own kernel.
 
-Letters: N branches, R prefix rows, F = N / R, L new tokens, S prefix slots, H query heads, J key heads,
-M = H / J, h head width.
+Letters: N branches, R prefix rows, F = N / R, L new tokens, S prefix slots, H query heads, J key
+heads, M = H / J, h head width.
 """
 
 import flax.struct
@@ -28,6 +29,7 @@ QUERY_CHUNK = 512
 @flax.struct.dataclass
 class Prefix:
   """Keys and values that tokens left behind, for all layers; `layer()` drops the first axis."""
+
   key_YRSJh: Array  # Y layers; keys are already rotated
   value_YRSJh: Array
   valid_RS: Array  # bool
@@ -36,21 +38,26 @@ class Prefix:
 @flax.struct.dataclass
 class Part:
   """Attention over one piece before it is normalised."""
+
   out_NLHh: Array  # float32, sum of exp(score - top) * value
   top_NLH: Array  # float32, the largest score (no gradient)
   mass_NLH: Array  # float32, sum of exp(score - top)
 
 
 def attend_part(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) -> Part:
-  """Attends to one piece. `mask` is bool [R, S] for a prefix, or [N, L, S] for a piece with a row a branch.
+  """Attends to one piece. `mask` is bool [R, S] for a prefix, or [N, L, S] for a piece with a row a
+  branch.
 
-  Scores and the softmax are float32; both products take the inputs' dtype and accumulate in float32.
+  Scores and the softmax are float32; both products take the inputs' dtype and accumulate in
+  float32.
   """
   N, L, H, h = q_NLHh.shape
   R, S, J, _ = key_RSJh.shape
   assert N % R == 0 and H % J == 0, (q_NLHh.shape, key_RSJh.shape)
   q = q_NLHh.reshape(R, N // R, L, J, H // J, h)
-  score = jnp.einsum("rfljmh,rsjh->rfljms", q, key_RSJh, preferred_element_type=jnp.float32) * h ** -0.5
+  score = (
+    jnp.einsum("rfljmh,rsjh->rfljms", q, key_RSJh, preferred_element_type=jnp.float32) * h**-0.5
+  )
   if mask.ndim == 2:
     mask = mask[:, None, None, None, None, :]
   else:
@@ -60,13 +67,19 @@ def attend_part(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) 
   top = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
   # A row that may see nothing has top = NEGATIVE; the mask keeps its exp(0) out of the mass.
   weight = jnp.where(mask, jnp.exp(score - top), 0.0)
-  out = jnp.einsum("rfljms,rsjh->rfljmh", weight.astype(value_RSJh.dtype), value_RSJh,
-                   preferred_element_type=jnp.float32)
+  out = jnp.einsum(
+    "rfljms,rsjh->rfljmh",
+    weight.astype(value_RSJh.dtype),
+    value_RSJh,
+    preferred_element_type=jnp.float32,
+  )
   return Part(out.reshape(N, L, H, h), top.reshape(N, L, H), weight.sum(-1).reshape(N, L, H))
 
 
 def merge_parts(parts: list[Part]) -> Array:
-  """Softmax attention over all pieces together, float32 [N, L, H, h]; zero for a query that may see nothing."""
+  """Softmax attention over all pieces together, float32 [N, L, H, h]; zero for a query that may see
+  nothing.
+  """
   top = parts[0].top_NLH
   for part in parts[1:]:
     top = jnp.maximum(top, part.top_NLH)
@@ -77,22 +90,34 @@ def merge_parts(parts: list[Part]) -> Array:
 
 
 def causal_mask(valid_NL: Array, segment_NL: Array | None = None) -> Array:
-  """bool [N, L, L]: token i sees valid tokens j <= i; with `segment_NL` (int), those of its own segment only."""
+  """bool [N, L, L]: token i sees valid tokens j <= i; with `segment_NL` (int), those of its own
+  segment only.
+  """
   L = valid_NL.shape[1]
   order = jnp.arange(L)
   mask_NLL = (order[:, None] >= order[None, :])[None] & valid_NL[:, None, :]
-  return mask_NLL if segment_NL is None else mask_NLL & (segment_NL[:, :, None] == segment_NL[:, None, :])
+  return (
+    mask_NLL
+    if segment_NL is None
+    else mask_NLL & (segment_NL[:, :, None] == segment_NL[:, None, :])
+  )
 
 
-def attend(q_NLHh: Array, own: tuple[Array, Array], own_mask_NLL: Array,
-           prefixes: tuple[tuple[Array, Array, Array], ...] = ()) -> Array:
-  """Attention of new tokens over prefixes, each (key_RSJh, value_RSJh, valid_RS), and over themselves.
+def attend(
+  q_NLHh: Array,
+  own: tuple[Array, Array],
+  own_mask_NLL: Array,
+  prefixes: tuple[tuple[Array, Array, Array], ...] = (),
+) -> Array:
+  """Attention of new tokens over prefixes, each (key_RSJh, value_RSJh, valid_RS), and over
+  themselves.
 
-  Long runs of queries are taken in chunks of `QUERY_CHUNK`, whose scores are made again in the backward pass: scores of
-  all queries at once would be the largest array in the program.
+  Long runs of queries are taken in chunks of `QUERY_CHUNK`, whose scores are made again in the
+  backward pass: scores of all queries at once would be the largest array in the program.
 
   Returns [N, L, H, h] in the queries' dtype.
   """
+
   def some(q_NCHh: Array, mask_NCL: Array) -> Array:
     parts = [attend_part(q_NCHh, key, value, valid) for key, value, valid in prefixes]
     parts.append(attend_part(q_NCHh, *own, mask_NCL))

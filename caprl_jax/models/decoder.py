@@ -1,10 +1,11 @@
-"""Token embeddings, positions, prefixes -> hidden states: the decoder of the Llama, Qwen2 and Qwen3 families and their
-VLMs.
+"""Token embeddings, positions, prefixes -> hidden states: the decoder of the Llama, Qwen2 and Qwen3
+families and their VLMs.
 
 One definition serves the judge and the policy's language model. It owns no cache: it takes prefixes
 (`attention.Prefix`) and returns the keys and values of the new tokens.
 
-Letters: N branches, L new tokens, D width, H query heads, J key heads, h head width, Y layers, V vocabulary.
+Letters: N branches, L new tokens, D width, H query heads, J key heads, h head width, Y layers, V
+vocabulary.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ Array = jax.Array
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
   """Architecture of a decoder, in the words of Hugging Face's config.json; `from_hf` reads one."""
+
   vocab_size: int
   hidden_size: int
   intermediate_size: int
@@ -51,47 +53,77 @@ class DecoderConfig:
     """Reads a config.json dict of a text model in `DECODERS`. Raises ValueError for others."""
     kind = config.get("model_type", "")
     if kind not in DECODERS:
-      raise ValueError(f"model_type {kind!r} is not a decoder this version knows; it knows {sorted(DECODERS)}")
+      raise ValueError(
+        f"model_type {kind!r} is not a decoder this version knows; it knows {sorted(DECODERS)}"
+      )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope", "llama3"):
-      raise ValueError(f"rope type {rope_type!r} of model_type {kind!r} is not supported; supported: default, mrope, "
-                       "llama3")
+      raise ValueError(
+        f"rope type {rope_type!r} of model_type {kind!r} is not supported; "
+        "supported: default, mrope, llama3"
+      )
     if config.get("use_sliding_window"):
-      raise ValueError("use_sliding_window: true is not supported; the checkpoints this package serves leave it off")
+      raise ValueError(
+        "use_sliding_window: true is not supported; the checkpoints this package "
+        "serves leave it off"
+      )
     heads = config["num_attention_heads"]
     sections = rope.get("mrope_section")
     qkv_bias, qk_norm = DECODERS[kind]
     bias = bool(config.get("attention_bias", False))
-    return cls(**{**dict(
-        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"], num_layers=config["num_hidden_layers"], num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or (128 if qk_norm else config["hidden_size"] // heads),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        rms_norm_eps=config["rms_norm_eps"], tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=bias or qkv_bias, o_bias=bias, qk_norm=qk_norm, activation=config.get("hidden_act", "silu"),
-        mrope_sections=tuple(sections) if sections else None, mrope_interleaved=kind == "qwen3_vl_text",
-        rope_scaling=Llama3Rope.from_hf(rope) if rope_type == "llama3" else None,
-        init_std=config.get("initializer_range", 0.02)), **overrides})
+    return cls(
+      **{
+        **dict(
+          vocab_size=config["vocab_size"],
+          hidden_size=config["hidden_size"],
+          intermediate_size=config["intermediate_size"],
+          num_layers=config["num_hidden_layers"],
+          num_heads=heads,
+          num_kv_heads=config.get("num_key_value_heads") or heads,
+          head_dim=config.get("head_dim") or (128 if qk_norm else config["hidden_size"] // heads),
+          rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+          rms_norm_eps=config["rms_norm_eps"],
+          tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+          qkv_bias=bias or qkv_bias,
+          o_bias=bias,
+          qk_norm=qk_norm,
+          activation=config.get("hidden_act", "silu"),
+          mrope_sections=tuple(sections) if sections else None,
+          mrope_interleaved=kind == "qwen3_vl_text",
+          rope_scaling=Llama3Rope.from_hf(rope) if rope_type == "llama3" else None,
+          init_std=config.get("initializer_range", 0.02),
+        ),
+        **overrides,
+      }
+    )
 
   @property
   def frequency_h(self) -> np.ndarray:
     """Rotary frequencies, float32 [head_dim / 2]."""
     frequency = self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
-    return (self.rope_scaling.scale(frequency) if self.rope_scaling else frequency).astype(np.float32)
+    return (self.rope_scaling.scale(frequency) if self.rope_scaling else frequency).astype(
+      np.float32
+    )
 
 
-# model_type -> (queries, keys and values have biases whatever `attention_bias` says, heads are normed)
+# model_type -> (queries, keys and values have biases whatever `attention_bias` says, heads are
+# normed)
 DECODERS = {
-    "llama": (False, False), "qwen2": (True, False), "qwen2_5_vl_text": (True, False), "qwen3": (False, True),
-    "qwen3_vl_text": (False, True),
+  "llama": (False, False),
+  "qwen2": (True, False),
+  "qwen2_5_vl_text": (True, False),
+  "qwen3": (False, True),
+  "qwen3_vl_text": (False, True),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Rope:
-  """Llama 3.1's stretched rotary frequencies: slow ones divided by `factor`, fast ones kept, between them blended."""
+  """Llama 3.1's stretched rotary frequencies: slow ones divided by `factor`, fast ones kept,
+  between them blended.
+  """
+
   factor: float
   low: float
   high: float
@@ -99,17 +131,23 @@ class Llama3Rope:
 
   @classmethod
   def from_hf(cls, rope: dict) -> "Llama3Rope":
-    return cls(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
-               rope["original_max_position_embeddings"])
+    return cls(
+      rope["factor"],
+      rope["low_freq_factor"],
+      rope["high_freq_factor"],
+      rope["original_max_position_embeddings"],
+    )
 
   def scale(self, frequency: np.ndarray) -> np.ndarray:
-    turns = self.original_length * frequency / (2 * np.pi)  # in the length that the model was first trained on
+    # in the length that the model was first trained on
+    turns = self.original_length * frequency / (2 * np.pi)
     keep = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
     return keep * frequency + (1 - keep) * frequency / self.factor
 
 
 class Attention(nn.Module):
   """Grouped-query self-attention with rotary positions over prefixes and own tokens."""
+
   cfg: DecoderConfig
 
   @nn.compact
@@ -120,53 +158,89 @@ class Attention(nn.Module):
     q = linear(cfg.num_heads * cfg.head_dim, ("embed", "heads"), "q_proj", **options)(x_NLD)
     k = linear(cfg.num_kv_heads * cfg.head_dim, ("embed", "kv_heads"), "k_proj", **options)(x_NLD)
     v = linear(cfg.num_kv_heads * cfg.head_dim, ("embed", "kv_heads"), "v_proj", **options)(x_NLD)
-    q, k = q.reshape(N, L, cfg.num_heads, cfg.head_dim), k.reshape(N, L, cfg.num_kv_heads, cfg.head_dim)
+    q, k = (
+      q.reshape(N, L, cfg.num_heads, cfg.head_dim),
+      k.reshape(N, L, cfg.num_kv_heads, cfg.head_dim),
+    )
     if cfg.qk_norm:
-      q, k = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
+      q, k = (
+        RMSNorm(cfg.rms_norm_eps, name="q_norm")(q),
+        RMSNorm(cfg.rms_norm_eps, name="k_norm")(k),
+      )
     q_NLHh, k_NLJh = rotate(q, cos_NLh, sin_NLh), rotate(k, cos_NLh, sin_NLh)
     v_NLJh = v.reshape(N, L, cfg.num_kv_heads, cfg.head_dim)
     out = attend(q_NLHh, (k_NLJh, v_NLJh), own_mask_NLL, prefixes).reshape(N, L, -1)
-    out = linear(cfg.hidden_size, ("heads", "embed"), "o_proj", use_bias=cfg.o_bias, init_std=cfg.init_std,
-                 dtype=cfg.dtype, lora=cfg.lora)(out)
+    out = linear(
+      cfg.hidden_size,
+      ("heads", "embed"),
+      "o_proj",
+      use_bias=cfg.o_bias,
+      init_std=cfg.init_std,
+      dtype=cfg.dtype,
+      lora=cfg.lora,
+    )(out)
     return out, (k_NLJh, v_NLJh)
 
 
 class DecoderLayer(nn.Module):
-  """Pre-norm attention and gated MLP. Scanned over layers: prefix keys and values arrive without the layer axis.
+  """Pre-norm attention and gated MLP. Scanned over layers: prefix keys and values arrive without
+  the layer axis.
 
   `deep_XNLD`: what layers 0 to X - 1 add to their output (DeepStack, arXiv 2406.04334), or None.
   """
+
   cfg: DecoderConfig
 
   @nn.compact
-  def __call__(self, x_NLD, prefix_keys_values, number, prefix_valid, cos_NLh, sin_NLh, own_mask_NLL, deep_XNLD):
+  def __call__(
+    self, x_NLD, prefix_keys_values, number, prefix_valid, cos_NLh, sin_NLh, own_mask_NLL, deep_XNLD
+  ):
     cfg = self.cfg
     prefixes = tuple((k, v, valid) for (k, v), valid in zip(prefix_keys_values, prefix_valid))
     out, own = Attention(cfg, name="self_attn")(
-        RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x_NLD), cos_NLh, sin_NLh, own_mask_NLL, prefixes)
+      RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x_NLD),
+      cos_NLh,
+      sin_NLh,
+      own_mask_NLL,
+      prefixes,
+    )
     x_NLD = x_NLD + out
-    mlp = GatedMLP(cfg.intermediate_size, cfg.activation, False, cfg.init_std, cfg.dtype, cfg.lora, name="mlp")
+    mlp = GatedMLP(
+      cfg.intermediate_size, cfg.activation, False, cfg.init_std, cfg.dtype, cfg.lora, name="mlp"
+    )
     x_NLD = x_NLD + mlp(RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x_NLD))
     if deep_XNLD is not None:
       last = len(deep_XNLD) - 1
-      add = lambda x: x + jax.lax.dynamic_index_in_dim(deep_XNLD, jnp.minimum(number, last), keepdims=False)
+      add = lambda x: (
+        x + jax.lax.dynamic_index_in_dim(deep_XNLD, jnp.minimum(number, last), keepdims=False)
+      )
       x_NLD = jax.lax.cond(number <= last, add, lambda x: x, x_NLD)
     return x_NLD, own
 
 
 class Decoder(nn.Module):
-  """`embed` then `__call__`; logits are `hidden @ head_matrix(params).T`, taken in chunks by whoever needs them."""
+  """`embed` then `__call__`; logits are `hidden @ head_matrix(params).T`, taken in chunks by
+  whoever needs them.
+  """
+
   cfg: DecoderConfig
 
   def setup(self):
     cfg = self.cfg
     table = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), ("vocab", "embed"))
-    self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=table, dtype=cfg.dtype)
+    self.embed_tokens = nn.Embed(
+      cfg.vocab_size, cfg.hidden_size, embedding_init=table, dtype=cfg.dtype
+    )
     layer = nn.remat(DecoderLayer, prevent_cse=False) if cfg.remat else DecoderLayer
     self.layers = nn.scan(
-        layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=cfg.num_layers,
-        in_axes=(0, 0, *(nn.broadcast,) * 5), out_axes=0,
-        metadata_params={nn.PARTITION_NAME: "layers"})(cfg)
+      layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=cfg.num_layers,
+      in_axes=(0, 0, *(nn.broadcast,) * 5),
+      out_axes=0,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(cfg)
     self.norm = RMSNorm(cfg.rms_norm_eps)
     if not cfg.tie_embeddings:
       self.lm_head = self.param("lm_head", table, (cfg.vocab_size, cfg.hidden_size))
@@ -175,8 +249,15 @@ class Decoder(nn.Module):
     """Token ids -> embeddings [N, L, D] in the activations' dtype."""
     return self.embed_tokens(tokens_NL)
 
-  def __call__(self, x_NLD: Array, position: Array, valid_NL: Array, prefixes: tuple[Prefix, ...] = (),
-               deep_XNLD: Array | None = None, segment_NL: Array | None = None) -> tuple[Array, Prefix]:
+  def __call__(
+    self,
+    x_NLD: Array,
+    position: Array,
+    valid_NL: Array,
+    prefixes: tuple[Prefix, ...] = (),
+    deep_XNLD: Array | None = None,
+    segment_NL: Array | None = None,
+  ) -> tuple[Array, Prefix]:
     """Runs new tokens after their prefixes.
 
     Args:
@@ -184,11 +265,13 @@ class Decoder(nn.Module):
       position: int [N, L], or [N, 3, L] for M-RoPE.
       valid_NL: bool; an invalid token is seen by nobody, so padding may stand anywhere.
       prefixes: nearest last; each one's rows divide N.
-      deep_XNLD: what the first X layers add to their output, where the model has a vision tower with DeepStack.
-      segment_NL: int; new tokens see only those of their own segment among themselves. None: all of a row are one.
+      deep_XNLD: what the first X layers add to their output, where the model has a vision tower
+      with DeepStack. segment_NL: int; new tokens see only those of their own segment among
+      themselves. None: all of a row are one.
 
     Returns:
-      Hidden states after the final norm [N, L, D], and the new tokens' keys and values as a Prefix with N rows.
+      Hidden states after the final norm [N, L, D], and the new tokens' keys and values as a Prefix
+      with N rows.
     """
     cfg = self.cfg
     assert valid_NL.shape == x_NLD.shape[:2], (valid_NL.shape, x_NLD.shape)
@@ -198,8 +281,15 @@ class Decoder(nn.Module):
     cos, sin = cos.astype(cfg.dtype), sin.astype(cfg.dtype)
     keys_values = tuple((p.key_YRSJh, p.value_YRSJh) for p in prefixes)
     x_NLD, (key, value) = self.layers(
-        x_NLD, keys_values, jnp.arange(cfg.num_layers), tuple(p.valid_RS for p in prefixes), cos, sin,
-        causal_mask(valid_NL, segment_NL), None if deep_XNLD is None else deep_XNLD.astype(x_NLD.dtype))
+      x_NLD,
+      keys_values,
+      jnp.arange(cfg.num_layers),
+      tuple(p.valid_RS for p in prefixes),
+      cos,
+      sin,
+      causal_mask(valid_NL, segment_NL),
+      None if deep_XNLD is None else deep_XNLD.astype(x_NLD.dtype),
+    )
     return self.norm(x_NLD), Prefix(key, value, valid_NL)
 
 
@@ -211,5 +301,8 @@ def head_matrix(cfg: DecoderConfig, params) -> Array:
 def concat_prefixes(first: Prefix, second: Prefix) -> Prefix:
   """Two prefixes with the same rows as one, along the slots."""
   join = lambda a, b, axis: jnp.concatenate([a, b], axis=axis)
-  return Prefix(join(first.key_YRSJh, second.key_YRSJh, 2), join(first.value_YRSJh, second.value_YRSJh, 2),
-                join(first.valid_RS, second.valid_RS, 1))
+  return Prefix(
+    join(first.key_YRSJh, second.key_YRSJh, 2),
+    join(first.value_YRSJh, second.value_YRSJh, 2),
+    join(first.valid_RS, second.valid_RS, 1),
+  )

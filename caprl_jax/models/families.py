@@ -1,4 +1,6 @@
-"""model_type of a config.json -> its family. A new family is one more file and one more line here."""
+"""model_type of a config.json -> its family. A new family is one more file and one more line
+here.
+"""
 
 from caprl_jax.models import internvl, qwen3_vl, qwen25_vl
 from caprl_jax.models.family import Family

@@ -1,7 +1,7 @@
 """Tiles -> image features: InternViT, pixel shuffle and MLP projector of InternVL3 and InternVL3.5.
 
-A tile is a window of the layout of `data/images.py`, and its patches lie 2x2 unit by unit, so the tile's attention
-and the pixel shuffle are reshapes. Padded tiles are computed and read by nobody.
+A tile is a window of the layout of `data/images.py`, and its patches lie 2x2 unit by unit, so the
+tile's attention and the pixel shuffle are reshapes. Padded tiles are computed and read by nobody.
 
 Letters: B images, S patch slots, W tiles, U = S / 4 units, D width.
 """
@@ -23,7 +23,8 @@ from caprl_jax.models.layers import ACTIVATIONS, MLP, LayerNorm, PatchEmbed, RMS
 from caprl_jax.types import Images
 
 Array = jax.Array
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what InternVL's own code normalises with
+# what InternVL's own code normalises with
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _one(size) -> int:
@@ -36,7 +37,10 @@ def _one(size) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class InternVisionConfig:
-  """Architecture of tower and projector; `from_hf` reads Hugging Face's config.json and preprocessor_config.json."""
+  """Architecture of tower and projector; `from_hf` reads Hugging Face's config.json and
+  preprocessor_config.json.
+  """
+
   pixels: Tiles
   depth: int
   hidden_size: int
@@ -57,34 +61,68 @@ class InternVisionConfig:
   remat: bool = False
 
   @classmethod
-  def from_hf(cls, config: dict, preprocessor: dict | None = None, **overrides) -> "InternVisionConfig":
+  def from_hf(
+    cls, config: dict, preprocessor: dict | None = None, **overrides
+  ) -> "InternVisionConfig":
     """Reads config.json and, for pixels, preprocessor_config.json."""
     vision, pixels = config["vision_config"], preprocessor or {}
     tile, patch = _one(vision["image_size"]), _one(vision["patch_size"])
     size = pixels.get("size") or {}
     size = size if isinstance(size, dict) else dict(height=size, width=size)
     if size and (size.get("height"), size.get("width")) != (tile, tile):
-      raise ValueError(f"preprocessor_config.json resizes to {size}, but the tower takes tiles of {tile} pixels")
-    if (config.get("vision_feature_layer", -1), config.get("vision_feature_select_strategy", "default")) != (
-        -1, "default"):
-      raise ValueError("InternVL with another vision_feature_layer than -1, or another vision_feature_select_strategy "
-                       "than 'default', is not supported")
+      raise ValueError(
+        f"preprocessor_config.json resizes to {size}, but the tower takes tiles of {tile} pixels"
+      )
+    if (
+      config.get("vision_feature_layer", -1),
+      config.get("vision_feature_select_strategy", "default"),
+    ) != (-1, "default"):
+      raise ValueError(
+        "InternVL with another vision_feature_layer than -1, or another "
+        "vision_feature_select_strategy than 'default', is not supported"
+      )
     if not vision.get("use_absolute_position_embeddings", True):
       raise ValueError("InternVL without absolute position embeddings is not supported")
-    pixels = {"min_patches": 1, "max_patches": 12, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
-              **config.get("tiles", {}), **{k: v for k, v in pixels.items() if v is not None}}
-    tiles = Tiles(tile, patch, round(1 / config.get("downsample_ratio", 0.5)), pixels["min_patches"],
-                  pixels["max_patches"], mean=tuple(pixels["image_mean"]), std=tuple(pixels["image_std"]))
-    return cls(**{**dict(
-        pixels=tiles, depth=vision["num_hidden_layers"], hidden_size=vision["hidden_size"],
-        intermediate_size=vision["intermediate_size"], num_heads=vision["num_attention_heads"],
-        out_hidden_size=config["text_config"]["hidden_size"], qkv_bias=bool(vision.get("attention_bias", False)),
-        qk_norm=bool(vision.get("use_qk_norm", False)), norm_type=vision.get("norm_type", "layer_norm"),
-        norm_eps=vision.get("layer_norm_eps", 1e-6), final_norm=not vision.get("use_mean_pooling", True),
-        in_channels=vision.get("num_channels", 3), activation=vision.get("hidden_act", "gelu"),
-        projector_activation=config.get("projector_hidden_act", "gelu"),
-        layer_scale=vision.get("layer_scale_init_value", 0.1), init_std=vision.get("initializer_range", 0.02)),
-        **overrides})
+    pixels = {
+      "min_patches": 1,
+      "max_patches": 12,
+      "image_mean": CLIP_MEAN,
+      "image_std": CLIP_STD,
+      **config.get("tiles", {}),
+      **{k: v for k, v in pixels.items() if v is not None},
+    }
+    tiles = Tiles(
+      tile,
+      patch,
+      round(1 / config.get("downsample_ratio", 0.5)),
+      pixels["min_patches"],
+      pixels["max_patches"],
+      mean=tuple(pixels["image_mean"]),
+      std=tuple(pixels["image_std"]),
+    )
+    return cls(
+      **{
+        **dict(
+          pixels=tiles,
+          depth=vision["num_hidden_layers"],
+          hidden_size=vision["hidden_size"],
+          intermediate_size=vision["intermediate_size"],
+          num_heads=vision["num_attention_heads"],
+          out_hidden_size=config["text_config"]["hidden_size"],
+          qkv_bias=bool(vision.get("attention_bias", False)),
+          qk_norm=bool(vision.get("use_qk_norm", False)),
+          norm_type=vision.get("norm_type", "layer_norm"),
+          norm_eps=vision.get("layer_norm_eps", 1e-6),
+          final_norm=not vision.get("use_mean_pooling", True),
+          in_channels=vision.get("num_channels", 3),
+          activation=vision.get("hidden_act", "gelu"),
+          projector_activation=config.get("projector_hidden_act", "gelu"),
+          layer_scale=vision.get("layer_scale_init_value", 0.1),
+          init_std=vision.get("initializer_range", 0.02),
+        ),
+        **overrides,
+      }
+    )
 
   def tower(self, name: str | None = None) -> "VisionTower":
     return VisionTower(self, name=name)
@@ -104,6 +142,7 @@ class InternVisionConfig:
 
 class VisionAttention(nn.Module):
   """Attention among the patches of a tile and its class token."""
+
   cfg: InternVisionConfig
 
   @nn.compact
@@ -111,8 +150,10 @@ class VisionAttention(nn.Module):
     cfg = self.cfg
     N, S, D = x_NSD.shape
     options = dict(init_std=cfg.init_std, dtype=cfg.dtype)
-    q, k, v = (linear(D, ("vision_embed", "heads"), f"{n}_proj", use_bias=cfg.qkv_bias, **options)(x_NSD)
-               for n in "qkv")
+    q, k, v = (
+      linear(D, ("vision_embed", "heads"), f"{n}_proj", use_bias=cfg.qkv_bias, **options)(x_NSD)
+      for n in "qkv"
+    )
     if cfg.qk_norm:
       q, k = RMSNorm(1e-6, name="q_norm")(q), RMSNorm(1e-6, name="k_norm")(k)
     q, k, v = (x.reshape(N, S, cfg.num_heads, cfg.head_dim) for x in (q, k, v))
@@ -122,21 +163,36 @@ class VisionAttention(nn.Module):
 
 class VisionLayer(nn.Module):
   """Pre-norm attention and MLP, each scaled by a learned vector; scanned over layers."""
+
   cfg: InternVisionConfig
 
   @nn.compact
   def __call__(self, x_NSD, _):
     cfg = self.cfg
-    scale = lambda name: self.param(name, nn.with_logical_partitioning(
-        nn.initializers.constant(cfg.layer_scale), ("norm",)), (cfg.hidden_size,)).astype(cfg.dtype)
-    x_NSD = x_NSD + scale("lambda_1") * VisionAttention(cfg, name="attention")(cfg.norm("layernorm_before")(x_NSD))
-    mlp = MLP(cfg.intermediate_size, cfg.hidden_size, cfg.activation, ("fc1", "fc2"),
-              ("vision_embed", "vision_embed"), cfg.init_std, cfg.dtype, name="mlp")
+    scale = lambda name: self.param(
+      name,
+      nn.with_logical_partitioning(nn.initializers.constant(cfg.layer_scale), ("norm",)),
+      (cfg.hidden_size,),
+    ).astype(cfg.dtype)
+    x_NSD = x_NSD + scale("lambda_1") * VisionAttention(cfg, name="attention")(
+      cfg.norm("layernorm_before")(x_NSD)
+    )
+    mlp = MLP(
+      cfg.intermediate_size,
+      cfg.hidden_size,
+      cfg.activation,
+      ("fc1", "fc2"),
+      ("vision_embed", "vision_embed"),
+      cfg.init_std,
+      cfg.dtype,
+      name="mlp",
+    )
     return x_NSD + scale("lambda_2") * mlp(cfg.norm("layernorm_after")(x_NSD)), None
 
 
 class Projector(nn.Module):
   """Each unit's 2x2 patches -> one feature of the language model's width."""
+
   cfg: InternVisionConfig
 
   @nn.compact
@@ -146,26 +202,43 @@ class Projector(nn.Module):
     x_BUD = LayerNorm(1e-5, name="layer_norm")(x_BUD)
     x_BUD = linear(cfg.out_hidden_size, ("vision_embed", "mlp"), "linear_1", **options)(x_BUD)
     return linear(cfg.out_hidden_size, ("mlp", "embed"), "linear_2", **options)(
-        ACTIVATIONS[cfg.projector_activation](x_BUD))
+      ACTIVATIONS[cfg.projector_activation](x_BUD)
+    )
 
 
 class VisionTower(nn.Module):
   """Images -> features [B, U, out_hidden_size], tile after tile."""
+
   cfg: InternVisionConfig
 
   def setup(self):
     cfg = self.cfg
     self.embeddings = PatchEmbed(
-        cfg.hidden_size, cfg.in_channels, cfg.pixels.patch_size, 0, True, cfg.pixels.mean, cfg.pixels.std,
-        cfg.init_std, cfg.dtype)
-    learned = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), (None, None, "vision_embed"))
+      cfg.hidden_size,
+      cfg.in_channels,
+      cfg.pixels.patch_size,
+      0,
+      True,
+      cfg.pixels.mean,
+      cfg.pixels.std,
+      cfg.init_std,
+      cfg.dtype,
+    )
+    learned = nn.with_logical_partitioning(
+      nn.initializers.normal(cfg.init_std), (None, None, "vision_embed")
+    )
     self.cls_token = self.param("cls_token", learned, (1, 1, cfg.hidden_size))
     self.position_embeddings = self.param(
-        "position_embeddings", learned, (1, cfg.pixels.tile_patches + 1, cfg.hidden_size))
+      "position_embeddings", learned, (1, cfg.pixels.tile_patches + 1, cfg.hidden_size)
+    )
     layer = nn.remat(VisionLayer, prevent_cse=False) if cfg.remat else VisionLayer
     self.layer = nn.scan(
-        layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=cfg.depth,
-        metadata_params={nn.PARTITION_NAME: "layers"})(cfg)
+      layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=cfg.depth,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(cfg)
     if cfg.final_norm:
       self.layernorm = LayerNorm(cfg.norm_eps)  # whatever norm_type says, as in transformers
     self.multi_modal_projector = Projector(cfg)
@@ -180,11 +253,13 @@ class VisionTower(nn.Module):
     order_BS = images.position_BS2[..., 0] * side + images.position_BS2[..., 1] + 1
     x_BSD = self.embeddings(images.patches_BSE) + positions_PD[order_BS]
     x_NSD = x_BSD.reshape(B * S // slots, slots, -1)
-    first = jnp.broadcast_to(self.cls_token[0].astype(cfg.dtype) + positions_PD[:1], (len(x_NSD), 1, x_NSD.shape[-1]))
+    first = jnp.broadcast_to(
+      self.cls_token[0].astype(cfg.dtype) + positions_PD[:1], (len(x_NSD), 1, x_NSD.shape[-1])
+    )
     x_NSD, _ = self.layer(jnp.concatenate([first, x_NSD], axis=1), None)
     if cfg.final_norm:
       x_NSD = self.layernorm(x_NSD)
-    unit = cfg.pixels.merge_size ** 2
+    unit = cfg.pixels.merge_size**2
     return Features(self.multi_modal_projector(x_NSD[:, 1:].reshape(B, S // unit, -1)))
 
 
@@ -199,23 +274,34 @@ def text_config(config: dict) -> dict:
 
 # The published files of the models' own repository ("internvl_chat") -> transformers' names.
 _CHAT_NAMES = (
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
-    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
-    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
-    (r"^vision_model\.embeddings\.class_embedding$", "model.vision_tower.embeddings.cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding$", "model.vision_tower.embeddings.position_embeddings"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "model.vision_tower.embeddings.patch_embeddings.projection."),
-    (r"^vision_model\.encoder\.layers\.", "model.vision_tower.encoder.layer."),
-    (r"\.attn\.proj\.", ".attention.projection_layer."), (r"\.attn\.([qk])_norm\.", r".attention.\1_norm."),
-    (r"\.attn\.qkv\.", ".attention.{}_proj."), (r"\.ls([12])$", r".lambda_\1"),
-    (r"\.norm1\.", ".layernorm_before."), (r"\.norm2\.", ".layernorm_after."),
+  (r"^language_model\.lm_head\.", "lm_head."),
+  (r"^language_model\.model\.", "model.language_model."),
+  (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
+  (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
+  (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
+  (r"^vision_model\.embeddings\.class_embedding$", "model.vision_tower.embeddings.cls_token"),
+  (
+    r"^vision_model\.embeddings\.position_embedding$",
+    "model.vision_tower.embeddings.position_embeddings",
+  ),
+  (
+    r"^vision_model\.embeddings\.patch_embedding\.",
+    "model.vision_tower.embeddings.patch_embeddings.projection.",
+  ),
+  (r"^vision_model\.encoder\.layers\.", "model.vision_tower.encoder.layer."),
+  (r"\.attn\.proj\.", ".attention.projection_layer."),
+  (r"\.attn\.([qk])_norm\.", r".attention.\1_norm."),
+  (r"\.attn\.qkv\.", ".attention.{}_proj."),
+  (r"\.ls([12])$", r".lambda_\1"),
+  (r"\.norm1\.", ".layernorm_before."),
+  (r"\.norm2\.", ".layernorm_after."),
 )
 
 
 class _ChatTensors(Mapping):
-  """The tensors of an "internvl_chat" checkpoint under transformers' names; queries, keys and values are cut apart."""
+  """The tensors of an "internvl_chat" checkpoint under transformers' names; queries, keys and
+  values are cut apart.
+  """
 
   def __init__(self, tensors: Mapping[str, np.ndarray]):
     self.tensors, self.sources = tensors, {}
@@ -243,29 +329,55 @@ def from_chat(config: dict, tensors: Mapping) -> tuple[dict, Mapping]:
   if config.get("model_type") != "internvl_chat":
     return config, tensors
   vision, text = dict(config["vision_config"]), dict(config["llm_config"])
-  vision |= dict(attention_bias=vision.pop("qkv_bias", True), use_qk_norm=vision.pop("qk_normalization", False),
-                 layer_scale_init_value=vision.get("initializer_factor", 0.1), model_type="internvl_vision",
-                 use_mean_pooling=True)
-  new = {"model_type": "internvl", "architectures": ["InternVLForConditionalGeneration"], "vision_config": vision,
-         "text_config": text, "downsample_ratio": config.get("downsample_ratio", 0.5),
-         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
-         "image_token_id": config.get("img_context_token_id") or 151671,
-         "tiles": {"min_patches": config.get("min_dynamic_patch", 1),
-                   "max_patches": config.get("max_dynamic_patch", 12),
-                   "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}}
+  vision |= dict(
+    attention_bias=vision.pop("qkv_bias", True),
+    use_qk_norm=vision.pop("qk_normalization", False),
+    layer_scale_init_value=vision.get("initializer_factor", 0.1),
+    model_type="internvl_vision",
+    use_mean_pooling=True,
+  )
+  new = {
+    "model_type": "internvl",
+    "architectures": ["InternVLForConditionalGeneration"],
+    "vision_config": vision,
+    "text_config": text,
+    "downsample_ratio": config.get("downsample_ratio", 0.5),
+    "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
+    "image_token_id": config.get("img_context_token_id") or 151671,
+    "tiles": {
+      "min_patches": config.get("min_dynamic_patch", 1),
+      "max_patches": config.get("max_dynamic_patch", 12),
+      "image_mean": IMAGENET_MEAN,
+      "image_std": IMAGENET_STD,
+    },
+  }
   return new, _ChatTensors(tensors)
 
 
 FAMILY = Family(
-    "internvl", InternVisionConfig.from_hf, text_config, projector=r"visual\.multi_modal_projector\.",
-    marker="<IMG_CONTEXT>", after_marker="\n", open="<img>", close="</img>", aliases=("internvl_chat",),
-    adapt=from_chat, keys=Keys(
-        prefixes=(("language_model.lm_head.", ("lm_head.", "language_model.lm_head.")),
-                  ("language_model.", ("model.language_model.", "language_model.model.")),
-                  ("visual.multi_modal_projector.", ("model.multi_modal_projector.", "multi_modal_projector.")),
-                  ("visual.", ("model.vision_tower.", "vision_tower."))),
-        renames=((r"^visual\.(cls_token|position_embeddings)$", r"visual.embeddings.\1"),
-                 (r"embeddings\.proj$", "embeddings.patch_embeddings.projection.weight"),
-                 (r"embeddings\.proj_bias$", "embeddings.patch_embeddings.projection.bias"),
-                 (r"^visual\.layer\.", "visual.encoder.layer.")),
-        stacks=("layers", "layer")))
+  "internvl",
+  InternVisionConfig.from_hf,
+  text_config,
+  projector=r"visual\.multi_modal_projector\.",
+  marker="<IMG_CONTEXT>",
+  after_marker="\n",
+  open="<img>",
+  close="</img>",
+  aliases=("internvl_chat",),
+  adapt=from_chat,
+  keys=Keys(
+    prefixes=(
+      ("language_model.lm_head.", ("lm_head.", "language_model.lm_head.")),
+      ("language_model.", ("model.language_model.", "language_model.model.")),
+      ("visual.multi_modal_projector.", ("model.multi_modal_projector.", "multi_modal_projector.")),
+      ("visual.", ("model.vision_tower.", "vision_tower.")),
+    ),
+    renames=(
+      (r"^visual\.(cls_token|position_embeddings)$", r"visual.embeddings.\1"),
+      (r"embeddings\.proj$", "embeddings.patch_embeddings.projection.weight"),
+      (r"embeddings\.proj_bias$", "embeddings.patch_embeddings.projection.bias"),
+      (r"^visual\.layer\.", "visual.encoder.layer."),
+    ),
+    stacks=("layers", "layer"),
+  ),
+)

@@ -1,6 +1,8 @@
-"""Layers that every model shares: linear maps with logical axes and LoRA, norms, MLPs, rotary positions.
+"""Layers that every model shares: linear maps with logical axes and LoRA, norms, MLPs, rotary
+positions.
 
-Letters: L tokens, D width, h head width. Logical axis names are resolved to mesh axes in `sharding.py`.
+Letters: L tokens, D width, h head width. Logical axis names are resolved to mesh axes in
+`sharding.py`.
 """
 
 import dataclasses
@@ -14,20 +16,29 @@ import numpy as np
 Array = jax.Array
 
 ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "silu": jax.nn.silu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+  "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Low-rank adapters (Hu et al., arXiv 2106.09685): y += x A B * alpha / rank, on the linear maps named in
-  `targets`."""
+  """Low-rank adapters (Hu et al., arXiv 2106.09685): y += x A B * alpha / rank, on the linear maps
+  named in `targets`."""
+
   rank: int
   alpha: float
-  targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+  targets: tuple[str, ...] = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+  )
 
   @property
   def scale(self) -> float:
@@ -39,6 +50,7 @@ class Linear(nn.Module):
 
   An int8 kernel (`models/quantize.py`) comes with a `kernel_scale` a column and is widened on use.
   """
+
   features: int
   axes: tuple[str, str]
   use_bias: bool
@@ -57,33 +69,57 @@ class Linear(nn.Module):
       y = y * self.get_variable("params", "kernel_scale").astype(self.dtype)
     if self.lora is not None and self.name in self.lora.targets:
       # A starts random and B at zero, so that the model starts as it was.
-      a = self.param("lora_a", nn.with_logical_partitioning(
-          nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (self.axes[0], None)),
-                     (shape[0], self.lora.rank))
-      b = self.param("lora_b", nn.with_logical_partitioning(
-          nn.initializers.zeros_init(), (None, self.axes[1])), (self.lora.rank, shape[1]))
-      y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype) * jnp.asarray(self.lora.scale, self.dtype)
+      a = self.param(
+        "lora_a",
+        nn.with_logical_partitioning(
+          nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (self.axes[0], None)
+        ),
+        (shape[0], self.lora.rank),
+      )
+      b = self.param(
+        "lora_b",
+        nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, self.axes[1])),
+        (self.lora.rank, shape[1]),
+      )
+      y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype) * jnp.asarray(
+        self.lora.scale, self.dtype
+      )
     if self.use_bias:
-      bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:]),
-                        (self.features,))
+      bias = self.param(
+        "bias",
+        nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:]),
+        (self.features,),
+      )
       y = y + bias.astype(self.dtype)
     return y
 
 
-def linear(features: int, axes: tuple[str, str], name: str, *, use_bias: bool, init_std: float, dtype,
-           lora: LoraConfig | None = None) -> Linear:
+def linear(
+  features: int,
+  axes: tuple[str, str],
+  name: str,
+  *,
+  use_bias: bool,
+  init_std: float,
+  dtype,
+  lora: LoraConfig | None = None,
+) -> Linear:
   """A `Linear`; call inside a compact method."""
   return Linear(features, axes, use_bias, init_std, dtype, lora, name=name)
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * weight: the mean square in float32, the weight applied in x's dtype (as transformers does)."""
+  """x / rms(x) * weight: the mean square in float32, the weight applied in x's dtype (as
+  transformers does).
+  """
+
   eps: float
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    weight = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
-                        (x.shape[-1],))
+    weight = self.param(
+      "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)), (x.shape[-1],)
+    )
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
     return weight.astype(x.dtype) * wide.astype(x.dtype)
@@ -91,6 +127,7 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
   """(x - mean) / std * scale + bias, in float32, given back in x's dtype."""
+
   eps: float
 
   @nn.compact
@@ -106,6 +143,7 @@ class LayerNorm(nn.Module):
 
 class GatedMLP(nn.Module):
   """down(act(gate(x)) * up(x)), [..., D] -> [..., D]."""
+
   intermediate_size: int
   activation: str
   use_bias: bool
@@ -124,6 +162,7 @@ class GatedMLP(nn.Module):
 
 class MLP(nn.Module):
   """second(act(first(x))), [..., D] -> [..., features]; `names` are the two maps'."""
+
   hidden_size: int
   features: int
   activation: str
@@ -136,15 +175,18 @@ class MLP(nn.Module):
   def __call__(self, x: Array) -> Array:
     options = dict(use_bias=True, init_std=self.init_std, dtype=self.dtype)
     x = linear(self.hidden_size, (self.axes[0], "mlp"), self.names[0], **options)(x)
-    return linear(self.features, ("mlp", self.axes[1]), self.names[1], **options)(ACTIVATIONS[self.activation](x))
+    return linear(self.features, ("mlp", self.axes[1]), self.names[1], **options)(
+      ACTIVATIONS[self.activation](x)
+    )
 
 
 class PatchEmbed(nn.Module):
   """uint8 pixels -> normalised -> linear: patches [B, S, E] -> [B, S, features].
 
-  `frames` > 0: the checkpoint's kernel is a 3-D convolution over that many frames; a still image is its frame
-  repeated, so it is a product with the kernel summed over time.
+  `frames` > 0: the checkpoint's kernel is a 3-D convolution over that many frames; a still image is
+  its frame repeated, so it is a product with the kernel summed over time.
   """
+
   features: int
   in_channels: int
   patch_size: int
@@ -159,29 +201,42 @@ class PatchEmbed(nn.Module):
   def __call__(self, patches_BSE: Array) -> Array:
     time = (self.frames,) if self.frames else ()
     shape = (self.features, self.in_channels, *time, self.patch_size, self.patch_size)
-    kernel = self.param("proj", nn.with_logical_partitioning(
-        nn.initializers.normal(self.init_std), ("vision_embed", *(None,) * (len(shape) - 1))), shape)
+    kernel = self.param(
+      "proj",
+      nn.with_logical_partitioning(
+        nn.initializers.normal(self.init_std), ("vision_embed", *(None,) * (len(shape) - 1))
+      ),
+      shape,
+    )
     B, S, E = patches_BSE.shape
-    assert E == self.in_channels * self.patch_size ** 2, (patches_BSE.shape, shape)
+    assert E == self.in_channels * self.patch_size**2, (patches_BSE.shape, shape)
     pixels = patches_BSE.reshape(B, S, self.in_channels, -1).astype(jnp.float32) / 255.0
     mean, std = (jnp.asarray(x, jnp.float32)[:, None] for x in (self.mean, self.std))
     pixels = ((pixels - mean) / std).reshape(B, S, E).astype(self.dtype)
     kernel = kernel.astype(self.dtype)
     out = pixels @ (kernel.sum(2) if self.frames else kernel).reshape(self.features, E).T
     if self.use_bias:
-      bias = self.param("proj_bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)),
-                        (self.features,))
+      bias = self.param(
+        "proj_bias",
+        nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)),
+        (self.features,),
+      )
       out = out + bias.astype(self.dtype)
     return out
 
 
-def rotary_tables(position: Array, frequency_h: np.ndarray, sections: Sequence[int] | None = None,
-                  interleaved: bool = False) -> tuple[Array, Array]:
+def rotary_tables(
+  position: Array,
+  frequency_h: np.ndarray,
+  sections: Sequence[int] | None = None,
+  interleaved: bool = False,
+) -> tuple[Array, Array]:
   """Cosines and sines of rotary positions, float32 [N, L, h] each; `frequency_h` has h / 2 numbers.
 
-  `position` is [N, L]; with `sections` it is [N, 3, L] (time, height, width) and each frequency takes its position
-  from one of the three: consecutive blocks in turn (M-RoPE; Qwen2-VL, arXiv 2409.12191), or interleaved, height and
-  width at every third frequency up to three times their section (Qwen3-VL).
+  `position` is [N, L]; with `sections` it is [N, 3, L] (time, height, width) and each frequency
+  takes its position from one of the three: consecutive blocks in turn (M-RoPE; Qwen2-VL, arXiv
+  2409.12191), or interleaved, height and width at every third frequency up to three times their
+  section (Qwen3-VL).
   """
   frequency = jnp.asarray(frequency_h, jnp.float32)
   if sections is None:
@@ -190,7 +245,9 @@ def rotary_tables(position: Array, frequency_h: np.ndarray, sections: Sequence[i
     assert position.ndim == 3 and sum(sections) == len(frequency_h), (position.shape, sections)
     if interleaved:
       order = np.arange(len(frequency_h))
-      source = np.where((order % 3 > 0) & (order < 3 * np.asarray(sections)[order % 3]), order % 3, 0)
+      source = np.where(
+        (order % 3 > 0) & (order < 3 * np.asarray(sections)[order % 3]), order % 3, 0
+      )
     else:
       source = np.repeat(np.arange(len(sections)) % 3, sections)
     angle = jnp.swapaxes(position[:, source], 1, 2).astype(jnp.float32) * frequency
@@ -198,16 +255,24 @@ def rotary_tables(position: Array, frequency_h: np.ndarray, sections: Sequence[i
   return jnp.cos(angle), jnp.sin(angle)
 
 
-def axial_tables(position_BS2: Array, head_dim: int, theta: float = 10_000.0) -> tuple[Array, Array]:
-  """Rotary cosines and sines [B, S, h]: half of the frequencies turn with the row, half with the column."""
+def axial_tables(
+  position_BS2: Array, head_dim: int, theta: float = 10_000.0
+) -> tuple[Array, Array]:
+  """Rotary cosines and sines [B, S, h]: half of the frequencies turn with the row, half with the
+  column.
+  """
   frequency = theta ** (-jnp.arange(0, head_dim // 2, 2, dtype=jnp.float32) / (head_dim // 2))
-  angle = (position_BS2.astype(jnp.float32)[..., None] * frequency).reshape(*position_BS2.shape[:2], -1)
+  angle = (position_BS2.astype(jnp.float32)[..., None] * frequency).reshape(
+    *position_BS2.shape[:2], -1
+  )
   angle = jnp.concatenate([angle, angle], axis=-1)
   return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x_NLHh: Array, cos_NLh: Array, sin_NLh: Array) -> Array:
-  """Applies rotary positions to queries or keys, pairing element i with i + h/2, in the tables' dtype."""
+  """Applies rotary positions to queries or keys, pairing element i with i + h/2, in the tables'
+  dtype.
+  """
   first, second = jnp.split(x_NLHh, 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)
   rotated = x_NLHh * cos_NLh[:, :, None, :] + turned * sin_NLh[:, :, None, :]

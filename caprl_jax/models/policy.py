@@ -1,7 +1,7 @@
 """Images, prompt, caption tokens -> hidden states: the captioner, of any family.
 
-The image and the prompt are a prefix (`prefill`) that the captions of a group share; captions `extend` it. Both
-are differentiable, so rollout and loss run the same code.
+The image and the prompt are a prefix (`prefill`) that the captions of a group share; captions
+`extend` it. Both are differentiable, so rollout and loss run the same code.
 """
 
 import dataclasses
@@ -24,37 +24,48 @@ Array = jax.Array
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
   """Architecture of a captioner and the ids that matter to it."""
+
   vision: VisionConfig
   text: DecoderConfig
   image_token: int
   family: Family = dataclasses.field(repr=False)
 
   @classmethod
-  def from_hf(cls, config: dict, preprocessor: dict | None = None, lora: LoraConfig | None = None,
-              **overrides) -> "PolicyConfig":
+  def from_hf(
+    cls, config: dict, preprocessor: dict | None = None, lora: LoraConfig | None = None, **overrides
+  ) -> "PolicyConfig":
     """Reads config.json (and preprocessor_config.json) of a family in `families.py`.
 
-    `overrides` (dtype, remat) go to tower and decoder, `lora` to the decoder. Raises ValueError for another
-    model_type.
+    `overrides` (dtype, remat) go to tower and decoder, `lora` to the decoder. Raises ValueError for
+    another model_type.
     """
     family = family_of(config)
     try:
-      return cls(family.vision(config, preprocessor, **overrides),
-                 DecoderConfig.from_hf(family.text(config), lora=lora, **overrides), config[family.image_token], family)
+      return cls(
+        family.vision(config, preprocessor, **overrides),
+        DecoderConfig.from_hf(family.text(config), lora=lora, **overrides),
+        config[family.image_token],
+        family,
+      )
     except KeyError as error:
-      raise ValueError(f"config.json (model_type {family.model_type!r}) lacks the key {error}; take the whole file of "
-                       "the checkpoint") from error
+      raise ValueError(
+        f"config.json (model_type {family.model_type!r}) lacks the key {error}; "
+        "take the whole file of the checkpoint"
+      ) from error
 
 
 def limit_pixels(
-    cfg: PolicyConfig, min_pixels: int | None, max_pixels: int | None) -> tuple[PolicyConfig, str]:
-  """The config with other limits on image size (None: its own), and what must be said about them: "" where nothing
-  must. A family that cuts images into tiles has no such limits."""
+  cfg: PolicyConfig, min_pixels: int | None, max_pixels: int | None
+) -> tuple[PolicyConfig, str]:
+  """The config with other limits on image size (None: its own), and what must be said about them:
+  "" where nothing must. A family that cuts images into tiles has no such limits."""
   if not (min_pixels or max_pixels):
     return cfg, ""
   if not isinstance(cfg.vision.pixels, SmartResize):
-    return cfg, (f"min_pixels and max_pixels change nothing: {cfg.family.model_type} cuts images into tiles of one "
-                 "size")
+    return cfg, (
+      f"min_pixels and max_pixels change nothing: {cfg.family.model_type} cuts images "
+      "into tiles of one size"
+    )
   pixels, notice = cfg.vision.pixels.limited(min_pixels, max_pixels)
   return dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pixels=pixels)), notice
 
@@ -68,7 +79,9 @@ def check_pixel_limits(min_pixels: int | None, max_pixels: int | None) -> None:
     raise ValueError(f"min_pixels = {min_pixels} is more than max_pixels = {max_pixels}")
 
 
-def merge_image_features(x_BPD: Array, features_BUD: Array, unit_BI: Array, is_image_BP: Array) -> Array:
+def merge_image_features(
+  x_BPD: Array, features_BUD: Array, unit_BI: Array, is_image_BP: Array
+) -> Array:
   """Puts the i-th image token's feature in its place: cumsum, gather, where; no scatter."""
   I = unit_BI.shape[1]
   order_BP = jnp.clip(jnp.cumsum(is_image_BP, axis=1) - 1, 0, I - 1)
@@ -79,6 +92,7 @@ def merge_image_features(x_BPD: Array, features_BUD: Array, unit_BI: Array, is_i
 
 class Policy(nn.Module):
   """The captioner. Parameters: `visual` and `language_model`."""
+
   cfg: PolicyConfig
 
   def setup(self):
@@ -86,15 +100,18 @@ class Policy(nn.Module):
     self.language_model = Decoder(self.cfg.text)
 
   def prefill(self, images: Images, prompts: Prompts) -> tuple[Array, Prefix]:
-    """Encodes images and runs the prompt once an image: hidden [B, P, D] and the prefix (B rows)."""
+    """Encodes images and runs the prompt once an image: hidden [B, P, D] and the prefix (B
+    rows).
+    """
     return self._run(self.visual(images), images.unit_BI, prompts)
 
   def packed(self, images: Images | None, prompts: Prompts, segment_BP: Array) -> Array:
     """Runs rows in which several examples stand one after the other: hidden [B, P, D].
 
     Args:
-      images: M a row, B * M in all, row after row; None where no example has one. Its `unit_BI` has B rows: for a row's
-        i-th image token the unit that holds it, those of the row's m-th image counted from m * U on.
+      images: M a row, B * M in all, row after row; None where no example has one. Its `unit_BI` has
+        B rows: for a row's i-th image token the unit that holds it, those of the row's m-th image
+        counted from m * U on.
       prompts: whole rows; each example's positions begin at 0. `next_position_B` is not read.
       segment_BP: int, the example that a token belongs to; it sees no other's.
     """
@@ -102,13 +119,23 @@ class Policy(nn.Module):
       return self._run(None, None, prompts, segment_BP)[0]
     features = self.visual(images)
     B = prompts.tokens_BP.shape[0]
-    join = lambda x: x.reshape(B, -1, x.shape[-1])  # the units of a row's images are one another's neighbours
+    # the units of a row's images are one another's neighbours
+    join = lambda x: x.reshape(B, -1, x.shape[-1])
     deep = features.deep_XBUD
-    return self._run(Features(join(features.main_BUD), None if deep is None else jax.vmap(join)(deep)), images.unit_BI,
-                     prompts, segment_BP)[0]
+    return self._run(
+      Features(join(features.main_BUD), None if deep is None else jax.vmap(join)(deep)),
+      images.unit_BI,
+      prompts,
+      segment_BP,
+    )[0]
 
-  def _run(self, features: Features | None, unit_BI: Array | None, prompts: Prompts,
-           segment_BP: Array | None = None) -> tuple[Array, Prefix]:
+  def _run(
+    self,
+    features: Features | None,
+    unit_BI: Array | None,
+    prompts: Prompts,
+    segment_BP: Array | None = None,
+  ) -> tuple[Array, Prefix]:
     """Puts features where the image tokens stand, and runs the decoder."""
     x_BPD, deep_XBPD = self.language_model.embed(prompts.tokens_BP), None
     if features is not None:
@@ -121,10 +148,15 @@ class Policy(nn.Module):
     position = prompts.position_B3P if mrope else prompts.position_B3P[:, 0]
     return self.language_model(x_BPD, position, prompts.valid_BP, (), deep_XBPD, segment_BP)
 
-  def extend(self, tokens_NL: Array, position_NL: Array, valid_NL: Array,
-             prefixes: tuple[Prefix, ...]) -> tuple[Array, Prefix]:
-    """Runs caption tokens after their prefixes: hidden [N, L, D] and the tokens' own keys and values."""
-    return self.language_model(self.language_model.embed(tokens_NL), position_NL, valid_NL, prefixes)
+  def extend(
+    self, tokens_NL: Array, position_NL: Array, valid_NL: Array, prefixes: tuple[Prefix, ...]
+  ) -> tuple[Array, Prefix]:
+    """Runs caption tokens after their prefixes: hidden [N, L, D] and the tokens' own keys and
+    values.
+    """
+    return self.language_model(
+      self.language_model.embed(tokens_NL), position_NL, valid_NL, prefixes
+    )
 
   def __call__(self, images: Images, prompts: Prompts) -> Array:
     """Creates all parameters when initialised."""

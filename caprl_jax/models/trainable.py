@@ -15,6 +15,7 @@ Trainable = Literal["full", "decoder", "projector", "lora"]
 
 def split_params(params: Params, chosen: Callable[[str], bool]) -> tuple[Params, Params]:
   """A tree's leaves whose dotted path is chosen, and the others, each as a tree."""
+
   def part(tree: dict, prefix: str, want: bool) -> dict:
     out = {}
     for key, value in tree.items():
@@ -25,6 +26,7 @@ def split_params(params: Params, chosen: Callable[[str], bool]) -> tuple[Params,
       elif chosen(prefix + key) == want:
         out[key] = value
     return out
+
   return part(params, "", True), part(params, "", False)
 
 
@@ -57,5 +59,9 @@ def split_lora(params: Params) -> tuple[Params, Params]:
 
 def trainable_filter(kind: Trainable, family: Family) -> Callable[[str], bool]:
   """Which parameters (by dotted path) `policy.trainable` = kind trains."""
-  return {"full": lambda path: True, "decoder": lambda path: path.startswith("language_model."),
-          "projector": lambda path: re.match(family.projector, path) is not None, "lora": is_lora}[kind]
+  return {
+    "full": lambda path: True,
+    "decoder": lambda path: path.startswith("language_model."),
+    "projector": lambda path: re.match(family.projector, path) is not None,
+    "lora": is_lora,
+  }[kind]

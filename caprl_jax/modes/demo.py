@@ -1,6 +1,8 @@
-"""Mode `demo`: a local page: an image is captioned, and the judge answers questions from the words that stand there.
+"""Mode `demo`: a local page: an image is captioned, and the judge answers questions from the words
+that stand there.
 
-All shapes are fixed sizes, so that after the first caption and the first question of a size nothing is compiled.
+All shapes are fixed sizes, so that after the first caption and the first question of a size nothing
+is compiled.
 """
 
 import dataclasses
@@ -43,12 +45,14 @@ WARM_UP = Question("What color is the shape?", ("red", "green", "blue"), 0)
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-  """port, host: where the page is; 127.0.0.1 can be reached from this machine only. share: through gradio's servers, by
-    anyone who has the link.
-  examples: a source of questions (`data/sources.py`) whose images, `max_examples` of them, can be clicked; None: none.
-  max_tokens, temperature: of captions; 0 is greedy. caption_tokens: that the judge reads of a caption, which people may
+  """port, host: where the page is; 127.0.0.1 can be reached from this machine only. share: through
+    gradio's servers, by anyone who has the link.
+  examples: a source of questions (`data/sources.py`) whose images, `max_examples` of them, can be
+  clicked; None: none. max_tokens, temperature: of captions; 0 is greedy. caption_tokens: that the
+  judge reads of a caption, which people may
     make longer than the captioner did.
   """
+
   port: int = 7860
   host: str = "127.0.0.1"
   share: bool = False
@@ -60,16 +64,22 @@ class DemoConfig:
 
   def __post_init__(self):
     if self.max_tokens < 1 or self.caption_tokens < self.max_tokens:
-      raise ValueError(f"max_tokens = {self.max_tokens} must be at least 1, and caption_tokens = "
-                       f"{self.caption_tokens} at least as many")
+      raise ValueError(
+        f"max_tokens = {self.max_tokens} must be at least 1, and caption_tokens = "
+        f"{self.caption_tokens} at least as many"
+      )
     if self.temperature < 0 or self.max_examples < 0:
-      raise ValueError(f"temperature = {self.temperature} and max_examples = {self.max_examples} must be at least 0")
+      raise ValueError(
+        f"temperature = {self.temperature} and max_examples = {self.max_examples} "
+        "must be at least 0"
+      )
     if not 0 < self.port < 65536:
       raise ValueError(f"port = {self.port} must be from 1 to 65535")
 
 
 def read_question(stem: str, lines: str) -> tuple[Question, int | None]:
-  """What was typed -> a question, and which option is marked as right: the one that begins with a star, if any.
+  """What was typed -> a question, and which option is marked as right: the one that begins with a
+  star, if any.
 
   Raises ValueError for what cannot be asked.
   """
@@ -85,8 +95,10 @@ def read_question(stem: str, lines: str) -> tuple[Question, int | None]:
 
 @dataclasses.dataclass(frozen=True)
 class JudgedQuestion:
-  """choice: the option answered, -1 for none. shares: of each option, 1 in sum with `abstain`, that of "can not answer"
-  (None where it is no option). scores: what was compared; None where the judge writes its answer."""
+  """choice: the option answered, -1 for none. shares: of each option, 1 in sum with `abstain`, that
+  of "can not answer" (None where it is no option). scores: what was compared; None where the judge
+  writes its answer."""
+
   choice: int
   shares: tuple[float, ...]
   scores: tuple[float, ...] | None
@@ -96,11 +108,16 @@ class JudgedQuestion:
 class TextJudge:
   """A judge asked in words, one caption and question at a time; it remembers its answers."""
 
-  def __init__(self, judge: Loaded, cfg: JudgeSection, mesh: jax.sharding.Mesh, caption_tokens: int, seed: int):
+  def __init__(
+    self, judge: Loaded, cfg: JudgeSection, mesh: jax.sharding.Mesh, caption_tokens: int, seed: int
+  ):
     self.cfg = dataclasses.replace(cfg, draws=0, independent=False, blind=False, microbatches=1)
-    self.tokenize = QuestionTokenizer(judge.tokenizer, template_for(cfg.reading, cfg.prompt), [""], cfg.abstain,
-                                      cfg.abstain_letter)
-    doubled = itertools.takewhile(lambda n: n < caption_tokens, (FIRST_CAPTION_TOKENS << i for i in itertools.count()))
+    self.tokenize = QuestionTokenizer(
+      judge.tokenizer, template_for(cfg.reading, cfg.prompt), [""], cfg.abstain, cfg.abstain_letter
+    )
+    doubled = itertools.takewhile(
+      lambda n: n < caption_tokens, (FIRST_CAPTION_TOKENS << i for i in itertools.count())
+    )
     self.caption_sizes = (*doubled, caption_tokens)
     self.key = jax.random.key(seed)
     self._params, self._mesh = judge.params, mesh
@@ -118,7 +135,11 @@ class TextJudge:
       choice = int(np.argmax(scores)) if best - second > self.cfg.margin else -1
     if self.cfg.reading == "generate":
       return JudgedQuestion(choice, tuple(float(i == choice) for i in range(count)), None)
-    present = np.concatenate([scores[:count], scores[-1:]]) if self.cfg.abstain != "none" else scores[:count]
+    present = (
+      np.concatenate([scores[:count], scores[-1:]])
+      if self.cfg.abstain != "none"
+      else scores[:count]
+    )
     shares = np.exp(present - present.max())
     shares = (shares / shares.sum()).tolist()
     abstain = shares.pop() if self.cfg.abstain != "none" else None
@@ -137,18 +158,26 @@ class TextJudge:
     tokenized = self.tokenize(question)
     ids = self.tokenize.caption_ids(caption)
     T = _size(self.caption_sizes, len(ids), "the caption has {} tokens")
-    shape = QuestionShape(_size(OPTIONS, len(tokenized.options), "the question has {} options"),
-                          _size(STEM_TOKENS, len(tokenized.stem), "the question has {} tokens"),
-                          _size(OPTION_TOKENS, max(map(len, tokenized.options)), "an option has {} tokens"))
+    shape = QuestionShape(
+      _size(OPTIONS, len(tokenized.options), "the question has {} options"),
+      _size(STEM_TOKENS, len(tokenized.stem), "the question has {} tokens"),
+      _size(OPTION_TOKENS, max(map(len, tokenized.options)), "an option has {} tokens"),
+    )
     caption_1T = np.zeros((1, 1, T), np.int32)
-    caption_1T[0, 0, :len(ids)] = ids
+    caption_1T[0, 0, : len(ids)] = ids
     questions = jax.tree.map(lambda x: jnp.asarray(x)[None], pad_questions([tokenized], 1, shape))
-    prompt = self.tokenize.prompt(shape.options if self.cfg.reading != "option_pmi" else 2, self._written)
+    prompt = self.tokenize.prompt(
+      shape.options if self.cfg.reading != "option_pmi" else 2, self._written
+    )
     with jax.set_mesh(self._mesh):
       keep = jnp.arange(T)[None, None] < len(ids)
-      out = jax.device_get(self.answer(self._params, prompt, jnp.asarray(caption_1T), keep, questions, key=self.key))
+      out = jax.device_get(
+        self.answer(self._params, prompt, jnp.asarray(caption_1T), keep, questions, key=self.key)
+      )
     if not out.valid_BGK.all():
-      raise ValueError("the judge gave numbers that are not finite; check judge.source and its dtype")
+      raise ValueError(
+        "the judge gave numbers that are not finite; check judge.source and its dtype"
+      )
     return out.score_BGKA[0, 0, 0].astype(np.float64), int(out.choice_BGK[0, 0, 0])
 
 
@@ -167,7 +196,9 @@ class Demo:
     self._device, self._closed = threading.Lock(), False
 
   def close(self) -> None:
-    """Waits for what runs and lets nothing more begin: a thread that computes must not meet the interpreter's end."""
+    """Waits for what runs and lets nothing more begin: a thread that computes must not meet the
+    interpreter's end.
+    """
     self._closed = True
     with self._device:
       pass
@@ -186,10 +217,16 @@ class Demo:
     secs = time.monotonic() - begin
     if "error" in row:
       return "", f"<p class=judge-error>{text(row['error'])}</p>"
-    cut = f"<b>cut</b> at the limit of {self.max_tokens} tokens" if row["finish"] == "length" else "ended by itself"
+    cut = (
+      f"<b>cut</b> at the limit of {self.max_tokens} tokens"
+      if row["finish"] == "length"
+      else "ended by itself"
+    )
     words = len(row["caption"].split())
     length = f"{words} words, {len(row['tokens'])} tokens"
-    return row["caption"], f"<p class=judge-note>As the captioner wrote it: {length}, {secs:.2f} s, {cut}.</p>"
+    return row[
+      "caption"
+    ], f"<p class=judge-note>As the captioner wrote it: {length}, {secs:.2f} s, {cut}.</p>"
 
   def ask(self, caption: str | None, stem: str | None, lines: str | None) -> str:
     """The judge's answers to what was typed, from this caption and from none, as markup."""
@@ -204,38 +241,47 @@ class Demo:
         given, blind = self.judge(caption.strip(), question), self.judge("", question)
     except ValueError as error:
       return f"<p class=judge-error>{text(error)}</p>"
-    return (f'<div class=judge data-caption="{text(caption)}">'
-            + _panel("From this caption", "given", question, given, gold)
-            + _panel("With no caption: a guess", "blind", question, blind, gold)
-            + f"</div><p class=judge-note>{self._about()}</p>")
+    return (
+      f'<div class=judge data-caption="{text(caption)}">'
+      + _panel("From this caption", "given", question, given, gold)
+      + _panel("With no caption: a guess", "blind", question, blind, gold)
+      + f"</div><p class=judge-note>{self._about()}</p>"
+    )
 
   def _about(self) -> str:
     return {
-        "option_pmi": "Scores: how much likelier an option's words become, in nats a token, than after a caption that "
-                      "says nothing. Bars: the same as shares.",
-        "generate": "The judge wrote its answer.",
+      "option_pmi": "Scores: how much likelier an option's words become, in nats a token, than "
+      "after a caption that says nothing. Bars: the same as shares.",
+      "generate": "The judge wrote its answer.",
     }.get(self.judge.cfg.reading, "Bars: probability of each option's letter, of those shown.")
 
 
-def _panel(title: str, name: str, question: Question, verdict: JudgedQuestion, gold: int | None) -> str:
+def _panel(
+  title: str, name: str, question: Question, verdict: JudgedQuestion, gold: int | None
+) -> str:
   if verdict.choice < 0:
     kind, says = "none", "– no answer"
   else:
     kind = "none" if gold is None else "right" if verdict.choice == gold else "wrong"
     sign = {"right": "✓ ", "wrong": "✗ ", "none": ""}[kind]
     says = sign + text(question.options[verdict.choice])
-  rows = [(option, share, verdict.scores[i] if verdict.scores else None, i == verdict.choice, i == gold)
-          for i, (option, share) in enumerate(zip(question.options, verdict.shares))]
+  rows = [
+    (option, share, verdict.scores[i] if verdict.scores else None, i == verdict.choice, i == gold)
+    for i, (option, share) in enumerate(zip(question.options, verdict.shares))
+  ]
   if verdict.abstain is not None:
     rows.append(("can not answer", verdict.abstain, None, verdict.choice < 0, False))
   bars = "".join(
-      f'<li{" class=chosen" if chosen else ""}>'
-      f'<span class=name>{text(option)}{" <small>right</small>" if is_gold else ""}</span>'
-      f'<span class=track aria-hidden=true><i style="width:{100 * share:.1f}%"></i></span><b>{100 * share:.0f}%</b>'
-      f"<small>{'' if score is None else f'{score:+.2f}'}</small></li>"
-      for option, share, score, chosen, is_gold in rows)
-  return (f"<section class=judge-{name}><h3>{title}</h3><p><span class='says {kind}'>{says}</span></p><ul>{bars}</ul>"
-          "</section>")
+    f"<li{' class=chosen' if chosen else ''}>"
+    f"<span class=name>{text(option)}{' <small>right</small>' if is_gold else ''}</span>"
+    f'<span class=track aria-hidden=true><i style="width:{100 * share:.1f}%"></i></span><b>{100 * share:.0f}%</b>'
+    f"<small>{'' if score is None else f'{score:+.2f}'}</small></li>"
+    for option, share, score, chosen, is_gold in rows
+  )
+  return (
+    f"<section class=judge-{name}><h3>{title}</h3><p><span class='says "
+    f"{kind}'>{says}</span></p><ul>{bars}</ul></section>"
+  )
 
 
 _CSS = """
@@ -266,10 +312,14 @@ def import_gradio() -> Any:
   try:
     import gradio
   except ImportError as error:
-    raise ValueError(f"mode demo needs gradio, which cannot be imported ({error}); pip install -e '.[demo]', or "
-                     "gradio by itself") from error
+    raise ValueError(
+      f"mode demo needs gradio, which cannot be imported ({error}); pip install -e "
+      "'.[demo]', or gradio by itself"
+    ) from error
   if int(gradio.__version__.partition(".")[0]) < 6:
-    raise ValueError(f"mode demo needs gradio 6 or newer, not {gradio.__version__}; pip install -U gradio")
+    raise ValueError(
+      f"mode demo needs gradio 6 or newer, not {gradio.__version__}; pip install -U gradio"
+    )
   return gradio
 
 
@@ -277,35 +327,71 @@ def build(demo: Demo, examples: Sequence[tuple[str, str, str]]) -> Any:
   """The page as gradio.Blocks. examples: (image file, question, its options a line each)."""
   gr = import_gradio()
   with gr.Blocks(title="caprl_jax", analytics_enabled=False) as page:
-    gr.Markdown("# What can be known from a caption\nThe captioner sees the image. The judge does not: it answers from "
-                "the words below alone. Change them and watch its answer.")
+    gr.Markdown(
+      "# What can be known from a caption\nThe captioner sees the image. The judge does "
+      "not: it answers from the words below alone. Change them and watch its answer."
+    )
     with gr.Row():
       with gr.Column(scale=2, min_width=280):
         # image_mode None leaves the file as it is: transparency and EXIF are for `read_image`.
-        image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=300,
-                         elem_id="image")
+        image = gr.Image(
+          type="filepath",
+          image_mode=None,
+          sources=["upload", "clipboard"],
+          label="Image",
+          height=300,
+          elem_id="image",
+        )
         again = gr.Button("Caption it again", elem_id="again")
       with gr.Column(scale=3, min_width=280):
         caption = gr.Textbox(label="Caption (edit it)", lines=4, max_lines=12, elem_id="caption")
         about = gr.HTML(elem_id="about", padding=False)
-        question = gr.Textbox(label="Question", lines=1, elem_id="question", placeholder="What color is the shape?")
-        options = gr.Textbox(label="Options, one a line", info="A star before one marks it as right.", lines=4,
-                             max_lines=8, elem_id="options", placeholder="* red\ngreen\nblue")
+        question = gr.Textbox(
+          label="Question", lines=1, elem_id="question", placeholder="What color is the shape?"
+        )
+        options = gr.Textbox(
+          label="Options, one a line",
+          info="A star before one marks it as right.",
+          lines=4,
+          max_lines=8,
+          elem_id="options",
+          placeholder="* red\ngreen\nblue",
+        )
     answer = gr.HTML(demo.ask("", "", ""), elem_id="answer", padding=False)
     if examples:
-      gr.Examples([list(example) for example in examples], [image, question, options],
-                  label="Examples", visible_columns=[0, 1])
+      gr.Examples(
+        [list(example) for example in examples],
+        [image, question, options],
+        label="Examples",
+        visible_columns=[0, 1],
+      )
     hidden = dict(api_visibility="private", concurrency_id="device", concurrency_limit=1)
-    gr.on([image.change, again.click], demo.caption, image, [caption, about], show_progress="minimal", **hidden)
+    gr.on(
+      [image.change, again.click],
+      demo.caption,
+      image,
+      [caption, about],
+      show_progress="minimal",
+      **hidden,
+    )
     # Typing is faster than judging: of what came meanwhile only the last is asked.
-    gr.on([caption.change, question.change, options.change], demo.ask, [caption, question, options], answer,
-          trigger_mode="always_last", show_progress="hidden", **hidden)
+    gr.on(
+      [caption.change, question.change, options.change],
+      demo.ask,
+      [caption, question, options],
+      answer,
+      trigger_mode="always_last",
+      show_progress="hidden",
+      **hidden,
+    )
   return page
 
 
-def make_examples(source: str, count: int, folder: pathlib.Path, seed: int) -> list[tuple[str, str, str]]:
-  """Some rows as `build` wants them: each with one of its questions of most options. Their images are written to
-  `folder`, which is what the page may show of this machine's files."""
+def make_examples(
+  source: str, count: int, folder: pathlib.Path, seed: int
+) -> list[tuple[str, str, str]]:
+  """Some rows as `build` wants them: each with one of its questions of most options. Their images
+  are written to `folder`, which is what the page may show of this machine's files."""
   rows = read_qa_rows(source, seed)
   folder.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(seed)
@@ -313,11 +399,15 @@ def make_examples(source: str, count: int, folder: pathlib.Path, seed: int) -> l
   for number, i in enumerate(rng.permutation(len(rows))[:count].tolist()):
     row: QARow = rows[i]
     most = max(len(q.options) for q in row.questions)
-    question = row.questions[rng.choice([k for k, q in enumerate(row.questions) if len(q.options) == most])]
+    question = row.questions[
+      rng.choice([k for k, q in enumerate(row.questions) if len(q.options) == most])
+    ]
     path = folder / f"{number}.png"
     read_image(row).save(path)
-    lines = [("* " if k == question.gold else "") + " ".join(option.split())
-             for k, option in enumerate(question.options)]
+    lines = [
+      ("* " if k == question.gold else "") + " ".join(option.split())
+      for k, option in enumerate(question.options)
+    ]
     examples.append((str(path), question.stem, "\n".join(lines)))
   return examples
 
@@ -328,8 +418,10 @@ def _check_port(cfg: DemoConfig) -> None:
     try:
       probe.bind((cfg.host, cfg.port))
     except OSError as error:
-      raise ValueError(f"cannot listen at {cfg.host}:{cfg.port}: {error.strerror}; choose another "
-                       "--config.demo.port") from error
+      raise ValueError(
+        f"cannot listen at {cfg.host}:{cfg.port}: {error.strerror}; choose another "
+        "--config.demo.port"
+      ) from error
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -340,12 +432,21 @@ def run(config, workdir: pathlib.Path) -> None:
   seed = config.get("seed", 0)
   gr = import_gradio()
   _check_port(cfg)  # before the models, which take their time
-  examples = make_examples(cfg.examples, cfg.max_examples, workdir / "examples", seed) if cfg.examples else []
+  examples = (
+    make_examples(cfg.examples, cfg.max_examples, workdir / "examples", seed)
+    if cfg.examples
+    else []
+  )
   # One image at a time: several devices are of use only to a model that is split over them.
-  mesh = (sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig)) if config.get("mesh")
-          else sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1]))
+  mesh = (
+    sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
+    if config.get("mesh")
+    else sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+  )
   sharding.check_batch_size(1, mesh, "the demo's batch")
-  captioning = CaptionConfig(input="", output="", max_tokens=cfg.max_tokens, temperature=cfg.temperature, batch_size=1)
+  captioning = CaptionConfig(
+    input="", output="", max_tokens=cfg.max_tokens, temperature=cfg.temperature, batch_size=1
+  )
   with jax.set_mesh(mesh):
     policy = policy_section.load(mesh)
     loaded = load_judge(section.source, mesh, jnp.dtype(section.dtype))
@@ -359,12 +460,27 @@ def run(config, workdir: pathlib.Path) -> None:
     if examples:
       demo.caption(examples[0][0])
     page = build(demo, examples)
-    fonts = [gr.themes.Font(name) for name in ("Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")]
-    page.launch(server_name=cfg.host, server_port=cfg.port, share=cfg.share, quiet=True, prevent_thread_lock=True,
-                show_error=True, inbrowser=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
-                footer_links=[], max_file_size="64mb",
-                allowed_paths=[str(workdir / "examples")] if examples else [], css=_CSS,
-                theme=gr.themes.Default(font=fonts, font_mono=[gr.themes.Font("monospace")]))
+    fonts = [
+      gr.themes.Font(name)
+      for name in ("Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+    ]
+    page.launch(
+      server_name=cfg.host,
+      server_port=cfg.port,
+      share=cfg.share,
+      quiet=True,
+      prevent_thread_lock=True,
+      show_error=True,
+      inbrowser=False,
+      ssr_mode=False,
+      mcp_server=False,
+      enable_monitoring=False,
+      footer_links=[],
+      max_file_size="64mb",
+      allowed_paths=[str(workdir / "examples")] if examples else [],
+      css=_CSS,
+      theme=gr.themes.Default(font=fonts, font_mono=[gr.themes.Font("monospace")]),
+    )
     log.info("open http://%s:%d   (Ctrl-C ends it)", cfg.host, cfg.port)
     page.block_thread()
     demo.close()

@@ -1,4 +1,6 @@
-"""Mode `export`: a run's newest parameters, or any checkpoint -> a directory that transformers and vLLM load."""
+"""Mode `export`: a run's newest parameters, or any checkpoint -> a directory that transformers and
+vLLM load.
+"""
 
 import dataclasses
 import json
@@ -26,9 +28,10 @@ log = logging.getLogger("caprl_jax.modes.export")
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-  """output: the directory to write. run: the workdir of a training run, whose newest checkpoint is written; None
-  writes `policy.checkpoint` itself, in `dtype`. adapters: of a LoRA run, write PEFT adapters, not a merged model.
-  shard_gb: largest file, in 10^9 bytes."""
+  """output: the directory to write. run: the workdir of a training run, whose newest checkpoint is
+  written; None writes `policy.checkpoint` itself, in `dtype`. adapters: of a LoRA run, write PEFT
+  adapters, not a merged model. shard_gb: largest file, in 10^9 bytes."""
+
   output: str
   run: str | None = None
   dtype: str = "bfloat16"
@@ -37,21 +40,46 @@ class ExportConfig:
 
 
 def model_card(base: str, summary: dict, dtype: str) -> str:
-  """README.md of an exported captioner: what it is, how to use it, what was measured; numbers only of the run."""
-  lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", f"base_model: {base}",
-           "tags: [image-captioning, caprl]", "---", "", "# Image captioner trained with CapRL", "",
-           f"Made from `{base}` with caprl_jax {__version__} (CapRL, arXiv 2509.22647): a language model that cannot "
-           "see the image answers questions from the caption, and what it gets right is the captioner's reward. "
-           f"Parameters are in {dtype}.", ""]
+  """README.md of an exported captioner: what it is, how to use it, what was measured; numbers only
+  of the run.
+  """
+  lines = [
+    "---",
+    "library_name: transformers",
+    "pipeline_tag: image-text-to-text",
+    f"base_model: {base}",
+    "tags: [image-captioning, caprl]",
+    "---",
+    "",
+    "# Image captioner trained with CapRL",
+    "",
+    f"Made from `{base}` with caprl_jax {__version__} (CapRL, arXiv 2509.22647): a language "
+    "model that cannot see the image answers questions from the caption, and what it gets "
+    f"right is the captioner's reward. Parameters are in {dtype}.",
+    "",
+  ]
   if {"before", "after"} <= summary.keys():
     lines += ["| held-out questions | before | after |", "|---|---|---|"]
     for name in ("accuracy", "length_tokens", "questions", "images"):
       lines.append(f"| {name} | {summary['before'][name]:.4g} | {summary['after'][name]:.4g} |")
-    lines += ["", f"Judge: `{summary['config']['judge']['source']}`; data: `{summary['config']['data']['train']}`; "
-              f"{summary['config']['train']['steps']} steps.", ""]
-  return "\n".join([*lines, "```python", "from transformers import AutoModelForImageTextToText, AutoProcessor",
-                    'model = AutoModelForImageTextToText.from_pretrained("DIRECTORY")',
-                    'processor = AutoProcessor.from_pretrained("DIRECTORY")', "```", ""])
+    lines += [
+      "",
+      f"Judge: `{summary['config']['judge']['source']}`; data: "
+      f"`{summary['config']['data']['train']}`; {summary['config']['train']['steps']} "
+      "steps.",
+      "",
+    ]
+  return "\n".join(
+    [
+      *lines,
+      "```python",
+      "from transformers import AutoModelForImageTextToText, AutoProcessor",
+      'model = AutoModelForImageTextToText.from_pretrained("DIRECTORY")',
+      'processor = AutoProcessor.from_pretrained("DIRECTORY")',
+      "```",
+      "",
+    ]
+  )
 
 
 def trained_params(workdir: pathlib.Path, mesh) -> tuple[Loaded, Params, dict]:
@@ -61,12 +89,17 @@ def trained_params(workdir: pathlib.Path, mesh) -> tuple[Loaded, Params, dict]:
   """
   file = summary_path(workdir)
   if not file.exists():
-    raise ValueError(f"export.run = {str(workdir)!r} holds no summary.json; name the --workdir of a training run")
+    raise ValueError(
+      f"export.run = {str(workdir)!r} holds no summary.json; name the --workdir of a training run"
+    )
   summary = json.loads(file.read_text())
   settings = read_settings(ml_collections.ConfigDict(summary["config"]))
   loaded = settings.policy.load(mesh)
   kind = trainable_filter(settings.policy.trainable, loaded.model.cfg.family)
-  (params, base), shardings = split_params(loaded.params, kind), split_params(loaded.shardings, kind)[0]
+  (params, base), shardings = (
+    split_params(loaded.params, kind),
+    split_params(loaded.shardings, kind)[0],
+  )
   checkpoints = Checkpoints(workdir, settings.checkpoint)
   if checkpoints.latest_step() is None:
     raise ValueError(f"export.run = {str(workdir)!r} has no checkpoint yet")
@@ -94,10 +127,18 @@ def run(config, workdir: pathlib.Path) -> None:
       params = loaded.params
     lora = loaded.model.cfg.text.lora
     if cfg.adapters and lora is None:
-      raise ValueError("export.adapters = True, but the run trained no adapters (policy.trainable is not 'lora')")
+      raise ValueError(
+        "export.adapters = True, but the run trained no adapters (policy.trainable is not 'lora')"
+      )
     if cfg.adapters:
       save_adapters(output, params, lora, base)
     else:
-      save_policy(output, loaded, params, DTYPES[cfg.dtype], int(cfg.shard_gb * 1e9),
-                  model_card(base, summary, cfg.dtype))
+      save_policy(
+        output,
+        loaded,
+        params,
+        DTYPES[cfg.dtype],
+        int(cfg.shard_gb * 1e9),
+        model_card(base, summary, cfg.dtype),
+      )
   log.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in output.iterdir())))

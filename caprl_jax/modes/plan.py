@@ -1,8 +1,9 @@
-"""Mode `plan`: what a training config's step needs on a TPU topology, compiled ahead of time without a TPU.
+"""Mode `plan`: what a training config's step needs on a TPU topology, compiled ahead of time
+without a TPU.
 
-The fused step is lowered with abstract arrays of the config's real sizes, sharded as in training, and compiled by
-libtpu (`pip install libtpu`). Printed and written to plan.json: memory a device by kind, the compiler's FLOPs and
-bytes, the largest arrays of the program.
+The fused step is lowered with abstract arrays of the config's real sizes, sharded as in training,
+and compiled by libtpu (`pip install libtpu`). Printed and written to plan.json: memory a device by
+kind, the compiler's FLOPs and bytes, the largest arrays of the program.
 """
 
 import collections
@@ -33,7 +34,12 @@ from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
 from caprl_jax.models.trainable import split_params, trainable_filter
-from caprl_jax.modes.train.run import abstract_state, make_optimizer, rollout_images, rollout_shardings
+from caprl_jax.modes.train.run import (
+  abstract_state,
+  make_optimizer,
+  rollout_images,
+  rollout_shardings,
+)
 from caprl_jax.rl.step import train_step
 from caprl_jax.types import (
   Batch,
@@ -47,16 +53,18 @@ from caprl_jax.types import (
 
 log = logging.getLogger("caprl_jax.modes.plan")
 
-GIB = 2 ** 30
+GIB = 2**30
 # Memory of a chip in bytes: cloud.google.com/tpu/docs, "System architecture".
 HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-  """topology: as libtpu names it ("v5p:2x2x2", "v5e:1x1"); None: the devices here. image: height and width of the
-  largest image. The token counts are upper bounds that the data would give. layers: of tower and decoders, to plan a
-  shallower model of the same width; None: the real number."""
+  """topology: as libtpu names it ("v5p:2x2x2", "v5e:1x1"); None: the devices here. image: height
+  and width of the largest image. The token counts are upper bounds that the data would give.
+  layers: of tower and decoders, to plan a shallower model of the same width; None: the real number.
+  """
+
   topology: str | None = "v5p:2x2x2"
   image: tuple[int, ...] = (1000, 1000)
   prompt_tokens: int = 64  # the image's not counted
@@ -68,26 +76,37 @@ class PlanConfig:
 
 
 def read_config(source: str) -> dict:
-  """config.json of a checkpoint: a directory's, a published one's, or the hub's. Raises ValueError where there is
-  none."""
+  """config.json of a checkpoint: a directory's, a published one's, or the hub's. Raises ValueError
+  where there is none."""
   path = pathlib.Path(source).expanduser()
   if path.exists() or source.startswith("package:"):
     return hub_files.read_model(hub_files.resolve_model(source))[0]
   if source in CONFIGS:
     return CONFIGS[source]
   try:
-    return json.loads(pathlib.Path(huggingface_hub.hf_hub_download(source, "config.json")).read_text())
+    return json.loads(
+      pathlib.Path(huggingface_hub.hf_hub_download(source, "config.json")).read_text()
+    )
   except Exception as error:  # the hub's errors and its HTTP client's have no common base
-    raise ValueError(f"no config.json for {source!r}: it is no directory, none of {sorted(CONFIGS)}, and the Hugging "
-                     f"Face hub failed with {type(error).__name__}: {error}") from error
+    raise ValueError(
+      f"no config.json for {source!r}: it is no directory, none of "
+      f"{sorted(CONFIGS)}, and the Hugging Face hub failed with "
+      f"{type(error).__name__}: {error}"
+    ) from error
 
 
 def shallower(config: dict, layers: int | None) -> dict:
   """The same model with fewer layers."""
   if layers is None:
     return config
-  cut = lambda c: {k: min(v, layers) if k in ("num_hidden_layers", "depth") else cut(v) if isinstance(v, dict) else v
-                   for k, v in c.items()}
+  cut = lambda c: {
+    k: min(v, layers)
+    if k in ("num_hidden_layers", "depth")
+    else cut(v)
+    if isinstance(v, dict)
+    else v
+    for k, v in c.items()
+  }
   new = cut(config)
   vision = new.get("vision_config", {})
   for key in ("deepstack_visual_indexes", "fullatt_block_indexes"):
@@ -98,25 +117,40 @@ def shallower(config: dict, layers: int | None) -> dict:
 
 def parameter_count(config: dict) -> int:
   """Parameters of the model of a config.json, without any memory."""
-  init = init_policy(PolicyConfig.from_hf(config)) if is_vision_language(config) else init_decoder(
-      DecoderConfig.from_hf(config))
-  return sum(x.size for x in jax.tree.leaves(nn.unbox(sharding.abstract_params(lambda: init(jax.random.key(0))))))
+  init = (
+    init_policy(PolicyConfig.from_hf(config))
+    if is_vision_language(config)
+    else init_decoder(DecoderConfig.from_hf(config))
+  )
+  return sum(
+    x.size
+    for x in jax.tree.leaves(nn.unbox(sharding.abstract_params(lambda: init(jax.random.key(0)))))
+  )
 
 
 def topology_devices(name: str | None) -> list:
-  """Devices to compile for. Raises ValueError where libtpu is missing or does not know the topology."""
+  """Devices to compile for. Raises ValueError where libtpu is missing or does not know the
+  topology.
+  """
   if name is None:
     return jax.devices()
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask a metadata server which machine this is
+  # it would ask a metadata server which machine this is
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   from jax.experimental import topologies
+
   chips = [int(n) for n in name.partition(":")[2].split("x")]
   # libtpu takes a host for four chips unless told otherwise.
-  extra = {"chips_per_host_bounds": tuple(chips + [1] * (3 - len(chips)))} if np.prod(chips) == 1 else {}
+  extra = (
+    {"chips_per_host_bounds": tuple(chips + [1] * (3 - len(chips)))} if np.prod(chips) == 1 else {}
+  )
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices)
   except Exception as error:
-    raise ValueError(f"plan.topology = {name!r}: {error}. `pip install libtpu` compiles for TPUs on any Linux machine; "
-                     "names are like v5p:2x2x2, v5e:4x4, v5e:1x1, v6e:2x2") from error
+    raise ValueError(
+      f"plan.topology = {name!r}: {error}. `pip install libtpu` compiles for TPUs "
+      "on any Linux machine; names are like v5p:2x2x2, v5e:4x4, v5e:1x1, "
+      "v6e:2x2"
+    ) from error
 
 
 def _placed(tree: Any, place) -> Any:
@@ -131,26 +165,43 @@ def abstract_batch(settings: Settings, plan: PlanConfig, cfg: PolicyConfig, mesh
   """A batch's shapes, split over the mesh."""
   B, K = rollout_images(settings), settings.data.questions
   S, I = cfg.vision.pixels.shape(*plan.image)
-  P, E = I + plan.prompt_tokens, cfg.vision.in_channels * cfg.vision.pixels.patch_size ** 2
+  P, E = I + plan.prompt_tokens, cfg.vision.in_channels * cfg.vision.pixels.patch_size**2
   A, Q, O = plan.options, plan.stem_tokens, plan.option_tokens
   flag = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bool_)
   i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   batch = Batch(
-      Images(jax.ShapeDtypeStruct((B, S, E), jnp.uint8), i32(B, S, 2), flag(B, S), i32(B, I)),
-      Prompts(i32(B, P), flag(B, P), i32(B, 3, P), i32(B)),
-      Questions(i32(B, K, Q), flag(B, K, Q), i32(B, K, A, O), flag(B, K, A, O), i32(B, K), flag(B, K), i32(B, K),
-                jax.ShapeDtypeStruct((B, K, A), jnp.float32)), i32(B))
+    Images(jax.ShapeDtypeStruct((B, S, E), jnp.uint8), i32(B, S, 2), flag(B, S), i32(B, I)),
+    Prompts(i32(B, P), flag(B, P), i32(B, 3, P), i32(B)),
+    Questions(
+      i32(B, K, Q),
+      flag(B, K, Q),
+      i32(B, K, A, O),
+      flag(B, K, A, O),
+      i32(B, K),
+      flag(B, K),
+      i32(B, K),
+      jax.ShapeDtypeStruct((B, K, A), jnp.float32),
+    ),
+    i32(B),
+  )
   return _placed(batch, sharding.batch_sharding(mesh))
 
 
 def lower_step(settings: Settings, plan: PlanConfig, devices: list):
-  """The training step, lowered for some devices, and the bytes of its arguments by kind, all devices together."""
+  """The training step, lowered for some devices, and the bytes of its arguments by kind, all
+  devices together.
+  """
   mesh = sharding.make_mesh(settings.mesh, devices)
   sharding.check_batch_size(settings.data.batch_size, mesh, "data.batch_size")
   section = settings.policy
   config = shallower(read_config(section.checkpoint), plan.layers)
-  cfg = PolicyConfig.from_hf(config, {}, dtype=jnp.dtype(section.dtype), remat=section.remat,
-                             lora=section.lora if section.trainable == "lora" else None)
+  cfg = PolicyConfig.from_hf(
+    config,
+    {},
+    dtype=jnp.dtype(section.dtype),
+    remat=section.remat,
+    lora=section.lora if section.trainable == "lora" else None,
+  )
   cfg, _ = limit_pixels(cfg, section.min_pixels, section.max_pixels)
   judge_config = shallower(read_config(settings.judge.source), plan.layers)
   if is_vision_language(judge_config):
@@ -170,30 +221,65 @@ def lower_step(settings: Settings, plan: PlanConfig, devices: list):
   tx, _ = make_optimizer(settings)
   state = abstract_state(chosen, tx, chosen_places, mesh)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  state = state.replace(key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh)))
+  state = state.replace(
+    key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+  )
 
   whole = sharding.replicated(mesh)
   V, A, W = cfg.text.vocab_size, plan.options, plan.judge_prompt_tokens
   struct = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
   judge_step, rows, labels = settings.step.judge, judge_cfg.vocab_size, max(A + 1, 6)
   spaced = (struct(rows), struct()) if judge_step.prompt != "plain" else (None, None)
-  writing = (struct(rows), Vocabulary(struct(rows, dtype=jnp.bool_), struct(0), (0,), 0)) if (
-      judge_step.reading == "generate") else (None, None)
-  prompt = JudgePrompt(struct(W), struct(labels, 8), struct(labels, 8, dtype=jnp.bool_), struct(8), struct(labels),
-                       struct(0 if judge_step.abstain == "none" else 8), *spaced, *writing)
+  writing = (
+    (struct(rows), Vocabulary(struct(rows, dtype=jnp.bool_), struct(0), (0,), 0))
+    if (judge_step.reading == "generate")
+    else (None, None)
+  )
+  prompt = JudgePrompt(
+    struct(W),
+    struct(labels, 8),
+    struct(labels, 8, dtype=jnp.bool_),
+    struct(8),
+    struct(labels),
+    struct(0 if judge_step.abstain == "none" else 8),
+    *spaced,
+    *writing,
+  )
   vocabulary = Vocabulary(struct(V, dtype=jnp.bool_), struct(V), (0,), 0)
-  frozen = Frozen(judge_params, prompt, vocabulary, chosen if settings.step.update.loss.kl > 0 else None, base or None,
-                  struct(V, 3, dtype=jnp.uint8) if settings.step.reward.timestamps else None)
+  frozen = Frozen(
+    judge_params,
+    prompt,
+    vocabulary,
+    chosen if settings.step.update.loss.kl > 0 else None,
+    base or None,
+    struct(V, 3, dtype=jnp.uint8) if settings.step.reward.timestamps else None,
+  )
   batch = abstract_batch(settings, plan, cfg, mesh)
 
-  stages = functools.partial(train_step, policy=Policy(cfg), judge=Decoder(judge_cfg), tx=tx, cfg=settings.step,
-                             rollout_shardings=rollout_shardings(places, mesh))
+  stages = functools.partial(
+    train_step,
+    policy=Policy(cfg),
+    judge=Decoder(judge_cfg),
+    tx=tx,
+    cfg=settings.step,
+    rollout_shardings=rollout_shardings(places, mesh),
+  )
   state_places = jax.tree.map(lambda x: x.sharding, state)
   with jax.set_mesh(mesh):
-    lowered = jax.jit(stages, donate_argnums=0, out_shardings=(state_places, None, None)).lower(state, frozen, batch)
-  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x is not state.key)
-  kinds = {"policy, trained": size(state.params), "optimizer": size(state.opt_state), "policy, frozen": size(base),
-           "judge": size(judge_params), "reference": size(frozen.reference), "batch": size(batch)}
+    lowered = jax.jit(stages, donate_argnums=0, out_shardings=(state_places, None, None)).lower(
+      state, frozen, batch
+    )
+  size = lambda tree: sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x is not state.key
+  )
+  kinds = {
+    "policy, trained": size(state.params),
+    "optimizer": size(state.opt_state),
+    "policy, frozen": size(base),
+    "judge": size(judge_params),
+    "reference": size(frozen.reference),
+    "batch": size(batch),
+  }
   return lowered, kinds
 
 
@@ -202,21 +288,34 @@ _BITS = {"pred": 8, "bf16": 16}
 
 
 def largest_arrays(text: str, count: int = 12) -> list[tuple[float, str, str, int]]:
-  """(GiB, dtype and shape, operation, how often) of the largest arrays that a compiled program's text names."""
+  """(GiB, dtype and shape, operation, how often) of the largest arrays that a compiled program's
+  text names.
+  """
   found: collections.Counter = collections.Counter()
   for dtype, shape, operation in _ARRAY.findall(text):
-    if operation not in ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "copy-done"):
+    if operation not in (
+      "parameter",
+      "get-tuple-element",
+      "tuple",
+      "bitcast",
+      "while",
+      "copy-done",
+    ):
       found[dtype, shape, operation] += 1
+
   def gib(item):
     (dtype, shape, _), _ = item
     bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype))
     return float(np.prod([float(n) for n in shape.split(",")])) * bits / 8 / GIB
+
   top = sorted(found.items(), key=gib, reverse=True)[:count]
   return [(gib(item), f"{item[0][0]}[{item[0][1]}]", item[0][2], item[1]) for item in top]
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Compiles the step and reports. Raises ValueError when the memory of the topology's chips is not enough."""
+  """Compiles the step and reports. Raises ValueError when the memory of the topology's chips is not
+  enough.
+  """
   plan = configuration.load_section(config, "plan", PlanConfig)
   settings = read_settings(config)
   if plan.topology is not None:
@@ -232,28 +331,50 @@ def run(config, workdir: pathlib.Path) -> None:
   total = arguments + temporaries + output
   try:
     largest = largest_arrays(compiled.as_text())
-  except jax.errors.JaxRuntimeError as error:  # libtpu may be newer than jaxlib, which then cannot read its programs
-    log.warning("the largest arrays are not known: jaxlib cannot read the program that libtpu made (%s)",
-                str(error).splitlines()[0])
+  # libtpu may be newer than jaxlib, which then cannot read its programs
+  except jax.errors.JaxRuntimeError as error:
+    log.warning(
+      "the largest arrays are not known: jaxlib cannot read the program that libtpu made (%s)",
+      str(error).splitlines()[0],
+    )
     largest = []
   report = {
-      "topology": plan.topology, "devices": len(devices), "compile_secs": time.perf_counter() - start,
-      "gib_per_device": {"arguments": arguments / GIB, "temporaries": temporaries / GIB, "output": output / GIB,
-                         "total": total / GIB},
-      "gib_all_devices": {k: v / GIB for k, v in kinds.items() if v}, "flops": cost.get("flops"),
-      "bytes_accessed": cost.get("bytes accessed"), "largest": largest}
+    "topology": plan.topology,
+    "devices": len(devices),
+    "compile_secs": time.perf_counter() - start,
+    "gib_per_device": {
+      "arguments": arguments / GIB,
+      "temporaries": temporaries / GIB,
+      "output": output / GIB,
+      "total": total / GIB,
+    },
+    "gib_all_devices": {k: v / GIB for k, v in kinds.items() if v},
+    "flops": cost.get("flops"),
+    "bytes_accessed": cost.get("bytes accessed"),
+    "largest": largest,
+  }
   write_json(workdir / "plan.json", report)
   lines = [f"{name:>12} {value:8.2f} GiB" for name, value in report["gib_per_device"].items()]
   log.info("memory of a device:\n%s", "\n".join(lines))
-  log.info("arguments, all devices together:\n%s", "\n".join(
-      f"{name:>16} {value:8.2f} GiB" for name, value in report["gib_all_devices"].items()))
+  log.info(
+    "arguments, all devices together:\n%s",
+    "\n".join(f"{name:>16} {value:8.2f} GiB" for name, value in report["gib_all_devices"].items()),
+  )
   # The compiler counts a loop's body once.
-  log.info("compiler's count, loops' bodies once: %.3g FLOPs, %.3g bytes", report["flops"] or 0,
-           report["bytes_accessed"] or 0)
+  log.info(
+    "compiler's count, loops' bodies once: %.3g FLOPs, %.3g bytes",
+    report["flops"] or 0,
+    report["bytes_accessed"] or 0,
+  )
   if largest:
-    log.info("largest arrays:\n%s", "\n".join(f"{g:8.2f} GiB {what} {op} x{n}" for g, what, op, n in largest))
+    log.info(
+      "largest arrays:\n%s",
+      "\n".join(f"{g:8.2f} GiB {what} {op} x{n}" for g, what, op, n in largest),
+    )
   limit = HBM.get((plan.topology or "").partition(":")[0])
   if limit and total > limit:
-    raise ValueError(f"the step needs {total / GIB:.1f} GiB a device, and a {plan.topology} chip has "
-                     f"{limit / GIB:.0f}; raise update.microbatches or judge.microbatches, lower data.batch_size, "
-                     "rollout.group_size or max_tokens, or take more chips")
+    raise ValueError(
+      f"the step needs {total / GIB:.1f} GiB a device, and a {plan.topology} chip "
+      f"has {limit / GIB:.0f}; raise update.microbatches or judge.microbatches, "
+      "lower data.batch_size, rollout.group_size or max_tokens, or take more chips"
+    )

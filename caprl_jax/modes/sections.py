@@ -1,4 +1,6 @@
-"""A config's sections by name -> what modes read them as; so that a key can be set which a config file leaves out."""
+"""A config's sections by name -> what modes read them as; so that a key can be set which a config
+file leaves out.
+"""
 
 import dataclasses
 import types
@@ -18,23 +20,44 @@ from caprl_jax.modes.gallery import run as gallery
 from caprl_jax.modes.pretrain import policy as pretrain_policy
 from caprl_jax.modes.pretrain import run as pretrain
 from caprl_jax.modes.prism import run as prism
-from caprl_jax.rl import advantages, optimizer, reward, rollout, update  # fmt: skip
+from caprl_jax.rl import advantages, optimizer, reward, rollout, update
 
-# Several: modes read a section of this name differently (mode sft makes a captioner, the others load one).
+# Several: modes read a section of this name differently (mode sft makes a captioner, the others
+# load one).
 SECTIONS: dict[str, tuple[Any, ...]] = {
-  "mode": (str,), "seed": (int,), "preset": (str | None,), "mesh": (sharding.MeshConfig,),
-  "policy": (setup_run.PolicySection, sft.NewPolicyConfig), "judge": (setup_run.JudgeSection,),
-  "data": (setup_run.DataSection,), "curate": (question_filter.CurateConfig,), "gate": (setup_run.GateSection,),
-  "rollout": (rollout.RolloutConfig,), "reward": (reward.RewardConfig,), "advantage": (advantages.AdvantageConfig,),
-  "update": (update.UpdateConfig,), "optimizer": (optimizer.OptimizerConfig,), "train": (setup_run.TrainSection,),
-  "evaluate": (setup_run.EvaluateSection,), "checkpoint": (checkpoints.CheckpointConfig,), "sft": (sft.SFTConfig,),
-  "caption": (caption.CaptionConfig,), "export": (export.ExportConfig,), "plan": (plan.PlanConfig,),
-  "calibrate": (calibrate.CalibrateConfig,), "dataset": (dataset.DatasetConfig,),
-  "curation": (curation.CurationConfig,), "generator": (setup_run.PolicySection,),
-  "answerer": (setup_run.PolicySection,), "endpoint": (endpoint.EndpointConfig,), "prism": (prism.PrismConfig,),
-  "gallery": (gallery.GalleryConfig,), "demo": (demo.DemoConfig,), "pretrain": (pretrain.PretrainConfig,),
+  "mode": (str,),
+  "seed": (int,),
+  "preset": (str | None,),
+  "mesh": (sharding.MeshConfig,),
+  "policy": (setup_run.PolicySection, sft.NewPolicyConfig),
+  "judge": (setup_run.JudgeSection,),
+  "data": (setup_run.DataSection,),
+  "curate": (question_filter.CurateConfig,),
+  "gate": (setup_run.GateSection,),
+  "rollout": (rollout.RolloutConfig,),
+  "reward": (reward.RewardConfig,),
+  "advantage": (advantages.AdvantageConfig,),
+  "update": (update.UpdateConfig,),
+  "optimizer": (optimizer.OptimizerConfig,),
+  "train": (setup_run.TrainSection,),
+  "evaluate": (setup_run.EvaluateSection,),
+  "checkpoint": (checkpoints.CheckpointConfig,),
+  "sft": (sft.SFTConfig,),
+  "caption": (caption.CaptionConfig,),
+  "export": (export.ExportConfig,),
+  "plan": (plan.PlanConfig,),
+  "calibrate": (calibrate.CalibrateConfig,),
+  "dataset": (dataset.DatasetConfig,),
+  "curation": (curation.CurationConfig,),
+  "generator": (setup_run.PolicySection,),
+  "answerer": (setup_run.PolicySection,),
+  "endpoint": (endpoint.EndpointConfig,),
+  "prism": (prism.PrismConfig,),
+  "gallery": (gallery.GalleryConfig,),
+  "demo": (demo.DemoConfig,),
+  "pretrain": (pretrain.PretrainConfig,),
   "pretrain_policy": (pretrain_policy.PretrainPolicyConfig,),
-}  # fmt: skip
+}
 
 
 def annotation_of(key: str) -> Any:
@@ -46,13 +69,20 @@ def annotation_of(key: str) -> Any:
 
 def keys() -> list[str]:
   """All dotted keys, but for those below a name that the user gives, such as a stage's."""
-  return [key for name, sections in SECTIONS.items() for section in sections for key in _keys(section, name)]
+  return [
+    key
+    for name, sections in SECTIONS.items()
+    for section in sections
+    for key in _keys(section, name)
+  ]
 
 
 def alternatives(annotation: Any) -> list[Any]:
   """What an annotation allows besides None."""
   union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-  return [a for a in (typing.get_args(annotation) if union else (annotation,)) if a is not type(None)]
+  return [
+    a for a in (typing.get_args(annotation) if union else (annotation,)) if a is not type(None)
+  ]
 
 
 def _find(annotation: Any, path: list[str]) -> Any:

@@ -1,8 +1,8 @@
 """Mode `sft`: supervised warm start. Images with captions -> a captioner in Hugging Face format.
 
-Teaches a captioner, new or loaded, by next-token prediction on captions: of a JSON-lines file, or written from
-the facts that a dataset knows with weighted templates (how the quickstart's warm start is made). Phases follow
-one another, each with its own captions and learning-rate schedule.
+Teaches a captioner, new or loaded, by next-token prediction on captions: of a JSON-lines file, or
+written from the facts that a dataset knows with weighted templates (how the quickstart's warm start
+is made). Phases follow one another, each with its own captions and learning-rate schedule.
 """
 
 import dataclasses
@@ -36,12 +36,21 @@ from caprl_jax.types import Batch, Captions, TrainState, Vocabulary
 
 log = logging.getLogger("caprl_jax.modes.sft")
 
-VISION_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+VISION_SPECIALS = (
+  "<|vision_start|>",
+  "<|vision_end|>",
+  "<|vision_pad|>",
+  "<|image_pad|>",
+  "<|video_pad|>",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
-  """Steps on one set of captions. `templates` are (weight, text with {fact} places); none: the rows' captions."""
+  """Steps on one set of captions. `templates` are (weight, text with {fact} places); none: the
+  rows' captions.
+  """
+
   steps: int
   optimizer: OptimizerConfig
   templates: tuple[tuple[float, str], ...] = ()
@@ -57,6 +66,7 @@ class SFTConfig:
   augment: shift images by up to an eighth and mirror them, which keeps the facts of easy-vqa true.
   output_dtype: of the written checkpoint.
   """
+
   train: str
   phases: tuple[PhaseConfig, ...]
   eval: str | None = None
@@ -71,10 +81,12 @@ class SFTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NewPolicyConfig:
-  """The section `policy` of this mode: a checkpoint, or config.json and preprocessor_config.json of a new model.
+  """The section `policy` of this mode: a checkpoint, or config.json and preprocessor_config.json of
+  a new model.
 
   tokenizer: model whose tokens the new policy shares; `compact` keeps those that its captions need.
   """
+
   instruction: str = "Please describe this image in detail."
   checkpoint: str | None = None
   architecture: dict | None = None
@@ -85,7 +97,10 @@ class NewPolicyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SFTExample:
-  """Arrays of one row: a `types.Batch` without questions is just images and prompts, plus the caption."""
+  """Arrays of one row: a `types.Batch` without questions is just images and prompts, plus the
+  caption.
+  """
+
   batch: Batch
   tokens: np.ndarray
   valid: np.ndarray
@@ -95,16 +110,28 @@ jax.tree_util.register_dataclass(SFTExample, ["batch", "tokens", "valid"], [])
 
 
 class CaptionExample:
-  """(row index, generator) -> SFTExample: draws a template, fills in the facts, perturbs the image if asked."""
+  """(row index, generator) -> SFTExample: draws a template, fills in the facts, perturbs the image
+  if asked.
+  """
 
-  def __init__(self, rows: list, tokenizer: Tokenizer, prompt: ImagePrompt, phase: PhaseConfig, cfg: SFTConfig):
-    self.rows, self.tokenizer, self.prompt, self.phase, self.cfg = rows, tokenizer, prompt, phase, cfg
+  def __init__(
+    self, rows: list, tokenizer: Tokenizer, prompt: ImagePrompt, phase: PhaseConfig, cfg: SFTConfig
+  ):
+    self.rows, self.tokenizer, self.prompt, self.phase, self.cfg = (
+      rows,
+      tokenizer,
+      prompt,
+      phase,
+      cfg,
+    )
     self.weights = np.array([weight for weight, _ in phase.templates])
 
   def __call__(self, index: int, rng: np.random.Generator) -> SFTExample:
     row = self.rows[index]
     if self.phase.templates:
-      template = self.phase.templates[rng.choice(len(self.weights), p=self.weights / self.weights.sum())][1]
+      template = self.phase.templates[
+        rng.choice(len(self.weights), p=self.weights / self.weights.sum())
+      ][1]
       caption = template.format(**row.facts)
     else:
       caption = row.caption
@@ -112,28 +139,38 @@ class CaptionExample:
     images, prompts = self.prompt(row, image)
     ids = [*self.tokenizer.encode_plain(caption), self.tokenizer.end_ids[0]]
     if len(ids) > self.cfg.max_tokens:
-      raise ValueError(f"row {row.name!r}: its caption has {len(ids)} tokens, more than sft.max_tokens = "
-                       f"{self.cfg.max_tokens}; raise it or shorten the caption")
+      raise ValueError(
+        f"row {row.name!r}: its caption has {len(ids)} tokens, more than "
+        f"sft.max_tokens = {self.cfg.max_tokens}; raise it or shorten the caption"
+      )
     length = self.cfg.max_tokens
-    return SFTExample(Batch(images, prompts, None, np.int32(index)),
-                      np.pad(np.array(ids, np.int32), (0, length - len(ids)), constant_values=ids[-1]),
-                      np.arange(length) < len(ids))
+    return SFTExample(
+      Batch(images, prompts, None, np.int32(index)),
+      np.pad(np.array(ids, np.int32), (0, length - len(ids)), constant_values=ids[-1]),
+      np.arange(length) < len(ids),
+    )
 
 
 def shift_and_mirror(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-  """Moves a picture by up to an eighth of each side, repeating its edge, and mirrors it half of the time."""
+  """Moves a picture by up to an eighth of each side, repeating its edge, and mirrors it half of the
+  time.
+  """
   pixels = np.asarray(image)
   reach = (pixels.shape[0] // 8, pixels.shape[1] // 8)
   padded = np.pad(pixels, ((reach[0],) * 2, (reach[1],) * 2, (0, 0)), mode="edge")
   top, left = rng.integers(0, 2 * reach[0] + 1), rng.integers(0, 2 * reach[1] + 1)
-  moved = padded[top:top + pixels.shape[0], left:left + pixels.shape[1]]
+  moved = padded[top : top + pixels.shape[0], left : left + pixels.shape[1]]
   return Image.fromarray(moved[:, ::-1] if rng.random() < 0.5 else moved)
 
 
 def sft_step(state: TrainState, example: SFTExample, *, policy, tx, vocabulary: Vocabulary):
   """One step of next-token prediction, mean over tokens. Returns (state, metrics, None)."""
-  captions = Captions(example.tokens[:, None], jnp.zeros(example.tokens[:, None].shape), example.valid[:, None],
-                      jnp.ones((example.tokens.shape[0], 1), bool))
+  captions = Captions(
+    example.tokens[:, None],
+    jnp.zeros(example.tokens[:, None].shape),
+    example.valid[:, None],
+    jnp.ones((example.tokens.shape[0], 1), bool),
+  )
 
   def loss(params):
     logp, _ = caption_logprobs(policy, params, example.batch, captions, vocabulary, 1.0)
@@ -145,48 +182,81 @@ def sft_step(state: TrainState, example: SFTExample, *, policy, tx, vocabulary: 
   finite = jnp.isfinite(value) & jnp.isfinite(norm)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-  state = state.replace(step=state.step + 1, params=keep(optax.apply_updates(state.params, updates), state.params),
-                        opt_state=keep(opt_state, state.opt_state))
-  return state, {"update/loss": value, "update/grad_norm": norm, "update/nonfinite": 1.0 - finite}, None
+  state = state.replace(
+    step=state.step + 1,
+    params=keep(optax.apply_updates(state.params, updates), state.params),
+    opt_state=keep(opt_state, state.opt_state),
+  )
+  return (
+    state,
+    {"update/loss": value, "update/grad_norm": norm, "update/nonfinite": 1.0 - finite},
+    None,
+  )
 
 
 def text_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
   """Every text token and the end tokens allowed; no judge is involved."""
   allowed = np.zeros(vocab_size, bool)
-  allowed[:tokenizer.vocab_size] = True
+  allowed[: tokenizer.vocab_size] = True
   allowed[list(tokenizer.special_ids)] = False
   allowed[list(tokenizer.end_ids)] = True
-  return Vocabulary(jnp.asarray(allowed), jnp.full(vocab_size, -1, jnp.int32), tuple(tokenizer.end_ids),
-                    tokenizer.end_ids[-1])
+  return Vocabulary(
+    jnp.asarray(allowed),
+    jnp.full(vocab_size, -1, jnp.int32),
+    tuple(tokenizer.end_ids),
+    tokenizer.end_ids[-1],
+  )
 
 
-def recognition(policy: Loaded, params, rows: list[QARow], prompt: ImagePrompt, vocabulary: Vocabulary,
-                cfg: SFTConfig) -> dict[str, float]:
-  """For each {fact} in the template: how often, given the true text before it, the true word is the likeliest of
-  all values that the fact takes. Compares whole words, by the sum of their tokens' log-probabilities."""
+def recognition(
+  policy: Loaded,
+  params,
+  rows: list[QARow],
+  prompt: ImagePrompt,
+  vocabulary: Vocabulary,
+  cfg: SFTConfig,
+) -> dict[str, float]:
+  """For each {fact} in the template: how often, given the true text before it, the true word is the
+  likeliest of all values that the fact takes. Compares whole words, by the sum of their tokens'
+  log-probabilities."""
+
   @jax.jit
   def score(params, example: SFTExample):
-    captions = Captions(example.tokens[:, None], jnp.zeros(example.tokens[:, None].shape), example.valid[:, None],
-                        jnp.ones((example.tokens.shape[0], 1), bool))
+    captions = Captions(
+      example.tokens[:, None],
+      jnp.zeros(example.tokens[:, None].shape),
+      example.valid[:, None],
+      jnp.ones((example.tokens.shape[0], 1), bool),
+    )
     logp, _ = caption_logprobs(policy.model, params, example.batch, captions, vocabulary, 1.0)
     return masked_sum(logp, captions.valid_BGT, axis=-1)[:, 0]
 
   rates = {}
   for place in [name for _, name, _, _ in string.Formatter().parse(cfg.recognition) if name]:
     values = sorted({row.facts[place] for row in rows})
-    stem = cfg.recognition[:cfg.recognition.index("{" + place + "}")]
+    stem = cfg.recognition[: cfg.recognition.index("{" + place + "}")]
     scores = []
-    for value in values:  # the text up to the place, then each candidate word; the same length of context for all
+    # the text up to the place, then each candidate word; the same length of context for all
+    for value in values:
       phase = PhaseConfig(1, OptimizerConfig(), ((1.0, stem + "{__word}"),))
       worded = [dataclasses.replace(row, facts={**row.facts, "__word": value}) for row in rows]
-      example = CaptionExample(worded, policy.tokenizer, prompt, phase, dataclasses.replace(cfg, augment=False))
+      example = CaptionExample(
+        worded, policy.tokenizer, prompt, phase, dataclasses.replace(cfg, augment=False)
+      )
 
       def without_end(index, rng):
         made = example(index, rng)
         made.valid[made.valid.sum() - 1] = False
         return made
-      scores.append(np.concatenate([sharding.to_host(score(params, batch))[:real] for batch, real in
-                                    eval_batches(without_end, len(rows), 100, 0)]))
+
+      scores.append(
+        np.concatenate(
+          [
+            sharding.to_host(score(params, batch))[:real]
+            for batch, real in eval_batches(without_end, len(rows), 100, 0)
+          ]
+        )
+      )
     best = np.array(values)[np.argmax(scores, axis=0)]
     rates[place] = float(np.mean(best == [row.facts[place] for row in rows]))
   return rates
@@ -197,82 +267,156 @@ def make_policy(section: NewPolicyConfig, cfg: SFTConfig, rows: list, seed: int,
   if section.checkpoint:
     return load_policy(section.checkpoint, mesh)
   if section.architecture is None or section.tokenizer is None:
-    raise ValueError("mode sft needs policy.checkpoint, or policy.architecture and policy.tokenizer for a new model")
+    raise ValueError(
+      "mode sft needs policy.checkpoint, or policy.architecture and "
+      "policy.tokenizer for a new model"
+    )
   tokenizer = load_tokenizer(hub_files.resolve_model(section.tokenizer))
   if section.compact:
     texts = {f"<|im_start|>user\n{section.instruction}<|im_end|>\n<|im_start|>assistant\n"}
     for phase in cfg.phases:
-      texts |= {t.format(**row.facts) for _, t in phase.templates for row in rows} if phase.templates else {
-          row.caption for row in rows}
+      texts |= (
+        {t.format(**row.facts) for _, t in phase.templates for row in rows}
+        if phase.templates
+        else {row.caption for row in rows}
+      )
     backend, _ = compact_tokenizer(tokenizer, sorted(texts), list(VISION_SPECIALS))
     tokenizer = Tokenizer(backend)
   config = configuration.to_plain(section.architecture)
   config["text_config"]["vocab_size"] = tokenizer.vocab_size
-  config["text_config"] |= {"bos_token_id": tokenizer.end_ids[-1], "eos_token_id": tokenizer.end_ids[0]}
-  for name, token in (("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"),
-                      ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")):
+  config["text_config"] |= {
+    "bos_token_id": tokenizer.end_ids[-1],
+    "eos_token_id": tokenizer.end_ids[0],
+  }
+  for name, token in (
+    ("image_token_id", "<|image_pad|>"),
+    ("video_token_id", "<|video_pad|>"),
+    ("vision_start_token_id", "<|vision_start|>"),
+    ("vision_end_token_id", "<|vision_end|>"),
+  ):
     config[name] = tokenizer.id_of(token)
-  return new_policy(config, configuration.to_plain(section.preprocessor or {}), tokenizer, jax.random.key(seed), mesh)
+  return new_policy(
+    config,
+    configuration.to_plain(section.preprocessor or {}),
+    tokenizer,
+    jax.random.key(seed),
+    mesh,
+  )
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Runs all phases, writes `workdir/<sft.output>` in Hugging Face format and `recognition.json`."""
+  """Runs all phases, writes `workdir/<sft.output>` in Hugging Face format and
+  `recognition.json`.
+  """
   cfg = configuration.load_section(config, "sft", SFTConfig)
   section = configuration.load_section(config, "policy", NewPolicyConfig)
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
   sharding.check_batch_size(cfg.batch_size, mesh, "sft.batch_size")
   seed = config.seed
   if any(phase.templates for phase in cfg.phases):
-    places = {n for p in cfg.phases for _, t in p.templates for _, n, _, _ in string.Formatter().parse(t) if n}
+    places = {
+      n
+      for p in cfg.phases
+      for _, t in p.templates
+      for _, n, _, _ in string.Formatter().parse(t)
+      if n
+    }
     rows = [row for row in read_qa_rows(cfg.train, seed) if places <= (row.facts or {}).keys()]
   else:
     rows = read_caption_rows(cfg.train)
   if not rows:
-    raise ValueError(f"sft.train = {cfg.train!r} has no row that knows the facts its templates use; check the "
-                     "places in sft.phases")
+    raise ValueError(
+      f"sft.train = {cfg.train!r} has no row that knows the facts its templates "
+      "use; check the places in sft.phases"
+    )
   with jax.set_mesh(mesh):
     policy = make_policy(section, cfg, rows, seed, mesh)
     _train_phases(policy, rows, section, cfg, config, seed, mesh, workdir)
 
 
-def _train_phases(policy: Loaded, rows, section, cfg: SFTConfig, config, seed, mesh, workdir) -> None:
+def _train_phases(
+  policy: Loaded, rows, section, cfg: SFTConfig, config, seed, mesh, workdir
+) -> None:
   vocabulary = text_vocabulary(policy.tokenizer, policy.model.cfg.text.vocab_size)
-  measured_places = {name for _, name, _, _ in string.Formatter().parse(cfg.recognition or "") if name}
-  eval_rows = [] if cfg.eval is None else [
-      row for row in read_qa_rows(cfg.eval, seed) if measured_places <= (row.facts or {}).keys()][:cfg.eval_rows]
-  prompt = ImagePrompt(policy.model.cfg, policy.prompt_pieces(section.instruction),
-                       image_shape([*rows, *eval_rows], policy.model.cfg))
-  log.info("%d rows, %.2fM parameters, vocabulary %d", len(rows),
-           sum(x.size for x in jax.tree.leaves(policy.params)) / 1e6, policy.model.cfg.text.vocab_size)
+  measured_places = {
+    name for _, name, _, _ in string.Formatter().parse(cfg.recognition or "") if name
+  }
+  eval_rows = (
+    []
+    if cfg.eval is None
+    else [
+      row for row in read_qa_rows(cfg.eval, seed) if measured_places <= (row.facts or {}).keys()
+    ][: cfg.eval_rows]
+  )
+  prompt = ImagePrompt(
+    policy.model.cfg,
+    policy.prompt_pieces(section.instruction),
+    image_shape([*rows, *eval_rows], policy.model.cfg),
+  )
+  log.info(
+    "%d rows, %.2fM parameters, vocabulary %d",
+    len(rows),
+    sum(x.size for x in jax.tree.leaves(policy.params)) / 1e6,
+    policy.model.cfg.text.vocab_size,
+  )
   params, first, measured = policy.params, 0, []
   for number, phase in enumerate(cfg.phases):
     tx, _ = build_optimizer(phase.optimizer, phase.steps)
     put = lambda x: jax.device_put(x, sharding.replicated(mesh))
     moments = sharding.optimizer_shardings(tx, params, policy.shardings, mesh)
-    state = TrainState(put(jnp.int32(0)), params, jax.jit(tx.init, out_shardings=moments)(params),
-                       put(jax.random.key(seed)))
+    state = TrainState(
+      put(jnp.int32(0)),
+      params,
+      jax.jit(tx.init, out_shardings=moments)(params),
+      put(jax.random.key(seed)),
+    )
     # The state comes out where it went in: another layout would compile the step anew.
-    step = jax.jit(functools.partial(sft_step, policy=policy.model, tx=tx, vocabulary=vocabulary), donate_argnums=0,
-                   out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None))
+    step = jax.jit(
+      functools.partial(sft_step, policy=policy.model, tx=tx, vocabulary=vocabulary),
+      donate_argnums=0,
+      out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None),
+    )
     place = workdir / f"phase_{number}"
     place.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=1))
-    iterator = train_iterator(CaptionExample(rows, policy.tokenizer, prompt, phase, cfg), len(rows), cfg.batch_size,
-                              seed + number, sharding.batch_share(mesh, cfg.batch_size))
+    iterator = train_iterator(
+      CaptionExample(rows, policy.tokenizer, prompt, phase, cfg),
+      len(rows),
+      cfg.batch_size,
+      seed + number,
+      sharding.batch_share(mesh, cfg.batch_size),
+    )
     if checkpoints.latest_step():
       state, position = checkpoints.restore(state)
       iterator.set_state(position)
-    state = run_loop(step, state, iterator, steps=phase.steps, mesh=mesh, checkpoints=checkpoints,
-                     config=configuration.to_plain(config), workdir=place, what=f"phase {number}",
-                     reward_name="update/none")
+    state = run_loop(
+      step,
+      state,
+      iterator,
+      steps=phase.steps,
+      mesh=mesh,
+      checkpoints=checkpoints,
+      config=configuration.to_plain(config),
+      workdir=place,
+      what=f"phase {number}",
+      reward_name="update/none",
+    )
     checkpoints.close()
     params, first = state.params, first + phase.steps
     if eval_rows and cfg.recognition:
       measured.append(recognition(policy, params, eval_rows, prompt, vocabulary, cfg))
-      log.info("after phase %d (%d steps), recognition on %d images of %s: %s", number, first, len(eval_rows),
-               cfg.eval, measured[-1])
+      log.info(
+        "after phase %d (%d steps), recognition on %d images of %s: %s",
+        number,
+        first,
+        len(eval_rows),
+        cfg.eval,
+        measured[-1],
+      )
   dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
-  output = pathlib.Path(cfg.output) if pathlib.Path(cfg.output).is_absolute() else workdir / cfg.output
+  output = (
+    pathlib.Path(cfg.output) if pathlib.Path(cfg.output).is_absolute() else workdir / cfg.output
+  )
   save_policy(output, policy, params, dtype)
   if jax.process_index() == 0:
     write_json(workdir / "recognition.json", {"rows": len(eval_rows), "phases": measured})

@@ -18,20 +18,25 @@ SHOWN_IMAGE_PIXELS = 192
 def page(name: str, sections: Iterable[str]) -> str:
   """The whole document. It needs no network and runs no script."""
   # The policy in the head makes the browser refuse what escaping might have let through.
-  return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-          "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; "
-          "img-src data:; style-src 'unsafe-inline'\">"
-          '<meta name="viewport" content="width=device-width, initial-scale=1">'
-          '<meta name="color-scheme" content="light dark">'
-          f"<title>{text(name)} · caprl_jax</title><style>{_CSS}</style></head>\n<body><main>"
-          f"<header><p class=eyebrow>caprl_jax</p><h1>{text(name)}</h1></header>"
-          + "\n".join(section for section in sections if section) + "</main></body></html>\n")
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "img-src data:; style-src 'unsafe-inline'\">"
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    '<meta name="color-scheme" content="light dark">'
+    f"<title>{text(name)} · caprl_jax</title><style>{_CSS}</style></head>\n<body><main>"
+    f"<header><p class=eyebrow>caprl_jax</p><h1>{text(name)}</h1></header>"
+    + "\n".join(section for section in sections if section)
+    + "</main></body></html>\n"
+  )
 
 
 def card(label: str, value: str, note: str, kind: str = "") -> str:
   """One number of the headline; `value` and `note` are markup, `kind` is "" or "wide"."""
-  return (f'<div class="card {kind}"><div class=label>{label}</div><div class=value>{value}</div>'
-          f"<div class=soft>{note}</div></div>")
+  return (
+    f'<div class="card {kind}"><div class=label>{label}</div><div class=value>{value}</div>'
+    f"<div class=soft>{note}</div></div>"
+  )
 
 
 def text(value: Any) -> str:
@@ -61,8 +66,10 @@ def show(value: Any, how: str = "number") -> str:
 
 def arrow(before: Any, after: Any, how: str) -> str:
   """before → after, as markup."""
-  shown = [show(value, how) if number(value) else "<span class=soft>not yet</span>"
-           for value in (before, after)]
+  shown = [
+    show(value, how) if number(value) else "<span class=soft>not yet</span>"
+    for value in (before, after)
+  ]
   return ' <span class=soft aria-label="to">→</span> '.join(shown)
 
 
@@ -73,13 +80,16 @@ def delta(before: Any, after: Any, how: str) -> str:
   change = after - before
   if how == "percent":
     return f"{100 * change:+z.1f} points"
-  return f"{change:+,}" if isinstance(change, int) else f"{change:+z,.2f}"  # z: a fall that rounds to none is no -0.00
+  # z: a fall that rounds to none is no -0.00
+  return f"{change:+,}" if isinstance(change, int) else f"{change:+z,.2f}"
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
   """Heads and rows, all markup; the first column names the row."""
-  body = "".join(f"<tr><th scope=row>{row[0]}</th>" + "".join(f"<td>{x}</td>" for x in row[1:])
-                 + "</tr>" for row in rows)
+  body = "".join(
+    f"<tr><th scope=row>{row[0]}</th>" + "".join(f"<td>{x}</td>" for x in row[1:]) + "</tr>"
+    for row in rows
+  )
   heads = "".join(f"<th scope=col>{name}</th>" for name in head)
   return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -103,13 +113,17 @@ def embedded(data: bytes, name: str) -> str:
   # Whole multiples keep the pixels of a small picture square.
   scale = SHOWN_IMAGE_PIXELS // side if side <= SHOWN_IMAGE_PIXELS else SHOWN_IMAGE_PIXELS / side
   pixelated = " class=pixelated" if scale > 1 else ""
-  return (f'<img{pixelated} width={round(width * scale)} alt="{text(name)}" '
-          f'src="data:{mime};base64,{base64.b64encode(data).decode()}">')
+  return (
+    f'<img{pixelated} width={round(width * scale)} alt="{text(name)}" '
+    f'src="data:{mime};base64,{base64.b64encode(data).decode()}">'
+  )
 
 
-LEGEND = ('An outlined option is the right one. <span class="answer right"><b>✓</b> right</span> '
-           '<span class="answer wrong"><b>✗</b> wrong</span> '
-           '<span class="answer none"><b>–</b> none</span>')
+LEGEND = (
+  'An outlined option is the right one. <span class="answer right"><b>✓</b> right</span> '
+  '<span class="answer wrong"><b>✗</b> wrong</span> '
+  '<span class="answer none"><b>–</b> none</span>'
+)
 
 _CSS = """
 :root{--paper:#fbfaf8;--card:#fff;--ink:#1c1d21;--soft:#62656e;--line:#e3e1dc;--accent:#007a58;

@@ -1,4 +1,6 @@
-"""Reward -> advantage, relative to the group. One function an estimator; `group_advantages` picks by name."""
+"""Reward -> advantage, relative to the group. One function an estimator; `group_advantages` picks
+by name.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,14 +14,17 @@ from caprl_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-  """grpo: (R - mean) / (std + epsilon), DeepSeekMath arXiv 2402.03300, std with n - 1 as TRL and OpenRLHF have it;
-  dr_grpo: R - mean, arXiv 2503.20783; rloo: R - mean of the others, arXiv 2402.14740, what CapRL's released code
-  uses; gdpo: each reward term as grpo has it, then the weighted sum (arXiv 2601.05242), so that no term drowns another.
+  """grpo: (R - mean) / (std + epsilon), DeepSeekMath arXiv 2402.03300, std with n - 1 as TRL and
+  OpenRLHF have it; dr_grpo: R - mean, arXiv 2503.20783; rloo: R - mean of the others, arXiv
+  2402.14740, what CapRL's released code uses; gdpo: each reward term as grpo has it, then the
+  weighted sum (arXiv 2601.05242), so that no term drowns another.
 
-  whiten: what is done to the whole batch afterwards. `captions`: minus the mean over scored captions, over their
-  standard deviation (GDPO's last step); flat groups stay at zero. `released`: what CapRL's released code does, where
-  every token of a scored caption counts, and which moves flat groups too.
+  whiten: what is done to the whole batch afterwards. `captions`: minus the mean over scored
+  captions, over their standard deviation (GDPO's last step); flat groups stay at zero. `released`:
+  what CapRL's released code does, where every token of a scored caption counts, and which moves
+  flat groups too.
   """
+
   estimator: Literal["grpo", "rloo", "dr_grpo", "gdpo"] = "grpo"
   whiten: Literal["none", "captions", "released"] = "none"
   epsilon: float = 1e-4
@@ -28,8 +33,11 @@ class AdvantageConfig:
 def check_group_size(group_size: int, cfg: AdvantageConfig) -> None:
   """Raises ValueError where a group cannot give a baseline."""
   if group_size < 2:
-    raise ValueError(f"rollout.group_size = {group_size} gives no baseline for advantage.estimator = "
-                     f"{cfg.estimator!r}: every advantage would be zero. Use 2 or more; CapRL uses 8")
+    raise ValueError(
+      f"rollout.group_size = {group_size} gives no baseline for advantage.estimator "
+      f"= {cfg.estimator!r}: every advantage would be zero. Use 2 or more; CapRL "
+      "uses 8"
+    )
 
 
 def flat_groups(reward_BG: Array, scored_BG: Array) -> Array:
@@ -61,10 +69,15 @@ def leave_one_out(reward_BG: Array, scored_BG: Array) -> Array:
   return reward_BG - (total - reward_BG) / others
 
 
-def group_advantages(reward_BG: Array, scored_BG: Array, cfg: AdvantageConfig,
-                     terms: Sequence[tuple[float, Array]] = (), tokens_BG: Array | None = None) -> Array:
-  """Advantages [B, G], float32. Exactly zero for flat groups (but see `whiten`) and for unscored captions, which also
-  stay out of the baseline.
+def group_advantages(
+  reward_BG: Array,
+  scored_BG: Array,
+  cfg: AdvantageConfig,
+  terms: Sequence[tuple[float, Array]] = (),
+  tokens_BG: Array | None = None,
+) -> Array:
+  """Advantages [B, G], float32. Exactly zero for flat groups (but see `whiten`) and for unscored
+  captions, which also stay out of the baseline.
 
   Args:
     terms: (weight, values [B, G]) of which the reward is the sum, for `gdpo`.
@@ -78,16 +91,21 @@ def group_advantages(reward_BG: Array, scored_BG: Array, cfg: AdvantageConfig,
       live |= of_term
   else:
     live = _live(reward_BG, scored_BG)
-    advantage = {"rloo": leave_one_out, "dr_grpo": centered,
-                 "grpo": lambda *x: normalized(*x, cfg.epsilon)}[cfg.estimator](reward_BG, scored_BG)
+    advantage = {
+      "rloo": leave_one_out,
+      "dr_grpo": centered,
+      "grpo": lambda *x: normalized(*x, cfg.epsilon),
+    }[cfg.estimator](reward_BG, scored_BG)
   advantage = jnp.where(live, advantage, 0.0)
   if cfg.whiten == "captions":
     std = masked_std(advantage, scored_BG, ddof=1)
-    return jnp.where(live, (advantage - masked_mean(advantage, scored_BG)) / (std + cfg.epsilon), 0.0)
+    return jnp.where(
+      live, (advantage - masked_mean(advantage, scored_BG)) / (std + cfg.epsilon), 0.0
+    )
   if cfg.whiten == "released":
     weight_BG = jnp.where(scored_BG, tokens_BG, 0).astype(jnp.float32)
     count = jnp.maximum(weight_BG.sum(), 1)
     centred = advantage - (weight_BG * advantage).sum() / count
-    variance = (weight_BG * centred ** 2).sum() / count
+    variance = (weight_BG * centred**2).sum() / count
     return jnp.where(scored_BG, centred / jnp.sqrt(jnp.maximum(variance, 1e-8)), 0.0)
   return advantage

@@ -1,4 +1,5 @@
-"""Questions -> what the judge is shown: which are drawn, in which order their options stand, laid out as token ids.
+"""Questions -> what the judge is shown: which are drawn, in which order their options stand, laid
+out as token ids.
 
 Letters as in `types.py`; where "can not answer" is an option, A counts it and it is the last.
 """
@@ -18,26 +19,33 @@ MARGIN_READINGS = ("option_pmi", "letter_argmax")  # those that compare scores w
 class JudgeConfig:
   """What the judge is shown and how its answer is read.
 
-  reading: `option_pmi`, the mean log-probability of an option's tokens after the question, minus the same after a
-    caption that says nothing (Holtzman et al., arXiv 2104.08315): for small and base models. Or, after a prompt that
-    lists the options: the next-token distribution over their letters, as `letter_argmax`, `letter_prob` (the credit is
-    the gold letter's probability) or `letter_sample` at `temperature`; or `generate`, what CapRL's released code does:
-    up to `max_tokens` sampled tokens, of which the first of the letters A to I is the answer.
-  prompt: `plain`, our own; `official`, CapRL's (ChatML), with abstain `last` to the byte, otherwise with a line break
-    more after the options; `official_video`, CapRL++'s wording for videos without its indentation.
-  abstain: "can not answer" as an option more, `last` or `permuted` with the others; it scores nothing and does not
-    mislead. abstain_letter: of the last one, the `next` letter or always `F`, as the released shuffle has it.
+  reading: `option_pmi`, the mean log-probability of an option's tokens after the question, minus
+    the same after a caption that says nothing (Holtzman et al., arXiv 2104.08315): for small and
+    base models. Or, after a prompt that lists the options: the next-token distribution over their
+    letters, as `letter_argmax`, `letter_prob` (the credit is the gold letter's probability) or
+    `letter_sample` at `temperature`; or `generate`, what CapRL's released code does: up to
+    `max_tokens` sampled tokens, of which the first of the letters A to I is the answer.
+  prompt: `plain`, our own; `official`, CapRL's (ChatML), with abstain `last` to the byte, otherwise
+    with a line break more after the options; `official_video`, CapRL++'s wording for videos without
+    its indentation.
+  abstain: "can not answer" as an option more, `last` or `permuted` with the others; it scores
+    nothing and does not mislead. abstain_letter: of the last one, the `next` letter or always `F`,
+    as the released shuffle has it.
   shuffle: a new random order of the options for every presentation.
-  permutations: orders over which the log-probabilities of `letter_argmax` and `letter_prob` are averaged, each
-    turned on by one place, so that an option visits different letters.
-  draws: presentations a caption, drawn from its image's questions with or without `replacement`; 0: each once.
-  independent: draws and orders anew for every caption, not the same for a group (a noisier baseline, as released).
-  margin: an answer must beat the runner-up by more than this, or the judge abstains (in nats; mode `calibrate` finds
+  permutations: orders over which the log-probabilities of `letter_argmax` and `letter_prob` are
+    averaged, each turned on by one place, so that an option visits different letters.
+  draws: presentations a caption, drawn from its image's questions with or without `replacement`; 0:
+  each once. independent: draws and orders anew for every caption, not the same for a group (a
+  noisier baseline, as released). margin: an answer must beat the runner-up by more than this, or
+  the judge abstains (in nats; mode `calibrate` finds
     it).
   blind: ask an empty caption too, for the metric `judge/blind`; it costs one caption more a group.
   microbatches: pieces of the batch that are judged one after the other, to save memory.
   """
-  reading: Literal["option_pmi", "letter_argmax", "letter_prob", "letter_sample", "generate"] = "option_pmi"
+
+  reading: Literal["option_pmi", "letter_argmax", "letter_prob", "letter_sample", "generate"] = (
+    "option_pmi"
+  )
   prompt: Literal["plain", "official", "official_video"] = "plain"
   abstain: Literal["none", "last", "permuted"] = "none"
   abstain_letter: Literal["next", "F"] = "next"
@@ -55,27 +63,45 @@ class JudgeConfig:
 
   def __post_init__(self):
     if self.temperature <= 0 or self.margin < 0:
-      raise ValueError(f"temperature = {self.temperature} must be > 0 and margin = {self.margin} >= 0")
+      raise ValueError(
+        f"temperature = {self.temperature} must be > 0 and margin = {self.margin} >= 0"
+      )
     if self.permutations < 1 or self.draws < 0 or self.max_tokens < 1:
-      raise ValueError(f"permutations = {self.permutations} and max_tokens = {self.max_tokens} must be at least 1, "
-                       f"draws = {self.draws} at least 0")
-    if self.permutations > 1 and (self.reading not in ("letter_argmax", "letter_prob") or not self.shuffle):
-      raise ValueError(f"permutations = {self.permutations} averages log-probabilities of letters over shuffled "
-                       f"orders: it needs reading letter_argmax or letter_prob and shuffle, not {self.reading!r} "
-                       f"and {self.shuffle}")
+      raise ValueError(
+        f"permutations = {self.permutations} and max_tokens = {self.max_tokens} "
+        f"must be at least 1, draws = {self.draws} at least 0"
+      )
+    if self.permutations > 1 and (
+      self.reading not in ("letter_argmax", "letter_prob") or not self.shuffle
+    ):
+      raise ValueError(
+        f"permutations = {self.permutations} averages log-probabilities of letters "
+        "over shuffled orders: it needs reading letter_argmax or letter_prob and "
+        f"shuffle, not {self.reading!r} and {self.shuffle}"
+      )
     if self.reading == "option_pmi" and (self.prompt != "plain" or self.abstain != "none"):
-      raise ValueError(f"reading 'option_pmi' shows no list of options: it goes with prompt 'plain' and abstain 'none' "
-                       f"(it abstains by `margin`), not {self.prompt!r} and {self.abstain!r}")
+      raise ValueError(
+        "reading 'option_pmi' shows no list of options: it goes with prompt 'plain' "
+        f"and abstain 'none' (it abstains by `margin`), not {self.prompt!r} and "
+        f"{self.abstain!r}"
+      )
     if self.reading not in MARGIN_READINGS and self.margin > 1e-3:
-      raise ValueError(f"margin = {self.margin} has no meaning for reading {self.reading!r}, only for "
-                       f"{MARGIN_READINGS}; leave it out, and let the judge abstain by abstain = 'last'")
+      raise ValueError(
+        f"margin = {self.margin} has no meaning for reading {self.reading!r}, only "
+        f"for {MARGIN_READINGS}; leave it out, and let the judge abstain by abstain "
+        "= 'last'"
+      )
     if self.abstain == "permuted" and (not self.shuffle or self.abstain_letter == "F"):
-      raise ValueError(f"abstain 'permuted' goes with shuffle and abstain_letter 'next', not {self.shuffle} and "
-                       f"{self.abstain_letter!r}; use abstain 'last'")
+      raise ValueError(
+        "abstain 'permuted' goes with shuffle and abstain_letter 'next', not "
+        f"{self.shuffle} and {self.abstain_letter!r}; use abstain 'last'"
+      )
 
 
 def draw_questions(key: Array, valid_BK: Array, cfg: JudgeConfig) -> tuple[Array, Array]:
-  """Which questions are presented: int32 indices [B, draws] and whether each exists. The key is consumed."""
+  """Which questions are presented: int32 indices [B, draws] and whether each exists. The key is
+  consumed.
+  """
   B, K = valid_BK.shape
   if not cfg.draws:
     return jnp.broadcast_to(jnp.arange(K), (B, K)), valid_BK
@@ -93,7 +119,9 @@ def draw_questions(key: Array, valid_BK: Array, cfg: JudgeConfig) -> tuple[Array
 
 def take_questions(questions: Questions, index_BK: Array) -> Questions:
   """The tables of given questions of each image."""
-  take = lambda x: jnp.take_along_axis(x, index_BK.reshape(*index_BK.shape, *[1] * (x.ndim - 2)), axis=1)
+  take = lambda x: jnp.take_along_axis(
+    x, index_BK.reshape(*index_BK.shape, *[1] * (x.ndim - 2)), axis=1
+  )
   return jax.tree.map(take, questions)
 
 
@@ -106,30 +134,38 @@ def present_options(questions: Questions, cfg: JudgeConfig) -> Array:
 
 
 def draw_orders(key: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
-  """For each question the order in which its options are shown, int32 [B, K, A]; absent ones come last, "can not
-  answer" after the others where it is not permuted."""
+  """For each question the order in which its options are shown, int32 [B, K, A]; absent ones come
+  last, "can not answer" after the others where it is not permuted."""
   B, K, A = present_BKA.shape
-  rank = jax.random.uniform(key, present_BKA.shape) if cfg.shuffle else jnp.broadcast_to(
-      jnp.arange(A) / A, present_BKA.shape)
+  rank = (
+    jax.random.uniform(key, present_BKA.shape)
+    if cfg.shuffle
+    else jnp.broadcast_to(jnp.arange(A) / A, present_BKA.shape)
+  )
   if cfg.abstain == "last":
     rank = jnp.where(jnp.arange(A) == A - 1, 1.5, rank)
   return jnp.argsort(rank + jnp.where(present_BKA, 0.0, 2.0), axis=-1)
 
 
 def _turned(order_BKA: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
-  """`cfg.permutations` orders of each question, [B, K * permutations, A], each turned on by one place."""
+  """`cfg.permutations` orders of each question, [B, K * permutations, A], each turned on by one
+  place.
+  """
   B, K, A = order_BKA.shape
   fixed = 1 if cfg.abstain == "last" else 0
   count = jnp.maximum(present_BKA.sum(-1, keepdims=True) - fixed, 1)
   slot = jnp.arange(A)
-  turns = [jnp.take_along_axis(order_BKA, jnp.where(slot < count, (slot + p) % count, slot), axis=-1)
-           for p in range(cfg.permutations)]
+  turns = [
+    jnp.take_along_axis(order_BKA, jnp.where(slot < count, (slot + p) % count, slot), axis=-1)
+    for p in range(cfg.permutations)
+  ]
   return jnp.stack(turns, axis=2).reshape(B, K * cfg.permutations, A)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
   """Questions with their options laid out, as the judge is shown them."""
+
   tokens_BKL: Array
   valid_BKL: Array
   order_BKA: Array  # option in each slot
@@ -148,21 +184,29 @@ class Sheet:
     if cfg.permutations > 1:
       order_BKA = _turned(order_BKA, present_BKA, cfg)
       option, option_valid, stem, stem_valid = (
-          jnp.repeat(x, cfg.permutations, axis=1) for x in (option, option_valid, stem, stem_valid))
+        jnp.repeat(x, cfg.permutations, axis=1) for x in (option, option_valid, stem, stem_valid)
+      )
     B, K, A = order_BKA.shape
     option = jnp.take_along_axis(option, order_BKA[..., None], axis=2)
     option_valid = jnp.take_along_axis(option_valid, order_BKA[..., None], axis=2)
     letter_BKA = jnp.broadcast_to(jnp.arange(A), order_BKA.shape)
     if cfg.abstain == "last" and cfg.abstain_letter == "F":
       letter_BKA = jnp.where(order_BKA == A - 1, jnp.maximum(letter_BKA, 5), letter_BKA)
-    label, label_valid = jnp.asarray(prompt.label_AL)[letter_BKA], jnp.asarray(prompt.label_valid_AL)[letter_BKA]
+    label, label_valid = (
+      jnp.asarray(prompt.label_AL)[letter_BKA],
+      jnp.asarray(prompt.label_valid_AL)[letter_BKA],
+    )
     slot = jnp.concatenate([label, option], axis=-1).reshape(B, K, -1)
     used = option_valid.any(-1, keepdims=True)
     slot_valid = jnp.concatenate([label_valid & used, option_valid], axis=-1).reshape(B, K, -1)
     tail = jnp.broadcast_to(prompt.tail_L, (B, K, prompt.tail_L.shape[0]))
-    return cls(jnp.concatenate([stem, slot, tail], axis=-1),
-               jnp.concatenate([stem_valid, slot_valid, jnp.ones_like(tail, bool)], axis=-1), order_BKA, letter_BKA,
-               used[..., 0])
+    return cls(
+      jnp.concatenate([stem, slot, tail], axis=-1),
+      jnp.concatenate([stem_valid, slot_valid, jnp.ones_like(tail, bool)], axis=-1),
+      order_BKA,
+      letter_BKA,
+      used[..., 0],
+    )
 
 
 def _with_abstain(option_BKAO, valid_BKAO, abstain_L) -> tuple[Array, Array]:
@@ -170,6 +214,10 @@ def _with_abstain(option_BKAO, valid_BKAO, abstain_L) -> tuple[Array, Array]:
   B, K, _, O = option_BKAO.shape
   width = max(O, abstain_L.shape[0])
   wide = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - O)))
-  one = jnp.broadcast_to(jnp.pad(jnp.asarray(abstain_L), (0, width - abstain_L.shape[0])), (B, K, 1, width))
+  one = jnp.broadcast_to(
+    jnp.pad(jnp.asarray(abstain_L), (0, width - abstain_L.shape[0])), (B, K, 1, width)
+  )
   one_valid = jnp.broadcast_to(jnp.arange(width) < abstain_L.shape[0], one.shape)
-  return jnp.concatenate([wide(option_BKAO), one], axis=2), jnp.concatenate([wide(valid_BKAO), one_valid], axis=2)
+  return jnp.concatenate([wide(option_BKAO), one], axis=2), jnp.concatenate(
+    [wide(valid_BKAO), one_valid], axis=2
+  )

@@ -1,4 +1,6 @@
-"""Log-probabilities, advantages -> (sum, count, metrics). The caller divides once, so microbatches add up."""
+"""Log-probabilities, advantages -> (sum, count, metrics). The caller divides once, so microbatches
+add up.
+"""
 
 import dataclasses
 from typing import Literal
@@ -14,25 +16,28 @@ from caprl_jax.types import Array
 class LossConfig:
   """The policy-gradient loss, its aggregation, and what is added to it.
 
-  surrogate, with r = exp(logp - old logp) a token:
-    `clip`: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), Schulman et al., arXiv 1707.06347; high > low is DAPO's
-      clip-higher (2503.14476). dual_clip c > 1 bounds it by -c A where A < 0 (Ye et al., 1912.09729).
+  surrogate, with r = exp(logp - old logp) a token: `clip`: -min(r A, clip(r, 1 - clip_low, 1 +
+    clip_high) A), Schulman et al., arXiv 1707.06347; high > low is DAPO's
+      clip-higher (2503.14476). dual_clip c > 1 bounds it by -c A where A < 0 (Ye et al.,
+      1912.09729).
     `gspo`: the same with one r a caption, the geometric mean of its tokens' (2507.18071).
     `cispo`: -clip(r) A logp with clip(r) a constant (2506.13585); no lower bound with clip_low = 1.
     `reinforce`: -A logp, no ratio at all: CapRL's released recipe.
-  aggregation: `token_mean` over all tokens of the batch; `sequence_mean`: mean over captions of the mean over their
-    tokens (the original GRPO; CapRL++'s seq-mean-token-mean); `constant`: sum over the largest number of tokens that
-    there could be (Dr. GRPO, 2503.20783).
-  kl: weight of KL(policy || reference); 0 needs no reference (CapRL's released recipe). kl_in: the `loss`, or the
-    `reward`, summed over a caption's tokens. kl_estimator (http://joschu.net/blog/kl-approx.html): k1, k2, k3;
-    `k3_clamped`, verl's low_var_kl; `k3_k2`, the value of k3 with the gradient of k2, which is the true one on samples
-    of the policy itself; `full`, exact, over the whole vocabulary.
+  aggregation: `token_mean` over all tokens of the batch; `sequence_mean`: mean over captions of the
+    mean over their tokens (the original GRPO; CapRL++'s seq-mean-token-mean); `constant`: sum over
+    the largest number of tokens that there could be (Dr. GRPO, 2503.20783).
+  kl: weight of KL(policy || reference); 0 needs no reference (CapRL's released recipe). kl_in: the
+    `loss`, or the `reward`, summed over a caption's tokens. kl_estimator
+    (http://joschu.net/blog/kl-approx.html): k1, k2, k3; `k3_clamped`, verl's low_var_kl; `k3_k2`,
+    the value of k3 with the gradient of k2, which is the true one on samples of the policy itself;
+    `full`, exact, over the whole vocabulary.
   entropy: weight of the mean entropy, which is maximised.
-  importance: weights exp(logp of the update's own forward pass - logp of the sampler) for what the two differ by,
-    `truncate`d at importance_cap or `mask`ed above it, a token or a whole `sequence`. `none`: the old log-probabilities
-    are the sampler's.
+  importance: weights exp(logp of the update's own forward pass - logp of the sampler) for what the
+    two differ by, `truncate`d at importance_cap or `mask`ed above it, a token or a whole
+    `sequence`. `none`: the old log-probabilities are the sampler's.
   mask_truncated: captions that were cut at the limit stay in the baseline and out of the loss.
   """
+
   surrogate: Literal["clip", "gspo", "cispo", "reinforce"] = "clip"
   clip_low: float = 0.2
   clip_high: float = 0.2
@@ -50,22 +55,31 @@ class LossConfig:
   def __post_init__(self):
     top = self.clip_low == 1 and self.surrogate != "cispo"
     if not 0 <= self.clip_low <= 1 or top or self.clip_high < 0 or self.kl < 0:
-      raise ValueError(f"clip_low = {self.clip_low} must be in [0, 1) (cispo: [0, 1]), clip_high = {self.clip_high} "
-                       f"and kl = {self.kl} >= 0")
+      raise ValueError(
+        f"clip_low = {self.clip_low} must be in [0, 1) (cispo: [0, 1]), clip_high = "
+        f"{self.clip_high} and kl = {self.kl} >= 0"
+      )
     if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-      raise ValueError(f"dual_clip = {self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high}")
+      raise ValueError(
+        f"dual_clip = {self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high}"
+      )
     if self.dual_clip is not None and self.surrogate not in ("clip", "gspo"):
-      raise ValueError(f"dual_clip = {self.dual_clip} is for surrogate 'clip' or 'gspo', not {self.surrogate!r}")
+      raise ValueError(
+        f"dual_clip = {self.dual_clip} is for surrogate 'clip' or 'gspo', not {self.surrogate!r}"
+      )
     if self.importance_cap <= 0:
       raise ValueError(f"importance_cap = {self.importance_cap} must be positive")
     if self.kl_in == "reward" and self.kl_estimator in ("full", "k3_k2"):
-      raise ValueError(f"kl_in 'reward' takes a sampled estimate, k1, k2, k3 or k3_clamped, not {self.kl_estimator!r}")
+      raise ValueError(
+        "kl_in 'reward' takes a sampled estimate, k1, k2, k3 or k3_clamped, not "
+        f"{self.kl_estimator!r}"
+      )
 
 
 def kl_estimate(logp: Array, reference_logp: Array, estimator: str) -> Array:
   """KL(policy || reference) a token from samples of the policy; see `LossConfig`."""
   d = reference_logp - logp
-  k2 = 0.5 * d ** 2
+  k2 = 0.5 * d**2
   if estimator == "k1":
     return -d
   if estimator == "k2":
@@ -80,28 +94,39 @@ def kl_estimate(logp: Array, reference_logp: Array, estimator: str) -> Array:
 
 
 def loss_count(counts_BGT: Array, cfg: LossConfig) -> Array:
-  """What the summed loss is divided by: counted tokens, captions that have one, or all the tokens that could be."""
+  """What the summed loss is divided by: counted tokens, captions that have one, or all the tokens
+  that could be.
+  """
   if cfg.aggregation == "constant":
     return jnp.asarray(counts_BGT.size)
   return counts_BGT.sum() if cfg.aggregation == "token_mean" else counts_BGT.any(-1).sum()
 
 
-def importance_weights(old_logp_BGT: Array, sampled_logp_BGT: Array, counts_BGT: Array, cfg: LossConfig) -> Array:
+def importance_weights(
+  old_logp_BGT: Array, sampled_logp_BGT: Array, counts_BGT: Array, cfg: LossConfig
+) -> Array:
   """exp(old - sampled), truncated or masked, float32 [B, G, T] or [B, G, 1]; no gradient."""
   log_ratio = jnp.where(counts_BGT, old_logp_BGT - sampled_logp_BGT, 0.0)
   if cfg.importance_level == "sequence":
     log_ratio = log_ratio.sum(-1, keepdims=True)
   weight = jnp.exp(log_ratio)
-  capped = jnp.minimum(weight, cfg.importance_cap) if cfg.importance == "truncate" else jnp.where(
-      weight > cfg.importance_cap, 0.0, weight)
+  capped = (
+    jnp.minimum(weight, cfg.importance_cap)
+    if cfg.importance == "truncate"
+    else jnp.where(weight > cfg.importance_cap, 0.0, weight)
+  )
   return jax.lax.stop_gradient(capped)
 
 
-def surrogate_loss(logp_BGT: Array, log_ratio_BGT: Array, advantage_BG: Array, counts_BGT: Array, cfg: LossConfig):
+def surrogate_loss(
+  logp_BGT: Array, log_ratio_BGT: Array, advantage_BG: Array, counts_BGT: Array, cfg: LossConfig
+):
   """Loss a token, the ratio, and where clipping took the gradient away."""
   advantage = advantage_BG[..., None]
   if cfg.surrogate == "gspo":
-    log_ratio_BGT = jnp.broadcast_to(masked_mean(log_ratio_BGT, counts_BGT, axis=-1, keepdims=True), counts_BGT.shape)
+    log_ratio_BGT = jnp.broadcast_to(
+      masked_mean(log_ratio_BGT, counts_BGT, axis=-1, keepdims=True), counts_BGT.shape
+    )
   ratio = jnp.exp(log_ratio_BGT)
   clipped = jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
   if cfg.surrogate == "reinforce":
@@ -117,20 +142,30 @@ def surrogate_loss(logp_BGT: Array, log_ratio_BGT: Array, advantage_BG: Array, c
   return -gain, ratio, cut
 
 
-def policy_loss(logp_BGT: Array, sampled_logp_BGT: Array, old_logp_BGT: Array | None, reference_logp_BGT: Array | None,
-                entropy_BGT: Array, advantage_BG: Array, counts_BGT: Array, cfg: LossConfig,
-                full_kl_BGT: Array | None = None):
+def policy_loss(
+  logp_BGT: Array,
+  sampled_logp_BGT: Array,
+  old_logp_BGT: Array | None,
+  reference_logp_BGT: Array | None,
+  entropy_BGT: Array,
+  advantage_BG: Array,
+  counts_BGT: Array,
+  cfg: LossConfig,
+  full_kl_BGT: Array | None = None,
+):
   """The loss summed over what counts.
 
   Args:
     sampled_logp_BGT: what the sampler recorded.
-    old_logp_BGT: of the update's own forward pass before the first update; None: of this pass (one update a rollout)
-      where importance weights are on, else the sampler's.
+    old_logp_BGT: of the update's own forward pass before the first update; None: of this pass (one
+      update a rollout) where importance weights are on, else the sampler's.
     counts_BGT: bool, tokens of scored captions up to their end token.
-    full_kl_BGT: the exact KL of each token's distribution, in place of an estimate from `reference_logp_BGT`.
+    full_kl_BGT: the exact KL of each token's distribution, in place of an estimate from
+    `reference_logp_BGT`.
 
   Returns:
-    The summed loss, the count to divide it by, and metrics: `sum/...` over counted tokens, `max/...`, `min/...`.
+    The summed loss, the count to divide it by, and metrics: `sum/...` over counted tokens,
+    `max/...`, `min/...`.
   """
   # What does not count is set to 0 before exp: inf times a zero mask would be nan.
   quiet = lambda x: jnp.where(counts_BGT, x, 0.0)
@@ -139,18 +174,24 @@ def policy_loss(logp_BGT: Array, sampled_logp_BGT: Array, old_logp_BGT: Array | 
   old = sampled if cfg.importance == "none" else own
   loss_BGT, ratio, cut = surrogate_loss(logp, logp - old, advantage_BG, counts_BGT, cfg)
   metrics = {
-      "sum/entropy": masked_sum(entropy_BGT, counts_BGT), "sum/clip_fraction": masked_sum(cut, counts_BGT),
-      "sum/logp_difference": masked_sum(jnp.abs(own - sampled), counts_BGT),
-      "sum/ratio": masked_sum(ratio, counts_BGT),
-      "max/ratio": masked_max(ratio, counts_BGT), "min/ratio": masked_min(ratio, counts_BGT),
-      "max/logp_difference": masked_max(jnp.abs(own - sampled), counts_BGT),
+    "sum/entropy": masked_sum(entropy_BGT, counts_BGT),
+    "sum/clip_fraction": masked_sum(cut, counts_BGT),
+    "sum/logp_difference": masked_sum(jnp.abs(own - sampled), counts_BGT),
+    "sum/ratio": masked_sum(ratio, counts_BGT),
+    "max/ratio": masked_max(ratio, counts_BGT),
+    "min/ratio": masked_min(ratio, counts_BGT),
+    "max/logp_difference": masked_max(jnp.abs(own - sampled), counts_BGT),
   }
   if cfg.importance != "none":
     weight = importance_weights(own, sampled, counts_BGT, cfg)
     loss_BGT *= weight
     metrics["sum/importance"] = masked_sum(jnp.broadcast_to(weight, counts_BGT.shape), counts_BGT)
   if full_kl_BGT is not None or reference_logp_BGT is not None:
-    kl_BGT = full_kl_BGT if full_kl_BGT is not None else kl_estimate(logp, quiet(reference_logp_BGT), cfg.kl_estimator)
+    kl_BGT = (
+      full_kl_BGT
+      if full_kl_BGT is not None
+      else kl_estimate(logp, quiet(reference_logp_BGT), cfg.kl_estimator)
+    )
     if cfg.kl_in == "loss":
       loss_BGT += cfg.kl * kl_BGT
     metrics["sum/kl"] = masked_sum(kl_BGT, counts_BGT)

@@ -9,13 +9,14 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """adamw; adafactor, whose second moments are a row and a column a matrix; or muon for the matrices of layers with
-  NAdamW, as optax has it, for everything else (embeddings, norms, biases).
+  """adamw; adafactor, whose second moments are a row and a column a matrix; or muon for the
+  matrices of layers with NAdamW, as optax has it, for everything else (embeddings, norms, biases).
 
-  learning_rate is the peak, reached after `warmup_steps`, or `warmup_fraction` of all steps; `cosine` then falls to
-  `final_fraction` of it at the last step. With muon, `learning_rate` is the matrices' and `adam_learning_rate` the
-  rest's.
+  learning_rate is the peak, reached after `warmup_steps`, or `warmup_fraction` of all steps;
+  `cosine` then falls to `final_fraction` of it at the last step. With muon, `learning_rate` is the
+  matrices' and `adam_learning_rate` the rest's.
   """
+
   name: Literal["adamw", "adafactor", "muon"] = "adamw"
   learning_rate: float = 1e-6
   adam_learning_rate: float | None = None
@@ -31,21 +32,31 @@ class OptimizerConfig:
 
   def __post_init__(self):
     if self.learning_rate <= 0 or self.clip_norm <= 0 or self.warmup_steps < 0:
-      raise ValueError(f"learning_rate = {self.learning_rate} and clip_norm = {self.clip_norm} must be positive, "
-                       f"warmup_steps = {self.warmup_steps} >= 0")
+      raise ValueError(
+        f"learning_rate = {self.learning_rate} and clip_norm = {self.clip_norm} "
+        f"must be positive, warmup_steps = {self.warmup_steps} >= 0"
+      )
     if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
       raise ValueError(f"warmup_fraction = {self.warmup_fraction} must be from 0 to less than 1")
     if self.warmup_steps and self.warmup_fraction:
-      raise ValueError(f"warmup_steps = {self.warmup_steps} and warmup_fraction = {self.warmup_fraction}: set one of "
-                       "them, the other to 0")
+      raise ValueError(
+        f"warmup_steps = {self.warmup_steps} and warmup_fraction = "
+        f"{self.warmup_fraction}: set one of them, the other to 0"
+      )
 
 
 def _muon_dimensions(params):
-  """Which parameters are matrices: kernels, with the layer axis in front where layers are stacked."""
+  """Which parameters are matrices: kernels, with the layer axis in front where layers are
+  stacked.
+  """
+
   def dimensions(path, leaf):
     if path[-1].key != "kernel":
       return None
-    return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+    return optax.contrib.MuonDimensionNumbers(
+      reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1
+    )
+
   return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
@@ -63,20 +74,38 @@ def learning_rate_schedule(cfg: OptimizerConfig, peak: float, steps: int) -> opt
     after = optax.constant_schedule(peak)
   if not rising:
     return after
-  return optax.join_schedules([optax.linear_schedule(peak / rising, peak, max(rising - 1, 1)), after], [rising])
+  return optax.join_schedules(
+    [optax.linear_schedule(peak / rising, peak, max(rising - 1, 1)), after], [rising]
+  )
 
 
-def build_optimizer(cfg: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The gradient transformation for a run of `steps` updates, and the schedule that metrics report."""
+def build_optimizer(
+  cfg: OptimizerConfig, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The gradient transformation for a run of `steps` updates, and the schedule that metrics
+  report.
+  """
   schedule = learning_rate_schedule(cfg, cfg.learning_rate, steps)
   if cfg.name == "muon":
     rest = learning_rate_schedule(cfg, cfg.adam_learning_rate or cfg.learning_rate, steps)
-    rule = optax.contrib.muon(schedule, adam_learning_rate=rest, adam_b1=cfg.b1, adam_b2=cfg.b2,
-                              weight_decay=cfg.weight_decay, adam_weight_decay=cfg.weight_decay,
-                              muon_weight_dimension_numbers=_muon_dimensions)
+    rule = optax.contrib.muon(
+      schedule,
+      adam_learning_rate=rest,
+      adam_b1=cfg.b1,
+      adam_b2=cfg.b2,
+      weight_decay=cfg.weight_decay,
+      adam_weight_decay=cfg.weight_decay,
+      muon_weight_dimension_numbers=_muon_dimensions,
+    )
   elif cfg.name == "adafactor":
-    rule = optax.adafactor(schedule, multiply_by_parameter_scale=False, clipping_threshold=None,
-                           weight_decay_rate=cfg.weight_decay or None)
+    rule = optax.adafactor(
+      schedule,
+      multiply_by_parameter_scale=False,
+      clipping_threshold=None,
+      weight_decay_rate=cfg.weight_decay or None,
+    )
   else:
-    rule = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mu_dtype=cfg.moment_dtype)
+    rule = optax.adamw(
+      schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mu_dtype=cfg.moment_dtype
+    )
   return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule), schedule

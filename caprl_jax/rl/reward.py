@@ -1,4 +1,6 @@
-"""Answers, captions -> reward of each caption, its terms, and which captions could be scored at all."""
+"""Answers, captions -> reward of each caption, its terms, and which captions could be scored at
+all.
+"""
 
 import dataclasses
 
@@ -13,16 +15,19 @@ PENALTIES = ("misled", "repetition", "truncated")  # these are subtracted
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-  """Weights of the reward's terms, each between 0 and 1. Accuracy is CapRL's only term (arXiv 2509.22647, section 3).
+  """Weights of the reward's terms, each between 0 and 1. Accuracy is CapRL's only term (arXiv
+  2509.22647, section 3).
 
   accuracy: share of questions answered right.
-  misled: minus the share answered wrong, not counting those on which the judge abstains: what tells a false statement
-    from silence. It needs a judge that can abstain: `judge.abstain`, or a calibrated `judge.margin`.
+  misled: minus the share answered wrong, not counting those on which the judge abstains: what tells
+    a false statement from silence. It needs a judge that can abstain: `judge.abstain`, or a
+    calibrated `judge.margin`.
   length: CapRL++'s: 1 up to `length_full_tokens`, 0 from `length_zero_tokens`, linear between.
   repetition: minus the share of n-grams of `repetition_ngram` tokens that an earlier one repeats.
   timestamps: CapRL++'s format of [mm:ss] stamps, for captions of videos.
   truncated: minus 1 for a caption that was cut at the limit.
   """
+
   accuracy: float = 1.0
   misled: float = 0.0
   length: float = 0.0
@@ -34,33 +39,51 @@ class RewardConfig:
   truncated: float = 0.0
 
   def __post_init__(self):
-    negative = {name: weight for name, weight in self.weights().items() if weight * (-1) ** (name in PENALTIES) < 0}
+    negative = {
+      name: weight
+      for name, weight in self.weights().items()
+      if weight * (-1) ** (name in PENALTIES) < 0
+    }
     if negative:
-      raise ValueError(f"weights of a reward's terms are at least 0; {', '.join(PENALTIES)} are subtracted. Got "
-                       f"{ {name: abs(weight) * -1 for name, weight in negative.items()} }")
+      raise ValueError(
+        f"weights of a reward's terms are at least 0; {', '.join(PENALTIES)} are "
+        "subtracted. Got "
+        f"{ {name: abs(weight) * -1 for name, weight in negative.items()} }"
+      )
     if not any(self.weights().values()):
-      raise ValueError("every weight of the reward is 0: nothing would be learned; CapRL has accuracy = 1.0")
+      raise ValueError(
+        "every weight of the reward is 0: nothing would be learned; CapRL has accuracy = 1.0"
+      )
     if not 0 < self.length_full_tokens < self.length_zero_tokens or self.repetition_ngram < 1:
-      raise ValueError(f"length_full_tokens = {self.length_full_tokens} must be below length_zero_tokens = "
-                       f"{self.length_zero_tokens}, and repetition_ngram = {self.repetition_ngram} at least 1")
+      raise ValueError(
+        f"length_full_tokens = {self.length_full_tokens} must be below "
+        f"length_zero_tokens = {self.length_zero_tokens}, and repetition_ngram = "
+        f"{self.repetition_ngram} at least 1"
+      )
 
   def weights(self) -> dict[str, float]:
     """Signed weights by term."""
-    return {name: -getattr(self, name) if name in PENALTIES else getattr(self, name)
-            for name in ("accuracy", "misled", "length", "repetition", "timestamps", "truncated")}
+    return {
+      name: -getattr(self, name) if name in PENALTIES else getattr(self, name)
+      for name in ("accuracy", "misled", "length", "repetition", "timestamps", "truncated")
+    }
 
 
-def caption_terms(answers: Answers, captions: Captions, cfg: RewardConfig,
-                  stamps_VX: Array | None = None) -> tuple[dict[str, Array], Array]:
-  """The terms that have a weight (accuracy and misled in any case) by name, float32 [B, G], and scored_BG bool.
+def caption_terms(
+  answers: Answers, captions: Captions, cfg: RewardConfig, stamps_VX: Array | None = None
+) -> tuple[dict[str, Array], Array]:
+  """The terms that have a weight (accuracy and misled in any case) by name, float32 [B, G], and
+  scored_BG bool.
 
-  A caption is unscored when its image has no question or the judge was not finite on one of them: its terms are 0
-  here and must be read by nobody.
+  A caption is unscored when its image has no question or the judge was not finite on one of them:
+  its terms are 0 here and must be read by nobody.
   """
   asked = answers.asked_BGK
   scored_BG = asked.any(-1) & (answers.valid_BGK | ~asked).all(-1)
-  terms = {"accuracy": masked_mean(answers.credit_BGK, asked, axis=-1),
-           "misled": masked_mean(answers.misled_BGK, asked, axis=-1)}
+  terms = {
+    "accuracy": masked_mean(answers.credit_BGK, asked, axis=-1),
+    "misled": masked_mean(answers.misled_BGK, asked, axis=-1),
+  }
   length_BG = captions.valid_BGT.sum(-1) - captions.ended_BG  # the end token is no text
   if cfg.length:
     terms["length"] = length_reward(length_BG, cfg.length_full_tokens, cfg.length_zero_tokens)
@@ -70,15 +93,19 @@ def caption_terms(answers: Answers, captions: Captions, cfg: RewardConfig,
     terms["timestamps"] = timestamp_reward(captions.tokens_BGT, captions.valid_BGT, stamps_VX)
   if cfg.truncated:
     terms["truncated"] = 1.0 - captions.ended_BG
-  return {name: jnp.where(scored_BG, value, 0.0).astype(jnp.float32) for name, value in terms.items()}, scored_BG
+  return {
+    name: jnp.where(scored_BG, value, 0.0).astype(jnp.float32) for name, value in terms.items()
+  }, scored_BG
 
 
-def caption_reward(answers: Answers, captions: Captions, cfg: RewardConfig,
-                   stamps_VX: Array | None = None) -> tuple[Array, Array, dict[str, Array]]:
+def caption_reward(
+  answers: Answers, captions: Captions, cfg: RewardConfig, stamps_VX: Array | None = None
+) -> tuple[Array, Array, dict[str, Array]]:
   """Weighted sum of the terms.
 
   Args:
-    stamps_VX: `caption_terms.stamp_table` of the captioner's vocabulary, where `cfg.timestamps` is on.
+    stamps_VX: `caption_terms.stamp_table` of the captioner's vocabulary, where `cfg.timestamps` is
+    on.
 
   Returns:
     reward_BG float32, scored_BG bool, and the terms as `caption_terms` gives them.

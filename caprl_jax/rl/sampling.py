@@ -20,11 +20,14 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How tokens are drawn. Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave the distribution whole.
+  """How tokens are drawn. Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave the distribution
+  whole.
 
-  repetition_penalty: logits of tokens that prompt or caption hold are divided by it where positive, multiplied where
-  negative (Keskar et al., arXiv 1909.05858), as transformers does; 1 leaves them. Not for training.
+  repetition_penalty: logits of tokens that prompt or caption hold are divided by it where positive,
+  multiplied where negative (Keskar et al., arXiv 1909.05858), as transformers does; 1 leaves them.
+  Not for training.
   """
+
   max_tokens: int
   temperature: float = 1.0
   top_k: int = 0
@@ -35,22 +38,29 @@ class SamplingConfig:
     if self.max_tokens < 1:
       raise ValueError(f"max_tokens = {self.max_tokens}: a caption needs at least one token")
     if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-      raise ValueError(f"temperature = {self.temperature} must be >= 0, top_p = {self.top_p} in (0, 1] and "
-                       f"top_k = {self.top_k} >= 0")
+      raise ValueError(
+        f"temperature = {self.temperature} must be >= 0, top_p = {self.top_p} in "
+        f"(0, 1] and top_k = {self.top_k} >= 0"
+      )
     if self.repetition_penalty <= 0:
-      raise ValueError(f"repetition_penalty = {self.repetition_penalty} must be positive; 1 is none")
+      raise ValueError(
+        f"repetition_penalty = {self.repetition_penalty} must be positive; 1 is none"
+      )
 
 
 @flax.struct.dataclass
 class DecodeState:
   """Everything that changes while decoding."""
+
   step: Array  # int32, tokens drawn so far
   tokens_NT: Array
   logp_NT: Array
   valid_NT: Array
   done_N: Array  # bool, the end token was drawn
-  seen_NV: Array | None  # bool, tokens of prompt and caption, where a repetition penalty asks for them
-  cache: Prefix  # keys and values of the captions' tokens, T slots; slot t is written when token t has run
+  # bool, tokens of prompt and caption, where a repetition penalty asks for them
+  seen_NV: Array | None
+  # keys and values of the captions' tokens, T slots; slot t is written when token t has run
+  cache: Prefix
 
 
 def draw(logits_NV: Array, key: Array, cfg: SamplingConfig) -> Array:
@@ -63,19 +73,29 @@ def draw(logits_NV: Array, key: Array, cfg: SamplingConfig) -> Array:
   if cfg.top_p < 1:
     ordered = jnp.sort(logits_NV, axis=-1, descending=True)
     share = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(share, axis=-1) - share  # mass of the likelier tokens; the first is always kept
+    # mass of the likelier tokens; the first is always kept
+    before = jnp.cumsum(share, axis=-1) - share
     floor = jnp.min(jnp.where(before < cfg.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     logits_NV = jnp.where(logits_NV < floor, NEGATIVE, logits_NV)
   return jax.random.categorical(key, logits_NV).astype(jnp.int32)
 
 
-def decode(extend: Callable, head_VD: Array, first_hidden_ND: Array, first_position_N: Array, cache: Prefix,
-           vocabulary: Vocabulary, key: Array, cfg: SamplingConfig, seen_NV: Array | None = None) -> DecodeState:
+def decode(
+  extend: Callable,
+  head_VD: Array,
+  first_hidden_ND: Array,
+  first_position_N: Array,
+  cache: Prefix,
+  vocabulary: Vocabulary,
+  key: Array,
+  cfg: SamplingConfig,
+  seen_NV: Array | None = None,
+) -> DecodeState:
   """Draws up to `max_tokens` tokens a row.
 
   Args:
-    extend: (tokens_N1, position_N1, valid_N1, cache) -> (hidden_N1D, new keys and values as a Prefix).
-    head_VD: unembedding.
+    extend: (tokens_N1, position_N1, valid_N1, cache) -> (hidden_N1D, new keys and values as a
+    Prefix). head_VD: unembedding.
     first_hidden_ND: the hidden state that predicts the first token.
     first_position_N: position of the first token.
     cache: empty Prefix with N rows and T = max_tokens slots.
@@ -83,7 +103,8 @@ def decode(extend: Callable, head_VD: Array, first_hidden_ND: Array, first_posit
     seen_NV: bool, the prompt's tokens, for a repetition penalty.
 
   Returns:
-    The last state. `logp_NT` is under the temperature and the allowed tokens (1 where greedy), before top-k and top-p.
+    The last state. `logp_NT` is under the temperature and the allowed tokens (1 where greedy),
+    before top-k and top-p.
   """
   temperature = cfg.temperature or 1.0
 
@@ -91,7 +112,9 @@ def decode(extend: Callable, head_VD: Array, first_hidden_ND: Array, first_posit
     logits = scaled_logits(hidden_ND, head_VD, vocabulary.allowed_V, temperature)
     if state.seen_NV is not None:
       penalty = cfg.repetition_penalty
-      logits = jnp.where(state.seen_NV, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+      logits = jnp.where(
+        state.seen_NV, jnp.where(logits < 0, logits * penalty, logits / penalty), logits
+      )
     token_N = draw(logits, jax.random.fold_in(key, state.step), cfg)
     logp_N = jnp.take_along_axis(jax.nn.log_softmax(logits), token_N[:, None], axis=1)[:, 0]
     live_N = ~state.done_N
@@ -100,23 +123,39 @@ def decode(extend: Callable, head_VD: Array, first_hidden_ND: Array, first_posit
       state = state.replace(seen_NV=state.seen_NV.at[jnp.arange(len(token_N)), token_N].set(True))
     put = lambda array_NT, value_N: array_NT.at[:, state.step].set(value_N)
     return state.replace(
-        step=state.step + 1, done_N=state.done_N | ends_N,
-        tokens_NT=put(state.tokens_NT, jnp.where(live_N, token_N, vocabulary.pad_id)),
-        logp_NT=put(state.logp_NT, jnp.where(live_N, logp_N, 0.0)), valid_NT=put(state.valid_NT, live_N))
+      step=state.step + 1,
+      done_N=state.done_N | ends_N,
+      tokens_NT=put(state.tokens_NT, jnp.where(live_N, token_N, vocabulary.pad_id)),
+      logp_NT=put(state.logp_NT, jnp.where(live_N, logp_N, 0.0)),
+      valid_NT=put(state.valid_NT, live_N),
+    )
 
   def advance(state: DecodeState) -> DecodeState:
     last = state.step - 1
     column = lambda x_NT: jax.lax.dynamic_slice_in_dim(x_NT, last, 1, axis=1)
-    hidden_N1D, new = extend(column(state.tokens_NT), (first_position_N + last)[:, None], column(state.valid_NT),
-                             state.cache)
+    hidden_N1D, new = extend(
+      column(state.tokens_NT),
+      (first_position_N + last)[:, None],
+      column(state.valid_NT),
+      state.cache,
+    )
     write = lambda old, slot: jax.lax.dynamic_update_slice_in_dim(old, slot, last, axis=2)
-    cache = Prefix(write(state.cache.key_YRSJh, new.key_YRSJh), write(state.cache.value_YRSJh, new.value_YRSJh),
-                   jax.lax.dynamic_update_slice_in_dim(state.cache.valid_RS, new.valid_RS, last, axis=1))
+    cache = Prefix(
+      write(state.cache.key_YRSJh, new.key_YRSJh),
+      write(state.cache.value_YRSJh, new.value_YRSJh),
+      jax.lax.dynamic_update_slice_in_dim(state.cache.valid_RS, new.valid_RS, last, axis=1),
+    )
     return emit(state.replace(cache=cache), hidden_N1D[:, 0])
 
   N, T = first_hidden_ND.shape[0], cfg.max_tokens
   state = DecodeState(
-      step=jnp.int32(0), tokens_NT=jnp.full((N, T), vocabulary.pad_id, jnp.int32), logp_NT=jnp.zeros((N, T)),
-      valid_NT=jnp.zeros((N, T), bool), done_N=jnp.zeros(N, bool), seen_NV=seen_NV, cache=cache)
+    step=jnp.int32(0),
+    tokens_NT=jnp.full((N, T), vocabulary.pad_id, jnp.int32),
+    logp_NT=jnp.zeros((N, T)),
+    valid_NT=jnp.zeros((N, T), bool),
+    done_N=jnp.zeros(N, bool),
+    seen_NV=seen_NV,
+    cache=cache,
+  )
   state = emit(state, first_hidden_ND)
   return jax.lax.while_loop(lambda s: (s.step < T) & ~jnp.all(s.done_N), advance, state)

@@ -1,5 +1,5 @@
-"""The released scorer of CapRL (Prism_Evaluation/Eval_CapRL.py of InternLM/CapRL), defects included: so that published
-numbers can be compared. Scores lie in 0..1; `scoring.py` has ours."""
+"""The released scorer of CapRL (Prism_Evaluation/Eval_CapRL.py of InternLM/CapRL), defects
+included: so that published numbers can be compared. Scores lie in 0..1; `scoring.py` has ours."""
 
 import ast
 from collections.abc import Sequence
@@ -11,25 +11,26 @@ from caprl_jax.scoring.answers import edit_distance, math_verify_package
 def official_score(prediction: str | None, gold: str | Sequence[str], benchmark: str) -> float:
   """What the released scorer gives to an answer that `extract_answer(…, "official")` found.
 
-  `benchmark` is a benchmark's name or its file's path: the rule goes by what is spelled anywhere in it. Its
-  peculiarities, each of them kept:
-    "char" in the path: the best of math-verify and relaxed correctness; "info": of these and ANLS; else math-verify
-    alone; so a folder's name can change the rule;
-    relaxed correctness gets its arguments swapped: the 5% are relative to the prediction, and a prediction of zero is
-    compared as a text;
-    a number is also tried x0.01 and x100; a "%" divides by 100; any other sign makes a number a text, and so does
-    math-verify to "0.5", which becomes "\\frac{1}{2}";
-    a gold that math-verify finds nothing in (one with a line break, say) scores 1.0, whatever was answered, or nothing;
-    words are products of letters to math-verify: "lube" is "blue";
+  `benchmark` is a benchmark's name or its file's path: the rule goes by what is spelled anywhere in
+  it. Its peculiarities, each of them kept:
+    "char" in the path: the best of math-verify and relaxed correctness; "info": of these and ANLS;
+    else math-verify alone; so a folder's name can change the rule;
+    relaxed correctness gets its arguments swapped: the 5% are relative to the prediction, and a
+    prediction of zero is compared as a text;
+    a number is also tried x0.01 and x100; a "%" divides by 100; any other sign makes a number a
+    text, and so does math-verify to "0.5", which becomes "\\frac{1}{2}";
+    a gold that math-verify finds nothing in (one with a line break, say) scores 1.0, whatever was
+    answered, or nothing; words are products of letters to math-verify: "lube" is "blue";
     a list of golds is a list to relaxed correctness and ANLS, and one text to math-verify;
     ANLS compares texts with single spaces, and divides by their length with all of them.
-  The versions of math-verify differ in what they can parse; the release names none. Raises ValueError if it is not
-  installed, or outside the main thread.
+  The versions of math-verify differ in what they can parse; the release names none. Raises
+  ValueError if it is not installed, or outside the main thread.
   """
   package = math_verify_package()
   if package is None:
-    raise ValueError("the official scorer needs math-verify: pip install -e '.[maths]', or use the protocol "
-                     "'ours'")
+    raise ValueError(
+      "the official scorer needs math-verify: pip install -e '.[maths]', or use the protocol 'ours'"
+    )
   answer = prediction or ""
   text = gold if isinstance(gold, str) else str(list(gold))
   path = benchmark.lower()
@@ -40,7 +41,9 @@ def official_score(prediction: str | None, gold: str | Sequence[str], benchmark:
 
 
 def _official_parse(package: Any, text: str) -> list[Any]:
-  return package.parse(text, extraction_mode="first_match", extraction_config=[package.LatexExtractionConfig()])
+  return package.parse(
+    text, extraction_mode="first_match", extraction_config=[package.LatexExtractionConfig()]
+  )
 
 
 def _official_maths(package: Any, answer: str, gold: str) -> float:
@@ -48,7 +51,10 @@ def _official_maths(package: Any, answer: str, gold: str) -> float:
   if not wanted:
     return 1.0
   # Its arguments are swapped here too: the answer stands where the gold should.
-  return float(package.verify(answer, wanted) or package.verify(_official_parse(package, f"${answer}$"), wanted))
+  return float(
+    package.verify(answer, wanted)
+    or package.verify(_official_parse(package, f"${answer}$"), wanted)
+  )
 
 
 def _official_chart(package: Any, answer: str, gold: str | Sequence[str], use_anls: bool) -> float:
@@ -96,6 +102,7 @@ def _official_float(text: str) -> float | None:
 
 
 def _official_distance(gold: str, answer: str) -> float:
-  longer = max(len(gold.upper()), len(answer.upper()))  # of the texts as they stand, extra spaces included
+  # of the texts as they stand, extra spaces included
+  longer = max(len(gold.upper()), len(answer.upper()))
   gold, answer = " ".join(gold.lower().split()), " ".join(answer.lower().split())
   return edit_distance(gold, answer) / longer if longer else 0.0

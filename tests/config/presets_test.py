@@ -1,6 +1,5 @@
 """Presets: what they fill in, what stands, and that each is read by every recipe."""
 
-
 import ml_collections
 import pytest
 from helpers.paths import ROOT
@@ -13,26 +12,51 @@ from caprl_jax.harness import setup as setup_run
 
 def settings(*overrides: str, config="caprl_3b", tmp_path=None):
   options = main._define_flags()
-  argv = ["main", f"--config={ROOT / 'configs' / config}.py", f"--workdir={tmp_path / 'run'}", *overrides]
+  argv = [
+    "main",
+    f"--config={ROOT / 'configs' / config}.py",
+    f"--workdir={tmp_path / 'run'}",
+    *overrides,
+  ]
   return setup_run.read_settings(main._parse(options, argv)[0])
 
 
 def test_the_released_recipe(tmp_path):
   made = settings(tmp_path=tmp_path)
   judge, loss = made.step.judge, made.step.update.loss
-  assert (judge.reading, judge.prompt, judge.abstain, judge.abstain_letter) == ("generate", "official", "last", "next")
-  assert (judge.draws, judge.replacement, judge.independent, judge.shuffle) == (8, True, True, False)
+  assert (judge.reading, judge.prompt, judge.abstain, judge.abstain_letter) == (
+    "generate",
+    "official",
+    "last",
+    "next",
+  )
+  assert (judge.draws, judge.replacement, judge.independent, judge.shuffle) == (
+    8,
+    True,
+    True,
+    False,
+  )
   assert (judge.temperature, judge.max_tokens) == (0.6, 10)
   assert made.step.reward.accuracy == 2.0 and made.step.advantage.estimator == "rloo"
   assert made.step.advantage.whiten == "released" and loss.surrogate == "reinforce" and loss.kl == 0
   assert made.step.rollout.group_size == 8 and made.step.rollout.sampling.max_tokens == 4096
-  assert (made.optimizer.learning_rate, made.optimizer.warmup_steps, made.optimizer.final_fraction) == (1e-6, 20, 0.1)
+  assert (
+    made.optimizer.learning_rate,
+    made.optimizer.warmup_steps,
+    made.optimizer.final_fraction,
+  ) == (1e-6, 20, 0.1)
   assert made.data.batch_size == 128 and made.step.update.microbatches == 16  # the file's own
 
 
 def test_paper_and_released_code_differ_where_they_do(tmp_path):
-  paper, plus = (settings(f"--config.preset={name}", tmp_path=tmp_path) for name in ("paper", "official_caprlpp"))
-  assert paper.step.advantage.estimator == "grpo" and paper.step.update.loss.kl > 0 and paper.step.judge.shuffle
+  paper, plus = (
+    settings(f"--config.preset={name}", tmp_path=tmp_path) for name in ("paper", "official_caprlpp")
+  )
+  assert (
+    paper.step.advantage.estimator == "grpo"
+    and paper.step.update.loss.kl > 0
+    and paper.step.judge.shuffle
+  )
   assert plus.step.advantage.whiten == "none" and plus.step.judge.abstain_letter == "F"
   assert plus.step.reward.length == 0.2 and plus.step.update.loss.aggregation == "sequence_mean"
   assert plus.optimizer.learning_rate == 1e-5 and plus.optimizer.schedule == "constant"
@@ -43,18 +67,29 @@ def test_paper_and_released_code_differ_where_they_do(tmp_path):
 def test_every_preset_is_read(name, config, tmp_path):
   made = settings(f"--config.preset={name}", config=config, tmp_path=tmp_path)
   preset = presets.PRESETS[name]
-  assert made.step.judge.prompt == "official" and made.step.judge.reading == preset["judge"]["reading"]
+  assert (
+    made.step.judge.prompt == "official" and made.step.judge.reading == preset["judge"]["reading"]
+  )
   assert made.step.advantage.estimator == preset["advantage"]["estimator"]
   assert made.step.update.loss.kl == preset["update"]["loss"].get("kl", 0)
   if config != "caprl_3b":  # models, sizes and optimizer are the file's
     file = config_file.load_config(str(ROOT / "configs" / f"{config}.py"))
-    assert made.judge.source == file.judge.source and made.optimizer.learning_rate == file.optimizer.learning_rate
+    assert (
+      made.judge.source == file.judge.source
+      and made.optimizer.learning_rate == file.optimizer.learning_rate
+    )
     assert made.step.rollout.sampling.max_tokens == file.rollout.sampling.max_tokens
 
 
 def test_what_the_config_says_stands(tmp_path):
-  made = settings("--config.preset=paper", "--config.judge.draws=4", "--config.update.loss.kl=0.01", tmp_path=tmp_path)
-  assert made.step.judge.draws == 4 and made.step.update.loss.kl == 0.01  # overridden though only the preset has them
+  made = settings(
+    "--config.preset=paper",
+    "--config.judge.draws=4",
+    "--config.update.loss.kl=0.01",
+    tmp_path=tmp_path,
+  )
+  # overridden though only the preset has them
+  assert made.step.judge.draws == 4 and made.step.update.loss.kl == 0.01
   config = ml_collections.ConfigDict(dict(preset="paper", judge=dict(draws=3)))
   presets.expand(config)
   once = config.to_dict()

@@ -157,8 +157,12 @@ def test_plain_form_is_json():
   config.clip = Clip()
   a = {"b": [1, 2.5], "c": None, "d": 0.5}
   expected = {
-    "a": a, "path": "x/y", "twice": a, "hole": None, "clip": {"low": 0.2, "high": 0.28},
-  }  # fmt: skip
+    "a": a,
+    "path": "x/y",
+    "twice": a,
+    "hole": None,
+    "clip": {"low": 0.2, "high": 0.28},
+  }
   assert json.loads(json.dumps(configuration.to_plain(config))) == expected
 
 

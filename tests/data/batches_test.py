@@ -7,20 +7,47 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caprl_jax.data.batches import ImagePrompt, ImageShape, QABatcher, eval_batches, image_shape, train_iterator
+from caprl_jax.data.batches import (
+  ImagePrompt,
+  ImageShape,
+  QABatcher,
+  eval_batches,
+  image_shape,
+  train_iterator,
+)
 from caprl_jax.data.judge_questions import TokenizedQuestion, question_shape
 from caprl_jax.data.rows import QARow
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.types import Batch
 
 IMAGE = 55
-CFG = PolicyConfig.from_hf(dict(
-    model_type="qwen2_5_vl", image_token_id=IMAGE,
-    text_config=dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, rms_norm_eps=1e-6,
-                     rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])),
-    vision_config=dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=8,
-                       window_size=32, fullatt_block_indexes=[1])), dict(min_pixels=256, max_pixels=64 * 64))
+CFG = PolicyConfig.from_hf(
+  dict(
+    model_type="qwen2_5_vl",
+    image_token_id=IMAGE,
+    text_config=dict(
+      vocab_size=60,
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      rms_norm_eps=1e-6,
+      rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+    ),
+    vision_config=dict(
+      depth=2,
+      hidden_size=16,
+      intermediate_size=24,
+      num_heads=2,
+      out_hidden_size=32,
+      patch_size=8,
+      window_size=32,
+      fullatt_block_indexes=[1],
+    ),
+  ),
+  dict(min_pixels=256, max_pixels=64 * 64),
+)
 SIZES = [(32, 32), (48, 16), (48, 64), (16, 80), (31, 33), (64, 64), (200, 20)]  # width, height
 INSTRUCTION = "Say it."
 
@@ -30,8 +57,10 @@ def encode(text):
   return [1 + ord(c) % 50 for c in text]
 
 
-PIECES = (encode("<|im_start|>user\n<|vision_start|>"),
-          encode(f"<|vision_end|>{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"))
+PIECES = (
+  encode("<|im_start|>user\n<|vision_start|>"),
+  encode(f"<|vision_end|>{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
+)
 
 
 def encoded(size, color=(200, 30, 30)) -> bytes:
@@ -48,8 +77,10 @@ def rows():
 @pytest.fixture(scope="module")
 def batcher(rows):
   # Five questions a row of two kinds; the stem says which row and question it is.
-  tokenized = [[TokenizedQuestion((100 + i, q), ((1,), (2,)), 0, q % 2, (0.0, 0.0)) for q in range(5)]
-               for i in range(len(rows))]
+  tokenized = [
+    [TokenizedQuestion((100 + i, q), ((1,), (2,)), 0, q % 2, (0.0, 0.0)) for q in range(5)]
+    for i in range(len(rows))
+  ]
   shape = question_shape([q for row in tokenized for q in row])
   prompt = ImagePrompt(CFG, PIECES, image_shape(rows, CFG))
   return QABatcher(rows, tokenized, prompt, 2, shape)
@@ -65,7 +96,9 @@ def take(iterator, count):
 
 
 def same(a, b):
-  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return all(
+    np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 def test_same_seed_same_batches():
@@ -75,7 +108,9 @@ def test_same_seed_same_batches():
 
 
 def test_every_epoch_has_every_row_once_in_another_order():
-  rows = np.concatenate([batch["row"] for batch in take(train_iterator(light, 12, 4, 0), 9)]).reshape(3, 12)
+  rows = np.concatenate(
+    [batch["row"] for batch in take(train_iterator(light, 12, 4, 0), 9)]
+  ).reshape(3, 12)
   np.testing.assert_array_equal(np.sort(rows, 1), np.broadcast_to(np.arange(12), (3, 12)))
   assert len(np.unique(rows, axis=0)) == 3
   noise = np.concatenate([batch["noise"] for batch in take(train_iterator(light, 12, 4, 0), 9)])
@@ -85,8 +120,10 @@ def test_every_epoch_has_every_row_once_in_another_order():
 def test_a_batch_may_span_epochs():
   batches = take(train_iterator(light, 3, 8, 0), 2)
   assert all(batch["row"].shape == (8,) for batch in batches)
-  np.testing.assert_array_equal(np.sort(np.concatenate([b["row"] for b in batches])[:15].reshape(5, 3), 1),
-                                np.broadcast_to(np.arange(3), (5, 3)))
+  np.testing.assert_array_equal(
+    np.sort(np.concatenate([b["row"] for b in batches])[:15].reshape(5, 3), 1),
+    np.broadcast_to(np.arange(3), (5, 3)),
+  )
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 5])
@@ -125,20 +162,24 @@ def test_batches_hold_each_rows_own_image_prompt_and_questions(batcher, rows):
     assert batch.images.valid_BS[i].sum() == 4 * patches.num_tokens
     tokens = batch.prompts.tokens_BP[i][batch.prompts.valid_BP[i]]
     assert (tokens == IMAGE).sum() == patches.num_tokens
-    np.testing.assert_array_equal(tokens[-len(batcher.prompt.after):], batcher.prompt.after)
+    np.testing.assert_array_equal(tokens[-len(batcher.prompt.after) :], batcher.prompt.after)
 
 
 def test_evaluation_sees_every_row_once_in_order_and_fills_up():
   batches = list(eval_batches(light, 7, 3, seed=2))
   assert [real for _, real in batches] == [3, 3, 1]
-  np.testing.assert_array_equal(np.stack([b["row"] for b, _ in batches]), [[0, 1, 2], [3, 4, 5], [6, 6, 6]])
+  np.testing.assert_array_equal(
+    np.stack([b["row"] for b, _ in batches]), [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+  )
   assert [real for _, real in eval_batches(light, 6, 3, seed=2)] == [3, 3]
   [(batch, real)] = eval_batches(light, 2, 4, seed=2)
   assert real == 2 and batch["row"].tolist() == [0, 1, 1, 1]
 
 
 def test_what_evaluation_draws_depends_on_seed_and_row_only():
-  noise = lambda size, seed: np.concatenate([b["noise"][:real] for b, real in eval_batches(light, 7, size, seed)])
+  noise = lambda size, seed: np.concatenate(
+    [b["noise"][:real] for b, real in eval_batches(light, 7, size, seed)]
+  )
   np.testing.assert_array_equal(noise(3, 2), noise(5, 2))
   assert (noise(3, 2) != noise(3, 9)).any() and len(np.unique(noise(3, 2))) == 7
 
@@ -156,7 +197,8 @@ def test_image_shape_holds_every_image_and_is_the_smallest(rows, tmp_path):
   assert image_shape(rows, CFG) == image_shape(files, CFG) == want
   # 32 x 32 pixels are 2 x 2 units of 16 pixels: one window of 2 x 2 units of 4 patches
   assert image_shape(rows[:1], CFG) == ImageShape(16, 4)
-  assert image_shape(rows[2:3], CFG) == ImageShape(2 * 2 * 16, 4 * 3)  # 3 units across need 2 windows
+  # 3 units across need 2 windows
+  assert image_shape(rows[2:3], CFG) == ImageShape(2 * 2 * 16, 4 * 3)
 
 
 def test_image_shape_minds_the_orientation(tmp_path):
@@ -198,8 +240,13 @@ def test_an_unreadable_image_names_the_row(image, tmp_path):
 
 
 def test_an_error_in_the_pipeline_reaches_the_caller(batcher, rows):
-  broken = QABatcher([*rows[:2], QARow(b"no image", (), "the broken one")], batcher.tokenized, batcher.prompt, 2,
-                     batcher.shape)
+  broken = QABatcher(
+    [*rows[:2], QARow(b"no image", (), "the broken one")],
+    batcher.tokenized,
+    batcher.prompt,
+    2,
+    batcher.shape,
+  )
   with pytest.raises(Exception, match="the broken one"):
     take(train_iterator(broken.example, 3, 3, 0), 1)
 
@@ -208,7 +255,9 @@ def test_an_extreme_image_names_the_row(rows):
   long = QARow(encoded((2010, 10)), (), "the long one")
   with pytest.raises(ValueError, match="row 'the long one'.*2010x10"):
     ImagePrompt(CFG, PIECES, image_shape(rows, CFG))(long)
-  with pytest.raises(ValueError, match=r"row 'the long one' \(\d+ bytes in memory\).*2010x10.*200 times the other"):
+  with pytest.raises(
+    ValueError, match=r"row 'the long one' \(\d+ bytes in memory\).*2010x10.*200 times the other"
+  ):
     image_shape([*rows, long], CFG)
 
 
@@ -220,6 +269,7 @@ def test_a_share_makes_its_own_examples_only():
     return made[-1]
 
   take(train_iterator(example, 12, 4, 0, share=[1, 3]), 3)
-  whole = np.concatenate([batch["noise"] for batch in take(train_iterator(light, 12, 4, 0), 20)])  # unique, a place
+  # unique, a place
+  whole = np.concatenate([batch["noise"] for batch in take(train_iterator(light, 12, 4, 0), 20)])
   noise = {int(one["noise"]) for one in made}
   assert len(noise) == len(made) >= 6 and noise <= set(whole[1::2].tolist())

@@ -1,4 +1,6 @@
-"""Questions as ids: every seam of the judge's prompt, which questions are picked, how they are padded."""
+"""Questions as ids: every seam of the judge's prompt, which questions are picked, how they are
+padded.
+"""
 
 import itertools
 import json
@@ -9,7 +11,14 @@ import pytest
 import tokenizers
 from helpers import qwen_vocabulary
 
-from caprl_jax.data.judge_prompts import OFFICIAL, OFFICIAL_VIDEO, PLAIN, PMI, JudgeTemplate, template_for
+from caprl_jax.data.judge_prompts import (
+  OFFICIAL,
+  OFFICIAL_VIDEO,
+  PLAIN,
+  PMI,
+  JudgeTemplate,
+  template_for,
+)
 from caprl_jax.data.judge_questions import (
   QuestionShape,
   QuestionTokenizer,
@@ -22,12 +31,24 @@ from caprl_jax.data.rows import Question
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.tokenizer import Tokenizer, load_tokenizer
 
-# Not among them: one that begins with two white spaces, the first of which the head's line end would swallow.
-CAPTIONS = ["", "The image shows a red circle.", "a red circle", " A blue square, 12 pixels wide ",
-            "Yes!\nIt is red.\n", "naïve 東京 🙂", "\"Quoted\" (twice)...", "- A) first\n- B) second\n\n", "\tred  \n"]
-QUESTIONS = [Question("what color is the shape?", ("red", "dark green", "blue"), 0, "color"),
-             Question("Is there a circle", ("yes", "no"), 1, "yesno"),
-             Question("how many squares (in total)?", ("1", "12", "none at all", "I can't tell"), 2, "count")]
+# Not among them: one that begins with two white spaces, the first of which the head's line end
+# would swallow.
+CAPTIONS = [
+  "",
+  "The image shows a red circle.",
+  "a red circle",
+  " A blue square, 12 pixels wide ",
+  "Yes!\nIt is red.\n",
+  "naïve 東京 🙂",
+  '"Quoted" (twice)...',
+  "- A) first\n- B) second\n\n",
+  "\tred  \n",
+]
+QUESTIONS = [
+  Question("what color is the shape?", ("red", "dark green", "blue"), 0, "color"),
+  Question("Is there a circle", ("yes", "no"), 1, "yesno"),
+  Question("how many squares (in total)?", ("1", "12", "none at all", "I can't tell"), 2, "count"),
+]
 KINDS = ["color", "count", "yesno"]
 
 
@@ -58,9 +79,14 @@ def qwen():
 
 
 def spliced(tokenize: QuestionTokenizer, caption, question, order, letters) -> list[int]:
-  """The prompt's ids as the device splices them: `order` counts "can not answer" as the last option."""
+  """The prompt's ids as the device splices them: `order` counts "can not answer" as the last
+  option.
+  """
   prompt, pieces = tokenize.prompt(4), tokenize(question)
-  options = [*pieces.options, *([tuple(prompt.abstain_L.tolist())] if tokenize.abstain != "none" else [])]
+  options = [
+    *pieces.options,
+    *([tuple(prompt.abstain_L.tolist())] if tokenize.abstain != "none" else []),
+  ]
   ids = list(tokenize.caption_ids(caption))
   if prompt.spaced_V is not None:
     spaced = prompt.spaced_V[ids[0]] if ids else -1
@@ -86,12 +112,17 @@ def test_letter_seams_in_every_order(which, template, abstain, request):
     orders = list(itertools.permutations(range(count + (abstain == "permuted"))))
     for order in orders[::3]:
       order = (*order, count) if abstain == "last" else order
-      letters = "ABCDEFGHI"[:len(order)]
+      letters = "ABCDEFGHI"[: len(order)]
       texts = [*question.options, template.abstain]
       text = template.joined(caption, question.stem, [texts[i] for i in order], letters)
       if abstain != "last" and template is not PLAIN:
-        text = text.replace("  <|im_end|>\n<|im_start|>assistant", "\n  <|im_end|>\n<|im_start|>assistant")
-      assert spliced(tokenize, caption, question, order, letters) == tokenizer.encode(text), (caption, order)
+        text = text.replace(
+          "  <|im_end|>\n<|im_start|>assistant", "\n  <|im_end|>\n<|im_start|>assistant"
+        )
+      assert spliced(tokenize, caption, question, order, letters) == tokenizer.encode(text), (
+        caption,
+        order,
+      )
   prompt = tokenize.prompt(4)
   for slot, letter in enumerate("ABCDEF"):
     assert [*tokenizer.encode(text), prompt.letter_A[slot]] == tokenizer.encode(f"{text} {letter}")
@@ -102,7 +133,7 @@ def test_options_that_end_in_punctuation_or_break_lines_stay_one_option(qwen, sm
   for tokenizer in (qwen, smollm2):
     for template, abstain in ((PLAIN, "none"), (OFFICIAL, "last")):
       tokenize = QuestionTokenizer(tokenizer, template, KINDS, abstain)
-      order = (2, 0, 1, 3)[:3 + (abstain == "last")]
+      order = (2, 0, 1, 3)[: 3 + (abstain == "last")]
       texts = ["it rains.", "it - B) snows!", "no", template.abstain]
       text = template.joined("A cat", question.stem, [texts[i] for i in order])
       assert spliced(tokenize, "A cat", question, order, "ABCD") == tokenizer.encode(text)
@@ -110,13 +141,31 @@ def test_options_that_end_in_punctuation_or_break_lines_stay_one_option(qwen, sm
 
 def test_first_words_take_the_prompts_space_as_the_joined_text_does(qwen):
   tokenize = QuestionTokenizer(qwen, OFFICIAL, KINDS, "last")
-  for caption in ("The", "A", "In", "This", "12", "\"Stop\"", "ünder", "#1", "\n\nOh", "  two", "Photograph",
-                  "<Caption", "unmistakable", "東京"):
+  for caption in (
+    "The",
+    "A",
+    "In",
+    "This",
+    "12",
+    '"Stop"',
+    "ünder",
+    "#1",
+    "\n\nOh",
+    "  two",
+    "Photograph",
+    "<Caption",
+    "unmistakable",
+    "東京",
+  ):
     text = OFFICIAL.joined(caption + " x", "Q?", ["a", "b", OFFICIAL.abstain])
-    got = spliced(tokenize, caption + " x", Question("Q?", ("a", "b"), 0, "color"), (0, 1, 2), "ABC")
+    got = spliced(
+      tokenize, caption + " x", Question("Q?", ("a", "b"), 0, "color"), (0, 1, 2), "ABC"
+    )
     assert qwen.decode(got, skip_special=False) == text
     # A first word of several tokens is not cut anew.
-    assert (got == qwen.encode(text)) == (caption not in ("Photograph", "<Caption", "unmistakable", "東京"))
+    assert (got == qwen.encode(text)) == (
+      caption not in ("Photograph", "<Caption", "unmistakable", "東京")
+    )
 
 
 def test_chat_prompts_need_chat_tokens(smollm2):
@@ -124,7 +173,9 @@ def test_chat_prompts_need_chat_tokens(smollm2):
   spec["added_tokens"] = [t for t in spec["added_tokens"] if "im_" not in t["content"]]
   spec["post_processor"] = None
   plain = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
-  with pytest.raises(ValueError, match="'official' is a chat in ChatML.*im_start.*judge.prompt = 'plain'"):
+  with pytest.raises(
+    ValueError, match="'official' is a chat in ChatML.*im_start.*judge.prompt = 'plain'"
+  ):
     QuestionTokenizer(plain, OFFICIAL, KINDS, "last").prompt(3)
 
 
@@ -135,7 +186,10 @@ def test_the_first_capital_of_what_is_written(smollm2):
     found = re.findall("[A-I]", smollm2.decode([token]))
     assert prompt.letter_V[token] == ("ABCDEFGHI".index(found[0]) if found else -1)
   assert (prompt.letter_V[list(smollm2.special_ids)] == -1).all()
-  assert prompt.words.allowed_V.sum() == len(smollm2.backend.get_vocab()) and prompt.words.end_ids == smollm2.end_ids
+  assert (
+    prompt.words.allowed_V.sum() == len(smollm2.backend.get_vocab())
+    and prompt.words.end_ids == smollm2.end_ids
+  )
 
 
 def test_chat_tokens_in_a_question_or_caption_stay_text(smollm2):
@@ -157,20 +211,28 @@ def test_tokenised_fields(smollm2):
 
 def test_letters_of_more_than_one_token_are_refused(smollm2):
   with pytest.raises(ValueError, match="' answer {letter}'.*AB .*option_pmi"):
-    QuestionTokenizer(smollm2, JudgeTemplate(label="{letter}", letter=" answer {letter}"), KINDS).prompt(2)
+    QuestionTokenizer(
+      smollm2, JudgeTemplate(label="{letter}", letter=" answer {letter}"), KINDS
+    ).prompt(2)
 
 
 def test_templates_by_reading():
   assert template_for("option_pmi") is PMI
   assert all(template_for(f"letter_{how}") is PLAIN for how in ("argmax", "prob", "sample"))
-  assert (template_for("generate", "official") is OFFICIAL
-          and template_for("letter_prob", "official_video") is OFFICIAL_VIDEO)
+  assert (
+    template_for("generate", "official") is OFFICIAL
+    and template_for("letter_prob", "official_video") is OFFICIAL_VIDEO
+  )
 
 
 def test_the_official_prompt_to_the_byte():
-  got = OFFICIAL.joined("A cat on a mat.", "What is on the mat?", ["A dog", "A cat", OFFICIAL.abstain], "ABF")
+  got = OFFICIAL.joined(
+    "A cat on a mat.", "What is on the mat?", ["A dog", "A cat", OFFICIAL.abstain], "ABF"
+  )
   pad = "  "
-  assert got == f"""<|im_start|>user
+  assert (
+    got
+    == f"""<|im_start|>user
 You will be given an image caption describing the visual content.{pad}
 Your task is to answer the multiple-choice question **strictly based on the caption**, even if the answer may seem \
 obvious from prior knowledge or question wording.
@@ -208,22 +270,38 @@ Question: What is on the mat?
    - F) Can not answer based on the caption{pad}<|im_end|>
 <|im_start|>assistant
 The answer is"""
+  )
 
 
 def test_the_video_wording_is_not_indented():
   got = OFFICIAL_VIDEO.joined("[00:01] A cat.", "When?", ["[00:01]", OFFICIAL.abstain])
-  assert not re.search(r"^ {4,}", got, re.M) and got.count("<|im_start|>") == 2 and "\n<|im_start|>assistant\n" in got
-  for part in ("video caption describing visual content and events over time.  \n",
-               "implicitly states. Pay close attention to timestamps (e.g., [mm:ss]) and the sequence of events.\n",
-               "[00:08] drops a brown leather wallet", "- B) He drops a brown leather wallet  \n",
-               "The answer is B.\n", "[00:15] A silver sedan runs a red light",
-               "- D) It was raining heavily\n- E) Can", "The answer is E.\n"):
+  assert (
+    not re.search(r"^ {4,}", got, re.M)
+    and got.count("<|im_start|>") == 2
+    and "\n<|im_start|>assistant\n" in got
+  )
+  for part in (
+    "video caption describing visual content and events over time.  \n",
+    "implicitly states. Pay close attention to timestamps (e.g., [mm:ss]) and the "
+    "sequence of events.\n",
+    "[00:08] drops a brown leather wallet",
+    "- B) He drops a brown leather wallet  \n",
+    "The answer is B.\n",
+    "[00:15] A silver sedan runs a red light",
+    "- D) It was raining heavily\n- E) Can",
+    "The answer is E.\n",
+  ):
     assert part in got
 
 
 def made(kind, number=0, stem=3, options=(1, 2), gold=0):
-  return TokenizedQuestion(tuple(range(100 * number, 100 * number + stem)), tuple((7,) * n for n in options), gold,
-                           kind, tuple(-float(i) for i in range(len(options))))
+  return TokenizedQuestion(
+    tuple(range(100 * number, 100 * number + stem)),
+    tuple((7,) * n for n in options),
+    gold,
+    kind,
+    tuple(-float(i) for i in range(len(options))),
+  )
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -247,7 +325,10 @@ def test_picks_vary_and_reach_every_question():
 
 
 def test_padding():
-  questions = [made(1, 1, stem=2, options=(1, 2, 1), gold=2), made(0, 2, stem=4, options=(3, 1), gold=1)]
+  questions = [
+    made(1, 1, stem=2, options=(1, 2, 1), gold=2),
+    made(0, 2, stem=4, options=(3, 1), gold=1),
+  ]
   shape = question_shape(questions)
   assert shape == QuestionShape(options=3, stem_tokens=4, option_tokens=3)
   got = pad_questions(questions, 3, shape)

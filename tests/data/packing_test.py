@@ -1,4 +1,6 @@
-"""Packed rows against each example alone: logits and gradients of all families; plans, rows and batches."""
+"""Packed rows against each example alone: logits and gradients of all families; plans, rows and
+batches.
+"""
 
 import dataclasses
 
@@ -41,13 +43,16 @@ def examples(cfg):
       return None, build_prompt(words, (0, 0), [], cfg.image_token, False)
     patches = cfg.vision.pixels.patchify(oracle.pictures()[picture])
     return patches, build_prompt(words[:3], patches.grid_units, words[3:], cfg.image_token, mrope)
+
   return [[one(picture) for picture in row] for row in ROWS]
 
 
 def packed(cfg, rows, images=3, extra=4):
-  """Arrays of rows packed by hand; one padded image a row, in another place in each, and padded tokens."""
+  """Arrays of rows packed by hand; one padded image a row, in another place in each, and padded
+  tokens.
+  """
   slots = max(len(p.valid_S) for row in rows for p, _ in row if p)
-  units = slots // cfg.vision.pixels.merge_size ** 2
+  units = slots // cfg.vision.pixels.merge_size**2
   length = max(sum(len(p.tokens) for _, p in row) for row in rows) + extra
   empty = pad_image(next(p for p, _ in rows[0] if p), slots, 200)
   empty = {k: np.zeros_like(v) for k, v in empty.items()}
@@ -77,14 +82,29 @@ def logits(pair, hidden, params=None):
 
 def alone(pair, params, patches, prompt):
   """Logits [L, V] of one example by itself, through `prefill`."""
-  prompts = Prompts(prompt.tokens[None], np.ones((1, len(prompt.tokens)), bool), prompt.position[None],
-                    np.zeros(1, np.int32))
+  prompts = Prompts(
+    prompt.tokens[None],
+    np.ones((1, len(prompt.tokens)), bool),
+    prompt.position[None],
+    np.zeros(1, np.int32),
+  )
   apply = jax.jit(pair.ours.apply, static_argnames="method")
   variables = {"params": params}
   if patches is None:
-    hidden = apply(variables, prompts.tokens_BP, prompts.position_B3P[:, 0], prompts.valid_BP, (), method="extend")[0]
+    hidden = apply(
+      variables,
+      prompts.tokens_BP,
+      prompts.position_B3P[:, 0],
+      prompts.valid_BP,
+      (),
+      method="extend",
+    )[0]
   else:
-    images = Images(**{k: v[None] for k, v in pad_image(patches, len(patches.valid_S), patches.num_tokens).items()})
+    images = Images(
+      **{
+        k: v[None] for k, v in pad_image(patches, len(patches.valid_S), patches.num_tokens).items()
+      }
+    )
     hidden = apply(variables, images, prompts, method="prefill")[0]
   return logits(pair, hidden[0], params)
 
@@ -92,8 +112,12 @@ def alone(pair, params, patches, prompt):
 def test_packed_logits_are_each_example_s_own(pair):
   rows = examples(pair.cfg)
   images, prompts, segment = packed(pair.cfg, rows)
-  got = logits(pair, jax.jit(pair.ours.apply, static_argnames="method")(
-      {"params": pair.params}, images, prompts, segment, method="packed"))
+  got = logits(
+    pair,
+    jax.jit(pair.ours.apply, static_argnames="method")(
+      {"params": pair.params}, images, prompts, segment, method="packed"
+    ),
+  )
   for b, row in enumerate(rows):
     for number, (patches, prompt) in enumerate(row, 1):
       want = alone(pair, pair.params, patches, prompt)
@@ -103,23 +127,31 @@ def test_packed_logits_are_each_example_s_own(pair):
 def test_packed_gradients_are_the_sum_of_the_examples_own(pair):
   rows = examples(pair.cfg)
   images, prompts, segment = packed(pair.cfg, rows)
-  loss = lambda logits, tokens: -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
+  loss = lambda logits, tokens: (
+    -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
+  )
 
   @jax.jit
   @jax.grad
   def together(params):
-    out = logits(pair, pair.ours.apply({"params": params}, images, prompts, segment, method="packed"), params)
+    out = logits(
+      pair, pair.ours.apply({"params": params}, images, prompts, segment, method="packed"), params
+    )
     own = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
     return jnp.sum(jnp.where(own, jax.vmap(loss)(out[:, :-1], prompts.tokens_BP[:, 1:]), 0))
 
   @jax.jit
   @jax.grad
   def apart(params):
-    one = lambda patches, prompt: loss(alone(pair, params, patches, prompt)[:-1], prompt.tokens[1:]).sum()
+    one = lambda patches, prompt: loss(
+      alone(pair, params, patches, prompt)[:-1], prompt.tokens[1:]
+    ).sum()
     return sum(one(*example) for row in rows for example in row)
 
   got, want = together(pair.params), apart(pair.params)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+  ):
     if np.abs(b).max() < 1e-4:  # a key's bias moves all scores alike
       assert np.abs(a).max() < 1e-3, jax.tree_util.keystr(path)
     else:
@@ -128,10 +160,23 @@ def test_packed_gradients_are_the_sum_of_the_examples_own(pair):
 
 def test_text_alone_needs_no_tower(pair):
   tokens = np.arange(10).reshape(2, 5)
-  prompts = Prompts(tokens, np.ones_like(tokens, bool), np.broadcast_to(np.arange(5), (2, 3, 5)), np.zeros(2, np.int32))
-  got = pair.ours.apply({"params": pair.params}, None, prompts, np.ones_like(tokens), method="packed")
-  want = pair.ours.apply({"params": pair.params}, tokens, np.broadcast_to(np.arange(5), (2, 5)), prompts.valid_BP, (),
-                         method="extend")[0]
+  prompts = Prompts(
+    tokens,
+    np.ones_like(tokens, bool),
+    np.broadcast_to(np.arange(5), (2, 3, 5)),
+    np.zeros(2, np.int32),
+  )
+  got = pair.ours.apply(
+    {"params": pair.params}, None, prompts, np.ones_like(tokens), method="packed"
+  )
+  want = pair.ours.apply(
+    {"params": pair.params},
+    tokens,
+    np.broadcast_to(np.arange(5), (2, 5)),
+    prompts.valid_BP,
+    (),
+    method="extend",
+  )[0]
   np.testing.assert_array_equal(got, want)
 
 
@@ -148,19 +193,30 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(tiny_folder):
-  return load_policy(str(tiny_folder / "policy"), sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
+  return load_policy(
+    str(tiny_folder / "policy"), sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  )
 
 
 def talks(folder):
   """Questions with images, and conversations without, of several lengths."""
-  text = lambda n: Conversation(None, (Turn("user", "what " * n), Turn("assistant", "A red circle.")), f"text {n}")
-  return read_examples(str(folder / "data" / "rows.jsonl"), "", questions=1) + [text(n) for n in (1, 9, 20, 2, 90)]
+  text = lambda n: Conversation(
+    None, (Turn("user", "what " * n), Turn("assistant", "A red circle.")), f"text {n}"
+  )
+  return read_examples(str(folder / "data" / "rows.jsonl"), "", questions=1) + [
+    text(n) for n in (1, 9, 20, 2, 90)
+  ]
 
 
 def make_packer(policy, examples, seed=3, **settings):
   template, special = policy._chat()
-  return Packer(examples, ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special), policy.model.cfg,
-                PackConfig(**settings), seed)
+  return Packer(
+    examples,
+    ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special),
+    policy.model.cfg,
+    PackConfig(**settings),
+    seed,
+  )
 
 
 def test_first_fit_leaves_little_empty_and_keeps_both_limits():
@@ -186,7 +242,11 @@ def test_a_plan_holds_every_example_once_and_depends_on_seed_and_epoch_alone(tin
   again = make_packer(policy, examples, tokens=256, window=16)
   other = make_packer(policy, examples, seed=4, tokens=256, window=16)
   rows = lambda p, epoch: p.plan(epoch).rows
-  assert rows(again, 5) == rows(packer, 5) and rows(packer, 5) != rows(packer, 1) and rows(other, 1) != rows(packer, 1)
+  assert (
+    rows(again, 5) == rows(packer, 5)
+    and rows(packer, 5) != rows(packer, 1)
+    and rows(other, 1) != rows(packer, 1)
+  )
   texts = lambda epoch: [r.tokens_L.tolist() for r in packer.plan(epoch).rendered]
   questions = len(examples) - 5
   changed = [a != b for a, b in zip(texts(0), texts(1))]
@@ -194,22 +254,27 @@ def test_a_plan_holds_every_example_once_and_depends_on_seed_and_epoch_alone(tin
   assert sum(changed[:questions]) > questions / 4 and not any(changed[questions:])
   first = len(rows(packer, 0))
   assert [packer.locate(n) for n in (0, first - 1, first)] == [(0, 0), (0, first - 1), (1, 0)]
-  assert packer.rows_until(1) == first and packer.rows_until(1.5) == first + round(len(rows(packer, 1)) / 2)
+  assert packer.rows_until(1) == first and packer.rows_until(1.5) == first + round(
+    len(rows(packer, 1)) / 2
+  )
   figures = packer.figures()
-  assert figures["fill"] == packer.plan(0).tokens / (first * 256) > 0.8 and figures["examples"] == len(examples)
+  assert figures["fill"] == packer.plan(0).tokens / (first * 256) > 0.8 and figures[
+    "examples"
+  ] == len(examples)
 
 
 def test_threads_that_reach_the_next_epoch_together_agree_where_it_begins(tiny_folder, policy):
   packer = make_packer(policy, talks(tiny_folder), tokens=256, window=4)
   sizes = [len(packer.plan(epoch).rows) for epoch in range(8)]
-  assert len(set(sizes)) > 1  # or a start that is counted with another epoch's rows would be right by chance
+  # or a start that is counted with another epoch's rows would be right by chance
+  assert len(set(sizes)) > 1
   plan, reached = packer.plan, set()
 
   def while_another_thread_goes_on(epoch):
     made = plan(epoch)
     if epoch not in reached:
       reached.add(epoch)
-      packer.locate(sum(sizes[:epoch + 1]) - 1)
+      packer.locate(sum(sizes[: epoch + 1]) - 1)
     return made
 
   packer.plan = while_another_thread_goes_on
@@ -230,20 +295,31 @@ def test_rows_hold_their_examples(tiny_folder, policy):
       own = row.segment_BL == place
       tokens, rendered = row.prompts.tokens_BP[own], plan.rendered[index]
       assert tokens[tokens != cfg.image_token].tolist() == rendered.tokens_L.tolist()
-      assert row.prompts.tokens_BP[own & row.wanted_BL].tolist() == rendered.tokens_L[rendered.wanted_L].tolist()
+      assert (
+        row.prompts.tokens_BP[own & row.wanted_BL].tolist()
+        == rendered.tokens_L[rendered.wanted_L].tolist()
+      )
       assert row.prompts.position_B3P[:, own][:, 0].tolist() == [0, 0, 0]
       if packer.counts[index]:
         patches = cfg.vision.pixels.patchify(read_image(packer.examples[index]))
-        np.testing.assert_array_equal(row.images.patches_BSE[shown][:len(patches.valid_S)], patches.patches_SE)
+        np.testing.assert_array_equal(
+          row.images.patches_BSE[shown][: len(patches.valid_S)], patches.patches_SE
+        )
         at = np.cumsum(is_image)[own & is_image] - 1
         np.testing.assert_array_equal(row.images.unit_BI[at], patches.unit_I + shown * units)
         shown += 1
-    assert not row.images.valid_BS[shown:].any() and (row.segment_BL == 0).sum() == (~row.prompts.valid_BP).sum()
+    assert (
+      not row.images.valid_BS[shown:].any()
+      and (row.segment_BL == 0).sum() == (~row.prompts.valid_BP).sum()
+    )
 
 
 def test_too_long_is_refused_or_dropped_and_never_cut(tiny_folder, policy, caplog):
   examples = talks(tiny_folder)
-  with pytest.raises(ValueError, match=r"1 of 29 examples are longer than a row's 100 tokens \(the longest, 'text 90'"):
+  with pytest.raises(
+    ValueError,
+    match=r"1 of 29 examples are longer than a row's 100 tokens \(the longest, 'text 90'",
+  ):
     make_packer(policy, examples, tokens=100)
   packer = make_packer(policy, examples, tokens=100, too_long="drop")
   assert len(packer.examples) == 28 and "dropped 1 of 29 examples are longer" in caplog.text
@@ -260,11 +336,18 @@ def test_images_that_cannot_be_read(tiny_folder, policy, caplog):
   bad = Conversation(broken, (Turn("user", "what", 0), Turn("assistant", "it")), "bad one")
   with pytest.raises(ValueError, match="row 'bad one': cannot read its image"):
     make_packer(policy, [bad, *talks(tiny_folder)], tokens=256)
-  assert len(make_packer(policy, [bad, *talks(tiny_folder)], tokens=256, bad_rows="drop").examples) == 29
-  assert "dropped: row 'bad one': cannot read its image" in caplog.text and "dropped 1 bad rows of 30" in caplog.text
+  assert (
+    len(make_packer(policy, [bad, *talks(tiny_folder)], tokens=256, bad_rows="drop").examples) == 29
+  )
+  assert (
+    "dropped: row 'bad one': cannot read its image" in caplog.text
+    and "dropped 1 bad rows of 30" in caplog.text
+  )
   narrow = tiny_folder / "narrow.png"
   Image.new("RGB", (4, 900)).save(narrow)
-  with pytest.raises(ValueError, match=r"row 'narrow one' \(.*narrow.png\): .*one side is over 200 times the other"):
+  with pytest.raises(
+    ValueError, match=r"row 'narrow one' \(.*narrow.png\): .*one side is over 200 times the other"
+  ):
     make_packer(policy, [dataclasses.replace(bad, image=narrow, name="narrow one")], tokens=256)
 
 
@@ -274,12 +357,17 @@ def test_images_whose_pixels_are_cut(tiny_folder, policy, caplog, packing):
   whole, cut = tiny_folder / "whole.jpg", tiny_folder / "cut.jpg"
   Image.effect_noise((48, 48), 90).convert("RGB").save(whole)
   cut.write_bytes(whole.read_bytes()[:-900])
-  talk = lambda image, name: Conversation(image, (Turn("user", "what", 0), Turn("assistant", "it is red")), name)
+  talk = lambda image, name: Conversation(
+    image, (Turn("user", "what", 0), Turn("assistant", "it is red")), name
+  )
   examples = [*talks(tiny_folder)[-5:], talk(cut, "cut one"), talk(whole, "whole one")]
   settings = dict(tokens=128, images=2, packing=packing)
   refusing = make_packer(policy, examples, **settings)
-  with pytest.raises(ValueError, match=r"row 'cut one': cannot read its image \(.*cut.jpg\).*drop the row \(bad_rows = "
-                                       "'drop' leaves it out") as raised:
+  with pytest.raises(
+    ValueError,
+    match=r"row 'cut one': cannot read its image \(.*cut.jpg\).*drop the row \(bad_rows = "
+    "'drop' leaves it out",
+  ) as raised:
     list(packed_batches(refusing, 1, len(refusing.plan(0).rows)))
   assert str(raised.value).count("'cut one'") == 1
 
@@ -290,15 +378,24 @@ def test_images_whose_pixels_are_cut(tiny_folder, policy, caplog, packing):
   assert caplog.text.count("dropped: row 'cut one': cannot read its image") == 1
   # What is left is as it would be without it.
   loss = jax.jit(lambda batch: packed_loss(policy.model, policy.params, batch, 64))
-  total = [sum(float(x) for x in column) for column in zip(*map(loss, batches[:packer.rows_until(1)]))]
+  total = [
+    sum(float(x) for x in column) for column in zip(*map(loss, batches[: packer.rows_until(1)]))
+  ]
   without = make_packer(policy, [e for e in examples if e.name != "cut one"], **settings)
-  want = [loss(jax.tree.map(lambda x: np.asarray(x)[None], without(n))) for n in range(without.rows_until(1))]
-  np.testing.assert_allclose(total, [sum(float(x) for x in column) for column in zip(*want)], rtol=1e-5)
+  want = [
+    loss(jax.tree.map(lambda x: np.asarray(x)[None], without(n)))
+    for n in range(without.rows_until(1))
+  ]
+  np.testing.assert_allclose(
+    total, [sum(float(x) for x in column) for column in zip(*want)], rtol=1e-5
+  )
 
 
 def test_batches_resume_and_do_not_depend_on_processes(tiny_folder, policy):
   examples = talks(tiny_folder)
-  make = lambda share=None: packed_batches(make_packer(policy, examples, tokens=128), 4, 6, share, threads=2)
+  make = lambda share=None: packed_batches(
+    make_packer(policy, examples, tokens=128), 4, 6, share, threads=2
+  )
   same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
   iterator = make()
   batches, states = [], []

@@ -49,8 +49,9 @@ def test_steps_only_grow_also_over_a_restart(tmp_path):
 
 def test_resume_drops_what_the_checkpoint_does_not_know(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  path.write_text("".join(f'{{"step": {step}, "a/b": {step}}}\n' for step in range(1, 8))
-                  + '{"step": 8, "a/')
+  path.write_text(
+    "".join(f'{{"step": {step}, "a/b": {step}}}\n' for step in range(1, 8)) + '{"step": 8, "a/'
+  )
   with metrics_lib.MetricsWriter(tmp_path) as writer:
     assert writer.truncate_after(5) == 2
     writer.write(6, {"a/b": 60})
@@ -68,12 +69,15 @@ def test_truncate_to_nothing_and_with_nothing_to_drop(tmp_path):
   assert metrics_lib.read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "a/b": 2}]
 
 
-@pytest.mark.parametrize("tail, steps", [
+@pytest.mark.parametrize(
+  "tail, steps",
+  [
     ('{"step": 2, "rew', [1, 3]),
     ('{"step": 2}', [1, 2, 3]),  # whole but for its newline
     ("\0\0\0", [1, 3]),
     ("", [1, 3]),
-])
+  ],
+)
 def test_opening_repairs_a_torn_last_line(tmp_path, tail, steps):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\n' + tail)
@@ -83,8 +87,9 @@ def test_opening_repairs_a_torn_last_line(tmp_path, tail, steps):
   assert [row["step"] for row in metrics_lib.read_metrics(path)] == steps
 
 
-@pytest.mark.parametrize("line", [
-    '{"step": 2, "rew', "", "[2]", '{"a/b": 1}', '{"step": 2.5}', '{"step": 2, "a/b": NaN}'])
+@pytest.mark.parametrize(
+  "line", ['{"step": 2, "rew', "", "[2]", '{"a/b": 1}', '{"step": 2.5}', '{"step": 2, "a/b": NaN}']
+)
 def test_any_other_bad_line_is_an_error_with_file_and_line(tmp_path, line):
   path = tmp_path / "metrics.jsonl"
   path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')

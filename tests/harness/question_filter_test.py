@@ -11,7 +11,12 @@ from caprl_jax.harness.question_filter import CurateConfig, mismatched_facts
 
 COLOR = Question("what color?", ("red", "blue"), 0, "color")
 SHAPE = Question("what shape?", ("circle", "square"), 0, "shape")
-INFORMED = ("It is a {color} {shape}.", "A {color} {shape}.", "There is a {color} {shape}.", "One {color} {shape}.")
+INFORMED = (
+  "It is a {color} {shape}.",
+  "A {color} {shape}.",
+  "There is a {color} {shape}.",
+  "One {color} {shape}.",
+)
 
 
 class FakeAsker:
@@ -52,13 +57,16 @@ def test_mismatched_facts_share_no_fact():
   got = mismatched_facts(ROWS[0], pool, 10, seed=0)
   assert len(got) == 4 and all(f["color"] != "red" and f["shape"] != "circle" for f in got)
   assert len(mismatched_facts(ROWS[0], pool, 2, seed=0)) == 2
-  assert mismatched_facts(ROWS[0], pool, 2, 0) == mismatched_facts(row("other", "red", "circle"), pool, 2, 0)
+  assert mismatched_facts(ROWS[0], pool, 2, 0) == mismatched_facts(
+    row("other", "red", "circle"), pool, 2, 0
+  )
   picks = [tuple(map(str, mismatched_facts(ROWS[0], pool, 2, seed))) for seed in range(10)]
   assert len(set(picks)) > 1
   assert mismatched_facts(ROWS[0], pool[:3], 2, 0) == []  # all red
   untitled = dataclasses.replace(ROWS[0], facts={"chart": "bar", "title": ""})
-  assert mismatched_facts(untitled, [{"chart": "pie", "title": ""}, {"chart": "bar", "title": ""}], 2, 0) == [
-      {"chart": "pie", "title": ""}]
+  assert mismatched_facts(
+    untitled, [{"chart": "pie", "title": ""}, {"chart": "bar", "title": ""}], 2, 0
+  ) == [{"chart": "pie", "title": ""}]
 
 
 def test_the_same_value_of_another_attribute_is_no_shared_fact():
@@ -69,7 +77,8 @@ def test_the_same_value_of_another_attribute_is_no_shared_fact():
 def test_kept_and_dropped_by_kind():
   asker = FakeAsker(honest)
   rows, counts = curate(ROWS, asker, config(), 0, "train")
-  # Golds are red and circle: only the first row's captions say them, and no mismatched caption does.
+  # Golds are red and circle: only the first row's captions say them, and no mismatched caption
+  # does.
   assert [r.name for r in rows] == ["a"] and rows[0].questions == (COLOR, SHAPE)
   assert counts == {"kept/color": 1, "dropped/color": 2, "kept/shape": 1, "dropped/shape": 2}
   blind = [caption for what, caption, q in asker.asked if what == "blind" and q is COLOR]
@@ -79,16 +88,25 @@ def test_kept_and_dropped_by_kind():
 
 
 def test_a_question_answered_without_its_caption_is_dropped():
-  rows, counts = curate(ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(), 0, "train")
+  rows, counts = curate(
+    ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(), 0, "train"
+  )
   assert rows[0].questions == (COLOR,)  # shape: one of three blind presentations right, 1/3 >= 0.25
   assert counts["dropped/shape"] == 3 and counts["kept/color"] == 1
   rows, _ = curate(
-      ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(max_blind=0.34), 0, "")
+    ROWS,
+    FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)),
+    config(max_blind=0.34),
+    0,
+    "",
+  )
   assert rows[0].questions == (COLOR, SHAPE)
 
 
 def test_a_question_answered_from_other_images_captions_is_dropped():
-  asker = FakeAsker(lambda c, q: honest(c, q) or (q is COLOR and "square" in c and c.startswith("It")))
+  asker = FakeAsker(
+    lambda c, q: honest(c, q) or (q is COLOR and "square" in c and c.startswith("It"))
+  )
   rows, counts = curate(ROWS, asker, config(), 0, "train")
   assert rows[0].questions == (SHAPE,)
   assert counts["kept/color"] == 0 and counts["dropped/color"] == 3
@@ -114,16 +132,21 @@ def test_no_mismatched_captions():
 
 @pytest.mark.parametrize("facts", [None, {"color": "red"}])
 def test_rows_without_the_facts_are_left_out_and_counted(facts):
-  rows, counts = curate([*ROWS, QARow(b"", (COLOR, SHAPE), "d", facts)], FakeAsker(honest), config(), 0, "train")
+  rows, counts = curate(
+    [*ROWS, QARow(b"", (COLOR, SHAPE), "d", facts)], FakeAsker(honest), config(), 0, "train"
+  )
   assert [r.name for r in rows] == ["a"]
   assert counts["dropped/without facts"] == 2
 
 
 def test_nothing_left_raises():
-  with pytest.raises(ValueError, match=r"train: curation left none of 6 questions.*'dropped/color': 3"):
+  with pytest.raises(
+    ValueError, match=r"train: curation left none of 6 questions.*'dropped/color': 3"
+  ):
     curate(ROWS, FakeAsker(lambda c, q: False), config(), 0, "train")
   with pytest.raises(ValueError, match="left none"):
-    curate(ROWS, FakeAsker(lambda c, q: True), config(), 0, "train")  # knows it all without a caption
+    # knows it all without a caption
+    curate(ROWS, FakeAsker(lambda c, q: True), config(), 0, "train")
 
 
 def test_no_templates_keeps_every_row():
@@ -134,8 +157,9 @@ def test_no_templates_keeps_every_row():
 
 def test_splits_are_judged_together_and_kept_apart():
   asker = FakeAsker(honest)
-  (train, counts), (test, test_counts) = module.curate([("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(
-      max_blind=1.1, min_informed=-1), 0)
+  (train, counts), (test, test_counts) = module.curate(
+    [("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(max_blind=1.1, min_informed=-1), 0
+  )
   assert [r.name for r in train] == ["b", "c"] and [r.name for r in test] == ["a"]
   assert counts["kept/color"] == 2 and test_counts["kept/color"] == 1
   asker = FakeAsker(honest)

@@ -18,20 +18,48 @@ from caprl_jax.harness import trackers
 
 
 def save_some_samples(folder, stage="train", advantage=True):
-  """As `samples.save_samples` writes them: two images; the second caption of the first one was not scored."""
-  questions = [{"stem": "What colour?", "options": ["red", "a|b"], "gold": 0, "kind": "colour"},
-               {"stem": "What shape?", "options": ["disc", "ring"], "gold": 1, "kind": "shape"}]
+  """As `samples.save_samples` writes them: two images; the second caption of the first one was not
+  scored.
+  """
+  questions = [
+    {"stem": "What colour?", "options": ["red", "a|b"], "gold": 0, "kind": "colour"},
+    {"stem": "What shape?", "options": ["disc", "ring"], "gold": 1, "kind": "shape"},
+  ]
   answer = lambda question, choice, correct, valid: {
-      "question": question, "choice": choice, "correct": correct, "valid": valid}
+    "question": question,
+    "choice": choice,
+    "correct": correct,
+    "valid": valid,
+  }
   right, wrong = answer(0, 0, True, True), answer(1, 0, False, True)
   none, unscored = answer(0, -1, False, True), answer(1, -1, False, False)
   rows = [
-      {"row": 7, "name": "a/x.png", "image": "images/a_x.png", "questions": questions, "captions": [
-          {"text": "A *red* <b>|\nring.", "length_tokens": 5, "reward": 0.5, "answers": [right, wrong]},
-          {"text": "", "length_tokens": 1, "reward": None, "answers": [none, unscored]}]},
-      {"row": 9, "name": "y.png", "image": "images/y.png", "questions": [], "captions": [
-          {"text": "A disc.", "length_tokens": 3, "reward": None, "answers": []},
-          {"text": "A disc.", "length_tokens": 3, "reward": None, "answers": []}]}]
+    {
+      "row": 7,
+      "name": "a/x.png",
+      "image": "images/a_x.png",
+      "questions": questions,
+      "captions": [
+        {
+          "text": "A *red* <b>|\nring.",
+          "length_tokens": 5,
+          "reward": 0.5,
+          "answers": [right, wrong],
+        },
+        {"text": "", "length_tokens": 1, "reward": None, "answers": [none, unscored]},
+      ],
+    },
+    {
+      "row": 9,
+      "name": "y.png",
+      "image": "images/y.png",
+      "questions": [],
+      "captions": [
+        {"text": "A disc.", "length_tokens": 3, "reward": None, "answers": []},
+        {"text": "A disc.", "length_tokens": 3, "reward": None, "answers": []},
+      ],
+    },
+  ]
   if advantage:
     for row in rows:
       for caption in row["captions"]:
@@ -49,13 +77,15 @@ def save_some_samples(folder, stage="train", advantage=True):
 
 def open_tensorboard(workdir, start_step=0):
   pytest.importorskip("tensorboardX")
-  tracker, = trackers.open_trackers(["tensorboard"], workdir, {}, start_step)
+  (tracker,) = trackers.open_trackers(["tensorboard"], workdir, {}, start_step)
   return tracker
 
 
 def read_tensorboard(workdir):
   accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-  read = accumulator.EventAccumulator(str(workdir / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+  read = accumulator.EventAccumulator(
+    str(workdir / "tensorboard"), size_guidance={"images": 0, "tensors": 0}
+  )
   return read.Reload()
 
 
@@ -65,12 +95,17 @@ def scalars(workdir, name):
 
 def test_tensorboard_has_the_finite_numbers_at_once(tmp_path):
   tracker = open_tensorboard(tmp_path / "new")
-  tracker.write(1, {"reward/mean": 0.5, "update/kl": math.nan, "judge/x": None, "update/loss": -math.inf})
+  tracker.write(
+    1, {"reward/mean": 0.5, "update/kl": math.nan, "judge/x": None, "update/loss": -math.inf}
+  )
   tracker.write(np.int64(2), {"reward/mean": np.float32(0.75), "update/kl": 1})
 
   assert scalars(tmp_path / "new", "reward/mean") == [(1, 0.5), (2, 0.75)]  # before close
   assert scalars(tmp_path / "new", "update/kl") == [(2, 1.0)]
-  assert sorted(read_tensorboard(tmp_path / "new").Tags()["scalars"]) == ["reward/mean", "update/kl"]
+  assert sorted(read_tensorboard(tmp_path / "new").Tags()["scalars"]) == [
+    "reward/mean",
+    "update/kl",
+  ]
   tracker.close()
 
 
@@ -94,31 +129,34 @@ def test_tensorboard_has_images_and_a_table(tmp_path):
   read = read_tensorboard(tmp_path)
 
   images = [read.Images(f"samples/train/{i}") for i in range(2)]
-  assert [(event.step, event.width, event.height) for event, in images] == [(3, 3, 2), (3, 4, 2)]
+  assert [(event.step, event.width, event.height) for (event,) in images] == [(3, 3, 2), (3, 4, 2)]
   pixels = np.asarray(Image.open(io.BytesIO(images[1][0].encoded_image_string)))
   np.testing.assert_array_equal(pixels, np.full((2, 4, 3), (11, 20, 30)))
-  event, = read.Tensors("samples/train/text_summary")
+  (event,) = read.Tensors("samples/train/text_summary")
   assert event.step == 3
   assert event.tensor_proto.string_val[0].decode().splitlines() == [
-      "| image | caption | reward | advantage | question | gold | chosen | right |",
-      "| --- | --- | --- | --- | --- | --- | --- | --- |",
-      r"| a/x.png | A \*red\* &lt;b&gt;\| ring. | 0.500 | 0.250 | What colour? | red | red | yes |",
-      "|  |  |  |  | What shape? | ring | disc | no |",
-      "| a/x.png |  | - | 0.250 | What colour? | red | - | no |",
-      "|  |  |  |  | What shape? | ring | - | - |",
-      "| y.png | A disc. | - | 0.250 | - | - | - | - |",
-      "| y.png | A disc. | - | 0.250 | - | - | - | - |"]  # twice the same caption: two lines
+    "| image | caption | reward | advantage | question | gold | chosen | right |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    r"| a/x.png | A \*red\* &lt;b&gt;\| ring. | 0.500 | 0.250 | What colour? | red | red | yes |",
+    "|  |  |  |  | What shape? | ring | disc | no |",
+    "| a/x.png |  | - | 0.250 | What colour? | red | - | no |",
+    "|  |  |  |  | What shape? | ring | - | - |",
+    "| y.png | A disc. | - | 0.250 | - | - | - | - |",
+    "| y.png | A disc. | - | 0.250 | - | - | - | - |",
+  ]  # twice the same caption: two lines
 
 
 def test_samples_of_an_evaluation_have_no_advantage(tmp_path):
   tracker = open_tensorboard(tmp_path)
   tracker.samples(0, save_some_samples(tmp_path / "samples", "eval", advantage=False))
   tracker.close()
-  event, = read_tensorboard(tmp_path).Tensors("samples/eval/text_summary")
+  (event,) = read_tensorboard(tmp_path).Tensors("samples/eval/text_summary")
   assert "ring. | 0.500 | - | What colour?" in event.tensor_proto.string_val[0].decode()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the disk that is always full")
+@pytest.mark.skipif(
+  not os.path.exists("/dev/full"), reason="no /dev/full, the disk that is always full"
+)
 def test_a_full_disk_is_one_warning_and_the_run_goes_on(tmp_path, caplog):
   tracker = open_tensorboard(tmp_path)
   path = save_some_samples(tmp_path / "samples")
@@ -127,7 +165,7 @@ def test_a_full_disk_is_one_warning_and_the_run_goes_on(tmp_path, caplog):
     tracker.write(step, {"reward/mean": 0.5})
     tracker.samples(step, path)
   tracker.close()
-  warning, = caplog.records
+  (warning,) = caplog.records
   assert "tensorboard did not take numbers (OSError: [Errno 28]" in warning.getMessage()
 
 
@@ -142,33 +180,40 @@ def wandb(monkeypatch):
 
 
 def open_wandb(workdir, start_step=0):
-  tracker, = trackers.open_trackers(["wandb"], workdir, {"seed": 7, "rollout": {"group": [2]}}, start_step)
+  (tracker,) = trackers.open_trackers(
+    ["wandb"], workdir, {"seed": 7, "rollout": {"group": [2]}}, start_step
+  )
   return tracker
 
 
 def read_wandb(workdir):
-  """All records of a workdir, oldest run first, each run whole: W&B's own process may still write after `close`."""
+  """All records of a workdir, oldest run first, each run whole: W&B's own process may still write
+  after `close`.
+  """
   runs = []
   for path in (workdir / "wandb").glob("offline-run-*/run-*.wandb"):
     deadline = time.monotonic() + 60
     while not (records := read_wandb_file(path)) or not records[-1].HasField("exit"):
       assert time.monotonic() < deadline, f"{path} has no end"
       time.sleep(0.05)
-    start, = [record.run.start_time for record in records if record.HasField("run")]
+    (start,) = [record.run.start_time for record in records if record.HasField("run")]
     runs.append((start.ToNanoseconds(), records))
   return [record for _, records in sorted(runs, key=lambda run: run[0]) for record in records]
 
 
 def read_wandb_file(path):
-  """The whole records of a file, which has the log format of LevelDB: blocks of 32 KiB, records cut to fit."""
+  """The whole records of a file, which has the log format of LevelDB: blocks of 32 KiB, records cut
+  to fit.
+  """
   from wandb.proto import wandb_internal_pb2
+
   data, at, records, whole = path.read_bytes(), 7, [], b""
   while at + 7 <= len(data):
     if (left := 32768 - at % 32768) < 7:
       at += left
       continue
     length, kind = struct.unpack_from("<HB", data, at + 4)
-    whole += data[at + 7:at + 7 + length]
+    whole += data[at + 7 : at + 7 + length]
     at += 7 + length
     if at > len(data):
       break
@@ -199,13 +244,19 @@ def test_wandb_offline_has_config_numbers_and_step_axis(tmp_path, wandb, capfd):
   tracker.close()
   records = read_wandb(tmp_path / "new")
 
-  assert history(records) == [{"reward/mean": 0.5, "step": 1}, {"reward/mean": 0.75, "update/kl": 1, "step": 2}]
-  run, = [record.run for record in records if record.HasField("run")]
+  assert history(records) == [
+    {"reward/mean": 0.5, "step": 1},
+    {"reward/mean": 0.75, "update/kl": 1, "step": 2},
+  ]
+  (run,) = [record.run for record in records if record.HasField("run")]
   assert run.project == "caprl_jax"
   config = {item.key: json.loads(item.value_json) for item in run.config.update}
   assert config["seed"] == 7 and config["rollout"] == {"group": [2]}
-  axes = {record.metric.glob_name or record.metric.name: record.metric.step_metric
-          for record in records if record.HasField("metric")}
+  axes = {
+    record.metric.glob_name or record.metric.name: record.metric.step_metric
+    for record in records
+    if record.HasField("metric")
+  }
   assert axes.pop("step") == "" and axes["*"] == "step" and set(axes.values()) == {"step"}
   assert os.environ["WANDB_ERROR_REPORTING"] == "false"  # no telemetry: offline is no network
   assert capfd.readouterr() == ("", "")
@@ -222,7 +273,8 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, wandb):
   saved = (tmp_path / "wandb_id.txt").read_text().strip()
   runs = [record.run for record in records if record.HasField("run")]
   assert [(run.run_id, bool(run.resume)) for run in runs] == [(saved, True)] * 2
-  assert [row["step"] for row in history(records)] == [1, 2, 3, 3, 4, 5]  # no step is refused for being old
+  # no step is refused for being old
+  assert [row["step"] for row in history(records)] == [1, 2, 3, 3, 4, 5]
   other = open_wandb(tmp_path / "other")
   other.close()
   assert (tmp_path / "other/wandb_id.txt").read_text().strip() != saved
@@ -233,30 +285,40 @@ def test_wandb_has_a_table_with_images(tmp_path, wandb):
   tracker.samples(3, save_some_samples(tmp_path / "samples"))
   tracker.close()
   records = read_wandb(tmp_path)
-  row, = history(records)
+  (row,) = history(records)
 
-  assert row["step"] == 3 and row["samples/train"]["_type"] == "table-file" and row["samples/train"]["nrows"] == 6
-  artifact, = [record.artifact for record in records if record.HasField("artifact")]
+  assert (
+    row["step"] == 3
+    and row["samples/train"]["_type"] == "table-file"
+    and row["samples/train"]["nrows"] == 6
+  )
+  (artifact,) = [record.artifact for record in records if record.HasField("artifact")]
   files = {content.path: content.local_path for content in artifact.manifest.contents}
-  assert all(path.startswith(str(tmp_path / "wandb") + "/") for path in files.values())  # none in the home directory
+  # none in the home directory
+  assert all(path.startswith(str(tmp_path / "wandb") + "/") for path in files.values())
   assert "WANDB_DATA_DIR" not in os.environ
   table = json.loads(open(files["samples/train.table.json"]).read())
   assert table["columns"] == list(trackers.COLUMNS)
   assert [line[1:] for line in table["data"]] == [
-      ["A *red* <b>|\nring.", 0.5, 0.25, "What colour?", "red", "red", True],
-      ["A *red* <b>|\nring.", 0.5, 0.25, "What shape?", "ring", "disc", False],
-      ["", None, 0.25, "What colour?", "red", "-", False],
-      ["", None, 0.25, "What shape?", "ring", "-", None],
-      ["A disc.", None, 0.25, None, None, None, None],
-      ["A disc.", None, 0.25, None, None, None, None]]
+    ["A *red* <b>|\nring.", 0.5, 0.25, "What colour?", "red", "red", True],
+    ["A *red* <b>|\nring.", 0.5, 0.25, "What shape?", "ring", "disc", False],
+    ["", None, 0.25, "What colour?", "red", "-", False],
+    ["", None, 0.25, "What shape?", "ring", "-", None],
+    ["A disc.", None, 0.25, None, None, None, None],
+    ["A disc.", None, 0.25, None, None, None, None],
+  ]
   images = [line[0] for line in table["data"]]
-  assert [(image["width"], image["caption"]) for image in images] == [(3, "a/x.png")] * 4 + [(4, "y.png")] * 2
+  assert [(image["width"], image["caption"]) for image in images] == [(3, "a/x.png")] * 4 + [
+    (4, "y.png")
+  ] * 2
   assert Image.open(files[images[4]["path"]]).getpixel((0, 0)) == (11, 20, 30)
   assert (tmp_path / "samples/images/y.png").exists()  # not moved away
 
 
 def test_wandb_leaves_a_run_of_the_users_alone(tmp_path, wandb):
-  theirs = wandb.init(project="theirs", dir=str(tmp_path), mode="offline", settings={"silent": True, "console": "off"})
+  theirs = wandb.init(
+    project="theirs", dir=str(tmp_path), mode="offline", settings={"silent": True, "console": "off"}
+  )
   try:
     tracker = open_wandb(tmp_path / "ours")
     tracker.write(1, {"reward/mean": 0.5})
@@ -268,13 +330,17 @@ def test_wandb_leaves_a_run_of_the_users_alone(tmp_path, wandb):
   assert history(read_wandb(tmp_path / "ours")) == [{"reward/mean": 0.5, "step": 1}]
 
 
-def test_wandb_that_does_not_start_is_an_error_and_closes_what_is_open(tmp_path, wandb, monkeypatch):
+def test_wandb_that_does_not_start_is_an_error_and_closes_what_is_open(
+  tmp_path, wandb, monkeypatch
+):
   def refuse(**_):
     raise wandb.Error("No API key configured.")
 
   closed = []
   monkeypatch.setattr(wandb, "init", refuse)
-  monkeypatch.setattr(trackers, "TensorBoard", lambda *_: type("Open", (), {"close": lambda _: closed.append(1)})())
+  monkeypatch.setattr(
+    trackers, "TensorBoard", lambda *_: type("Open", (), {"close": lambda _: closed.append(1)})()
+  )
   with pytest.raises(ValueError, match="'online'.*No API key configured. Run `wandb login`"):
     trackers.open_trackers(["tensorboard", "wandb"], tmp_path, {}, 0, "online")
   assert closed == [1]
@@ -310,7 +376,11 @@ def test_a_failure_is_said_once_and_goes_on(tmp_path, caplog):
       tracker.samples(step, tmp_path / "absent.json")
     tracker.close()
   said = [record.getMessage() for record in caplog.records]
-  assert ["disk full at 0" in said[0], "absent.json" in said[1], "RuntimeError: lost" in said[2]] == [True] * 3
+  assert [
+    "disk full at 0" in said[0],
+    "absent.json" in said[1],
+    "RuntimeError: lost" in said[2],
+  ] == [True] * 3
   assert len(said) == 3 and "failing did not take numbers" in said[0] and "samples" in said[1]
 
   class Interrupted(Failing):
@@ -332,11 +402,18 @@ def test_an_image_that_is_gone_costs_no_numbers(tmp_path, caplog):
   assert scalars(tmp_path, "reward/mean") == [(1, 0.5)]
 
 
-@pytest.mark.parametrize("names, mode, message", [
-    (["tensorboard", "mlflow"], "offline", "'mlflow' does not exist; choose from 'tensorboard', 'wandb'"),
+@pytest.mark.parametrize(
+  "names, mode, message",
+  [
+    (
+      ["tensorboard", "mlflow"],
+      "offline",
+      "'mlflow' does not exist; choose from 'tensorboard', 'wandb'",
+    ),
     (["wandb", "wandb"], "offline", "'wandb' is named twice"),
     ([], "of", "wandb_mode = 'of': choose from 'offline', 'online', 'disabled'"),
-])
+  ],
+)
 def test_wrong_names_are_errors_before_anything_is_opened(tmp_path, names, mode, message):
   with pytest.raises(ValueError, match=message):
     trackers.open_trackers(names, tmp_path / "new", {}, 0, mode)
@@ -354,8 +431,12 @@ def test_a_missing_package_names_its_remedy(tmp_path, monkeypatch, name, package
 
 
 def test_no_trackers_need_no_packages(tmp_path):
-  program = ("import pathlib, sys; from caprl_jax.harness import trackers;"
-             "assert trackers.open_trackers([], pathlib.Path(sys.argv[1]), {}, 0) == [];"
-             "print([m for m in ('tensorboardX', 'wandb', 'torch', 'tensorflow') if m in sys.modules])")
-  output = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True, text=True)
+  program = (
+    "import pathlib, sys; from caprl_jax.harness import trackers;assert "
+    "trackers.open_trackers([], pathlib.Path(sys.argv[1]), {}, 0) == [];print([m for m in "
+    "('tensorboardX', 'wandb', 'torch', 'tensorflow') if m in sys.modules])"
+  )
+  output = subprocess.run(
+    [sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True, text=True
+  )
   assert output.stdout.strip() == "[]"

@@ -9,9 +9,26 @@ from PIL import Image
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.tokenizer import compact_tokenizer, load_tokenizer
 
-SPECIALS = {"qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-                     "<|image_pad|>", "<|video_pad|>"],
-            "internvl": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]}
+SPECIALS = {
+  "qwen": [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+  ],
+  "internvl": [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<video>",
+  ],
+}
 
 
 def write_checkpoint(folder, case: str, seed: int = 0, penalty: float | None = None) -> None:
@@ -24,28 +41,49 @@ def write_checkpoint(folder, case: str, seed: int = 0, penalty: float | None = N
   size = backend.get_vocab_size() + 8  # an embedding has rows to spare
   config.text_config.vocab_size = size
   config.text_config.eos_token_id, config.text_config.bos_token_id = ids["<|im_end|>"], None
-  names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_bos_token": "<|vision_start|>",
-           "vision_eos_token": "<|vision_end|>"}
+  names = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+  }
   if kind == "internvl":
-    names = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>", "start_image_token": "<img>",
-             "end_image_token": "</img>"}
+    names = {
+      "context_image_token": "<IMG_CONTEXT>",
+      "video_token": "<video>",
+      "start_image_token": "<img>",
+      "end_image_token": "</img>",
+    }
     config.image_token_id = ids["<IMG_CONTEXT>"]
     image = "<IMG_CONTEXT>\n"
   else:
     config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
-    config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
+    config.vision_start_token_id, config.vision_end_token_id = (
+      ids["<|vision_start|>"],
+      ids["<|vision_end|>"],
+    )
     image = "<|vision_start|><|image_pad|><|vision_end|>"
   tokenizer = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=names)
-  template = ("{% for m in messages %}{% if loop.first %}<|im_start|>system\nWhat shape?<|im_end|>\n{% endif %}"
-              "<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}{% if p['type'] == 'image' %}" + image +
-              "{% else %}{{ p['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    tokenizer_object=backend,
+    eos_token="<|im_end|>",
+    pad_token="<|endoftext|>",
+    extra_special_tokens=names,
+  )
+  template = (
+    "{% for m in messages %}{% if loop.first %}<|im_start|>system\nWhat "
+    "shape?<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] "
+    "%}{% if p['type'] == 'image' %}"
+    + image
+    + "{% else %}{{ p['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+  )
   torch.manual_seed(seed)
   model = oracle.randomise(transformers.AutoModelForImageTextToText.from_config(config).float())
   model.generation_config = transformers.GenerationConfig(
-      eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"],
-      **({"repetition_penalty": penalty} if penalty else {}))
+    eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
+    pad_token_id=ids["<|endoftext|>"],
+    **({"repetition_penalty": penalty} if penalty else {}),
+  )
   model.save_pretrained(folder)
   for part in (tokenizer, processor):
     part.save_pretrained(folder)

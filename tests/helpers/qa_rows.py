@@ -13,10 +13,24 @@ def png(color, size=(5, 4)) -> bytes:
   return file.getvalue()
 
 
-ROWS = [QARow(png((i, 0, 0)), (Question(f"第{i}?", ("北京市", "上海市", "A) x"), i % 3, "city", "qwen-vl"),
-                             Question("Q?", ("a", "b"), 1)), f"row {i}", {"color": str(i)} if i % 2 else None)
-        for i in range(7)]
+ROWS = [
+  QARow(
+    png((i, 0, 0)),
+    (
+      Question(f"第{i}?", ("北京市", "上海市", "A) x"), i % 3, "city", "qwen-vl"),
+      Question("Q?", ("a", "b"), 1),
+    ),
+    f"row {i}",
+    {"color": str(i)} if i % 2 else None,
+  )
+  for i in range(7)
+]
 
 
 def plain(row: QARow):
-  return row.questions, row.name, row.facts, row.image if isinstance(row.image, bytes) else row.image.read()
+  return (
+    row.questions,
+    row.name,
+    row.facts,
+    row.image if isinstance(row.image, bytes) else row.image.read(),
+  )

@@ -1,4 +1,6 @@
-"""Tiny real models and data in a folder: a random Llama judge, a random Qwen2.5-VL captioner, drawn images."""
+"""Tiny real models and data in a folder: a random Llama judge, a random Qwen2.5-VL captioner, drawn
+images.
+"""
 
 import functools
 import json
@@ -22,9 +24,14 @@ from caprl_jax.modes.sft import VISION_SPECIALS
 
 COLORS, SHAPES = ("red", "green", "blue"), ("circle", "rectangle")
 TEXTS = [f"The image shows a {c} {s}." for c in COLORS for s in SHAPES] + [
-    "Caption:\nAn image.\nQuestion: what color is the shape?\nAnswer: teal", "what shape is present?",
-    "Please describe this image in detail.", "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n",
-    "- A) B) C) D)", "The answer is A B C D", "Answer the multiple-choice question strictly based on the caption."]
+  "Caption:\nAn image.\nQuestion: what color is the shape?\nAnswer: teal",
+  "what shape is present?",
+  "Please describe this image in detail.",
+  "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n",
+  "- A) B) C) D)",
+  "The answer is A B C D",
+  "Answer the multiple-choice question strictly based on the caption.",
+]
 
 
 @functools.cache
@@ -35,9 +42,17 @@ def tokenizer(with_vision: bool) -> Tokenizer:
 
 def write_judge(path: pathlib.Path) -> pathlib.Path:
   torch.manual_seed(0)
-  model = LlamaForCausalLM(LlamaConfig(
-      vocab_size=tokenizer(False).vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3))
+  model = LlamaForCausalLM(
+    LlamaConfig(
+      vocab_size=tokenizer(False).vocab_size,
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      initializer_range=0.3,
+    )
+  )
   model.save_pretrained(path)
   (path / "tokenizer.json").write_text(tokenizer(False).to_json())
   return path
@@ -53,20 +68,47 @@ def train_anew(path: pathlib.Path) -> None:
 def architecture() -> tuple[dict, dict]:
   vocabulary = tokenizer(True)
   config = dict(
-      model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"], tie_word_embeddings=True,
-      text_config=dict(
-          model_type="qwen2_5_vl_text", vocab_size=vocabulary.vocab_size, hidden_size=32, intermediate_size=48,
-          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, initializer_range=0.1,
-          rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])),
-      vision_config=dict(
-          model_type="qwen2_5_vl_vision", depth=2, hidden_size=16, intermediate_size=24, num_heads=2,
-          out_hidden_size=32, patch_size=8, window_size=32, fullatt_block_indexes=[1], initializer_range=0.1),
-      image_token_id=vocabulary.id_of("<|image_pad|>"), video_token_id=vocabulary.id_of("<|video_pad|>"),
-      vision_start_token_id=vocabulary.id_of("<|vision_start|>"),
-      vision_end_token_id=vocabulary.id_of("<|vision_end|>"))
-  preprocessor = dict(image_processor_type="Qwen2VLImageProcessor", patch_size=8, temporal_patch_size=2, merge_size=2,
-                      size=dict(shortest_edge=32 * 32, longest_edge=64 * 64),
-                      image_mean=[0.5, 0.5, 0.5], image_std=[0.3, 0.3, 0.3])
+    model_type="qwen2_5_vl",
+    architectures=["Qwen2_5_VLForConditionalGeneration"],
+    tie_word_embeddings=True,
+    text_config=dict(
+      model_type="qwen2_5_vl_text",
+      vocab_size=vocabulary.vocab_size,
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      rms_norm_eps=1e-6,
+      initializer_range=0.1,
+      rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+    ),
+    vision_config=dict(
+      model_type="qwen2_5_vl_vision",
+      depth=2,
+      hidden_size=16,
+      intermediate_size=24,
+      num_heads=2,
+      out_hidden_size=32,
+      patch_size=8,
+      window_size=32,
+      fullatt_block_indexes=[1],
+      initializer_range=0.1,
+    ),
+    image_token_id=vocabulary.id_of("<|image_pad|>"),
+    video_token_id=vocabulary.id_of("<|video_pad|>"),
+    vision_start_token_id=vocabulary.id_of("<|vision_start|>"),
+    vision_end_token_id=vocabulary.id_of("<|vision_end|>"),
+  )
+  preprocessor = dict(
+    image_processor_type="Qwen2VLImageProcessor",
+    patch_size=8,
+    temporal_patch_size=2,
+    merge_size=2,
+    size=dict(shortest_edge=32 * 32, longest_edge=64 * 64),
+    image_mean=[0.5, 0.5, 0.5],
+    image_std=[0.3, 0.3, 0.3],
+  )
   return config, preprocessor
 
 
@@ -90,8 +132,10 @@ def write_data(folder: pathlib.Path, count: int = 12) -> pathlib.Path:
     (draw.ellipse if shape == "circle" else draw.rectangle)((x, y, x + 14, y + 12), fill=color)
     path = folder / "images" / f"{i}.png"
     image.save(path)
-    questions = (Question("what color is the shape?", COLORS, i % 3, "color"),
-                 Question("what shape is present?", SHAPES, i % 2, "shape"))
+    questions = (
+      Question("what color is the shape?", COLORS, i % 3, "color"),
+      Question("what shape is present?", SHAPES, i % 2, "shape"),
+    )
     rows.append(QARow(path, questions, f"images/{i}.png", {"color": color, "shape": shape}))
   target = folder / "rows.jsonl"
   write_jsonl(target, rows)
@@ -100,17 +144,32 @@ def write_data(folder: pathlib.Path, count: int = 12) -> pathlib.Path:
 
 def write_all(folder: pathlib.Path) -> ml_collections.ConfigDict:
   """Everything in `folder`, and a config that trains on it."""
-  judge, policy, data = write_judge(folder / "judge"), write_policy(folder / "policy"), write_data(folder / "data")
-  return ml_collections.ConfigDict(dict(
-      mode="train", seed=0,
-      policy=dict(checkpoint=str(policy)), judge=dict(source=str(judge)),
+  judge, policy, data = (
+    write_judge(folder / "judge"),
+    write_policy(folder / "policy"),
+    write_data(folder / "data"),
+  )
+  return ml_collections.ConfigDict(
+    dict(
+      mode="train",
+      seed=0,
+      policy=dict(checkpoint=str(policy)),
+      judge=dict(source=str(judge)),
       data=dict(train=str(data), eval=str(data), batch_size=8, questions=2),
-      curate=dict(informed=()), gate=dict(ideal=None),
-      rollout=dict(group_size=4, sampling=dict(max_tokens=6)), reward=dict(accuracy=1.0),
+      curate=dict(informed=()),
+      gate=dict(ideal=None),
+      rollout=dict(group_size=4, sampling=dict(max_tokens=6)),
+      reward=dict(accuracy=1.0),
       advantage=dict(estimator="grpo"),
-      update=dict(microbatches=1, loss=dict(clip_low=0.2, clip_high=0.28, aggregation="token_mean", kl=0.0)),
-      optimizer=dict(learning_rate=1e-3), train=dict(steps=4, sample_every=2),
-      evaluate=dict(batch_size=8, group_images=8), checkpoint=dict(every_steps=2)))
+      update=dict(
+        microbatches=1, loss=dict(clip_low=0.2, clip_high=0.28, aggregation="token_mean", kl=0.0)
+      ),
+      optimizer=dict(learning_rate=1e-3),
+      train=dict(steps=4, sample_every=2),
+      evaluate=dict(batch_size=8, group_images=8),
+      checkpoint=dict(every_steps=2),
+    )
+  )
 
 
 def read_back(path: pathlib.Path) -> dict:

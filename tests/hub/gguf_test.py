@@ -24,17 +24,17 @@ def smollm2() -> pathlib.Path:
 def small_tensors(architecture: str) -> dict[str, np.ndarray]:
   """One layer under llama.cpp's names. Every number differs, so that no wrong order goes unseen."""
   shapes = {
-      "token_embd.weight": (12, HIDDEN),
-      "output_norm.weight": (HIDDEN,),
-      "blk.0.attn_norm.weight": (HIDDEN,),
-      "blk.0.attn_q.weight": (HEADS * HEAD_DIM, HIDDEN),
-      "blk.0.attn_k.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-      "blk.0.attn_v.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-      "blk.0.attn_output.weight": (HIDDEN, HEADS * HEAD_DIM),
-      "blk.0.ffn_norm.weight": (HIDDEN,),
-      "blk.0.ffn_gate.weight": (20, HIDDEN),
-      "blk.0.ffn_up.weight": (20, HIDDEN),
-      "blk.0.ffn_down.weight": (HIDDEN, 20),
+    "token_embd.weight": (12, HIDDEN),
+    "output_norm.weight": (HIDDEN,),
+    "blk.0.attn_norm.weight": (HIDDEN,),
+    "blk.0.attn_q.weight": (HEADS * HEAD_DIM, HIDDEN),
+    "blk.0.attn_k.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "blk.0.attn_v.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "blk.0.attn_output.weight": (HIDDEN, HEADS * HEAD_DIM),
+    "blk.0.ffn_norm.weight": (HIDDEN,),
+    "blk.0.ffn_gate.weight": (20, HIDDEN),
+    "blk.0.ffn_up.weight": (20, HIDDEN),
+    "blk.0.ffn_down.weight": (HIDDEN, 20),
   }
   if architecture == "qwen2":
     shapes |= {"blk.0.attn_q.bias": (HEADS * HEAD_DIM,), "output.weight": (12, HIDDEN)}
@@ -44,9 +44,15 @@ def small_tensors(architecture: str) -> dict[str, np.ndarray]:
   return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write_gguf(path: pathlib.Path, architecture: str = "qwen2", pre: str = "qwen2", tensors=None,
-               scaling: str | None = None) -> pathlib.Path:
+def write_gguf(
+  path: pathlib.Path,
+  architecture: str = "qwen2",
+  pre: str = "qwen2",
+  tensors=None,
+  scaling: str | None = None,
+) -> pathlib.Path:
   import gguf as package
+
   writer = package.GGUFWriter(path, architecture)
   writer.add_block_count(1)
   writer.add_context_length(64)
@@ -80,6 +86,7 @@ def test_smollm2_equals_transformers(smollm2):
   torch = pytest.importorskip("torch")
   # What from_pretrained(gguf_file=...) calls; that itself would need the package accelerate.
   from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
   theirs_config = transformers.AutoConfig.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
   with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(theirs_config)
@@ -88,10 +95,22 @@ def test_smollm2_equals_transformers(smollm2):
   assert set(ours) == set(theirs)
   for name in ours:
     np.testing.assert_array_equal(ours[name], theirs[name].numpy(), err_msg=name)
-  for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "head_dim", "intermediate_size", "rms_norm_eps", "vocab_size", "model_type",
-              "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings",
-              "attention_bias"):
+  for key in (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "rms_norm_eps",
+    "vocab_size",
+    "model_type",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "max_position_embeddings",
+    "attention_bias",
+  ):
     assert config[key] == getattr(theirs_config, key), key
   assert config["rope_theta"] == theirs_config.rope_parameters["rope_theta"] == 100000.0
 
@@ -101,8 +120,13 @@ def test_smollm2_tokenizer_equals_transformers(smollm2):
   theirs = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
   ours = gguf.gguf_tokenizer(smollm2)
   assert ours.get_vocab() == theirs.get_vocab()
-  for text in ("The image shows a red circle.", "in 2024, 13.5 apples", "naïve 東京 🙂\n\n  x",
-               "<|im_start|>user\nHi!<|im_end|>\n", "it's  spaced\tout"):
+  for text in (
+    "The image shows a red circle.",
+    "in 2024, 13.5 apples",
+    "naïve 東京 🙂\n\n  x",
+    "<|im_start|>user\nHi!<|im_end|>\n",
+    "it's  spaced\tout",
+  ):
     ids = ours.encode(text, add_special_tokens=False).ids
     assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
     assert ours.decode(ids, skip_special_tokens=False) == text
@@ -123,9 +147,11 @@ def test_read_gguf_names_shapes_and_config(tmp_path, architecture):
   assert config["eos_token_id"] == 5 and "bos_token_id" not in config
   assert config["tie_word_embeddings"] == ("output.weight" not in stored)
   assert ("lm_head.weight" in tensors) == ("output.weight" in stored)
-  pairs = {"model.embed_tokens.weight": "token_embd.weight",
-           "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
-           "model.layers.0.self_attn.v_proj.weight": "blk.0.attn_v.weight"}
+  pairs = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
+    "model.layers.0.self_attn.v_proj.weight": "blk.0.attn_v.weight",
+  }
   if architecture != "llama":
     pairs["model.layers.0.self_attn.q_proj.weight"] = "blk.0.attn_q.weight"
   if architecture == "qwen2":
@@ -155,11 +181,14 @@ def test_tokenizer_added_tokens_keep_their_ids(tmp_path):
   assert tokenizers.Tokenizer.from_str(tokenizer.to_str()).encode("ab<tool>").ids == [3, 6]
 
 
-@pytest.mark.parametrize("pre, words", [
+@pytest.mark.parametrize(
+  "pre, words",
+  [
     ("qwen2", ["Ġ", "1", "1", "!ĊĊ", "a", "'S"]),
     ("gpt-2", ["Ġ11", "!", "Ċ", "Ċ", "a", "'", "S"]),
     ("smollm", ["Ġ", "1", "1", "!", "Ċ", "Ċ", "a", "'", "S"]),
-])
+  ],
+)
 def test_pre_tokenizers_split_words(pre, words):
   """Expected words worked out by hand from the regular expressions, not copied from the output."""
   splits = gguf.PRE_TOKENIZERS[pre]().pre_tokenize_str(" 11!\n\na'S")
@@ -176,7 +205,7 @@ def test_unknown_pre_tokenizer_lists_the_known(tmp_path):
 def test_truncated_file_names_file_size_and_remedy(tmp_path, keep):
   whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
   path = tmp_path / "part.gguf"
-  path.write_bytes(whole[:int(len(whole) * keep)])
+  path.write_bytes(whole[: int(len(whole) * keep)])
   size = f"{path.stat().st_size:,} bytes"
   for read in (gguf.read_gguf, gguf.gguf_tokenizer):
     with pytest.raises(ValueError, match=rf"part\.gguf \({size}\).*Download it again.*pip install"):

@@ -21,11 +21,11 @@ CONFIG = {"model_type": "qwen3", "hidden_size": 4, "note": "é"}
 
 def some_tensors() -> dict[str, np.ndarray]:
   return {
-      "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
-      "b.weight": np.arange(8).astype(ml_dtypes.bfloat16).reshape(2, 4),
-      "c.scale": np.asarray(2.5, np.float16),
-      "d.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # strided
-      "e.bias": np.asarray([7], np.int32),
+    "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b.weight": np.arange(8).astype(ml_dtypes.bfloat16).reshape(2, 4),
+    "c.scale": np.asarray(2.5, np.float16),
+    "d.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # strided
+    "e.bias": np.asarray([7], np.int32),
   }
 
 
@@ -40,9 +40,13 @@ def assert_same(ours, expected):
 def test_written_directory_reads_back(tmp_path, max_shard_bytes, shards):
   path = tmp_path / "deep" / "model"
   hub_files.write_directory(
-      path, CONFIG, some_tensors(), max_shard_bytes=max_shard_bytes,
-      tokenizer_files={"merges.txt": "é b\n", "tokenizer.model": b"\x00\xff"},
-      json_files={"generation_config.json": {"eos_token_id": [1, 2]}})
+    path,
+    CONFIG,
+    some_tensors(),
+    max_shard_bytes=max_shard_bytes,
+    tokenizer_files={"merges.txt": "é b\n", "tokenizer.model": b"\x00\xff"},
+    json_files={"generation_config.json": {"eos_token_id": [1, 2]}},
+  )
   config, tensors = hub_files.read_directory(path)
   assert config == CONFIG
   assert_same(tensors, some_tensors())
@@ -66,6 +70,7 @@ def test_written_directory_reads_back(tmp_path, max_shard_bytes, shards):
 def test_torch_reads_the_same_numbers(tmp_path, max_shard_bytes):
   torch = pytest.importorskip("torch")
   from safetensors.torch import load_file
+
   hub_files.write_directory(tmp_path / "m", CONFIG, some_tensors(), max_shard_bytes=max_shard_bytes)
   theirs = {}
   for file in (tmp_path / "m").glob("*.safetensors"):
@@ -85,10 +90,17 @@ def test_jax_arrays_and_lazy_mappings_are_written(tmp_path):
 def test_bfloat16_reads_in_a_fresh_process(tmp_path):
   """safetensors needs ml_dtypes imported, which jax does for every other test here."""
   hub_files.write_directory(tmp_path / "m", CONFIG, some_tensors())
-  program = ("import sys; from caprl_jax.hub import hub_files;"
-             "print(hub_files.read_directory(sys.argv[1])[1]['b.weight'].dtype)")
-  output = subprocess.run([sys.executable, "-c", program, str(tmp_path / "m")], check=True,
-                          cwd=ROOT, capture_output=True, text=True)
+  program = (
+    "import sys; from caprl_jax.hub import hub_files;"
+    "print(hub_files.read_directory(sys.argv[1])[1]['b.weight'].dtype)"
+  )
+  output = subprocess.run(
+    [sys.executable, "-c", program, str(tmp_path / "m")],
+    check=True,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
   assert output.stdout.strip() == "bfloat16"
 
 
@@ -179,7 +191,12 @@ def test_resolve_local_files(tmp_path):
 @pytest.mark.parametrize("max_shard_bytes", [10**6, 50])
 def test_a_fingerprint_is_of_what_loading_reads(tmp_path, max_shard_bytes):
   write = lambda path, tensors, **more: hub_files.write_directory(
-      path, CONFIG, tensors, max_shard_bytes=max_shard_bytes, tokenizer_files={"tokenizer.json": "{}"} | more)
+    path,
+    CONFIG,
+    tensors,
+    max_shard_bytes=max_shard_bytes,
+    tokenizer_files={"tokenizer.json": "{}"} | more,
+  )
   write(tmp_path / "a", some_tensors())
   first = hub_files.fingerprint(tmp_path / "a")
   shutil.copytree(tmp_path / "a", tmp_path / "copy")
@@ -221,13 +238,16 @@ def test_resolve_hub_name(tmp_path, monkeypatch):
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   assert hub_files.resolve_model("Qwen/Qwen2.5-3B") == tmp_path
-  (name, patterns), = asked
+  ((name, patterns),) = asked
   assert name == "Qwen/Qwen2.5-3B" and "*.safetensors" in patterns and "merges.txt" in patterns
 
 
 def test_hub_failure_explains_both(tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-  with pytest.raises(ValueError, match="no directory of this name.*hub failed with LocalEntryNot"
-                                       "FoundError.*without a network.*hf auth login"):
+  with pytest.raises(
+    ValueError,
+    match="no directory of this name.*hub failed with LocalEntryNot"
+    "FoundError.*without a network.*hf auth login",
+  ):
     hub_files.resolve_model("no-such-org/no-such-model")

@@ -15,7 +15,14 @@ from caprl_jax.hub.load import load_policy
 from caprl_jax.hub.lora import merge_lora, save_adapters
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.layers import LoraConfig
-from caprl_jax.models.trainable import is_lora, merge_trees, split_params, split_lora, trainable_filter, merge_params
+from caprl_jax.models.trainable import (
+  is_lora,
+  merge_trees,
+  split_params,
+  split_lora,
+  trainable_filter,
+  merge_params,
+)
 from caprl_jax.modes.train import run as train
 
 LORA = LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
@@ -37,8 +44,10 @@ def test_split_and_merge_are_inverse():
 def test_what_each_kind_trains(case):
   pair = oracle.make_pair(case)
   names = flat(pair.params)
-  chosen = {kind: {n for n in names if trainable_filter(kind, pair.cfg.family)(n)}
-            for kind in ("full", "decoder", "projector", "lora")}
+  chosen = {
+    kind: {n for n in names if trainable_filter(kind, pair.cfg.family)(n)}
+    for kind in ("full", "decoder", "projector", "lora")
+  }
   assert chosen["full"] == set(names) and not chosen["lora"]
   assert chosen["decoder"] == {n for n in names if n.startswith("language_model.")}
   assert chosen["projector"] and all("merger" in n or "projector" in n for n in chosen["projector"])
@@ -53,12 +62,19 @@ def base(tmp_path_factory):
   pair.theirs.save_pretrained(folder)
   vocab = {chr(ord("a") + i): i for i in range(26)}
   import tokenizers
-  (folder / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).to_str())
+
+  (folder / "tokenizer.json").write_text(
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).to_str()
+  )
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   loaded = load_policy(str(folder), mesh, lora=LORA)
   rng = np.random.default_rng(0)
-  noise = lambda path, x: x + (rng.normal(size=x.shape) * 0.1).astype(np.float32) if is_lora(path) else x
-  params = jax.tree_util.tree_map_with_path(lambda p, x: noise(".".join(k.key for k in p), x), loaded.params)
+  noise = lambda path, x: (
+    x + (rng.normal(size=x.shape) * 0.1).astype(np.float32) if is_lora(path) else x
+  )
+  params = jax.tree_util.tree_map_with_path(
+    lambda p, x: noise(".".join(k.key for k in p), x), loaded.params
+  )
   return folder, loaded, params, pair
 
 
@@ -70,7 +86,10 @@ def logits(model, params, images, prompts):
 def test_new_adapters_change_nothing(base):
   _, loaded, _, pair = base
   images, prompts = oracle.batch(pair.cfg)
-  got, want = (logits(m, p, images, prompts) for m, p in ((loaded.model, loaded.params), (pair.ours, pair.params)))
+  got, want = (
+    logits(m, p, images, prompts)
+    for m, p in ((loaded.model, loaded.params), (pair.ours, pair.params))
+  )
   np.testing.assert_array_equal(got, want)
   _, adapters = split_lora(loaded.params)
   assert {n.split(".")[-2] for n in flat(adapters)} == set(LORA.targets)
@@ -84,8 +103,12 @@ def test_merged_adapters_give_the_same_logits(base):
   images, prompts = oracle.batch(pair.cfg)
   merged = merge_lora(params, LORA)
   assert not any(is_lora(n) for n in flat(merged))
-  apart, together = logits(loaded.model, params, images, prompts), logits(pair.ours, merged, images, prompts)
-  assert np.abs(together - logits(pair.ours, pair.params, images, prompts)).max() > 0.1  # they do something
+  apart, together = (
+    logits(loaded.model, params, images, prompts),
+    logits(pair.ours, merged, images, prompts),
+  )
+  # they do something
+  assert np.abs(together - logits(pair.ours, pair.params, images, prompts)).max() > 0.1
   valid = np.asarray(prompts.valid_BP)
   np.testing.assert_allclose(together[valid], apart[valid], atol=2e-4 * np.abs(apart).max())
 
@@ -93,12 +116,16 @@ def test_merged_adapters_give_the_same_logits(base):
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="pip install peft")
 def test_peft_loads_the_adapters(base, tmp_path):
   import peft
+
   folder, loaded, params, pair = base
   save_adapters(tmp_path, params, LORA, str(folder))
-  theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
+  theirs = transformers.AutoModelForImageTextToText.from_pretrained(
+    folder, attn_implementation="eager"
+  )
   theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
   adapted = [n for n, _ in theirs.named_modules() if n.endswith("lora_A.default")]
-  assert len(adapted) == 3 * 3 and all("language_model" in n for n in adapted)  # three layers, three maps each
+  # three layers, three maps each
+  assert len(adapted) == 3 * 3 and all("language_model" in n for n in adapted)
   images, prompts = oracle.batch(pair.cfg)
   ours = logits(loaded.model, params, images, prompts)
   for i, picture in enumerate(oracle.pictures()[:2]):
@@ -115,12 +142,19 @@ def test_a_run_with_adapters_changes_only_them(tmp_path):
   config.train.steps = 2
   train.run(config, tmp_path / "run")
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  before, after = (flat(load_policy(str(p), mesh).params)
-                   for p in (config.policy.checkpoint, tmp_path / "run" / "policy"))
+  before, after = (
+    flat(load_policy(str(p), mesh).params)
+    for p in (config.policy.checkpoint, tmp_path / "run" / "policy")
+  )
   moved = {n for n in before if np.abs(before[n] - after[n]).max() > 0}
-  assert moved == {"language_model.layers.self_attn.q_proj.kernel", "language_model.layers.mlp.up_proj.kernel"}
+  assert moved == {
+    "language_model.layers.self_attn.q_proj.kernel",
+    "language_model.layers.mlp.up_proj.kernel",
+  }
   assert {p.name for p in (tmp_path / "run" / "adapters").iterdir()} == {
-      "adapter_config.json", "adapter_model.safetensors"}
+    "adapter_config.json",
+    "adapter_model.safetensors",
+  }
 
 
 @pytest.mark.parametrize("kind", ["decoder", "projector", "lora"])

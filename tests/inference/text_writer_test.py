@@ -18,7 +18,9 @@ def test_texts_are_transformers_own(tmp_path):
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   loaded = load_judge(str(folder), mesh)
   rng = np.random.default_rng(0)
-  prompts = [rng.integers(0, loaded.tokenizer.vocab_size - 4, n).tolist() for n in (3, 20, 17, 40, 5)]
+  prompts = [
+    rng.integers(0, loaded.tokenizer.vocab_size - 4, n).tolist() for n in (3, 20, 17, 40, 5)
+  ]
   with jax.set_mesh(mesh):
     writer = Writer(loaded, SamplingConfig(12, temperature=0.0), 2, mesh, 0)
     got = dict(item for batch in writer(prompts) for item in batch)
@@ -26,10 +28,17 @@ def test_texts_are_transformers_own(tmp_path):
   ends = list(loaded.tokenizer.end_ids)
   for n, prompt in enumerate(prompts):
     with torch.no_grad():
-      ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=ends,
-                           pad_token_id=ends[0])[0, len(prompt):].tolist()
+      ids = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+      )[0, len(prompt) :].tolist()
     ended = ids[-1] in ends
-    assert got[n].text == loaded.tokenizer.decode(ids) and got[n].finish == ("end" if ended else "length")
+    assert got[n].text == loaded.tokenizer.decode(ids) and got[n].finish == (
+      "end" if ended else "length"
+    )
   assert len({text.text for text in got.values()}) > 1
 
 
@@ -46,17 +55,27 @@ def test_a_thought_s_end_stays_in_the_text(tmp_path):
   with torch.no_grad():
     first = model(torch.tensor([prompt])).logits[0, -1]
     assert first.max() > 0
-    model.lm_head.weight[think] = 2 * model.lm_head.weight[first.argmax()]  # the likeliest token of all
+    # the likeliest token of all
+    model.lm_head.weight[think] = 2 * model.lm_head.weight[first.argmax()]
   model.save_pretrained(folder)
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    (batch,) = Writer(load_judge(str(folder), mesh), SamplingConfig(3, temperature=0.0), 1, mesh, 0)([prompt])
+    (batch,) = Writer(
+      load_judge(str(folder), mesh), SamplingConfig(3, temperature=0.0), 1, mesh, 0
+    )([prompt])
   with torch.no_grad():
-    ids = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[0, len(prompt):].tolist()
-  theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend).decode(ids, skip_special_tokens=True)
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[
+      0, len(prompt) :
+    ].tolist()
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend).decode(
+    ids, skip_special_tokens=True
+  )
   assert ids[0] == think and batch[0][1].text == theirs and theirs.startswith("</think>")
 
 
 def test_buckets_are_few_and_wide_enough():
   sizes = [length_bucket(n) for n in range(1, 3000)]
-  assert all(n <= size < n + max(16, n / 4 + 1) for n, size in enumerate(sizes, 1)) and len(set(sizes)) < 50
+  assert (
+    all(n <= size < n + max(16, n / 4 + 1) for n, size in enumerate(sizes, 1))
+    and len(set(sizes)) < 50
+  )

@@ -1,4 +1,6 @@
-"""A captioner's own answers: against transformers on each whole prompt, over permutations, without images; refusals."""
+"""A captioner's own answers: against transformers on each whole prompt, over permutations, without
+images; refusals.
+"""
 
 import dataclasses
 import string
@@ -17,8 +19,11 @@ from caprl_jax.data.rows import QARow, Question
 from caprl_jax.hub.load import load_policy
 from caprl_jax.inference.vqa import AnswerConfig, Answerer, VqaAnswer
 
-QUESTIONS = (Question("What color is the shape", ("red", "green", "blue", "teal"), 2),
-             Question("What shape is present?", ("circle", "image"), 0), Question("Which one", ("a", "b", "c"), 1))
+QUESTIONS = (
+  Question("What color is the shape", ("red", "green", "blue", "teal"), 2),
+  Question("What shape is present?", ("circle", "image"), 0),
+  Question("Which one", ("a", "b", "c"), 1),
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,29 +38,43 @@ def load(folder):
 
 def theirs(folder, image, questions, cfg, seed):
   """Verdicts by transformers, a whole prompt at a time."""
-  model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "qwen", dtype=torch.float32).eval()
+  model = transformers.AutoModelForImageTextToText.from_pretrained(
+    folder / "qwen", dtype=torch.float32
+  ).eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "qwen")
   processor = transformers.AutoImageProcessor.from_pretrained(folder / "qwen", backend="pil")
   template = (folder / "qwen" / "chat_template.jinja").read_text()
-  letters = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in string.ascii_uppercase[:11]]
+  letters = [
+    tokenizer.encode(letter, add_special_tokens=False)[0] for letter in string.ascii_uppercase[:11]
+  ]
   made = []
   for question in questions:
     sums = np.zeros(4)
     for order in orders(question, cfg.permutations, seed):
       for with_image in (True, False):
         text = question_text(question, order, with_image and cfg.none_of_above)
-        turn = [{"role": "user", "content": [{"type": "image"}] * with_image + [{"type": "text", "text": text}]}]
-        text = tokenizer.apply_chat_template(turn, chat_template=template, add_generation_prompt=True, tokenize=False)
+        turn = [
+          {
+            "role": "user",
+            "content": [{"type": "image"}] * with_image + [{"type": "text", "text": text}],
+          }
+        ]
+        text = tokenizer.apply_chat_template(
+          turn, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
         extra = {}
         if with_image:
           extra = dict(processor([Image.open(image).convert("RGB")], return_tensors="pt"))
-          text = text.replace("<|image_pad|>", "<|image_pad|>" * int(extra["image_grid_thw"].prod() // 4))
+          text = text.replace(
+            "<|image_pad|>", "<|image_pad|>" * int(extra["image_grid_thw"].prod() // 4)
+          )
         ids = tokenizer(text, return_tensors="pt").input_ids
         if with_image:
           extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         with torch.no_grad():
           logits = model(input_ids=ids, **extra).logits[
-              0, -1, letters[:len(order) + (with_image and cfg.none_of_above)]]
+            0, -1, letters[: len(order) + (with_image and cfg.none_of_above)]
+          ]
         p, gold = torch.softmax(logits, 0).numpy(), order.index(question.gold)
         sums[0 if with_image else 1] += p.argmax() == gold
         sums[2 if with_image else 3] += p[gold]
@@ -73,7 +92,9 @@ def test_verdicts_are_transformers_own(folder, none_of_above):
     assert got.keys() == {0, 1, 2}
   for i, row in enumerate(rows):
     want = theirs(folder, row.image, row.questions, cfg, 5)
-    np.testing.assert_allclose([dataclasses.astuple(verdict)[:4] for verdict in got[i]], want, atol=2e-5)
+    np.testing.assert_allclose(
+      [dataclasses.astuple(verdict)[:4] for verdict in got[i]], want, atol=2e-5
+    )
   shares = {verdict.visual for verdicts in got.values() for verdict in verdicts}
   assert len(shares) > 1  # the test could tell
 
@@ -84,28 +105,38 @@ def test_what_cannot_be_asked(folder):
   spelt = Question("What is <|image_pad|>", ("a", "b"), 0)
   many = Question("Which", tuple("abcdefghijk"), 0)
   (folder / "broken.png").write_bytes(b"no image")
-  rows = [QARow(folder / "0.png", (QUESTIONS[0], bad, spelt, many), "0"), QARow(folder / "broken.png", QUESTIONS, "1")]
+  rows = [
+    QARow(folder / "0.png", (QUESTIONS[0], bad, spelt, many), "0"),
+    QARow(folder / "broken.png", QUESTIONS, "1"),
+  ]
   with jax.set_mesh(mesh), Answerer(loaded, AnswerConfig(batch_size=1), mesh, seed=0) as answerer:
     got = dict(item for batch in answerer(rows, [0, 1]) for item in batch)
   assert isinstance(got[1], ValueError) and "row '1': cannot read its image" in str(got[1])
   good, *others = got[0]
   assert not good.error and good.visual_prob > 0
-  assert [verdict.error for verdict in others] == [
-      "it spells a token of the chat template"] * 2 + ["11 options, more than 10"]
+  assert [verdict.error for verdict in others] == ["it spells a token of the chat template"] * 2 + [
+    "11 options, more than 10"
+  ]
   assert others[0] == VqaAnswer(error=others[0].error)
 
 
 def test_orders_turn():
   question = QUESTIONS[0]
   made = orders(question, 4, 0)
-  assert (sorted(order.index(question.gold) for order in made) == [0, 1, 2, 3]
-          and all(sorted(o) == [0, 1, 2, 3] for o in made))
-  assert made == orders(question, 4, 0) and len({str(orders(question, 1, seed)) for seed in range(20)}) > 5
+  assert sorted(order.index(question.gold) for order in made) == [0, 1, 2, 3] and all(
+    sorted(o) == [0, 1, 2, 3] for o in made
+  )
+  assert (
+    made == orders(question, 4, 0)
+    and len({str(orders(question, 1, seed)) for seed in range(20)}) > 5
+  )
 
 
 def test_the_released_wording():
   assert question_text(QUESTIONS[2], [2, 0, 1], True) == (
-      f"Which one\n   - A) c\n   - B) a\n   - C) b\n   - D) {NONE}. Answer the question with only the correct letter")
+    f"Which one\n   - A) c\n   - B) a\n   - C) b\n   - D) {NONE}. Answer the question with only "
+    "the correct letter"
+  )
 
 
 def test_settings_refused():

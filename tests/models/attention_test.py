@@ -1,4 +1,6 @@
-"""Shared-prefix attention against plain softmax attention over the tiled concatenation of all pieces."""
+"""Shared-prefix attention against plain softmax attention over the tiled concatenation of all
+pieces.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from caprl_jax.models import attention
 from caprl_jax.models.attention import attend, attend_part, causal_mask, merge_parts
 
 N, L, H, J, h = 12, 5, 4, 2, 8
-PREFIXES = {"none": (), "one": ((1, 6),), "fan-out": ((4, 7),), "judge": ((1, 3), (4, 6), (12, 2))}  # rows, slots
+# rows, slots
+PREFIXES = {"none": (), "one": ((1, 6),), "fan-out": ((4, 7),), "judge": ((1, 3), (4, 6), (12, 2))}
 
 
 def normal(seed, *shape):
@@ -17,10 +20,14 @@ def normal(seed, *shape):
 
 
 def case(sizes):
-  """Queries, own keys and values, prefixes, masks with holes in them; every query sees something."""
+  """Queries, own keys and values, prefixes, masks with holes in them; every query sees
+  something.
+  """
   rng = np.random.default_rng(len(sizes))
   q, own = 2 * normal(0, N, L, H, h), (normal(1, N, L, J, h), normal(2, N, L, J, h))
-  prefixes = tuple((normal(10 + i, R, S, J, h), normal(20 + i, R, S, J, h)) for i, (R, S) in enumerate(sizes))
+  prefixes = tuple(
+    (normal(10 + i, R, S, J, h), normal(20 + i, R, S, J, h)) for i, (R, S) in enumerate(sizes)
+  )
   valid = tuple(jnp.asarray(rng.random((R, S)) < 0.7) for R, S in sizes)
   own_valid = jnp.asarray(rng.random((N, L)) < 0.7).at[:, 0].set(True)
   return q, own, prefixes, valid, own_valid
@@ -38,7 +45,7 @@ def plain(q, own, prefixes, valid, own_valid):
   seen = [jnp.broadcast_to(tile(v)[:, None], (N, L, v.shape[1])) for v in valid]
   causal = jnp.tril(jnp.ones((L, L), bool))[None] & own_valid[:, None]
   mask = jnp.concatenate([*seen, causal], axis=-1)
-  score = jnp.where(mask[:, :, None], jnp.einsum("nlhd,nshd->nlhs", q, key) / h ** 0.5, -1e30)
+  score = jnp.where(mask[:, :, None], jnp.einsum("nlhd,nshd->nlhs", q, key) / h**0.5, -1e30)
   return jnp.einsum("nlhs,nshd->nlhd", jax.nn.softmax(score), value)
 
 
@@ -52,7 +59,10 @@ def test_equals_plain_attention_over_tiled_prefixes(sizes):
 def test_gradients_equal_too(sizes):
   q, own, prefixes, valid, own_valid = case(sizes)
   weight = normal(3, N, L, H, h)
-  grads = [jax.grad(lambda x: jnp.sum(weight * f(*x, valid, own_valid)))((q, own, prefixes)) for f in (shared, plain)]
+  grads = [
+    jax.grad(lambda x: jnp.sum(weight * f(*x, valid, own_valid)))((q, own, prefixes))
+    for f in (shared, plain)
+  ]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *grads)
   assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(grads[0]))
 
@@ -60,12 +70,15 @@ def test_gradients_equal_too(sizes):
 def test_queries_that_see_nothing_give_zeros_and_finite_gradients():
   q, own, prefixes, valid, own_valid = case(PREFIXES["judge"])
   valid = (jnp.zeros((1, 3), bool), valid[1].at[2].set(False), valid[2].at[6:9].set(False))
-  own_valid = own_valid.at[7, :3].set(False)  # branch 7 reads row 2 of the second prefix, row 7 of the third
+  # branch 7 reads row 2 of the second prefix, row 7 of the third
+  own_valid = own_valid.at[7, :3].set(False)
   out = shared(q, own, prefixes, valid, own_valid)
   np.testing.assert_array_equal(out[7, :3], 0)
   visible = np.ones((N, L), bool)
   visible[7, :3] = False
-  np.testing.assert_allclose(out[visible], plain(q, own, prefixes, valid, own_valid)[visible], atol=1e-5)
+  np.testing.assert_allclose(
+    out[visible], plain(q, own, prefixes, valid, own_valid)[visible], atol=1e-5
+  )
   grad = jax.grad(lambda x: jnp.sum(shared(*x, valid, own_valid) ** 2))((q, own, prefixes))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
   np.testing.assert_array_equal(grad[0][7, :3], 0)
@@ -74,7 +87,9 @@ def test_queries_that_see_nothing_give_zeros_and_finite_gradients():
 def test_everything_masked_is_zero():
   q, own, prefixes, valid, own_valid = case(PREFIXES["judge"])
   nothing = jax.tree.map(jnp.zeros_like, (valid, own_valid))
-  value, grad = jax.value_and_grad(lambda x: jnp.sum(jnp.abs(shared(*x, *nothing))))((q, own, prefixes))
+  value, grad = jax.value_and_grad(lambda x: jnp.sum(jnp.abs(shared(*x, *nothing))))(
+    (q, own, prefixes)
+  )
   assert value == 0
   jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), grad)
 
@@ -92,7 +107,9 @@ def test_large_scores_do_not_overflow_and_order_of_pieces_does_not_matter():
   q = 100 * q
   got = shared(q, own, prefixes, valid, own_valid)
   np.testing.assert_allclose(got, plain(q, own, prefixes, valid, own_valid), atol=1e-3)
-  parts = [attend_part(q, *kv, v) for kv, v in zip(prefixes, valid)] + [attend_part(q, *own, causal_mask(own_valid))]
+  parts = [attend_part(q, *kv, v) for kv, v in zip(prefixes, valid)] + [
+    attend_part(q, *own, causal_mask(own_valid))
+  ]
   np.testing.assert_allclose(merge_parts(parts[::-1]), got, atol=1e-4)
 
 
@@ -101,7 +118,9 @@ def test_bfloat16_keeps_its_dtype_and_stays_close():
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (q, own, prefixes))
   got = shared(*half, valid, own_valid)
   assert got.dtype == jnp.bfloat16
-  np.testing.assert_allclose(got.astype(jnp.float32), plain(q, own, prefixes, valid, own_valid), atol=0.1)
+  np.testing.assert_allclose(
+    got.astype(jnp.float32), plain(q, own, prefixes, valid, own_valid), atol=0.1
+  )
 
 
 def test_causal_mask():
@@ -111,7 +130,9 @@ def test_causal_mask():
 
 def test_rows_that_do_not_divide_the_branches_are_refused():
   with pytest.raises(AssertionError):
-    attend_part(normal(0, 4, 1, H, h), normal(1, 3, 2, J, h), normal(2, 3, 2, J, h), jnp.ones((3, 2), bool))
+    attend_part(
+      normal(0, 4, 1, H, h), normal(1, 3, 2, J, h), normal(2, 3, 2, J, h), jnp.ones((3, 2), bool)
+    )
 
 
 @pytest.mark.parametrize("length", [9, 12])
@@ -126,6 +147,7 @@ def test_queries_in_chunks_give_the_same(length, monkeypatch):
   def run(q, key, value):
     out = attention.attend(q, (key, value), mask, (prefix,))
     return (out * jnp.arange(out.size).reshape(out.shape) / out.size).sum(), out
+
   whole = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(q, key, value)
   monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
   cut = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(q, key, value)

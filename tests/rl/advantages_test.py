@@ -12,15 +12,20 @@ ALL = jnp.ones((1, 4), bool)
 
 
 def advantages(estimator, reward=REWARD, scored=ALL, **kwargs):
-  return np.asarray(group_advantages(jnp.asarray(reward), jnp.asarray(scored), AdvantageConfig(estimator, **kwargs)))
+  return np.asarray(
+    group_advantages(jnp.asarray(reward), jnp.asarray(scored), AdvantageConfig(estimator, **kwargs))
+  )
 
 
 def test_by_hand():
   # mean 0.5, squared deviations 0.25 + 0.25 over n - 1 = 3: std = 6 ** -0.5
   np.testing.assert_allclose(advantages("dr_grpo"), [[0.5, -0.5, 0, 0]])
-  np.testing.assert_allclose(advantages("grpo"), np.array([[0.5, -0.5, 0, 0]]) / (6 ** -0.5 + 1e-4), rtol=1e-6)
   np.testing.assert_allclose(
-      advantages("grpo", epsilon=1.0), np.array([[0.5, -0.5, 0, 0]]) / (6 ** -0.5 + 1), rtol=1e-6)
+    advantages("grpo"), np.array([[0.5, -0.5, 0, 0]]) / (6**-0.5 + 1e-4), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    advantages("grpo", epsilon=1.0), np.array([[0.5, -0.5, 0, 0]]) / (6**-0.5 + 1), rtol=1e-6
+  )
   # the others' means: 1/3, 2/3, 1/2, 1/2
   np.testing.assert_allclose(advantages("rloo"), [[2 / 3, -2 / 3, 0, 0]], rtol=1e-6)
 
@@ -33,7 +38,9 @@ def test_flat_groups_are_exactly_zero(estimator, value):
   got = advantages(estimator, reward, np.ones((2, 7), bool))
   assert (got[0] == 0.0).all()
   assert (got[1] != 0.0).all()
-  np.testing.assert_array_equal(flat_groups(jnp.asarray(reward), jnp.ones((2, 7), bool)), [True, False])
+  np.testing.assert_array_equal(
+    flat_groups(jnp.asarray(reward), jnp.ones((2, 7), bool)), [True, False]
+  )
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -57,18 +64,24 @@ def test_one_or_no_scored_caption_is_a_flat_group(estimator):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_groups_sum_to_zero_and_do_not_mix(estimator):
   rng = np.random.default_rng(0)
-  reward = rng.integers(0, 4, (5, 8)).astype(np.float32) / 3 + 10 * np.arange(5, dtype=np.float32)[:, None]
+  reward = (
+    rng.integers(0, 4, (5, 8)).astype(np.float32) / 3 + 10 * np.arange(5, dtype=np.float32)[:, None]
+  )
   scored = rng.random((5, 8)) < 0.8
   got = advantages(estimator, reward, scored)
   np.testing.assert_allclose(got.sum(1), 0, atol=1e-4)
   for b in range(5):
-    np.testing.assert_allclose(got[b:b + 1], advantages(estimator, reward[b:b + 1], scored[b:b + 1]), atol=1e-6)
+    np.testing.assert_allclose(
+      got[b : b + 1], advantages(estimator, reward[b : b + 1], scored[b : b + 1]), atol=1e-6
+    )
 
 
 def test_rloo_is_the_mean_of_the_others_scored():
   rng = np.random.default_rng(1)
   reward = rng.random((3, 6)).astype(np.float32)
-  scored = np.array([[True] * 6, [True, True, False, True, False, True], [False, True, True, False, False, False]])
+  scored = np.array(
+    [[True] * 6, [True, True, False, True, False, True], [False, True, True, False, False, False]]
+  )
   want = np.zeros((3, 6))
   for b, g in zip(*np.nonzero(scored)):
     others = [reward[b, i] for i in range(6) if i != g and scored[b, i]]

@@ -14,28 +14,58 @@ from caprl_jax.rl.judge_protocol import JudgeConfig, draw_orders
 from caprl_jax.types import Captions, JudgePrompt, Questions, Vocabulary
 
 V, B, G, T, K, A = 60, 2, 3, 6, 3, 4
-JUDGE = Decoder(DecoderConfig(
-    vocab_size=V, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-    rope_theta=1e4, rms_norm_eps=1e-5, tie_embeddings=True, qkv_bias=False, init_std=0.3))
+JUDGE = Decoder(
+  DecoderConfig(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    tie_embeddings=True,
+    qkv_bias=False,
+    init_std=0.3,
+  )
+)
 LETTERS = ("letter_argmax", "letter_prob", "letter_sample")
 KEY = jax.random.key(7)
 PROMPT = JudgePrompt(
-    head_L=np.array([1, 2, 3], np.int32),
-    label_AL=np.array([[4, 5, 0], [4, 6, 5], [4, 7, 0], [4, 8, 5]], np.int32),
-    label_valid_AL=np.array([[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]], bool),
-    tail_L=np.array([10, 11], np.int32), letter_A=np.array([12, 13, 14, 15], np.int32), abstain_L=np.zeros(0, np.int32))
+  head_L=np.array([1, 2, 3], np.int32),
+  label_AL=np.array([[4, 5, 0], [4, 6, 5], [4, 7, 0], [4, 8, 5]], np.int32),
+  label_valid_AL=np.array([[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]], bool),
+  tail_L=np.array([10, 11], np.int32),
+  letter_A=np.array([12, 13, 14, 15], np.int32),
+  abstain_L=np.zeros(0, np.int32),
+)
 # Stem, options, gold of each image's questions; the second image has two.
-ASKED = [[([20, 21], [[30], [31, 32], [33, 34, 35]], 1), ([22, 23, 24, 25], [[30, 31], [36]], 0),
-          ([26], [[37], [38, 39], [40, 41], [42]], 3)],
-         [([27, 28], [[43], [44]], 1), ([29, 20, 21], [[45, 46, 47], [48], [49, 30]], 2)]]
-ONE_TOKEN = [[([20, 21], [[30], [31], [33]], 1), ([22, 23, 24, 25], [[30], [36]], 0),
-              ([26], [[37], [38], [40], [42]], 3)],
-             [([27, 28], [[43], [44]], 1), ([29, 20, 21], [[45], [48], [49]], 2)]]
+ASKED = [
+  [
+    ([20, 21], [[30], [31, 32], [33, 34, 35]], 1),
+    ([22, 23, 24, 25], [[30, 31], [36]], 0),
+    ([26], [[37], [38, 39], [40, 41], [42]], 3),
+  ],
+  [([27, 28], [[43], [44]], 1), ([29, 20, 21], [[45, 46, 47], [48], [49, 30]], 2)],
+]
+ONE_TOKEN = [
+  [
+    ([20, 21], [[30], [31], [33]], 1),
+    ([22, 23, 24, 25], [[30], [36]], 0),
+    ([26], [[37], [38], [40], [42]], 3),
+  ],
+  [([27, 28], [[43], [44]], 1), ([29, 20, 21], [[45], [48], [49]], 2)],
+]
 
 
 @pytest.fixture(scope="module")
 def params():
-  run = jax.jit(lambda key: JUDGE.init(key, jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), int), jnp.ones((1, 2), bool)))
+  run = jax.jit(
+    lambda key: JUDGE.init(
+      key, jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), int), jnp.ones((1, 2), bool)
+    )
+  )
   embed = JUDGE.init(jax.random.key(1), jnp.zeros((1, 2), int), method="embed")
   return nn.unbox({**run(jax.random.key(0))["params"], **embed["params"]})
 
@@ -44,15 +74,23 @@ def questions(asked, width=3, seed=0) -> Questions:
   rng = np.random.default_rng(seed)  # padding holds other ids: nobody may see them
   Q = 5
   out = Questions(
-      stem_BKQ=rng.integers(0, V, (B, K, Q)).astype(np.int32), stem_valid_BKQ=np.zeros((B, K, Q), bool),
-      option_BKAO=rng.integers(0, V, (B, K, A, width)).astype(np.int32),
-      option_valid_BKAO=np.zeros((B, K, A, width), bool), gold_BK=np.zeros((B, K), np.int32),
-      valid_BK=np.zeros((B, K), bool), kind_BK=np.zeros((B, K), np.int32), prior_BKA=np.zeros((B, K, A), np.float32))
+    stem_BKQ=rng.integers(0, V, (B, K, Q)).astype(np.int32),
+    stem_valid_BKQ=np.zeros((B, K, Q), bool),
+    option_BKAO=rng.integers(0, V, (B, K, A, width)).astype(np.int32),
+    option_valid_BKAO=np.zeros((B, K, A, width), bool),
+    gold_BK=np.zeros((B, K), np.int32),
+    valid_BK=np.zeros((B, K), bool),
+    kind_BK=np.zeros((B, K), np.int32),
+    prior_BKA=np.zeros((B, K, A), np.float32),
+  )
   for b, row in enumerate(asked):
     for k, (stem, options, gold) in enumerate(row):
-      out.stem_BKQ[b, k, :len(stem)], out.stem_valid_BKQ[b, k, :len(stem)] = stem, True
+      out.stem_BKQ[b, k, : len(stem)], out.stem_valid_BKQ[b, k, : len(stem)] = stem, True
       for a, option in enumerate(options):
-        out.option_BKAO[b, k, a, :len(option)], out.option_valid_BKAO[b, k, a, :len(option)] = option, True
+        out.option_BKAO[b, k, a, : len(option)], out.option_valid_BKAO[b, k, a, : len(option)] = (
+          option,
+          True,
+        )
         out.prior_BKA[b, k, a] = rng.normal()
       out.gold_BK[b, k], out.valid_BK[b, k] = gold, True
   return out
@@ -83,13 +121,15 @@ def answer(cfg):
 def forward(params, tokens):
   """One sequence without any prefix; what is right of a token is not seen by it."""
   x = JUDGE.apply({"params": params}, tokens[None], method="embed")
-  hidden, _ = JUDGE.apply({"params": params}, x, jnp.arange(len(tokens))[None], jnp.ones((1, len(tokens)), bool))
+  hidden, _ = JUDGE.apply(
+    {"params": params}, x, jnp.arange(len(tokens))[None], jnp.ones((1, len(tokens)), bool)
+  )
   return jax.nn.log_softmax(hidden[0] @ head_matrix(JUDGE.cfg, params).T)
 
 
 def next_logp(params, ids):
   """Log-probabilities after each token of one sequence, [L, V]."""
-  return np.asarray(forward(params, np.pad(np.array(ids), (0, 64 - len(ids)))))[:len(ids)]
+  return np.asarray(forward(params, np.pad(np.array(ids), (0, 64 - len(ids)))))[: len(ids)]
 
 
 def every(asked):
@@ -112,8 +152,8 @@ def test_option_pmi_equals_scoring_each_joined_prompt_on_its_own(params, asked, 
       logp = next_logp(params, before + option)
       mean = np.mean([logp[len(before) - 1 + i, token] for i, token in enumerate(option)])
       scores.append(mean - table.prior_BKA[b, k, a])
-    np.testing.assert_allclose(got.score_BGKA[b, g, k, :len(options)], scores, atol=1e-4)
-    np.testing.assert_array_equal(got.score_BGKA[b, g, k, len(options):], -np.inf)
+    np.testing.assert_allclose(got.score_BGKA[b, g, k, : len(options)], scores, atol=1e-4)
+    np.testing.assert_array_equal(got.score_BGKA[b, g, k, len(options) :], -np.inf)
     assert got.choice_BGK[b, g, k] == np.argmax(scores)
     assert got.correct_BGK[b, g, k] == (np.argmax(scores) == gold) == got.credit_BGK[b, g, k]
     assert got.valid_BGK[b, g, k]
@@ -124,8 +164,11 @@ def test_option_pmi_equals_scoring_each_joined_prompt_on_its_own(params, asked, 
 def test_letters_equal_the_joined_prompt_with_its_options_in_the_drawn_order(params, reading):
   table = questions(ASKED)
   got = ask(params, table, JudgeConfig(reading=reading))
-  order = np.asarray(draw_orders(
-      jax.random.split(KEY, 3)[1], jnp.asarray(table.option_valid_BKAO.any(-1)), JudgeConfig()))
+  order = np.asarray(
+    draw_orders(
+      jax.random.split(KEY, 3)[1], jnp.asarray(table.option_valid_BKAO.any(-1)), JudgeConfig()
+    )
+  )
   moved = 0
   for b, g, k, stem, options, gold, caption in every(ASKED):
     shown = [a for a in order[b, k] if a < len(options)]
@@ -138,7 +181,7 @@ def test_letters_equal_the_joined_prompt_with_its_options_in_the_drawn_order(par
     scores = np.zeros(len(options))
     for slot, a in enumerate(shown):
       scores[a] = logp[PROMPT.letter_A[slot]]
-    np.testing.assert_allclose(got.score_BGKA[b, g, k, :len(options)], scores, atol=1e-4)
+    np.testing.assert_allclose(got.score_BGKA[b, g, k, : len(options)], scores, atol=1e-4)
     if reading == "letter_sample":
       assert 0 <= got.choice_BGK[b, g, k] < len(options)
     else:
@@ -156,15 +199,25 @@ def test_special_tokens_in_a_caption_are_stripped(params, reading):
   # Policy id v is judge id v - 1; ids 0 and 50 and up are special in the policy.
   judge_id = np.where((np.arange(V) >= 1) & (np.arange(V) < 50), np.arange(V) - 1, -1)
   vocabulary = Vocabulary(jnp.ones(V, bool), jnp.asarray(judge_id), (51,), 0)
-  with_special = np.array([[[7, 50, 8, 0, 9, 51], [51, 3, 51, 0, 0, 0], [5, 6, 51, 0, 0, 0]],
-                           [[50, 50, 11, 12, 51, 0], [20, 21, 22, 23, 24, 25], [51, 0, 0, 0, 0, 0]]])
+  with_special = np.array(
+    [
+      [[7, 50, 8, 0, 9, 51], [51, 3, 51, 0, 0, 0], [5, 6, 51, 0, 0, 0]],
+      [[50, 50, 11, 12, 51, 0], [20, 21, 22, 23, 24, 25], [51, 0, 0, 0, 0, 0]],
+    ]
+  )
   length = np.array([[6, 1, 3], [5, 6, 1]])
-  without = np.array([[[6, 7, 8, 0, 0, 0], [0] * 6, [4, 5, 0, 0, 0, 0]],
-                      [[10, 11, 0, 0, 0, 0], [19, 20, 21, 22, 23, 24], [0] * 6]])
+  without = np.array(
+    [
+      [[6, 7, 8, 0, 0, 0], [0] * 6, [4, 5, 0, 0, 0, 0]],
+      [[10, 11, 0, 0, 0, 0], [19, 20, 21, 22, 23, 24], [0] * 6],
+    ]
+  )
   kept = np.array([[3, 0, 2], [2, 6, 0]])
   valid = np.arange(T) < length[..., None]
   cfg = JudgeConfig(reading=reading, blind=False)
-  written = Captions(jnp.asarray(with_special), jnp.zeros((B, G, T)), jnp.asarray(valid), jnp.ones((B, G), bool))
+  written = Captions(
+    jnp.asarray(with_special), jnp.zeros((B, G, T)), jnp.asarray(valid), jnp.ones((B, G), bool)
+  )
   run = jax.jit(functools.partial(judge_captions, JUDGE, cfg=cfg))
   got, _ = run(params, PROMPT, written, table, vocabulary, KEY)
   want = ask(params, table, cfg, without.astype(np.int32), np.arange(T) < kept[..., None])
@@ -201,8 +254,10 @@ def test_absent_options_and_questions_are_never_chosen(params, reading):
   table.prior_BKA[~table.option_valid_BKAO.any(-1)] = -1e6  # as good as it gets
   count = table.option_valid_BKAO.any(-1).sum(-1)
   for seed in range(5):
-    for cfg in (JudgeConfig(reading=reading),
-                *([JudgeConfig(reading="letter_sample")] if reading != "option_pmi" else [])):
+    for cfg in (
+      JudgeConfig(reading=reading),
+      *([JudgeConfig(reading="letter_sample")] if reading != "option_pmi" else []),
+    ):
       got = ask(params, table, cfg, key=jax.random.key(seed))
       assert (got.choice_BGK < np.maximum(count, 1)[:, None]).all()
   absent = np.broadcast_to(~table.valid_BK[:, None], got.valid_BGK.shape)
@@ -245,30 +300,59 @@ def test_all_captions_of_an_image_see_the_same_order(params):
   ids, keep = captions()
   same = np.broadcast_to(ids[:, :1], ids.shape), np.broadcast_to(keep[:, :1], keep.shape)
   got = ask(params, questions(ASKED), JudgeConfig(reading="letter_prob"), *same)
-  np.testing.assert_allclose(got.credit_BGK, np.broadcast_to(got.credit_BGK[:, :1], got.credit_BGK.shape), atol=1e-6)
+  np.testing.assert_allclose(
+    got.credit_BGK, np.broadcast_to(got.credit_BGK[:, :1], got.credit_BGK.shape), atol=1e-6
+  )
 
 
 def test_letter_sample_follows_the_temperature(params):
   table = questions(ASKED)
-  hot = [ask(params, table, JudgeConfig(reading="letter_sample", temperature=100.0), key=jax.random.key(s)).choice_BGK
-         for s in range(8)]
+  hot = [
+    ask(
+      params, table, JudgeConfig(reading="letter_sample", temperature=100.0), key=jax.random.key(s)
+    ).choice_BGK
+    for s in range(8)
+  ]
   cold = ask(params, table, JudgeConfig(reading="letter_sample", temperature=1e-4))
   assert len(np.unique(np.stack(hot), axis=0)) > 1
   best = np.argmax(cold.score_BGKA, axis=-1)
   np.testing.assert_array_equal(cold.choice_BGK, np.where(cold.valid_BGK, best, -1))
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(temperature=0.0), "temperature = 0.0 must be > 0"), (dict(margin=-1.0), "margin = -1.0 >= 0"),
-    (dict(draws=-1), "draws = -1"), (dict(permutations=0), "permutations = 0"), (dict(max_tokens=0), "max_tokens = 0"),
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    (dict(temperature=0.0), "temperature = 0.0 must be > 0"),
+    (dict(margin=-1.0), "margin = -1.0 >= 0"),
+    (dict(draws=-1), "draws = -1"),
+    (dict(permutations=0), "permutations = 0"),
+    (dict(max_tokens=0), "max_tokens = 0"),
     (dict(permutations=2), "permutations = 2 averages .*not 'option_pmi'"),
-    (dict(reading="letter_argmax", permutations=2, shuffle=False), "permutations = 2 averages .*and False"),
-    (dict(prompt="official"), "'option_pmi' shows no list"), (dict(abstain="last"), "'option_pmi' shows no list"),
-    (dict(reading="letter_prob", margin=0.3), "margin = 0.3 has no meaning for reading 'letter_prob'"),
-    (dict(reading="letter_sample", margin=0.3), "margin = 0.3 has no meaning for reading 'letter_sample'"),
+    (
+      dict(reading="letter_argmax", permutations=2, shuffle=False),
+      "permutations = 2 averages .*and False",
+    ),
+    (dict(prompt="official"), "'option_pmi' shows no list"),
+    (dict(abstain="last"), "'option_pmi' shows no list"),
+    (
+      dict(reading="letter_prob", margin=0.3),
+      "margin = 0.3 has no meaning for reading 'letter_prob'",
+    ),
+    (
+      dict(reading="letter_sample", margin=0.3),
+      "margin = 0.3 has no meaning for reading 'letter_sample'",
+    ),
     (dict(reading="generate", margin=0.3), "margin = 0.3 has no meaning for reading 'generate'"),
-    (dict(reading="letter_prob", abstain="permuted", shuffle=False), "abstain 'permuted' goes with shuffle"),
-    (dict(reading="letter_prob", abstain="permuted", abstain_letter="F"), "abstain 'permuted' goes with shuffle")])
+    (
+      dict(reading="letter_prob", abstain="permuted", shuffle=False),
+      "abstain 'permuted' goes with shuffle",
+    ),
+    (
+      dict(reading="letter_prob", abstain="permuted", abstain_letter="F"),
+      "abstain 'permuted' goes with shuffle",
+    ),
+  ],
+)
 def test_wrong_settings_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
     JudgeConfig(**wrong)

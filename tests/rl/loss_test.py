@@ -54,7 +54,11 @@ def literal(logp, old, reference, entropy, advantage, counts, cfg):
   else:
     loss = torch.stack([torch.stack(tokens).mean() for tokens in captions]).mean()
   loss.backward()
-  return loss.item(), logp.grad.numpy(), dict(clip=clip, kl=sum(kls), top=max(ratios), low=min(ratios))
+  return (
+    loss.item(),
+    logp.grad.numpy(),
+    dict(clip=clip, kl=sum(kls), top=max(ratios), low=min(ratios)),
+  )
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
@@ -67,7 +71,9 @@ def test_loss_gradient_and_metrics_match_the_formula(case, aggregation, kl, high
   want, want_grad, want_metrics = literal(logp, old, reference, entropy, advantage, counts, cfg)
 
   def mean(logp):
-    total, count, metrics = policy_loss(logp, old, None, reference, entropy, advantage, jnp.asarray(counts), cfg)
+    total, count, metrics = policy_loss(
+      logp, old, None, reference, entropy, advantage, jnp.asarray(counts), cfg
+    )
     return total / count, metrics
 
   (got, metrics), grad = jax.value_and_grad(mean, has_aux=True)(jnp.asarray(logp))
@@ -75,27 +81,44 @@ def test_loss_gradient_and_metrics_match_the_formula(case, aggregation, kl, high
   np.testing.assert_allclose(grad, want_grad, atol=1e-6)
   assert metrics["sum/clip_fraction"] == want_metrics["clip"] > 0
   np.testing.assert_allclose(metrics["sum/entropy"], entropy[counts].sum(), rtol=1e-6)
-  np.testing.assert_allclose(metrics["sum/logp_difference"], np.abs(logp - old)[counts].sum(), rtol=1e-5)
-  np.testing.assert_allclose([metrics["max/ratio"], metrics["min/ratio"]],
-                             [want_metrics["top"], want_metrics["low"]], rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics["sum/logp_difference"], np.abs(logp - old)[counts].sum(), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    [metrics["max/ratio"], metrics["min/ratio"]],
+    [want_metrics["top"], want_metrics["low"]],
+    rtol=1e-5,
+  )
   assert ("sum/kl" in metrics) == bool(kl)
   if kl:
     np.testing.assert_allclose(metrics["sum/kl"], want_metrics["kl"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("ratio, advantage, loss, slope", [
+@pytest.mark.parametrize(
+  "ratio, advantage, loss, slope",
+  [
     (1.25, 1.0, -1.25, -1.25),  # inside [0.8, 1.28]
     (1.5, 1.0, -1.28, 0.0),  # clipped at 1 + high
     (0.5, 1.0, -0.5, -0.5),  # worse than it was: never clipped
     (0.5, -1.0, 0.8, 0.0),  # clipped at 1 - low
-    (1.5, -1.0, 1.5, 1.5)])
+    (1.5, -1.0, 1.5, 1.5),
+  ],
+)
 def test_clip_higher_by_hand(ratio, advantage, loss, slope):
   cfg = LossConfig(clip_low=0.2, clip_high=0.28)
 
   def f(logp):
     one = jnp.ones((1, 1, 1), bool)
-    return policy_loss(logp, jnp.zeros((1, 1, 1)), None, None, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage),
-                       one, cfg)[0]
+    return policy_loss(
+      logp,
+      jnp.zeros((1, 1, 1)),
+      None,
+      None,
+      jnp.zeros((1, 1, 1)),
+      jnp.full((1, 1), advantage),
+      one,
+      cfg,
+    )[0]
 
   got, grad = jax.value_and_grad(f)(jnp.full((1, 1, 1), math.log(ratio)))
   np.testing.assert_allclose([got, grad[0, 0, 0]], [loss, slope], rtol=1e-6)
@@ -103,16 +126,20 @@ def test_clip_higher_by_hand(ratio, advantage, loss, slope):
 
 def test_k3_by_hand_and_never_negative():
   # d = log(ref / policy) = log 2: 2 - log 2 - 1; d = -log 2: 1/2 + log 2 - 1
-  np.testing.assert_allclose(k3_kl(jnp.log(jnp.array([0.25, 0.5, 0.3])), jnp.log(jnp.array([0.5, 0.25, 0.3]))),
-                             [1 - math.log(2), math.log(2) - 0.5, 0], atol=1e-6)
+  np.testing.assert_allclose(
+    k3_kl(jnp.log(jnp.array([0.25, 0.5, 0.3])), jnp.log(jnp.array([0.5, 0.25, 0.3]))),
+    [1 - math.log(2), math.log(2) - 0.5, 0],
+    atol=1e-6,
+  )
   a, b = np.random.default_rng(0).normal(0, 2, (2, 1000)).astype(np.float32)
   assert (k3_kl(jnp.asarray(a), jnp.asarray(b)) >= 0).all()
 
 
 def test_k3_estimates_the_divergence():
   p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
-  np.testing.assert_allclose((p * np.asarray(k3_kl(jnp.log(p), jnp.log(q)))).sum(), (p * np.log(p / q)).sum(),
-                             rtol=1e-5)
+  np.testing.assert_allclose(
+    (p * np.asarray(k3_kl(jnp.log(p), jnp.log(q)))).sum(), (p * np.log(p / q)).sum(), rtol=1e-5
+  )
 
 
 def test_counts():
@@ -129,7 +156,9 @@ def test_garbage_that_does_not_count_changes_nothing(case, aggregation, garbage)
   dirty = lambda x: np.where(counts, x, garbage)
 
   def f(logp, old, reference, entropy):
-    total, count, metrics = policy_loss(logp, old, None, reference, entropy, advantage, jnp.asarray(counts), cfg)
+    total, count, metrics = policy_loss(
+      logp, old, None, reference, entropy, advantage, jnp.asarray(counts), cfg
+    )
     return total / count, metrics
 
   run = jax.value_and_grad(f, has_aux=True)
@@ -142,23 +171,45 @@ def test_garbage_that_does_not_count_changes_nothing(case, aggregation, garbage)
 
 def test_on_policy_the_gradient_is_minus_the_advantage(case):
   logp, _, _, entropy, advantage, counts = case
-  total = lambda x: policy_loss(x, logp, None, None, entropy, advantage, jnp.asarray(counts), LossConfig())[0]
-  np.testing.assert_allclose(jax.grad(total)(jnp.asarray(logp)), -advantage[..., None] * counts, rtol=1e-6)
+  total = lambda x: policy_loss(
+    x, logp, None, None, entropy, advantage, jnp.asarray(counts), LossConfig()
+  )[0]
+  np.testing.assert_allclose(
+    jax.grad(total)(jnp.asarray(logp)), -advantage[..., None] * counts, rtol=1e-6
+  )
 
 
 def test_microbatches_add_up(case):
   cfg = LossConfig(aggregation="sequence_mean", kl=0.1)
   *arrays, counts = (jnp.asarray(x) for x in case)
   total, count, _ = policy_loss(*arrays[:2], None, *arrays[2:], counts, cfg)
-  parts = [policy_loss(*(x[b:b + 1] for x in arrays[:2]), None, *(x[b:b + 1] for x in arrays[2:]),
-                       counts[b:b + 1], cfg) for b in range(B)]
+  parts = [
+    policy_loss(
+      *(x[b : b + 1] for x in arrays[:2]),
+      None,
+      *(x[b : b + 1] for x in arrays[2:]),
+      counts[b : b + 1],
+      cfg,
+    )
+    for b in range(B)
+  ]
   np.testing.assert_allclose(total, sum(p[0] for p in parts), rtol=1e-6)
   assert count == sum(p[1] for p in parts)
 
 
-@pytest.mark.parametrize("wrong", [
-    dict(clip_low=-0.1), dict(clip_low=1.0), dict(clip_high=-0.1), dict(kl=-1.0), dict(dual_clip=1.1),
-    dict(dual_clip=3.0, surrogate="cispo"), dict(importance_cap=0.0), dict(kl_in="reward", kl_estimator="full")])
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    dict(clip_low=-0.1),
+    dict(clip_low=1.0),
+    dict(clip_high=-0.1),
+    dict(kl=-1.0),
+    dict(dual_clip=1.1),
+    dict(dual_clip=3.0, surrogate="cispo"),
+    dict(importance_cap=0.0),
+    dict(kl_in="reward", kl_estimator="full"),
+  ],
+)
 def test_wrong_settings_are_refused(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
     LossConfig(**wrong)

@@ -21,7 +21,9 @@ def rates(cfg, peak, steps, count):
 
 
 def test_constant_with_warmup():
-  np.testing.assert_allclose(rates(OptimizerConfig(warmup_steps=4), 2.0, 100, 7), [0.5, 1, 1.5, 2, 2, 2, 2])
+  np.testing.assert_allclose(
+    rates(OptimizerConfig(warmup_steps=4), 2.0, 100, 7), [0.5, 1, 1.5, 2, 2, 2, 2]
+  )
   np.testing.assert_allclose(rates(OptimizerConfig(), 2.0, 100, 3), [2, 2, 2])
   np.testing.assert_allclose(rates(OptimizerConfig(warmup_steps=1), 2.0, 100, 3), [2, 2, 2])
 
@@ -30,7 +32,9 @@ def test_cosine_after_warmup():
   cfg = OptimizerConfig(schedule="cosine", warmup_steps=2, final_fraction=0.1)
   got = rates(cfg, 1.0, 10, 13)
   # 8 steps from 1 to 0.1; half way at step 6
-  want = [0.5, 1.0] + [0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)] + [0.1, 0.1]
+  want = (
+    [0.5, 1.0] + [0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)] + [0.1, 0.1]
+  )
   np.testing.assert_allclose(got, want, rtol=1e-6)
   np.testing.assert_allclose([got[2], got[6], got[10]], [1, 0.55, 0.1], rtol=1e-6)
 
@@ -47,16 +51,23 @@ def test_a_warmup_may_be_a_share_of_the_steps():
     assert warmup(cfg, steps) == count
     fixed = OptimizerConfig(schedule="cosine", warmup_steps=count)
     assert rates(cfg, 1.0, steps, steps) == rates(fixed, 1.0, steps, steps)
-  assert warmup(OptimizerConfig(warmup_fraction=0.9), 2) == 1 and warmup(OptimizerConfig(warmup_steps=9), 3) == 2
+  assert (
+    warmup(OptimizerConfig(warmup_fraction=0.9), 2) == 1
+    and warmup(OptimizerConfig(warmup_steps=9), 3) == 2
+  )
   assert warmup(OptimizerConfig(warmup_steps=9, warmup_fraction=0.0), 20) == 9
 
 
 def params():
   key = jax.random.key(0)
   normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape)
-  return {"embed_tokens": {"embedding": normal(0, 12, 6)}, "norm": {"scale": jnp.ones(6)},
-          "layers": {"mlp": {"kernel": normal(1, 3, 6, 8), "bias": jnp.zeros((3, 8))}},  # stacked over 3 layers
-          "out": {"kernel": normal(2, 6, 6)}}
+  return {
+    "embed_tokens": {"embedding": normal(0, 12, 6)},
+    "norm": {"scale": jnp.ones(6)},
+    # stacked over 3 layers
+    "layers": {"mlp": {"kernel": normal(1, 3, 6, 8), "bias": jnp.zeros((3, 8))}},
+    "out": {"kernel": normal(2, 6, 6)},
+  }
 
 
 def away_from_zero(tree):
@@ -73,10 +84,18 @@ def update(cfg, gradient, steps=10):
 def test_adamw_first_step_is_the_learning_rate_times_the_sign():
   gradient = away_from_zero(params())
   got = update(OptimizerConfig(learning_rate=0.01), gradient)
-  jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.01 * np.sign(g), rtol=1e-3), got, gradient)
+  jax.tree.map(
+    lambda u, g: np.testing.assert_allclose(u, -0.01 * np.sign(g), rtol=1e-3), got, gradient
+  )
   decayed = update(OptimizerConfig(learning_rate=0.01, weight_decay=0.5), gradient)
-  jax.tree.map(lambda u, g, p: np.testing.assert_allclose(u, -0.01 * (np.sign(g) + 0.5 * p), rtol=1e-3, atol=1e-6),
-               decayed, gradient, params())
+  jax.tree.map(
+    lambda u, g, p: np.testing.assert_allclose(
+      u, -0.01 * (np.sign(g) + 0.5 * p), rtol=1e-3, atol=1e-6
+    ),
+    decayed,
+    gradient,
+    params(),
+  )
 
 
 def test_muon_takes_the_kernels_and_leaves_the_rest_to_adam():
@@ -87,7 +106,8 @@ def test_muon_takes_the_kernels_and_leaves_the_rest_to_adam():
     for name in path:
       u, g = u[name], g[name]
     np.testing.assert_allclose(u, -0.001 * NESTEROV_FIRST_STEP * np.sign(g), rtol=1e-3)
-  # An orthogonalised update has singular values near one (Newton-Schulz leaves 0.7 .. 1.2), each layer its own.
+  # An orthogonalised update has singular values near one (Newton-Schulz leaves 0.7 .. 1.2), each
+  # layer its own.
   for kernel in (*got["layers"]["mlp"]["kernel"], got["out"]["kernel"]):
     singular = np.linalg.svd(np.asarray(kernel), compute_uv=False)
     assert singular.max() / singular.min() < 3
@@ -99,12 +119,15 @@ def test_muon_takes_the_kernels_and_leaves_the_rest_to_adam():
 def test_muon_rest_defaults_to_the_same_rate():
   gradient = jax.tree.map(jnp.ones_like, params())
   got = update(OptimizerConfig(name="muon", learning_rate=0.02), gradient)
-  np.testing.assert_allclose(got["embed_tokens"]["embedding"], -0.02 * NESTEROV_FIRST_STEP, rtol=1e-3)
+  np.testing.assert_allclose(
+    got["embed_tokens"]["embedding"], -0.02 * NESTEROV_FIRST_STEP, rtol=1e-3
+  )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_gradients_are_clipped_by_their_joint_norm(name):
-  # Adam's first step ignores the scale of a gradient, so look at the second: a huge one must not drown the first.
+  # Adam's first step ignores the scale of a gradient, so look at the second: a huge one must not
+  # drown the first.
   rule, _ = build_optimizer(OptimizerConfig(name=name, learning_rate=0.1, clip_norm=1.0), 10)
   tree = params()
   ones = jax.tree.map(jnp.ones_like, tree)
@@ -112,7 +135,10 @@ def test_gradients_are_clipped_by_their_joint_norm(name):
   ways = []
   for scale in (1.0, 1e6):
     state = rule.init(tree)
-    for gradient in (jax.tree.map(lambda g: scale * g, unit), jax.tree.map(lambda g: -0.5 * g, unit)):
+    for gradient in (
+      jax.tree.map(lambda g: scale * g, unit),
+      jax.tree.map(lambda g: -0.5 * g, unit),
+    ):
       step, state = jax.jit(rule.update)(gradient, state, tree)
     ways.append(step)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *ways)
@@ -120,9 +146,13 @@ def test_gradients_are_clipped_by_their_joint_norm(name):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_descends(name):
-  rule, schedule = build_optimizer(OptimizerConfig(name=name, learning_rate=0.2, schedule="cosine"), 60)
+  rule, schedule = build_optimizer(
+    OptimizerConfig(name=name, learning_rate=0.2, schedule="cosine"), 60
+  )
   target, tree = jax.tree.map(jnp.zeros_like, params()), params()
-  loss = lambda p: sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(target)))
+  loss = lambda p: sum(
+    jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(target))
+  )
 
   @jax.jit
   def step(p, state):
@@ -136,10 +166,19 @@ def test_descends(name):
   assert float(schedule(0)) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(learning_rate=0.0), "learning_rate = 0.0"), (dict(clip_norm=-1.0), "clip_norm = -1.0"),
-    (dict(warmup_steps=-1), "warmup_steps = -1"), (dict(warmup_fraction=1.0), "warmup_fraction = 1.0 must be from 0"),
-    (dict(warmup_steps=5, warmup_fraction=0.1), "warmup_steps = 5 and warmup_fraction = 0.1: set one of them")])
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    (dict(learning_rate=0.0), "learning_rate = 0.0"),
+    (dict(clip_norm=-1.0), "clip_norm = -1.0"),
+    (dict(warmup_steps=-1), "warmup_steps = -1"),
+    (dict(warmup_fraction=1.0), "warmup_fraction = 1.0 must be from 0"),
+    (
+      dict(warmup_steps=5, warmup_fraction=0.1),
+      "warmup_steps = 5 and warmup_fraction = 0.1: set one of them",
+    ),
+  ],
+)
 def test_wrong_settings_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
     OptimizerConfig(**wrong)

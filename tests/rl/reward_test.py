@@ -13,11 +13,16 @@ ASKED = jnp.array([[True, True, True, False], [True, False, False, False], [Fals
 
 def answers(credit, valid) -> Answers:
   credit = jnp.asarray(credit, jnp.float32)
-  return Answers(choice_BGK=jnp.zeros(credit.shape, int), correct_BGK=credit == 1, credit_BGK=credit,
-                 misled_BGK=jnp.asarray(credit == 0, jnp.float32), valid_BGK=jnp.asarray(valid),
-                 asked_BGK=jnp.broadcast_to(ASKED[:, None], credit.shape),
-                 question_BGK=jnp.broadcast_to(jnp.arange(credit.shape[2]), credit.shape),
-                 score_BGKA=jnp.zeros((*credit.shape, 2)))
+  return Answers(
+    choice_BGK=jnp.zeros(credit.shape, int),
+    correct_BGK=credit == 1,
+    credit_BGK=credit,
+    misled_BGK=jnp.asarray(credit == 0, jnp.float32),
+    valid_BGK=jnp.asarray(valid),
+    asked_BGK=jnp.broadcast_to(ASKED[:, None], credit.shape),
+    question_BGK=jnp.broadcast_to(jnp.arange(credit.shape[2]), credit.shape),
+    score_BGKA=jnp.zeros((*credit.shape, 2)),
+  )
 
 
 def captions(group: int, length=5, tokens=8, ended=True) -> Captions:
@@ -31,12 +36,17 @@ def valid_where_asked(group: int):
 
 
 def test_reward_is_the_mean_over_the_questions_that_exist():
-  credit = [[[1, 0, 1, 1], [0, 0, 0, 1]],  # the fourth question does not exist
-            [[1, 9, 9, 9], [0, 9, 9, 9]],
-            [[1, 1, 1, 1], [0, 0, 0, 0]]]
-  reward, scored, terms = caption_reward(answers(credit, valid_where_asked(2)), captions(2), RewardConfig())
+  credit = [
+    [[1, 0, 1, 1], [0, 0, 0, 1]],  # the fourth question does not exist
+    [[1, 9, 9, 9], [0, 9, 9, 9]],
+    [[1, 1, 1, 1], [0, 0, 0, 0]],
+  ]
+  reward, scored, terms = caption_reward(
+    answers(credit, valid_where_asked(2)), captions(2), RewardConfig()
+  )
   np.testing.assert_allclose(reward, [[2 / 3, 0], [1, 0], [0, 0]], rtol=1e-6)
-  np.testing.assert_array_equal(scored, [[True, True], [True, True], [False, False]])  # no question: unscored
+  # no question: unscored
+  np.testing.assert_array_equal(scored, [[True, True], [True, True], [False, False]])
   np.testing.assert_array_equal(terms["accuracy"], reward)
   assert reward.dtype == jnp.float32
 
@@ -61,7 +71,9 @@ def test_a_judge_that_is_not_finite_on_one_question_leaves_the_caption_unscored(
 
 def test_the_weight_scales_the_reward_but_not_the_term():
   credit = [[[1, 0, 1, 0]]] * 3
-  reward, _, terms = caption_reward(answers(credit, valid_where_asked(1)), captions(1), RewardConfig(accuracy=3.0))
+  reward, _, terms = caption_reward(
+    answers(credit, valid_where_asked(1)), captions(1), RewardConfig(accuracy=3.0)
+  )
   np.testing.assert_allclose(reward, [[2], [3], [0]], rtol=1e-6)
   np.testing.assert_allclose(terms["accuracy"], [[2 / 3], [1], [0]], rtol=1e-6)
 
@@ -72,7 +84,9 @@ CREDIT = [[[1, 0, 1, 0]]] * 3  # the first image is asked three questions, the s
 def rewarded(cfg, caption=None):
   caption = caption or captions(1)
   reward, _, terms = caption_reward(answers(CREDIT, valid_where_asked(1)), caption, cfg)
-  return np.asarray(reward)[:2, 0], {name: np.asarray(value)[:2, 0] for name, value in terms.items()}
+  return np.asarray(reward)[:2, 0], {
+    name: np.asarray(value)[:2, 0] for name, value in terms.items()
+  }
 
 
 def test_being_misled_costs_and_abstaining_does_not():
@@ -85,8 +99,10 @@ def test_being_misled_costs_and_abstaining_does_not():
   np.testing.assert_allclose(reward[:2, 0], [2 / 3, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("length, ended, worth", [
-    (4, False, 1.0), (5, True, 1.0), (5, False, 0.75), (6, False, 0.5), (8, False, 0.0)])
+@pytest.mark.parametrize(
+  "length, ended, worth",
+  [(4, False, 1.0), (5, True, 1.0), (5, False, 0.75), (6, False, 0.5), (8, False, 0.0)],
+)
 def test_the_length_term_counts_text_without_the_end_token(length, ended, worth):
   cfg = RewardConfig(length=0.2, length_full_tokens=4, length_zero_tokens=8)
   reward, terms = rewarded(cfg, captions(1, length=length, ended=ended))
@@ -96,8 +112,12 @@ def test_the_length_term_counts_text_without_the_end_token(length, ended, worth)
 
 def test_repetition_and_truncation_cost():
   caption = captions(1, length=8, ended=False)
-  caption = caption.replace(tokens_BGT=jnp.broadcast_to(jnp.array([1, 2, 1, 2, 1, 2, 1, 2]), (3, 1, 8)))
-  reward, terms = rewarded(RewardConfig(accuracy=0.0, repetition=0.3, repetition_ngram=2, truncated=0.1), caption)
+  caption = caption.replace(
+    tokens_BGT=jnp.broadcast_to(jnp.array([1, 2, 1, 2, 1, 2, 1, 2]), (3, 1, 8))
+  )
+  reward, terms = rewarded(
+    RewardConfig(accuracy=0.0, repetition=0.3, repetition_ngram=2, truncated=0.1), caption
+  )
   np.testing.assert_allclose(terms["repetition"], 5 / 7, rtol=1e-6)  # 7 pairs, 2 kinds
   np.testing.assert_allclose(reward, -0.3 * 5 / 7 - 0.1, rtol=1e-6)
 
@@ -105,8 +125,12 @@ def test_repetition_and_truncation_cost():
 def test_timestamps_are_read_from_the_tokens_bytes():
   table = jnp.asarray(stamp_table([b"[00:0", b"1] a ", b"x"]))
   caption = captions(1, length=2)
-  caption = caption.replace(tokens_BGT=jnp.broadcast_to(jnp.array([0, 1, 2, 2, 2, 2, 2, 2]), (3, 1, 8)))
-  reward, _, terms = caption_reward(answers(CREDIT, valid_where_asked(1)), caption, RewardConfig(timestamps=0.2), table)
+  caption = caption.replace(
+    tokens_BGT=jnp.broadcast_to(jnp.array([0, 1, 2, 2, 2, 2, 2, 2]), (3, 1, 8))
+  )
+  reward, _, terms = caption_reward(
+    answers(CREDIT, valid_where_asked(1)), caption, RewardConfig(timestamps=0.2), table
+  )
   np.testing.assert_allclose(terms["timestamps"][:2, 0], 1.0)
   np.testing.assert_allclose(reward[:2, 0], np.array([2 / 3, 1]) + 0.2, rtol=1e-6)
 
@@ -114,16 +138,26 @@ def test_timestamps_are_read_from_the_tokens_bytes():
 def test_an_unscored_caption_has_no_terms():
   caption = captions(1, length=8, ended=False)
   reward, scored, terms = caption_reward(
-      answers(CREDIT, valid_where_asked(1)), caption, RewardConfig(length=1.0, truncated=1.0))
-  assert not scored[2].any() and reward[2, 0] == 0 and all(value[2, 0] == 0 for value in terms.values())
+    answers(CREDIT, valid_where_asked(1)), caption, RewardConfig(length=1.0, truncated=1.0)
+  )
+  assert (
+    not scored[2].any() and reward[2, 0] == 0 and all(value[2, 0] == 0 for value in terms.values())
+  )
 
 
-@pytest.mark.parametrize("wrong, message", [
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
     (dict(misled=-0.5), "weights of a reward's terms are at least 0.*'misled': -0.5"),
     (dict(length=-1.0), "'length': -1.0"),
     (dict(accuracy=0.0), "every weight of the reward is 0"),
-    (dict(length_full_tokens=9, length_zero_tokens=9), "length_full_tokens = 9 must be below length_zero_tokens = 9"),
-    (dict(repetition_ngram=0), "repetition_ngram = 0 at least 1")])
+    (
+      dict(length_full_tokens=9, length_zero_tokens=9),
+      "length_full_tokens = 9 must be below length_zero_tokens = 9",
+    ),
+    (dict(repetition_ngram=0), "repetition_ngram = 0 at least 1"),
+  ],
+)
 def test_weights_that_mean_nothing_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
     RewardConfig(**wrong)

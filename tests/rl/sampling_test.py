@@ -1,4 +1,6 @@
-"""Decoding: the loop on a chain worked out by hand, and parity with the loss and with unshared forward passes."""
+"""Decoding: the loop on a chain worked out by hand, and parity with the loss and with unshared
+forward passes.
+"""
 
 import functools
 
@@ -21,27 +23,57 @@ from caprl_jax.types import Batch, Images, Vocabulary
 V, IMAGE, PAD, ENDS = 60, 55, 50, (51, 52)
 G, T = 4, 9
 TEXT_CONFIG = dict(
-    model_type="qwen2_5_vl_text", vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, initializer_range=0.3,
-    rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]))
+  model_type="qwen2_5_vl_text",
+  vocab_size=V,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  rms_norm_eps=1e-6,
+  initializer_range=0.3,
+  rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+)
 CONFIG = dict(
-    model_type="qwen2_5_vl", tie_word_embeddings=True, text_config=TEXT_CONFIG, image_token_id=IMAGE,
-    vision_config=dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=8,
-                       window_size=32, fullatt_block_indexes=[1], initializer_range=0.3))
+  model_type="qwen2_5_vl",
+  tie_word_embeddings=True,
+  text_config=TEXT_CONFIG,
+  image_token_id=IMAGE,
+  vision_config=dict(
+    depth=2,
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=2,
+    out_hidden_size=32,
+    patch_size=8,
+    window_size=32,
+    fullatt_block_indexes=[1],
+    initializer_range=0.3,
+  ),
+)
 
 
 @pytest.fixture(scope="module")
 def model():
-  """A random captioner, three images of different sizes with prompts of different lengths, and the vocabulary."""
+  """A random captioner, three images of different sizes with prompts of different lengths, and the
+  vocabulary.
+  """
   policy = Policy(PolicyConfig.from_hf(CONFIG, dict(min_pixels=256, max_pixels=64 * 64)))
   rng = np.random.default_rng(0)
-  pictures = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-              for height, width in ((32, 32), (48, 16), (64, 48))]
+  pictures = [
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    for height, width in ((32, 32), (48, 16), (64, 48))
+  ]
   patches = [policy.cfg.vision.pixels.patchify(picture) for picture in pictures]
   padded = [pad_image(p, 80, 14) for p in patches]
   images = Images(**{k: np.stack([p[k] for p in padded]) for k in padded[0]})
-  prompts = stack_prompts([build_prompt([1, 2], p.grid_units, [3, *range(4, 5 + i)], IMAGE)
-                           for i, p in enumerate(patches)], 22)
+  prompts = stack_prompts(
+    [
+      build_prompt([1, 2], p.grid_units, [3, *range(4, 5 + i)], IMAGE)
+      for i, p in enumerate(patches)
+    ],
+    22,
+  )
   batch = jax.tree.map(jnp.asarray, Batch(images, prompts, None, np.arange(3)))
   params = nn.unbox(jax.jit(policy.init)(jax.random.key(0), batch.images, batch.prompts)["params"])
   allowed = (jnp.arange(V) < 40) | jnp.isin(jnp.arange(V), jnp.array(ENDS))
@@ -52,7 +84,9 @@ def model():
 def sample(model, seed=0, vocabulary=None, group=G, **sampling):
   policy, params, batch, default = model
   cfg = RolloutConfig(group, SamplingConfig(**{"max_tokens": T, "temperature": 0.9, **sampling}))
-  return jax.device_get(sampler(policy, cfg)(params, batch, jax.random.key(seed), vocabulary or default))
+  return jax.device_get(
+    sampler(policy, cfg)(params, batch, jax.random.key(seed), vocabulary or default)
+  )
 
 
 @functools.cache
@@ -67,30 +101,54 @@ def captions(model):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(policy, params, images, tokens, position):
-  """Hidden states of one sequence, image and all, through the language model in one piece: no prefix."""
+  """Hidden states of one sequence, image and all, through the language model in one piece: no
+  prefix.
+  """
+
   def run(m):
     x = m.language_model.embed(tokens)
     x = merge_image_features(x, m.visual(images).main_BUD, images.unit_BI, tokens == IMAGE)
     return m.language_model(x, position, jnp.ones(tokens.shape, bool))[0]
-  return policy.apply({"params": params}, method=run)[0] @ head_matrix(policy.cfg.text, params["language_model"]).T
+
+  return (
+    policy.apply({"params": params}, method=run)[0]
+    @ head_matrix(policy.cfg.text, params["language_model"]).T
+  )
 
 
 def unshared(model, captions, temperature):
-  """Log-probabilities of every caption on its own, [image + prompt + caption]. Causal: what pads it is not seen."""
+  """Log-probabilities of every caption on its own, [image + prompt + caption]. Causal: what pads it
+  is not seen.
+  """
   policy, params, batch, vocabulary = model
   out = np.zeros(captions.tokens_BGT.shape, np.float32)
   for b, g in np.ndindex(out.shape[:2]):
     caption = captions.tokens_BGT[b, g][captions.valid_BGT[b, g]]
     prompt = np.asarray(batch.prompts.tokens_BP[b])[np.asarray(batch.prompts.valid_BP[b])]
     after = int(batch.prompts.next_position_B[b]) + np.arange(len(caption))
-    position = np.concatenate([np.asarray(batch.prompts.position_B3P[b])[:, :len(prompt)],
-                               np.broadcast_to(after, (3, len(caption)))], axis=1)
+    position = np.concatenate(
+      [
+        np.asarray(batch.prompts.position_B3P[b])[:, : len(prompt)],
+        np.broadcast_to(after, (3, len(caption))),
+      ],
+      axis=1,
+    )
     tokens = np.concatenate([prompt, caption])
     pad = 22 + T - len(tokens)
-    logits = forward(policy, params, jax.tree.map(lambda x: x[b:b + 1], batch.images),
-                     np.pad(tokens, (0, pad))[None], np.pad(position, ((0, 0), (0, pad)))[None]) / temperature
+    logits = (
+      forward(
+        policy,
+        params,
+        jax.tree.map(lambda x: x[b : b + 1], batch.images),
+        np.pad(tokens, (0, pad))[None],
+        np.pad(position, ((0, 0), (0, pad)))[None],
+      )
+      / temperature
+    )
     logp = np.asarray(jax.nn.log_softmax(jnp.where(vocabulary.allowed_V, logits, -jnp.inf)))
-    out[b, g, :len(caption)] = np.take_along_axis(logp[len(prompt) - 1:][:len(caption)], caption[:, None], 1)[:, 0]
+    out[b, g, : len(caption)] = np.take_along_axis(
+      logp[len(prompt) - 1 :][: len(caption)], caption[:, None], 1
+    )[:, 0]
   return out
 
 
@@ -104,7 +162,8 @@ def test_sampled_equals_teacher_forced_equals_unshared(model, captions):
   logp, entropy = teacher(policy, params, batch, captions, vocabulary, 0.9)
   valid = captions.valid_BGT
   lengths = valid.sum(-1)
-  assert len(np.unique(lengths)) > 1 and captions.ended_BG.any(), lengths  # the case is worth something
+  # the case is worth something
+  assert len(np.unique(lengths)) > 1 and captions.ended_BG.any(), lengths
   np.testing.assert_allclose(captions.logp_BGT[valid], np.asarray(logp)[valid], atol=1e-4)
   np.testing.assert_allclose(captions.logp_BGT, unshared(model, captions, 0.9), atol=1e-4)
   np.testing.assert_array_equal(captions.logp_BGT[~valid], 0)
@@ -122,8 +181,11 @@ def test_teacher_forcing_of_one_token_and_in_chunks(model):
 
 def test_captions_end_at_the_first_end_token_and_are_padded_after(model):
   captions = sample(model, group=16)
-  for tokens, valid, ended in zip(captions.tokens_BGT.reshape(-1, T), captions.valid_BGT.reshape(-1, T),
-                                  captions.ended_BG.reshape(-1)):
+  for tokens, valid, ended in zip(
+    captions.tokens_BGT.reshape(-1, T),
+    captions.valid_BGT.reshape(-1, T),
+    captions.ended_BG.reshape(-1),
+  ):
     ends = np.flatnonzero(np.isin(tokens, ENDS))
     length = ends[0] + 1 if len(ends) else T
     np.testing.assert_array_equal(valid, np.arange(T) < length)
@@ -161,8 +223,14 @@ def test_greedy_takes_the_likeliest_whatever_the_key(model):
     spread = lambda x: np.repeat(x[:, :1], len(allowed), axis=1)
     tokens = spread(greedy.tokens_BGT)
     tokens[:, :, t] = allowed
-    logp, _ = teacher(policy, params, batch, greedy.replace(tokens_BGT=tokens, valid_BGT=spread(greedy.valid_BGT)),
-                      vocabulary, 0.0)
+    logp, _ = teacher(
+      policy,
+      params,
+      batch,
+      greedy.replace(tokens_BGT=tokens, valid_BGT=spread(greedy.valid_BGT)),
+      vocabulary,
+      0.0,
+    )
     assert (np.asarray(logp)[:, :, t] <= greedy.logp_BGT[:, :1, t] + 1e-4)[valid].all()
 
 
@@ -188,18 +256,29 @@ def test_gradient_reaches_both_towers(model, captions):
 
 
 def chain(first, end_ids, T=8, **sampling):
-  """Greedy decoding of the chain "after token i comes i + 1", with keys that record position and token."""
+  """Greedy decoding of the chain "after token i comes i + 1", with keys that record position and
+  token.
+  """
   size, N = 10, len(first)
   vocabulary = Vocabulary(jnp.ones(size, bool), jnp.arange(size), end_ids, 0)
 
   def extend(tokens, position, valid, cache):
-    record = lambda x: jnp.broadcast_to(x.astype(jnp.float32)[None, ..., None, None], (1, N, 1, 1, 2))
+    record = lambda x: jnp.broadcast_to(
+      x.astype(jnp.float32)[None, ..., None, None], (1, N, 1, 1, 2)
+    )
     return 5 * jax.nn.one_hot(tokens + 1, size), Prefix(record(position), record(tokens), valid)
 
   zeros = jnp.zeros((1, N, T, 1, 2))
-  return decode(extend, jnp.eye(size), 5 * jax.nn.one_hot(jnp.array(first), size), 100 + 10 * jnp.arange(N),
-                Prefix(zeros, zeros, jnp.zeros((N, T), bool)), vocabulary, jax.random.key(0),
-                SamplingConfig(max_tokens=T, **{"temperature": 0.0, **sampling}))
+  return decode(
+    extend,
+    jnp.eye(size),
+    5 * jax.nn.one_hot(jnp.array(first), size),
+    100 + 10 * jnp.arange(N),
+    Prefix(zeros, zeros, jnp.zeros((N, T), bool)),
+    vocabulary,
+    jax.random.key(0),
+    SamplingConfig(max_tokens=T, **{"temperature": 0.0, **sampling}),
+  )
 
 
 def test_the_loop_by_hand():
@@ -215,8 +294,10 @@ def test_the_loop_by_hand():
   # Slot t holds what token t left behind; the last token never runs.
   np.testing.assert_array_equal(end.cache.key_YRSJh[0, 0, :, 0, 0], [100, 101, 102, 0, 0, 0, 0, 0])
   np.testing.assert_array_equal(end.cache.value_YRSJh[0, 0, :, 0, 0], [2, 3, 4, 0, 0, 0, 0, 0])
-  np.testing.assert_array_equal(end.cache.valid_RS[:, :4],
-                                [[True, True, True, False], [True, True, False, False], [True, False, False, False]])
+  np.testing.assert_array_equal(
+    end.cache.valid_RS[:, :4],
+    [[True, True, True, False], [True, True, False, False], [True, False, False, False]],
+  )
   assert end.cache.key_YRSJh[0, 1, 1, 0, 0] == 111
 
 
@@ -232,7 +313,8 @@ def test_only_the_end_allowed_gives_captions_of_one_token(model):
   only = model[3].replace(allowed_V=jnp.arange(V) == ENDS[0])
   captions = sample(model, vocabulary=only)
   np.testing.assert_array_equal(
-      captions.tokens_BGT, np.broadcast_to(np.where(np.arange(T) == 0, ENDS[0], PAD), (3, G, T)))
+    captions.tokens_BGT, np.broadcast_to(np.where(np.arange(T) == 0, ENDS[0], PAD), (3, G, T))
+  )
   np.testing.assert_array_equal(captions.valid_BGT.sum(-1), 1)
   np.testing.assert_allclose(captions.logp_BGT, 0, atol=1e-6)
   assert captions.ended_BG.all()
@@ -250,11 +332,22 @@ def drawn(**sampling):
   return np.bincount(np.asarray(tokens), minlength=6) / 4000
 
 
-@pytest.mark.parametrize("sampling, kept", [
-    (dict(), [0, 1, 3, 4, 5]), (dict(top_k=1), [1]), (dict(top_k=2), [1, 4]), (dict(top_k=6), [0, 1, 3, 4, 5]),
-    (dict(top_p=0.3), [1]), (dict(top_p=0.5), [1, 4]), (dict(top_p=0.7), [1, 4, 5]), (dict(top_p=0.9), [1, 3, 4, 5]),
-    (dict(top_p=1e-6), [1]), (dict(top_k=3, top_p=0.6), [1, 4]),
-    (dict(temperature=0.0), [1])])
+@pytest.mark.parametrize(
+  "sampling, kept",
+  [
+    (dict(), [0, 1, 3, 4, 5]),
+    (dict(top_k=1), [1]),
+    (dict(top_k=2), [1, 4]),
+    (dict(top_k=6), [0, 1, 3, 4, 5]),
+    (dict(top_p=0.3), [1]),
+    (dict(top_p=0.5), [1, 4]),
+    (dict(top_p=0.7), [1, 4, 5]),
+    (dict(top_p=0.9), [1, 3, 4, 5]),
+    (dict(top_p=1e-6), [1]),
+    (dict(top_k=3, top_p=0.6), [1, 4]),
+    (dict(temperature=0.0), [1]),
+  ],
+)
 def test_top_k_and_top_p_keep_what_they_should(sampling, kept):
   want = np.where(np.isin(np.arange(6), kept), PROBABILITIES, 0)
   got = drawn(**sampling)
@@ -262,9 +355,16 @@ def test_top_k_and_top_p_keep_what_they_should(sampling, kept):
   np.testing.assert_allclose(got, want / want.sum(), atol=0.03)  # renormalised over what is kept
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(max_tokens=0), "max_tokens = 0"), (dict(temperature=-1.0), "temperature = -1.0"), (dict(top_p=0.0), "top_p"),
-    (dict(top_p=1.1), "top_p"), (dict(top_k=-1), "top_k")])
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    (dict(max_tokens=0), "max_tokens = 0"),
+    (dict(temperature=-1.0), "temperature = -1.0"),
+    (dict(top_p=0.0), "top_p"),
+    (dict(top_p=1.1), "top_p"),
+    (dict(top_k=-1), "top_k"),
+  ],
+)
 def test_wrong_settings_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
     SamplingConfig(**{"max_tokens": 4, **wrong})

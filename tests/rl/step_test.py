@@ -1,4 +1,6 @@
-"""The step on tiny real models: stages by hand, microbatches, on-policy ratios, compilations, finiteness."""
+"""The step on tiny real models: stages by hand, microbatches, on-policy ratios, compilations,
+finiteness.
+"""
 
 import dataclasses
 import functools
@@ -25,36 +27,36 @@ from caprl_jax.types import Answers
 
 # The first step's metrics on seed 0; the failing test prints what to put here.
 GOLDEN = {
-    'advantage/abs': 0.54509,
-    'advantage/excluded_groups': 0,
-    'advantage/flat_groups': 0.25,
-    'judge/abstained': 0,
-    'judge/accuracy': 0.421875,
-    'judge/accuracy/color': 0.28125,
-    'judge/accuracy/shape': 0.5625,
-    'judge/blind': 0.5,
-    'judge/misled': 0.578125,
-    'reward/accuracy': 0.421875,
-    'reward/group_std': 0.179511,
-    'reward/mean': 0.421875,
-    'reward/misled': 0.578125,
-    'reward/unscored': 0,
-    'rollout/length': 6,
-    'rollout/tokens': 192,
-    'rollout/truncated': 1,
-    'update/clip_fraction': 0,
-    'update/entropy': 5.77627,
-    'update/grad_norm': 0.90844,
-    'update/grad_norm_decoder': 0.847282,
-    'update/grad_norm_projector': 0.288192,
-    'update/grad_norm_vision': 0.155956,
-    'update/logp_difference': 1.93715e-07,
-    'update/logp_difference_max': 9.53674e-07,
-    'update/loss': 2.35935e-08,
-    'update/nonfinite': 0,
-    'update/ratio': 1,
-    'update/ratio_max': 1,
-    'update/ratio_min': 0.999999,
+  "advantage/abs": 0.54509,
+  "advantage/excluded_groups": 0,
+  "advantage/flat_groups": 0.25,
+  "judge/abstained": 0,
+  "judge/accuracy": 0.421875,
+  "judge/accuracy/color": 0.28125,
+  "judge/accuracy/shape": 0.5625,
+  "judge/blind": 0.5,
+  "judge/misled": 0.578125,
+  "reward/accuracy": 0.421875,
+  "reward/group_std": 0.179511,
+  "reward/mean": 0.421875,
+  "reward/misled": 0.578125,
+  "reward/unscored": 0,
+  "rollout/length": 6,
+  "rollout/tokens": 192,
+  "rollout/truncated": 1,
+  "update/clip_fraction": 0,
+  "update/entropy": 5.77627,
+  "update/grad_norm": 0.90844,
+  "update/grad_norm_decoder": 0.847282,
+  "update/grad_norm_projector": 0.288192,
+  "update/grad_norm_vision": 0.155956,
+  "update/logp_difference": 1.93715e-07,
+  "update/logp_difference_max": 9.53674e-07,
+  "update/loss": 2.35935e-08,
+  "update/nonfinite": 0,
+  "update/ratio": 1,
+  "update/ratio_max": 1,
+  "update/ratio_min": 0.999999,
 }
 
 
@@ -63,7 +65,9 @@ def a_batch(made):
 
 
 def fresh_state(made, tx):
-  return make_state(jax.tree.map(jnp.copy, made.policy.params), tx, made.policy.shardings, 0, made.mesh)
+  return make_state(
+    jax.tree.map(jnp.copy, made.policy.params), tx, made.policy.shardings, 0, made.mesh
+  )
 
 
 _steps = {}  # compiled once for all tests
@@ -72,15 +76,26 @@ _steps = {}  # compiled once for all tests
 def jitted(made, cfg=None):
   cfg = cfg or made.settings.step
   if cfg not in _steps:
-    _steps[cfg] = jax.jit(functools.partial(
-        train_step, policy=made.policy.model, judge=made.judge.model, tx=optimizer(made), cfg=cfg, kinds=made.kinds),
-        donate_argnums=0)
+    _steps[cfg] = jax.jit(
+      functools.partial(
+        train_step,
+        policy=made.policy.model,
+        judge=made.judge.model,
+        tx=optimizer(made),
+        cfg=cfg,
+        kinds=made.kinds,
+      ),
+      donate_argnums=0,
+    )
   return _steps[cfg]
 
 
 def sample(made, batch, seed):
-  run = jax.jit(lambda p, batch, key, vocabulary: sample_captions(made.policy.model, p, batch, key, vocabulary,
-                                                                  made.settings.step.rollout))
+  run = jax.jit(
+    lambda p, batch, key, vocabulary: sample_captions(
+      made.policy.model, p, batch, key, vocabulary, made.settings.step.rollout
+    )
+  )
   return run(made.policy.params, batch, jax.random.key(seed), made.frozen.vocabulary)
 
 
@@ -94,13 +109,16 @@ def test_stages_by_hand_are_the_jitted_step(made):
   rollout_key, judge_key = stage_keys(state.key, state.step)
   # Each stage a program of its own: op by op they would compile hundreds.
   captions = jax.jit(lambda *a: sample_captions(made.policy.model, *a, cfg.rollout))(
-      state.params, batch, rollout_key, vocabulary)
+    state.params, batch, rollout_key, vocabulary
+  )
   answers, _ = jax.jit(lambda *a: judge_captions(made.judge.model, *a, cfg.judge))(
-      made.frozen.judge, made.frozen.prompt, captions, batch.questions, vocabulary, judge_key)
+    made.frozen.judge, made.frozen.prompt, captions, batch.questions, vocabulary, judge_key
+  )
   reward, scored, _ = caption_reward(answers, captions, cfg.reward)
   advantage = group_advantages(reward, scored, cfg.advantage)
   by_hand, metrics = jax.jit(lambda *a: update_policy(made.policy.model, tx, *a, 1.0, cfg.update))(
-      state, made.frozen, Rollout(batch, captions, scored, advantage))
+    state, made.frozen, Rollout(batch, captions, scored, advantage)
+  )
   together, numbers, samples = jitted(made)(fresh_state(made, tx), made.frozen, batch)
   np.testing.assert_array_equal(captions.tokens_BGT, samples[0].tokens_BGT)
   np.testing.assert_array_equal(reward, samples[2])
@@ -113,11 +131,17 @@ def test_stages_by_hand_are_the_jitted_step(made):
 
 def test_the_first_update_is_on_policy(made):
   _, numbers, _ = jitted(made)(fresh_state(made, optimizer(made)), made.frozen, a_batch(made))
-  assert abs(float(numbers["update/ratio_max"]) - 1) < 1e-4 and abs(float(numbers["update/ratio_min"]) - 1) < 1e-4
-  assert float(numbers["update/ratio_max"]) != float(numbers["update/ratio_min"])  # measured, not assumed
+  assert (
+    abs(float(numbers["update/ratio_max"]) - 1) < 1e-4
+    and abs(float(numbers["update/ratio_min"]) - 1) < 1e-4
+  )
+  # measured, not assumed
+  assert float(numbers["update/ratio_max"]) != float(numbers["update/ratio_min"])
 
 
-@pytest.mark.parametrize("aggregation, counts", [("token_mean", (1, 2, 8)), ("sequence_mean", (1, 8))])
+@pytest.mark.parametrize(
+  "aggregation, counts", [("token_mean", (1, 2, 8)), ("sequence_mean", (1, 8))]
+)
 def test_gradients_do_not_depend_on_microbatches(made, aggregation, counts):
   batch = a_batch(made)
   captions = sample(made, batch, 1)
@@ -126,9 +150,14 @@ def test_gradients_do_not_depend_on_microbatches(made, aggregation, counts):
   scored = jnp.asarray(rng.random(captions.ended_BG.shape) < 0.8)
   loss = dataclasses.replace(made.settings.step.update.loss, aggregation=aggregation)
   # All arrays are arguments: XLA would spend minutes on folding constants.
-  results = [jax.jit(lambda p, *arrays, m=m: loss_gradients(
-      made.policy.model, p, *arrays, 1.0, UpdateConfig(loss, microbatches=m)))(
-          made.policy.params, made.frozen, Rollout(batch, captions, scored, advantage)) for m in counts]
+  results = [
+    jax.jit(
+      lambda p, *arrays, m=m: loss_gradients(
+        made.policy.model, p, *arrays, 1.0, UpdateConfig(loss, microbatches=m)
+      )
+    )(made.policy.params, made.frozen, Rollout(batch, captions, scored, advantage))
+    for m in counts
+  ]
   scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(results[0][0]))
   assert scale > 1e-3
   for other in results[1:]:
@@ -136,20 +165,27 @@ def test_gradients_do_not_depend_on_microbatches(made, aggregation, counts):
       np.testing.assert_allclose(a, b, atol=2e-5 * scale)
     np.testing.assert_allclose(results[0][1], other[1], rtol=1e-4, atol=1e-6)
     for name in results[0][2]:
-      np.testing.assert_allclose(results[0][2][name], other[2][name], rtol=1e-4, atol=1e-6, err_msg=name)
+      np.testing.assert_allclose(
+        results[0][2][name], other[2][name], rtol=1e-4, atol=1e-6, err_msg=name
+      )
 
 
 def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(made):
-  """sampled = teacher-forced with the shared prefix = every caption alone in a batch of its own image."""
+  """sampled = teacher-forced with the shared prefix = every caption alone in a batch of its own
+  image.
+  """
   batch, vocabulary = a_batch(made), made.frozen.vocabulary
   captions = sample(made, batch, 2)
-  score = jax.jit(lambda p, batch, captions: caption_logprobs(
-      made.policy.model, p, batch, captions, vocabulary, 1.0)[0])
+  score = jax.jit(
+    lambda p, batch, captions: caption_logprobs(
+      made.policy.model, p, batch, captions, vocabulary, 1.0
+    )[0]
+  )
   valid = np.asarray(captions.valid_BGT)
   shared = np.asarray(score(made.policy.params, batch, captions))
   np.testing.assert_allclose(np.asarray(captions.logp_BGT)[valid], shared[valid], atol=1e-4)
   for g in range(captions.tokens_BGT.shape[1]):
-    alone = jax.tree.map(lambda x: x[:, g:g + 1], captions)
+    alone = jax.tree.map(lambda x: x[:, g : g + 1], captions)
     single = np.asarray(score(made.policy.params, batch, alone))[:, 0]
     np.testing.assert_allclose(single[valid[:, g]], shared[:, g][valid[:, g]], atol=1e-4)
   allowed = np.asarray(vocabulary.allowed_V)
@@ -199,8 +235,11 @@ def test_a_kl_term_pulls_towards_the_reference(made):
   at_itself, elsewhere = results
   assert abs(at_itself["update/kl"]) < 1e-5 < 1e-3 < elsewhere["update/kl"]
   # The same samples and advantages: the losses differ by what the term adds.
-  np.testing.assert_allclose(elsewhere["update/loss"] - at_itself["update/loss"],
-                             0.5 * (elsewhere["update/kl"] - at_itself["update/kl"]), rtol=1e-3)
+  np.testing.assert_allclose(
+    elsewhere["update/loss"] - at_itself["update/loss"],
+    0.5 * (elsewhere["update/kl"] - at_itself["update/kl"]),
+    rtol=1e-3,
+  )
   assert "update/kl" not in GOLDEN and made.frozen.reference is None
 
 
@@ -214,7 +253,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(made):
   before = jax.tree.map(np.array, (state.params, state.opt_state))
   state, numbers, _ = infinite_reward(made)(state, made.frozen, a_batch(made))
   assert float(numbers["update/nonfinite"]) == 1 and int(state.step) == 1
-  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves((state.params, state.opt_state)), strict=True):
+  for a, b in zip(
+    jax.tree.leaves(before), jax.tree.leaves((state.params, state.opt_state)), strict=True
+  ):
     np.testing.assert_array_equal(a, b)
 
 
@@ -225,9 +266,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(made, tmp_
     return (infinite_reward(made) if int(state.step) == 1 else jitted(made))(state, frozen, batch)
 
   checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=100))
-  with pytest.raises(FloatingPointError, match="step 2: .*not finite; .*checkpoint of step 3") as caught:
-    run_loop(step, fresh_state(made, tx), train_iterator(made.train.example, 12, 8, 0), steps=4, mesh=made.mesh,
-             checkpoints=checkpoints, config={}, workdir=tmp_path, what="test", reward_name="reward/mean")
+  with pytest.raises(
+    FloatingPointError, match="step 2: .*not finite; .*checkpoint of step 3"
+  ) as caught:
+    run_loop(
+      step,
+      fresh_state(made, tx),
+      train_iterator(made.train.example, 12, 8, 0),
+      steps=4,
+      mesh=made.mesh,
+      checkpoints=checkpoints,
+      config={},
+      workdir=tmp_path,
+      what="test",
+      reward_name="reward/mean",
+    )
   assert f"checkpoint of step {checkpoints.latest_step()} " in str(caught.value)
   assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
   state, _ = checkpoints.restore(fresh_state(made, tx))

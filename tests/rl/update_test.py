@@ -1,4 +1,6 @@
-"""Several updates a rollout, importance weights, KL in its places, oversampling, the step in three programs."""
+"""Several updates a rollout, importance weights, KL in its places, oversampling, the step in three
+programs.
+"""
 
 import dataclasses
 import functools
@@ -18,7 +20,14 @@ from caprl_jax.rl.advantages import flat_groups, group_advantages
 from caprl_jax.rl.loss import LossConfig
 from caprl_jax.rl.rollout import caption_hidden, caption_logprobs, sample_captions
 from caprl_jax.rl.step import train_step
-from caprl_jax.rl.update import Rollout, UpdateConfig, check_microbatches, optimizer_step, score_captions, update_policy
+from caprl_jax.rl.update import (
+  Rollout,
+  UpdateConfig,
+  check_microbatches,
+  optimizer_step,
+  score_captions,
+  update_policy,
+)
 
 TX = optax.sgd(0.5)
 
@@ -26,22 +35,35 @@ TX = optax.sgd(0.5)
 @pytest.fixture(scope="module")
 def rollout(made):
   batch = sharding.put_batch(next(train_iterator(made.train.example, 12, 8, 0)), made.mesh)
-  run = jax.jit(lambda p, batch, vocabulary: sample_captions(made.policy.model, p, batch, jax.random.key(1), vocabulary,
-                                                             made.settings.step.rollout))
+  run = jax.jit(
+    lambda p, batch, vocabulary: sample_captions(
+      made.policy.model, p, batch, jax.random.key(1), vocabulary, made.settings.step.rollout
+    )
+  )
   captions = run(made.policy.params, batch, made.frozen.vocabulary)
   rng = np.random.default_rng(0)
   shape = captions.ended_BG.shape
   captions = captions.replace(ended_BG=jnp.asarray(rng.random(shape) < 0.5))
-  return Rollout(batch, captions, jnp.asarray(rng.random(shape) < 0.9),
-                 jnp.asarray(rng.normal(size=shape), jnp.float32))
+  return Rollout(
+    batch,
+    captions,
+    jnp.asarray(rng.random(shape) < 0.9),
+    jnp.asarray(rng.normal(size=shape), jnp.float32),
+  )
 
 
 def state_of(made, tx=TX):
-  return make_state(jax.tree.map(jnp.copy, made.policy.params), tx, made.policy.shardings, 0, made.mesh)
+  return make_state(
+    jax.tree.map(jnp.copy, made.policy.params), tx, made.policy.shardings, 0, made.mesh
+  )
 
 
 def update(made, rollout, cfg, frozen=None):
-  run = jax.jit(lambda state, frozen, rollout: update_policy(made.policy.model, TX, state, frozen, rollout, 1.0, cfg))
+  run = jax.jit(
+    lambda state, frozen, rollout: update_policy(
+      made.policy.model, TX, state, frozen, rollout, 1.0, cfg
+    )
+  )
   return run(state_of(made), frozen or made.frozen, rollout)
 
 
@@ -52,15 +74,22 @@ def close(a, b, atol=2e-5):
 
 @pytest.mark.parametrize("importance", ["none", "truncate"])
 def test_minibatches_and_epochs_are_optimizer_steps_in_a_row(made, rollout, importance):
-  cfg = UpdateConfig(LossConfig(importance=importance, aggregation="sequence_mean"), minibatches=2, epochs=2,
-                     microbatches=2)
+  cfg = UpdateConfig(
+    LossConfig(importance=importance, aggregation="sequence_mean"),
+    minibatches=2,
+    epochs=2,
+    microbatches=2,
+  )
   state, metrics = update(made, rollout, cfg)
   params, opt_state = made.policy.params, TX.init(made.policy.params)
   if importance != "none":
-    old = jax.jit(lambda p, r: score_captions(
-        made.policy.model, p, made.frozen, r.batch, r.captions, 1.0, cfg))(params, rollout)
+    old = jax.jit(
+      lambda p, r: score_captions(made.policy.model, p, made.frozen, r.batch, r.captions, 1.0, cfg)
+    )(params, rollout)
     rollout = dataclasses.replace(rollout, old_logp_BGT=old)
-  one = jax.jit(lambda p, o, part: optimizer_step(made.policy.model, TX, p, o, made.frozen, part, 1.0, cfg))
+  one = jax.jit(
+    lambda p, o, part: optimizer_step(made.policy.model, TX, p, o, made.frozen, part, 1.0, cfg)
+  )
   ratios, losses = [], []
   for number in (0, 1, 0, 1):
     part = jax.tree.map(lambda x: x[number::2], rollout)
@@ -70,19 +99,26 @@ def test_minibatches_and_epochs_are_optimizer_steps_in_a_row(made, rollout, impo
   close(state.params, params)
   np.testing.assert_allclose(metrics["update/loss"], np.mean(losses), rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(metrics["update/ratio_max"], max(ratios), rtol=1e-4)
-  assert abs(ratios[0] - 1) < 1e-4 < 1e-3 < ratios[2] - 1  # the first is on-policy, the second pass is not
+  # the first is on-policy, the second pass is not
+  assert abs(ratios[0] - 1) < 1e-4 < 1e-3 < ratios[2] - 1
   assert int(state.step) == 1
 
 
 def test_importance_weights_correct_what_the_sampler_says(made, rollout):
-  """A sampler whose log-probabilities are off by 0.3: the weights are exp(-0.3), the ratio stays 1."""
-  off = dataclasses.replace(rollout, captions=rollout.captions.replace(logp_BGT=rollout.captions.logp_BGT + 0.3))
+  """A sampler whose log-probabilities are off by 0.3: the weights are exp(-0.3), the ratio stays
+  1.
+  """
+  off = dataclasses.replace(
+    rollout, captions=rollout.captions.replace(logp_BGT=rollout.captions.logp_BGT + 0.3)
+  )
   _, plain = update(made, rollout, UpdateConfig(LossConfig()))
   _, metrics = update(made, off, UpdateConfig(LossConfig(importance="truncate")))
   np.testing.assert_allclose(metrics["update/importance"], np.exp(-0.3), rtol=1e-4)
   np.testing.assert_allclose(metrics["update/logp_difference"], 0.3, rtol=1e-4)
   np.testing.assert_allclose(metrics["update/ratio_max"], 1, rtol=1e-5)
-  np.testing.assert_allclose(metrics["update/grad_norm"], np.exp(-0.3) * plain["update/grad_norm"], rtol=1e-3)
+  np.testing.assert_allclose(
+    metrics["update/grad_norm"], np.exp(-0.3) * plain["update/grad_norm"], rtol=1e-3
+  )
 
 
 def test_truncated_captions_can_stay_out_of_the_loss(made, rollout):
@@ -96,8 +132,12 @@ def test_truncated_captions_can_stay_out_of_the_loss(made, rollout):
 
 def test_the_gradient_of_each_part_adds_up(made, rollout):
   _, metrics = update(made, rollout, UpdateConfig(LossConfig()))
-  parts = [float(metrics[f"update/grad_norm_{part}"]) for part in ("vision", "projector", "decoder")]
-  np.testing.assert_allclose(np.sqrt(np.sum(np.square(parts))), metrics["update/grad_norm"], rtol=1e-5)
+  parts = [
+    float(metrics[f"update/grad_norm_{part}"]) for part in ("vision", "projector", "decoder")
+  ]
+  np.testing.assert_allclose(
+    np.sqrt(np.sum(np.square(parts))), metrics["update/grad_norm"], rtol=1e-5
+  )
   assert min(parts) > 0
 
 
@@ -105,8 +145,11 @@ def test_an_entropy_bonus_raises_entropy(made, rollout):
   flat = dataclasses.replace(rollout, advantage_BG=jnp.zeros(rollout.scored_BG.shape))
   _, before = update(made, flat, UpdateConfig(LossConfig()))
   state, _ = update(made, flat, UpdateConfig(LossConfig(entropy=1.0)))
-  score = jax.jit(lambda p, r: caption_logprobs(
-      made.policy.model, p, r.batch, r.captions, made.frozen.vocabulary, 1.0)[1])
+  score = jax.jit(
+    lambda p, r: caption_logprobs(
+      made.policy.model, p, r.batch, r.captions, made.frozen.vocabulary, 1.0
+    )[1]
+  )
   counts = rollout.captions.valid_BGT & rollout.scored_BG[..., None]
   after = float((score(state.params, rollout) * counts).sum() / counts.sum())
   assert after > float(before["update/entropy"]) + 1e-4
@@ -122,6 +165,7 @@ def test_exact_kl_is_the_sum_over_the_vocabulary(made, rollout):
     allowed = made.frozen.vocabulary.allowed_V
     logits = [jnp.where(allowed, h @ head(x).T, -1e30) for h, x in ((hidden, p), (far, q))]
     return (hidden, head(p), far, head(q)), [jax.nn.log_softmax(x) for x in logits]
+
   arrays, (logp, logq) = both(made.policy.params, other, rollout)
   want = (np.exp(logp) * (logp - logq)).sum(-1)
   for chunk in (1024, 7):
@@ -133,15 +177,28 @@ def test_exact_kl_is_the_sum_over_the_vocabulary(made, rollout):
   counts = np.asarray(rollout.captions.valid_BGT & rollout.scored_BG[..., None]).ravel()
   np.testing.assert_allclose(metrics["update/kl"], want[counts].mean(), rtol=1e-3)
   assert want.min() > 1e-4
-  none = update(made, rollout, UpdateConfig(LossConfig(kl=0.5, kl_estimator="full")), made.frozen.replace(
-      reference=jax.tree.map(jnp.copy, made.policy.params)))[1]
+  none = update(
+    made,
+    rollout,
+    UpdateConfig(LossConfig(kl=0.5, kl_estimator="full")),
+    made.frozen.replace(reference=jax.tree.map(jnp.copy, made.policy.params)),
+  )[1]
   assert abs(float(none["update/kl"])) < 1e-6
 
 
 def step_with(made, **changes):
   cfg = dataclasses.replace(made.settings.step, **changes)
-  return jax.jit(functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=TX, cfg=cfg,
-                                   kinds=made.kinds, schedule=lambda count: 0.1 * count))
+  return jax.jit(
+    functools.partial(
+      train_step,
+      policy=made.policy.model,
+      judge=made.judge.model,
+      tx=TX,
+      cfg=cfg,
+      kinds=made.kinds,
+      schedule=lambda count: 0.1 * count,
+    )
+  )
 
 
 def batch_of(made, count=8):
@@ -153,9 +210,13 @@ def test_kl_in_the_reward_is_taken_from_each_captions_own(made):
   frozen, batch = made.frozen.replace(reference=other), batch_of(made)
   loss = LossConfig(kl=0.2, kl_in="reward", kl_estimator="k1")
   cfg = dataclasses.replace(made.settings.step.advantage, estimator="rloo")
-  _, metrics, samples = step_with(made, update=UpdateConfig(loss), advantage=cfg)(state_of(made), frozen, batch)
+  _, metrics, samples = step_with(made, update=UpdateConfig(loss), advantage=cfg)(
+    state_of(made), frozen, batch
+  )
   captions, _, reward, scored, advantage = samples
-  score = jax.jit(lambda p, b, c: caption_logprobs(made.policy.model, p, b, c, made.frozen.vocabulary, 1.0)[0])
+  score = jax.jit(
+    lambda p, b, c: caption_logprobs(made.policy.model, p, b, c, made.frozen.vocabulary, 1.0)[0]
+  )
   kl = ((captions.logp_BGT - score(other, batch, captions)) * captions.valid_BGT).sum(-1)
   want = group_advantages(reward - 0.2 * kl, scored, cfg)
   np.testing.assert_allclose(advantage, want, atol=1e-4)
@@ -175,8 +236,12 @@ def test_oversampling_learns_from_the_groups_that_carry_signal(made):
   assert (np.abs(advantage).sum(1) > 0).tolist() == [b in chosen for b in range(8)]
   # The same update as on these images alone.
   take = lambda tree: jax.tree.map(lambda x: x[chosen], tree)
-  alone = Rollout(take(batch), take(captions), take(scored), group_advantages(reward[chosen], scored[chosen],
-                                                                             made.settings.step.advantage))
+  alone = Rollout(
+    take(batch),
+    take(captions),
+    take(scored),
+    group_advantages(reward[chosen], scored[chosen], made.settings.step.advantage),
+  )
   _, by_hand = update(made, alone, made.settings.step.update)
   np.testing.assert_allclose(metrics["update/grad_norm"], by_hand["update/grad_norm"], rtol=1e-4)
 
@@ -184,8 +249,12 @@ def test_oversampling_learns_from_the_groups_that_carry_signal(made):
 def test_the_step_in_three_programs_is_the_fused_one(made):
   batch = batch_of(made)
   fused, numbers, _ = build_step(made, TX)(state_of(made), batch)
-  apart = dataclasses.replace(made, settings=dataclasses.replace(
-      made.settings, train=dataclasses.replace(made.settings.train, fused=False)))
+  apart = dataclasses.replace(
+    made,
+    settings=dataclasses.replace(
+      made.settings, train=dataclasses.replace(made.settings.train, fused=False)
+    ),
+  )
   state, metrics, _ = build_step(apart, TX)(state_of(made), batch)
   close(fused.params, state.params, atol=1e-4)
   times = {f"time/{stage}_secs" for stage in ("rollout", "judge", "update")}
@@ -194,11 +263,20 @@ def test_the_step_in_three_programs_is_the_fused_one(made):
     np.testing.assert_allclose(metrics[name], numbers[name], rtol=2e-3, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("cfg, message", [
-    (dict(minibatches=3), "update.minibatches = 3 does not divide data.batch_size = 8 images; use one of .1, 2, 4, 8"),
-    (dict(minibatches=2, microbatches=8), "microbatches = 8 does not divide data.batch_size / update.minibatches = 4"),
+@pytest.mark.parametrize(
+  "cfg, message",
+  [
+    (
+      dict(minibatches=3),
+      "update.minibatches = 3 does not divide data.batch_size = 8 images; use one of .1, 2, 4, 8",
+    ),
+    (
+      dict(minibatches=2, microbatches=8),
+      "microbatches = 8 does not divide data.batch_size / update.minibatches = 4",
+    ),
     (dict(epochs=0), "epochs = 0"),
-])
+  ],
+)
 def test_parts_that_do_not_divide_are_refused(cfg, message):
   with pytest.raises(ValueError, match=message):
     check_microbatches(8, UpdateConfig(**cfg))

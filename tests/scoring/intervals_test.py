@@ -8,7 +8,10 @@ from caprl_jax.scoring.intervals import bootstrap_interval, mean_and_best, paire
 
 
 def test_mean_and_best():
-  assert mean_and_best(np.array([[0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])) == (0.25, pytest.approx(2 / 3))
+  assert mean_and_best(np.array([[0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])) == (
+    0.25,
+    pytest.approx(2 / 3),
+  )
 
 
 def test_the_bootstrap_interval_is_the_normal_one_for_many_images():
@@ -31,7 +34,8 @@ def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
 
 def test_images_are_drawn_not_captions():
   images = np.random.default_rng(3).random(50)
-  alike_BG = np.repeat(images[:, None], 4, 1)  # four captions that always agree tell no more than one
+  # four captions that always agree tell no more than one
+  alike_BG = np.repeat(images[:, None], 4, 1)
   assert bootstrap_interval(alike_BG, seed=4) == bootstrap_interval(images, seed=4)
   assert bootstrap_interval(alike_BG.reshape(-1), seed=4) != bootstrap_interval(images, seed=4)
 
@@ -39,7 +43,11 @@ def test_images_are_drawn_not_captions():
 def test_the_bootstrap_is_deterministic_and_bounded_in_memory(monkeypatch):
   values = np.random.default_rng(5).random(40)
   want = bootstrap_interval(values, seed=6, samples=333)
-  assert bootstrap_interval(values, seed=6, samples=333) == want != bootstrap_interval(values, seed=7, samples=333)
+  assert (
+    bootstrap_interval(values, seed=6, samples=333)
+    == want
+    != bootstrap_interval(values, seed=7, samples=333)
+  )
   monkeypatch.setattr(intervals, "_CHUNK", 100)
   assert bootstrap_interval(values, seed=6, samples=333) == want
   assert bootstrap_interval([0.25], seed=0) == (0.25, 0.25)
@@ -47,7 +55,8 @@ def test_the_bootstrap_is_deterministic_and_bounded_in_memory(monkeypatch):
 
 def test_a_paired_difference_of_few_images_is_exact():
   found = paired_difference(np.array([3.0, 2.0, 4.0]), np.array([1.0, 1.0, 1.0]), seed=0)
-  assert found.mean == 2 and found.p == 2 / 8  # of the 8 ways of signs, all + and all - are as far from 0
+  # of the 8 ways of signs, all + and all - are as far from 0
+  assert found.mean == 2 and found.p == 2 / 8
   assert 1 <= found.low < 2 < found.high <= 3
   assert paired_difference(np.ones(5), np.ones(5), seed=0) == (0, 0, 0, 1)
   assert paired_difference(np.array([1.0, -1.0]), np.zeros(2), seed=0).p == 1
@@ -71,21 +80,29 @@ def test_a_paired_difference_of_many_images():
 
 def test_p_is_uniform_without_a_difference_and_normal_with_one():
   draw = np.random.default_rng(10)
-  p = [paired_difference(draw.normal(size=30), draw.normal(size=30), seed=i, samples=300).p for i in range(400)]
+  p = [
+    paired_difference(draw.normal(size=30), draw.normal(size=30), seed=i, samples=300).p
+    for i in range(400)
+  ]
   assert 0.03 < np.mean(np.array(p) < 0.05) < 0.08 and 0.45 < np.mean(p) < 0.55
   shifted = draw.normal(size=500)
   shifted += 2 / np.sqrt(500) * shifted.std() - shifted.mean()  # z = 2: p is 0.0455
-  assert paired_difference(shifted, np.zeros(500), seed=0, samples=20000).p == pytest.approx(0.0455, abs=0.006)
+  assert paired_difference(shifted, np.zeros(500), seed=0, samples=20000).p == pytest.approx(
+    0.0455, abs=0.006
+  )
 
 
-@pytest.mark.parametrize("call, message", [
-  (lambda: bootstrap_interval([], 0), "values: none"),
-  (lambda: bootstrap_interval([1, np.nan], 0), "1 of 2 are not finite"),
-  (lambda: bootstrap_interval([1], 0, level=95), "level = 95"),
-  (lambda: bootstrap_interval([1], 0, samples=0), "samples = 0"),
-  (lambda: paired_difference([1, 2], [1], 0), "2 images against 1"),
-  (lambda: mean_and_best(np.zeros((0, 4))), "scores: none"),
-])
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: bootstrap_interval([], 0), "values: none"),
+    (lambda: bootstrap_interval([1, np.nan], 0), "1 of 2 are not finite"),
+    (lambda: bootstrap_interval([1], 0, level=95), "level = 95"),
+    (lambda: bootstrap_interval([1], 0, samples=0), "samples = 0"),
+    (lambda: paired_difference([1, 2], [1], 0), "2 images against 1"),
+    (lambda: mean_and_best(np.zeros((0, 4))), "scores: none"),
+  ],
+)
 def test_numbers_that_have_no_interval(call, message):
   with pytest.raises(ValueError, match=message):
     call()

@@ -13,7 +13,12 @@ from caprl_jax.data.charts.tables import CLOUDS, GRIDS, Slice, View, capital
 
 MAX_OPTIONS = 4
 
-_TYPES = {"bar": "a bar chart", "line": "a line chart", "scatter": "a scatter plot", "pie": "a pie chart"}
+_TYPES = {
+  "bar": "a bar chart",
+  "line": "a line chart",
+  "scatter": "a scatter plot",
+  "pie": "a pie chart",
+}
 _MAX_QUESTIONS = 5
 
 Decimal = decimal.Decimal
@@ -22,12 +27,22 @@ Asked = tuple[str, str, str, list[str]]  # kind, stem, right answer, wrong answe
 
 def questions(found: Slice, titles: list[str], generator: np.random.Generator) -> list[Asked]:
   """At most one of a kind; two or three of what the chart shows, the rest of what it is."""
-  about_data = [asked for make in (_value, _extreme, _compare, _trend, _color) for asked in make(found, generator)]
+  about_data = [
+    asked
+    for make in (_value, _extreme, _compare, _trend, _color)
+    for asked in make(found, generator)
+  ]
   gold = _TYPES[found.chart.kind]
   about_chart = [
-    ("chart/type", "What kind of chart is this?", gold, [other for other in _TYPES.values() if other != gold]),
+    (
+      "chart/type",
+      "What kind of chart is this?",
+      gold,
+      [other for other in _TYPES.values() if other != gold],
+    ),
     ("chart/title", "What is the title of the chart?", found.chart.title, titles),
-    *_axes(found, generator), *_count(found, generator),
+    *_axes(found, generator),
+    *_count(found, generator),
   ]
   chosen: list[Asked] = []
   for about, most in ((about_data, 3), (about_chart, _MAX_QUESTIONS)):
@@ -40,11 +55,18 @@ def questions(found: Slice, titles: list[str], generator: np.random.Generator) -
 def _value(found: Slice, generator: np.random.Generator) -> list[Asked]:
   if found.chart.kind == "scatter":
     values = sorted(value for mark in found.chart.marks for value in mark.y)
-    return [("value", f"What number labels the {word} point?", *_numbers(gold, values, generator))
-            for word, gold in (("highest", values[-1]), ("lowest", values[0]))]
+    return [
+      ("value", f"What number labels the {word} point?", *_numbers(gold, values, generator))
+      for word, gold in (("highest", values[-1]), ("lowest", values[0]))
+    ]
   name, value, _ = found.items[generator.integers(len(found.items))]
-  return [("value", f"What is the {found.measure} {_of(found, name)}?",
-           *_numbers(value, [value for _, value, _ in found.items], generator))]
+  return [
+    (
+      "value",
+      f"What is the {found.measure} {_of(found, name)}?",
+      *_numbers(value, [value for _, value, _ in found.items], generator),
+    )
+  ]
 
 
 def _extreme(found: Slice, generator: np.random.Generator) -> list[Asked]:
@@ -57,29 +79,52 @@ def _extreme(found: Slice, generator: np.random.Generator) -> list[Asked]:
     ranked = sorted(found.items, key=lambda item, sign=sign: sign * item[1])
     if scatter and word == "lowest":
       continue
-    stem = (f"Which {found.noun} has the highest point?" if scatter else
-            f"Which {found.noun} has the {word} {found.measure}{found.at}?")
+    stem = (
+      f"Which {found.noun} has the highest point?"
+      if scatter
+      else f"Which {found.noun} has the {word} {found.measure}{found.at}?"
+    )
     if ranked[0][1] != ranked[1][1]:
-      asked.append(("extreme", stem, ranked[0][0], [item[0] for item in ranked[1:]] + _mixed(found.spare, generator)))
+      asked.append(
+        (
+          "extreme",
+          stem,
+          ranked[0][0],
+          [item[0] for item in ranked[1:]] + _mixed(found.spare, generator),
+        )
+      )
   return asked
 
 
 def _compare(found: Slice, generator: np.random.Generator) -> list[Asked]:
-  """A difference of two, and of five or more the highest of four that are not the highest of all."""
+  """A difference of two, and of five or more the highest of four that are not the highest of
+  all.
+  """
   if found.chart.kind == "scatter":
     return []
   asked = []
   pairs = [(a, b) for a in found.items for b in found.items if a[1] > b[1]]
   if pairs:
     high, low = pairs[generator.integers(len(pairs))]
-    stem = (f"By how much is the {found.measure} {_of(found, high[0])} higher than {_of(found, low[0], short=True)}?")
-    asked.append(("compare", stem, *_numbers(high[1] - low[1], [a[1] - b[1] for a, b in pairs], generator)))
+    stem = (
+      f"By how much is the {found.measure} {_of(found, high[0])} higher than "
+      f"{_of(found, low[0], short=True)}?"
+    )
+    asked.append(
+      ("compare", stem, *_numbers(high[1] - low[1], [a[1] - b[1] for a, b in pairs], generator))
+    )
   ranked = sorted(found.items, key=lambda item: -item[1])
   if len(ranked) > 4:
     four = [ranked[1:][i] for i in sorted(generator.permutation(len(ranked) - 1)[:4])]
     if four[0][1] > four[1][1]:
-      asked.append(("compare", f"Which of these has the highest {found.measure}{found.at}?", four[0][0],
-                    [item[0] for item in four[1:]]))
+      asked.append(
+        (
+          "compare",
+          f"Which of these has the highest {found.measure}{found.at}?",
+          four[0][0],
+          [item[0] for item in four[1:]],
+        )
+      )
   return asked
 
 
@@ -88,21 +133,35 @@ def _trend(found: Slice, generator: np.random.Generator) -> list[Asked]:
   if chart.kind == "scatter":
     goes = tendency(chart.marks)
     options = ["it rises", "it falls", "it shows no clear trend"]
-    stem = f"How does \"{chart.y_label}\" change as \"{chart.x_label}\" rises?"
-    return [("trend", stem, f"it {goes}", [o for o in options if o != f"it {goes}"])] if goes else []
+    stem = f'How does "{chart.y_label}" change as "{chart.x_label}" rises?'
+    return (
+      [("trend", stem, f"it {goes}", [o for o in options if o != f"it {goes}"])] if goes else []
+    )
   if chart.kind != "line":
     return []
   mark = chart.marks[generator.integers(len(chart.marks))]
   change = mark.y[-1] - mark.y[0]
   if not change:
     return []
-  gold, others = _numbers(abs(change), [abs(a - b) for m in chart.marks for a in m.y for b in m.y], generator)
+  gold, others = _numbers(
+    abs(change), [abs(a - b) for m in chart.marks for a in m.y for b in m.y], generator
+  )
   # Each amount with both directions, so that neither gives the other away.
   words = ("rises", "falls") if change > 0 else ("falls", "rises")
-  options = [f"it {words[1]} by {gold}", f"it {words[0]} by {others[0]}", f"it {words[1]} by {others[0]}"]
+  options = [
+    f"it {words[1]} by {gold}",
+    f"it {words[0]} by {others[0]}",
+    f"it {words[1]} by {others[0]}",
+  ]
   name = f" of {mark.name}" if len(chart.marks) > 1 else ""
-  return [("trend", f"How does the {found.measure}{name} change from {mark.x[0]} to {mark.x[-1]}?",
-           f"it {words[0]} by {gold}", options)]
+  return [
+    (
+      "trend",
+      f"How does the {found.measure}{name} change from {mark.x[0]} to {mark.x[-1]}?",
+      f"it {words[0]} by {gold}",
+      options,
+    )
+  ]
 
 
 def _color(found: Slice, generator: np.random.Generator) -> list[Asked]:
@@ -119,20 +178,29 @@ def _color(found: Slice, generator: np.random.Generator) -> list[Asked]:
 
 
 def _plural(found: Slice) -> str:
-  return {"bar": "are the bars", "line": "is the line", "scatter": "are the points"}[found.chart.kind]
+  return {"bar": "are the bars", "line": "is the line", "scatter": "are the points"}[
+    found.chart.kind
+  ]
 
 
 def _axes(found: Slice, generator: np.random.Generator) -> list[Asked]:
   chart = found.chart
   if chart.kind == "pie":
     return []
-  labels = {grid.axis for grid in GRIDS} | {label for cloud in CLOUDS for label in (cloud.x, cloud.y)}
+  labels = {grid.axis for grid in GRIDS} | {
+    label for cloud in CLOUDS for label in (cloud.x, cloud.y)
+  }
   asked = []
-  for name, label, other in (("x", chart.x_label, chart.y_label), ("y", chart.y_label, chart.x_label)):
+  for name, label, other in (
+    ("x", chart.x_label, chart.y_label),
+    ("y", chart.y_label, chart.x_label),
+  ):
     if chart.kind == "scatter" or label == chart.y_label:
       if chart.horizontal:
         name = "x"
-      others = [other] * (chart.kind == "scatter") + _mixed(sorted(labels - {label, other}), generator)
+      others = [other] * (chart.kind == "scatter") + _mixed(
+        sorted(labels - {label, other}), generator
+      )
       asked.append(("axis", f"What does the {name} axis show?", label, others))
   return asked
 
@@ -142,16 +210,25 @@ def _count(found: Slice, generator: np.random.Generator) -> list[Asked]:
   if chart.kind == "scatter" and len(chart.marks) == 1:
     return [("count", "How many points are there?", *_counts(len(chart.marks[0].y), 1, generator))]
   one_line = chart.kind == "line" and len(chart.marks) == 1
-  what = {"scatter": "groups of points are in the legend", "pie": "slices does the pie have", "bar": "bars are there",
-          "line": "points does the line have" if one_line else "lines are there"}[chart.kind]
+  what = {
+    "scatter": "groups of points are in the legend",
+    "pie": "slices does the pie have",
+    "bar": "bars are there",
+    "line": "points does the line have" if one_line else "lines are there",
+  }[chart.kind]
   size = len(chart.marks[0].y) if one_line else len(chart.marks)
   asked = [("count", f"How many {what}?", *_counts(size, 1, generator))]
   if chart.kind == "bar" or one_line:
     place = int(generator.integers(1, len(values)))
     if values[place - 1] < values[place]:
       limit = f"{values[place - 1]:,}"
-      asked.append(("count", f"How many {'points' if one_line else 'bars'} are above {limit}?",
-                    *_counts(len(values) - place, 0, generator)))
+      asked.append(
+        (
+          "count",
+          f"How many {'points' if one_line else 'bars'} are above {limit}?",
+          *_counts(len(values) - place, 0, generator),
+        )
+      )
   return asked
 
 
@@ -162,8 +239,11 @@ def _of(found: Slice, name: str, short: bool = False) -> str:
   return f"for {name}" + ("" if short else found.at)
 
 
-def _numbers(gold: Decimal, shown: list[Decimal], generator: np.random.Generator) -> tuple[str, list[str]]:
-  """The right number and three wrong ones: two of the chart (or like them) and one a few last digits off.
+def _numbers(
+  gold: Decimal, shown: list[Decimal], generator: np.random.Generator
+) -> tuple[str, list[str]]:
+  """The right number and three wrong ones: two of the chart (or like them) and one a few last
+  digits off.
 
   That one stands by the right number in half of the questions and by one of the others in the rest,
   so that a pair of near numbers says nothing about which is right.
@@ -172,7 +252,10 @@ def _numbers(gold: Decimal, shown: list[Decimal], generator: np.random.Generator
   others = _mixed(sorted({value for value in shown if value != gold}), generator)[:2]
   taken = [gold, *others]
   while len(taken) < 3:
-    off = max(abs(gold) * Decimal(f"{generator.uniform(0.1, 0.6):.3f}"), step * int(generator.integers(1, 20)))
+    off = max(
+      abs(gold) * Decimal(f"{generator.uniform(0.1, 0.6):.3f}"),
+      step * int(generator.integers(1, 20)),
+    )
     value = (gold + off * int(generator.choice([-1, 1]))).quantize(step)
     if value not in taken and (value >= 0 or gold < 0):
       taken.append(value)
@@ -195,7 +278,9 @@ def _mixed(names: Sequence, generator: np.random.Generator) -> list:
   return [names[i] for i in generator.permutation(len(names))]
 
 
-def other_titles(view: View, titles: dict[str, set[str]], generator: np.random.Generator) -> list[str]:
+def other_titles(
+  view: View, titles: dict[str, set[str]], generator: np.random.Generator
+) -> list[str]:
   """Titles of the same wording first."""
   alike = _mixed(sorted(titles[view.template] - {view.title}), generator)
   rest = {title for found in titles.values() for title in found} - titles[view.template]
@@ -209,27 +294,33 @@ def description(found: Slice) -> str:
   """What the chart shows, all its labels and its extremes."""
   chart, marks = found.chart, found.chart.marks
   form = ("horizontal " if chart.horizontal else "vertical ") if chart.kind == "bar" else ""
-  said = [f"{capital(_TYPES[chart.kind]).replace('A ', f'A {form}')} titled \"{chart.title}\"."]
+  said = [f'{capital(_TYPES[chart.kind]).replace("A ", f"A {form}")} titled "{chart.title}".']
   if chart.kind == "pie":
-    said.append(f"Its {len(marks)} slices show \"{chart.y_label}\".")
+    said.append(f'Its {len(marks)} slices show "{chart.y_label}".')
   else:
     x, y = (chart.y_label, chart.x_label) if chart.horizontal else (chart.x_label, chart.y_label)
-    said.append(f"The x axis shows \"{x}\", the y axis \"{y}\".")
+    said.append(f'The x axis shows "{x}", the y axis "{y}".')
   colors = {mark.color for mark in marks}
   if chart.kind == "scatter":
     said += _cloud_description(found)
   elif chart.kind == "line" and len(marks) > 1:
     said.append(f"There are {len(marks)} lines from {marks[0].x[0]} to {marks[0].x[-1]}.")
     for mark in marks:
-      said.append(f"{mark.name} ({mark.color}) {_change(mark)}, from {mark.labels[0]} to {mark.labels[-1]}.")
+      said.append(
+        f"{mark.name} ({mark.color}) {_change(mark)}, from {mark.labels[0]} to {mark.labels[-1]}."
+      )
   else:
     if chart.kind == "line":
-      said.append(f"The {marks[0].color} line has {len(found.items)} points and {_change(marks[0])} "
-                  f"from {marks[0].x[0]} to {marks[0].x[-1]}.")
+      said.append(
+        f"The {marks[0].color} line has {len(found.items)} points and "
+        f"{_change(marks[0])} from {marks[0].x[0]} to {marks[0].x[-1]}."
+      )
     elif chart.kind == "bar":
       said.append(f"There are {len(marks)} {marks[0].color + ' ' if len(colors) == 1 else ''}bars.")
     shade = {mark.name: f" ({mark.color})" if chart.legend else "" for mark in marks}
-    said.append("; ".join(f"{name}{shade.get(name, '')} {label}" for name, _, label in found.items) + ".")
+    said.append(
+      "; ".join(f"{name}{shade.get(name, '')} {label}" for name, _, label in found.items) + "."
+    )
   if chart.kind != "scatter":
     said += [f"{capital(word)}{found.at}: {name}." for word, name in _ends(found)]
   return " ".join(said)
@@ -238,19 +329,25 @@ def description(found: Slice) -> str:
 def _cloud_description(found: Slice) -> list[str]:
   chart, marks = found.chart, found.chart.marks
   if len(marks) > 1:
-    said = [f"Its {len(marks)} groups: " + ", ".join(f"{mark.name} ({mark.color})" for mark in marks) + "."]
+    said = [
+      f"Its {len(marks)} groups: "
+      + ", ".join(f"{mark.name} ({mark.color})" for mark in marks)
+      + "."
+    ]
   else:
     said = [f"It has {len(marks[0].y)} {marks[0].color} points."]
   for word, pick in (("highest", max), ("lowest", min)):
     value, name = pick((value, mark.name) for mark in marks for value in mark.y)
     said.append(f"The {word} point is labelled {value:,}{f' ({name})' if len(marks) > 1 else ''}.")
   goes = tendency(marks)
-  return said + ([f"\"{chart.y_label}\" {goes} as \"{chart.x_label}\" rises."] if goes else [])
+  return said + ([f'"{chart.y_label}" {goes} as "{chart.x_label}" rises.'] if goes else [])
 
 
 def _change(mark: chart_drawing.Mark) -> str:
   change = mark.y[-1] - mark.y[0]
-  return f"{'rises' if change > 0 else 'falls'} by {abs(change):,}" if change else "ends where it starts"
+  return (
+    f"{'rises' if change > 0 else 'falls'} by {abs(change):,}" if change else "ends where it starts"
+  )
 
 
 def _ends(found: Slice) -> list[tuple[str, str]]:
@@ -261,20 +358,24 @@ def _ends(found: Slice) -> list[tuple[str, str]]:
 
 # Plain charts: what colours alone say.
 
-_PLAIN = {  # by kind: the noun, what the most and the least of them are called, and the question word's verb
-  "bar": ("bar", "tallest", "shortest", "taller"), "pie": ("slice", "largest", "smallest", "larger"),
+# by kind: the noun, what the most and the least of them are called, and the question word's verb
+_PLAIN = {
+  "bar": ("bar", "tallest", "shortest", "taller"),
+  "pie": ("slice", "largest", "smallest", "larger"),
   "line": ("line", "highest at the end", "lowest at the end", "higher at the end"),
   "scatter": ("color", "highest", "lowest", "higher"),
-}  # fmt: skip
+}
 
 
 def _plain_ranked(found: Slice) -> list[chart_drawing.Mark]:
   value = {"line": lambda mark: mark.y[-1], "scatter": lambda mark: mean(mark.y)}
-  return sorted(found.chart.marks, key=value.get(found.chart.kind, lambda mark: mark.y[0]), reverse=True)
+  return sorted(
+    found.chart.marks, key=value.get(found.chart.kind, lambda mark: mark.y[0]), reverse=True
+  )
 
 
 def plain_direction(found: Slice, mark: chart_drawing.Mark) -> str:
-  """"rises" or "falls"; "" or "shows no clear trend" for points that do neither."""
+  """ "rises" or "falls"; "" or "shows no clear trend" for points that do neither."""
   if found.chart.kind == "scatter":
     return tendency((mark,))
   return "rises" if mark.y[-1] > mark.y[0] else "falls"
@@ -288,7 +389,12 @@ def plain_questions(found: Slice, generator: np.random.Generator) -> list[Asked]
   shown = [mark.color for mark in ranked]
   spare = _mixed(sorted(set(chart_drawing.PLAIN_COLORS) - set(shown)), generator)
   asked = [
-    ("chart/type", "what kind of chart is this?", _TYPES[kind], [t for t in _TYPES.values() if t != _TYPES[kind]]),
+    (
+      "chart/type",
+      "what kind of chart is this?",
+      _TYPES[kind],
+      [t for t in _TYPES.values() if t != _TYPES[kind]],
+    ),
     ("count", f"how many {noun}s are there?", *_counts(len(ranked), 1, generator)),
   ]
   if len(ranked) > 1:
@@ -296,14 +402,25 @@ def plain_questions(found: Slice, generator: np.random.Generator) -> list[Asked]
       asked.append(("extreme", f"which {noun} is {word}?", order[0], order[1:] + spare))
     first, second = sorted(generator.permutation(len(ranked))[:2])
     pair = _mixed([shown[first], shown[second]], generator)
-    asked.append(("compare", f"which is {more}, {pair[0]} or {pair[1]}?", shown[first], [shown[second]]))
+    asked.append(
+      ("compare", f"which is {more}, {pair[0]} or {pair[1]}?", shown[first], [shown[second]])
+    )
   else:
-    asked.append(("color", f"what color {'are the dots' if kind == 'scatter' else 'is the line'}?", shown[0], spare))
+    asked.append(
+      (
+        "color",
+        f"what color {'are the dots' if kind == 'scatter' else 'is the line'}?",
+        shown[0],
+        spare,
+      )
+    )
   if kind == "line" or len(ranked) == 1:
     mark = ranked[generator.integers(len(ranked))]
     goes = plain_direction(found, mark)
     what = f"does the {mark.color} line" if kind == "line" else "do the dots"
-    asked.append(("trend", f"{what} rise or fall?", goes, ["falls" if goes == "rises" else "rises"]))
+    asked.append(
+      ("trend", f"{what} rise or fall?", goes, ["falls" if goes == "rises" else "rises"])
+    )
   if len(asked) > _MAX_QUESTIONS:  # several lines: drop one of the two extremes
     asked.pop(int(generator.integers(2, 4)))
   return asked
@@ -331,7 +448,9 @@ def mean(values: Sequence[Decimal]) -> Decimal:
 
 
 def rank_correlation(x: Iterable, y: Iterable) -> float:
-  return _correlation(*([sum(b < a for b in v) + sum(b == a for b in v) / 2 for a in v] for v in (list(x), list(y))))
+  return _correlation(
+    *([sum(b < a for b in v) + sum(b == a for b in v) / 2 for a in v] for v in (list(x), list(y)))
+  )
 
 
 def _correlation(x: Iterable, y: Iterable) -> float:
@@ -345,7 +464,10 @@ def tendency(marks: tuple[chart_drawing.Mark, ...]) -> str:
 
   Values and ranks must agree: one far point or a bend is no trend.
   """
-  x, y = [value for mark in marks for value in mark.x], [value for mark in marks for value in mark.y]
+  x, y = (
+    [value for mark in marks for value in mark.x],
+    [value for mark in marks for value in mark.y],
+  )
   both = (_correlation(x, y), rank_correlation(x, y))
   if min(map(abs, both)) >= 0.7:
     return "rises" if both[0] > 0 else "falls"

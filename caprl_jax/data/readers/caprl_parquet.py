@@ -1,8 +1,9 @@
 """Parquet files in the layout of the released CapRL-QA-75K <-> rows.
 
-Columns of the release: id; image {bytes, path}; prompt [{role, content}]; data_source; reward_model {ground_truth:
-[{question, choices ["A) red", ...], answer "A"}]}. What the release has no place for (row names, kinds, provenance,
-facts) goes into one column more, `extra_info`, as JSON; other readers leave it aside.
+Columns of the release: id; image {bytes, path}; prompt [{role, content}]; data_source; reward_model
+{ground_truth: [{question, choices ["A) red", ...], answer "A"}]}. What the release has no place for
+(row names, kinds, provenance, facts) goes into one column more, `extra_info`, as JSON; other
+readers leave it aside.
 """
 
 import dataclasses
@@ -23,42 +24,71 @@ from caprl_jax.data.readers.jsonl import image_suffix
 from caprl_jax.data.rows import BadRow, CaptionRow, QARow, check_rows, image_bytes
 
 INSTRUCTION = "Please describe this image in detail."  # what the release asks the captioner
-SCHEMA = pa.schema([
+SCHEMA = pa.schema(
+  [
     ("id", pa.string()),
     ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
     ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     ("data_source", pa.string()),
-    ("reward_model", pa.struct([("ground_truth", pa.list_(pa.struct([
-        ("question", pa.string()), ("choices", pa.list_(pa.string())), ("answer", pa.string())])))])),
-    ("extra_info", pa.string())])
+    (
+      "reward_model",
+      pa.struct(
+        [
+          (
+            "ground_truth",
+            pa.list_(
+              pa.struct(
+                [
+                  ("question", pa.string()),
+                  ("choices", pa.list_(pa.string())),
+                  ("answer", pa.string()),
+                ]
+              )
+            ),
+          )
+        ]
+      ),
+    ),
+    ("extra_info", pa.string()),
+  ]
+)
 ROWS_PER_GROUP = 100  # a row group is read as a whole: small ones make single images cheap
 KEPT_BYTES = 1 << 30  # of decoded row groups
 
 
 def parquet_files(source: str | os.PathLike[str]) -> list[pathlib.Path]:
-  """The files of a .parquet path, a pattern ("train-*.parquet") or a folder, sorted. Raises ValueError for none."""
+  """The files of a .parquet path, a pattern ("train-*.parquet") or a folder, sorted. Raises
+  ValueError for none.
+  """
   path = pathlib.Path(source).expanduser()
   if path.is_dir():
     found = sorted(path.rglob("*.parquet"))
   else:
     found = [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(str(path))))
   if not found:
-    raise ValueError(f"{source}: no parquet file there; name a .parquet file, a pattern such as 'train-*.parquet', "
-                     "or a folder of them")
+    raise ValueError(
+      f"{source}: no parquet file there; name a .parquet file, a pattern such as "
+      "'train-*.parquet', or a folder of them"
+    )
   return found
 
 
 def scan_parquet(source: str | os.PathLike[str]) -> Iterator[QARow | BadRow]:
   """Questions and where their images lie; the images themselves are read when they are needed.
 
-  Raises ValueError for files that are no parquet or of another layout; a row that cannot be used is a BadRow.
+  Raises ValueError for files that are no parquet or of another layout; a row that cannot be used is
+  a BadRow.
   """
   for path in parquet_files(source):
     with _open(path) as file:
       _check_layout(file, path, ("image", "reward_model"))
-      columns = [name for name in ("id", "reward_model", "extra_info") if name in file.schema_arrow.names]
+      columns = [
+        name for name in ("id", "reward_model", "extra_info") if name in file.schema_arrow.names
+      ]
       places = _places(file)
-      for number, (row, image) in enumerate(zip(_rows(file, columns), _pictures(file, path, places), strict=True)):
+      for number, (row, image) in enumerate(
+        zip(_rows(file, columns), _pictures(file, path, places), strict=True)
+      ):
         where = f"{path}, row {number}"
         try:
           yield _parse_row(row, image, where)
@@ -76,12 +106,17 @@ def scan_images(source: str | os.PathLike[str]) -> Iterator[CaptionRow]:
       _check_layout(file, path, ("image",))
       columns = [name for name in ("id",) if name in file.schema_arrow.names]
       rows = _rows(file, columns) if columns else [{}] * file.metadata.num_rows
-      for number, (row, image) in enumerate(zip(rows, _pictures(file, path, _places(file)), strict=True)):
-        yield CaptionRow(image, "", image.name or str(row.get("id") or "") or f"{path.name}/{number}")
+      for number, (row, image) in enumerate(
+        zip(rows, _pictures(file, path, _places(file)), strict=True)
+      ):
+        yield CaptionRow(
+          image, "", image.name or str(row.get("id") or "") or f"{path.name}/{number}"
+        )
 
 
 def write_parquet(path: str | os.PathLike[str], rows: Sequence[QARow]) -> None:
-  """Writes what `scan_parquet` reads. The file appears whole or not at all; images are read one group at a time.
+  """Writes what `scan_parquet` reads. The file appears whole or not at all; images are read one
+  group at a time.
 
   Raises ValueError for rows that `check_rows` refuses or images that cannot be read.
   """
@@ -93,7 +128,10 @@ def write_parquet(path: str | os.PathLike[str], rows: Sequence[QARow]) -> None:
     with pq.ParquetWriter(partial, SCHEMA) as writer:
       for start in range(0, len(rows), ROWS_PER_GROUP):
         writer.write_table(
-            pa.Table.from_pylist([_format_row(row) for row in rows[start:start + ROWS_PER_GROUP]], SCHEMA))
+          pa.Table.from_pylist(
+            [_format_row(row) for row in rows[start : start + ROWS_PER_GROUP]], SCHEMA
+          )
+        )
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)
@@ -101,8 +139,10 @@ def write_parquet(path: str | os.PathLike[str], rows: Sequence[QARow]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ParquetImage:
-  """An image in a row group of a parquet file. Reading one decodes its group, which is kept for its neighbours: read
-  in order it is cheap, at random from large groups it is not (mode `dataset` converts)."""
+  """An image in a row group of a parquet file. Reading one decodes its group, which is kept for its
+  neighbours: read in order it is cheap, at random from large groups it is not (mode `dataset`
+  converts)."""
+
   path: pathlib.Path
   group: int
   row: int  # within the group
@@ -130,7 +170,9 @@ class _Groups:
       column = self.kept.pop(key, None)
       if column is None:
         column = self._read(image)
-        while self.kept and sum(kept.nbytes for kept in self.kept.values()) + column.nbytes > KEPT_BYTES:
+        while (
+          self.kept and sum(kept.nbytes for kept in self.kept.values()) + column.nbytes > KEPT_BYTES
+        ):
           self.kept.pop(next(iter(self.kept)))
       self.kept[key] = column
     value = column[image.row].as_py()
@@ -154,7 +196,9 @@ def _open(path: pathlib.Path) -> pq.ParquetFile:
   try:
     return pq.ParquetFile(path)
   except (OSError, pa.ArrowException) as error:
-    raise ValueError(f"{path}: cannot be read as parquet ({error}); check the path, or fetch the file again") from error
+    raise ValueError(
+      f"{path}: cannot be read as parquet ({error}); check the path, or fetch the file again"
+    ) from error
 
 
 def _check_layout(file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str]) -> None:
@@ -162,12 +206,18 @@ def _check_layout(file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str
   lacking = [name for name in needed if name not in names]
   if lacking:
     videos = " (videos are not supported)" if "videos" in names else ""
-    raise ValueError(f"{path}: the columns {lacking} are missing{videos}; it has {names}, "
-                     f"CapRL-QA's layout has {SCHEMA.names}")
+    raise ValueError(
+      f"{path}: the columns {lacking} are missing{videos}; it has {names}, "
+      f"CapRL-QA's layout has {SCHEMA.names}"
+    )
   kind = file.schema_arrow.field("image").type
   plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-  if not (pa.types.is_struct(plain) and plain.get_field_index("bytes") >= 0) and not _is_bytes(plain):
-    raise ValueError(f"{path}: the column 'image' is {plain}; it must be bytes, or a struct of bytes and path")
+  if not (pa.types.is_struct(plain) and plain.get_field_index("bytes") >= 0) and not _is_bytes(
+    plain
+  ):
+    raise ValueError(
+      f"{path}: the column 'image' is {plain}; it must be bytes, or a struct of bytes and path"
+    )
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -177,7 +227,9 @@ def _is_bytes(kind: pa.DataType) -> bool:
 def _places(file: pq.ParquetFile) -> list[tuple[int, int]]:
   """Row group and row in it, of every row."""
   groups = range(file.metadata.num_row_groups)
-  return [(group, row) for group in groups for row in range(file.metadata.row_group(group).num_rows)]
+  return [
+    (group, row) for group in groups for row in range(file.metadata.row_group(group).num_rows)
+  ]
 
 
 def _rows(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -201,11 +253,15 @@ def _parse_row(row: dict[str, Any], image: ParquetImage, where: str) -> QARow:
   extra = _extra_info(row, where)
   asked = (row["reward_model"] or {}).get("ground_truth")
   if not isinstance(asked, list) or not asked:
-    raise ValueError(f"{where}: reward_model.ground_truth holds no questions; add some or drop the row")
+    raise ValueError(
+      f"{where}: reward_model.ground_truth holds no questions; add some or drop the row"
+    )
   kinds, provenances = (extra.get(key) or [""] * len(asked) for key in ("kinds", "provenances"))
   if not len(kinds) == len(provenances) == len(asked):
-    raise ValueError(f"{where}: extra_info has {len(kinds)} kinds and {len(provenances)} provenances "
-                     f"for {len(asked)} questions")
+    raise ValueError(
+      f"{where}: extra_info has {len(kinds)} kinds and {len(provenances)} "
+      f"provenances for {len(asked)} questions"
+    )
   questions = []
   for i, (item, kind, provenance) in enumerate(zip(asked, kinds, provenances, strict=True)):
     at = f"{where}, question {i}"
@@ -231,12 +287,27 @@ def _extra_info(row: dict[str, Any], where: str) -> dict[str, Any]:
 def _format_row(row: QARow) -> dict[str, Any]:
   data = image_bytes(row)
   image_suffix(data, f"row {row.name!r}")  # refuses what is no image
-  extra = {"name": row.name, "kinds": [q.kind for q in row.questions],
-           "provenances": [q.provenance for q in row.questions]}
+  extra = {
+    "name": row.name,
+    "kinds": [q.kind for q in row.questions],
+    "provenances": [q.provenance for q in row.questions],
+  }
   return {
-      "id": hashlib.md5(data).hexdigest(), "image": {"bytes": data, "path": None},
-      "prompt": [{"role": "user", "content": f"<image> {INSTRUCTION}"}], "data_source": "image_caption_rl",
-      "reward_model": {"ground_truth": [
-          {"question": q.stem, "choices": choices_of(q), "answer": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[q.gold]}
-          for q in row.questions]},
-      "extra_info": json.dumps(extra if row.facts is None else extra | {"facts": row.facts}, ensure_ascii=False)}
+    "id": hashlib.md5(data).hexdigest(),
+    "image": {"bytes": data, "path": None},
+    "prompt": [{"role": "user", "content": f"<image> {INSTRUCTION}"}],
+    "data_source": "image_caption_rl",
+    "reward_model": {
+      "ground_truth": [
+        {
+          "question": q.stem,
+          "choices": choices_of(q),
+          "answer": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[q.gold],
+        }
+        for q in row.questions
+      ]
+    },
+    "extra_info": json.dumps(
+      extra if row.facts is None else extra | {"facts": row.facts}, ensure_ascii=False
+    ),
+  }

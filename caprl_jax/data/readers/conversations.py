@@ -30,12 +30,19 @@ log = logging.getLogger("caprl_jax.data")
 
 Role = Literal["system", "user", "assistant"]
 PLACE = "<image>"  # what LLaVA's data writes where the image goes
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+  "human": "user",
+  "user": "user",
+  "gpt": "assistant",
+  "assistant": "assistant",
+  "system": "system",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
   """What one side says; the image stands before `text[image_at:]`, where this turn has it."""
+
   role: Role
   text: str
   image_at: int | None = None
@@ -43,33 +50,44 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-  """Turns with at most one image. `ended`: False for a last answer that was cut, after which no end is to be learnt."""
+  """Turns with at most one image. `ended`: False for a last answer that was cut, after which no end
+  is to be learnt.
+  """
+
   image: ImageSource | None
   turns: tuple[Turn, ...]
   name: str
   ended: bool = True
 
   def __post_init__(self):
-    """Raises ValueError, which names no row, for turns that are not user, assistant, user, ... after a system's."""
+    """Raises ValueError, which names no row, for turns that are not user, assistant, user, ...
+    after a system's.
+    """
     roles = [turn.role for turn in self.turns]
     asked = roles[1:] if roles[:1] == ["system"] else roles
     if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
       raise ValueError(
-          f"its turns are of {', '.join(roles) or 'nobody'}; after an optional system turn they must be user and "
-          "assistant in turn, the assistant last")
+        f"its turns are of {', '.join(roles) or 'nobody'}; after an optional system turn they "
+        "must be user and assistant in turn, the assistant last"
+      )
     if any(turn.role == "assistant" and not turn.text.strip() for turn in self.turns):
       raise ValueError("an assistant's turn is empty")
     places = sum(turn.image_at is not None for turn in self.turns)
     if places != (self.image is not None) or any(
-        turn.image_at is not None and turn.role != "user" for turn in self.turns):
+      turn.image_at is not None and turn.role != "user" for turn in self.turns
+    ):
       raise ValueError(
-          f"it has {int(self.image is not None)} image(s) and {places} place(s) for one in the user's turns")
+        f"it has {int(self.image is not None)} image(s) and {places} place(s) for one in the "
+        "user's turns"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """Multiple-choice questions about an image, or about a `text` that is told in its place; options come in another
-  order at every visit. With `open_question`, a wording, they are not shown, and the right option is the answer."""
+  """Multiple-choice questions about an image, or about a `text` that is told in its place; options
+  come in another order at every visit. With `open_question`, a wording, they are not shown, and the
+  right option is the answer."""
+
   image: ImageSource | None
   questions: tuple[Question, ...]
   name: str
@@ -81,44 +99,58 @@ Example = Conversation | Asked
 _QA_KEYS = {"questions", "message", "qa_list"}  # of rows that `data/sources.py` reads
 
 
-def read_examples(source: str, instruction: str, image_root: str | None = None, seed: int = 0,
-                  max_rows: int | None = None, bad_rows: BadRows = "refuse", questions: int | None = None,
-                  told: str | None = None, kinds: Sequence[str] | None = None,
-                  open_question: str | None = None) -> list[Example]:
+def read_examples(
+  source: str,
+  instruction: str,
+  image_root: str | None = None,
+  seed: int = 0,
+  max_rows: int | None = None,
+  bad_rows: BadRows = "refuse",
+  questions: int | None = None,
+  told: str | None = None,
+  kinds: Sequence[str] | None = None,
+  open_question: str | None = None,
+) -> list[Example]:
   """Reads what a stage of pretraining learns from.
 
-  A .jsonl file holds a line each, or a .json file in a list,
-    {"image", "caption", "name"?, ...}: captions, of mode `caption` too; its rows with `error` are left out, with a
+  A .jsonl file holds a line each, or a .json file in a list, {"image", "caption", "name"?, ...}:
+    captions, of mode `caption` too; its rows with `error` are left out, with a
       count;
-    {"conversations": [{"from": "human"|"gpt"|"system", "value"}], "image"?, "id"?}: LLaVA's layout, in which `<image>`
-      in a human's text is where the image goes (before the first text if it is nowhere);
-    {"messages": [{"role", "content"}], "image"? or "images"?, "id"?}: OpenAI's, the content a text like LLaVA's or a
-      list of {"type": "text", "text"} and {"type": "image"};
-    {"image", "questions"}, {"image_path", "qa_list"}, {"message"}: multiple choice, as every other source of
-      `data/sources.py`.
+    {"conversations": [{"from": "human"|"gpt"|"system", "value"}], "image"?, "id"?}: LLaVA's layout,
+      in which `<image>` in a human's text is where the image goes (before the first text if it is
+      nowhere);
+    {"messages": [{"role", "content"}], "image"? or "images"?, "id"?}: OpenAI's, the content a text
+      like LLaVA's or a list of {"type": "text", "text"} and {"type": "image"};
+    {"image", "questions"}, {"image_path", "qa_list"}, {"message"}: multiple choice, as every other
+      source of `data/sources.py`.
   " + " joins sources, row by row.
 
   Args:
     instruction: what the user says where a row has a caption only.
-    image_root: what images' paths are relative to; None: the file's folder or, where they are not there, this folder.
-    seed: of what a reader draws.
+    image_root: what images' paths are relative to; None: the file's folder or, where they are not
+    there, this folder. seed: of what a reader draws.
     max_rows: keeps the first rows only, of each source.
-    questions: of one image in one conversation; None: all of them. More share the image's tokens, but later questions
-      may then be answered from earlier ones.
-    told: a template of facts, such as "The image shows a {color} shape.": questions are asked after this text and
-      without the image, of rows that know such facts; how a language model can be taught to read.
+    questions: of one image in one conversation; None: all of them. More share the image's tokens,
+      but later questions may then be answered from earlier ones.
+    told: a template of facts, such as "The image shows a {color} shape.": questions are asked after
+      this text and without the image, of rows that know such facts; how a language model can be
+      taught to read.
     kinds: of questions; None: all.
-    open_question: a wording such as "{question}\\nAnswer the question using a single word or phrase.", in which no
-      options are shown and the assistant says the right one; None: they are, and the assistant says a letter.
+    open_question: a wording such as "{question}\\nAnswer the question using a single word or
+      phrase.", in which no options are shown and the assistant says the right one; None: they are,
+      and the assistant says a letter.
 
   Raises:
-    ValueError: an unknown source, one without rows, or bad rows that are to be refused, with file and line; kinds, or
-      facts to be told, that no row of questions has.
+    ValueError: an unknown source, one without rows, or bad rows that are to be refused, with file
+      and line; kinds, or facts to be told, that no row of questions has.
   """
   facts = told_facts(told)
   parts = parse_mixture(source)
   if any(part.weight for part in parts):
-    raise ValueError(f"{source!r}: weights are not supported here, every example is used once an epoch; leave them out")
+    raise ValueError(
+      f"{source!r}: weights are not supported here, every example is used once an "
+      "epoch; leave them out"
+    )
   read: list[tuple[str, list[Conversation] | list[QARow]]] = []
   for part in parts:
     path = pathlib.Path(part.source).expanduser()
@@ -130,10 +162,16 @@ def read_examples(source: str, instruction: str, image_root: str | None = None, 
   asked = [row for _, rows in read for row in rows if isinstance(row, QARow)]
   if asked:
     check_kinds(asked, kinds)
-    _check_known(f"told = {told!r}", facts, {fact for row in asked for fact in row.facts or ()}, "facts")
+    _check_known(
+      f"told = {told!r}", facts, {fact for row in asked for fact in row.facts or ()}, "facts"
+    )
   found: list[Example] = []
   for name, rows in read:
-    made = _pieces(rows, name, questions, told, kinds, open_question) if rows and isinstance(rows[0], QARow) else rows
+    made = (
+      _pieces(rows, name, questions, told, kinds, open_question)
+      if rows and isinstance(rows[0], QARow)
+      else rows
+    )
     if not made:
       raise ValueError(f"{name}: no rows to learn from")
     found += made
@@ -147,7 +185,9 @@ def _first(path: pathlib.Path) -> Mapping:
 
 def told_facts(told: str | None) -> set[str]:
   """The facts that a template names. Raises ValueError for a place that names none, such as {}."""
-  remedy = "each place must name a fact and nothing else, as in 'The image shows a {color} {shape}.'"
+  remedy = (
+    "each place must name a fact and nothing else, as in 'The image shows a {color} {shape}.'"
+  )
   try:
     places = [rest for _, *rest in string.Formatter().parse(told or "") if rest[0] is not None]
   except ValueError as error:
@@ -167,8 +207,10 @@ def _check_known(setting: str, wanted: Iterable[str], known: Iterable[str], what
   known = sorted(known)
   for name in wanted:
     if name not in known:
-      raise ValueError(f"{setting}: no row has {name!r}{did_you_mean(name, known)} ({what}: "
-                       f"{', '.join(map(repr, known)) or 'none'})")
+      raise ValueError(
+        f"{setting}: no row has {name!r}{did_you_mean(name, known)} ({what}: "
+        f"{', '.join(map(repr, known)) or 'none'})"
+      )
 
 
 def warn_of_options(rows: Sequence[QARow], source: str) -> None:
@@ -176,44 +218,74 @@ def warn_of_options(rows: Sequence[QARow], source: str) -> None:
   asked = [question for row in rows for question in row.questions]
   about = [question for question in asked if speaks_of_options(question)]
   if about:
-    log.warning("%s: %d of %d questions speak of options, which open_question does not show, such as %r; choose kinds",
-                source, len(about), len(asked), about[0].stem)
+    log.warning(
+      "%s: %d of %d questions speak of options, which open_question does not show, such "
+      "as %r; choose kinds",
+      source,
+      len(about),
+      len(asked),
+      about[0].stem,
+    )
 
 
 def of_kinds(rows: Sequence[QARow], kinds: Sequence[str] | None) -> list[QARow]:
   """The rows with their questions of some kinds only; None: all. Rows without any are left out."""
   if kinds is None:
     return list(rows)
-  some = [dataclasses.replace(row, questions=tuple(q for q in row.questions if q.kind in kinds)) for row in rows]
+  some = [
+    dataclasses.replace(row, questions=tuple(q for q in row.questions if q.kind in kinds))
+    for row in rows
+  ]
   return [row for row in some if row.questions]
 
 
-def _pieces(rows: Sequence[QARow], source: str, questions: int | None, told: str | None,
-            kinds: Sequence[str] | None, open_question: str | None) -> list[Asked]:
-  """The rows' questions of these kinds; of rows that know what is to be told. Logs how many rows are left out."""
+def _pieces(
+  rows: Sequence[QARow],
+  source: str,
+  questions: int | None,
+  told: str | None,
+  kinds: Sequence[str] | None,
+  open_question: str | None,
+) -> list[Asked]:
+  """The rows' questions of these kinds; of rows that know what is to be told. Logs how many rows
+  are left out.
+  """
   some, facts = of_kinds(rows, kinds), told_facts(told)
   knowing = [row for row in some if facts <= (row.facts or {}).keys()]
-  for setting, before, after in ((f"kinds = {kinds}", rows, some), (f"told = {told!r}", some, knowing)):
+  for setting, before, after in (
+    (f"kinds = {kinds}", rows, some),
+    (f"told = {told!r}", some, knowing),
+  ):
     if len(after) < len(before):
-      log.info("%s: %s leaves out %d of %d rows", source, setting, len(before) - len(after), len(before))
+      log.info(
+        "%s: %s leaves out %d of %d rows", source, setting, len(before) - len(after), len(before)
+      )
   if open_question:
     warn_of_options(knowing, source)
   return [piece for row in knowing for piece in _asked(row, questions, told, open_question)]
 
 
-def _asked(row: QARow, questions: int | None, told: str | None, open_question: str | None) -> list[Asked]:
+def _asked(
+  row: QARow, questions: int | None, told: str | None, open_question: str | None
+) -> list[Asked]:
   """The row cut into some of its questions each."""
   size = questions or len(row.questions)
-  return [Asked(None if told else row.image, row.questions[i:i + size], row.name if size >= len(row.questions) else
-                f"{row.name}, questions from {i}", told.format(**(row.facts or {})) + "\n" if told else "",
-                open_question)
-          for i in range(0, len(row.questions), size)]
+  return [
+    Asked(
+      None if told else row.image,
+      row.questions[i : i + size],
+      row.name if size >= len(row.questions) else f"{row.name}, questions from {i}",
+      told.format(**(row.facts or {})) + "\n" if told else "",
+      open_question,
+    )
+    for i in range(0, len(row.questions), size)
+  ]
 
 
 def conversation_of(example: Example, rng: np.random.Generator | None = None) -> Conversation:
-  """Turns of an example. Questions, and each one's options, come in an order that `rng` draws (None: their own), one
-  turn a question; the assistant answers with the letter alone, or the option. The image, or what is told, stands before
-  the first."""
+  """Turns of an example. Questions, and each one's options, come in an order that `rng` draws
+  (None: their own), one turn a question; the assistant answers with the letter alone, or the
+  option. The image, or what is told, stands before the first."""
   if isinstance(example, Conversation):
     return example
   draw = (lambda n: rng.permutation(n).tolist()) if rng else (lambda n: list(range(n)))
@@ -226,14 +298,21 @@ def conversation_of(example: Example, rng: np.random.Generator | None = None) ->
       order = draw(len(question.options))
       text = question_text(question, order, none_of_above=False)
       answer = string.ascii_uppercase[order.index(question.gold)]
-    turns += [Turn("user", text) if turns else Turn("user", example.text + text, None if example.image is None else 0),
-              Turn("assistant", answer)]
+    turns += [
+      Turn("user", text)
+      if turns
+      else Turn("user", example.text + text, None if example.image is None else 0),
+      Turn("assistant", answer),
+    ]
   return Conversation(example.image, tuple(turns), example.name)
 
 
-def scan_conversations(path: pathlib.Path, instruction: str,
-                       image_root: str | None = None) -> Iterator[Conversation | BadRow]:
-  """The captions and conversations of a file (`read_examples`), with a BadRow for each row that is neither."""
+def scan_conversations(
+  path: pathlib.Path, instruction: str, image_root: str | None = None
+) -> Iterator[Conversation | BadRow]:
+  """The captions and conversations of a file (`read_examples`), with a BadRow for each row that is
+  neither.
+  """
   failed, empty = 0, True
   for where, item in read_items(path):
     empty = False
@@ -252,11 +331,15 @@ def scan_conversations(path: pathlib.Path, instruction: str,
     log.warning("%s: left out %d rows that have an error in place of a caption", path, failed)
 
 
-def _parse(item: Any, instruction: str, folder: pathlib.Path, image_root: str | None) -> Conversation:
+def _parse(
+  item: Any, instruction: str, folder: pathlib.Path, image_root: str | None
+) -> Conversation:
   if not isinstance(item, dict):
     raise ValueError(f"{item!r:.80} is no JSON object")
   images = item.get("images")
-  images = [item["image"]] if item.get("image") is not None else images if images is not None else []
+  images = (
+    [item["image"]] if item.get("image") is not None else images if images is not None else []
+  )
   if isinstance(images, str):
     images = [images]
   if not isinstance(images, list) or any(not isinstance(image, str) for image in images):
@@ -270,12 +353,19 @@ def _parse(item: Any, instruction: str, folder: pathlib.Path, image_root: str | 
     turns = [_turn(turn, "role", "content") for turn in messages]
     images = images or _image_parts(messages)
   else:
-    raise ValueError(f"it has the keys {sorted(item)}; one of caption, conversations and messages must be there")
+    raise ValueError(
+      f"it has the keys {sorted(item)}; one of caption, conversations and messages must be there"
+    )
   if len(images) > 1:
-    raise ValueError(f"it has {len(images)} images; conversations with one image at most are supported")
-  if images and all(turn.image_at is None for turn in turns):  # nowhere said: before the user's first words
+    raise ValueError(
+      f"it has {len(images)} images; conversations with one image at most are supported"
+    )
+  # nowhere said: before the user's first words
+  if images and all(turn.image_at is None for turn in turns):
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
-    turns[first:first + 1] = [dataclasses.replace(turn, image_at=0) for turn in turns[first:first + 1]]
+    turns[first : first + 1] = [
+      dataclasses.replace(turn, image_at=0) for turn in turns[first : first + 1]
+    ]
   image = _image_file(images[0], folder, image_root) if images else None
   name = item.get("name", item.get("id", images[0] if images else ""))
   return Conversation(image, tuple(turns), str(name), item.get("finish") != "length")
@@ -287,12 +377,15 @@ def _image_file(name: str, folder: pathlib.Path, image_root: str | None) -> path
     if (root / name).is_file():
       return root / name
   raise ValueError(
-      f"image {name!r} is not a file in {' or '.join(str(root.absolute()) for root in roots)}; correct it or set "
-      "image_root to the folder that the paths are relative to")
+    f"image {name!r} is not a file in {' or '.join(str(root.absolute()) for root in roots)}; "
+    "correct it or set image_root to the folder that the paths are relative to"
+  )
 
 
 def _turn(turn: Any, role_key: str, text_key: str) -> Turn:
-  """One turn of either layout; an image that it holds is placed, and its sign taken out of the text."""
+  """One turn of either layout; an image that it holds is placed, and its sign taken out of the
+  text.
+  """
   if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str):
     raise ValueError(f"{turn!r:.80} is no turn with {role_key!r} and {text_key!r}")
   if turn[role_key] not in _ROLES:
@@ -303,10 +396,14 @@ def _turn(turn: Any, role_key: str, text_key: str) -> Turn:
     for part in content:
       if _is_image(part):
         if at is not None:
-          raise ValueError("a turn has two images; conversations with one image at most are supported")
+          raise ValueError(
+            "a turn has two images; conversations with one image at most are supported"
+          )
         at = sum(map(len, texts))
       else:
-        texts.append(_text(part.get("text") if isinstance(part, dict) else None, "a part of the content"))
+        texts.append(
+          _text(part.get("text") if isinstance(part, dict) else None, "a part of the content")
+        )
     return Turn(role, "".join(texts), at)
   text = _text(content, text_key)
   if role != "user" or PLACE not in text:
@@ -314,8 +411,11 @@ def _turn(turn: Any, role_key: str, text_key: str) -> Turn:
   before, _, after = text.partition(PLACE)
   if PLACE in after:
     raise ValueError(
-        f"a turn has {PLACE} {text.count(PLACE)} times; conversations with one image at most are supported")
-  before, after = before.removesuffix("\n"), after.removeprefix("\n")  # the template puts its own around the image
+      f"a turn has {PLACE} {text.count(PLACE)} times; conversations with one image at most are "
+      "supported"
+    )
+  # the template puts its own around the image
+  before, after = before.removesuffix("\n"), after.removeprefix("\n")
   return Turn(role, before + after, len(before))
 
 
@@ -326,7 +426,9 @@ def _is_image(part: Any) -> bool:
 def _image_parts(messages: list) -> list[str]:
   """Paths that the content's own parts give."""
   found = []
-  for part in (p for m in messages if isinstance(m.get("content"), list) for p in m["content"] if _is_image(p)):
+  for part in (
+    p for m in messages if isinstance(m.get("content"), list) for p in m["content"] if _is_image(p)
+  ):
     value = part.get("image", part.get("image_url", part.get("path")))
     value = value.get("url") if isinstance(value, dict) else value
     if not isinstance(value, str) or value.startswith(("http:", "https:", "data:")):

@@ -1,4 +1,6 @@
-"""Where images lie -> rows to caption: folders, JSON lines, tar files (WebDataset), parquet, TFDS."""
+"""Where images lie -> rows to caption: folders, JSON lines, tar files (WebDataset), parquet,
+TFDS.
+"""
 
 import collections
 import dataclasses
@@ -25,6 +27,7 @@ _FOLDER_KINDS = ("images", "packed", "tar", "parquet")
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredTarImage:
   """A member of an uncompressed tar file: `size` bytes from `offset` on."""
+
   path: pathlib.Path
   offset: int
   size: int
@@ -43,14 +46,18 @@ class StoredTarImage:
     except OSError as error:
       raise ValueError(f"{self.where}: {error.strerror}; put the tar file back") from error
     if len(data) != self.size:
-      raise ValueError(f"{self.where}: {len(data)} bytes of {self.size}: the tar file is cut off; fetch it again")
+      raise ValueError(
+        f"{self.where}: {len(data)} bytes of {self.size}: the tar file is cut off; fetch it again"
+      )
     return data
 
 
 def find_images(source: str) -> list[CaptionRow]:
-  """The images to caption: files sorted by path, what is in a file as it stands there. Nothing is decoded.
+  """The images to caption: files sorted by path, what is in a file as it stands there. Nothing is
+  decoded.
 
-  A row is named by what `image` will say in the output, and no two rows have the same name. The source may be
+  A row is named by what `image` will say in the output, and no two rows have the same name. The
+  source may be
 
     an image, or a folder, which is searched whole      named by the path
     a .jsonl file with an `image` in each line          by what the line says; a path from the file's folder
@@ -60,12 +67,13 @@ def find_images(source: str) -> list[CaptionRow]:
     tfds:FOLDER:SPLIT, a prepared TFDS dataset          as `data.datasets.scan_images` says, else "SPLIT/record"
     a pattern of any of these files: shards/*.tar       as one file; tars by their path from the pattern's fixed part
 
-  Of a folder that holds several kinds, images come before tars and tars before parquet; a warning names what is left
-  alone. The same image listed twice is one row, and the log counts such.
+  Of a folder that holds several kinds, images come before tars and tars before parquet; a warning
+  names what is left alone. The same image listed twice is one row, and the log counts such.
 
   Raises:
-    ValueError: a source that is not there or holds no image; a line without an `image`; a tar file that is compressed,
-      damaged or cut off, with its name and the byte (all such are named at once); two images of one name.
+    ValueError: a source that is not there or holds no image; a line without an `image`; a tar file
+      that is compressed, damaged or cut off, with its name and the byte (all such are named at
+      once); two images of one name.
   """
   if source.startswith("tfds:"):
     return _unique(_tfds(source), source)
@@ -77,17 +85,25 @@ def find_images(source: str) -> list[CaptionRow]:
   if path.is_file():
     files = [path]
   elif glob.has_magic(source):
-    files = sorted(pathlib.Path(found) for found in glob.glob(os.path.expanduser(source), recursive=True)
-                   if os.path.isfile(found))
+    files = sorted(
+      pathlib.Path(found)
+      for found in glob.glob(os.path.expanduser(source), recursive=True)
+      if os.path.isfile(found)
+    )
     if not files:
       raise ValueError(f"caption.input = {source!r}: no file fits this pattern")
     kinds = sorted({_kind(file) for file in files})
     if len(kinds) > 1:
-      raise ValueError(f"caption.input = {source!r} fits files of several kinds ({', '.join(kinds)}); name one kind, "
-                       "as in 'shards/*.tar'")
+      raise ValueError(
+        f"caption.input = {source!r} fits files of several kinds "
+        f"({', '.join(kinds)}); name one kind, as in 'shards/*.tar'"
+      )
   else:
-    raise ValueError(f"caption.input = {source!r}: no such file or folder; name a folder of images, a .jsonl, .tar or "
-                     ".parquet file, a pattern such as 'shards/*.tar', or tfds:FOLDER:SPLIT")
+    raise ValueError(
+      f"caption.input = {source!r}: no such file or folder; name a folder of "
+      "images, a .jsonl, .tar or .parquet file, a pattern such as 'shards/*.tar', "
+      "or tfds:FOLDER:SPLIT"
+    )
   return _unique(_rows_of(files, base), source)
 
 
@@ -115,8 +131,10 @@ def mirrored(row: CaptionRow, base: pathlib.Path) -> pathlib.PurePath:
   if isinstance(row.image, pathlib.Path) and row.image.is_relative_to(base):
     path = row.image.relative_to(base)
   if path.is_absolute() or ".." in path.parts:
-    raise ValueError(f"row {row.name!r} lies outside {base}, so its text has no place below the output folder; caption "
-                     "such images into .jsonl or .parquet")
+    raise ValueError(
+      f"row {row.name!r} lies outside {base}, so its text has no place below the "
+      "output folder; caption such images into .jsonl or .parquet"
+    )
   return path
 
 
@@ -136,12 +154,19 @@ def _one_kind(files: list[pathlib.Path], source: str) -> list[pathlib.Path]:
     by_kind.setdefault(_kind(file), []).append(file)
   there = [kind for kind in _FOLDER_KINDS if kind in by_kind]
   if not there:
-    raise ValueError(f"caption.input = {source!r}: no image in this folder (looked for {', '.join(IMAGE_SUFFIXES)}, "
-                     ".tar and .parquet)")
+    raise ValueError(
+      f"caption.input = {source!r}: no image in this folder (looked for "
+      f"{', '.join(IMAGE_SUFFIXES)}, .tar and .parquet)"
+    )
   if len(there) > 1:
-    log.warning("%s: only its %d %s are read, not %s; a pattern names others, as in '%s'", source,
-                len(by_kind[there[0]]), there[0], ", ".join(f"{len(by_kind[kind])} {kind}" for kind in there[1:]),
-                f"{source}/**/*.tar")
+    log.warning(
+      "%s: only its %d %s are read, not %s; a pattern names others, as in '%s'",
+      source,
+      len(by_kind[there[0]]),
+      there[0],
+      ", ".join(f"{len(by_kind[kind])} {kind}" for kind in there[1:]),
+      f"{source}/**/*.tar",
+    )
   return by_kind[there[0]]
 
 
@@ -151,38 +176,55 @@ def _rows_of(files: list[pathlib.Path], base: pathlib.Path) -> Iterator[CaptionR
   if kind == "images":
     yield from (CaptionRow(file, "", str(file)) for file in files)
   elif kind == "packed":
-    raise ValueError(f"{files[0]} is compressed, so no member of it can be read without reading all before it; unpack "
-                     "it to a plain .tar first (gzip -d, zstd -d, ...): images hardly shrink anyway")
+    raise ValueError(
+      f"{files[0]} is compressed, so no member of it can be read without reading "
+      "all before it; unpack it to a plain .tar first (gzip -d, zstd -d, ...): "
+      "images hardly shrink anyway"
+    )
   elif kind == "tar":
     yield from _scan_tars(files, base)
   elif kind == "parquet":
     from caprl_jax.data.readers import caprl_parquet  # only here: it brings pyarrow
-    yield from _told_apart((row, f"{file.relative_to(base).as_posix()}/{number}") for file in files
-                           for number, row in enumerate(caprl_parquet.scan_images(file)))
+
+    yield from _told_apart(
+      (row, f"{file.relative_to(base).as_posix()}/{number}")
+      for file in files
+      for number, row in enumerate(caprl_parquet.scan_images(file))
+    )
   else:  # whatever it is called
     for file in files:
       yield from _scan_lines(file)
 
 
 def _told_apart(found: Iterable[tuple[CaptionRow, str]]) -> list[CaptionRow]:
-  """Rows of files that need not name their images, or may name two alike: such are named by their place."""
+  """Rows of files that need not name their images, or may name two alike: such are named by their
+  place.
+  """
   found = list(found)
   counts = collections.Counter(row.name for row, _ in found)
-  return [row if counts[row.name] == 1 else dataclasses.replace(row, name=place) for row, place in found]
+  return [
+    row if counts[row.name] == 1 else dataclasses.replace(row, name=place) for row, place in found
+  ]
 
 
 def _tfds(source: str) -> Iterable[CaptionRow]:
   folder, _, split = source.removeprefix("tfds:").rpartition(":")
   if not folder or not split:
-    raise ValueError(f"caption.input = {source!r}: write tfds:FOLDER:SPLIT, as in "
-                     "tfds:~/tensorflow_datasets/mnist/3.0.1:train")
+    raise ValueError(
+      f"caption.input = {source!r}: write tfds:FOLDER:SPLIT, as in "
+      "tfds:~/tensorflow_datasets/mnist/3.0.1:train"
+    )
   from caprl_jax.data.readers import tfds  # only here: it brings tensorflow_datasets
-  return _told_apart((row, f"{split}/{number}") for number, row in enumerate(tfds.scan_images(folder, split)))
+
+  return _told_apart(
+    (row, f"{split}/{number}") for number, row in enumerate(tfds.scan_images(folder, split))
+  )
 
 
 def _scan_lines(path: pathlib.Path) -> Iterator[CaptionRow]:
   empty = True
-  with open(path, "rb") as file:  # bytes: only \n ends a line, and each says by itself what is wrong with it
+  # bytes: only \n ends a line, and each says by itself what is wrong with it
+  with open(path, "rb") as file:
     for number, line in enumerate(file, 1):
       if not line.strip():
         continue
@@ -190,8 +232,10 @@ def _scan_lines(path: pathlib.Path) -> Iterator[CaptionRow]:
         name = json.loads(line.decode("utf-8"))["image"]
         row = CaptionRow(path.parent / name, "", name)
       except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}:{number}: not a JSON object with an 'image' path ({type(error).__name__}: {error}); "
-                         "mend or drop the line") from error
+        raise ValueError(
+          f"{path}:{number}: not a JSON object with an 'image' path "
+          f"({type(error).__name__}: {error}); mend or drop the line"
+        ) from error
       empty = False
       yield row
   if empty:
@@ -213,8 +257,10 @@ def _scan_tars(files: list[pathlib.Path], base: pathlib.Path) -> Iterator[Captio
     more = f"\n  and {len(broken) - SHOWN_BROKEN} more" if len(broken) > SHOWN_BROKEN else ""
     raise ValueError("\n  ".join(broken[:SHOWN_BROKEN]) + more)
   if not members:
-    raise ValueError(f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: no image among the members "
-                     f"(looked for {', '.join(IMAGE_SUFFIXES)})")
+    raise ValueError(
+      f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: no "
+      f"image among the members (looked for {', '.join(IMAGE_SUFFIXES)})"
+    )
 
 
 def index_tar(path: pathlib.Path) -> Iterator[StoredTarImage]:
@@ -236,8 +282,10 @@ def index_tar(path: pathlib.Path) -> Iterator[StoredTarImage]:
         if member.issym() or member.islnk():
           links += 1
         elif member.issparse():
-          raise ValueError(f"{path}: member {member.name!r} at byte {member.offset} is stored sparse, in pieces; "
-                           "write the tar file without --sparse")
+          raise ValueError(
+            f"{path}: member {member.name!r} at byte {member.offset} is stored "
+            "sparse, in pieces; write the tar file without --sparse"
+          )
         elif member.isreg():
           yield StoredTarImage(path, member.offset_data, member.size, member.name)
   except tarfile.TarError as error:
@@ -246,8 +294,14 @@ def index_tar(path: pathlib.Path) -> Iterator[StoredTarImage]:
       size = file.seek(0, os.SEEK_END)
     if packed:
       raise ValueError(f"{path} is compressed; unpack it to a plain .tar first") from error
-    what = f"is cut off: its last member reaches to byte {end}" if end > size else f"is damaged at byte {end}"
-    raise ValueError(f"{path} {what}, the file has {size} ({error}); fetch it again or leave it out") from error
+    what = (
+      f"is cut off: its last member reaches to byte {end}"
+      if end > size
+      else f"is damaged at byte {end}"
+    )
+    raise ValueError(
+      f"{path} {what}, the file has {size} ({error}); fetch it again or leave it out"
+    ) from error
   except OSError as error:
     raise ValueError(f"{path}: {error.strerror}; check the file") from error
   # tarfile takes whatever it cannot read for the end; the real one is marked by zeros.
@@ -256,10 +310,14 @@ def index_tar(path: pathlib.Path) -> Iterator[StoredTarImage]:
     file.seek(end)
     block = file.read(_BLOCK)
   if any(block) or 0 < len(block) < _BLOCK:
-    raise ValueError(f"{path} is damaged at byte {end} of {size}: no member begins there, nor is it the end; fetch it "
-                     "again or leave it out")
+    raise ValueError(
+      f"{path} is damaged at byte {end} of {size}: no member begins there, nor is "
+      "it the end; fetch it again or leave it out"
+    )
   if not block:
-    log.warning("%s has no end mark after byte %d; if it was cut off there, images are missing", path, size)
+    log.warning(
+      "%s has no end mark after byte %d; if it was cut off there, images are missing", path, size
+    )
   if links:
     log.warning("%s: %d links to images are passed over", path, links)
 
@@ -272,8 +330,10 @@ def _unique(found: Iterable[CaptionRow], source: str) -> list[CaptionRow]:
     first = rows.setdefault(row.name, row)
     if first is not row:
       if first.image != row.image:
-        raise ValueError(f"{source}: two images are called {row.name!r}, so their captions could not be told apart; "
-                         "rename one")
+        raise ValueError(
+          f"{source}: two images are called {row.name!r}, so their captions could "
+          "not be told apart; rename one"
+        )
       again += 1
   if again:
     log.warning("%s: %d images are listed more than once and captioned once", source, again)

@@ -26,7 +26,7 @@ from caprl_jax.data.rows import (
   good_rows,
   image_bytes,
   image_place,
-)  # fmt: skip
+)
 
 PathLike = str | os.PathLike[str]
 
@@ -69,9 +69,11 @@ def write_jsonl(
 
 
 def read_caption_jsonl(path: PathLike, image_root: PathLike | None = None) -> list[CaptionRow]:
-  """Reads captions, one image a line: {"image": path, "caption": text, "name"?}, and what mode `caption` writes.
+  """Reads captions, one image a line: {"image": path, "caption": text, "name"?}, and what mode
+  `caption` writes.
 
-  Paths, names and errors are those of `read_jsonl`; a caption that is empty, missing or cut is an error too.
+  Paths, names and errors are those of `read_jsonl`; a caption that is empty, missing or cut is an
+  error too.
   """
   return good_rows(_scan_rows(path, image_root, _parse_caption_row))
 
@@ -93,10 +95,14 @@ def write_caption_jsonl(
 # What a line may hold, by JSON type.
 _QA_KEYS = {"image": str, "questions": list, "name": str, "facts": dict}
 _QUESTION_KEYS = {"stem": str, "options": list, "gold": int | str, "kind": str, "provenance": str}
-_CAPTION_KEYS = {"image": str, "caption": str, "name": str, "tokens": list, "finish": str}  # of mode `caption`, too
+# of mode `caption`, too
+_CAPTION_KEYS = {"image": str, "caption": str, "name": str, "tokens": list, "finish": str}
 _TYPE_NAMES = {
-  str: "a string", list: "a list", dict: "an object", int | str: "an index, a letter or a text",
-}  # fmt: skip
+  str: "a string",
+  list: "a list",
+  dict: "an object",
+  int | str: "an index, a letter or a text",
+}
 
 
 def _parse_qa_row(item: Any, image_root: pathlib.Path, where: str) -> QARow:
@@ -125,9 +131,10 @@ def _find_option(gold: str, options: Sequence[str], where: str) -> int:
   """The index of the option whose letter or text is `gold`, if there is exactly one."""
   letters = dict(enumerate(string.ascii_uppercase))
   found = [
-    i for i, option in enumerate(options)
+    i
+    for i, option in enumerate(options)
     if folded(option) == folded(gold) or letters.get(i) == gold.strip()
-  ]  # fmt: skip
+  ]
   if len(found) != 1:
     fits = " and ".join(repr(options[i]) for i in found) or "none"
     raise ValueError(
@@ -139,10 +146,15 @@ def _find_option(gold: str, options: Sequence[str], where: str) -> int:
 
 def _parse_caption_row(item: Any, image_root: pathlib.Path, where: str) -> CaptionRow:
   if isinstance(item, dict) and "error" in item:
-    raise ValueError(f"{where}: an error stands in the caption's place ({item['error']}); caption it anew or drop it")
+    raise ValueError(
+      f"{where}: an error stands in the caption's place ({item['error']}); caption "
+      "it anew or drop it"
+    )
   _check_object(item, _CAPTION_KEYS, ("image", "caption"), where)
   if item.get("finish") == "length":  # who learns from it would learn to stop there
-    raise ValueError(f"{where}: the caption was cut at max_tokens; caption it with more or drop the row")
+    raise ValueError(
+      f"{where}: the caption was cut at max_tokens; caption it with more or drop the row"
+    )
   _check_caption(item["caption"], where)
   return CaptionRow(_image_file(item, image_root, where), item["caption"], _name(item))
 
@@ -159,8 +171,11 @@ def _format_qa_row(row: QARow) -> dict[str, Any]:
 def plain_questions(row: QARow) -> list[dict[str, Any]]:
   """The row's questions as JSON has them; kind and provenance only where there is one."""
   return [
-    {key: list(value) if isinstance(value, tuple) else value
-     for key, value in dataclasses.asdict(question).items() if value != ""}
+    {
+      key: list(value) if isinstance(value, tuple) else value
+      for key, value in dataclasses.asdict(question).items()
+      if value != ""
+    }
     for question in row.questions
   ]
 
@@ -188,9 +203,7 @@ def _image_file(item: Mapping[str, Any], image_root: pathlib.Path, where: str) -
   return file
 
 
-def _check_object(
-  item: Any, types: Mapping[str, Any], required: Iterable[str], where: str
-) -> None:
+def _check_object(item: Any, types: Mapping[str, Any], required: Iterable[str], where: str) -> None:
   """Raises ValueError unless `item` is an object of `types`' keys and types, all `required` in."""
   _check_type(item, dict, where)
   listed = ", ".join(types)
@@ -231,7 +244,9 @@ def _scan_rows(
 
 
 def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Yields `file:line` and the line's JSON value, or a BadRow; blank lines count but are skipped."""
+  """Yields `file:line` and the line's JSON value, or a BadRow; blank lines count but are
+  skipped.
+  """
   try:
     file = path.open("rb")
   except OSError as error:
@@ -274,7 +289,8 @@ def _write_rows(
 
 
 def save_image(row: Row, folder: pathlib.Path, copy: bool = False) -> Row:
-  """The row with its image as a file: its own unless `copy`, or one in `folder`, named by its content.
+  """The row with its image as a file: its own unless `copy`, or one in `folder`, named by its
+  content.
 
   Raises ValueError for an image that is in no format we know.
   """
@@ -288,13 +304,17 @@ def save_image(row: Row, folder: pathlib.Path, copy: bool = False) -> Row:
 
 
 def image_suffix(data: bytes, where: str) -> str:
-  """The file suffix of an encoded image, ".jpg" for JPEG. Raises ValueError, starting with `where`."""
+  """The file suffix of an encoded image, ".jpg" for JPEG. Raises ValueError, starting with
+  `where`.
+  """
   try:
     with Image.open(io.BytesIO(data)) as image:
       return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
   except Exception as error:
-    raise ValueError(f"{where}: its image ({len(data)} bytes) is in no known format: {error}; replace it or drop the "
-                     "row") from error
+    raise ValueError(
+      f"{where}: its image ({len(data)} bytes) is in no known format: {error}; "
+      "replace it or drop the row"
+    ) from error
 
 
 def relative_image(row: QARow | CaptionRow, image_root: pathlib.Path) -> str:

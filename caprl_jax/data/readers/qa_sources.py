@@ -23,6 +23,7 @@ SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
 @dataclasses.dataclass(frozen=True)
 class Part:
   """One source of a mixture. weight: its share of what is drawn, None where no source has one."""
+
   source: str
   weight: float | None = None
 
@@ -41,7 +42,9 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
     try:
       parts.append(Part(source, None if weight is None else float(weight)))
     except ValueError as error:
-      raise ValueError(f"data source {piece!r}: {weight!r} is no weight; write 0.7*{source}") from error
+      raise ValueError(
+        f"data source {piece!r}: {weight!r} is no weight; write 0.7*{source}"
+      ) from error
   weights = [part.weight for part in parts]
   if any(w is None for w in weights) and any(w is not None for w in weights):
     raise ValueError(f"data source {text!r}: give every source of a mixture a weight, or none")
@@ -66,15 +69,22 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
   elif kind == "charts":
     match = re.fullmatch(r"([^:]*)(?::(\d+)(?::(\d+)x(\d+))?)?", rest)
     if not match:
-      raise ValueError(f"data source {source!r}: write charts:SPLIT, charts:SPLIT:NUMBER or "
-                       "charts:SPLIT:NUMBER:WIDTHxHEIGHT")
+      raise ValueError(
+        f"data source {source!r}: write charts:SPLIT, charts:SPLIT:NUMBER or "
+        "charts:SPLIT:NUMBER:WIDTHxHEIGHT"
+      )
     split, count, width, height = match.groups()
     asked = {"count": int(count)} if count else {}
-    yield from charts.read_charts(split, seed, **asked, **({"pixels": (int(width), int(height))} if width else {}))
+    yield from charts.read_charts(
+      split, seed, **asked, **({"pixels": (int(width), int(height))} if width else {})
+    )
   elif kind == "tfds":
     folder, _, split = rest.rpartition(":")
     if not folder:
-      raise ValueError(f"data source {source!r}: write tfds:FOLDER:SPLIT, e.g. tfds:data/caprl_qa/default/1.0.0:train")
+      raise ValueError(
+        f"data source {source!r}: write tfds:FOLDER:SPLIT, e.g. "
+        "tfds:data/caprl_qa/default/1.0.0:train"
+      )
     yield from tfds.scan_tfds(folder, split)
   elif suffix == ".jsonl":
     yield from jsonl.scan_jsonl(source)
@@ -86,8 +96,9 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
     raise ValueError(f"data source {source!r} is not known; it may be\n{SOURCES}")
 
 
-def read_parts(mixture: str, seed: int, max_rows: int | None = None,
-               bad_rows: rows_lib.BadRows = "refuse") -> list[tuple[Part, list[rows_lib.QARow]]]:
+def read_parts(
+  mixture: str, seed: int, max_rows: int | None = None, bad_rows: rows_lib.BadRows = "refuse"
+) -> list[tuple[Part, list[rows_lib.QARow]]]:
   """Reads and checks the sources of a mixture, each by itself.
 
   Args:
@@ -95,7 +106,8 @@ def read_parts(mixture: str, seed: int, max_rows: int | None = None,
     bad_rows: "refuse" them all with an error, or "drop" and log them.
 
   Raises:
-    ValueError: an unknown source, bad rows that are to be refused, or what `rows.check_rows` refuses.
+    ValueError: an unknown source, bad rows that are to be refused, or what `rows.check_rows`
+    refuses.
   """
   read = []
   for part in parse_mixture(mixture):
@@ -105,14 +117,19 @@ def read_parts(mixture: str, seed: int, max_rows: int | None = None,
   return read
 
 
-def read_qa_rows(source: str, seed: int, max_rows: int | None = None,
-                 bad_rows: rows_lib.BadRows = "refuse") -> list[rows_lib.QARow]:
-  """The rows of all sources of a mixture, one after the other; weights are left aside. As `read_parts`."""
+def read_qa_rows(
+  source: str, seed: int, max_rows: int | None = None, bad_rows: rows_lib.BadRows = "refuse"
+) -> list[rows_lib.QARow]:
+  """The rows of all sources of a mixture, one after the other; weights are left aside. As
+  `read_parts`.
+  """
   return [row for _, found in read_parts(source, seed, max_rows, bad_rows) for row in found]
 
 
 def read_caption_rows(source: str) -> list[rows_lib.CaptionRow]:
   """Reads images with captions from a .jsonl file (`jsonl.read_caption_jsonl`)."""
   if not source.endswith(".jsonl"):
-    raise ValueError(f"caption source {source!r} is not known; use a .jsonl file of image and caption")
+    raise ValueError(
+      f"caption source {source!r} is not known; use a .jsonl file of image and caption"
+    )
   return jsonl.read_caption_jsonl(pathlib.Path(source))

@@ -1,4 +1,6 @@
-"""Finished rows, in order -> the output: JSON lines, parquet, text files beside images, a Hugging Face dataset."""
+"""Finished rows, in order -> the output: JSON lines, parquet, text files beside images, a Hugging
+Face dataset.
+"""
 
 import contextlib
 import dataclasses
@@ -24,12 +26,14 @@ FILE_BYTES = 500 << 20  # of a file of a Hugging Face dataset
 class Output:
   """Where captions go, and in which layout.
 
-  kind: `jsonl`: every row; `parquet`: every row, columns image, caption, tokens, finish, error; `txt`: `path` is a
-    folder with the images' own tree, a/b.png -> a/b.txt, beside the images where it is their own folder; `hf`: a folder
-    that `datasets.load_dataset` reads; `caprl_2m`: JSON lines of image and caption alone, as `image_key` and
-    `caption_key`. What failed has no row in the last three: it stands, with its reason, in `failed_path`.
+  kind: `jsonl`: every row; `parquet`: every row, columns image, caption, tokens, finish, error;
+    `txt`: `path` is a folder with the images' own tree, a/b.png -> a/b.txt, beside the images where
+    it is their own folder; `hf`: a folder that `datasets.load_dataset` reads; `caprl_2m`: JSON
+    lines of image and caption alone, as `image_key` and `caption_key`. What failed has no row in
+    the last three: it stands, with its reason, in `failed_path`.
   base: the folder that a `txt` tree mirrors from.
   """
+
   path: pathlib.Path
   kind: Format
   base: pathlib.Path
@@ -39,7 +43,9 @@ class Output:
   about: str = ""  # for the dataset card: which model, asked what
 
   def beside(self, suffix: str) -> pathlib.Path:
-    """A file next to the output: captions.jsonl -> captions.stats.json; a folder keeps its whole name."""
+    """A file next to the output: captions.jsonl -> captions.stats.json; a folder keeps its whole
+    name.
+    """
     stem = self.path.name if self.kind in ("txt", "hf") else self.path.stem
     return self.path.with_name(stem + suffix)
 
@@ -48,24 +54,37 @@ class Output:
     return self.beside(".failed.jsonl")
 
   def check(self, inputs: Sequence[CaptionRow]) -> None:
-    """Before anything is captioned: raises ValueError where the output would overwrite, or could not be written."""
+    """Before anything is captioned: raises ValueError where the output would overwrite, or could
+    not be written.
+    """
     if self.kind == "txt":
       _check_texts(self, inputs)
     elif self.path.exists():
-      raise ValueError(f"{self.path} is there already, and not from this job; delete it or name another caption.output")
+      raise ValueError(
+        f"{self.path} is there already, and not from this job; delete it or name "
+        "another caption.output"
+      )
 
-  def write(self, found: Iterable[tuple[int, dict[str, Any]]], inputs: Sequence[CaptionRow]) -> None:
-    """Writes (number, row) in order, reading them once. A file or a `hf` folder appears whole or not at all."""
+  def write(
+    self, found: Iterable[tuple[int, dict[str, Any]]], inputs: Sequence[CaptionRow]
+  ) -> None:
+    """Writes (number, row) in order, reading them once. A file or a `hf` folder appears whole or
+    not at all.
+    """
     _WRITERS[self.kind](self, found, inputs)
 
 
 def kind_of(path: pathlib.Path, asked: Format | None) -> Format:
-  """The format asked for, or that of the suffix. Raises ValueError for a suffix that says nothing."""
+  """The format asked for, or that of the suffix. Raises ValueError for a suffix that says
+  nothing.
+  """
   if asked is not None:
     return asked
   if path.suffix.lower() not in SUFFIXES:
-    raise ValueError(f"caption.output = {str(path)!r} does not say its format; end it in .jsonl or .parquet, or set "
-                     "caption.format to txt, hf (folders) or caprl_2m")
+    raise ValueError(
+      f"caption.output = {str(path)!r} does not say its format; end it in .jsonl or "
+      ".parquet, or set caption.format to txt, hf (folders) or caprl_2m"
+    )
   return SUFFIXES[path.suffix.lower()]
 
 
@@ -73,7 +92,8 @@ def kind_of(path: pathlib.Path, asked: Format | None) -> Format:
 def _whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A temporary path that takes the place of `path` once all has been written."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.tmp")  # of a known name: what a kill leaves is written over
+  # of a known name: what a kill leaves is written over
+  temporary = path.with_name(f".{path.name}.tmp")
   yield temporary
   with open(temporary, "rb") as file:
     os.fsync(file.fileno())  # the shards are removed next
@@ -86,7 +106,9 @@ def _line(value: dict[str, Any]) -> str:
 
 def _clean(row: dict[str, Any]) -> dict[str, Any]:
   """Without what Arrow has no form for: the lone surrogates of file names that are no UTF-8."""
-  clean = lambda value: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+  clean = lambda value: (
+    value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+  )
   return {key: clean(value) for key, value in row.items()}
 
 
@@ -127,16 +149,26 @@ def _write_jsonl(output: Output, found, inputs) -> None:
 def _write_caprl_2m(output: Output, found, inputs) -> None:
   del inputs
   with _whole(output.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-    file.writelines(_line({output.image_key: row["image"], output.caption_key: row["caption"]})
-                    for _, row in _captioned(output, found))
+    file.writelines(
+      _line({output.image_key: row["image"], output.caption_key: row["caption"]})
+      for _, row in _captioned(output, found)
+    )
 
 
 def _write_parquet(output: Output, found, inputs) -> None:
   import pyarrow as pa  # only here and below: JSON lines need none of it
   import pyarrow.parquet as pq
+
   del inputs
-  schema = pa.schema([("image", pa.string()), ("caption", pa.string()), ("tokens", pa.list_(pa.int32())),
-                      ("finish", pa.string()), ("error", pa.string())])
+  schema = pa.schema(
+    [
+      ("image", pa.string()),
+      ("caption", pa.string()),
+      ("tokens", pa.list_(pa.int32())),
+      ("finish", pa.string()),
+      ("error", pa.string()),
+    ]
+  )
   with _whole(output.path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
     group: list[dict[str, Any]] = []
 
@@ -157,19 +189,25 @@ def _check_texts(output: Output, inputs: Sequence[CaptionRow]) -> None:
   for row in inputs:
     path = _text_path(output, row)
     if path in first:
-      raise ValueError(f"{first[path]!r} and {row.name!r} would both be captioned in {path}; rename one, or caption "
-                       "into .jsonl or .parquet")
+      raise ValueError(
+        f"{first[path]!r} and {row.name!r} would both be captioned in {path}; "
+        "rename one, or caption into .jsonl or .parquet"
+      )
     first[path] = row.name
   there: list[pathlib.Path] = []
   for folder in sorted({path.parent for path in first}):
     above = next(place for place in (folder, *folder.parents) if place.exists())
     if not above.is_dir():
-      raise ValueError(f"{folder} cannot be made for texts: {above} is a file; name another caption.output")
+      raise ValueError(
+        f"{folder} cannot be made for texts: {above} is a file; name another caption.output"
+      )
     if above == folder:
       there += [folder / name for name in os.listdir(folder) if folder / name in first]
   if there:
-    raise ValueError(f"{len(there)} of the texts to write are there already, such as {min(there)}; move them or name "
-                     "another caption.output")
+    raise ValueError(
+      f"{len(there)} of the texts to write are there already, such as {min(there)}; "
+      "move them or name another caption.output"
+    )
 
 
 def _text_path(output: Output, row: CaptionRow) -> pathlib.Path:
@@ -179,17 +217,33 @@ def _text_path(output: Output, row: CaptionRow) -> pathlib.Path:
 def _write_texts(output: Output, found, inputs) -> None:
   output.path.mkdir(parents=True, exist_ok=True)
   for number, row in _captioned(output, found):
-    write_text(_text_path(output, inputs[number]), row["caption"].encode("utf-8", "replace").decode() + "\n")
+    write_text(
+      _text_path(output, inputs[number]), row["caption"].encode("utf-8", "replace").decode() + "\n"
+    )
 
 
 def _write_hf(output: Output, found, inputs) -> None:
   import pyarrow as pa
   import pyarrow.parquet as pq
-  image = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if output.embed_images else pa.string()
-  schema = pa.schema([("image", image), *([("name", pa.string())] if output.embed_images else []),
-                      ("caption", pa.string()), ("tokens", pa.list_(pa.int32())), ("finish", pa.string())])
+
+  image = (
+    pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    if output.embed_images
+    else pa.string()
+  )
+  schema = pa.schema(
+    [
+      ("image", image),
+      *([("name", pa.string())] if output.embed_images else []),
+      ("caption", pa.string()),
+      ("tokens", pa.list_(pa.int32())),
+      ("finish", pa.string()),
+    ]
+  )
   # So that a single file, too, is read with its pictures.
-  kinds = {"image": {"_type": "Image"} if output.embed_images else {"dtype": "string", "_type": "Value"}}
+  kinds = {
+    "image": {"_type": "Image"} if output.embed_images else {"dtype": "string", "_type": "Value"}
+  }
   for field in list(schema)[1:]:
     value = {"dtype": "int32" if field.name == "tokens" else "string", "_type": "Value"}
     kinds[field.name] = {"feature": value, "_type": "Sequence"} if field.name == "tokens" else value
@@ -217,11 +271,19 @@ def _write_hf(output: Output, found, inputs) -> None:
 
   for number, row in _captioned(output, found):
     row = _clean(row)
-    entry = {"image": row["image"], "name": row["image"], "caption": row["caption"], "tokens": row["tokens"],
-             "finish": row["finish"]}
+    entry = {
+      "image": row["image"],
+      "name": row["image"],
+      "caption": row["caption"],
+      "tokens": row["tokens"],
+      "finish": row["finish"],
+    }
     size = len(row["caption"].encode()) + 4 * len(row["tokens"]) + len(row["image"])
     if output.embed_images:
-      entry["image"] = {"bytes": image_bytes(inputs[number]), "path": pathlib.PurePath(row["image"]).name}
+      entry["image"] = {
+        "bytes": image_bytes(inputs[number]),
+        "path": pathlib.PurePath(row["image"]).name,
+      }
       size += len(entry["image"]["bytes"])
     group.append(entry)
     group_bytes, rows, total = group_bytes + size, rows + 1, total + size
@@ -241,13 +303,20 @@ def _card(output: Output, names: list[str], rows: int, size: int) -> str:
     kind = "dtype: image" if name == "image" and output.embed_images else "dtype: string"
     kind = "list: int32" if name == "tokens" else kind
     features.append(f"  - name: {name}\n    {kind}\n")
-  return (f"---\ntask_categories:\n- image-to-text\ndataset_info:\n  features:\n{''.join(features)}"
-          f"  splits:\n  - name: train\n    num_bytes: {size}\n    num_examples: {rows}\n  dataset_size: {size}\n"
-          "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n\n"
-          f"# {output.path.name}\n\n{rows:,} images captioned by caprl_jax{output.about}.\n\n"
-          "`tokens` are the ids that were sampled, the end token included; `finish` is `end`, or `length` for a "
-          "caption that was cut.\n")
+  return (
+    f"---\ntask_categories:\n- image-to-text\ndataset_info:\n  features:\n{''.join(features)}"
+    f"  splits:\n  - name: train\n    num_bytes: {size}\n    num_examples: {rows}\n  "
+    f"dataset_size: {size}\nconfigs:\n- config_name: default\n  data_files:\n  - split: "
+    f"train\n    path: data/train-*\n---\n\n# {output.path.name}\n\n{rows:,} images "
+    f"captioned by caprl_jax{output.about}.\n\n`tokens` are the ids that were sampled, the "
+    "end token included; `finish` is `end`, or `length` for a caption that was cut.\n"
+  )
 
 
-_WRITERS = {"jsonl": _write_jsonl, "parquet": _write_parquet, "txt": _write_texts, "hf": _write_hf,
-            "caprl_2m": _write_caprl_2m}
+_WRITERS = {
+  "jsonl": _write_jsonl,
+  "parquet": _write_parquet,
+  "txt": _write_texts,
+  "hf": _write_hf,
+  "caprl_2m": _write_caprl_2m,
+}

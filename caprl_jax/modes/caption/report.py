@@ -16,9 +16,12 @@ from caprl_jax.harness.row_shards import RowResult
 from caprl_jax.pages import markup as markup
 
 LOOP_REPEATS, LOOP_TOKENS, LOOP_PERIOD = 3, 12, 32
-_REASONS = ((FileNotFoundError, "no such file"), (PermissionError, "no permission"),
-            (UnidentifiedImageError, "not an image"),
-            (Image.DecompressionBombError, "too many pixels"))
+_REASONS = (
+  (FileNotFoundError, "no such file"),
+  (PermissionError, "no permission"),
+  (UnidentifiedImageError, "not an image"),
+  (Image.DecompressionBombError, "too many pixels"),
+)
 
 
 def reason_of(error: BaseException) -> str:
@@ -28,19 +31,27 @@ def reason_of(error: BaseException) -> str:
   if "one side is over" in str(error):
     return "too narrow"
   # Decoders raise whatever they stumble over, ours raise ValueError.
-  return next((name for kind, name in _REASONS if isinstance(error, kind)),
-              "other" if isinstance(error, ValueError) else "damaged image")
+  return next(
+    (name for kind, name in _REASONS if isinstance(error, kind)),
+    "other" if isinstance(error, ValueError) else "damaged image",
+  )
 
 
 def has_loop(tokens: Sequence[int]) -> bool:
-  """Whether a run of up to 32 tokens stands three times or more in a row, over 12 tokens or more."""
+  """Whether a run of up to 32 tokens stands three times or more in a row, over 12 tokens or
+  more.
+  """
   # Cheap first: a loop repeats its own 4-grams.
   windows = len(tokens) - 3
-  if len(tokens) < LOOP_TOKENS or len(set(zip(tokens, tokens[1:], tokens[2:], tokens[3:]))) == windows:
+  if (
+    len(tokens) < LOOP_TOKENS
+    or len(set(zip(tokens, tokens[1:], tokens[2:], tokens[3:]))) == windows
+  ):
     return False
   ids = np.asarray(tokens)
   for period in range(1, min(LOOP_PERIOD, len(ids) // LOOP_REPEATS) + 1):
-    same = np.flatnonzero(np.concatenate([[True], ids[period:] != ids[:-period], [True]]))  # where it breaks
+    # where it breaks
+    same = np.flatnonzero(np.concatenate([[True], ids[period:] != ids[:-period], [True]]))
     longest = int(np.diff(same).max()) - 1
     if longest + period >= max(LOOP_TOKENS, LOOP_REPEATS * period):
       return True
@@ -48,8 +59,9 @@ def has_loop(tokens: Sequence[int]) -> bool:
 
 
 class Statistics:
-  """Counts rows as they pass, in memory that does not grow with their number but for 8 bytes a distinct caption; keeps
-  some for the page: random ones, the longest and shortest, cut and failed ones.
+  """Counts rows as they pass, in memory that does not grow with their number but for 8 bytes a
+  distinct caption; keeps some for the page: random ones, the longest and shortest, cut and failed
+  ones.
 
   samples: rows on the page, about. seed: of those picked at random.
   """
@@ -64,7 +76,9 @@ class Statistics:
     self.distinct: set[bytes] = set()
     few = samples // 8
     self.longest, self.shortest = _Best(few), _Best(few)
-    self.random, self.cuts, self.failures = (_Random(count, seed) for count in (samples - 4 * few, few, few))
+    self.random, self.cuts, self.failures = (
+      _Random(count, seed) for count in (samples - 4 * few, few, few)
+    )
 
   def add(self, item: RowResult) -> None:
     number, row, about = item
@@ -77,7 +91,9 @@ class Statistics:
     self.lengths[length] += 1
     self.cut += cut
     self.loops += has_loop(row["tokens"])
-    self.distinct.add(hashlib.blake2b(row["caption"].encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    self.distinct.add(
+      hashlib.blake2b(row["caption"].encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    )
     self.buckets[about["bucket"]] += 1
     spent = self.secs.setdefault(number // self.shard_rows % self.hosts, [0, 0.0])
     spent[0] += 1
@@ -91,8 +107,8 @@ class Statistics:
   def figures(self) -> dict[str, Any]:
     """What stats.json says. Shares are of captioned images; None where there is none.
 
-    images_per_sec: the sum of the hosts' rates over the time in which they captioned; loading, and what kills undid,
-      are not in it.
+    images_per_sec: the sum of the hosts' rates over the time in which they captioned; loading, and
+      what kills undid, are not in it.
     """
     captioned = self.lengths.total()
     share = lambda count: count / captioned if captioned else None
@@ -100,14 +116,29 @@ class Statistics:
     if captioned:
       values = np.repeat(sorted(self.lengths), [self.lengths[n] for n in sorted(self.lengths)])
       at = lambda percent: int(np.percentile(values, percent, method="inverted_cdf"))
-      tokens = {"mean": float(values.mean()), "p5": at(5), "p50": at(50), "p95": at(95), "max": int(values[-1])}
+      tokens = {
+        "mean": float(values.mean()),
+        "p5": at(5),
+        "p50": at(50),
+        "p95": at(95),
+        "max": int(values[-1]),
+      }
     rates = [rows / secs for rows, secs in self.secs.values() if secs]
-    return {"images": self.images, "captioned": captioned, "failed": self.reasons.total(),
-            "failed_by_reason": dict(self.reasons.most_common()), "cut_share": share(self.cut),
-            "caption_tokens": tokens, "distinct_captions": len(self.distinct),
-            "repeat_share": share(captioned - len(self.distinct)), "loop_share": share(self.loops),
-            "images_per_sec": sum(rates) if rates else None,
-            "images_by_bucket": dict(sorted(self.buckets.items(), key=lambda item: [*map(int, item[0].split("x"))]))}
+    return {
+      "images": self.images,
+      "captioned": captioned,
+      "failed": self.reasons.total(),
+      "failed_by_reason": dict(self.reasons.most_common()),
+      "cut_share": share(self.cut),
+      "caption_tokens": tokens,
+      "distinct_captions": len(self.distinct),
+      "repeat_share": share(captioned - len(self.distinct)),
+      "loop_share": share(self.loops),
+      "images_per_sec": sum(rates) if rates else None,
+      "images_by_bucket": dict(
+        sorted(self.buckets.items(), key=lambda item: [*map(int, item[0].split("x"))])
+      ),
+    }
 
 
 class _Random:
@@ -141,67 +172,126 @@ class _Best:
       heapq.heapreplace(self.heap, (score, -number, row))
 
   def rows(self) -> list[tuple[int, dict]]:
-    return [(-number, row) for _, number, row in sorted(self.heap, key=lambda item: (-item[0], -item[1]))]
+    return [
+      (-number, row) for _, number, row in sorted(self.heap, key=lambda item: (-item[0], -item[1]))
+    ]
 
 
-def samples_page(name: str, statistics: Statistics, settings: dict[str, Any], inputs: Sequence[CaptionRow]) -> str:
+def samples_page(
+  name: str, statistics: Statistics, settings: dict[str, Any], inputs: Sequence[CaptionRow]
+) -> str:
   """The page: figures, then samples with their pictures. It needs no network and runs no script."""
   figures = statistics.figures()
   shown: set[int] = set()  # a row stands once: where it is most telling
   groups = []
   for title, about, found in (
-      ("Failed", "No caption, and why.", statistics.failures.rows()),
-      ("Cut", f"At the limit of {settings['max_tokens']} tokens, before the caption had ended.",
-       statistics.cuts.rows()),
-      ("Longest", "", statistics.longest.rows()), ("Shortest", "", statistics.shortest.rows()),
-      ("Random", "", statistics.random.rows())):
+    ("Failed", "No caption, and why.", statistics.failures.rows()),
+    (
+      "Cut",
+      f"At the limit of {settings['max_tokens']} tokens, before the caption had ended.",
+      statistics.cuts.rows(),
+    ),
+    ("Longest", "", statistics.longest.rows()),
+    ("Shortest", "", statistics.shortest.rows()),
+    ("Random", "", statistics.random.rows()),
+  ):
     found = [(number, row) for number, row in found if number not in shown]
     shown.update(number for number, _ in found)
     groups.append((title, about, found))
   groups.insert(0, groups.pop())  # what is typical comes first
-  return markup.page(name, [_headline(figures), _tables(figures),
-                            *(_samples(*group, inputs) for group in groups if group[2]), _settings(settings)])
+  return markup.page(
+    name,
+    [
+      _headline(figures),
+      _tables(figures),
+      *(_samples(*group, inputs) for group in groups if group[2]),
+      _settings(settings),
+    ],
+  )
 
 
 def _headline(figures: dict[str, Any]) -> str:
   tokens = figures["caption_tokens"] or {}
   cards = [
-      markup.card("Images captioned", markup.show(figures["captioned"]),
-                  f"of {figures['images']:,}", "wide"),
-      markup.card("Caption length", markup.show(tokens.get("mean"), "tenths"), "tokens, mean"),
-      markup.card("Cut", markup.show(figures["cut_share"], "percent"), "at the token limit"),
-      markup.card("Images a second", markup.show(figures["images_per_sec"], "tenths"), "all hosts"),
-      markup.card("Distinct captions", markup.show(figures["distinct_captions"]),
-                  f"{markup.show(figures['repeat_share'], 'percent')} repeat another"),
-      markup.card("Failed", markup.show(figures["failed"]),
-                  "mostly: " + markup.text(next(iter(figures["failed_by_reason"]))) if figures["failed"] else "none"),
-      markup.card("Loops", markup.show(figures["loop_share"], "percent"), "of captions repeat a run of tokens")]
+    markup.card(
+      "Images captioned", markup.show(figures["captioned"]), f"of {figures['images']:,}", "wide"
+    ),
+    markup.card("Caption length", markup.show(tokens.get("mean"), "tenths"), "tokens, mean"),
+    markup.card("Cut", markup.show(figures["cut_share"], "percent"), "at the token limit"),
+    markup.card("Images a second", markup.show(figures["images_per_sec"], "tenths"), "all hosts"),
+    markup.card(
+      "Distinct captions",
+      markup.show(figures["distinct_captions"]),
+      f"{markup.show(figures['repeat_share'], 'percent')} repeat another",
+    ),
+    markup.card(
+      "Failed",
+      markup.show(figures["failed"]),
+      "mostly: " + markup.text(next(iter(figures["failed_by_reason"])))
+      if figures["failed"]
+      else "none",
+    ),
+    markup.card(
+      "Loops", markup.show(figures["loop_share"], "percent"), "of captions repeat a run of tokens"
+    ),
+  ]
   return f"<section><div class=cards>{''.join(cards)}</div></section>"
 
 
 def _tables(figures: dict[str, Any]) -> str:
   tables = []
   if figures["caption_tokens"]:
-    tables.append(markup.table(["tokens a caption", ""], [
-        [label, markup.show(figures["caption_tokens"][key])]
-        for label, key in (("5% have at most", "p5"), ("half have at most", "p50"), ("95% have at most", "p95"),
-                           ("longest", "max"))]))
+    tables.append(
+      markup.table(
+        ["tokens a caption", ""],
+        [
+          [label, markup.show(figures["caption_tokens"][key])]
+          for label, key in (
+            ("5% have at most", "p5"),
+            ("half have at most", "p50"),
+            ("95% have at most", "p95"),
+            ("longest", "max"),
+          )
+        ],
+      )
+    )
   if figures["images_by_bucket"]:
-    tables.append(markup.table(["patches x image tokens", "images"], [
-        [markup.text(bucket.replace("x", " x ")), markup.show(count)]
-        for bucket, count in figures["images_by_bucket"].items()]))
+    tables.append(
+      markup.table(
+        ["patches x image tokens", "images"],
+        [
+          [markup.text(bucket.replace("x", " x ")), markup.show(count)]
+          for bucket, count in figures["images_by_bucket"].items()
+        ],
+      )
+    )
   if figures["failed_by_reason"]:
-    tables.append(markup.table(["failed", "images"], [
-        [markup.text(reason), markup.show(count)] for reason, count in figures["failed_by_reason"].items()]))
-  return f"<section><h2>In numbers</h2><div class=side>{''.join(tables)}</div></section>" if tables else ""
+    tables.append(
+      markup.table(
+        ["failed", "images"],
+        [
+          [markup.text(reason), markup.show(count)]
+          for reason, count in figures["failed_by_reason"].items()
+        ],
+      )
+    )
+  return (
+    f"<section><h2>In numbers</h2><div class=side>{''.join(tables)}</div></section>"
+    if tables
+    else ""
+  )
 
 
-def _samples(title: str, about: str, found: Iterable[tuple[int, dict]], inputs: Sequence[CaptionRow]) -> str:
+def _samples(
+  title: str, about: str, found: Iterable[tuple[int, dict]], inputs: Sequence[CaptionRow]
+) -> str:
   cards = "".join(_sample(row, inputs[number]) for number, row in found)
   about = f"<p class=soft>{about}</p>" if about else ""
-  return (f"<section><h2>{title}</h2>{about}"
-          '<div class=samples style="grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr))">'
-          f"{cards}</div></section>")
+  return (
+    f"<section><h2>{title}</h2>{about}"
+    '<div class=samples style="grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr))">'
+    f"{cards}</div></section>"
+  )
 
 
 def _sample(row: dict[str, Any], source: CaptionRow) -> str:
@@ -210,9 +300,14 @@ def _sample(row: dict[str, Any], source: CaptionRow) -> str:
   else:
     caption = markup.text(row["caption"]) if row["caption"].strip() else "<i class=soft>(empty)</i>"
     cut = ' <span class="answer wrong">cut</span>' if row["finish"] == "length" else ""
-    words = (f"<p class=text>{caption}</p><p class=marks><span class=soft>{len(row['tokens'])} tokens</span>{cut}</p>")
-  return (f"<article class=sample><div class=picture>{_picture(source)}"
-          f'<div class="soft file">{markup.text(row["image"])}</div></div><div class=words>{words}</div></article>')
+    words = (
+      f"<p class=text>{caption}</p><p class=marks><span class=soft>{len(row['tokens'])} "
+      f"tokens</span>{cut}</p>"
+    )
+  return (
+    f"<article class=sample><div class=picture>{_picture(source)}"
+    f'<div class="soft file">{markup.text(row["image"])}</div></div><div class=words>{words}</div></article>'
+  )
 
 
 def _picture(source: CaptionRow) -> str:

@@ -1,8 +1,10 @@
-"""Mode `caption`: images from wherever they lie -> captions, by all hosts at once, batched by shape.
+"""Mode `caption`: images from wherever they lie -> captions, by all hosts at once, batched by
+shape.
 
-Greedy in float32 the ids are those of transformers' `generate` on the same directory, image and prompt: the
-checkpoint's own chat template, end tokens and repetition penalty are used. The rows are cut into shards, each host
-does its own (`caption_shards`), no host waits for another, and the one with number 0 writes the output at the end.
+Greedy in float32 the ids are those of transformers' `generate` on the same directory, image and
+prompt: the checkpoint's own chat template, end tokens and repetition penalty are used. The rows are
+cut into shards, each host does its own (`caption_shards`), no host waits for another, and the one
+with number 0 writes the output at the end.
 """
 
 import collections
@@ -41,39 +43,47 @@ log = logging.getLogger("caprl_jax.modes.caption.run")
 
 # What `caption.prompt` may name in place of a text of its own.
 STYLES = {
-    "detailed": "Please describe this image in detail.",  # CapRL's own: what its captioners were trained with
-    "medium": "Describe this image in three to five sentences.",
-    "short": "Describe this image in one sentence.",
-    "document": "Describe this chart, table or document in detail: its kind, its structure, and all text, labels and "
-                "numbers in it.",
+  # CapRL's own: what its captioners were trained with
+  "detailed": "Please describe this image in detail.",
+  "medium": "Describe this image in three to five sentences.",
+  "short": "Describe this image in one sentence.",
+  "document": "Describe this chart, table or document in detail: its kind, its structure, and "
+  "all text, labels and numbers in it.",
 }
-PREPARE_THREADS = min(16, os.cpu_count() or 1)  # decode and cut pictures while the device writes captions
+# decode and cut pictures while the device writes captions
+PREPARE_THREADS = min(16, os.cpu_count() or 1)
 BATCHES_AHEAD = 2
 SAY_SECS = 60
 SHOWN_FAILURES = 20
-_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # PIL's name for an image in memory: another every time
+# PIL's name for an image in memory: another every time
+_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig:
-  """input: see `data.pictures.find_images`: folders, JSON lines, tar (WebDataset), parquet, tfds:FOLDER:SPLIT.
+  """input: see `data.pictures.find_images`: folders, JSON lines, tar (WebDataset), parquet,
+  tfds:FOLDER:SPLIT.
 
-  output, format: see `caption_formats.Output`; None takes the format of the output's suffix (.jsonl, .parquet).
-    embed_images: `hf` datasets hold the images' bytes, not their names. image_key, caption_key: of `caprl_2m`; how the
-    released CapRL-2M spells its keys could not be looked up, so these are a guess.
-  prompt: a style (`detailed`, `medium`, `short`, `document`) or any other text; None asks `policy.instruction`. A
-    prompt asks for a length; max_tokens cuts.
-  temperature: 0 is greedy, and a caption then depends on its image alone. Sampled ones depend on `seed` and on which
-    images share a batch, so that after an interruption others are drawn. repetition_penalty: None takes the
-    checkpoint's own (generation_config.json).
-  batch_size: images a program runs at once, all of one bucket of shapes; the last batch of each bucket in a shard is
-    filled up, so that shards should be long beside it. It may be changed when a job goes on.
+  output, format: see `caption_formats.Output`; None takes the format of the output's suffix
+    (.jsonl, .parquet). embed_images: `hf` datasets hold the images' bytes, not their names.
+    image_key, caption_key: of `caprl_2m`; how the released CapRL-2M spells its keys could not be
+    looked up, so these are a guess.
+  prompt: a style (`detailed`, `medium`, `short`, `document`) or any other text; None asks
+    `policy.instruction`. A prompt asks for a length; max_tokens cuts.
+  temperature: 0 is greedy, and a caption then depends on its image alone. Sampled ones depend on
+    `seed` and on which images share a batch, so that after an interruption others are drawn.
+    repetition_penalty: None takes the checkpoint's own (generation_config.json).
+  batch_size: images a program runs at once, all of one bucket of shapes; the last batch of each
+    bucket in a shard is filled up, so that shards should be long beside it. It may be changed when
+    a job goes on.
   skip_bad_images: a row with `error` in place of a caption; False stops at the first one.
-  shard_rows: rows that are one host's work at a time. With fewer shards than hosts some hosts have nothing to do.
-  host, hosts: this process's number of how many that share the output's folder; None: jax.process_index() and
+  shard_rows: rows that are one host's work at a time. With fewer shards than hosts some hosts have
+  nothing to do. host, hosts: this process's number of how many that share the output's folder;
+  None: jax.process_index() and
     process_count(). Set both on machines that do not run under jax.distributed.
   samples: images on the page of samples, about.
   """
+
   input: str
   output: str
   prompt: str | None = None
@@ -95,27 +105,46 @@ class CaptionConfig:
 
   def __post_init__(self):
     if self.shard_rows < 1 or self.batch_size < 1:
-      raise ValueError(f"caption.shard_rows = {self.shard_rows} and batch_size = {self.batch_size} must be at least 1")
+      raise ValueError(
+        f"caption.shard_rows = {self.shard_rows} and batch_size = {self.batch_size} "
+        "must be at least 1"
+      )
     if (self.host is None) != (self.hosts is None):
-      raise ValueError(f"caption.host = {self.host} and caption.hosts = {self.hosts}: set both or neither")
+      raise ValueError(
+        f"caption.host = {self.host} and caption.hosts = {self.hosts}: set both or neither"
+      )
     if self.hosts is not None and not 0 <= self.host < self.hosts:
-      raise ValueError(f"caption.host = {self.host} must be from 0 to caption.hosts - 1 = {self.hosts - 1}")
+      raise ValueError(
+        f"caption.host = {self.host} must be from 0 to caption.hosts - 1 = {self.hosts - 1}"
+      )
     if self.image_key == self.caption_key:
-      raise ValueError(f"caption.image_key and caption.caption_key are both {self.image_key!r}; they must differ")
+      raise ValueError(
+        f"caption.image_key and caption.caption_key are both {self.image_key!r}; they must differ"
+      )
 
 
 def instruction_of(prompt: str | None, default: str) -> str:
-  """What the captioner is asked. Raises ValueError for one word that looks like a style misspelt."""
+  """What the captioner is asked. Raises ValueError for one word that looks like a style
+  misspelt.
+  """
   if not prompt:
     return default
-  if prompt not in STYLES and " " not in prompt.strip() and (hint := configuration.did_you_mean(prompt, STYLES)):
-    raise ValueError(f"caption.prompt = {prompt!r} is no style{hint} (styles: {', '.join(STYLES)}; or a "
-                     "whole sentence)")
+  if (
+    prompt not in STYLES
+    and " " not in prompt.strip()
+    and (hint := configuration.did_you_mean(prompt, STYLES))
+  ):
+    raise ValueError(
+      f"caption.prompt = {prompt!r} is no style{hint} (styles: {', '.join(STYLES)}; "
+      "or a whole sentence)"
+    )
   return STYLES.get(prompt, prompt)
 
 
 def end_ids(loaded: Loaded) -> tuple[int, ...]:
-  """What ends a text, as transformers' `generate` has it: generation_config.json, config.json where there is none."""
+  """What ends a text, as transformers' `generate` has it: generation_config.json, config.json where
+  there is none.
+  """
   configs = [loaded.config, loaded.config.get("text_config") or {}]
   if "generation_config.json" in loaded.files:
     configs = [json.loads(loaded.files["generation_config.json"])]
@@ -129,23 +158,47 @@ def end_ids(loaded: Loaded) -> tuple[int, ...]:
 def caption_vocabulary(loaded: Loaded) -> Vocabulary:
   """Every id may be written, as in `generate`."""
   size, ends = loaded.model.cfg.text.vocab_size, end_ids(loaded)
-  return Vocabulary(jnp.ones(size, bool), jnp.full(size, -1, jnp.int32), ends, ends[0] if ends else 0)
+  return Vocabulary(
+    jnp.ones(size, bool), jnp.full(size, -1, jnp.int32), ends, ends[0] if ends else 0
+  )
 
 
 class Captioner:
-  """Images -> captions, a compiled program a bucket of image shapes. A context manager: it has threads."""
+  """Images -> captions, a compiled program a bucket of image shapes. A context manager: it has
+  threads.
+  """
 
-  def __init__(self, loaded: Loaded, cfg: CaptionConfig, instruction: str, mesh: jax.sharding.Mesh, seed: int,
-               system: str | None = None, group: int = 1):
-    """system: a turn before the instruction. group: captions an image; with several, a row's `group` holds them all."""
+  def __init__(
+    self,
+    loaded: Loaded,
+    cfg: CaptionConfig,
+    instruction: str,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    system: str | None = None,
+    group: int = 1,
+  ):
+    """system: a turn before the instruction. group: captions an image; with several, a row's
+    `group` holds them all.
+    """
     self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
     generation = json.loads(loaded.files.get("generation_config.json", b"{}"))
-    penalty = generation.get("repetition_penalty") if cfg.repetition_penalty is None else cfg.repetition_penalty
+    penalty = (
+      generation.get("repetition_penalty")
+      if cfg.repetition_penalty is None
+      else cfg.repetition_penalty
+    )
     sampling = SamplingConfig(cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, penalty or 1.0)
     self.vocabulary = caption_vocabulary(loaded)
     self.pieces = loaded.prompt_pieces(instruction, system)
-    self._run = jax.jit(functools.partial(
-        sample_captions, loaded.model, vocabulary=self.vocabulary, cfg=RolloutConfig(group, sampling)))
+    self._run = jax.jit(
+      functools.partial(
+        sample_captions,
+        loaded.model,
+        vocabulary=self.vocabulary,
+        cfg=RolloutConfig(group, sampling),
+      )
+    )
     self._pool = futures.ThreadPoolExecutor(PREPARE_THREADS, "pictures")
     self._since, self._failures = time.monotonic(), 0
 
@@ -155,13 +208,18 @@ class Captioner:
   def __exit__(self, *failure) -> None:
     self._pool.shutdown(cancel_futures=True)
 
-  def __call__(self, rows: Sequence[CaptionRow], numbers: Sequence[int]) -> Iterator[list[RowResult]]:
-    """Captions `rows[number]` of each number, shape by shape; yields them as batches finish. A batch is dispatched
-    before the one before it is fetched, and pictures are prepared for the ones after it meanwhile."""
+  def __call__(
+    self, rows: Sequence[CaptionRow], numbers: Sequence[int]
+  ) -> Iterator[list[RowResult]]:
+    """Captions `rows[number]` of each number, shape by shape; yields them as batches finish. A
+    batch is dispatched before the one before it is fetched, and pictures are prepared for the ones
+    after it meanwhile."""
     self._since = time.monotonic()
     buckets: dict[ImageShape, list[int]] = {}
     failed = []
-    for number, (shape, error) in zip(numbers, self._pool.map(lambda number: self._shape(rows[number]), numbers)):
+    for number, (shape, error) in zip(
+      numbers, self._pool.map(lambda number: self._shape(rows[number]), numbers)
+    ):
       if error is None:
         buckets.setdefault(shape, []).append(number)
       else:
@@ -193,8 +251,13 @@ class Captioner:
     except ValueError as error:
       return None, error
 
-  def _prepared(self, rows, buckets: dict[ImageShape, list[int]]) -> Iterator[tuple[ImageShape, list[int], list]]:
-    """(shape, row numbers, (example, error) of each), batch by batch; the next few are in the making."""
+  def _prepared(
+    self, rows, buckets: dict[ImageShape, list[int]]
+  ) -> Iterator[tuple[ImageShape, list[int], list]]:
+    """(shape, row numbers, (example, error) of each), batch by batch; the next few are in the
+    making.
+    """
+
     def prepare(prompt: ImagePrompt, number: int):
       try:
         return prompt(rows[number]), None
@@ -205,8 +268,10 @@ class Captioner:
     for shape in sorted(buckets, key=lambda shape: (shape.tokens, shape.slots)):
       prompt = ImagePrompt(self.loaded.model.cfg, self.pieces, shape)
       for start in range(0, len(buckets[shape]), self.cfg.batch_size):
-        members = buckets[shape][start:start + self.cfg.batch_size]
-        ahead.append((shape, members, [self._pool.submit(prepare, prompt, number) for number in members]))
+        members = buckets[shape][start : start + self.cfg.batch_size]
+        ahead.append(
+          (shape, members, [self._pool.submit(prepare, prompt, number) for number in members])
+        )
         if len(ahead) > BATCHES_AHEAD:
           shape_, members, made = ahead.popleft()
           yield shape_, members, [one.result() for one in made]
@@ -229,8 +294,13 @@ class Captioner:
       group = []
       for tokens_T, valid_T, ended in zip(tokens_BGT[n], valid_BGT[n], ended_BG[n]):
         ids = tokens_T[valid_T].tolist()
-        group.append({"caption": self.loaded.tokenizer.decode_written(ids), "tokens": ids,
-                      "finish": "end" if ended else "length"})
+        group.append(
+          {
+            "caption": self.loaded.tokenizer.decode_written(ids),
+            "tokens": ids,
+            "finish": "end" if ended else "length",
+          }
+        )
       row = {"image": rows[number].name, **group[0]}
       found.append((number, row if len(group) == 1 else row | {"group": group}))
     now = time.monotonic()
@@ -242,34 +312,54 @@ class Captioner:
     error_text = _ADDRESS.sub("", str(error))
     message = error_text if row.name in error_text else f"row {row.name!r}: {error_text}"
     if not self.cfg.skip_bad_images:
-      raise ValueError(f"{message} (caption.skip_bad_images=True records it and goes on)") from error
+      raise ValueError(
+        f"{message} (caption.skip_bad_images=True records it and goes on)"
+      ) from error
     self._failures += 1
     log.log(logging.WARNING if self._failures <= SHOWN_FAILURES else logging.DEBUG, "%s", message)
     if self._failures == SHOWN_FAILURES:
-      log.warning("%d images have failed; those to come stand in the output, with their reasons", SHOWN_FAILURES)
+      log.warning(
+        "%d images have failed; those to come stand in the output, with their reasons",
+        SHOWN_FAILURES,
+      )
     return RowResult(number, {"image": row.name, "error": message}, {"reason": reason_of(error)})
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Captions this host's shards of `caption.input`; host 0 then writes `caption.output`, its statistics and its page.
+  """Captions this host's shards of `caption.input`; host 0 then writes `caption.output`, its
+  statistics and its page.
 
   The same command goes on where it was stopped; once all is done it does nothing.
   """
   cfg = configuration.load_section(config, "caption", CaptionConfig)
   section = configuration.load_section(config, "policy", PolicySection)
   # Of this host's devices only: nothing that runs here needs another host.
-  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig), jax.local_devices())
+  mesh = sharding.make_mesh(
+    configuration.load_section(config, "mesh", sharding.MeshConfig), jax.local_devices()
+  )
   sharding.check_batch_size(cfg.batch_size, mesh, "caption.batch_size")
   instruction = instruction_of(cfg.prompt, section.instruction)
   path = pathlib.Path(cfg.output).expanduser()
-  output = Output(path, kind_of(path, cfg.format), base_folder(cfg.input), cfg.embed_images, cfg.image_key,
-                  cfg.caption_key, f" with `{section.checkpoint}`, asked: {instruction!r}")
+  output = Output(
+    path,
+    kind_of(path, cfg.format),
+    base_folder(cfg.input),
+    cfg.embed_images,
+    cfg.image_key,
+    cfg.caption_key,
+    f" with `{section.checkpoint}`, asked: {instruction!r}",
+  )
   rows = find_images(cfg.input)
   seed = config.get("seed", 0)
   settings = section.identity() | {"prompt": instruction, "seed": seed}
-  settings |= {key: getattr(cfg, key) for key in ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")}
+  settings |= {
+    key: getattr(cfg, key)
+    for key in ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+  }
   settings = manifest(settings, [row.name for row in rows], cfg.shard_rows)
-  host, hosts = (jax.process_index(), jax.process_count()) if cfg.hosts is None else (cfg.host, cfg.hosts)
+  host, hosts = (
+    (jax.process_index(), jax.process_count()) if cfg.hosts is None else (cfg.host, cfg.hosts)
+  )
   parts = ShardedJob(path.with_name(path.name + ".parts"), settings, host, hosts)
   if not parts.folder.exists():
     parts.sweep()
@@ -279,7 +369,9 @@ def run(config, workdir: pathlib.Path) -> None:
   parts.open()
 
   with jax.set_mesh(mesh):
-    _caption_shards(parts, rows, lambda: Captioner(section.load(mesh), cfg, instruction, mesh, seed))
+    _caption_shards(
+      parts, rows, lambda: Captioner(section.load(mesh), cfg, instruction, mesh, seed)
+    )
   if host == 0:
     parts.wait()
     with parts.lock("output"):
@@ -300,12 +392,18 @@ def _finished(output: Output, settings: dict) -> bool:
   if not other.exists():
     return False
   if other != output.path:
-    raise ValueError(f"{path} belongs to {other.name}, and {output.path.name} would have the same; name another "
-                     "caption.output")
+    raise ValueError(
+      f"{path} belongs to {other.name}, and {output.path.name} would have the same; "
+      "name another caption.output"
+    )
   if differing := differences(job, settings | {"output": output.path.name, "format": output.kind}):
-    raise ValueError(f"{output.path} is there, from a job with other settings ({path}): {differing}. Delete both or "
-                     "name another caption.output")
-  log.info("%s is there, of %d images with these settings: nothing to do", output.path, settings["images"])
+    raise ValueError(
+      f"{output.path} is there, from a job with other settings ({path}): "
+      f"{differing}. Delete both or name another caption.output"
+    )
+  log.info(
+    "%s is there, of %d images with these settings: nothing to do", output.path, settings["images"]
+  )
   return True
 
 
@@ -324,21 +422,33 @@ def _caption_shards(parts: ShardedJob, rows: Sequence[CaptionRow], make_captione
   with bar, make_captioner() as captioner:
     for shard in left:
       with Shard(parts, shard) as kept:
-        for found in captioner(rows, [number for number in kept.numbers if number not in kept.done]):
+        for found in captioner(
+          rows, [number for number in kept.numbers if number not in kept.done]
+        ):
           kept.put(found)
           done += len(found)
           bar.update(len(found))
           if time.monotonic() - said > SAY_SECS:
             said = time.monotonic()
             rate = done / (said - started)
-            log.info("%d of %d images, %.1f a second, %.0f minutes to go", before + done, total, rate,
-                     (total - before - done) / rate / 60)
+            log.info(
+              "%d of %d images, %.1f a second, %.0f minutes to go",
+              before + done,
+              total,
+              rate,
+              (total - before - done) / rate / 60,
+            )
   secs = time.monotonic() - started
-  log.info("%d images in %.1f s, %.1f a second, loading and compiling included", done, secs, done / secs)
+  log.info(
+    "%d images in %.1f s, %.1f a second, loading and compiling included", done, secs, done / secs
+  )
 
 
-def _write(output: Output, parts: ShardedJob, rows: Sequence[CaptionRow], statistics: Statistics) -> None:
+def _write(
+  output: Output, parts: ShardedJob, rows: Sequence[CaptionRow], statistics: Statistics
+) -> None:
   """Shards -> output, statistics, page. A kill at any point leaves the shards, or all of it."""
+
   def counted():
     for item in parts.read():
       statistics.add(item)
@@ -352,6 +462,14 @@ def _write(output: Output, parts: ShardedJob, rows: Sequence[CaptionRow], statis
   write_json(output.beside(".stats.json"), figures | {"job": job})
   parts.remove()
   tokens = (figures["caption_tokens"] or {}).get("mean", 0.0)
-  log.info("%d captions in %s: %.1f tokens a caption, %d cut at %d tokens, %d images failed; samples in %s",
-           figures["captioned"], output.path, tokens, statistics.cut, settings["max_tokens"], figures["failed"],
-           output.beside(".html"))
+  log.info(
+    "%d captions in %s: %.1f tokens a caption, %d cut at %d tokens, %d images failed; "
+    "samples in %s",
+    figures["captioned"],
+    output.path,
+    tokens,
+    statistics.cut,
+    settings["max_tokens"],
+    figures["failed"],
+    output.beside(".html"),
+  )

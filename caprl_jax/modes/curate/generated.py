@@ -1,7 +1,8 @@
 """A model's text of questions -> `rows.Question`.
 
-CapRL's second curation step: a vision-language model writes five multiple-choice questions an image, this module reads
-them. What cannot be read with certainty is a `Failure` with its reason, never a guess and never silently lost.
+CapRL's second curation step: a vision-language model writes five multiple-choice questions an
+image, this module reads them. What cannot be read with certainty is a `Failure` with its reason,
+never a guess and never silently lost.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from caprl_jax.data.readers.caprl_json import question_of
 from caprl_jax.data.rows import Question, folded
 
-# Of the official prompt we know a description, not the bytes: exactly five challenging questions on the image's
-# content, four options, this layout, two worked examples of it, no other text. The wording is ours.
+# Of the official prompt we know a description, not the bytes: exactly five challenging questions on
+# the image's content, four options, this layout, two worked examples of it, no other text. The
+# wording is ours.
 GENERATION_SYSTEM = """\
 You will be shown an image. Write exactly five challenging multiple-choice questions about its content.
 
@@ -46,26 +48,38 @@ GENERATION_USER = "Here is the image"
 
 _LETTERS = "ABCDEFGHIJ"
 _BOLD = re.compile(  # not x**2
-    r"(?<![0-9A-Za-z_)\]])\*\*(?=\S)(.+?)(?:(?<=[:：.)）?？])\*\*|\*\*(?![0-9A-Za-z_(]))")
+  r"(?<![0-9A-Za-z_)\]])\*\*(?=\S)(.+?)(?:(?<=[:：.)）?？])\*\*|\*\*(?![0-9A-Za-z_(]))"
+)
 _NOTHING = re.compile(r"[-–—_=*~\s]*|```\w*")  # blank lines, separators of any length, code fences
 _BULLET = r"(?:[-*•+–]\s+)?"
-_END = r"(?:[.)](?!\d)|:(?!\d)|[：、．）]|\s[-–—]\s)"  # what ends a question's number: not 1.5, not 12:30
+# what ends a question's number: not 1.5, not 12:30
+_END = r"(?:[.)](?!\d)|:(?!\d)|[：、．）]|\s[-–—]\s)"
 _WORD = r"(?:question\b|q(?=[\s.#:\d])|问题|题目|第)"
-_NUMBERED = re.compile(rf"(?:#+\s*{_WORD}?|{_BULLET}{_WORD})\s*[.#:]?\s*(\d{{1,3}})\s*题?\s*(?:{_END}\s*(.*)|$)",
-                       re.IGNORECASE)
+_NUMBERED = re.compile(
+  rf"(?:#+\s*{_WORD}?|{_BULLET}{_WORD})\s*[.#:]?\s*(\d{{1,3}})\s*题?\s*(?:{_END}\s*(.*)|$)",
+  re.IGNORECASE,
+)
 _NAMED = re.compile(rf"(?:#+\s*)?{_BULLET}(?:question|q|问题|题目)\s*[:：]\s*(.*)", re.IGNORECASE)
 _HEADING = re.compile(r"#+\s*(.*)")
 _BARE = re.compile(rf"{_BULLET}[(（]?(\d{{1,3}}){_END}\s*(.*)")
 _TITLE = re.compile(r"(?:question|问题)\s*\d*\s*(?:[:：]\s*|$)", re.IGNORECASE)
-_OPTION = re.compile(rf"\s*(?:[-*•+–]\s*)?[(（]?(?:([{_LETTERS}])([).:：、．）])|([a-j])([)）]))\s*(\S.*)")
+_OPTION = re.compile(
+  rf"\s*(?:[-*•+–]\s*)?[(（]?(?:([{_LETTERS}])([).:：、．）])|([a-j])([)）]))\s*(\S.*)"
+)
 _OPTIONS_TITLE = re.compile(r"(?:options|choices|选项)\s*[:：]?", re.IGNORECASE)
 _ANSWER = re.compile(
-    rf"{_BULLET}(?:(?:the\s+)?(?:(?:(?:correct|right|final)\s+)?(?:answer|ans)|(?:correct|right)\s+(?:option|choice))\b"
-    rf"(?:(?:\s+is)?\s*[:：]\s*|\s+is\s+|\s+(?=[(（]?[{_LETTERS}][)）.]?\s*$)|\s*$)"
-    r"|(?:正确)?答案\s*(?:是|为)?\s*[:：]?)\s*(.*)", re.IGNORECASE)
-_REMARK = re.compile(r"(?:explanation|reasoning|reason|rationale|note|解析|解释|理由)\s*[:：]", re.IGNORECASE)
+  rf"{_BULLET}(?:(?:the\s+)?(?:(?:(?:correct|right|final)\s+)?(?:answer|ans)|(?:correct|right)\s+(?:option|choice))\b"
+  rf"(?:(?:\s+is)?\s*[:：]\s*|\s+is\s+|\s+(?=[(（]?[{_LETTERS}][)）.]?\s*$)|\s*$)"
+  r"|(?:正确)?答案\s*(?:是|为)?\s*[:：]?)\s*(.*)",
+  re.IGNORECASE,
+)
+_REMARK = re.compile(
+  r"(?:explanation|reasoning|reason|rationale|note|解析|解释|理由)\s*[:：]", re.IGNORECASE
+)
 _CHOSEN = re.compile(
-    rf"(?:option\s+|选项\s*)?[(（\[]?([{_LETTERS}])(?:[)）\].:：、．]+\s*|\s+[-–—]\s+|\s*$)(.*)", re.IGNORECASE)
+  rf"(?:option\s+|选项\s*)?[(（\[]?([{_LETTERS}])(?:[)）\].:：、．]+\s*|\s+[-–—]\s+|\s*$)(.*)",
+  re.IGNORECASE,
+)
 _WRAPPED = re.compile(rf"([{_LETTERS}])\s*[(（](.+)[)）]")
 _ABSTAIN = re.compile(r"can\s?not answer\b", re.IGNORECASE)
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af"
@@ -75,18 +89,23 @@ _TOKEN = re.compile(rf"[{_CJK}]|[^\W{_CJK}_]+")
 @dataclasses.dataclass(frozen=True)
 class Failure:
   """A piece of a model's text that looked like a question and could not be read as one."""
+
   text: str
   reason: str
 
 
 @dataclasses.dataclass
 class _Block:
-  """A question as its lines say. `header`: "numbered", "named" (Question:), "heading" (#), "bare" (1.) or "" (none)."""
+  """A question as its lines say. `header`: "numbered", "named" (Question:), "heading" (#), "bare"
+  (1.) or "" (none).
+  """
+
   header: str
   number: int | None = None
   lines: list[str] = dataclasses.field(default_factory=list)
   stem: list[str] = dataclasses.field(default_factory=list)
-  options: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)  # letter, what closes it, text
+  # letter, what closes it, text
+  options: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
   answers: list[str] = dataclasses.field(default_factory=list)
   fault: str = ""
 
@@ -94,21 +113,23 @@ class _Block:
 def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
   """Reads the questions of a model's reply, in their order.
 
-  Understood besides the layout that GENERATION_SYSTEM asks for: any of the headers `#### 1.`, `1.`, `Q1:`,
-  `Question 1:`, `问题1：` or none, the question on its line or below; options `A)`, `A.`, `(A)`, `a)`, with bullets or
-  bold; options in a row where their letters leave no doubt; answers by letter, by letter and text, or by the text of
-  exactly one option (`Answer:`, `Correct answer:`, `The answer is`, `答案：`). Text before, between and after the
-  questions is ignored, as are reasoning in `<think>` and separators. Options "Can not answer ..." are left out, as in
-  `released`.
+  Understood besides the layout that GENERATION_SYSTEM asks for: any of the headers `#### 1.`, `1.`,
+  `Q1:`, `Question 1:`, `问题1：` or none, the question on its line or below; options `A)`, `A.`,
+  `(A)`, `a)`, with bullets or bold; options in a row where their letters leave no doubt; answers by
+  letter, by letter and text, or by the text of exactly one option (`Answer:`, `Correct answer:`,
+  `The answer is`, `答案：`). Text before, between and after the questions is ignored, as are reasoning
+  in `<think>` and separators. Options "Can not answer ..." are left out, as in `released`.
 
-  Every block with a question's number, options or answer becomes either a question or a failure: for lack of options
-  or answer (a reply cut off), an answer whose letter and text disagree, letters that do not run A, B, C, equal options,
-  a question that repeats an earlier one, and whatever `rows.check_question` refuses. A text without any such block is
-  one failure.
+  Every block with a question's number, options or answer becomes either a question or a failure:
+  for lack of options or answer (a reply cut off), an answer whose letter and text disagree, letters
+  that do not run A, B, C, equal options, a question that repeats an earlier one, and whatever
+  `rows.check_question` refuses. A text without any such block is one failure.
   """
   said = text.rpartition("</think>")[2]
   if said.lstrip().startswith("<think>"):
-    return [], [Failure(text, "the reply ends inside its reasoning (<think>); allow it more tokens")]
+    return [], [
+      Failure(text, "the reply ends inside its reasoning (<think>); allow it more tokens")
+    ]
   blocks = _blocks(said.splitlines())
   numbered = any(block.header == "numbered" for block in blocks)
   questions, failures = [], []
@@ -122,12 +143,15 @@ def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
     except ValueError as error:
       failures.append(Failure("\n".join(block.lines).strip(), str(error)))
   if not questions and not failures:
-    failures = [Failure(text, "there is no question in the reply" if said.strip() else "the reply is empty")]
+    failures = [
+      Failure(text, "there is no question in the reply" if said.strip() else "the reply is empty")
+    ]
   return questions, failures
 
 
 def format_questions(questions: Sequence[Question]) -> str:
-  """Questions in the layout that GENERATION_SYSTEM asks for; `kind` and `provenance` have no place in it.
+  """Questions in the layout that GENERATION_SYSTEM asks for; `kind` and `provenance` have no place
+  in it.
 
   Raises:
     ValueError: a question that `parse_generated` would not read back the same from this layout.
@@ -135,30 +159,40 @@ def format_questions(questions: Sequence[Question]) -> str:
   parts = []
   for number, question in enumerate(questions, 1):
     if len(question.options) > len(_LETTERS):
-      raise ValueError(f"question {question.stem!r} has {len(question.options)} options; letters go to {_LETTERS[-1]}")
-    options = "".join(f"   - {letter}) {option}\n" for letter, option in zip(_LETTERS, question.options))
+      raise ValueError(
+        f"question {question.stem!r} has {len(question.options)} options; letters "
+        f"go to {_LETTERS[-1]}"
+      )
+    options = "".join(
+      f"   - {letter}) {option}\n" for letter, option in zip(_LETTERS, question.options)
+    )
     answer = f"{_LETTERS[question.gold]}) {question.options[question.gold]}"
     parts.append(f"#### {number}. **{question.stem}**\n{options}**Answer:** {answer}\n------\n")
     read, failures = parse_generated(parts[-1])
     if failures or [_content(q) for q in read] != [_content(question)]:
       reason = failures[0].reason if failures else f"it reads as {read}"
-      raise ValueError(f"question {question.stem!r} cannot be written in this layout ({reason}); reword it")
+      raise ValueError(
+        f"question {question.stem!r} cannot be written in this layout ({reason}); reword it"
+      )
   return "".join(parts)
 
 
 def question_key(question: Question) -> frozenset[str]:
-  """The stem's set of words, without case and punctuation; of Chinese, Japanese and Korean the characters."""
+  """The stem's set of words, without case and punctuation; of Chinese, Japanese and Korean the
+  characters.
+  """
   return frozenset(_tokens(question.stem)) or frozenset([folded(question.stem)])
 
 
 def drop_similar_questions(
-    questions: Sequence[Question], threshold: float) -> tuple[list[Question], list[Question]]:
+  questions: Sequence[Question], threshold: float
+) -> tuple[list[Question], list[Question]]:
   """Of the questions of one image, keeps the first of those that ask nearly the same.
 
-  Similar are two questions whose `question_key`s overlap by at least `threshold`, as shared words over all words
-  (Jaccard index: 1 for the same words), unless they differ in a number: "in 2019" and "in 2020" are two questions. It
-  compares words, not meanings: at 0.8, "left of" against "right of" in a stem of ten words is already taken for
-  similar.
+  Similar are two questions whose `question_key`s overlap by at least `threshold`, as shared words
+  over all words (Jaccard index: 1 for the same words), unless they differ in a number: "in 2019"
+  and "in 2020" are two questions. It compares words, not meanings: at 0.8, "left of" against "right
+  of" in a stem of ten words is already taken for similar.
 
   Returns:
     The questions kept and those dropped, each in order.
@@ -172,8 +206,11 @@ def drop_similar_questions(
   dropped = []
   for question in questions:
     key = question_key(question)
-    if any(len(key & known) >= threshold * len(key | known)
-           and not any(any(map(str.isdigit, word)) for word in key ^ known) for _, known in kept):
+    if any(
+      len(key & known) >= threshold * len(key | known)
+      and not any(any(map(str.isdigit, word)) for word in key ^ known)
+      for _, known in kept
+    ):
       dropped.append(question)
     else:
       kept.append((question, key))
@@ -184,11 +221,14 @@ def drop_similar_questions(
 
 
 def _blocks(lines: Sequence[str]) -> list[_Block]:
-  """Groups lines by question. `loose` is the last paragraph that belongs to none: the stem of one without a header."""
+  """Groups lines by question. `loose` is the last paragraph that belongs to none: the stem of one
+  without a header.
+  """
   blocks: list[_Block] = []
   block: _Block | None = None
   loose: list[str] = []
-  gap = awaiting = False  # a blank line stands before this one; the last line was an answer's title alone
+  # a blank line stands before this one; the last line was an answer's title alone
+  gap = awaiting = False
   indent = 0  # of the last option
   for raw in lines:
     line = _unbold(raw)
@@ -198,7 +238,8 @@ def _blocks(lines: Sequence[str]) -> list[_Block]:
     started = _start(line, block)
     line = line.lstrip("#").strip()
     answer = _ANSWER.fullmatch(line)
-    option = _OPTION.fullmatch(_BOLD.sub(r"\1", raw).strip()) or _OPTION.fullmatch(line)  # an option may be **kwargs
+    # an option may be **kwargs
+    option = _OPTION.fullmatch(_BOLD.sub(r"\1", raw).strip()) or _OPTION.fullmatch(line)
     if started:
       block, rest = started
       blocks.append(block)
@@ -228,7 +269,9 @@ def _blocks(lines: Sequence[str]) -> list[_Block]:
     elif block is not None and not block.options and not block.answers:
       if not _OPTIONS_TITLE.fullmatch(line):
         block.stem.append(line if block.stem else _untitled(line))
-    elif block is not None and not block.answers and not gap and not loose and not _REMARK.match(line):
+    elif (
+      block is not None and not block.answers and not gap and not loose and not _REMARK.match(line)
+    ):
       letter, close, begun = block.options[-1]
       block.options[-1] = letter, close, f"{begun} {line}"
       if len(raw) - len(raw.lstrip()) <= indent:
@@ -249,14 +292,19 @@ def _start(line: str, block: _Block | None) -> tuple[_Block, str] | None:
   if found := _NUMBERED.fullmatch(line):
     return _Block("numbered", int(found.group(1))), rest(found.group(2))
   if found := _NAMED.fullmatch(line):  # below "### Question 1" it only titles the stem
-    return None if in_stem and block.header in ("numbered", "bare") else (_Block("named"), rest(found.group(1)))
+    return (
+      None
+      if in_stem and block.header in ("numbered", "bare")
+      else (_Block("named"), rest(found.group(1)))
+    )
   if found := _HEADING.fullmatch(line):
     title = rest(found.group(1))
     part = _OPTIONS_TITLE.fullmatch(title) or _ANSWER.fullmatch(title) or _OPTION.fullmatch(title)
     return None if part or (in_stem and not block.stem) else (_Block("heading"), title)
   if found := _BARE.fullmatch(line):
     number = int(found.group(1))
-    # Inside a stem it may number what the stem lists, unless it goes on counting after a header of its own kind.
+    # Inside a stem it may number what the stem lists, unless it goes on counting after a header of
+    # its own kind.
     goes_on = in_stem and block.header == "bare" and number == block.number + 1
     if not in_stem or block.header == "heading" or goes_on:
       fault = "the question before it has no options: they cannot be told apart" if goes_on else ""
@@ -280,7 +328,8 @@ def _is_question_like(block: _Block, numbered: bool) -> bool:
     return True
   if block.header == "heading":  # "## Questions"
     return any(line.endswith(("?", "？")) for line in block.stem)
-  return not (block.header == "bare" and numbered)  # an enumeration among questions that have better headers
+  # an enumeration among questions that have better headers
+  return not (block.header == "bare" and numbered)
 
 
 # Block -> question
@@ -296,7 +345,10 @@ def _read(block: _Block, numbered: bool) -> Question:
   if not options:
     if not block.stem and not block.header:
       raise ValueError("there is an answer without a question")
-    raise ValueError("there are no options" + ("" if block.answers else " and no answer: it is cut off or no question"))
+    raise ValueError(
+      "there are no options"
+      + ("" if block.answers else " and no answer: it is cut off or no question")
+    )
   if not block.header and numbered:
     raise ValueError("it has no number, unlike the other questions: its beginning may be missing")
   texts = _split_options(options)
@@ -306,24 +358,31 @@ def _read(block: _Block, numbered: bool) -> Question:
   if len(letters) > 1:
     raise ValueError(f"there are {len(block.answers)} answers: {', '.join(block.answers)}")
   choices = [f"{letter}) {option}" for letter, option in texts]
-  return question_of("\n".join(stem).strip(), choices, letters.pop(), where="a question of the reply")
+  return question_of(
+    "\n".join(stem).strip(), choices, letters.pop(), where="a question of the reply"
+  )
 
 
 def _options_in_stem(line: str) -> tuple[str, list[tuple[str, str, str]]]:
-  """'What? A) red B) blue' -> 'What?' and its options, where letters with a parenthesis run from A, each once."""
+  """'What? A) red B) blue' -> 'What?' and its options, where letters with a parenthesis run from A,
+  each once.
+  """
   labels = list(re.finditer(rf"(?:(?<=\s)|^)[(（]?([{_LETTERS}])[)）]\s*(?=\S)", line))
   letters = "".join(label.group(1) for label in labels)
   if len(letters) < 2 or letters != _LETTERS[: len(letters)]:
     return line, []
   ends = [label.start() for label in labels[1:]] + [len(line)]
   return line[: labels[0].start()], [
-      (label.group(1), ")", line[label.end() : end].strip(" ,;")) for label, end in zip(labels, ends)]
+    (label.group(1), ")", line[label.end() : end].strip(" ,;")) for label, end in zip(labels, ends)
+  ]
 
 
 def _split_options(options: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
-  """(letter, text) of every option, from lines that hold one or, where nothing else makes sense, several each.
+  """(letter, text) of every option, from lines that hold one or, where nothing else makes sense,
+  several each.
 
-  Raises ValueError for letters that do not run A, B, C in either reading, and where both readings make sense.
+  Raises ValueError for letters that do not run A, B, C in either reading, and where both readings
+  make sense.
   """
   apart = []
   for letter, close, text in options:
@@ -335,7 +394,9 @@ def _split_options(options: Sequence[tuple[str, str, str]]) -> list[tuple[str, s
   single = [(letter, text.strip()) for letter, _, text in options]
   if not any(map(_runs, (single, apart))):
     found = ", ".join(letter for letter, _ in single)
-    raise ValueError(f"its options are lettered {found}, which does not run A, B, C: one may be missing")
+    raise ValueError(
+      f"its options are lettered {found}, which does not run A, B, C: one may be missing"
+    )
   if _runs(single) and len(single) > 1 and not (len(apart) > len(single) and _runs(apart)):
     return single
   if _runs(apart) and not (_runs(single) and len(single) > 1):
@@ -344,13 +405,17 @@ def _split_options(options: Sequence[tuple[str, str, str]]) -> list[tuple[str, s
 
 
 def _runs(options: Sequence[tuple[str, str]]) -> bool:
-  """Whether letters run A, B, C; options that abstain may skip letters, as the released F without E does."""
+  """Whether letters run A, B, C; options that abstain may skip letters, as the released F without E
+  does.
+  """
   letters = "".join(letter for letter, text in options if not _ABSTAIN.match(text))
   return letters == _LETTERS[: len(letters)]
 
 
 def _gold_letter(answer: str, options: Sequence[tuple[str, str]]) -> str:
-  """The letter that an answer names. Raises ValueError for an answer that may be read in two ways or in none."""
+  """The letter that an answer names. Raises ValueError for an answer that may be read in two ways
+  or in none.
+  """
   answer = _unbold(answer.strip().strip("`"))
   texts = [_same(text) for _, text in options]
   by_text = [letter for (letter, _), text in zip(options, texts) if text == _same(answer)]
@@ -361,24 +426,38 @@ def _gold_letter(answer: str, options: Sequence[tuple[str, str]]) -> str:
     return by_text[0]
   letter, said = chosen.group(1).upper(), _same(chosen.group(2))
   if by_text and by_text != [letter]:
-    raise ValueError(f"the answer {answer!r} is option {letter} by its letter and option {by_text[0]} by its text")
+    raise ValueError(
+      f"the answer {answer!r} is option {letter} by its letter and option {by_text[0]} by its text"
+    )
   if letter not in dict(options):
-    raise ValueError(f"the answer {answer!r} is none of its options {', '.join(name for name, _ in options)}")
+    raise ValueError(
+      f"the answer {answer!r} is none of its options {', '.join(name for name, _ in options)}"
+    )
   if said:
-    # The text may go on ("red, because ...") or be cut off: the longest option it begins with, or what begins with it.
-    begun = [(len(text), name) for (name, _), text in zip(options, texts)
-             if said == text or re.match(re.escape(text) + r"(?!\w)", said)]
+    # The text may go on ("red, because ...") or be cut off: the longest option it begins with, or
+    # what begins with it.
+    begun = [
+      (len(text), name)
+      for (name, _), text in zip(options, texts)
+      if said == text or re.match(re.escape(text) + r"(?!\w)", said)
+    ]
     cut = [name for (name, _), text in zip(options, texts) if text.startswith(said)]
     named = [max(begun)[1]] if begun else cut
     if named != [letter]:
-      raise ValueError(f"the answer {answer!r} has the letter of {dict(options)[letter]!r} and another text")
+      raise ValueError(
+        f"the answer {answer!r} has the letter of {dict(options)[letter]!r} and another text"
+      )
   return letter
 
 
 def _check_new(question: Question, earlier: Sequence[Question]) -> None:
-  """Raises ValueError for a question asked before: the same stem with the same answer or the same options."""
+  """Raises ValueError for a question asked before: the same stem with the same answer or the same
+  options.
+  """
   for number, other in enumerate(earlier, 1):
-    if (_tokens(question.stem) or folded(question.stem)) != (_tokens(other.stem) or folded(other.stem)):
+    if (_tokens(question.stem) or folded(question.stem)) != (
+      _tokens(other.stem) or folded(other.stem)
+    ):
       continue
     golds = [_same(q.options[q.gold]) for q in (question, other)]
     if golds[0] == golds[1] or {*map(_same, question.options)} == {*map(_same, other.options)}:

@@ -1,6 +1,8 @@
-"""Mode `curate`: images in, filtered questions out, as CapRL made its training set (arXiv 2509.22647, section 3.1).
+"""Mode `curate`: images in, filtered questions out, as CapRL made its training set (arXiv
+2509.22647, section 3.1).
 
-Five stages, each in shards on disk that all hosts share (`caption_shards`), each taken up where it was stopped:
+Five stages, each in shards on disk that all hosts share (`caption_shards`), each taken up where it
+was stopped:
 
   1 images      every image is read and hashed; repeated ones and those like a benchmark's images go
   2 questions   a vision-language model, here or behind an endpoint, writes questions
@@ -45,20 +47,23 @@ log = logging.getLogger("caprl_jax.modes.curate.run")
 
 @dataclasses.dataclass(frozen=True)
 class CurationConfig:
-  """input: images (`data.pictures.find_images`); with questions "given", a QA source (`data/sources.py`) to be
-    filtered.
+  """input: images (`data.pictures.find_images`); with questions "given", a QA source
+    (`data/sources.py`) to be filtered.
 
-  output: where to: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER, with the names `split` and `name` there.
-  questions: written by the `generator` section's model, by an `endpoint`, or `given`.
+  output: where to: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER, with the names `split` and
+  `name` there. questions: written by the `generator` section's model, by an `endpoint`, or `given`.
   max_tokens, temperature, repetition_penalty, batch_size: of the generator; CapRL's own by default.
-  min_visual, max_blind: a question stays when the share of its orders answered right with the image is above the one,
+  min_visual, max_blind: a question stays when the share of its orders answered right with the image
+  is above the one,
     and without the image below the other. CapRL: 0.75 and 0.25, of four.
   min_side: images smaller than this in pixels are left out.
-  similar_bits: two images are alike when at most so many of the 64 bits of their perceptual hashes differ
-    (`data/similar.py`); None keeps all. benchmarks: sources of images that none kept may be like.
-  similar_questions: of one image's questions, one stays of those that share more than this part of their words.
-  shard_rows: images that are one host's work at a time.
+  similar_bits: two images are alike when at most so many of the 64 bits of their perceptual hashes
+    differ (`data/similar.py`); None keeps all. benchmarks: sources of images that none kept may be
+    like.
+  similar_questions: of one image's questions, one stays of those that share more than this part of
+  their words. shard_rows: images that are one host's work at a time.
   """
+
   input: str
   output: str
   split: str = "train"
@@ -80,22 +85,34 @@ class CurationConfig:
 
   def __post_init__(self):
     if not (0 <= self.min_visual <= 1 and 0 <= self.max_blind <= 1):
-      raise ValueError(f"curation.min_visual = {self.min_visual} and max_blind = {self.max_blind} are shares, "
-                       "from 0 to 1")
+      raise ValueError(
+        f"curation.min_visual = {self.min_visual} and max_blind = {self.max_blind} "
+        "are shares, from 0 to 1"
+      )
     if self.shard_rows < 1 or self.batch_size < 1:
-      raise ValueError(f"curation.shard_rows = {self.shard_rows} and batch_size = {self.batch_size} must be at least 1")
+      raise ValueError(
+        f"curation.shard_rows = {self.shard_rows} and batch_size = "
+        f"{self.batch_size} must be at least 1"
+      )
 
 
 @dataclasses.dataclass
 class Stages:
   """The folders of the stages, for one host of several."""
+
   folder: pathlib.Path
   host: int
   hosts: int
   shard_rows: int
 
-  def run(self, name: str, settings: dict[str, Any], names: Sequence[str],
-          make: Callable[[], Any], work: Callable[[Any, Sequence[int]], Iterator[list[RowResult]]]) -> ShardedJob:
+  def run(
+    self,
+    name: str,
+    settings: dict[str, Any],
+    names: Sequence[str],
+    make: Callable[[], Any],
+    work: Callable[[Any, Sequence[int]], Iterator[list[RowResult]]],
+  ) -> ShardedJob:
     """Does this host's shards of a stage and waits for the others'.
 
     Args:
@@ -103,7 +120,9 @@ class Stages:
       make: the context in which it works (a model), made only where something is left to do.
       work: (that context, row numbers) -> their finished rows, batch by batch.
     """
-    parts = ShardedJob(self.folder / name, manifest(settings, names, self.shard_rows), self.host, self.hosts)
+    parts = ShardedJob(
+      self.folder / name, manifest(settings, names, self.shard_rows), self.host, self.hosts
+    )
     parts.open()
     left = [shard for shard in parts.missing() if shard in parts.mine]
     if left:
@@ -138,24 +157,41 @@ def look_at(row: CaptionRow | QARow, number: int) -> RowResult:
     image = read_image(row)
   except ValueError as error:
     return RowResult(number, {"image": row.name, "error": str(error)}, {"reason": reason_of(error)})
-  return RowResult(number, {"image": row.name, "size": list(image.size),
-                           "signature": perceptual_hash.to_json(perceptual_hash.signature_of(image))}, {})
+  return RowResult(
+    number,
+    {
+      "image": row.name,
+      "size": list(image.size),
+      "signature": perceptual_hash.to_json(perceptual_hash.signature_of(image)),
+    },
+    {},
+  )
 
 
 def _look(_, numbers: Sequence[int], rows) -> Iterator[list[RowResult]]:
   with futures.ThreadPoolExecutor() as pool:
     for start in range(0, len(numbers), 256):
-      yield list(pool.map(lambda n: look_at(rows[n], n), numbers[start:start + 256]))
+      yield list(pool.map(lambda n: look_at(rows[n], n), numbers[start : start + 256]))
 
 
-def choose_images(parts: ShardedJob, benchmark: Sequence[Any], cfg: CurationConfig) -> tuple[list[int], Counter, list[dict]]:
-  """Numbers of the images to go on with; counts of the others by reason; and each of the others with its reason."""
+def choose_images(
+  parts: ShardedJob, benchmark: Sequence[Any], cfg: CurationConfig
+) -> tuple[list[int], Counter, list[dict]]:
+  """Numbers of the images to go on with; counts of the others by reason; and each of the others
+  with its reason.
+  """
   numbers, signatures, out = [], [], []
   for number, row, about in parts.read():
     if "error" in row:
       out.append({"image": row["image"], "reason": "unreadable", "why": row["error"]})
     elif min(row["size"]) < cfg.min_side:
-      out.append({"image": row["image"], "reason": "too small", "why": f"{row['size'][0]}x{row['size'][1]} pixels"})
+      out.append(
+        {
+          "image": row["image"],
+          "reason": "too small",
+          "why": f"{row['size'][0]}x{row['size'][1]} pixels",
+        }
+      )
     else:
       numbers.append((number, row["image"]))
       signatures.append(perceptual_hash.from_json(row["signature"]))
@@ -165,7 +201,9 @@ def choose_images(parts: ShardedJob, benchmark: Sequence[Any], cfg: CurationConf
       gone[i] = "repeated", f"like {numbers[first][1]}"
     for i, which in perceptual_hash.like_benchmark(signatures, benchmark, cfg.similar_bits):
       gone[i] = "like a benchmark's", f"like its image number {which}"
-  out += [{"image": numbers[i][1], "reason": reason, "why": why} for i, (reason, why) in gone.items()]
+  out += [
+    {"image": numbers[i][1], "reason": reason, "why": why} for i, (reason, why) in gone.items()
+  ]
   kept = [number for i, (number, _) in enumerate(numbers) if i not in gone]
   return kept, Counter(item["reason"] for item in out), out
 
@@ -175,20 +213,44 @@ def choose_images(parts: ShardedJob, benchmark: Sequence[Any], cfg: CurationConf
 
 def _generate(captioner: Captioner, numbers: Sequence[int], rows) -> Iterator[list[RowResult]]:
   for batch in captioner(rows, numbers):
-    yield [RowResult(item.number, {"image": item.row["image"], "text": item.row.get("caption"),
-                                  "error": item.row.get("error"), "finish": item.row.get("finish")}, item.about)
-           for item in batch]
+    yield [
+      RowResult(
+        item.number,
+        {
+          "image": item.row["image"],
+          "text": item.row.get("caption"),
+          "error": item.row.get("error"),
+          "finish": item.row.get("finish"),
+        },
+        item.about,
+      )
+      for item in batch
+    ]
 
 
 def _ask(endpoint: Endpoint, numbers: Sequence[int], rows) -> Iterator[list[RowResult]]:
   def requests():
     for number in numbers:
-      yield number, generated.GENERATION_SYSTEM, generated.GENERATION_USER, image_bytes(rows[number])
+      yield (
+        number,
+        generated.GENERATION_SYSTEM,
+        generated.GENERATION_USER,
+        image_bytes(rows[number]),
+      )
 
-  failed: list[RowResult] = []  # kept only when a later request gets through: a server that died has refused no image
+  # kept only when a later request gets through: a server that died has refused no image
+  failed: list[RowResult] = []
   for number, reply in endpoint.ask_all(requests()):
-    item = RowResult(number, {"image": rows[number].name, "text": reply.text, "error": reply.error,
-                             "finish": reply.finish}, {"attempts": reply.attempts})
+    item = RowResult(
+      number,
+      {
+        "image": rows[number].name,
+        "text": reply.text,
+        "error": reply.error,
+        "finish": reply.finish,
+      },
+      {"attempts": reply.attempts},
+    )
     if reply.error is not None:
       failed.append(item)
       continue
@@ -207,23 +269,43 @@ def parse(item: RowResult, provenance: str) -> tuple[list[Question], list[dict[s
     return [], [{"reason": "no reply", "text": item.row["error"]}]
   questions, failures = generated.parse_generated(item.row["text"] or "")
   cut = item.row.get("finish") == "length"
-  return ([dataclasses.replace(question, provenance=provenance) for question in questions],
-          [{"reason": ("cut at max_tokens: " if cut and failure is failures[-1] else "") + failure.reason,
-            "text": failure.text} for failure in failures])
+  return (
+    [dataclasses.replace(question, provenance=provenance) for question in questions],
+    [
+      {
+        "reason": ("cut at max_tokens: " if cut and failure is failures[-1] else "")
+        + failure.reason,
+        "text": failure.text,
+      }
+      for failure in failures
+    ],
+  )
 
 
-def _answer(answerer: Answerer, numbers: Sequence[int], rows: Sequence[QARow],
-            failures: dict[int, list]) -> Iterator[list[RowResult]]:
-  finish = lambda n, questions, verdicts, error="": RowResult(n, {
-      "image": rows[n].name, "questions": questions, "verdicts": verdicts, "failures": failures.get(n, []),
-      "error": error}, {})
+def _answer(
+  answerer: Answerer, numbers: Sequence[int], rows: Sequence[QARow], failures: dict[int, list]
+) -> Iterator[list[RowResult]]:
+  finish = lambda n, questions, verdicts, error="": RowResult(
+    n,
+    {
+      "image": rows[n].name,
+      "questions": questions,
+      "verdicts": verdicts,
+      "failures": failures.get(n, []),
+      "error": error,
+    },
+    {},
+  )
   silent = [n for n in numbers if not rows[n].questions]
   if silent:
     yield [finish(n, [], []) for n in silent]
   for batch in answerer(rows, [n for n in numbers if rows[n].questions]):
-    yield [finish(n, plain_questions(rows[n]), [], str(found)) if isinstance(found, ValueError) else
-           finish(n, plain_questions(rows[n]), [dataclasses.asdict(verdict) for verdict in found])
-           for n, found in batch]
+    yield [
+      finish(n, plain_questions(rows[n]), [], str(found))
+      if isinstance(found, ValueError)
+      else finish(n, plain_questions(rows[n]), [dataclasses.asdict(verdict) for verdict in found])
+      for n, found in batch
+    ]
 
 
 # ---- 4: selection ----
@@ -232,21 +314,28 @@ def _answer(answerer: Answerer, numbers: Sequence[int], rows: Sequence[QARow],
 @dataclasses.dataclass
 class Selected:
   """What is left of one image, and what is not: (question, verdict or None, reason)."""
+
   row: QARow
   kept: list[tuple[Question, VqaAnswer]]
   dropped: list[tuple[Question, VqaAnswer | None, str]]
 
 
 def select(row: CaptionRow | QARow, item: RowResult, cfg: CurationConfig) -> Selected:
-  """Applies the thresholds to one image's questions, then leaves out those that ask what one kept asks."""
+  """Applies the thresholds to one image's questions, then leaves out those that ask what one kept
+  asks.
+  """
   kept: list[tuple[Question, VqaAnswer]] = []
   dropped: list[tuple[Question, VqaAnswer | None, str]] = []
-  questions = [parse_question(q, f"{row.name}: question {i}") for i, q in enumerate(item.row["questions"])]
+  questions = [
+    parse_question(q, f"{row.name}: question {i}") for i, q in enumerate(item.row["questions"])
+  ]
   if item.row["error"]:
     dropped += [(question, None, "not asked") for question in questions]
     questions = []
   R = cfg.answers.permutations
-  for question, found in zip(questions, [VqaAnswer(**v) for v in item.row["verdicts"]], strict=True):
+  for question, found in zip(
+    questions, [VqaAnswer(**v) for v in item.row["verdicts"]], strict=True
+  ):
     if found.error:
       dropped.append((question, found, "not asked"))
     elif found.visual <= cfg.min_visual:
@@ -255,17 +344,30 @@ def select(row: CaptionRow | QARow, item: RowResult, cfg: CurationConfig) -> Sel
       dropped.append((question, found, "answered without the image"))
     else:
       shares = f"visual {round(found.visual * R)}/{R}, blind {round(found.blind * R)}/{R}"
-      kept.append((dataclasses.replace(question, provenance=f"{question.provenance}; {shares}".lstrip("; ")), found))
-  stay, similar_ones = generated.drop_similar_questions([question for question, _ in kept], cfg.similar_questions)
+      kept.append(
+        (
+          dataclasses.replace(question, provenance=f"{question.provenance}; {shares}".lstrip("; ")),
+          found,
+        )
+      )
+  stay, similar_ones = generated.drop_similar_questions(
+    [question for question, _ in kept], cfg.similar_questions
+  )
   verdicts = {question: found for question, found in kept}
   dropped += [(question, verdicts[question], "asks nearly the same") for question in similar_ones]
   kept = [(question, verdicts[question]) for question in stay]
   facts = getattr(row, "facts", None)
-  return Selected(QARow(row.image, tuple(question for question, _ in kept), row.name, facts), kept, dropped)
+  return Selected(
+    QARow(row.image, tuple(question for question, _ in kept), row.name, facts), kept, dropped
+  )
 
 
-def funnel(images: int, gone: Counter, items: Iterable[tuple[RowResult, Selected]], kept_images: int) -> dict[str, Any]:
-  """What came in, what fell out at which stage and why, what is left; counts of images, then of questions."""
+def funnel(
+  images: int, gone: Counter, items: Iterable[tuple[RowResult, Selected]], kept_images: int
+) -> dict[str, Any]:
+  """What came in, what fell out at which stage and why, what is left; counts of images, then of
+  questions.
+  """
   reasons, failures, grid = Counter(), Counter(), Counter()
   asked = parsed = kept = rows = replies = 0
   for item, selected in items:
@@ -279,11 +381,23 @@ def funnel(images: int, gone: Counter, items: Iterable[tuple[RowResult, Selected
       if not found["error"]:
         asked += 1
         grid[f"{found['visual']:.2f}/{found['blind']:.2f}"] += 1
-  return {"images": {"found": images, "left out": dict(gone), "kept": kept_images, "with a reply": replies,
-                     "with questions kept": rows},
-          "questions": {"not parsed": dict(failures.most_common()), "parsed": parsed, "asked": asked,
-                        "dropped": dict(reasons.most_common()), "kept": kept},
-          "visual/blind": dict(sorted(grid.items()))}
+  return {
+    "images": {
+      "found": images,
+      "left out": dict(gone),
+      "kept": kept_images,
+      "with a reply": replies,
+      "with questions kept": rows,
+    },
+    "questions": {
+      "not parsed": dict(failures.most_common()),
+      "parsed": parsed,
+      "asked": asked,
+      "dropped": dict(reasons.most_common()),
+      "kept": kept,
+    },
+    "visual/blind": dict(sorted(grid.items())),
+  }
 
 
 def _class(reason: str) -> str:
@@ -296,9 +410,13 @@ def funnel_text(figures: dict[str, Any]) -> str:
   images, questions = figures["images"], figures["questions"]
   lines = [f"images      {images['found']:,} found"]
   lines += [f"              - {count:,} {reason}" for reason, count in images["left out"].items()]
-  lines += [f"            {images['kept']:,} kept, {images['with a reply']:,} with a reply",
-            f"questions   {questions['parsed']:,} parsed"]
-  lines += [f"              ({count:,} not: {reason})" for reason, count in questions["not parsed"].items()]
+  lines += [
+    f"            {images['kept']:,} kept, {images['with a reply']:,} with a reply",
+    f"questions   {questions['parsed']:,} parsed",
+  ]
+  lines += [
+    f"              ({count:,} not: {reason})" for reason, count in questions["not parsed"].items()
+  ]
   lines += [f"              - {count:,} {reason}" for reason, count in questions["dropped"].items()]
   lines += [f"            {questions['kept']:,} kept, of {images['with questions kept']:,} images"]
   return "\n".join(lines)
@@ -308,94 +426,177 @@ def funnel_text(figures: dict[str, Any]) -> str:
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Runs all stages; writes `curation.output`, and funnel.json, left_out.jsonl and curation.html to the workdir."""
+  """Runs all stages; writes `curation.output`, and funnel.json, left_out.jsonl and curation.html to
+  the workdir.
+  """
   cfg = configuration.load_section(config, "curation", CurationConfig)
   check_output(cfg.output, "curation.output")
   answerer_section = configuration.load_section(config, "answerer", PolicySection)
   seed = config.get("seed", 0)
-  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig), jax.local_devices())
-  for name, size in (("curation.batch_size", cfg.batch_size), ("curation.answers.batch_size", cfg.answers.batch_size)):
+  mesh = sharding.make_mesh(
+    configuration.load_section(config, "mesh", sharding.MeshConfig), jax.local_devices()
+  )
+  for name, size in (
+    ("curation.batch_size", cfg.batch_size),
+    ("curation.answers.batch_size", cfg.answers.batch_size),
+  ):
     sharding.check_batch_size(size, mesh, name)
   rows: Sequence[CaptionRow | QARow] = (
-      read_qa_rows(cfg.input, seed, bad_rows=cfg.bad_rows) if cfg.questions == "given" else find_images(cfg.input))
+    read_qa_rows(cfg.input, seed, bad_rows=cfg.bad_rows)
+    if cfg.questions == "given"
+    else find_images(cfg.input)
+  )
   stages = Stages(workdir / "stages", jax.process_index(), jax.process_count(), cfg.shard_rows)
   names = [row.name for row in rows]
-  looked = stages.run("1_images", {}, names, _Nothing, lambda context, numbers: _look(context, numbers, rows))
-  benchmark = [perceptual_hash.signature_of(read_image(row)) for source in cfg.benchmarks for row in find_images(source)]
+  looked = stages.run(
+    "1_images", {}, names, _Nothing, lambda context, numbers: _look(context, numbers, rows)
+  )
+  benchmark = [
+    perceptual_hash.signature_of(read_image(row))
+    for source in cfg.benchmarks
+    for row in find_images(source)
+  ]
   kept, gone, out = choose_images(looked, benchmark, cfg)
-  log.info("%d images: %d go on, %s", len(rows), len(kept),
-           ", ".join(f"{n} {why}" for why, n in gone.items()) or "none left out")
+  log.info(
+    "%d images: %d go on, %s",
+    len(rows),
+    len(kept),
+    ", ".join(f"{n} {why}" for why, n in gone.items()) or "none left out",
+  )
   if not kept:
-    raise ValueError(f"no image of {cfg.input} is left: {dict(gone)}; see curation.min_side and similar_bits")
+    raise ValueError(
+      f"no image of {cfg.input} is left: {dict(gone)}; see curation.min_side and similar_bits"
+    )
   rows = [rows[number] for number in kept]
   names = [row.name for row in rows]
   written, provenance = None, ""
   if cfg.questions != "given":
     written, provenance = _questions_stage(stages, config, cfg, rows, names, mesh, seed)
-  answers = _answers_stage(stages, cfg, answerer_section, rows, names, written, provenance, mesh, seed)
+  answers = _answers_stage(
+    stages, cfg, answerer_section, rows, names, written, provenance, mesh, seed
+  )
   if stages.host == 0:
     with answers.lock("output"):
       _write(answers, rows, cfg, looked.count, gone, out, workdir, seed)
   else:
-    log.info("host %d of %d: its shards are done; host 0 writes the output", stages.host, stages.hosts)
+    log.info(
+      "host %d of %d: its shards are done; host 0 writes the output", stages.host, stages.hosts
+    )
 
 
-def _questions_stage(stages: Stages, config, cfg: CurationConfig, rows, names, mesh, seed) -> tuple[ShardedJob, str]:
+def _questions_stage(
+  stages: Stages, config, cfg: CurationConfig, rows, names, mesh, seed
+) -> tuple[ShardedJob, str]:
   sampling = {key: getattr(cfg, key) for key in ("max_tokens", "temperature", "repetition_penalty")}
   settings = {"system": generated.GENERATION_SYSTEM, "user": generated.GENERATION_USER}
   if cfg.questions == "endpoint":
     endpoint_cfg = configuration.load_section(config, "endpoint", EndpointConfig)
-    settings |= {"model": endpoint_cfg.model, "max_tokens": endpoint_cfg.max_tokens,
-                 "temperature": endpoint_cfg.temperature, "repetition_penalty": endpoint_cfg.repetition_penalty}
+    settings |= {
+      "model": endpoint_cfg.model,
+      "max_tokens": endpoint_cfg.max_tokens,
+      "temperature": endpoint_cfg.temperature,
+      "repetition_penalty": endpoint_cfg.repetition_penalty,
+    }
 
     def make():
       endpoint = Endpoint(endpoint_cfg)
       endpoint.check()
       return endpoint
 
-    return stages.run("2_questions", settings, names, make,
-                      lambda endpoint, numbers: _ask(endpoint, numbers, rows)), endpoint_cfg.model
+    return stages.run(
+      "2_questions", settings, names, make, lambda endpoint, numbers: _ask(endpoint, numbers, rows)
+    ), endpoint_cfg.model
   section = configuration.load_section(config, "generator", PolicySection)
   settings |= sampling | section.identity() | {"seed": seed}
   caption_cfg = CaptionConfig("", "", batch_size=cfg.batch_size, **sampling)
   with jax.set_mesh(mesh):
-    make = lambda: Captioner(section.load(mesh), caption_cfg, generated.GENERATION_USER, mesh, seed,
-                             generated.GENERATION_SYSTEM)
-    parts = stages.run("2_questions", settings, names, make,
-                       lambda captioner, numbers: _generate(captioner, numbers, rows))
+    make = lambda: Captioner(
+      section.load(mesh),
+      caption_cfg,
+      generated.GENERATION_USER,
+      mesh,
+      seed,
+      generated.GENERATION_SYSTEM,
+    )
+    parts = stages.run(
+      "2_questions",
+      settings,
+      names,
+      make,
+      lambda captioner, numbers: _generate(captioner, numbers, rows),
+    )
   return parts, section.checkpoint
 
 
-def _answers_stage(stages: Stages, cfg: CurationConfig, section: PolicySection, rows, names, written: ShardedJob | None,
-                   provenance: str, mesh, seed) -> ShardedJob:
+def _answers_stage(
+  stages: Stages,
+  cfg: CurationConfig,
+  section: PolicySection,
+  rows,
+  names,
+  written: ShardedJob | None,
+  provenance: str,
+  mesh,
+  seed,
+) -> ShardedJob:
   failures: dict[int, list] = {}
-  settings = section.identity() | {"answers": dataclasses.asdict(cfg.answers), "seed": seed,
-                                   "questions": written.manifest if written else cfg.input}
+  settings = section.identity() | {
+    "answers": dataclasses.asdict(cfg.answers),
+    "seed": seed,
+    "questions": written.manifest if written else cfg.input,
+  }
   asked = list(rows)
   if written:
     for item in written.read():
       questions, failures[item.number] = parse(item, provenance)
       asked[item.number] = QARow(rows[item.number].image, tuple(questions), rows[item.number].name)
   with jax.set_mesh(mesh):
-    return stages.run("3_answers", settings, names, lambda: Answerer(section.load(mesh), cfg.answers, mesh, seed),
-                      lambda answerer, numbers: _answer(answerer, numbers, asked, failures))
+    return stages.run(
+      "3_answers",
+      settings,
+      names,
+      lambda: Answerer(section.load(mesh), cfg.answers, mesh, seed),
+      lambda answerer, numbers: _answer(answerer, numbers, asked, failures),
+    )
 
 
-def _write(answers: ShardedJob, rows, cfg: CurationConfig, images: int, gone: Counter, out: list[dict],
-           workdir: pathlib.Path, seed) -> None:
+def _write(
+  answers: ShardedJob,
+  rows,
+  cfg: CurationConfig,
+  images: int,
+  gone: Counter,
+  out: list[dict],
+  workdir: pathlib.Path,
+  seed,
+) -> None:
   pairs = [(item, select(rows[item.number], item, cfg)) for item in answers.read()]
   figures = funnel(images, gone, pairs, len(rows))
   write_json(workdir / "funnel.json", figures)
   for item, selected in pairs:
     out += [{"image": item.row["image"], **failure} for failure in item.row["failures"]]
-    out += [{"image": item.row["image"], "reason": reason, "question": dataclasses.asdict(question)}
-            | ({"verdict": dataclasses.asdict(found)} if found else {}) for question, found, reason in selected.dropped]
-  write_text(workdir / "left_out.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in out))
+    out += [
+      {"image": item.row["image"], "reason": reason, "question": dataclasses.asdict(question)}
+      | ({"verdict": dataclasses.asdict(found)} if found else {})
+      for question, found, reason in selected.dropped
+    ]
+  write_text(
+    workdir / "left_out.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in out)
+  )
   log.info("%s\n%s", cfg.input, funnel_text(figures))
-  write_page(workdir / "curation.html", cfg.input, figures, [selected for _, selected in pairs], seed)
+  write_page(
+    workdir / "curation.html", cfg.input, figures, [selected for _, selected in pairs], seed
+  )
   left = [selected.row for _, selected in pairs if selected.kept]
-  log.info("page: %s   what was left out and why: %s", workdir / "curation.html", workdir / "left_out.jsonl")
+  log.info(
+    "page: %s   what was left out and why: %s",
+    workdir / "curation.html",
+    workdir / "left_out.jsonl",
+  )
   if not left:
-    raise ValueError(f"no question is left of {figures['questions']['parsed']}; see {workdir / 'left_out.jsonl'} "
-                     f"and the thresholds curation.min_visual = {cfg.min_visual} and max_blind = {cfg.max_blind}")
+    raise ValueError(
+      f"no question is left of {figures['questions']['parsed']}; see "
+      f"{workdir / 'left_out.jsonl'} and the thresholds curation.min_visual = "
+      f"{cfg.min_visual} and max_blind = {cfg.max_blind}"
+    )
   log.info("wrote %d rows to %s", len(left), write_rows(left, cfg.output, cfg.split, cfg.name))

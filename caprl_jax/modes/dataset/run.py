@@ -1,8 +1,8 @@
-"""Mode `dataset`: what is in a QA dataset and what is wrong with it, as a table and a page; and a copy in another
-format.
+"""Mode `dataset`: what is in a QA dataset and what is wrong with it, as a table and a page; and a
+copy in another format.
 
-Every row is read, every image decoded, every question checked. Rows that cannot be used are listed with file and line;
-they are refused, or dropped where the config says so.
+Every row is read, every image decoded, every question checked. Rows that cannot be used are listed
+with file and line; they are refused, or dropped where the config says so.
 """
 
 import concurrent.futures
@@ -32,7 +32,9 @@ from caprl_jax.pages.markup import card, embedded, page, percent, table, text
 
 log = logging.getLogger("caprl_jax.modes.dataset.run")
 
-QWEN25_VL = SmartResize(patch_size=14, merge_size=2, min_pixels=3136, max_pixels=1_000_000, window_units=4)
+QWEN25_VL = SmartResize(
+  patch_size=14, merge_size=2, min_pixels=3136, max_pixels=1_000_000, window_units=4
+)
 PAGE_IMAGES = 24
 LISTED = 20  # bad rows and repeated images in the log; files hold all of them
 
@@ -41,13 +43,15 @@ LISTED = 20  # bad rows and repeated images in the log; files hold all of them
 class DatasetConfig:
   """input: a source or mixture (`data/sources.py`).
 
-  output: where to write the rows too, as FILE.jsonl or FILE.json (images in FILE_images/), FILE.parquet, or tfds:FOLDER
-    with the names `split` and `name`; None only looks.
-  bad_rows: "refuse" ends with an error when the table is printed and writes no output; "drop" leaves them out of it.
-  repeated_images: "keep" them, or "merge" their questions into the first row that has the image.
-  max_rows: of each source. checkpoint: whose image processor counts tokens; None: Qwen2.5-VL's, with CapRL's limit of a
+  output: where to write the rows too, as FILE.jsonl or FILE.json (images in FILE_images/),
+    FILE.parquet, or tfds:FOLDER with the names `split` and `name`; None only looks.
+  bad_rows: "refuse" ends with an error when the table is printed and writes no output; "drop"
+  leaves them out of it. repeated_images: "keep" them, or "merge" their questions into the first row
+  that has the image. max_rows: of each source. checkpoint: whose image processor counts tokens;
+  None: Qwen2.5-VL's, with CapRL's limit of a
     million pixels.
   """
+
   input: str
   output: str | None = None
   split: str = "train"
@@ -61,6 +65,7 @@ class DatasetConfig:
 @dataclasses.dataclass(frozen=True)
 class ImageFacts:
   """What one image is, from its bytes."""
+
   digest: str
   format: str
   width: int
@@ -87,7 +92,9 @@ def read_all(cfg: DatasetConfig, seed: int) -> tuple[list[QARow], list[ImageFact
   bad: list[BadRow] = []
   for part in parse_mixture(cfg.input):
     count = 0
-    for row in tqdm(scan_qa_rows(part.source, seed), desc="rows", unit="row", leave=False, delay=2, disable=None):
+    for row in tqdm(
+      scan_qa_rows(part.source, seed), desc="rows", unit="row", leave=False, delay=2, disable=None
+    ):
       if cfg.max_rows is not None and count >= cfg.max_rows:
         break
       count += 1
@@ -110,14 +117,17 @@ def _problem(row: QARow) -> BadRow | None:
   if not twice:
     return None
   where = row.where or row.name
-  return BadRow(where, f"{where}: the question {twice[0]!r} is asked {stems.count(twice[0])} times; keep one of them")
+  return BadRow(
+    where,
+    f"{where}: the question {twice[0]!r} is asked {stems.count(twice[0])} times; keep one of them",
+  )
 
 
 def _inspected(rows: Sequence[QARow]) -> Iterator[ImageFacts | BadRow]:
   progress = tqdm(total=len(rows), desc="images", unit="image", leave=False, delay=2, disable=None)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
     for start in range(0, len(rows), 1024):  # a piece at a time: what is decoded does not pile up
-      piece = rows[start:start + 1024]
+      piece = rows[start : start + 1024]
       yield from pool.map(inspect_image, piece)
       progress.update(len(piece))
 
@@ -125,11 +135,17 @@ def _inspected(rows: Sequence[QARow]) -> Iterator[ImageFacts | BadRow]:
 def repeated(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
   """(row, the first row with the same bytes) of each image that was there before."""
   first: dict[str, int] = {}
-  return [(i, first[fact.digest]) for i, fact in enumerate(facts) if first.setdefault(fact.digest, i) != i]
+  return [
+    (i, first[fact.digest]) for i, fact in enumerate(facts) if first.setdefault(fact.digest, i) != i
+  ]
 
 
-def merge_repeated(rows: Sequence[QARow], facts: Sequence[ImageFacts]) -> tuple[list[QARow], list[ImageFacts]]:
-  """One row an image: the first with it, and the questions of the others that it does not ask yet."""
+def merge_repeated(
+  rows: Sequence[QARow], facts: Sequence[ImageFacts]
+) -> tuple[list[QARow], list[ImageFacts]]:
+  """One row an image: the first with it, and the questions of the others that it does not ask
+  yet.
+  """
   questions: dict[str, dict[str, object]] = {}
   first: dict[str, int] = {}
   for i, (row, fact) in enumerate(zip(rows, facts, strict=True)):
@@ -137,17 +153,26 @@ def merge_repeated(rows: Sequence[QARow], facts: Sequence[ImageFacts]) -> tuple[
     for question in row.questions:
       questions.setdefault(fact.digest, {}).setdefault(question.stem.strip(), question)
   kept = sorted(first.values())
-  return ([dataclasses.replace(rows[i], questions=tuple(questions[facts[i].digest].values())) for i in kept],
-          [facts[i] for i in kept])
+  return (
+    [
+      dataclasses.replace(rows[i], questions=tuple(questions[facts[i].digest].values()))
+      for i in kept
+    ],
+    [facts[i] for i in kept],
+  )
 
 
-def survey(rows: Sequence[QARow], facts: Sequence[ImageFacts], bad: Sequence[BadRow], pixels) -> dict:
+def survey(
+  rows: Sequence[QARow], facts: Sequence[ImageFacts], bad: Sequence[BadRow], pixels
+) -> dict:
   """The figures of the table. `pixels`: an image processor, as `PolicyConfig.vision.pixels`."""
   questions = [question for row in rows for question in row.questions]
   kinds: dict[str, dict] = {}
   for question in questions:
     kind = kinds.setdefault(
-        question.kind or "(none)", {"questions": 0, "options": Counter(), "gold": Counter(), "longest": 0})
+      question.kind or "(none)",
+      {"questions": 0, "options": Counter(), "gold": Counter(), "longest": 0},
+    )
     kind["questions"] += 1
     kind["options"][len(question.options)] += 1
     kind["gold"]["ABCDEFGHIJKLMNOPQRSTUVWXYZ"[question.gold]] += 1
@@ -163,18 +188,35 @@ def survey(rows: Sequence[QARow], facts: Sequence[ImageFacts], bad: Sequence[Bad
   tokens = [shape.tokens for shape in shapes]
   per_image = [len(row.questions) for row in rows]
   return {
-      "rows": len(rows) + len(bad), "bad": len(bad), "images": len({fact.digest for fact in facts}),
-      "repeated_images": len(repeated(facts)), "questions": len(questions),
-      "questions_an_image": _spread(per_image), "formats": dict(Counter(fact.format for fact in facts).most_common()),
-      "width": _spread([fact.width for fact in facts]), "height": _spread([fact.height for fact in facts]),
-      "megabytes": sum(fact.bytes for fact in facts) / 1e6, "image_tokens": _spread(tokens), "too_narrow": unfit,
-      "buckets": [{"tokens": bucket.tokens, "images": images} for bucket, images in
-                  sorted(buckets.items(), key=lambda item: item[0].tokens)],
-      "kinds": {name: {**kind, "options": dict(sorted(kind["options"].items())),
-                       "gold": dict(sorted(kind["gold"].items()))}
-                for name, kind in sorted(kinds.items())},
-      "with_facts": sum(row.facts is not None for row in rows),
-      "provenance": dict(Counter(question.provenance or "(none)" for question in questions).most_common(10))}
+    "rows": len(rows) + len(bad),
+    "bad": len(bad),
+    "images": len({fact.digest for fact in facts}),
+    "repeated_images": len(repeated(facts)),
+    "questions": len(questions),
+    "questions_an_image": _spread(per_image),
+    "formats": dict(Counter(fact.format for fact in facts).most_common()),
+    "width": _spread([fact.width for fact in facts]),
+    "height": _spread([fact.height for fact in facts]),
+    "megabytes": sum(fact.bytes for fact in facts) / 1e6,
+    "image_tokens": _spread(tokens),
+    "too_narrow": unfit,
+    "buckets": [
+      {"tokens": bucket.tokens, "images": images}
+      for bucket, images in sorted(buckets.items(), key=lambda item: item[0].tokens)
+    ],
+    "kinds": {
+      name: {
+        **kind,
+        "options": dict(sorted(kind["options"].items())),
+        "gold": dict(sorted(kind["gold"].items())),
+      }
+      for name, kind in sorted(kinds.items())
+    },
+    "with_facts": sum(row.facts is not None for row in rows),
+    "provenance": dict(
+      Counter(question.provenance or "(none)" for question in questions).most_common(10)
+    ),
+  }
 
 
 def _spread(values: Sequence[int]) -> dict[str, int]:
@@ -189,74 +231,128 @@ def table_text(figures: dict) -> str:
   spread = lambda key: " / ".join(f"{v:,}" for v in figures[key].values()) or "-"
   most_common = lambda gold, n: max(gold.values()) / n
   lines = [
-      f"rows        {figures['rows']:,}, of which bad {figures['bad']:,}",
-      f"images      {figures['images']:,} distinct, {figures['repeated_images']:,} repeated; "
-      + ", ".join(f"{kind} {count:,}" for kind, count in figures["formats"].items())
-      + f"; {figures['megabytes']:,.1f} MB",
-      f"size        width {spread('width')}, height {spread('height')} pixels (least / median / greatest)",
-      f"tokens      {spread('image_tokens')} an image" + (f"; {figures['too_narrow']:,} too narrow for the processor"
-                                                          if figures["too_narrow"] else ""),
-      "buckets     "
-      + ", ".join(f"{bucket['images']:,} of up to {bucket['tokens']:,}" for bucket in figures["buckets"][:12])
-      + (" tokens" if len(figures["buckets"]) <= 12 else f" tokens, and {len(figures['buckets']) - 12} more"),
-      f"questions   {figures['questions']:,}; {spread('questions_an_image')} an image; "
-      f"facts for {figures['with_facts']:,} rows",
-      "",
-      f"{'kind':<24}{'questions':>10}  {'options':<18}{'best letter':>12}{'longest':>9}"]
+    f"rows        {figures['rows']:,}, of which bad {figures['bad']:,}",
+    f"images      {figures['images']:,} distinct, {figures['repeated_images']:,} repeated; "
+    + ", ".join(f"{kind} {count:,}" for kind, count in figures["formats"].items())
+    + f"; {figures['megabytes']:,.1f} MB",
+    f"size        width {spread('width')}, height {spread('height')} pixels (least / median / "
+    "greatest)",
+    f"tokens      {spread('image_tokens')} an image"
+    + (
+      f"; {figures['too_narrow']:,} too narrow for the processor" if figures["too_narrow"] else ""
+    ),
+    "buckets     "
+    + ", ".join(
+      f"{bucket['images']:,} of up to {bucket['tokens']:,}" for bucket in figures["buckets"][:12]
+    )
+    + (
+      " tokens"
+      if len(figures["buckets"]) <= 12
+      else f" tokens, and {len(figures['buckets']) - 12} more"
+    ),
+    f"questions   {figures['questions']:,}; {spread('questions_an_image')} an image; "
+    f"facts for {figures['with_facts']:,} rows",
+    "",
+    f"{'kind':<24}{'questions':>10}  {'options':<18}{'best letter':>12}{'longest':>9}",
+  ]
   for name, kind in figures["kinds"].items():
     options = ", ".join(f"{count:,}x{n}" for n, count in kind["options"].items())
-    lines.append(f"{name[:23]:<24}{kind['questions']:>10,}  {options:<18}"
-                 f"{most_common(kind['gold'], kind['questions']):>11.1%} "
-                 f"{kind['longest'] / kind['questions']:>8.1%}")
-  lines.append("(best letter: right answers by always saying the same one; longest: by saying the one longest option)")
+    lines.append(
+      f"{name[:23]:<24}{kind['questions']:>10,}  {options:<18}"
+      f"{most_common(kind['gold'], kind['questions']):>11.1%} "
+      f"{kind['longest'] / kind['questions']:>8.1%}"
+    )
+  lines.append(
+    "(best letter: right answers by always saying the same one; longest: by saying the "
+    "one longest option)"
+  )
   return "\n".join(lines)
 
 
-def write_page(path: pathlib.Path, name: str, rows: Sequence[QARow], figures: dict, bad: Sequence[BadRow],
-               seed: int) -> None:
+def write_page(
+  path: pathlib.Path,
+  name: str,
+  rows: Sequence[QARow],
+  figures: dict,
+  bad: Sequence[BadRow],
+  seed: int,
+) -> None:
   """A page that shows the figures, some rows and what is wrong with the others."""
-  cards = [card("images", f"{figures['images']:,}", f"{figures['repeated_images']:,} repeated"),
-           card("questions", f"{figures['questions']:,}", f"{len(figures['kinds'])} kinds"),
-           card("bad rows", f"{figures['bad']:,}", f"of {figures['rows']:,}")]
-  kinds = [[text(kind), f"{f['questions']:,}", text(", ".join(map(str, f["options"]))),
-            percent(max(f["gold"].values()) / f["questions"]), percent(f["longest"] / f["questions"])]
-           for kind, f in figures["kinds"].items()]
+  cards = [
+    card("images", f"{figures['images']:,}", f"{figures['repeated_images']:,} repeated"),
+    card("questions", f"{figures['questions']:,}", f"{len(figures['kinds'])} kinds"),
+    card("bad rows", f"{figures['bad']:,}", f"of {figures['rows']:,}"),
+  ]
+  kinds = [
+    [
+      text(kind),
+      f"{f['questions']:,}",
+      text(", ".join(map(str, f["options"]))),
+      percent(max(f["gold"].values()) / f["questions"]),
+      percent(f["longest"] / f["questions"]),
+    ]
+    for kind, f in figures["kinds"].items()
+  ]
   order = np.random.default_rng(seed).permutation(len(rows))[:PAGE_IMAGES]
   samples = []
   for i in sorted(order):
     row = rows[i]
     listed = "".join(
-        f"<li><span class=stem>{text(q.stem)}</span> <small>{text(q.kind)}</small><br>" + " ".join(
-            f'<span class="option{" gold" if n == q.gold else ""}">{text(option)}</span>'
-            for n, option in enumerate(q.options))
-        + "</li>" for q in row.questions[:12])
-    more = f"<p class=soft>and {len(row.questions) - 12} more</p>" if len(row.questions) > 12 else ""
-    facts = f"<p class=soft>{text(json.dumps(row.facts, ensure_ascii=False))}</p>" if row.facts else ""
-    samples.append(f"<article class=sample><div class=picture>{embedded(image_bytes(row), row.name)}"
-                   f"<div class='file soft'>{text(row.name)}</div></div>"
-                   f"<div><ol class=questions>{listed}</ol>{more}{facts}</div></article>")
+      f"<li><span class=stem>{text(q.stem)}</span> <small>{text(q.kind)}</small><br>"
+      + " ".join(
+        f'<span class="option{" gold" if n == q.gold else ""}">{text(option)}</span>'
+        for n, option in enumerate(q.options)
+      )
+      + "</li>"
+      for q in row.questions[:12]
+    )
+    more = (
+      f"<p class=soft>and {len(row.questions) - 12} more</p>" if len(row.questions) > 12 else ""
+    )
+    facts = (
+      f"<p class=soft>{text(json.dumps(row.facts, ensure_ascii=False))}</p>" if row.facts else ""
+    )
+    samples.append(
+      "<article class=sample><div "
+      f"class=picture>{embedded(image_bytes(row), row.name)}<div class='file "
+      f"soft'>{text(row.name)}</div></div><div><ol "
+      f"class=questions>{listed}</ol>{more}{facts}</div></article>"
+    )
   problems = "".join(f"<li>{text(row.message)}</li>" for row in bad[:200])
-  write_text(path, page(name, [
-      f"<div class=cards>{''.join(cards)}</div>",
-      "<h2>Questions by kind</h2>" + table(["kind", "questions", "options", "best letter", "longest option"], kinds)
-      + "<p class=soft>What always saying the same letter, or the longest option, would get right.</p>",
-      f"<h2>Bad rows</h2><ul>{problems}</ul>" if bad else "",
-      f"<h2>{len(samples)} rows at random</h2><div class=samples>{''.join(samples)}</div>"]))
+  write_text(
+    path,
+    page(
+      name,
+      [
+        f"<div class=cards>{''.join(cards)}</div>",
+        "<h2>Questions by kind</h2>"
+        + table(["kind", "questions", "options", "best letter", "longest option"], kinds)
+        + "<p class=soft>What always saying the same letter, or the longest option, would get "
+        "right.</p>",
+        f"<h2>Bad rows</h2><ul>{problems}</ul>" if bad else "",
+        f"<h2>{len(samples)} rows at random</h2><div class=samples>{''.join(samples)}</div>",
+      ],
+    ),
+  )
 
 
 def write_rows(rows: Sequence[QARow], output: str, split: str, name: str) -> pathlib.Path:
-  """Writes an output of `DatasetConfig`, whole or not at all, and returns its path. Raises ValueError for an image that
-  cannot be read and for a TFDS dataset that is there already."""
+  """Writes an output of `DatasetConfig`, whole or not at all, and returns its path. Raises
+  ValueError for an image that cannot be read and for a TFDS dataset that is there already."""
   if output.startswith("tfds:"):
-    return tfds.write_tfds(pathlib.Path(output.removeprefix("tfds:")).expanduser(), {split: rows}, name)
+    return tfds.write_tfds(
+      pathlib.Path(output.removeprefix("tfds:")).expanduser(), {split: rows}, name
+    )
   path = pathlib.Path(output).expanduser()
   if path.suffix == ".parquet":
     caprl_parquet.write_parquet(path, rows)
     return path
   # Copied even where they are files: the dataset is then one folder that can be moved.
   folder = path.with_name(f"{path.stem}_images")
-  rows = [jsonl.save_image(row, folder, copy=True)
-          for row in tqdm(rows, desc="saving images", leave=False, delay=2, disable=None)]
+  rows = [
+    jsonl.save_image(row, folder, copy=True)
+    for row in tqdm(rows, desc="saving images", leave=False, delay=2, disable=None)
+  ]
   if path.suffix == ".json":
     caprl_json.write_json(path, rows)
   else:
@@ -266,15 +362,23 @@ def write_rows(rows: Sequence[QARow], output: str, split: str, name: str) -> pat
 
 def check_output(output: str, key: str) -> None:
   """Raises ValueError, with the config's key, for an output in no known format."""
-  if not output.startswith("tfds:") and pathlib.Path(output).suffix not in (".jsonl", ".json", ".parquet"):
-    raise ValueError(f"{key} = {output!r}: write FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER")
+  if not output.startswith("tfds:") and pathlib.Path(output).suffix not in (
+    ".jsonl",
+    ".json",
+    ".parquet",
+  ):
+    raise ValueError(
+      f"{key} = {output!r}: write FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER"
+    )
 
 
 def _processor(checkpoint: str | None):
   if checkpoint is None:
     return QWEN25_VL
   path = resolve_model(checkpoint)
-  return PolicyConfig.from_hf(read_json(path / "config.json"), read_preprocessor(path)).vision.pixels
+  return PolicyConfig.from_hf(
+    read_json(path / "config.json"), read_preprocessor(path)
+  ).vision.pixels
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -296,14 +400,19 @@ def run(config, workdir: pathlib.Path) -> None:
   bad_file = workdir / "bad_rows.jsonl"
   bad_file.unlink(missing_ok=True)
   if bad:
-    write_text(bad_file, "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in bad))
+    write_text(
+      bad_file,
+      "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in bad),
+    )
   for i, first in repeated(facts)[:LISTED]:
     log.info("row %r repeats the image of %r", rows[i].name, rows[first].name)
   write_page(workdir / "dataset.html", cfg.input, rows, figures, bad, seed)
   log.info("page: %s", workdir / "dataset.html")
   if bad and cfg.bad_rows == "refuse":
-    raise ValueError(f"{len(bad)} bad rows of {figures['rows']}, listed in {bad_file}; mend them, or leave them out "
-                     "with --config.dataset.bad_rows=drop")
+    raise ValueError(
+      f"{len(bad)} bad rows of {figures['rows']}, listed in {bad_file}; mend them, "
+      "or leave them out with --config.dataset.bad_rows=drop"
+    )
   if cfg.output is not None:
     if not rows:
       raise ValueError(f"{cfg.input}: no good row is left to write")

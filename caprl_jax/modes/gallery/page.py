@@ -1,4 +1,6 @@
-"""A gallery's figures and captions -> its page: tables in numbers, a card an image with the captions side by side."""
+"""A gallery's figures and captions -> its page: tables in numbers, a card an image with the
+captions side by side.
+"""
 
 import dataclasses
 import io
@@ -28,8 +30,9 @@ box-shadow:0 1.5px 0 rgba(190,130,0,.75)}
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-  """What one captioner has for one image. caption: None where it failed, and `error` says why; tokens, cut: None where
-  the file does not say."""
+  """What one captioner has for one image. caption: None where it failed, and `error` says why;
+  tokens, cut: None where the file does not say."""
+
   caption: str | None
   error: str = ""
   tokens: int | None = None
@@ -42,8 +45,9 @@ class Said:
 
 @dataclasses.dataclass(frozen=True)
 class ComparedImage:
-  """An image that all captioners have. row: its questions; choices: of each captioner, the option that the judge chose
-  for each (-1: none; None: it was not asked)."""
+  """An image that all captioners have. row: its questions; choices: of each captioner, the option
+  that the judge chose for each (-1: none; None: it was not asked)."""
+
   name: str
   said: dict[str, Said]
   row: QARow | None = None
@@ -57,8 +61,14 @@ class ComparedImage:
     return [choice == q.gold for choice, q in zip(self.choices[who], self.questions, strict=True)]
 
 
-def write_page(path: pathlib.Path, figures: dict[str, Any], drawn: Sequence[ComparedImage], most: Sequence[ComparedImage],
-               picture: Callable[[ComparedImage], Image.Image | None], short: Callable[[ComparedImage], str]) -> None:
+def write_page(
+  path: pathlib.Path,
+  figures: dict[str, Any],
+  drawn: Sequence[ComparedImage],
+  most: Sequence[ComparedImage],
+  picture: Callable[[ComparedImage], Image.Image | None],
+  short: Callable[[ComparedImage], str],
+) -> None:
   """Writes the page. It needs no network and runs no script.
 
   Args:
@@ -69,7 +79,9 @@ def write_page(path: pathlib.Path, figures: dict[str, Any], drawn: Sequence[Comp
   """
   names = list((drawn or most)[0].said)
   asked = bool(figures.get("questions"))
-  marked = ('A <mark class="only">marked</mark> word is in that caption alone. ' if len(names) > 1 else "")
+  marked = (
+    'A <mark class="only">marked</mark> word is in that caption alone. ' if len(names) > 1 else ""
+  )
   about = f"<p class=soft>{marked}{f'The judge sees only the caption. {markup.LEGEND}' if asked else ''}</p>"
   sections = [_STYLE, _summary(figures)]
   for title, shown in (("Drawn at random", drawn), ("Where the captioners differ most", most)):
@@ -77,7 +89,8 @@ def write_page(path: pathlib.Path, figures: dict[str, Any], drawn: Sequence[Comp
       cards = "".join(_card(shared, picture(shared), short(shared)) for shared in shown)
       sections.append(f"<section><h2>{title}</h2>{about}<div class=samples>{cards}</div></section>")
   page = markup.page(" · ".join(names), sections)
-  write_bytes(path, page.encode("utf-8", "xmlcharrefreplace"))  # a caption may hold what UTF-8 cannot
+  # a caption may hold what UTF-8 cannot
+  write_bytes(path, page.encode("utf-8", "xmlcharrefreplace"))
 
 
 def _summary(f: dict[str, Any]) -> str:
@@ -85,22 +98,48 @@ def _summary(f: dict[str, Any]) -> str:
   rows = []
   for who, row in f["captioners"].items():
     if who != NOBODY:
-      rows.append([markup.text(who), markup.show(row["images"]), markup.show(row["failed"]),
-                   markup.show(row["words"], "tenths"), markup.show(row["tokens"], "tenths"),
-                   markup.show(row["cut_share"], "percent")])
-  parts = [f"<p class=soft>{f['images']:,} images have a row in every file. Words and tokens: mean of a caption; cut: "
-           f"share of captions that end at the token limit.</p>{_scrolling(markup.table(head, rows), 'captions')}"]
+      rows.append(
+        [
+          markup.text(who),
+          markup.show(row["images"]),
+          markup.show(row["failed"]),
+          markup.show(row["words"], "tenths"),
+          markup.show(row["tokens"], "tenths"),
+          markup.show(row["cut_share"], "percent"),
+        ]
+      )
+  parts = [
+    f"<p class=soft>{f['images']:,} images have a row in every file. Words and tokens: mean "
+    "of a caption; cut: share of captions that end at the token "
+    f"limit.</p>{_scrolling(markup.table(head, rows), 'captions')}"
+  ]
   if f.get("questions"):
     names = list(f["questions_by_kind"])
-    head = ["judge's answers", "right", "wrong", *(f"{markup.text(kind or 'no kind')}" for kind in names)]
-    rows = [[markup.text(who), markup.show(row["accuracy"], "percent"), markup.show(row["misled"], "percent"),
-             *(markup.show(row["accuracy_by_kind"][kind], "percent") for kind in names)]
-            for who, row in f["captioners"].items()]
-    rows.append(["questions", *(f"{n:,}" for n in (f["questions"], *f["questions_by_kind"].values()))])
+    head = [
+      "judge's answers",
+      "right",
+      "wrong",
+      *(f"{markup.text(kind or 'no kind')}" for kind in names),
+    ]
+    rows = [
+      [
+        markup.text(who),
+        markup.show(row["accuracy"], "percent"),
+        markup.show(row["misled"], "percent"),
+        *(markup.show(row["accuracy_by_kind"][kind], "percent") for kind in names),
+      ]
+      for who, row in f["captioners"].items()
+    ]
+    rows.append(
+      ["questions", *(f"{n:,}" for n in (f["questions"], *f["questions_by_kind"].values()))]
+    )
     rows[-1].insert(2, "")
-    parts.append(f"<p class=soft style='margin-top:20px'>Questions about {f['judged_images']:,} of these images, drawn "
-                 "at random, put to the judge with each caption, and with none, where it can but guess. By kind: the "
-                 f"share answered right.</p>{_scrolling(markup.table(head, rows), 'accuracy')}")
+    parts.append(
+      f"<p class=soft style='margin-top:20px'>Questions about {f['judged_images']:,} of "
+      "these images, drawn at random, put to the judge with each caption, and with "
+      "none, where it can but guess. By kind: the share answered "
+      f"right.</p>{_scrolling(markup.table(head, rows), 'accuracy')}"
+    )
   return f"<section><h2 style='margin-top:0'>In numbers</h2>{''.join(parts)}</section>"
 
 
@@ -117,10 +156,12 @@ def _card(shared: ComparedImage, picture: Image.Image | None, name: str) -> str:
   several = sum(said.caption is not None for said in shared.said.values()) > 1
   alone = {word for word, n in counts.items() if n == 1} if several else set()
   columns = "".join(_column(who, said, shared, alone) for who, said in shared.said.items())
-  return (f"<article class=sample><div class=picture>{_element(picture, name)}"
-          f'<div class="soft file">{markup.text(name)}</div></div><div class=words>'
-          + (f"<ol class=questions>{listed}</ol>" if listed else "")
-          + f"<div class=gallery>{columns}</div></div></article>")
+  return (
+    f"<article class=sample><div class=picture>{_element(picture, name)}"
+    f'<div class="soft file">{markup.text(name)}</div></div><div class=words>'
+    + (f"<ol class=questions>{listed}</ol>" if listed else "")
+    + f"<div class=gallery>{columns}</div></div></article>"
+  )
 
 
 def _element(picture: Image.Image | None, name: str) -> str:
@@ -134,31 +175,48 @@ def _element(picture: Image.Image | None, name: str) -> str:
 
 
 def _question(question: Question) -> str:
-  options = " ".join(f'<span class="option{" gold" if i == question.gold else ""}">{markup.text(option)}</span>'
-                     for i, option in enumerate(question.options))
-  return (f"<li><span class=stem>{markup.text(question.stem)}</span> <small>{markup.text(question.kind)}</small>"
-          f"<div>{options}</div></li>")
+  options = " ".join(
+    f'<span class="option{" gold" if i == question.gold else ""}">{markup.text(option)}</span>'
+    for i, option in enumerate(question.options)
+  )
+  return (
+    f"<li><span class=stem>{markup.text(question.stem)}</span> "
+    f"<small>{markup.text(question.kind)}</small><div>{options}</div></li>"
+  )
 
 
 def _column(who: str, said: Said, shared: ComparedImage, alone: set[str]) -> str:
   head = f"<h3>{markup.text(who)}</h3>"
   if said.caption is None:
-    return (f'<section>{head}<p class=marks><span class="answer wrong"><b>✗</b> failed</span></p>'
-            f"<p>{markup.text(said.error)}</p></section>")
-  caption = _highlighted(said.caption, alone) if said.caption.strip() else "<i class=soft>(empty)</i>"
-  chips = "".join(_chip(n, question, choice) for n, (question, choice) in
-                  enumerate(zip(shared.questions, shared.choices.get(who, ())), 1))
-  length = f"{len(said.words)} words" + (f", {said.tokens} tokens" if said.tokens is not None else "")
+    return (
+      f'<section>{head}<p class=marks><span class="answer wrong"><b>✗</b> failed</span></p>'
+      f"<p>{markup.text(said.error)}</p></section>"
+    )
+  caption = (
+    _highlighted(said.caption, alone) if said.caption.strip() else "<i class=soft>(empty)</i>"
+  )
+  chips = "".join(
+    _chip(n, question, choice)
+    for n, (question, choice) in enumerate(zip(shared.questions, shared.choices.get(who, ())), 1)
+  )
+  length = f"{len(said.words)} words" + (
+    f", {said.tokens} tokens" if said.tokens is not None else ""
+  )
   cut = ' <span class="answer wrong">cut</span>' if said.cut else ""
-  return (f"<section>{head}<p class=text>{caption}</p><p class=marks>{chips}<span class=soft>{length}</span>{cut}</p>"
-          "</section>")
+  return (
+    f"<section>{head}<p class=text>{caption}</p><p class=marks>{chips}<span "
+    f"class=soft>{length}</span>{cut}</p></section>"
+  )
 
 
 def _highlighted(caption: str, alone: set[str]) -> str:
   out, end = [], 0
   for match in _WORD.finditer(caption):
     if match[0].casefold() in alone:
-      out += [markup.text(caption[end:match.start()]), f'<mark class="only">{markup.text(match[0])}</mark>']
+      out += [
+        markup.text(caption[end : match.start()]),
+        f'<mark class="only">{markup.text(match[0])}</mark>',
+      ]
       end = match.end()
   return "".join([*out, markup.text(caption[end:])])
 
@@ -169,5 +227,7 @@ def _chip(number: int, question: Question, choice: int | None) -> str:
   else:
     kind, symbol = ("right", "✓") if choice == question.gold else ("wrong", "✗")
     word = question.options[choice]
-  return (f'<span class="answer {kind}" title="question {number}: {kind}"><small>{number}</small> '
-          f"<b>{symbol}</b> {markup.text(word)}</span> ")
+  return (
+    f'<span class="answer {kind}" title="question {number}: {kind}"><small>{number}</small> '
+    f"<b>{symbol}</b> {markup.text(word)}</span> "
+  )

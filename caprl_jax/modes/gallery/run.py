@@ -1,4 +1,6 @@
-"""Mode `gallery`: what several captioners wrote about the same images, side by side on a page; judged, if asked."""
+"""Mode `gallery`: what several captioners wrote about the same images, side by side on a page;
+judged, if asked.
+"""
 
 import dataclasses
 import hashlib
@@ -34,20 +36,21 @@ log = logging.getLogger("caprl_jax.modes.gallery.run")
 
 @dataclasses.dataclass(frozen=True)
 class GalleryConfig:
-  """captions: name -> a .jsonl as mode `caption` writes it (image and caption are all it needs); or the same as one
-    text, "before=a.jsonl,after=b.jsonl".
+  """captions: name -> a .jsonl as mode `caption` writes it (image and caption are all it needs); or
+    the same as one text, "before=a.jsonl,after=b.jsonl".
 
-  pictures: where the captioned images lie, as `caption.input`; None: with the questions, or the rows' own paths, from
-    here or from the file's folder.
-  questions: a source (`data/sources.py`) of questions about them; with a `judge` section it answers them from each
-    caption.
-    kinds: of those asked; empty: all. per_image: asked about one image, drawn at random with turns between kinds.
-  judged: images, drawn at random, whose questions are asked. Accuracy is over these, and over the same questions for
-    all: where a captioner failed, they count as not answered.
-  images: cards on the page; half of them drawn at random, half those where the captioners differ most (among the
-    judged ones in what they got right, then in their words).
+  pictures: where the captioned images lie, as `caption.input`; None: with the questions, or the
+    rows' own paths, from here or from the file's folder.
+  questions: a source (`data/sources.py`) of questions about them; with a `judge` section it answers
+    them from each caption. kinds: of those asked; empty: all. per_image: asked about one image,
+    drawn at random with turns between kinds.
+  judged: images, drawn at random, whose questions are asked. Accuracy is over these, and over the
+    same questions for all: where a captioner failed, they count as not answered.
+  images: cards on the page; half of them drawn at random, half those where the captioners differ
+    most (among the judged ones in what they got right, then in their words).
   output: the page; None: gallery.html in the workdir.
   """
+
   captions: dict[str, str] | str
   pictures: str | None = None
   questions: str | None = None
@@ -59,8 +62,10 @@ class GalleryConfig:
 
   def __post_init__(self):
     if min(self.images, self.judged, self.per_image) < 1:
-      raise ValueError(f"images = {self.images}, judged = {self.judged} and per_image = {self.per_image} must be at "
-                       "least 1")
+      raise ValueError(
+        f"images = {self.images}, judged = {self.judged} and per_image = "
+        f"{self.per_image} must be at least 1"
+      )
     if not self.files:
       raise ValueError("captions names no file; write name=FILE.jsonl, several joined by commas")
 
@@ -83,15 +88,17 @@ class GalleryConfig:
 def read_captions(path: pathlib.Path) -> dict[str, Said]:
   """Image -> what was said of it, from JSON lines.
 
-  Raises ValueError for a file that is not there or empty; with file and line, for one that is no row of mode `caption`
-  and for an image that was there before.
+  Raises ValueError for a file that is not there or empty; with file and line, for one that is no
+  row of mode `caption` and for an image that was there before.
   """
   found: dict[str, Said] = {}
   lines: dict[str, int] = {}
   try:
     file = open(path, "rb")  # bytes: only \n ends a line
   except OSError as error:
-    raise ValueError(f"{path}: {error.strerror}; gallery.captions names .jsonl files of mode caption") from error
+    raise ValueError(
+      f"{path}: {error.strerror}; gallery.captions names .jsonl files of mode caption"
+    ) from error
   with file:
     for number, line in enumerate(file, 1):
       if not line.strip():
@@ -99,9 +106,13 @@ def read_captions(path: pathlib.Path) -> dict[str, Said]:
       try:
         name, said = _parse(json.loads(line.decode("utf-8")))
       except ValueError as error:
-        raise ValueError(f"{path}:{number}: not a row of mode caption ({error}); mend or drop the line") from error
+        raise ValueError(
+          f"{path}:{number}: not a row of mode caption ({error}); mend or drop the line"
+        ) from error
       if name in found:
-        raise ValueError(f"{path}:{number}: image {name!r} stands in line {lines[name]} too; keep one of them")
+        raise ValueError(
+          f"{path}:{number}: image {name!r} stands in line {lines[name]} too; keep one of them"
+        )
       found[name], lines[name] = said, number
   if not found:
     raise ValueError(f"{path} has no rows")
@@ -111,7 +122,13 @@ def read_captions(path: pathlib.Path) -> dict[str, Said]:
 def _parse(row: Any) -> tuple[str, Said]:
   if not isinstance(row, dict):
     raise ValueError(f"a {type(row).__name__}, not an object")
-  for key, kind in (("image", str), ("caption", str), ("error", str), ("finish", str), ("tokens", list)):
+  for key, kind in (
+    ("image", str),
+    ("caption", str),
+    ("error", str),
+    ("finish", str),
+    ("tokens", list),
+  ):
     if key in row and row[key] is not None and not isinstance(row[key], kind):
       raise ValueError(f"{key} is {row[key]!r:.60}, not a {kind.__name__}")
   if row.get("image") is None:
@@ -121,13 +138,17 @@ def _parse(row: Any) -> tuple[str, Said]:
   if row.get("caption") is None:
     raise ValueError("neither 'caption' nor 'error'")
   tokens = row.get("tokens")
-  return row["image"], Said(row["caption"], "", None if tokens is None else len(tokens),
-                           row["finish"] == "length" if row.get("finish") is not None else None)
+  return row["image"], Said(
+    row["caption"],
+    "",
+    None if tokens is None else len(tokens),
+    row["finish"] == "length" if row.get("finish") is not None else None,
+  )
 
 
 def match_names(names: Sequence[str], others: Sequence[str]) -> dict[str, str]:
-  """Those of `names` that are in `others` -> what they are called there: the same, or one path ends in the other whole
-  ("/data/images/1.png" and "images/1.png"), where just one does."""
+  """Those of `names` that are in `others` -> what they are called there: the same, or one path ends
+  in the other whole ("/data/images/1.png" and "images/1.png"), where just one does."""
   known = set(others)
   found = {name: name for name in names if name in known}
   left = [name for name in names if name not in found]
@@ -140,11 +161,17 @@ def match_names(names: Sequence[str], others: Sequence[str]) -> dict[str, str]:
   taken: dict[str, list[str]] = {}
   for name in left:
     fitting = tails.get("/".join(_parts(name)), set()) | {
-        other for tail in _tails(name) for other in tails.get(tail, ()) if "/".join(_parts(other)) == tail}
+      other
+      for tail in _tails(name)
+      for other in tails.get(tail, ())
+      if "/".join(_parts(other)) == tail
+    }
     if len(fitting) == 1:
       taken.setdefault(fitting.pop(), []).append(name)
   used = set(found.values())
-  return found | {who[0]: other for other, who in taken.items() if len(who) == 1 and other not in used}
+  return found | {
+    who[0]: other for other, who in taken.items() if len(who) == 1 and other not in used
+  }
 
 
 def _parts(name: str) -> list[str]:
@@ -156,26 +183,44 @@ def _tails(name: str) -> Iterator[str]:
   return ("/".join(parts[i:]) for i in range(len(parts)))
 
 
-def common_images(files: Mapping[str, Mapping[str, Said]], paths: Mapping[str, str]) -> list[ComparedImage]:
+def common_images(
+  files: Mapping[str, Mapping[str, Said]], paths: Mapping[str, str]
+) -> list[ComparedImage]:
   """The images of the first file that all others have. Raises ValueError where there are none."""
   (first, captions), *others = files.items()
   names = list(captions)
   called = {who: match_names(names, list(theirs)) for who, theirs in others}
   common = [name for name in names if all(name in table for table in called.values())]
   if not common:
-    shown = "; ".join(f"{paths[who]} has {len(theirs):,}, such as {next(iter(theirs))!r}"
-                      for who, theirs in files.items())
-    raise ValueError(f"the captions have no image in common: {shown}. Caption one caption.input with each captioner")
+    shown = "; ".join(
+      f"{paths[who]} has {len(theirs):,}, such as {next(iter(theirs))!r}"
+      for who, theirs in files.items()
+    )
+    raise ValueError(
+      f"the captions have no image in common: {shown}. Caption one caption.input "
+      "with each captioner"
+    )
   for who, theirs in files.items():
     if len(theirs) > len(common):
-      log.info("%s: %d of its %d images are not in all files, and are left aside", who, len(theirs) - len(common),
-               len(theirs))
-  return [ComparedImage(name, {first: captions[name]} | {who: files[who][table[name]] for who, table in called.items()})
-          for name in common]
+      log.info(
+        "%s: %d of its %d images are not in all files, and are left aside",
+        who,
+        len(theirs) - len(common),
+        len(theirs),
+      )
+  return [
+    ComparedImage(
+      name,
+      {first: captions[name]} | {who: files[who][table[name]] for who, table in called.items()},
+    )
+    for name in common
+  ]
 
 
 def difference(shared: ComparedImage) -> float:
-  """How far the captions are from each other in words: the mean over pairs of 1 - shared words / all words."""
+  """How far the captions are from each other in words: the mean over pairs of 1 - shared words /
+  all words.
+  """
   sets = [{word.casefold() for word in said.words} for said in shared.said.values()]
   far = [1 - len(a & b) / len(a | b) if a | b else 0.0 for a, b in itertools.combinations(sets, 2)]
   return float(np.mean(far)) if far else 0.0
@@ -197,10 +242,14 @@ def judge_images(images: Sequence[ComparedImage], asker: HostJudge) -> list[Comp
   return judged
 
 
-def pick(images: Sequence[ComparedImage], count: int, rng: np.random.Generator) -> tuple[list[ComparedImage], list[ComparedImage]]:
-  """Images drawn at random, and of the others those where the captioners differ most; half of `count` each."""
+def pick(
+  images: Sequence[ComparedImage], count: int, rng: np.random.Generator
+) -> tuple[list[ComparedImage], list[ComparedImage]]:
+  """Images drawn at random, and of the others those where the captioners differ most; half of
+  `count` each.
+  """
   several, count = len(images[0].said) > 1, min(count, len(images))
-  drawn = sorted(rng.permutation(len(images))[:-(-count // 2) if several else count].tolist())
+  drawn = sorted(rng.permutation(len(images))[: -(-count // 2) if several else count].tolist())
   rest = [i for i in range(len(images)) if i not in set(drawn)] if several else []
 
   def unlike(i: int) -> tuple[float, float]:
@@ -208,42 +257,60 @@ def pick(images: Sequence[ComparedImage], count: int, rng: np.random.Generator) 
     right = [sum(shared.right(who)) for who in shared.said if who in shared.choices]
     return (max(right) - min(right) if right else 0, difference(shared))
 
-  most = sorted(rest, key=unlike, reverse=True)[:count - len(drawn)]
+  most = sorted(rest, key=unlike, reverse=True)[: count - len(drawn)]
   return [images[i] for i in drawn], [images[i] for i in most]
 
 
-def figures(files: Mapping[str, Mapping[str, Said]], common: Sequence[ComparedImage],
-            judged: Sequence[ComparedImage]) -> dict[str, Any]:
-  """Of each captioner: rows of its file; over the common images its failures, mean lengths and share cut; over the
-  judged ones its accuracy, by kind of question too. None where nothing is known."""
+def figures(
+  files: Mapping[str, Mapping[str, Said]],
+  common: Sequence[ComparedImage],
+  judged: Sequence[ComparedImage],
+) -> dict[str, Any]:
+  """Of each captioner: rows of its file; over the common images its failures, mean lengths and
+  share cut; over the judged ones its accuracy, by kind of question too. None where nothing is
+  known."""
   mean = lambda values: float(np.mean(values)) if values else None
-  out: dict[str, Any] = {"images": len(common), "judged_images": len(judged),
-                         "questions": sum(len(shared.questions) for shared in judged), "captioners": {}}
+  out: dict[str, Any] = {
+    "images": len(common),
+    "judged_images": len(judged),
+    "questions": sum(len(shared.questions) for shared in judged),
+    "captioners": {},
+  }
   for who in files:
     said = [shared.said[who] for shared in common]
     good = [one for one in said if one.caption is not None]
     out["captioners"][who] = {
-        "images": len(files[who]), "failed": len(said) - len(good),
-        "tokens": mean([one.tokens for one in good if one.tokens is not None]),
-        "words": mean([len(one.words) for one in good]),
-        "cut_share": mean([one.cut for one in good if one.cut is not None])}
+      "images": len(files[who]),
+      "failed": len(said) - len(good),
+      "tokens": mean([one.tokens for one in good if one.tokens is not None]),
+      "words": mean([len(one.words) for one in good]),
+      "cut_share": mean([one.cut for one in good if one.cut is not None]),
+    }
   if judged:
     names = kinds([shared.row for shared in judged])
     for who in [*files, NOBODY]:
-      scored = [(q.kind, choice, q.gold) for shared in judged for q, choice in
-                zip(shared.questions, shared.choices[who], strict=True)]
+      scored = [
+        (q.kind, choice, q.gold)
+        for shared in judged
+        for q, choice in zip(shared.questions, shared.choices[who], strict=True)
+      ]
       row = out["captioners"].setdefault(who, {})
       row["accuracy"] = mean([choice == gold for _, choice, gold in scored])
-      row["misled"] = mean([choice is not None and choice not in (-1, gold) for _, choice, gold in scored])
-      row["accuracy_by_kind"] = {kind: mean([choice == gold for k, choice, gold in scored if k == kind])
-                                 for kind in names}
-    out["questions_by_kind"] = {kind: sum(q.kind == kind for shared in judged for q in shared.questions)
-                                for kind in names}
+      row["misled"] = mean(
+        [choice is not None and choice not in (-1, gold) for _, choice, gold in scored]
+      )
+      row["accuracy_by_kind"] = {
+        kind: mean([choice == gold for k, choice, gold in scored if k == kind]) for kind in names
+      }
+    out["questions_by_kind"] = {
+      kind: sum(q.kind == kind for shared in judged for q in shared.questions) for kind in names
+    }
   return out
 
 
 class Pictures:
-  """Finds the picture of an image: among those of `gallery.pictures`, with its questions, or where its name points.
+  """Finds the picture of an image: among those of `gallery.pictures`, with its questions, or where
+  its name points.
 
   `missing` counts those that `read` did not find.
   """
@@ -257,12 +324,16 @@ class Pictures:
       rows = {row.name: row for row in find_images(source)}
       self.rows = {name: rows[other] for name, other in match_names(names, list(rows)).items()}
       if not self.rows:
-        raise ValueError(f"gallery.pictures = {source!r}: none of its {len(rows):,} images, such as "
-                         f"{next(iter(rows))!r}, is one of those captioned, such as {names[0]!r}; give the "
-                         "caption.input that was captioned")
+        raise ValueError(
+          f"gallery.pictures = {source!r}: none of its {len(rows):,} images, such "
+          f"as {next(iter(rows))!r}, is one of those captioned, such as "
+          f"{names[0]!r}; give the caption.input that was captioned"
+        )
 
   def short(self, shared: ComparedImage) -> str:
-    """Its name without the folder that all have in common, which is nobody's business on a page that is passed on."""
+    """Its name without the folder that all have in common, which is nobody's business on a page
+    that is passed on.
+    """
     if self.common is None:
       return os.path.basename(shared.name) or shared.name
     return os.path.relpath(shared.name, self.common) if self.common else shared.name
@@ -283,48 +354,80 @@ class Pictures:
       yield shared.row
     for folder in self.folders:
       path = folder / shared.name
-      if os.path.isfile(path):  # pathlib's own raises for a name that is too long, as a data: URI is
+      # pathlib's own raises for a name that is too long, as a data: URI is
+      if os.path.isfile(path):
         yield CaptionRow(path, "", shared.name)
 
 
-def with_questions(common: Sequence[ComparedImage], source: str, cfg: GalleryConfig, seed: int) -> list[ComparedImage]:
-  """The images with some questions about each, where there are any. Raises ValueError where no image has one."""
+def with_questions(
+  common: Sequence[ComparedImage], source: str, cfg: GalleryConfig, seed: int
+) -> list[ComparedImage]:
+  """The images with some questions about each, where there are any. Raises ValueError where no
+  image has one.
+  """
   found: dict[str, QARow] = {}
   for row in read_qa_rows(source, seed):
     # An image may have several rows.
     before = found[row.name].questions if row.name in found else ()
     found[row.name] = dataclasses.replace(row, questions=(*before, *row.questions))
-  rows = {row.name: row for row in (_some_questions(row, cfg, seed) for row in found.values()) if row.questions}
+  rows = {
+    row.name: row
+    for row in (_some_questions(row, cfg, seed) for row in found.values())
+    if row.questions
+  }
   if not rows:
-    raise ValueError(f"gallery.kinds = {cfg.kinds} leaves no question; {source} has {kinds(found.values())}")
+    raise ValueError(
+      f"gallery.kinds = {cfg.kinds} leaves no question; {source} has {kinds(found.values())}"
+    )
   called = match_names([shared.name for shared in common], list(rows))
   if not called:
-    raise ValueError(f"gallery.questions = {source!r}: none of its {len(rows):,} images, such as {next(iter(rows))!r}, "
-                     f"is one of those captioned, such as {common[0].name!r}")
+    raise ValueError(
+      f"gallery.questions = {source!r}: none of its {len(rows):,} images, such as "
+      f"{next(iter(rows))!r}, is one of those captioned, such as {common[0].name!r}"
+    )
   if len(called) < len(common):
-    log.info("%d of %d images have no questions in %s", len(common) - len(called), len(common), source)
-  return [dataclasses.replace(shared, row=rows[called[shared.name]]) if shared.name in called else shared
-          for shared in common]
+    log.info(
+      "%d of %d images have no questions in %s", len(common) - len(called), len(common), source
+    )
+  return [
+    dataclasses.replace(shared, row=rows[called[shared.name]]) if shared.name in called else shared
+    for shared in common
+  ]
 
 
 def _some_questions(row: QARow, cfg: GalleryConfig, seed: int) -> QARow:
-  """Up to `per_image` questions of a row, each kind's in turn; which ones depends on the row and the seed only."""
-  rng = np.random.default_rng([seed, *hashlib.sha256(row.name.encode("utf-8", "surrogatepass")).digest()[:8]])
+  """Up to `per_image` questions of a row, each kind's in turn; which ones depends on the row and
+  the seed only.
+  """
+  rng = np.random.default_rng(
+    [seed, *hashlib.sha256(row.name.encode("utf-8", "surrogatepass")).digest()[:8]]
+  )
   turns: dict[str, list[int]] = {}
   for i in rng.permutation(len(row.questions)).tolist():
     kind = row.questions[i].kind
     if not cfg.kinds or kind in cfg.kinds:
       turns.setdefault(kind, []).append(i)
-  order = sorted((turn, kind, i) for kind, group in turns.items() for turn, i in enumerate(group))[:cfg.per_image]
-  return dataclasses.replace(row, questions=tuple(row.questions[i] for i in sorted(i for *_, i in order)))
+  order = sorted((turn, kind, i) for kind, group in turns.items() for turn, i in enumerate(group))[
+    : cfg.per_image
+  ]
+  return dataclasses.replace(
+    row, questions=tuple(row.questions[i] for i in sorted(i for *_, i in order))
+  )
 
 
-def _asker(section: JudgeSection, mesh: jax.sharding.Mesh, names: Sequence[str], seed: int) -> HostJudge:
+def _asker(
+  section: JudgeSection, mesh: jax.sharding.Mesh, names: Sequence[str], seed: int
+) -> HostJudge:
   judge = load_judge(section.source, mesh, jnp.dtype(section.dtype))
   if section.int8:
     judge = dataclasses.replace(judge, params=to_int8(judge.params))
-  tokenize = QuestionTokenizer(judge.tokenizer, template_for(section.reading, section.prompt), names, section.abstain,
-                               section.abstain_letter)
+  tokenize = QuestionTokenizer(
+    judge.tokenizer,
+    template_for(section.reading, section.prompt),
+    names,
+    section.abstain,
+    section.abstain_letter,
+  )
   return HostJudge(judge, tokenize, section, seed)
 
 
@@ -337,7 +440,9 @@ def run(config, workdir: pathlib.Path) -> None:
   seed = config.get("seed", 0)
   paths = {who: pathlib.Path(path).expanduser() for who, path in cfg.files.items()}
   if NOBODY in paths:
-    raise ValueError(f"gallery.captions: the name {NOBODY!r} stands for the judge's guesses; use another")
+    raise ValueError(
+      f"gallery.captions: the name {NOBODY!r} stands for the judge's guesses; use another"
+    )
   files = {who: read_captions(path) for who, path in paths.items()}
   common = common_images(files, {who: str(path) for who, path in paths.items()})
   folders = list(dict.fromkeys([pathlib.Path(), *(path.parent for path in paths.values())]))
@@ -348,21 +453,32 @@ def run(config, workdir: pathlib.Path) -> None:
     common = with_questions(common, cfg.questions, cfg, seed)
     asked = [shared for shared in common if shared.questions]
     if section:
-      judged = [asked[i] for i in sorted(rng.permutation(len(asked))[:cfg.judged].tolist())]
-      with jax.set_mesh(sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))):
+      judged = [asked[i] for i in sorted(rng.permutation(len(asked))[: cfg.judged].tolist())]
+      with jax.set_mesh(
+        sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
+      ):
         names = kinds([shared.row for shared in judged])
         judged = judge_images(judged, _asker(section, jax.sharding.get_mesh(), names, seed))
   found = figures(files, common, judged)
   if jax.process_index() > 0:
     return
-  output = pathlib.Path(cfg.output).expanduser() if cfg.output is not None else workdir / "gallery.html"
+  output = (
+    pathlib.Path(cfg.output).expanduser() if cfg.output is not None else workdir / "gallery.html"
+  )
   write_page(output, found, *pick(judged or common, cfg.images, rng), pictures.read, pictures.short)
   write_json(workdir / "gallery.json", found)
   if pictures.missing:
-    log.warning("%d images of the page were not found; gallery.pictures may say where they lie, as caption.input did",
-                pictures.missing)
+    log.warning(
+      "%d images of the page were not found; gallery.pictures may say where they lie, as "
+      "caption.input did",
+      pictures.missing,
+    )
   for who, row in found["captioners"].items():
     accuracy = f", {row['accuracy']:.3f} of {found['questions']} questions right" if judged else ""
-    about = "the judge guesses" if who == NOBODY else f"{row['words'] or 0:.1f} words a caption, {row['failed']} failed"
+    about = (
+      "the judge guesses"
+      if who == NOBODY
+      else f"{row['words'] or 0:.1f} words a caption, {row['failed']} failed"
+    )
     log.info("%s: %s%s", who, about, accuracy)
   log.info("page: %s, of %d images", output, len(common))

@@ -21,16 +21,18 @@ log = logging.getLogger("caprl_jax.modes.pretrain.run")
 
 @dataclasses.dataclass(frozen=True)
 class PretrainPolicyConfig:
-  """The section `pretrain_policy`, one of
-    checkpoint: a whole captioner;
-    vision and language: the tower of one, a text-only model (directory, hub name, .gguf, `package:NAME`; or a
+  """The section `pretrain_policy`, one of checkpoint: a whole captioner; vision and language: the
+    tower of one, a text-only model (directory, hub name, .gguf, `package:NAME`; or a
       captioner, whose decoder it is), and a new projector;
-    architecture, preprocessor, tokenizer: a new model, as in mode `sft`, with the tower of `vision` if that is set;
-      `compact` keeps the tokens that the stages' data, the questions of `pretrain.eval` and `texts` need.
+    architecture, preprocessor, tokenizer: a new model, as in mode `sft`, with the tower of `vision`
+      if that is set; `compact` keeps the tokens that the stages' data, the questions of
+      `pretrain.eval` and `texts` need.
 
-  dtype: of activations; param_dtype: of parameters (float32 with bfloat16 activations are master weights).
-  min_pixels, max_pixels: in place of the model's own limits on image size; written with it.
+  dtype: of activations; param_dtype: of parameters (float32 with bfloat16 activations are master
+  weights). min_pixels, max_pixels: in place of the model's own limits on image size; written with
+  it.
   """
+
   checkpoint: str | None = None
   vision: str | None = None
   language: str | None = None
@@ -51,13 +53,19 @@ class PretrainPolicyConfig:
     given = [key for key in keys if getattr(self, key) is not None]
     ways = (keys[:1], keys[1:3], keys[3:], (keys[1], *keys[3:]))
     if tuple(given) not in ways:
-      raise ValueError(f"{', '.join(given) or 'nothing'} is set; set checkpoint, vision and language, or architecture "
-                       "and tokenizer (and vision)")
+      raise ValueError(
+        f"{', '.join(given) or 'nothing'} is set; set checkpoint, vision and "
+        "language, or architecture and tokenizer (and vision)"
+      )
 
 
 def make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, mesh) -> Loaded:
-  """The captioner that the first stage begins with. `texts`: what a compact vocabulary has to say."""
-  return with_pixel_limits(_make_model(section, texts, seed, mesh), section.min_pixels, section.max_pixels)
+  """The captioner that the first stage begins with. `texts`: what a compact vocabulary has to
+  say.
+  """
+  return with_pixel_limits(
+    _make_model(section, texts, seed, mesh), section.min_pixels, section.max_pixels
+  )
 
 
 def _make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, mesh) -> Loaded:
@@ -67,8 +75,12 @@ def _make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, 
     return load_policy(section.checkpoint, *options)
   if section.language is not None:
     return compose_policy(section.vision, section.language, jax.random.key(seed), *options)
-  new = NewPolicyConfig(architecture=section.architecture, preprocessor=section.preprocessor,
-                        tokenizer=section.tokenizer, compact=section.compact)
+  new = NewPolicyConfig(
+    architecture=section.architecture,
+    preprocessor=section.preprocessor,
+    tokenizer=section.tokenizer,
+    compact=section.compact,
+  )
   rows = [CaptionRow(b"", text, "") for text in dict.fromkeys([*section.texts, *texts])]
   made = make_policy(new, SFTConfig("", (PhaseConfig(1, OptimizerConfig()),)), rows, seed, mesh)
   cfg = PolicyConfig.from_hf(made.config, made.preprocessor, dtype=dtype, remat=section.remat)
@@ -79,23 +91,38 @@ def _make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, 
 
 def texts_of(examples: Sequence[Example]) -> list[str]:
   """All that is said in examples, in one order of the options."""
-  return list(dict.fromkeys(turn.text for example in examples for turn in conversation_of(example).turns))
+  return list(
+    dict.fromkeys(turn.text for example in examples for turn in conversation_of(example).turns)
+  )
 
 
-def begin(section: PretrainPolicyConfig, data: Mapping[str, list[Example]], asked: Sequence[Example], seed: int, mesh,
-           folder: pathlib.Path | None) -> Loaded:
-  """The model that a finished stage wrote into `folder`, or the one that the first stage begins with.
+def begin(
+  section: PretrainPolicyConfig,
+  data: Mapping[str, list[Example]],
+  asked: Sequence[Example],
+  seed: int,
+  mesh,
+  folder: pathlib.Path | None,
+) -> Loaded:
+  """The model that a finished stage wrote into `folder`, or the one that the first stage begins
+  with.
 
   Args:
-    data: examples of each stage; with `asked`, the evaluation's questions, they say what a compact vocabulary needs.
+    data: examples of each stage; with `asked`, the evaluation's questions, they say what a compact
+    vocabulary needs.
   """
   if folder is not None:
     written = dict(vision=None, language=None, architecture=None, preprocessor=None, tokenizer=None)
-    return make_model(dataclasses.replace(section, checkpoint=str(folder), **written), [], seed, mesh)
+    return make_model(
+      dataclasses.replace(section, checkpoint=str(folder), **written), [], seed, mesh
+    )
   texts: list[str] = []
   if section.tokenizer and section.compact:
     texts = texts_of([example for examples in [*data.values(), asked] for example in examples])
   policy = make_model(section, texts, seed, mesh)
-  log.info("%.2fM parameters, vocabulary %d", sum(x.size for x in jax.tree.leaves(policy.params)) / 1e6,
-           policy.model.cfg.text.vocab_size)
+  log.info(
+    "%.2fM parameters, vocabulary %d",
+    sum(x.size for x in jax.tree.leaves(policy.params)) / 1e6,
+    policy.model.cfg.text.vocab_size,
+  )
   return policy

@@ -1,8 +1,10 @@
-"""Mode `pretrain`: what captions are worth as pretraining data. A captioner trained in stages, then asked about images.
+"""Mode `pretrain`: what captions are worth as pretraining data. A captioner trained in stages, then
+asked about images.
 
-The paper's evaluation (CapRL, arXiv 2509.22647): a vision tower, a text-only language model and a new projector are
-aligned on short captions (projector only), pretrained further on the captions under test, and taught to converse (both
-with all parameters). Stages read captions, conversations or questions, several of them packed into a row.
+The paper's evaluation (CapRL, arXiv 2509.22647): a vision tower, a text-only language model and a
+new projector are aligned on short captions (projector only), pretrained further on the captions
+under test, and taught to converse (both with all parameters). Stages read captions, conversations
+or questions, several of them packed into a row.
 """
 
 import dataclasses
@@ -24,7 +26,14 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.data.chat_rendering import ChatRenderer
 from caprl_jax.data.packing import PackConfig, Packer, packed_batches
 from caprl_jax.data.question_texts import check_open_question
-from caprl_jax.data.readers.conversations import Asked, Example, check_kinds, of_kinds, read_examples, warn_of_options
+from caprl_jax.data.readers.conversations import (
+  Asked,
+  Example,
+  check_kinds,
+  of_kinds,
+  read_examples,
+  warn_of_options,
+)
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import QARow
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
@@ -49,15 +58,17 @@ FAR = 0.15  # relative difference of examples a step from those asked for that i
 class StageConfig:
   """One stage of training.
 
-  data: see `data.conversations.read_examples`; None skips the stage. image_root, max_rows, questions, told,
-    kinds, open_question: as there.
+  data: see `data.conversations.read_examples`; None skips the stage. image_root, max_rows,
+    questions, told, kinds, open_question: as there.
   instruction: what the user says where a row has a caption only.
   trained: which parameters are; the others have no gradient.
-  steps or epochs: one of them. batch_size (rows) or examples: one of them; with `examples`, a step has as many rows as
-    hold that many on average, rounded to a multiple of devices x microbatches, so that published batch sizes can be
-    kept, nearly, where rows are packed.
-  microbatches: parts a batch is cut into, to save memory; the gradient is the same. May be another when a run goes on.
+  steps or epochs: one of them. batch_size (rows) or examples: one of them; with `examples`, a step
+    has as many rows as hold that many on average, rounded to a multiple of devices x microbatches,
+    so that published batch sizes can be kept, nearly, where rows are packed.
+  microbatches: parts a batch is cut into, to save memory; the gradient is the same. May be another
+  when a run goes on.
   """
+
   data: str | None
   optimizer: OptimizerConfig
   pack: PackConfig
@@ -80,7 +91,9 @@ class StageConfig:
       given = [getattr(self, name) for name in (first, second) if getattr(self, name) is not None]
       if len(given) != 1 or given[0] <= 0:
         raise ValueError(
-            f"{first} = {getattr(self, first)}, {second} = {getattr(self, second)}: set one of them, to more than 0")
+          f"{first} = {getattr(self, first)}, {second} = {getattr(self, second)}: set one of "
+          "them, to more than 0"
+        )
     if self.microbatches < 1:
       raise ValueError(f"microbatches = {self.microbatches} must be at least 1")
     check_open_question(self.open_question)
@@ -90,14 +103,17 @@ class StageConfig:
 class PretrainConfig:
   """The section `pretrain`.
 
-  stages: by name; `order` says which are run, one after the other. Each one's model is written to `workdir/<name>`, in
-    output_dtype, and what is written is what the next one begins with; its metrics are in `workdir/training/<name>`.
-    With data in none of them the model is only asked.
-  eval: multiple-choice questions (`data/sources.py`) that the last model is asked, with the image and without, as
-    `answer` says; None asks nothing. eval_rows: the first images only. eval_kinds: of questions, None for all.
-  eval_open_question: asks without showing the options, as a stage's `open_question`; what is written, eval_max_tokens
-    at most, is right where it is the right option but for case, articles and punctuation. None: by letter.
+  stages: by name; `order` says which are run, one after the other. Each one's model is written to
+    `workdir/<name>`, in output_dtype, and what is written is what the next one begins with; its
+    metrics are in `workdir/training/<name>`. With data in none of them the model is only asked.
+  eval: multiple-choice questions (`data/sources.py`) that the last model is asked, with the image
+    and without, as `answer` says; None asks nothing. eval_rows: the first images only. eval_kinds:
+    of questions, None for all.
+  eval_open_question: asks without showing the options, as a stage's `open_question`; what is
+    written, eval_max_tokens at most, is right where it is the right option but for case, articles
+    and punctuation. None: by letter.
   """
+
   stages: dict[str, StageConfig]
   order: tuple[str, ...]
   eval: str | None = None
@@ -114,17 +130,22 @@ class PretrainConfig:
     for name in self.order:
       if name not in self.stages:
         raise ValueError(
-            f"order names {name!r}, which is no stage{configuration.did_you_mean(name, self.stages)} (stages: "
-            f"{', '.join(self.stages)})")
+          f"order names {name!r}, which is no "
+          f"stage{configuration.did_you_mean(name, self.stages)} (stages: "
+          f"{', '.join(self.stages)})"
+        )
     check_open_question(self.eval_open_question)
     if self.eval_max_tokens < 1:
       raise ValueError(f"eval_max_tokens = {self.eval_max_tokens} must be at least 1")
     if not self.order or len(set(self.order)) < len(self.order) or TRAINING in self.order:
-      raise ValueError(f"order = {self.order}: name each stage once; none may be called {TRAINING!r}")
+      raise ValueError(
+        f"order = {self.order}: name each stage once; none may be called {TRAINING!r}"
+      )
 
 
-def rows_a_step(stage: StageConfig, name: str, packer: Packer, mesh: jax.sharding.Mesh,
-                begun: int | None = None) -> int:
+def rows_a_step(
+  stage: StageConfig, name: str, packer: Packer, mesh: jax.sharding.Mesh, begun: int | None = None
+) -> int:
   """Rows of a batch. Raises ValueError where a batch cannot be split over devices and microbatches.
 
   begun: rows of the steps that were made already; what follows has as many.
@@ -134,21 +155,34 @@ def rows_a_step(stage: StageConfig, name: str, packer: Packer, mesh: jax.shardin
   cut = f"microbatches = {stage.microbatches} parts for {devices} devices each"
   if begun is not None:
     if begun % parts:
-      raise ValueError(f"stage {name!r} was begun with {begun} rows a step, which cannot be cut into {cut}; set "
-                       f"pretrain.stages.{name}.microbatches, or the number of devices, so that their product divides "
-                       f"{begun}")
+      raise ValueError(
+        f"stage {name!r} was begun with {begun} rows a step, which cannot be cut "
+        f"into {cut}; set pretrain.stages.{name}.microbatches, or the number of "
+        f"devices, so that their product divides {begun}"
+      )
     return begun
   if stage.batch_size is not None:
     if stage.batch_size % parts:
-      raise ValueError(f"pretrain.stages.{name}.batch_size = {stage.batch_size} rows cannot be cut into {cut}; use a "
-                       f"multiple of {parts}")
+      raise ValueError(
+        f"pretrain.stages.{name}.batch_size = {stage.batch_size} rows cannot be cut "
+        f"into {cut}; use a multiple of {parts}"
+      )
     return stage.batch_size
   per_row = packer.figures()["examples_per_row"]
   rows = max(round(stage.examples / per_row / parts), 1) * parts
   if abs(rows * per_row / stage.examples - 1) > FAR:
-    log.warning("pretrain.stages.%s.examples = %d, but a step has about %.0f: %d rows of %.1f examples, as %s need a "
-                "multiple of %d rows; lower microbatches, pack.tokens or the number of devices", name, stage.examples,
-                rows * per_row, rows, per_row, cut, parts)
+    log.warning(
+      "pretrain.stages.%s.examples = %d, but a step has about %.0f: %d rows of %.1f "
+      "examples, as %s need a multiple of %d rows; lower microbatches, pack.tokens or "
+      "the number of devices",
+      name,
+      stage.examples,
+      rows * per_row,
+      rows,
+      per_row,
+      cut,
+      parts,
+    )
   return rows
 
 
@@ -157,28 +191,48 @@ def _renderer(policy: Loaded) -> ChatRenderer:
   return ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special)
 
 
-def plan_stage(name: str, stage: StageConfig, packer: Packer, mesh: jax.sharding.Mesh,
-               record: Record) -> tuple[int, int]:
-  """Rows a step, and steps; logs them and puts them into the record. Raises ValueError where there are no such, or
-  others than when the stage was begun."""
+def plan_stage(
+  name: str, stage: StageConfig, packer: Packer, mesh: jax.sharding.Mesh, record: Record
+) -> tuple[int, int]:
+  """Rows a step, and steps; logs them and puts them into the record. Raises ValueError where there
+  are no such, or others than when the stage was begun."""
   begun, place = record.stages.get(name, {}), record.path.parent / TRAINING / name
   if not begun and saved_steps(place):
-    raise ValueError(f"{place} holds a checkpoint of a stage that {record.path} does not know; remove that folder")
+    raise ValueError(
+      f"{place} holds a checkpoint of a stage that {record.path} does not know; remove that folder"
+    )
   rows = rows_a_step(stage, name, packer, mesh, begun.get("batch_rows"))
   steps = stage.steps or max(1, math.ceil(packer.rows_until(stage.epochs) / rows))
   if steps != begun.get("steps", steps):
-    raise ValueError(f"stage {name!r} was begun with {begun['steps']} steps of {rows} rows, but {stage.data} makes "
-                     f"{steps} now; bring it back as it was, or remove {place} to begin the stage anew")
+    raise ValueError(
+      f"stage {name!r} was begun with {begun['steps']} steps of {rows} rows, but "
+      f"{stage.data} makes {steps} now; bring it back as it was, or remove {place} "
+      "to begin the stage anew"
+    )
   fixed, rising = stage.optimizer.warmup_steps, warmup(stage.optimizer, steps)
   if rising < fixed:
-    log.warning("pretrain.stages.%s.optimizer.warmup_steps = %d is cut to %d: the stage has %d steps; lower it, or set "
-                "warmup_fraction in its place", name, fixed, rising, steps)
+    log.warning(
+      "pretrain.stages.%s.optimizer.warmup_steps = %d is cut to %d: the stage has %d "
+      "steps; lower it, or set warmup_fraction in its place",
+      name,
+      fixed,
+      rising,
+      steps,
+    )
   figures = {k: round(v, 4) for k, v in packer.figures().items()}
   log.info(
-      "stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images a row; %d steps of %d rows "
-      "(%.0f examples)",
-      name, figures["examples"], figures["rows"], stage.pack.tokens, 100 * figures["fill"], figures["images_per_row"],
-      steps, rows, rows * figures["examples_per_row"])
+    "stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images a row; %d steps of "
+    "%d rows (%.0f examples)",
+    name,
+    figures["examples"],
+    figures["rows"],
+    stage.pack.tokens,
+    100 * figures["fill"],
+    figures["images_per_row"],
+    steps,
+    rows,
+    rows * figures["examples_per_row"],
+  )
   record.put(name, steps=steps, batch_rows=rows, packing=figures)
   return rows, steps
 
@@ -189,10 +243,20 @@ def _step(state: TrainState, base: Params, batch: Packed, **settings):
   return state, {**metrics, "pack/dropped": batch.dropped_B.sum().astype(jnp.float32)}, None
 
 
-def train_stage(name: str, stage: StageConfig, policy: Loaded, examples: Sequence[Example], cfg: PretrainConfig,
-                seed: int, mesh: jax.sharding.Mesh, workdir: pathlib.Path, config: dict, record: Record) -> Params:
-  """Runs a stage, from its newest checkpoint where there is one, and gives all parameters. `policy.params` are used
-  up."""
+def train_stage(
+  name: str,
+  stage: StageConfig,
+  policy: Loaded,
+  examples: Sequence[Example],
+  cfg: PretrainConfig,
+  seed: int,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+  config: dict,
+  record: Record,
+) -> Params:
+  """Runs a stage, from its newest checkpoint where there is one, and gives all parameters.
+  `policy.params` are used up."""
   family = policy.model.cfg.family
   packer = Packer(examples, _renderer(policy), policy.model.cfg, stage.pack, seed)
   batch_size, steps = plan_stage(name, stage, packer, mesh, record)
@@ -213,20 +277,41 @@ def train_stage(name: str, stage: StageConfig, policy: Loaded, examples: Sequenc
     log.info("stage %s goes on after step %d of %d", name, int(state.step), steps)
   else:
     state = make_state(params, tx, shardings, seed, mesh)
-  step = jax.jit(functools.partial(_step, policy=policy.model, tx=tx, schedule=schedule,
-                                   microbatches=stage.microbatches, chunk_tokens=cfg.chunk_tokens), donate_argnums=0,
-                 # The state comes out where it went in: another layout would compile the step anew.
-                 out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None))
+  step = jax.jit(
+    functools.partial(
+      _step,
+      policy=policy.model,
+      tx=tx,
+      schedule=schedule,
+      microbatches=stage.microbatches,
+      chunk_tokens=cfg.chunk_tokens,
+    ),
+    donate_argnums=0,
+    # The state comes out where it went in: another layout would compile the step anew.
+    out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None),
+  )
   try:
-    state = run_loop(lambda state, batch: step(state, base, batch), state, iterator, steps=steps, mesh=mesh,
-                     checkpoints=checkpoints, config=config, workdir=place, what=name, reward_name="update/none")
+    state = run_loop(
+      lambda state, batch: step(state, base, batch),
+      state,
+      iterator,
+      steps=steps,
+      mesh=mesh,
+      checkpoints=checkpoints,
+      config=config,
+      workdir=place,
+      what=name,
+      reward_name="update/none",
+    )
   finally:
     checkpoints.close()
   return merge_params(state.params, base)
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Runs the stages that `pretrain.json` does not call finished, and asks the last model about images (`vqa.json`)."""
+  """Runs the stages that `pretrain.json` does not call finished, and asks the last model about
+  images (`vqa.json`).
+  """
   cfg = configuration.load_section(config, "pretrain", PretrainConfig)
   section = configuration.load_section(config, "pretrain_policy", PretrainPolicyConfig)
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
@@ -242,13 +327,18 @@ def run(config, workdir: pathlib.Path) -> None:
   asked = _asked(cfg, seed, mesh)
   data = {name: _read(name, cfg.stages[name], seed) for name in order if name not in done}
   with jax.set_mesh(mesh):
-    questions = [Asked(row.image, row.questions, row.name, open_question=cfg.eval_open_question) for row in asked]
+    questions = [
+      Asked(row.image, row.questions, row.name, open_question=cfg.eval_open_question)
+      for row in asked
+    ]
     policy = begin(section, data, questions, seed, mesh, workdir / done[-1] if done else None)
     if asked:
       check_model(policy, cfg.eval_open_question)
     dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
     for number, (name, examples) in enumerate(data.items(), len(done)):
-      params = train_stage(name, cfg.stages[name], policy, examples, cfg, seed + number, mesh, workdir, plain, record)
+      params = train_stage(
+        name, cfg.stages[name], policy, examples, cfg, seed + number, mesh, workdir, plain, record
+      )
       save_policy(workdir / name, policy, params, dtype)
       # The next stage begins with what was written, as it would in another process.
       params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
@@ -258,33 +348,61 @@ def run(config, workdir: pathlib.Path) -> None:
         shutil.rmtree(workdir / TRAINING / name / "checkpoints")
         log.info("stage %s: wrote %s", name, workdir / name)
     if cfg.eval is not None:
-      ask(policy, asked, cfg.eval, cfg.answer, seed, mesh, workdir / "vqa.json",
-          cfg.eval_open_question, cfg.eval_max_tokens)
+      ask(
+        policy,
+        asked,
+        cfg.eval,
+        cfg.answer,
+        seed,
+        mesh,
+        workdir / "vqa.json",
+        cfg.eval_open_question,
+        cfg.eval_max_tokens,
+      )
 
 
 def _read(name: str, stage: StageConfig, seed: int) -> list[Example]:
   try:
-    return read_examples(stage.data, stage.instruction, stage.image_root, seed, stage.max_rows, stage.pack.bad_rows,
-                         stage.questions, stage.told, stage.kinds, stage.open_question)
+    return read_examples(
+      stage.data,
+      stage.instruction,
+      stage.image_root,
+      seed,
+      stage.max_rows,
+      stage.pack.bad_rows,
+      stage.questions,
+      stage.told,
+      stage.kinds,
+      stage.open_question,
+    )
   except ValueError as error:
     raise ValueError(f"in pretrain.stages.{name}: {error}") from error
 
 
 def _asked(cfg: PretrainConfig, seed: int, mesh: jax.sharding.Mesh) -> list[QARow]:
-  """The rows that the last model is asked about. Raises ValueError for settings that would fail when it is."""
+  """The rows that the last model is asked about. Raises ValueError for settings that would fail
+  when it is.
+  """
   if cfg.eval is None:
     return []
   if jax.process_count() == 1:  # several do not ask
     sharding.check_batch_size(cfg.answer.batch_size, mesh, "pretrain.answer.batch_size")
-  rows = read_qa_rows(cfg.eval, seed)[:cfg.eval_rows]
+  rows = read_qa_rows(cfg.eval, seed)[: cfg.eval_rows]
   check_kinds(rows, cfg.eval_kinds, "pretrain.eval_kinds")
   asked = of_kinds(rows, cfg.eval_kinds)
   if not asked:
-    raise ValueError(f"pretrain.eval = {cfg.eval!r}: no row is left to ask about with eval_rows = {cfg.eval_rows}, "
-                     f"eval_kinds = {cfg.eval_kinds}")
+    raise ValueError(
+      f"pretrain.eval = {cfg.eval!r}: no row is left to ask about with eval_rows = "
+      f"{cfg.eval_rows}, eval_kinds = {cfg.eval_kinds}"
+    )
   if cfg.eval_open_question:
     warn_of_options(asked, cfg.eval)
   if len(asked) < len(rows):
-    log.info("%s: eval_kinds = %s leaves out %d of %d rows", cfg.eval, cfg.eval_kinds, len(rows) - len(asked),
-             len(rows))
+    log.info(
+      "%s: eval_kinds = %s leaves out %d of %d rows",
+      cfg.eval,
+      cfg.eval_kinds,
+      len(rows) - len(asked),
+      len(rows),
+    )
   return asked

@@ -1,4 +1,6 @@
-"""Answers of Prism -> scores, means with intervals, comparisons. Arrays are [rows, captions]; a row is a question."""
+"""Answers of Prism -> scores, means with intervals, comparisons. Arrays are [rows, captions]; a row
+is a question.
+"""
 
 import json
 import pathlib
@@ -14,24 +16,28 @@ from caprl_jax.scoring import intervals
 from caprl_jax.scoring.official import official_score
 
 BLIND = "blind"
-# CaptionQA (arXiv 2511.21025, section 3.4): "cannot answer" earns this over guessing among the options
+# CaptionQA (arXiv 2511.21025, section 3.4): "cannot answer" earns this over guessing among the
+# options
 ABSTAIN_CREDIT = 0.05
 
 
 def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str, np.ndarray]:
-  """Scores of written texts (object arrays) or read options (int arrays), each [rows, captions], float:
+  """Scores of written texts (object arrays) or read options (int arrays), each [rows, captions],
+  float:
 
     ours       0..1 by the benchmark's metric
     official   as the released scorer has it; only for texts about the release's files (it wants an <answer> that plain
                questions do not ask for), and where math-verify is installed
     abstained  no answer: the judge abstained, none could be read in the text, or it says that there is none
     misled     a wrong answer was given
-    captionqa  1 for a right answer, 1 / options + 0.05 for none, 0 for a wrong one; NaN where there are no options, and
-               not there where no row has any
+    captionqa  1 for a right answer, 1 / options + 0.05 for none, 0 for a wrong one; NaN where there
+               are no options, and not there where no row has any
   """
   found: dict[str, list[list[float]]] = {name: [] for name in ("ours", "abstained", "official")}
   written = answers.dtype == object
-  official = written and scoring.has_math_verify() and all(row.benchmark != QUESTIONS for row in rows)
+  official = (
+    written and scoring.has_math_verify() and all(row.benchmark != QUESTIONS for row in rows)
+  )
   for row, given in zip(rows, answers, strict=True):
     ours, none, theirs = [], [], []
     for answer in given:
@@ -40,8 +46,13 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
         ours.append(scoring.score(read, row.gold, row.benchmark, row.options).value)
         none.append(float(not ours[-1] and (read is None or scoring.refuses(read))))
         if official:
-          theirs.append(official_score(
-              scoring.extract_answer(answer, len(row.options) or None, "official"), row.gold, row.benchmark))
+          theirs.append(
+            official_score(
+              scoring.extract_answer(answer, len(row.options) or None, "official"),
+              row.gold,
+              row.benchmark,
+            )
+          )
       else:
         ours.append(float(answer >= 0 and "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[answer] == row.gold.strip()))
         none.append(float(answer < 0))
@@ -51,44 +62,75 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
   made = {name: np.array(values, np.float64) for name, values in found.items() if values}
   made["misled"] = (1 - made["ours"]) * (1 - made["abstained"])
   if any(row.options for row in rows):
-    credit = np.array([1 / len(row.options) + ABSTAIN_CREDIT if row.options else np.nan for row in rows])[:, None]
-    made["captionqa"] = made["ours"] + made["abstained"] * np.minimum(credit, 1.0)  # NaN times 0 is NaN
+    credit = np.array(
+      [1 / len(row.options) + ABSTAIN_CREDIT if row.options else np.nan for row in rows]
+    )[:, None]
+    # NaN times 0 is NaN
+    made["captionqa"] = made["ours"] + made["abstained"] * np.minimum(credit, 1.0)
   return made
 
 
 def per_image(scores: np.ndarray, digests: Sequence[str]) -> np.ndarray:
-  """Scores [rows, captions] -> a value an image, whose mean over images is the mean over all rows and captions."""
+  """Scores [rows, captions] -> a value an image, whose mean over images is the mean over all rows
+  and captions.
+  """
   order = {digest: i for i, digest in enumerate(dict.fromkeys(digests))}
-  sums = np.bincount([order[digest] for digest in digests], weights=scores.mean(1), minlength=len(order))
+  sums = np.bincount(
+    [order[digest] for digest in digests], weights=scores.mean(1), minlength=len(order)
+  )
   return sums * len(order) / len(digests)
 
 
-def summarise(scored: Mapping[str, Mapping[str, dict[str, np.ndarray]]], read: Mapping[str, Sequence[BenchmarkRow]],
-              digests: Mapping[str, Sequence[str]], captions: Mapping[str, Mapping[str, list]], cfg: Any,
-              seed: int) -> dict[str, Any]:
-  """All figures, by benchmark and captioner, and the average over benchmarks, which weighs them alike. scored: of each
-  benchmark and captioner, as `score_answers` gives it."""
+def summarise(
+  scored: Mapping[str, Mapping[str, dict[str, np.ndarray]]],
+  read: Mapping[str, Sequence[BenchmarkRow]],
+  digests: Mapping[str, Sequence[str]],
+  captions: Mapping[str, Mapping[str, list]],
+  cfg: Any,
+  seed: int,
+) -> dict[str, Any]:
+  """All figures, by benchmark and captioner, and the average over benchmarks, which weighs them
+  alike. scored: of each benchmark and captioner, as `score_answers` gives it."""
   names, first = list(captions), next(iter(captions))
-  result: dict[str, Any] = {"captioners": cfg.captioners, "answers": cfg.answers, "captions": cfg.captions,
-                            "level": cfg.intervals, "benchmarks": {}}
+  result: dict[str, Any] = {
+    "captioners": cfg.captioners,
+    "answers": cfg.answers,
+    "captions": cfg.captions,
+    "level": cfg.intervals,
+    "benchmarks": {},
+  }
   for benchmark, rows in read.items():
     scores = scored[benchmark]
     values = {who: per_image(found["ours"], digests[benchmark]) for who, found in scores.items()}
-    entry: dict[str, Any] = {"questions": len(rows), "images": len(set(digests[benchmark])), "captioners": {}}
+    entry: dict[str, Any] = {
+      "questions": len(rows),
+      "images": len(set(digests[benchmark])),
+      "captioners": {},
+    }
     if BLIND in scores:
       entry[BLIND] = {name: float(np.nanmean(found)) for name, found in scores[BLIND].items()}
     for who in names:
       figures = _one(scores[who], values[who], rows, cfg, seed)
       texts = [one for digest in dict.fromkeys(digests[benchmark]) for one in captions[who][digest]]
-      figures |= {"length_tokens": float(np.mean([one["tokens"] for one in texts])),
-                  "cut": float(np.mean([one["finish"] == "length" for one in texts]))}
+      figures |= {
+        "length_tokens": float(np.mean([one["tokens"] for one in texts])),
+        "cut": float(np.mean([one["finish"] == "length" for one in texts])),
+      }
       if who != first:
-        figures["difference"] = intervals.paired_difference(values[who], values[first], seed, cfg.intervals)._asdict()
+        figures["difference"] = intervals.paired_difference(
+          values[who], values[first], seed, cfg.intervals
+        )._asdict()
       entry["captioners"][who] = figures
     result["benchmarks"][benchmark] = entry
-  result["average"] = {who: {key: float(np.mean([entry["captioners"][who][key]
-                                                 for entry in result["benchmarks"].values()]))
-                             for key in ("mean", "best", "length_tokens")} for who in names}
+  result["average"] = {
+    who: {
+      key: float(
+        np.mean([entry["captioners"][who][key] for entry in result["benchmarks"].values()])
+      )
+      for key in ("mean", "best", "length_tokens")
+    }
+    for who in names
+  }
   return result
 
 
@@ -96,48 +138,77 @@ def _mean_and_best(scores: np.ndarray) -> dict[str, float]:
   return dict(zip(("mean", "best"), intervals.mean_and_best(scores), strict=True))
 
 
-def _one(scores: Mapping[str, np.ndarray], values: np.ndarray, rows: Sequence[BenchmarkRow], cfg: Any,
-         seed: int) -> dict[str, Any]:
+def _one(
+  scores: Mapping[str, np.ndarray],
+  values: np.ndarray,
+  rows: Sequence[BenchmarkRow],
+  cfg: Any,
+  seed: int,
+) -> dict[str, Any]:
   ours = scores["ours"]
-  figures: dict[str, Any] = {**_mean_and_best(ours),
-                             "interval": list(intervals.bootstrap_interval(values, seed, cfg.intervals))}
-  figures |= {name: float(np.nanmean(scores[name])) for name in ("abstained", "misled", "captionqa") if name in scores}
+  figures: dict[str, Any] = {
+    **_mean_and_best(ours),
+    "interval": list(intervals.bootstrap_interval(values, seed, cfg.intervals)),
+  }
+  figures |= {
+    name: float(np.nanmean(scores[name]))
+    for name in ("abstained", "misled", "captionqa")
+    if name in scores
+  }
   if "official" in scores:
     figures["official"] = _mean_and_best(scores["official"])
   kinds = np.array([row.kind for row in rows])
   if len(set(kinds.tolist())) > 1:
-    figures["kinds"] = {kind: float(ours[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))}
+    figures["kinds"] = {
+      kind: float(ours[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))
+    }
   return figures
 
 
 def difference_text(versus: Mapping[str, float]) -> str:
   """A paired difference with its interval, in percent, and how likely chance makes one as large."""
   p = f"p = {versus['p']:.3f}" if versus["p"] >= 0.001 else "p < 0.001"
-  return f"{100 * versus['mean']:+.1f} [{100 * versus['low']:+.1f}, {100 * versus['high']:+.1f}], {p}"
+  return (
+    f"{100 * versus['mean']:+.1f} [{100 * versus['low']:+.1f}, {100 * versus['high']:+.1f}], {p}"
+  )
 
 
 def official_text(one: Mapping[str, Any], share: Callable[[float | None], str]) -> str:
   """The released scorer's mean and best."""
-  return f"{share(one['official']['mean'])} / {share(one['official']['best'])}" if "official" in one else share(None)
+  return (
+    f"{share(one['official']['mean'])} / {share(one['official']['best'])}"
+    if "official" in one
+    else share(None)
+  )
 
 
 def table_text(figures: Mapping[str, Any]) -> str:
   """The figures in percent, as the log has them."""
-  lines = [f"{'benchmark':<14}{'captioner':<18}{'mean':>6}  {'interval':<13}{'best':>6}{'official':>13}{'blind':>7}"
-           f"{'misled':>8}{'CaptionQA':>11}{'tokens':>8}   against the first"]
+  lines = [
+    f"{'benchmark':<14}{'captioner':<18}{'mean':>6}  "
+    f"{'interval':<13}{'best':>6}{'official':>13}{'blind':>7}"
+    f"{'misled':>8}{'CaptionQA':>11}{'tokens':>8}   against the first"
+  ]
   share = lambda value: "-" if value is None else f"{100 * value:.1f}"
   for benchmark, entry in figures["benchmarks"].items():
     for who, one in entry["captioners"].items():
       low, high = one["interval"]
       versus = one.get("difference")
       difference = f"   {difference_text(versus)}" if versus else ""
-      lines.append(f"{benchmark[:13]:<14}{who[:17]:<18}{share(one['mean']):>6}  {f'[{share(low)}, {share(high)}]':<13}"
-                   f"{share(one['best']):>6}{official_text(one, share):>13}"
-                   f"{share(entry.get(BLIND, {}).get('ours')):>7}{share(one['misled']):>8}"
-                   f"{share(one.get('captionqa')):>11}{one['length_tokens']:>8.1f}{difference}")
+      lines.append(
+        f"{benchmark[:13]:<14}{who[:17]:<18}{share(one['mean']):>6}  "
+        f"{f'[{share(low)}, {share(high)}]':<13}"
+        f"{share(one['best']):>6}{official_text(one, share):>13}"
+        f"{share(entry.get(BLIND, {}).get('ours')):>7}{share(one['misled']):>8}"
+        f"{share(one.get('captionqa')):>11}{one['length_tokens']:>8.1f}{difference}"
+      )
   if len(figures["benchmarks"]) > 1:
-    lines += [f"{'average':<14}{who[:17]:<18}{share(one['mean']):>6}  {'':<13}{share(one['best']):>6}"
-              f"{'':>39}{one['length_tokens']:>8.1f}" for who, one in figures["average"].items()]
+    lines += [
+      f"{'average':<14}{who[:17]:<18}{share(one['mean']):>6}  "
+      f"{'':<13}{share(one['best']):>6}"
+      f"{'':>39}{one['length_tokens']:>8.1f}"
+      for who, one in figures["average"].items()
+    ]
   return "\n".join(lines)
 
 
@@ -149,9 +220,22 @@ def write_answers(path: pathlib.Path, answered, scored, read, digests, captions)
       for i, row in enumerate(rows):
         for n, answer in enumerate(found[i]):
           said = "" if who == BLIND else captions[who][digests[benchmark][i]][n]["caption"]
-          lines.append(json.dumps({
-              "benchmark": benchmark, "row": row.name, "captioner": who, "caption": said,
-              "answer": answer if isinstance(answer, str) else int(answer), "gold": row.gold,
-              **{name: float(value[i, n]) for name, value in scored[benchmark][who].items()
-                 if not np.isnan(value[i, n])}}, ensure_ascii=False))
+          lines.append(
+            json.dumps(
+              {
+                "benchmark": benchmark,
+                "row": row.name,
+                "captioner": who,
+                "caption": said,
+                "answer": answer if isinstance(answer, str) else int(answer),
+                "gold": row.gold,
+                **{
+                  name: float(value[i, n])
+                  for name, value in scored[benchmark][who].items()
+                  if not np.isnan(value[i, n])
+                },
+              },
+              ensure_ascii=False,
+            )
+          )
   write_text(path, "\n".join(lines) + "\n")

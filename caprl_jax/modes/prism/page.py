@@ -16,38 +16,95 @@ from caprl_jax.pages.markup import card, embedded, page, percent, table, text
 _PLOT = 620  # pixels of the axis from 0 to 100
 
 
-def write_page(path: pathlib.Path, figures: Mapping[str, Any], answered, scored,
-               read: Mapping[str, Sequence[BenchmarkRow]], digests, captions, images: Mapping[str, CaptionRow],
-               examples: int, seed: int) -> None:
-  """Writes the page. Examples are at random, half of them questions on which captioners differ, where they do."""
-  cards = [card(text(who), percent(one["mean"]), f"best of {figures['captions']}: {percent(one['best'])}; "
-                f"{one['length_tokens']:.0f} tokens a caption") for who, one in figures["average"].items()]
-  heads = ["benchmark", "captioner", "mean", "interval", f"best of {figures['captions']}", "official / best", "blind",
-           "abstained", "misled", "CaptionQA", "tokens", "cut", "against the first"]
+def write_page(
+  path: pathlib.Path,
+  figures: Mapping[str, Any],
+  answered,
+  scored,
+  read: Mapping[str, Sequence[BenchmarkRow]],
+  digests,
+  captions,
+  images: Mapping[str, CaptionRow],
+  examples: int,
+  seed: int,
+) -> None:
+  """Writes the page. Examples are at random, half of them questions on which captioners differ,
+  where they do.
+  """
+  cards = [
+    card(
+      text(who),
+      percent(one["mean"]),
+      f"best of {figures['captions']}: {percent(one['best'])}; "
+      f"{one['length_tokens']:.0f} tokens a caption",
+    )
+    for who, one in figures["average"].items()
+  ]
+  heads = [
+    "benchmark",
+    "captioner",
+    "mean",
+    "interval",
+    f"best of {figures['captions']}",
+    "official / best",
+    "blind",
+    "abstained",
+    "misled",
+    "CaptionQA",
+    "tokens",
+    "cut",
+    "against the first",
+  ]
   rows = []
   for name, entry in figures["benchmarks"].items():
     for who, one in entry["captioners"].items():
       versus = one.get("difference")
-      rows.append([text(name), text(who), percent(one["mean"]), " – ".join(map(percent, one["interval"])),
-                   percent(one["best"]), official_text(one, lambda x: "–" if x is None else percent(x)),
-                   percent(entry[BLIND]["ours"]) if BLIND in entry else "–", percent(one["abstained"]),
-                   percent(one["misled"]), percent(one["captionqa"]) if "captionqa" in one else "–",
-                   f"{one['length_tokens']:.1f}", percent(one["cut"]),
-                   text(difference_text(versus)) if versus else ""])
-  kinds = [[text(f"{name}, {kind}")] + [percent(one["kinds"][kind]) for one in entry["captioners"].values()]
-           for name, entry in figures["benchmarks"].items()
-           for kind in next(iter(entry["captioners"].values())).get("kinds", {})]
-  shown = [_example(name, i, answered[name], scored[name], read[name], digests[name], captions, images)
-           for name, i in _picked(scored, read, examples, seed)]
-  write_text(path, page("Prism", [
-      f"<div class=cards>{''.join(cards)}</div>",
-      "<h2>Accuracy from captions</h2><p class=soft>Mean over questions and captions with its "
-      f"{100 * figures['level']:.0f}% bootstrap interval over images; "
-      "the short line is what is answered without a caption.</p>"
-      + _dots(figures),
-      "<h2>Figures</h2><div style='overflow-x:auto;white-space:nowrap'>" + table(heads, rows) + "</div>",
-      "<h2>By kind of question</h2>" + table(["", *map(text, figures["average"])], kinds) if kinds else "",
-      f"<h2>{len(shown)} questions</h2><div class=samples>{''.join(shown)}</div>"]))
+      rows.append(
+        [
+          text(name),
+          text(who),
+          percent(one["mean"]),
+          " – ".join(map(percent, one["interval"])),
+          percent(one["best"]),
+          official_text(one, lambda x: "–" if x is None else percent(x)),
+          percent(entry[BLIND]["ours"]) if BLIND in entry else "–",
+          percent(one["abstained"]),
+          percent(one["misled"]),
+          percent(one["captionqa"]) if "captionqa" in one else "–",
+          f"{one['length_tokens']:.1f}",
+          percent(one["cut"]),
+          text(difference_text(versus)) if versus else "",
+        ]
+      )
+  kinds = [
+    [text(f"{name}, {kind}")]
+    + [percent(one["kinds"][kind]) for one in entry["captioners"].values()]
+    for name, entry in figures["benchmarks"].items()
+    for kind in next(iter(entry["captioners"].values())).get("kinds", {})
+  ]
+  shown = [
+    _example(name, i, answered[name], scored[name], read[name], digests[name], captions, images)
+    for name, i in _picked(scored, read, examples, seed)
+  ]
+  write_text(
+    path,
+    page(
+      "Prism",
+      [
+        f"<div class=cards>{''.join(cards)}</div>",
+        "<h2>Accuracy from captions</h2><p class=soft>Mean over questions and captions with its "
+        f"{100 * figures['level']:.0f}% bootstrap interval over images; "
+        "the short line is what is answered without a caption.</p>" + _dots(figures),
+        "<h2>Figures</h2><div style='overflow-x:auto;white-space:nowrap'>"
+        + table(heads, rows)
+        + "</div>",
+        "<h2>By kind of question</h2>" + table(["", *map(text, figures["average"])], kinds)
+        if kinds
+        else "",
+        f"<h2>{len(shown)} questions</h2><div class=samples>{''.join(shown)}</div>",
+      ],
+    ),
+  )
 
 
 def _dots(figures: Mapping[str, Any]) -> str:
@@ -59,20 +116,26 @@ def _dots(figures: Mapping[str, Any]) -> str:
       y += 22
       at = lambda share: 180 + _PLOT * share
       low, high = one["interval"]
-      lines.append(f'<text x="12" y="{y}" font-size="13">{text(who[:24])}</text>'
-                   f'<line x1="{at(0)}" x2="{at(1)}" y1="{y - 4}" y2="{y - 4}" stroke="var(--line)"/>'
-                   f'<line x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{y - 4}" y2="{y - 4}" '
-                   f'stroke="var(--series-{i % 3})" stroke-width="5" stroke-linecap="round" opacity=".45"/>'
-                   f'<circle cx="{at(one["mean"]):.1f}" cy="{y - 4}" r="5" fill="var(--series-{i % 3})"/>'
-                   f'<text x="{at(1) + 10}" y="{y}" font-size="13">{percent(one["mean"])}</text>')
+      lines.append(
+        f'<text x="12" y="{y}" font-size="13">{text(who[:24])}</text>'
+        f'<line x1="{at(0)}" x2="{at(1)}" y1="{y - 4}" y2="{y - 4}" stroke="var(--line)"/>'
+        f'<line x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{y - 4}" y2="{y - 4}" '
+        f'stroke="var(--series-{i % 3})" stroke-width="5" stroke-linecap="round" opacity=".45"/>'
+        f'<circle cx="{at(one["mean"]):.1f}" cy="{y - 4}" r="5" fill="var(--series-{i % 3})"/>'
+        f'<text x="{at(1) + 10}" y="{y}" font-size="13">{percent(one["mean"])}</text>'
+      )
       if BLIND in entry:
         blind = at(entry[BLIND]["ours"])
-        lines.append(f'<line x1="{blind:.1f}" x2="{blind:.1f}" y1="{y - 11}" y2="{y + 3}" '
-                     'stroke="var(--soft)" stroke-width="2"/>')
+        lines.append(
+          f'<line x1="{blind:.1f}" x2="{blind:.1f}" y1="{y - 11}" y2="{y + 3}" '
+          'stroke="var(--soft)" stroke-width="2"/>'
+        )
     y += 32
-  return (f'<svg viewBox="0 0 {180 + _PLOT + 70} {y}" style="width:100%;max-width:880px" role="img" '
-          f'aria-label="accuracy by benchmark and captioner" fill="var(--ink)" font-family="system-ui,sans-serif">'
-          f'{"".join(lines)}</svg>')
+  return (
+    f'<svg viewBox="0 0 {180 + _PLOT + 70} {y}" style="width:100%;max-width:880px" role="img" '
+    f'aria-label="accuracy by benchmark and captioner" fill="var(--ink)" font-family="system-ui,sans-serif">'
+    f"{''.join(lines)}</svg>"
+  )
 
 
 def _picked(scored, read, examples: int, seed: int) -> list[tuple[str, int]]:
@@ -87,20 +150,35 @@ def _picked(scored, read, examples: int, seed: int) -> list[tuple[str, int]]:
   return chosen + take([item for item in every if item not in set(chosen)], examples - len(chosen))
 
 
-def _example(name: str, i: int, answered, scored, rows: Sequence[BenchmarkRow], digests, captions, images) -> str:
+def _example(
+  name: str, i: int, answered, scored, rows: Sequence[BenchmarkRow], digests, captions, images
+) -> str:
   row, said = rows[i], []
   for who, found in answered.items():
     for n, answer in enumerate(found[i]):
-      mark = (("none", "–") if scored[who]["abstained"][i, n] else ("right", "✓") if scored[who]["ours"][i, n] >= 0.5
-              else ("wrong", "✗"))
-      shown = answer if isinstance(answer, str) else row.options[answer] if answer >= 0 else "no answer"
+      mark = (
+        ("none", "–")
+        if scored[who]["abstained"][i, n]
+        else ("right", "✓")
+        if scored[who]["ours"][i, n] >= 0.5
+        else ("wrong", "✗")
+      )
+      shown = (
+        answer if isinstance(answer, str) else row.options[answer] if answer >= 0 else "no answer"
+      )
       caption = "no caption" if who == BLIND else captions[who][digests[i]][n]["caption"]
-      said.append(f"<li style='grid-template-columns:minmax(58px,auto) 1fr'><span class=who>{text(who)}</span>"
-                  f"<div><p class=text>{text(caption)}</p><p class=marks>"
-                  f"<span class='answer {mark[0]}'><b>{mark[1]}</b> {text(shown[-300:])}</span></p></div></li>")
+      said.append(
+        "<li style='grid-template-columns:minmax(58px,auto) 1fr'><span "
+        f"class=who>{text(who)}</span><div><p class=text>{text(caption)}</p><p "
+        f"class=marks><span class='answer {mark[0]}'><b>{mark[1]}</b> "
+        f"{text(shown[-300:])}</span></p></div></li>"
+      )
   gold = row.gold if isinstance(row.gold, str) else " or ".join(row.gold)
   digest = digests[i]
-  return (f"<article class=sample><div class=picture>{embedded(image_bytes(images[digest]), row.name)}"
-          f"<div class='file soft'>{text(name)}: {text(row.name)}</div></div><div>"
-          f"<p class=stem style='white-space:pre-wrap'>{text(benchmarks.user_text(row))}</p>"
-          f"<p class=soft>right: {text(gold)}</p><ul class=captions>{''.join(said)}</ul></div></article>")
+  return (
+    "<article class=sample><div "
+    f"class=picture>{embedded(image_bytes(images[digest]), row.name)}<div class='file "
+    f"soft'>{text(name)}: {text(row.name)}</div></div><div><p class=stem "
+    f"style='white-space:pre-wrap'>{text(benchmarks.user_text(row))}</p><p class=soft>right: "
+    f"{text(gold)}</p><ul class=captions>{''.join(said)}</ul></div></article>"
+  )

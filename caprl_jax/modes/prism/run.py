@@ -1,10 +1,12 @@
-"""Mode `evaluate`: how much of an image a captioner's words carry. With a section `prism`, CapRL's Prism evaluation;
-without one, the judge's accuracy on the held-out rows of a training config (`evaluate.py`).
+"""Mode `evaluate`: how much of an image a captioner's words carry. With a section `prism`, CapRL's
+Prism evaluation; without one, the judge's accuracy on the held-out rows of a training config
+(`evaluate.py`).
 
-Prism (arXiv 2509.22647, section 4.1): a captioner writes captions of a benchmark's images, a language model that never
-sees the images answers the benchmark's questions from each caption, the answers are scored. Several captioners are
-compared on the same images, questions and answering model. Captions and answers are kept by content (`result_cache.ResultCache`), so
-that an interrupted evaluation goes on and a benchmark on the same images costs no caption.
+Prism (arXiv 2509.22647, section 4.1): a captioner writes captions of a benchmark's images, a
+language model that never sees the images answers the benchmark's questions from each caption, the
+answers are scored. Several captioners are compared on the same images, questions and answering
+model. Captions and answers are kept by content (`result_cache.ResultCache`), so that an interrupted
+evaluation goes on and a benchmark on the same images costs no caption.
 """
 
 import dataclasses
@@ -51,18 +53,22 @@ LETTER_ONLY = "\nAnswer with the letter of the right option only."
 
 @dataclasses.dataclass(frozen=True)
 class PrismConfig:
-  """captioners: "name=checkpoint", joined by commas; the section `policy` says the rest. The others are compared with
-    the first.
+  """captioners: "name=checkpoint", joined by commas; the section `policy` says the rest. The others
+    are compared with the first.
 
-  benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json, with their images in
-    `image_root`, a folder or a .zip), or a QA source (`data/sources.py`). max_rows: of each.
-  captions: of each image, at `temperature`; CapRL takes 4 at 1.0 and reports their mean; 1 at 0 is greedy.
-  answers: "write", as CapRL: the answering model (section `judge`) writes up to `answer_tokens` at
-    `answer_temperature`; or "read": its reading of the options, as in training (rows with lettered options only; the
-    others are left out and counted). Reading also tells a caption that says nothing from one that misleads.
-  blind: ask with an empty caption too. intervals: their level. examples: questions on the page. cache: folder of
-    captions and answers; None: in the workdir.
+  benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json,
+    with their images in `image_root`, a folder or a .zip), or a QA source (`data/sources.py`).
+    max_rows: of each.
+  captions: of each image, at `temperature`; CapRL takes 4 at 1.0 and reports their mean; 1 at 0 is
+  greedy. answers: "write", as CapRL: the answering model (section `judge`) writes up to
+  `answer_tokens` at
+    `answer_temperature`; or "read": its reading of the options, as in training (rows with lettered
+    options only; the others are left out and counted). Reading also tells a caption that says
+    nothing from one that misleads.
+  blind: ask with an empty caption too. intervals: their level. examples: questions on the page.
+    cache: folder of captions and answers; None: in the workdir.
   """
+
   captioners: str
   benchmarks: str
   image_root: str | None = None
@@ -84,30 +90,48 @@ class PrismConfig:
 
   def __post_init__(self):
     if prism_figures.BLIND in named(self.captioners, "prism.captioners"):
-      raise ValueError(f"prism.captioners: the name {prism_figures.BLIND!r} stands for no caption; use another")
+      raise ValueError(
+        f"prism.captioners: the name {prism_figures.BLIND!r} stands for no caption; use another"
+      )
     named(self.benchmarks, "prism.benchmarks")
-    for key, least in (("captions", 1), ("batch_size", 1), ("answer_batch_size", 1), ("max_tokens", 1),
-                       ("answer_tokens", 1), ("temperature", 0), ("answer_temperature", 0), ("examples", 0)):
+    for key, least in (
+      ("captions", 1),
+      ("batch_size", 1),
+      ("answer_batch_size", 1),
+      ("max_tokens", 1),
+      ("answer_tokens", 1),
+      ("temperature", 0),
+      ("answer_temperature", 0),
+      ("examples", 0),
+    ):
       if not getattr(self, key) >= least:
         raise ValueError(f"prism.{key} = {getattr(self, key)} must be at least {least}")
     if not 0 < self.top_p <= 1:
-      raise ValueError(f"prism.top_p = {self.top_p} must be above 0 and at most 1, which draws from all tokens")
+      raise ValueError(
+        f"prism.top_p = {self.top_p} must be above 0 and at most 1, which draws from all tokens"
+      )
     if not 0 < self.intervals < 1:
-      raise ValueError(f"prism.intervals = {self.intervals} must be between 0 and 1, as 0.95 for 95%")
+      raise ValueError(
+        f"prism.intervals = {self.intervals} must be between 0 and 1, as 0.95 for 95%"
+      )
     if self.captions > 1 and self.temperature == 0:
-      raise ValueError(f"prism.captions = {self.captions} greedy captions of an image are all the same; "
-                       "set captions = 1, or a temperature")
+      raise ValueError(
+        f"prism.captions = {self.captions} greedy captions of an image are all the "
+        "same; set captions = 1, or a temperature"
+      )
 
 
 def named(text: str, key: str) -> dict[str, str]:
-  """The parts of "name=value,name=value". Raises ValueError, with the config's key, for a part that has no name, or has
-  another's."""
+  """The parts of "name=value,name=value". Raises ValueError, with the config's key, for a part that
+  has no name, or has another's."""
   found: dict[str, str] = {}
   for item in text.split(","):
     name, _, value = item.partition("=")
     if not name.strip() or not value.strip():
-      raise ValueError(f"{key}: {item!r} must be name=value, "
-                       "as in before=configs/quickstart_policy,after=runs/quickstart/policy")
+      raise ValueError(
+        f"{key}: {item!r} must be name=value, "
+        "as in before=configs/quickstart_policy,after=runs/quickstart/policy"
+      )
     if name.strip() in found:
       raise ValueError(f"{key}: the name {name.strip()!r} is given twice")
     found[name.strip()] = value.strip()
@@ -118,18 +142,27 @@ def read_rows(name: str, source: str, cfg: PrismConfig, seed: int) -> list[Bench
   """The rows of one benchmark. Raises ValueError as its reader, and for no rows."""
   if pathlib.Path(source).stem in benchmarks.BENCHMARKS:
     if cfg.image_root is None:
-      raise ValueError(f"prism.benchmarks: {name}={source} names images by paths: "
-                       "set prism.image_root to their folder or .zip")
-    rows = good_rows(benchmarks.read_benchmark(pathlib.Path(source).expanduser(),
-                                               pathlib.Path(cfg.image_root).expanduser()),
-                     cfg.bad_rows)[:cfg.max_rows]
+      raise ValueError(
+        f"prism.benchmarks: {name}={source} names images by paths: "
+        "set prism.image_root to their folder or .zip"
+      )
+    rows = good_rows(
+      benchmarks.read_benchmark(
+        pathlib.Path(source).expanduser(), pathlib.Path(cfg.image_root).expanduser()
+      ),
+      cfg.bad_rows,
+    )[: cfg.max_rows]
   else:
     rows = benchmarks.from_qa_rows(read_qa_rows(source, seed, cfg.max_rows, cfg.bad_rows))
   if cfg.answers == "read":
     readable = [row for row in rows if row.options and _letter(row) is not None]
     if len(readable) < len(rows):
-      log.warning("%s: %d of %d questions have no lettered options and are left out (prism.answers = 'read')", name,
-                  len(rows) - len(readable), len(rows))
+      log.warning(
+        "%s: %d of %d questions have no lettered options and are left out (prism.answers = 'read')",
+        name,
+        len(rows) - len(readable),
+        len(rows),
+      )
     rows = readable
   if not rows:
     raise ValueError(f"prism.benchmarks: {name}={source} has no question that can be asked")
@@ -138,8 +171,11 @@ def read_rows(name: str, source: str, cfg: PrismConfig, seed: int) -> list[Bench
 
 def _letter(row: BenchmarkRow) -> int | None:
   gold = row.gold.strip() if isinstance(row.gold, str) else ""
-  return (string.ascii_uppercase.index(gold)
-          if len(gold) == 1 and gold in string.ascii_uppercase[:len(row.options)] else None)
+  return (
+    string.ascii_uppercase.index(gold)
+    if len(gold) == 1 and gold in string.ascii_uppercase[: len(row.options)]
+    else None
+  )
 
 
 def images_of(rows: Sequence[BenchmarkRow]) -> tuple[list[str], dict[str, CaptionRow]]:
@@ -148,32 +184,59 @@ def images_of(rows: Sequence[BenchmarkRow]) -> tuple[list[str], dict[str, Captio
   digests, images = [], {}
   for row in tqdm(rows, desc="images", unit="row", leave=False, delay=5, disable=None):
     if row.image not in known:  # the questions of one image follow each other
-      known = {row.image: hashlib.sha256(image_bytes(CaptionRow(row.image, "", row.name))).hexdigest()}
+      known = {
+        row.image: hashlib.sha256(image_bytes(CaptionRow(row.image, "", row.name))).hexdigest()
+      }
     digests.append(known[row.image])
     images.setdefault(digests[-1], CaptionRow(row.image, "", row.name))
   return digests, images
 
 
-def caption_all(images: dict[str, CaptionRow], kept: ResultCache, load, cfg: PrismConfig, instruction: str, mesh,
-                seed: int) -> None:
-  """Captions what `kept` does not hold yet. Raises ValueError for an image that cannot be read: it would score as
-  wrong."""
+def caption_all(
+  images: dict[str, CaptionRow],
+  kept: ResultCache,
+  load,
+  cfg: PrismConfig,
+  instruction: str,
+  mesh,
+  seed: int,
+) -> None:
+  """Captions what `kept` does not hold yet. Raises ValueError for an image that cannot be read: it
+  would score as wrong."""
   left = [digest for digest in images if digest not in kept]
   if not left:
     return
-  settings = CaptionConfig("", "", max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
-                           batch_size=cfg.batch_size, repetition_penalty=1.0)
-  with Captioner(load(), settings, instruction, mesh, seed, group=cfg.captions) as captioner, \
-      tqdm(total=len(left), desc="captions", unit="image", disable=None) as bar:
+  settings = CaptionConfig(
+    "",
+    "",
+    max_tokens=cfg.max_tokens,
+    temperature=cfg.temperature,
+    top_p=cfg.top_p,
+    batch_size=cfg.batch_size,
+    repetition_penalty=1.0,
+  )
+  with (
+    Captioner(load(), settings, instruction, mesh, seed, group=cfg.captions) as captioner,
+    tqdm(total=len(left), desc="captions", unit="image", disable=None) as bar,
+  ):
     rows = [images[digest] for digest in left]
     for found in captioner(rows, range(len(rows))):
       for item in found:
         if "error" in item.row:
-          raise ValueError(f"{item.row['error']} (Prism leaves no image out, whose questions would count as wrong: "
-                           "mend it, or take its rows out of prism.benchmarks' file)")
-      kept.put({left[item.number]: [
-          {"caption": one["caption"], "tokens": len(one["tokens"]), "finish": one["finish"]}
-          for one in item.row.get("group") or [item.row]] for item in found})
+          raise ValueError(
+            f"{item.row['error']} (Prism leaves no image out, whose questions would "
+            "count as wrong: mend it, or take its rows out of prism.benchmarks' "
+            "file)"
+          )
+      kept.put(
+        {
+          left[item.number]: [
+            {"caption": one["caption"], "tokens": len(one["tokens"]), "finish": one["finish"]}
+            for one in item.row.get("group") or [item.row]
+          ]
+          for item in found
+        }
+      )
       bar.update(len(found))
 
 
@@ -185,7 +248,9 @@ class Prompts:
     self.chat = judge.tokenizer.backend.token_to_id("<|im_start|>") is not None
 
   def __call__(self, row: BenchmarkRow, caption: str) -> list[int]:
-    """A caption that spells special tokens is tokenised by itself, as text: it cannot close the turn."""
+    """A caption that spells special tokens is tokenised by itself, as text: it cannot close the
+    turn.
+    """
     before, after = benchmarks.split_prompt(row)
     if row.benchmark == benchmarks.QUESTIONS:  # has no turns of its own
       after += LETTER_ONLY
@@ -199,63 +264,94 @@ class Prompts:
     return encode(before) + plain(caption) + encode(after)
 
 
-# A row, a caption, and what the caption is: the digest of its image and its number among that image's.
+# A row, a caption, and what the caption is: the digest of its image and its number among that
+# image's.
 Pair = tuple[BenchmarkRow, str, tuple[str, int]]
 
 
-def write_answers(pairs: Sequence[Pair], kept: ResultCache, judge: Loaded, writer: Writer, cfg: PrismConfig) -> list[str]:
+def write_answers(
+  pairs: Sequence[Pair], kept: ResultCache, judge: Loaded, writer: Writer, cfg: PrismConfig
+) -> list[str]:
   """The text that answers each row from each caption; what `kept` holds is not written again."""
   prompts = Prompts(judge)
   ids = [prompts(row, caption) for row, caption, _ in pairs]
-  # Two captions with the same words, of one image or of two, are answered by themselves: at a temperature, answers are
-  # draws, and one draw for several images would look like agreement.
-  keys = [hashlib.sha256(json.dumps([one, which if cfg.answer_temperature else 0]).encode()).hexdigest()
-          for one, (_, _, which) in zip(ids, pairs)]
+  # Two captions with the same words, of one image or of two, are answered by themselves: at a
+  # temperature, answers are draws, and one draw for several images would look like agreement.
+  keys = [
+    hashlib.sha256(json.dumps([one, which if cfg.answer_temperature else 0]).encode()).hexdigest()
+    for one, (_, _, which) in zip(ids, pairs)
+  ]
   left = {key: one for key, one in zip(keys, ids) if key not in kept}
   if left:
     names = list(left)
     with tqdm(total=len(left), desc="answers", unit="answer", disable=None) as bar:
       for found in writer(list(left.values())):
-        kept.put({names[number]: {"text": text.text, "finish": text.finish} for number, text in found})
+        kept.put(
+          {names[number]: {"text": text.text, "finish": text.finish} for number, text in found}
+        )
         bar.update(len(found))
   return [kept[key]["text"] for key in keys]
 
 
 def read_answers(pairs: Sequence[Pair], asker: HostJudge) -> np.ndarray:
   """The option that the judge reads from each caption, int; -1 where it abstains."""
-  asks = [(caption, Question(row.stem, row.options, _letter(row), row.kind)) for row, caption, _ in pairs]
+  asks = [
+    (caption, Question(row.stem, row.options, _letter(row), row.kind)) for row, caption, _ in pairs
+  ]
   return asker.choices(asks, "answers")
 
 
-def make_asker(judge: Loaded, section: JudgeSection, rows: Sequence[BenchmarkRow], seed: int) -> HostJudge:
+def make_asker(
+  judge: Loaded, section: JudgeSection, rows: Sequence[BenchmarkRow], seed: int
+) -> HostJudge:
   names = sorted({row.kind for row in rows})
-  tokenize = QuestionTokenizer(judge.tokenizer, template_for(section.reading, section.prompt), names, section.abstain,
-                               section.abstain_letter)
+  tokenize = QuestionTokenizer(
+    judge.tokenizer,
+    template_for(section.reading, section.prompt),
+    names,
+    section.abstain,
+    section.abstain_letter,
+  )
   return HostJudge(judge, tokenize, section, seed)
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Prism: writes prism.json, answers.jsonl and prism.html to the workdir. Without a section `prism`:
-  `evaluate.run`."""
+  """Prism: writes prism.json, answers.jsonl and prism.html to the workdir. Without a section
+  `prism`: `evaluate.run`."""
   if not config.get("prism"):
     evaluate.run(config, workdir)
     return
   cfg = configuration.load_section(config, "prism", PrismConfig)
-  policy, section = (configuration.load_section(config, "policy", PolicySection),
-                     configuration.load_section(config, "judge", JudgeSection))
+  policy, section = (
+    configuration.load_section(config, "policy", PolicySection),
+    configuration.load_section(config, "judge", JudgeSection),
+  )
   if jax.process_count() > 1:
-    raise ValueError("Prism runs in one process; name fewer benchmarks or captioners in each of several runs")
+    raise ValueError(
+      "Prism runs in one process; name fewer benchmarks or captioners in each of several runs"
+    )
   seed = config.get("seed", 0)
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
-  for name, size in (("prism.batch_size", cfg.batch_size), ("prism.answer_batch_size", cfg.answer_batch_size)):
+  for name, size in (
+    ("prism.batch_size", cfg.batch_size),
+    ("prism.answer_batch_size", cfg.answer_batch_size),
+  ):
     sharding.check_batch_size(size, mesh, name)
-  read = {name: read_rows(name, source, cfg, seed)
-          for name, source in named(cfg.benchmarks, "prism.benchmarks").items()}
-  captioners = {name: dataclasses.replace(policy, checkpoint=checkpoint)
-                for name, checkpoint in named(cfg.captioners, "prism.captioners").items()}
+  read = {
+    name: read_rows(name, source, cfg, seed)
+    for name, source in named(cfg.benchmarks, "prism.benchmarks").items()
+  }
+  captioners = {
+    name: dataclasses.replace(policy, checkpoint=checkpoint)
+    for name, checkpoint in named(cfg.captioners, "prism.captioners").items()
+  }
   # All of them before the first caption: the last one may not be there.
   identities = {name: captioner.identity() for name, captioner in captioners.items()}
-  judge = {"judge": section.source, "judge_sha256": fingerprint(section.source), "dtype": section.dtype}
+  judge = {
+    "judge": section.source,
+    "judge_sha256": fingerprint(section.source),
+    "dtype": section.dtype,
+  }
   if section.int8:  # the key is new: without it, what was kept stays valid
     judge["int8"] = True
   digests: dict[str, list[str]] = {}
@@ -263,52 +359,115 @@ def run(config, workdir: pathlib.Path) -> None:
   for name, rows in read.items():
     digests[name], found = images_of(rows)
     images = found | images
-  log.info("%d images, %s", len(images), ", ".join(f"{name}: {len(rows)} questions" for name, rows in read.items()))
+  log.info(
+    "%d images, %s",
+    len(images),
+    ", ".join(f"{name}: {len(rows)} questions" for name, rows in read.items()),
+  )
   cache = pathlib.Path(cfg.cache).expanduser() if cfg.cache else workdir / "cache"
   with jax.set_mesh(mesh):
     captions = {}
     for name, captioner in captioners.items():
-      settings = {"instruction": policy.instruction, "captions": cfg.captions, "temperature": cfg.temperature,
-                  "top_p": cfg.top_p, "max_tokens": cfg.max_tokens, "seed": seed}
+      settings = {
+        "instruction": policy.instruction,
+        "captions": cfg.captions,
+        "temperature": cfg.temperature,
+        "top_p": cfg.top_p,
+        "max_tokens": cfg.max_tokens,
+        "seed": seed,
+      }
       captions[name] = ResultCache(cache, "captions", identities[name] | settings)
-      log.info("captioner %s: %d of %d images are captioned already", name,
-               sum(d in captions[name] for d in images), len(images))
-      caption_all(images, captions[name], functools.partial(captioner.load, mesh), cfg, policy.instruction, mesh, seed)
-    kept = ResultCache(cache, "answers", judge | {"temperature": cfg.answer_temperature, "tokens": cfg.answer_tokens,
-                                           "seed": seed}) if cfg.answers == "write" else None
+      log.info(
+        "captioner %s: %d of %d images are captioned already",
+        name,
+        sum(d in captions[name] for d in images),
+        len(images),
+      )
+      caption_all(
+        images,
+        captions[name],
+        functools.partial(captioner.load, mesh),
+        cfg,
+        policy.instruction,
+        mesh,
+        seed,
+      )
+    kept = (
+      ResultCache(
+        cache,
+        "answers",
+        judge | {"temperature": cfg.answer_temperature, "tokens": cfg.answer_tokens, "seed": seed},
+      )
+      if cfg.answers == "write"
+      else None
+    )
     answered = _answer_all(read, digests, captions, section, cfg, kept, mesh, seed)
-  scored = {name: {who: prism_figures.score_answers(rows, found) for who, found in answered[name].items()}
-            for name, rows in read.items()}
+  scored = {
+    name: {who: prism_figures.score_answers(rows, found) for who, found in answered[name].items()}
+    for name, rows in read.items()
+  }
   figures = prism_figures.summarise(scored, read, digests, captions, cfg, seed)
   write_json(workdir / "prism.json", figures)
   prism_figures.write_answers(workdir / "answers.jsonl", answered, scored, read, digests, captions)
   log.info("\n%s", prism_figures.table_text(figures))
-  write_page(workdir / "prism.html", figures, answered, scored, read, digests, captions, images, cfg.examples,
-             seed)
+  write_page(
+    workdir / "prism.html",
+    figures,
+    answered,
+    scored,
+    read,
+    digests,
+    captions,
+    images,
+    cfg.examples,
+    seed,
+  )
   log.info("page: %s", workdir / "prism.html")
 
 
-def _answer_all(read, digests, captions: dict[str, ResultCache], section: JudgeSection, cfg: PrismConfig, kept: ResultCache | None,
-                mesh, seed: int) -> dict[str, dict[str, Any]]:
-  """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays [rows, captions].
-  Texts go to `kept`; without one, options are read."""
+def _answer_all(
+  read,
+  digests,
+  captions: dict[str, ResultCache],
+  section: JudgeSection,
+  cfg: PrismConfig,
+  kept: ResultCache | None,
+  mesh,
+  seed: int,
+) -> dict[str, dict[str, Any]]:
+  """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays
+  [rows, captions]. Texts go to `kept`; without one, options are read."""
   judge = load_judge(section.source, mesh, jnp.dtype(section.dtype))
   if section.int8:
     judge = dataclasses.replace(judge, params=to_int8(judge.params))
   # One for all benchmarks: what is compiled for one serves the others.
-  asker = make_asker(judge, section, [row for rows in read.values() for row in rows], seed) if kept is None else None
+  asker = (
+    make_asker(judge, section, [row for rows in read.values() for row in rows], seed)
+    if kept is None
+    else None
+  )
   sampling = SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature)
   writer = Writer(judge, sampling, cfg.answer_batch_size, mesh, seed) if kept is not None else None
   answered: dict[str, dict[str, Any]] = {}
   for name, rows in read.items():
-    pairs_of: dict[str, list[Pair]] = {who: [
-        (row, one["caption"], (digest, n)) for row, digest in zip(rows, digests[name])
-        for n, one in enumerate(store[digest])] for who, store in captions.items()}
+    pairs_of: dict[str, list[Pair]] = {
+      who: [
+        (row, one["caption"], (digest, n))
+        for row, digest in zip(rows, digests[name])
+        for n, one in enumerate(store[digest])
+      ]
+      for who, store in captions.items()
+    }
     if cfg.blind:
-      pairs_of[prism_figures.BLIND] = [(row, "", (digest, 0)) for row, digest in zip(rows, digests[name])]
+      pairs_of[prism_figures.BLIND] = [
+        (row, "", (digest, 0)) for row, digest in zip(rows, digests[name])
+      ]
     answered[name] = {}
     for who, pairs in pairs_of.items():
-      found = (read_answers(pairs, asker) if kept is None
-               else np.array(write_answers(pairs, kept, judge, writer, cfg), object))
+      found = (
+        read_answers(pairs, asker)
+        if kept is None
+        else np.array(write_answers(pairs, kept, judge, writer, cfg), object)
+      )
       answered[name][who] = found.reshape(len(rows), -1)
   return answered

@@ -17,6 +17,7 @@ MAX_STEP_FILES = 6  # of training samples, evenly spaced, with the first and the
 @dataclasses.dataclass
 class _Run:
   """What a workdir holds; None and empty where the run has not come so far."""
+
   name: str
   samples_dir: pathlib.Path
   metrics: list[dict[str, Any]]
@@ -55,18 +56,24 @@ def _read_run(workdir: pathlib.Path) -> _Run:
   picked = [step_paths[round(i * (len(step_paths) - 1) / max(1, count - 1))] for i in range(count)]
   metrics_path = workdir / metrics_lib.FILE_NAME
   run = _Run(
-      name=workdir.resolve().name, samples_dir=samples,
-      metrics=metrics_lib.read_metrics(metrics_path) if metrics_path.exists() else [],
-      summary=_read_json(workdir / "summary.json") or {},
-      before=_read_samples(samples / "before.json"), after=_read_samples(samples / "after.json"),
-      steps=[_read_samples(path) for path in picked], step_files=len(step_paths), missing=[])
+    name=workdir.resolve().name,
+    samples_dir=samples,
+    metrics=metrics_lib.read_metrics(metrics_path) if metrics_path.exists() else [],
+    summary=_read_json(workdir / "summary.json") or {},
+    before=_read_samples(samples / "before.json"),
+    after=_read_samples(samples / "after.json"),
+    steps=[_read_samples(path) for path in picked],
+    step_files=len(step_paths),
+    missing=[],
+  )
   there = {
-      "the gate": run.summary.get("gate"),
-      "the evaluation before training": run.summary.get("before"),
-      "the captions before training": run.before,
-      "the first training step": run.metrics,
-      "the evaluation after training": run.summary.get("after"),
-      "the captions after training": run.after}
+    "the gate": run.summary.get("gate"),
+    "the evaluation before training": run.summary.get("before"),
+    "the captions before training": run.before,
+    "the first training step": run.metrics,
+    "the evaluation after training": run.summary.get("after"),
+    "the captions after training": run.after,
+  }
   run.missing = [what for what, found in there.items() if not found]
   return run
 
@@ -99,8 +106,10 @@ def _read_samples(path: pathlib.Path) -> dict[str, Any] | None:
           if not -1 <= answer["choice"] < len(question["options"]):
             raise ValueError(f"choice {answer['choice']} of {len(question['options'])} options")
   except (KeyError, IndexError, TypeError, ValueError) as error:
-    raise ValueError(f"{path}: not samples as a run writes them ({type(error).__name__}: {error})"
-                     "; write the file again or delete it") from error
+    raise ValueError(
+      f"{path}: not samples as a run writes them ({type(error).__name__}: {error})"
+      "; write the file again or delete it"
+    ) from error
   return samples
 
 
@@ -108,16 +117,29 @@ def _read_samples(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _page(run: _Run) -> str:
-  return markup.page(run.name, [
-      _missing(run), _headline(run), _evaluation(run), _before_after(run), _curves(run),
-      _groups(run), _funnel(run), _wall(run), _details(run)])
+  return markup.page(
+    run.name,
+    [
+      _missing(run),
+      _headline(run),
+      _evaluation(run),
+      _before_after(run),
+      _curves(run),
+      _groups(run),
+      _funnel(run),
+      _wall(run),
+      _details(run),
+    ],
+  )
 
 
 def _missing(run: _Run) -> str:
   if not run.missing:
     return ""
-  return (f'<p class="note missing"><b>This run is not complete.</b> Not there yet: '
-          f"{markup.text(', '.join(run.missing))}.</p>")
+  return (
+    f'<p class="note missing"><b>This run is not complete.</b> Not there yet: '
+    f"{markup.text(', '.join(run.missing))}.</p>"
+  )
 
 
 def _headline(run: _Run) -> str:
@@ -127,9 +149,14 @@ def _headline(run: _Run) -> str:
   if before or after:
     accuracy = before.get("accuracy"), after.get("accuracy")
     length = before.get("length_tokens"), after.get("length_tokens")
-    cards.append(markup.card("Questions answered from the caption alone",
-                             markup.arrow(*accuracy, "percent"),
-                             markup.delta(*accuracy, "percent"), "wide"))
+    cards.append(
+      markup.card(
+        "Questions answered from the caption alone",
+        markup.arrow(*accuracy, "percent"),
+        markup.delta(*accuracy, "percent"),
+        "wide",
+      )
+    )
     cards.append(markup.card("Caption length", markup.arrow(*length, "tenths"), "tokens"))
   if run.metrics:
     cards.append(markup.card("Steps", f"{run.metrics[-1]['step']:,}", "last one written"))
@@ -139,22 +166,29 @@ def _headline(run: _Run) -> str:
   if total:
     note = "minutes so far" if run.missing else "minutes in all"
     cards.append(markup.card("Wall time", f"{total / 60:,.1f}", note))
-  return (f"<section class=headline><div class=cards>{''.join(cards)}</div>{_ladder(run)}</section>"
-          if cards or run.summary else "")
+  return (
+    f"<section class=headline><div class=cards>{''.join(cards)}</div>{_ladder(run)}</section>"
+    if cards or run.summary
+    else ""
+  )
 
 
 def _ladder(run: _Run) -> str:
   """The accuracies as bars between a caption that says nothing and an ideal one."""
   gate = run.summary.get("gate") or {}
-  bars = [("Empty caption", gate.get("empty"), "ref"),
-          ("Generic caption", gate.get("generic"), "ref"),
-          ("Before training", (run.summary.get("before") or {}).get("accuracy"), "before"),
-          ("After training", (run.summary.get("after") or {}).get("accuracy"), "after"),
-          ("Ideal caption", gate.get("ideal"), "ref")]
+  bars = [
+    ("Empty caption", gate.get("empty"), "ref"),
+    ("Generic caption", gate.get("generic"), "ref"),
+    ("Before training", (run.summary.get("before") or {}).get("accuracy"), "before"),
+    ("After training", (run.summary.get("after") or {}).get("accuracy"), "after"),
+    ("Ideal caption", gate.get("ideal"), "ref"),
+  ]
   rows = "".join(
-      f'<li class={kind}><span>{label}</span><span class=track><i style="width:{100 * value:.1f}%">'
-      f"</i></span><b>{markup.percent(value)}</b></li>"
-      for label, value, kind in bars if markup.number(value))
+    f'<li class={kind}><span>{label}</span><span class=track><i style="width:{100 * value:.1f}%">'
+    f"</i></span><b>{markup.percent(value)}</b></li>"
+    for label, value, kind in bars
+    if markup.number(value)
+  )
   if not rows:
     return ""
   about = ""
@@ -177,8 +211,11 @@ def _evaluation(run: _Run) -> str:
     cells = [markup.show(values.get(name), how) for values in (before, after)]
     cells.append(markup.delta(before.get(name), after.get(name), how))
     rows.append([markup.text(label), *cells])
-  return ("<section><h2>Evaluation, before and after</h2>"
-          + markup.table(["", "before", "after", "change"], rows) + "</section>")
+  return (
+    "<section><h2>Evaluation, before and after</h2>"
+    + markup.table(["", "before", "after", "change"], rows)
+    + "</section>"
+  )
 
 
 def _before_after(run: _Run) -> str:
@@ -191,14 +228,20 @@ def _before_after(run: _Run) -> str:
     for row in samples["rows"] if samples else ():
       images.setdefault((row["row"], row["name"]), []).append((stage, row))
   signs = [_change(rows) for rows in images.values()]
-  tally = ", ".join(f"{signs.count(sign)} {word}" for word, sign in
-                    (("better", 1), ("the same", 0), ("worse", -1)) if signs.count(sign))
+  tally = ", ".join(
+    f"{signs.count(sign)} {word}"
+    for word, sign in (("better", 1), ("the same", 0), ("worse", -1))
+    if signs.count(sign)
+  )
   tally = f"Of {len(images)} images shown: {tally}. " if run.before and run.after else ""
-  cards = "".join(_image_card(run, [
-      (stage, caption, row) for stage, row in rows for caption in row["captions"]])
-      for rows in images.values())
-  return (f"<section><h2>Captions, before and after</h2><p class=soft>{tally}The judge sees only "
-          f"the caption. {markup.LEGEND}</p><div class=samples>{cards}</div></section>")
+  cards = "".join(
+    _image_card(run, [(stage, caption, row) for stage, row in rows for caption in row["captions"]])
+    for rows in images.values()
+  )
+  return (
+    f"<section><h2>Captions, before and after</h2><p class=soft>{tally}The judge sees only "
+    f"the caption. {markup.LEGEND}</p><div class=samples>{cards}</div></section>"
+  )
 
 
 def _change(rows: list[tuple[str, dict[str, Any]]]) -> int | None:
@@ -224,13 +267,20 @@ def _groups(run: _Run) -> str:
       ranked = sorted(row["captions"], key=_rank, reverse=True)
       cards.append(_image_card(run, [(f"{i}.", c, row) for i, c in enumerate(ranked, 1)]))
     opened = " open" if samples is run.steps[-1] else ""
-    parts.append(f"<details{opened}><summary>Step {samples['step']:,}</summary>"
-                 f"<div class=samples>{''.join(cards)}</div></details>")
-  note = (f" Shown are {len(run.steps)} of {run.step_files} files of samples."
-          if len(run.steps) < run.step_files else "")
-  return ("<section><h2>Groups seen in training</h2><p class=soft>The captions of an image "
-          "compete: above their mean reward reinforced (▲), below it discouraged (▼). "
-          f"{markup.LEGEND}{note}</p>{''.join(parts)}</section>")
+    parts.append(
+      f"<details{opened}><summary>Step {samples['step']:,}</summary>"
+      f"<div class=samples>{''.join(cards)}</div></details>"
+    )
+  note = (
+    f" Shown are {len(run.steps)} of {run.step_files} files of samples."
+    if len(run.steps) < run.step_files
+    else ""
+  )
+  return (
+    "<section><h2>Groups seen in training</h2><p class=soft>The captions of an image "
+    "compete: above their mean reward reinforced (▲), below it discouraged (▼). "
+    f"{markup.LEGEND}{note}</p>{''.join(parts)}</section>"
+  )
 
 
 def _rank(caption: dict[str, Any]) -> float:
@@ -246,20 +296,26 @@ def _image_card(run: _Run, captions: list[tuple[str, dict[str, Any], dict[str, A
   for _, _, its_row in captions:
     questions.extend(q for q in its_row["questions"] if q not in questions)
   listed = "".join(_question(question) for question in questions)
-  written = "".join(_caption(label, caption, its_row, questions)
-                    for label, caption, its_row in captions)
+  written = "".join(
+    _caption(label, caption, its_row, questions) for label, caption, its_row in captions
+  )
   picture = markup.picture(run.samples_dir / row["image"], row["name"])
-  return (f"<article class=sample><div class=picture>{picture}"
-          f'<div class="soft file">{markup.text(row["name"])}</div></div><div class=words>'
-          f"<ol class=questions>{listed}</ol><ul class=captions>{written}</ul></div></article>")
+  return (
+    f"<article class=sample><div class=picture>{picture}"
+    f'<div class="soft file">{markup.text(row["name"])}</div></div><div class=words>'
+    f"<ol class=questions>{listed}</ol><ul class=captions>{written}</ul></div></article>"
+  )
 
 
 def _question(question: dict[str, Any]) -> str:
   options = " ".join(
-      f'<span class="option{" gold" if i == question["gold"] else ""}">{markup.text(option)}</span>'
-      for i, option in enumerate(question["options"]))
-  return (f"<li><span class=stem>{markup.text(question['stem'])}</span> "
-          f"<small>{markup.text(question.get('kind', ''))}</small><div>{options}</div></li>")
+    f'<span class="option{" gold" if i == question["gold"] else ""}">{markup.text(option)}</span>'
+    for i, option in enumerate(question["options"])
+  )
+  return (
+    f"<li><span class=stem>{markup.text(question['stem'])}</span> "
+    f"<small>{markup.text(question.get('kind', ''))}</small><div>{options}</div></li>"
+  )
 
 
 def _caption(label: str, caption: dict[str, Any], row: dict[str, Any], questions: list) -> str:
@@ -272,10 +328,14 @@ def _caption(label: str, caption: dict[str, Any], row: dict[str, Any], questions
     pill += f" · {caption['length_tokens']} tokens"
   text = markup.text(caption["text"]) if caption["text"].strip() else "<i class=soft>(empty)</i>"
   asked = [row["questions"][answer["question"]] for answer in caption["answers"]]
-  answers = "".join(_answer(questions.index(question) + 1, question, answer)
-                    for question, answer in zip(asked, caption["answers"]))
-  return (f"<li><span class=who>{label}</span><div><p class=text>{text}</p>"
-          f"<p class=marks>{answers}<span class=soft>{pill}</span></p></div></li>")
+  answers = "".join(
+    _answer(questions.index(question) + 1, question, answer)
+    for question, answer in zip(asked, caption["answers"])
+  )
+  return (
+    f"<li><span class=who>{label}</span><div><p class=text>{text}</p>"
+    f"<p class=marks>{answers}<span class=soft>{pill}</span></p></div></li>"
+  )
 
 
 def _answer(number: int, question: dict[str, Any], answer: dict[str, Any]) -> str:
@@ -284,8 +344,10 @@ def _answer(number: int, question: dict[str, Any], answer: dict[str, Any]) -> st
   else:
     kind, symbol = ("right", "✓") if answer["correct"] else ("wrong", "✗")
     word = question["options"][answer["choice"]]
-  return (f'<span class="answer {kind}" title="question {number}: {kind}"><small>{number}</small> '
-          f"<b>{symbol}</b> {markup.text(word)}</span> ")
+  return (
+    f'<span class="answer {kind}" title="question {number}: {kind}"><small>{number}</small> '
+    f"<b>{symbol}</b> {markup.text(word)}</span> "
+  )
 
 
 def _curves(run: _Run) -> str:
@@ -297,29 +359,43 @@ def _curves(run: _Run) -> str:
     legend = "".join(f"<span>{key} {markup.text(label)}</span>" for label, key in curve.legend)
     legend = f"<p class=legend>{legend}</p>" if legend else ""
     gaps = f" {curve.gaps} of {len(run.metrics)} steps have no finite number." if curve.gaps else ""
-    figures.append(f"<figure><h3>{curve.panel.title}</h3>{curve.svg}{legend}"
-                   f"<figcaption>{curve.panel.about}{gaps}</figcaption></figure>")
-  return ("<section><h2>Training curves</h2><p class=soft>Faint: every step. Strong: smoothed.</p>"
-          f"<div class=curves>{''.join(figures)}</div></section>")
+    figures.append(
+      f"<figure><h3>{curve.panel.title}</h3>{curve.svg}{legend}"
+      f"<figcaption>{curve.panel.about}{gaps}</figcaption></figure>"
+    )
+  return (
+    "<section><h2>Training curves</h2><p class=soft>Faint: every step. Strong: smoothed.</p>"
+    f"<div class=curves>{''.join(figures)}</div></section>"
+  )
 
 
 def _funnel(run: _Run) -> str:
   counts = run.summary.get("counts") or {}
   if not counts:
     return ""
-  kinds = list(dict.fromkeys(name.split("/", 1)[1] for name in counts
-                             if name.startswith(("kept/", "dropped/"))))
+  kinds = list(
+    dict.fromkeys(
+      name.split("/", 1)[1] for name in counts if name.startswith(("kept/", "dropped/"))
+    )
+  )
   rows = []
   for kind in kinds:
     kept, dropped = counts.get(f"kept/{kind}", 0), counts.get(f"dropped/{kind}", 0)
     share = kept / (kept + dropped) if kept + dropped else None
-    rows.append([markup.text(kind), markup.show(kept), markup.show(dropped),
-                 markup.show(share, "percent")])
-  others = [[markup.text(name.replace("_", " ")), markup.show(value)]
-            for name, value in counts.items() if not name.startswith(("kept/", "dropped/"))]
-  return ("<section><h2>Questions kept and dropped</h2><div class=side>"
-          + (markup.table(["kind", "kept", "dropped", "kept share"], rows) if rows else "")
-          + (markup.table(["", "count"], others) if others else "") + "</div></section>")
+    rows.append(
+      [markup.text(kind), markup.show(kept), markup.show(dropped), markup.show(share, "percent")]
+    )
+  others = [
+    [markup.text(name.replace("_", " ")), markup.show(value)]
+    for name, value in counts.items()
+    if not name.startswith(("kept/", "dropped/"))
+  ]
+  return (
+    "<section><h2>Questions kept and dropped</h2><div class=side>"
+    + (markup.table(["kind", "kept", "dropped", "kept share"], rows) if rows else "")
+    + (markup.table(["", "count"], others) if others else "")
+    + "</div></section>"
+  )
 
 
 def _wall(run: _Run) -> str:
@@ -327,11 +403,14 @@ def _wall(run: _Run) -> str:
   total = sum(secs.values())
   if not total:
     return ""
-  rows = [[markup.text(stage), f"{value:,.1f}", markup.percent(value / total)]
-          for stage, value in secs.items()]
+  rows = [
+    [markup.text(stage), f"{value:,.1f}", markup.percent(value / total)]
+    for stage, value in secs.items()
+  ]
   rows.append(["all", f"{total:,.1f}", ""])
-  return ("<section><h2>Wall time</h2>"
-          + markup.table(["stage", "seconds", "share"], rows) + "</section>")
+  return (
+    "<section><h2>Wall time</h2>" + markup.table(["stage", "seconds", "share"], rows) + "</section>"
+  )
 
 
 def _details(run: _Run) -> str:

@@ -50,13 +50,22 @@ class Summary:
 def versions() -> dict[str, str]:
   """What the run ran on."""
   device = jax.devices()[0]
-  return {"caprl_jax": __version__, "python": platform.python_version(), "jax": jax.__version__,
-          "optax": optax.__version__, "device": f"{len(jax.devices())} x {device.device_kind}"}
+  return {
+    "caprl_jax": __version__,
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "optax": optax.__version__,
+    "device": f"{len(jax.devices())} x {device.device_kind}",
+  }
 
 
-def make_state(params: Params, tx: optax.GradientTransformation, shardings, seed: int, mesh) -> TrainState:
+def make_state(
+  params: Params, tx: optax.GradientTransformation, shardings, seed: int, mesh
+) -> TrainState:
   """The state before the first step. It owns `params`, and is donated to the step with them."""
-  opt_state = jax.jit(tx.init, out_shardings=sharding.optimizer_shardings(tx, params, shardings, mesh))(params)
+  opt_state = jax.jit(
+    tx.init, out_shardings=sharding.optimizer_shardings(tx, params, shardings, mesh)
+  )(params)
   put = lambda x: jax.device_put(x, sharding.replicated(mesh))
   return TrainState(put(jnp.int32(0)), params, opt_state, put(jax.random.key(seed)))
 
@@ -64,11 +73,16 @@ def make_state(params: Params, tx: optax.GradientTransformation, shardings, seed
 def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, mesh) -> TrainState:
   """Shapes and shardings of the state, for restoring one without having another in memory."""
   with_sharding = lambda tree, places: jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places
+  )
   params = with_sharding(params, shardings)
-  opt_state = with_sharding(jax.eval_shape(tx.init, params), sharding.optimizer_shardings(tx, params, shardings, mesh))
+  opt_state = with_sharding(
+    jax.eval_shape(tx.init, params), sharding.optimizer_shardings(tx, params, shardings, mesh)
+  )
   scalar = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
-  return TrainState(scalar(jnp.int32(0)), params, opt_state, scalar(jax.random.key_data(jax.random.key(0))))
+  return TrainState(
+    scalar(jnp.int32(0)), params, opt_state, scalar(jax.random.key_data(jax.random.key(0)))
+  )
 
 
 def rollout_shardings(shardings, mesh):
@@ -79,23 +93,33 @@ def rollout_shardings(shardings, mesh):
 def policy_shardings(made: Run):
   """Shardings of the parameters that are trained."""
   kind = made.settings.policy.trainable
-  return split_params(made.policy.shardings, trainable_filter(kind, made.policy.model.cfg.family))[0]
+  return split_params(made.policy.shardings, trainable_filter(kind, made.policy.model.cfg.family))[
+    0
+  ]
 
 
 def build_step(made: Run, tx: optax.GradientTransformation, schedule: optax.Schedule | None = None):
-  """The one jit of training: `(state, batch) -> (state, metrics, samples)`, the state donated. The judge is an
-  argument of the program, never a constant in it. Several jits where captions have to be translated between them, or
-  `train.fused` is off."""
+  """The one jit of training: `(state, batch) -> (state, metrics, samples)`, the state donated. The
+  judge is an argument of the program, never a constant in it. Several jits where captions have to
+  be translated between them, or `train.fused` is off."""
   if made.translator or not made.settings.train.fused:
     return _build_stages(made, tx, schedule)
-  stages = functools.partial(train_step, policy=made.policy.model, judge=made.judge.model, tx=tx,
-                             cfg=made.settings.step, kinds=made.kinds, schedule=schedule,
-                             rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh))
+  stages = functools.partial(
+    train_step,
+    policy=made.policy.model,
+    judge=made.judge.model,
+    tx=tx,
+    cfg=made.settings.step,
+    kinds=made.kinds,
+    schedule=schedule,
+    rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh),
+  )
   step = None
 
   def run(state: TrainState, batch):
     nonlocal step
-    if step is None:  # the state comes out where it went in: another layout would compile the step anew
+    # the state comes out where it went in: another layout would compile the step anew
+    if step is None:
       shardings = jax.tree.map(lambda x: x.sharding, state)
       everywhere = sharding.replicated(made.mesh)  # every process reads metrics and samples
       step = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
@@ -105,12 +129,22 @@ def build_step(made: Run, tx: optax.GradientTransformation, schedule: optax.Sche
 
 
 def _build_stages(made: Run, tx: optax.GradientTransformation, schedule):
-  """Rollout, judge and update as three programs; waits for each and adds its seconds to the metrics."""
+  """Rollout, judge and update as three programs; waits for each and adds its seconds to the
+  metrics.
+  """
   cfg, everywhere = made.settings.step, sharding.replicated(made.mesh)
-  write = jax.jit(functools.partial(write_captions, policy=made.policy.model, cfg=cfg,
-                                    rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh)))
+  write = jax.jit(
+    functools.partial(
+      write_captions,
+      policy=made.policy.model,
+      cfg=cfg,
+      rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh),
+    )
+  )
   judge = jax.jit(functools.partial(ask_judge, judge=made.judge.model, cfg=cfg))
-  stages = functools.partial(learn, policy=made.policy.model, tx=tx, cfg=cfg, kinds=made.kinds, schedule=schedule)
+  stages = functools.partial(
+    learn, policy=made.policy.model, tx=tx, cfg=cfg, kinds=made.kinds, schedule=schedule
+  )
   update = None
 
   def run(state: TrainState, batch):
@@ -129,21 +163,34 @@ def _build_stages(made: Run, tx: optax.GradientTransformation, schedule):
     with clock("update"):
       state, metrics, samples = update(state, made.frozen, batch, captions, answers, blind)
       jax.block_until_ready(metrics)
-    return state, {**metrics, **extra, **{f"time/{k}_secs": np.float32(v) for k, v in clock.secs.items()}}, samples
+    return (
+      state,
+      {**metrics, **extra, **{f"time/{k}_secs": np.float32(v) for k, v in clock.secs.items()}},
+      samples,
+    )
 
   return run
 
 
 class Best:
-  """The best captioner so far by held-out accuracy, in workdir/best, with its figures in best.json."""
+  """The best captioner so far by held-out accuracy, in workdir/best, with its figures in
+  best.json.
+  """
 
   def __init__(self, made: Run, workdir: pathlib.Path):
     self.made, self.folder = made, workdir / "best"
-    for name in ("best.new", "best.old"):  # a kill came between two renames: the newer one, if it was finished
-      if not self.folder.exists() and (workdir / name / "best.json").exists() and jax.process_index() == 0:
+    # a kill came between two renames: the newer one, if it was finished
+    for name in ("best.new", "best.old"):
+      if (
+        not self.folder.exists()
+        and (workdir / name / "best.json").exists()
+        and jax.process_index() == 0
+      ):
         (workdir / name).rename(self.folder)
     figures = self.folder / "best.json"
-    self.accuracy = json.loads(figures.read_text())["accuracy"] if figures.exists() else float("-inf")
+    self.accuracy = (
+      json.loads(figures.read_text())["accuracy"] if figures.exists() else float("-inf")
+    )
 
   def keep(self, step: int, params: Params, accuracy: float) -> None:
     """Writes the captioner where it is the best. A kill leaves the old one or the new one."""
@@ -162,7 +209,9 @@ class Best:
         self.folder.rename(old)
       new.rename(self.folder)
       shutil.rmtree(old, ignore_errors=True)
-      log.info("best so far: step %d, held-out accuracy %.3f, kept in %s", step, accuracy, self.folder)
+      log.info(
+        "best so far: step %d, held-out accuracy %.3f, kept in %s", step, accuracy, self.folder
+      )
 
 
 def rollout_images(settings: Settings) -> int:
@@ -171,13 +220,18 @@ def rollout_images(settings: Settings) -> int:
 
 
 def make_optimizer(settings: Settings) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The optimizer of a run; its schedule counts optimizer steps, of which a rollout may take several."""
+  """The optimizer of a run; its schedule counts optimizer steps, of which a rollout may take
+  several.
+  """
   return build_optimizer(settings.optimizer, settings.train.steps * settings.step.update.steps)
 
 
-def train(made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator | None = None) -> TrainState:
-  """Runs the CapRL steps from the newest checkpoint, if there is one; else from `made.policy.params`, which the steps
-  use up. `evaluator` is for held-out figures on the way (`evaluate.every_steps`)."""
+def train(
+  made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator | None = None
+) -> TrainState:
+  """Runs the CapRL steps from the newest checkpoint, if there is one; else from
+  `made.policy.params`, which the steps use up. `evaluator` is for held-out figures on the way
+  (`evaluate.every_steps`)."""
   settings = made.settings
   tx, schedule = make_optimizer(settings)
   kind = trainable_filter(settings.policy.trainable, made.policy.model.cfg.family)
@@ -196,7 +250,9 @@ def train(made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator |
   trackers = []
   if jax.process_index() == 0:
     try:
-      trackers = open_trackers(settings.train.trackers, workdir, config, int(state.step), settings.train.wandb_mode)
+      trackers = open_trackers(
+        settings.train.trackers, workdir, config, int(state.step), settings.train.wandb_mode
+      )
     except ValueError as error:
       if jax.process_count() == 1:
         raise
@@ -207,8 +263,15 @@ def train(made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator |
     if step == 1 or step % settings.train.sample_every == 0:
       host = jax.tree.map(lambda x: x[share], jax.device_get(samples))
       path = workdir / "samples" / f"step_{step:06d}.json"
-      save_samples(path, "train", step, [(batch, host)], made.train, made.policy.tokenizer,
-                   settings.train.sample_images)
+      save_samples(
+        path,
+        "train",
+        step,
+        [(batch, host)],
+        made.train,
+        made.policy.tokenizer,
+        settings.train.sample_images,
+      )
       for tracker in trackers:
         tracker.samples(step, path)
 
@@ -219,10 +282,22 @@ def train(made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator |
     return {f"eval/{name}": value for name, value in figures.items()}
 
   try:
-    return run_loop(build_step(made, tx, schedule), state, iterator, steps=settings.train.steps, mesh=made.mesh,
-                    checkpoints=checkpoints, config=config, workdir=workdir, what="CapRL", reward_name="reward/mean",
-                    on_samples=keep_samples, evaluate=held_out if evaluator else None,
-                    evaluate_every=settings.evaluate.every_steps, trackers=trackers)
+    return run_loop(
+      build_step(made, tx, schedule),
+      state,
+      iterator,
+      steps=settings.train.steps,
+      mesh=made.mesh,
+      checkpoints=checkpoints,
+      config=config,
+      workdir=workdir,
+      what="CapRL",
+      reward_name="reward/mean",
+      on_samples=keep_samples,
+      evaluate=held_out if evaluator else None,
+      evaluate_every=settings.evaluate.every_steps,
+      trackers=trackers,
+    )
   finally:
     checkpoints.close()
     for tracker in trackers:
@@ -237,11 +312,17 @@ def run(config, workdir: pathlib.Path) -> None:
   old = summary.values.get("config")
   if old is not None and {**old, "train": None} != {**plain, "train": None}:
     changed = [k for k in plain if old.get(k) != plain[k]]
-    raise ValueError(f"{workdir} holds a run of another config (differing: {changed}); use another --workdir, or "
-                     "delete it")
+    raise ValueError(
+      f"{workdir} holds a run of another config (differing: {changed}); use another "
+      "--workdir, or delete it"
+    )
   if "after" in summary.values and summary.values.get("config") == plain:
-    log.info("this run is complete: accuracy %.3f -> %.3f; see %s", summary.values["before"]["accuracy"],
-             summary.values["after"]["accuracy"], workdir / "report.html")
+    log.info(
+      "this run is complete: accuracy %.3f -> %.3f; see %s",
+      summary.values["before"]["accuracy"],
+      summary.values["after"]["accuracy"],
+      workdir / "report.html",
+    )
     return
   clock = StageClock(summary.values.get("wall_secs"))
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
@@ -249,7 +330,9 @@ def run(config, workdir: pathlib.Path) -> None:
       made = set_up(settings)
     with clock("gate"):
       figures = gate(made)
-    summary.put(gate=figures, counts=made.counts, versions=versions(), config=plain, wall_secs=clock.secs)
+    summary.put(
+      gate=figures, counts=made.counts, versions=versions(), config=plain, wall_secs=clock.secs
+    )
     evaluator = Evaluator(made)
     if "before" not in summary.values:
       with clock("before"):

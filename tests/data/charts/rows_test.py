@@ -34,6 +34,7 @@ def plain():
 @pytest.fixture(scope="module")
 def local_data():
   import vega_datasets  # and with it pandas, which takes its time
+
   return vega_datasets.local_data
 
 
@@ -43,7 +44,11 @@ def number(text: str) -> decimal.Decimal:
 
 def asked(row: rows.QARow, kind: str, start: str = "") -> list[tuple[str, str]]:
   """Stem and right option of the row's questions of a kind."""
-  return [(q.stem, q.options[q.gold]) for q in row.questions if q.kind == kind and q.stem.startswith(start)]
+  return [
+    (q.stem, q.options[q.gold])
+    for q in row.questions
+    if q.kind == kind and q.stem.startswith(start)
+  ]
 
 
 def test_rows(read, plain):
@@ -51,19 +56,34 @@ def test_rows(read, plain):
     rows.check_rows(found, "charts")
     assert {row.facts["chart"] for row in found} == set(charts.KINDS)
     for row in found:
-      assert 4 <= len(row.questions) <= 5 and len({q.stem for q in row.questions}) == len(row.questions)
+      assert 4 <= len(row.questions) <= 5 and len({q.stem for q in row.questions}) == len(
+        row.questions
+      )
       assert all(re.fullmatch(r"vega_datasets/[a-z+-]+", q.provenance) for q in row.questions)
       assert len(row.facts["description"].split()) <= 120
   # Two options only where there are two things to choose from.
   sizes = [len(q.options) for row in read["train"] for q in row.questions]
   assert sizes.count(4) > 0.85 * len(sizes)
-  kinds = {"axis", "chart/title", "chart/type", "color", "compare", "count", "extreme", "legend", "trend", "value"}
+  kinds = {
+    "axis",
+    "chart/title",
+    "chart/type",
+    "color",
+    "compare",
+    "count",
+    "extreme",
+    "legend",
+    "trend",
+    "value",
+  }
   assert set(rows.kinds(read["train"])) == kinds
   assert set(rows.kinds(plain)) == {"chart/type", "color", "compare", "count", "extreme", "trend"}
 
 
 def test_gold_has_every_place_equally_often(read):
-  places = [q.gold for row in read["train"] + read["test"] for q in row.questions if len(q.options) == 4]
+  places = [
+    q.gold for row in read["train"] + read["test"] for q in row.questions if len(q.options) == 4
+  ]
   for place in range(4):
     assert places.count(place) / len(places) == pytest.approx(0.25, abs=0.03)
 
@@ -71,7 +91,9 @@ def test_gold_has_every_place_equally_often(read):
 def test_a_row_depends_on_seed_split_and_place_only(read):
   assert charts.read_charts("train", 0, 20) == read["train"][:20]
   others = charts.read_charts("train", 1, 20)
-  assert all(a.image.chart != b.image.chart for a, b in zip(others, read["train"][:20], strict=True))
+  assert all(
+    a.image.chart != b.image.chart for a, b in zip(others, read["train"][:20], strict=True)
+  )
   # Golden, for other processes and machines. If numpy or the draw changes it, paste the new facts
   # and say in the changelog that the charts have changed.
   assert read["train"][0].facts["title"] == "Share prices of technology companies, 2005"
@@ -95,11 +117,16 @@ def test_texts_are_whole_and_apart(pixels, count):
     figure = chart_drawing.draw(row.image.chart, row.image.look, pixels)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    texts = [
+      text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()
+    ]
     ticks = [t for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis) for t in _hidden(axis)]
     boxes = {t: t.get_window_extent(canvas.get_renderer()) for t in texts if t not in ticks}
     for text, box in boxes.items():
-      assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= pixels[0] + 1 and box.y1 <= pixels[1] + 1, (row.name, text)
+      assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= pixels[0] + 1 and box.y1 <= pixels[1] + 1, (
+        row.name,
+        text,
+      )
     for (a, box), (b, other) in itertools.combinations(boxes.items(), 2):
       # A pixel of grace: boxes hold room for descenders.
       across = min(box.x1, other.x1) - max(box.x0, other.x0)
@@ -111,8 +138,11 @@ def _hidden(axis) -> list[Text]:
   """Labels of ticks outside the view, which are never drawn."""
   low, high = sorted(axis.get_view_interval())
   grace = 1e-9 * (high - low)
-  return [tick.label1 for tick in axis.get_major_ticks() if not low - grace <= tick.get_loc() <= high + grace] + [
-    tick.label2 for tick in axis.get_major_ticks()]
+  return [
+    tick.label1
+    for tick in axis.get_major_ticks()
+    if not low - grace <= tick.get_loc() <= high + grace
+  ] + [tick.label2 for tick in axis.get_major_ticks()]
 
 
 def test_splits_share_no_number():
@@ -129,21 +159,37 @@ def test_splits_share_no_number():
 def test_charts_come_from_their_split(read):
   titles = [{row.facts["title"] for row in read[split]} for split in charts.SPLITS]
   assert not titles[0] & titles[1]
-  # Iowa's years stand for numbers of one key each: a chart of 2008 and one of 2007 to 2012 share some.
-  years = [{int(y) for row in found if "Iowa" in row.facts["title"] for y in re.findall(r"\d{4}", row.facts["title"])}
-           for found in read.values()]
+  # Iowa's years stand for numbers of one key each: a chart of 2008 and one of 2007 to 2012 share
+  # some.
+  years = [
+    {
+      int(y)
+      for row in found
+      if "Iowa" in row.facts["title"]
+      for y in re.findall(r"\d{4}", row.facts["title"])
+    }
+    for found in read.values()
+  ]
   assert not years[0] & years[1]
 
 
 def _expected(row, local_data):
-  """Recomputes with pandas what a chart shows: value by name; None for tables that are not looked at here."""
+  """Recomputes with pandas what a chart shows: value by name; None for tables that are not looked
+  at here.
+  """
   title = row.facts["title"]
   if m := re.fullmatch(r"Mean (fuel economy|horsepower|weight) by make, (\d{4}) cars", title):
     cars = local_data.cars()
     cars = cars[cars.Year.dt.year == int(m[2])]
-    column = {"fuel economy": "Miles_per_Gallon", "horsepower": "Horsepower", "weight": "Weight_in_lbs"}[m[1]]
+    column = {
+      "fuel economy": "Miles_per_Gallon",
+      "horsepower": "Horsepower",
+      "weight": "Weight_in_lbs",
+    }[m[1]]
     means = cars.groupby(cars.Name.str.split().str[0])[column].mean()
-    return {chart_tables._MAKES[make]: mean for make, mean in means.items() if make in chart_tables._MAKES}
+    return {
+      chart_tables._MAKES[make]: mean for make, mean in means.items() if make in chart_tables._MAKES
+    }
   if m := re.fullmatch(r"Share price of (\w+) by month, (\d{4})", title):
     symbol = {name: symbol for symbol, name in chart_tables._COMPANIES.items()}[m[1]]
     stocks = local_data.stocks()
@@ -156,8 +202,13 @@ def _expected(row, local_data):
   if m := re.fullmatch(r"Electricity generation in Iowa by source, (\d{4})", title):
     iowa = local_data.iowa_electricity()
     iowa = iowa[iowa.year.dt.year == int(m[1])]
-    return {source.lower(): net / 1000 for source, net in zip(iowa.source, iowa.net_generation, strict=True)}
-  if m := re.fullmatch(r"Mean (petal|sepal) (length|width) of iris species, flowers (\d+) to (\d+)", title):
+    return {
+      source.lower(): net / 1000
+      for source, net in zip(iowa.source, iowa.net_generation, strict=True)
+    }
+  if m := re.fullmatch(
+    r"Mean (petal|sepal) (length|width) of iris species, flowers (\d+) to (\d+)", title
+  ):
     iris = local_data.iris()
     iris = iris[(iris.index % 50 >= int(m[3]) - 1) & (iris.index % 50 < int(m[4]))]
     return iris.groupby("species")[m[1] + m[2].capitalize()].mean().to_dict()
@@ -193,8 +244,11 @@ def test_answers_against_the_tables(read, local_data, split):
       assert gold == ranked[-1 if "highest" in stem else 0]
       assert list(values.values()).count(values[gold]) == 1
     for stem, gold in asked(row, "compare", "By how much"):
-      pairs = [(a, b) for a, b in itertools.permutations(values, 2) if re.search(
-        rf" (for|in) {re.escape(a)} higher than (for|in) {re.escape(b)}\?$", stem)]
+      pairs = [
+        (a, b)
+        for a, b in itertools.permutations(values, 2)
+        if re.search(rf" (for|in) {re.escape(a)} higher than (for|in) {re.escape(b)}\?$", stem)
+      ]
       [(high, low)] = pairs
       assert number(gold) == values[high] - values[low]
     for stem, gold in asked(row, "count"):
@@ -230,8 +284,11 @@ def test_scatter_answers_against_the_table(read, local_data):
     seen += 1
     year = cars[cars.Year.dt.year == int(m[1])]
     known = set(zip(year.Origin, year.Horsepower, year.Miles_per_Gallon, strict=True))
-    points = [(mark.name, float(x), float(y)) for mark in row.image.chart.marks
-              for x, y in zip(mark.x, mark.y, strict=True)]
+    points = [
+      (mark.name, float(x), float(y))
+      for mark in row.image.chart.marks
+      for x, y in zip(mark.x, mark.y, strict=True)
+    ]
     assert set(points) <= known
     highest, lowest = max(points, key=lambda p: p[2]), min(points, key=lambda p: p[2])
     for stem, gold in asked(row, "value"):
@@ -251,12 +308,18 @@ def test_lines_answers(read):
       continue
     lines = {mark.name: mark for mark in chart.marks}
     for stem, gold in asked(row, "trend"):
-      mark = chart.marks[0] if len(lines) == 1 else next(m for n, m in lines.items() if f" of {n} change" in stem)
+      mark = (
+        chart.marks[0]
+        if len(lines) == 1
+        else next(m for n, m in lines.items() if f" of {n} change" in stem)
+      )
       change = number(mark.labels[-1]) - number(mark.labels[0])
       assert gold == f"it {'rises' if change > 0 else 'falls'} by {abs(change):,}"
       seen.add(len(lines) > 1)
     for stem, gold in asked(row, "legend"):
-      assert stem == f"What color stands for {next(n for n, m in lines.items() if m.color == gold)}?"
+      assert (
+        stem == f"What color stands for {next(n for n, m in lines.items() if m.color == gold)}?"
+      )
   assert seen == {True, False}
 
 
@@ -270,7 +333,10 @@ def test_wrong_options_are_wrong(read):
         assert len(set(values)) == len(values)
         # All are written alike.
         assert len({len(option.partition(".")[2]) for option in question.options}) == 1
-        a, b = min(itertools.combinations(range(len(values)), 2), key=lambda p: abs(values[p[0]] - values[p[1]]))
+        a, b = min(
+          itertools.combinations(range(len(values)), 2),
+          key=lambda p: abs(values[p[0]] - values[p[1]]),
+        )
         near += 1
         right += question.gold in (a, b)
       if question.kind == "extreme":
@@ -289,7 +355,11 @@ def test_the_description_answers_every_question(read):
         assert gold.split(" ", 1)[1] in said
       elif question.kind == "extreme":
         word = "highest" if "highest" in question.stem else "lowest"
-        assert re.search(rf"(?i){word}[^.]*: {re.escape(gold)}\.", said) or f"({gold})" in said or ", " in gold
+        assert (
+          re.search(rf"(?i){word}[^.]*: {re.escape(gold)}\.", said)
+          or f"({gold})" in said
+          or ", " in gold
+        )
       elif question.kind == "trend":
         assert gold.removeprefix("it ") in said
     for mark in row.image.chart.marks:
@@ -301,7 +371,9 @@ def test_plain_charts_are_answered_by_their_pixels(plain):
   for channel, name in enumerate(("red", "green", "blue")):
     color = bytes.fromhex(chart_drawing.PLAIN_COLORS[name][1:])
     assert color[channel] == max(color) and sorted(color)[1] < 80
-  names = {name: tuple(bytes.fromhex(color[1:])) for name, color in chart_drawing.PLAIN_COLORS.items()}
+  names = {
+    name: tuple(bytes.fromhex(color[1:])) for name, color in chart_drawing.PLAIN_COLORS.items()
+  }
   checked = 0
   for row in plain[:120]:
     if row.facts["chart"] not in ("bar", "pie"):
@@ -309,16 +381,25 @@ def test_plain_charts_are_answered_by_their_pixels(plain):
     assert row.image.chart.plain and row.facts["title"] == ""
     image = rows.read_image(row)
     pixels = {}
-    for x, y in itertools.product(range(10 if row.facts["chart"] == "bar" else 0, SMALL[0]), range(SMALL[1] - 8)):
+    for x, y in itertools.product(
+      range(10 if row.facts["chart"] == "bar" else 0, SMALL[0]), range(SMALL[1] - 8)
+    ):
       pixels.setdefault(image.getpixel((x, y)), set()).add((x, y))
     # Height of a bar, area of a slice.
-    sizes = {name: len({y for _, y in pixels[color]}) if row.facts["chart"] == "bar" else len(pixels[color])
-             for name, color in names.items() if len(pixels.get(color, ())) > 12}
+    sizes = {
+      name: len({y for _, y in pixels[color]})
+      if row.facts["chart"] == "bar"
+      else len(pixels[color])
+      for name, color in names.items()
+      if len(pixels.get(color, ())) > 12
+    }
     assert set(sizes) == {mark.color for mark in row.image.chart.marks}
     for question in row.questions:
       gold = question.options[question.gold]
       if question.kind == "extreme":
-        best = (max if question.stem.split()[-1] in ("tallest?", "largest?") else min)(sizes, key=sizes.get)
+        best = (max if question.stem.split()[-1] in ("tallest?", "largest?") else min)(
+          sizes, key=sizes.get
+        )
         assert gold == best and gold in row.facts["description"]
       elif question.kind == "compare":
         assert gold == max(question.options, key=sizes.get)
@@ -340,17 +421,25 @@ def test_plain_lines_and_points(plain):
       if row.facts["chart"] == "line":
         assert gold == ("rises" if mark.y[-1] > mark.y[0] else "falls")
   assert len(words) < 50
-  assert marks == {kind: set(range(least, most + 1)) for kind, (least, most) in charts._PLAIN_MARKS.items()}
+  assert marks == {
+    kind: set(range(least, most + 1)) for kind, (least, most) in charts._PLAIN_MARKS.items()
+  }
 
 
 def test_where_plain_begins():
   width, height = chart_drawing.PLAIN_BELOW
-  for pixels, expected in (((width, height), False), ((width - 1, height), True), ((width, height - 1), True)):
+  for pixels, expected in (
+    ((width, height), False),
+    ((width - 1, height), True),
+    ((width, height - 1), True),
+  ):
     assert charts.read_charts("train", 0, 1, pixels)[0].image.chart.plain == expected
 
 
 def test_kinds():
-  assert {row.facts["chart"] for row in charts.read_charts("test", 0, 10, SMALL, ("pie",))} == {"pie"}
+  assert {row.facts["chart"] for row in charts.read_charts("test", 0, 10, SMALL, ("pie",))} == {
+    "pie"
+  }
 
 
 @pytest.mark.parametrize(
@@ -372,6 +461,8 @@ def test_refusals(arguments, message):
 @pytest.mark.parametrize("missing", ["vega_datasets", "matplotlib"])
 def test_a_missing_package_is_named(monkeypatch, missing):
   found = importlib.util.find_spec
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name: None if name == missing else found(name)
+  )
   with pytest.raises(ValueError, match=f"`pip install {missing}`"):
     charts.read_charts("train", 0, 1)

@@ -21,7 +21,7 @@ from caprl_jax.data.readers.benchmarks import (
   split_prompt,
   stage2_prompt,
   user_text,
-)  # fmt: skip
+)
 from caprl_jax.data.rows import BadRow, QARow, Question
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -54,23 +54,55 @@ def images(tmp_path):
 
 def test_a_row(tmp_path, images):
   assert list(read_benchmark(write(tmp_path, [item()]), images)) == [
-    BenchmarkRow(images / "charts/a.png", prompt(), "B", ("red", "light blue"), "MMStar", "MMStar/0",
-                 stem="What colour is the dog?\nAnswer with the letter.")]
+    BenchmarkRow(
+      images / "charts/a.png",
+      prompt(),
+      "B",
+      ("red", "light blue"),
+      "MMStar",
+      "MMStar/0",
+      stem="What colour is the dog?\nAnswer with the letter.",
+    )
+  ]
 
 
-@pytest.mark.parametrize("answer, gold", [
-  ("two words", "two words"), (3, "3"), (2.50, "2.5"), (["a", 2], ("a", "2")), (" B ", " B "), (0, "0")])
+@pytest.mark.parametrize(
+  "answer, gold",
+  [
+    ("two words", "two words"),
+    (3, "3"),
+    (2.50, "2.5"),
+    (["a", 2], ("a", "2")),
+    (" B ", " B "),
+    (0, "0"),
+  ],
+)
 def test_golds(tmp_path, images, answer, gold):
   (row,) = read_benchmark(write(tmp_path, [item(answer=answer)]), images)
   assert row.gold == gold
 
 
-@pytest.mark.parametrize("image", [
-  "file://charts/a.png", ["charts/a.png"], "./charts/a.png", "bench_image_folder/charts/a.png",
-  "/elsewhere/bench_image_folder/charts/a.png", "..\\data\\bench_image_folder\\charts\\a.png",
-  [{"role": "user", "content": [{"type": "image", "image": "charts/a.png"}, {"type": "text", "text": "What?"}]}],
-  [{"role": "system", "content": "Be good."}, {"role": "user", "content": [{"image": "charts/a.png"}]}],
-])
+@pytest.mark.parametrize(
+  "image",
+  [
+    "file://charts/a.png",
+    ["charts/a.png"],
+    "./charts/a.png",
+    "bench_image_folder/charts/a.png",
+    "/elsewhere/bench_image_folder/charts/a.png",
+    "..\\data\\bench_image_folder\\charts\\a.png",
+    [
+      {
+        "role": "user",
+        "content": [{"type": "image", "image": "charts/a.png"}, {"type": "text", "text": "What?"}],
+      }
+    ],
+    [
+      {"role": "system", "content": "Be good."},
+      {"role": "user", "content": [{"image": "charts/a.png"}]},
+    ],
+  ],
+)
 def test_ways_to_name_an_image(tmp_path, images, image):
   path = write(tmp_path, [item(image=image)])
   (row,) = read_benchmark(path, images)
@@ -81,26 +113,32 @@ def test_ways_to_name_an_image(tmp_path, images, image):
   assert row.image.member == "bench_image_folder/charts/a.png"
 
 
-@pytest.mark.parametrize("bad, message", [
-  ("text", "is 'text', but it must be an object"),
-  ({"image": "charts/a.png", "prompt": prompt()}, "no answer; it has"),
-  ({"answer": "B"}, "no image and no prompt; it has"),
-  (item(prompt=["x"]), "the prompt is .* must be a text in ChatML"),
-  (item(prompt=prompt(image="")), "the prompt has 0 image placeholders"),
-  (item(prompt=prompt(image=IMAGE + IMAGE)), "the prompt has 2 image placeholders"),
-  (item(prompt=prompt(image=IMAGE + "<image>")), "the prompt has 2 image placeholders"),
-  (item(prompt=prompt(image="<|image_pad|>")), "the prompt has 0 image placeholders"),
-  (item(answer=None), "the answer is None"),
-  (item(answer=True), "the answer is True"),
-  (item(answer=" "), "the answer is ' '"),
-  (item(answer=[]), "the list of answers is empty"),
-  (item(answer=["a", ""]), "the answer is .'a', ''."),
-  (item(image=None), "image is None, with 0 image paths"),
-  (item(image=""), "image is '', with 1 image paths"),
-  (item(image=["charts/a.png", "charts/a.png"]), "with 2 image paths"),
-  (item(image="charts/b.png"), "image 'charts/b.png' is not in .*bench_image_folder; correct it, or pass"),
-  (item(image="charts"), "image 'charts' is not in"),
-])
+@pytest.mark.parametrize(
+  "bad, message",
+  [
+    ("text", "is 'text', but it must be an object"),
+    ({"image": "charts/a.png", "prompt": prompt()}, "no answer; it has"),
+    ({"answer": "B"}, "no image and no prompt; it has"),
+    (item(prompt=["x"]), "the prompt is .* must be a text in ChatML"),
+    (item(prompt=prompt(image="")), "the prompt has 0 image placeholders"),
+    (item(prompt=prompt(image=IMAGE + IMAGE)), "the prompt has 2 image placeholders"),
+    (item(prompt=prompt(image=IMAGE + "<image>")), "the prompt has 2 image placeholders"),
+    (item(prompt=prompt(image="<|image_pad|>")), "the prompt has 0 image placeholders"),
+    (item(answer=None), "the answer is None"),
+    (item(answer=True), "the answer is True"),
+    (item(answer=" "), "the answer is ' '"),
+    (item(answer=[]), "the list of answers is empty"),
+    (item(answer=["a", ""]), "the answer is .'a', ''."),
+    (item(image=None), "image is None, with 0 image paths"),
+    (item(image=""), "image is '', with 1 image paths"),
+    (item(image=["charts/a.png", "charts/a.png"]), "with 2 image paths"),
+    (
+      item(image="charts/b.png"),
+      "image 'charts/b.png' is not in .*bench_image_folder; correct it, or pass",
+    ),
+    (item(image="charts"), "image 'charts' is not in"),
+  ],
+)
 def test_bad_rows_stand_in_their_places(tmp_path, images, bad, message):
   path = write(tmp_path, [item(), bad, item(answer="A")])
   first, found, last = read_benchmark(path, images)
@@ -118,25 +156,47 @@ def test_lines(tmp_path, images):
   assert (first.benchmark, last.name) == ("VisuLogic", "VisuLogic/2")
 
 
-@pytest.mark.parametrize("name, benchmark", [
-  ("lmm_eval_chartqa.json", "ChartQA"), ("lmm_eval_ChartQA_Pro.json", "ChartQAPro"), ("lmm_eval_seed2k.json", "SEED"),
-  ("lmm_eval_MMMU_Pro.json", "MMMU-Pro"), ("lmm_eval_mmmu.json", "MMMU"), ("lmm_eval_infovqa.json", "InfoVQA"),
-  ("lmm_eval_MMStar.json", "MMStar"), ("lmm_eval_CharXiv.json", "CharXiv"), ("lmm_eval_MathVision.json", "MathVision"),
-  ("lmm_eval_MathVerse_MINIVInt.json", "MathVerse"), ("lmm_eval_WeMath.json", "WeMath"),
-  ("lmm_eval_Visu.json", "VisuLogic")])
+@pytest.mark.parametrize(
+  "name, benchmark",
+  [
+    ("lmm_eval_chartqa.json", "ChartQA"),
+    ("lmm_eval_ChartQA_Pro.json", "ChartQAPro"),
+    ("lmm_eval_seed2k.json", "SEED"),
+    ("lmm_eval_MMMU_Pro.json", "MMMU-Pro"),
+    ("lmm_eval_mmmu.json", "MMMU"),
+    ("lmm_eval_infovqa.json", "InfoVQA"),
+    ("lmm_eval_MMStar.json", "MMStar"),
+    ("lmm_eval_CharXiv.json", "CharXiv"),
+    ("lmm_eval_MathVision.json", "MathVision"),
+    ("lmm_eval_MathVerse_MINIVInt.json", "MathVerse"),
+    ("lmm_eval_WeMath.json", "WeMath"),
+    ("lmm_eval_Visu.json", "VisuLogic"),
+  ],
+)
 def test_the_files_name_says_the_benchmark(tmp_path, name, benchmark):
   assert benchmarks.benchmark_of(tmp_path / "chart" / "info" / name) == benchmark
 
 
-@pytest.mark.parametrize("name", ["lmm_eval_chart.json", "my_lmm_eval_chartqa.json", "lmm_eval_CHARTQA.json",
-                                  "lmm_eval_mmmu.txt"])
+@pytest.mark.parametrize(
+  "name",
+  ["lmm_eval_chart.json", "my_lmm_eval_chartqa.json", "lmm_eval_CHARTQA.json", "lmm_eval_mmmu.txt"],
+)
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, images, name):
-  with pytest.raises(ValueError, match="must be one of lmm_eval_chartqa.json, .*lmm_eval_Visu.json"):
+  with pytest.raises(
+    ValueError, match="must be one of lmm_eval_chartqa.json, .*lmm_eval_Visu.json"
+  ):
     list(read_benchmark(write(tmp_path, [item()], name), images))
 
 
-@pytest.mark.parametrize("text, message", [
-  ("[]", "no rows"), ("{}", "holds dict, but it must be a list"), ("[", "not JSON"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("[]", "no rows"),
+    ("{}", "holds dict, but it must be a list"),
+    ("[", "not JSON"),
+    (None, "cannot be read"),
+  ],
+)
 def test_files_that_are_none(tmp_path, images, text, message):
   path = tmp_path / "lmm_eval_mmmu.json"
   if text is not None:
@@ -147,12 +207,16 @@ def test_files_that_are_none(tmp_path, images, text, message):
 
 def test_image_roots_that_are_none(tmp_path, images):
   path = write(tmp_path, [item()])
-  for root, message in [(tmp_path / "none", "no such folder or zip file"), (path, "not a zip file that can be read")]:
+  for root, message in [
+    (tmp_path / "none", "no such folder or zip file"),
+    (path, "not a zip file that can be read"),
+  ]:
     with pytest.raises(ValueError, match=message):
       list(read_benchmark(path, root))
 
 
 # Images in a zip file.
+
 
 @pytest.fixture
 def packed(tmp_path, images):
@@ -172,7 +236,9 @@ def read(tmp_path, root, name):
 
 def test_images_in_a_zip_file(tmp_path, packed, images):
   row = read(tmp_path, packed, "charts/a.png")
-  assert isinstance(row.image, StoredZipImage) and row.image.where == f"{packed}, member 'charts/a.png'"
+  assert (
+    isinstance(row.image, StoredZipImage) and row.image.where == f"{packed}, member 'charts/a.png'"
+  )
   assert row.image.read() == (images / "charts/a.png").read_bytes()
   assert rows.read_image(row).size == (2, 3)
   assert pickle.loads(pickle.dumps(row)) == row  # loaders send rows to other processes
@@ -180,8 +246,14 @@ def test_images_in_a_zip_file(tmp_path, packed, images):
   assert deflated.packed < 5000 and deflated.read() == b"0" * 5000
 
 
-@pytest.mark.parametrize("name, message", [
-  ("charts/c.png", "packed in a way that is not read"), ("empty/", "is not in"), ("d.png", "is not in")])
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("charts/c.png", "packed in a way that is not read"),
+    ("empty/", "is not in"),
+    ("d.png", "is not in"),
+  ],
+)
 def test_members_that_cannot_be_read_are_bad_rows(tmp_path, packed, name, message):
   with pytest.raises(ValueError, match=message):
     rows.good_rows([read(tmp_path, packed, name)])
@@ -195,7 +267,7 @@ def test_damaged_zip_files(tmp_path, packed, name):
   packed.write_bytes(data)
   with pytest.raises(ValueError, match=f"member '{name}': damaged"):
     image.read()
-  packed.write_bytes(data[:image.offset + 35])
+  packed.write_bytes(data[: image.offset + 35])
   with pytest.raises(ValueError, match=f"member '{name}': damaged"):
     image.read()
   packed.unlink()
@@ -205,13 +277,16 @@ def test_damaged_zip_files(tmp_path, packed, name):
 
 # Stage 2's prompt.
 
+
 def row_of(text):
   return BenchmarkRow(pathlib.Path("a.png"), text, "B", (), "MMStar", "MMStar/0")
 
 
 def test_stage_2_to_the_byte():
-  want = (SYSTEM + "<|im_start|>user\nHere is a detailed caption of an image: A dog.\n Red. Please answer the question "
-          "based on the caption." + ASKED + END)
+  want = (
+    SYSTEM + "<|im_start|>user\nHere is a detailed caption of an image: A dog.\n Red. Please "
+    "answer the question based on the caption." + ASKED + END
+  )
   assert stage2_prompt(row_of(prompt()), "A dog.\n Red") == want
   assert stage2_prompt(row_of(prompt(image="<image>")), "A dog.\n Red") == want
 
@@ -220,12 +295,21 @@ def test_a_caption_apart_from_its_prompt():
   before, after = split_prompt(row_of(prompt()))
   assert before.endswith("<|im_start|>user\nHere is a detailed caption of an image: ")
   assert after.startswith(". Please answer the question based on the caption.What colour")
-  for caption in ("", IMAGE, "<image>", "\\1 \\g<0>"):  # nothing in a caption is a placeholder or a pattern
+  # nothing in a caption is a placeholder or a pattern
+  for caption in ("", IMAGE, "<image>", "\\1 \\g<0>"):
     assert stage2_prompt(row_of(prompt()), caption) == before + caption + after
 
 
-@pytest.mark.parametrize("text", [prompt(), prompt(image="<image>\n"), "<image>" + ASKED, ASKED + IMAGE,
-                                  "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n" + prompt()])
+@pytest.mark.parametrize(
+  "text",
+  [
+    prompt(),
+    prompt(image="<image>\n"),
+    "<image>" + ASKED,
+    ASKED + IMAGE,
+    "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n" + prompt(),
+  ],
+)
 def test_the_questions_own_text(text):
   assert user_text(row_of(text)) == ASKED
 
@@ -238,39 +322,46 @@ def test_a_prompt_without_its_placeholder(use):
 
 # Options.
 
-@pytest.mark.parametrize("text, options", [
-  (ASKED, ("red", "light blue")),
-  ("Q?\n(A) red\n(B) blue\n(C) A. M.", ("red", "blue", "A. M.")),
-  ("Q?\nChoices:\nA:3\nB:4", ("3", "4")),
-  ("Q?\n - A) red  \n - B) blue\n", ("red", "blue")),
-  ("A. Smith painted it.\nWho?\nA) x\nB) y\nAnswer.", ("x", "y")),
-  ("A) old\nB) list\nQ?\nA) x\nB) y\nC) z", ("x", "y", "z")),
-  ("Q?\nA) x\nC) y", ()),
-  ("Q?\nB) x\nC) y", ()),
-  ("Q?\nC) x\nB) y", ()),
-  ("Q?\nA) x\nA) y\nB) z", ("y", "z")),
-  ("Q?\nA) only", ()),
-  ("What is A) or B)?", ()),
-  ("Q?\nOptions: A: The cat, black, B: E.g. C: D, C: x.", ("The cat, black", "E.g.", "D, C: x.")),
-  ("Q?\nOptions: (A) red (B) blue", ("red", "blue")),
-  ("Q?\nOptions: A: , B: x", ()),
-  ("Q?\nOptions: red, blue", ()),
-])
+
+@pytest.mark.parametrize(
+  "text, options",
+  [
+    (ASKED, ("red", "light blue")),
+    ("Q?\n(A) red\n(B) blue\n(C) A. M.", ("red", "blue", "A. M.")),
+    ("Q?\nChoices:\nA:3\nB:4", ("3", "4")),
+    ("Q?\n - A) red  \n - B) blue\n", ("red", "blue")),
+    ("A. Smith painted it.\nWho?\nA) x\nB) y\nAnswer.", ("x", "y")),
+    ("A) old\nB) list\nQ?\nA) x\nB) y\nC) z", ("x", "y", "z")),
+    ("Q?\nA) x\nC) y", ()),
+    ("Q?\nB) x\nC) y", ()),
+    ("Q?\nC) x\nB) y", ()),
+    ("Q?\nA) x\nA) y\nB) z", ("y", "z")),
+    ("Q?\nA) only", ()),
+    ("What is A) or B)?", ()),
+    ("Q?\nOptions: A: The cat, black, B: E.g. C: D, C: x.", ("The cat, black", "E.g.", "D, C: x.")),
+    ("Q?\nOptions: (A) red (B) blue", ("red", "blue")),
+    ("Q?\nOptions: A: , B: x", ()),
+    ("Q?\nOptions: red, blue", ()),
+  ],
+)
 def test_options_of_a_question(text, options):
   assert parse_options(text) == options
 
 
-@pytest.mark.parametrize("text, stem", [
-  (ASKED, "What colour is the dog?\nAnswer with the letter."),
-  ("Q?\nChoices:\nA:3\nB:4", "Q?"),
-  ("Q?\n\nOptions:\n\n(A) red\n(B) blue", "Q?"),
-  ("What are my options\nA) x\nB) y", "What are my options"),
-  ("A) old\nB) list\nQ?\nA) x\nB) y", "A) old\nB) list\nQ?"),
-  ("Q?\nOptions: A: red, B: blue", "Q?"),
-  ("Q? Choices: (A) red (B) blue\nAnswer.", "Q?\nAnswer."),
-  ("Q?\nA) only", "Q?\nA) only"),
-  ("A) red\nB) blue", ""),
-])
+@pytest.mark.parametrize(
+  "text, stem",
+  [
+    (ASKED, "What colour is the dog?\nAnswer with the letter."),
+    ("Q?\nChoices:\nA:3\nB:4", "Q?"),
+    ("Q?\n\nOptions:\n\n(A) red\n(B) blue", "Q?"),
+    ("What are my options\nA) x\nB) y", "What are my options"),
+    ("A) old\nB) list\nQ?\nA) x\nB) y", "A) old\nB) list\nQ?"),
+    ("Q?\nOptions: A: red, B: blue", "Q?"),
+    ("Q? Choices: (A) red (B) blue\nAnswer.", "Q?\nAnswer."),
+    ("Q?\nA) only", "Q?\nA) only"),
+    ("A) red\nB) blue", ""),
+  ],
+)
 def test_a_question_without_its_options(text, stem):
   assert split_options(text) == (stem, parse_options(text))
 
@@ -280,8 +371,10 @@ def test_letters_end_at_z():
   assert len(parse_options(text)) == 26
 
 
-@pytest.mark.parametrize("answer, options", [("B", ("red", "light blue")), ("blue", ("red", "light blue")), ("C", ()),
-                                             (["A", "C"], ())])
+@pytest.mark.parametrize(
+  "answer, options",
+  [("B", ("red", "light blue")), ("blue", ("red", "light blue")), ("C", ()), (["A", "C"], ())],
+)
 def test_options_that_the_gold_is_not_of_are_not_believed(tmp_path, images, answer, options):
   (row,) = read_benchmark(write(tmp_path, [item(answer=answer)]), images)
   assert row.options == options and row.stem == (split_options(ASKED)[0] if options else ASKED)
@@ -289,13 +382,28 @@ def test_options_that_the_gold_is_not_of_are_not_believed(tmp_path, images, answ
 
 # Plain rows of questions.
 
+
 def test_plain_questions_as_a_benchmark():
-  first, second = Question("What colour?", ("red", "blue"), 1, "colour"), Question("How\nmany?", ("1", "2", "3"), 0)
+  first, second = (
+    Question("What colour?", ("red", "blue"), 1, "colour"),
+    Question("How\nmany?", ("1", "2", "3"), 0),
+  )
   found = from_qa_rows([QARow(b"x", (first, second), "dog"), QARow(b"y", (first,), "cat")])
-  assert found[0] == BenchmarkRow(b"x", "<image>\nWhat colour?\nA) red\nB) blue", "B", ("red", "blue"), "questions",
-                                  "dog, question 0", "colour", "What colour?")
+  assert found[0] == BenchmarkRow(
+    b"x",
+    "<image>\nWhat colour?\nA) red\nB) blue",
+    "B",
+    ("red", "blue"),
+    "questions",
+    "dog, question 0",
+    "colour",
+    "What colour?",
+  )
   assert [(row.name, row.gold, row.image) for row in found] == [
-    ("dog, question 0", "B", b"x"), ("dog, question 1", "A", b"x"), ("cat", "B", b"y")]
+    ("dog, question 0", "B", b"x"),
+    ("dog, question 1", "A", b"x"),
+    ("cat", "B", b"y"),
+  ]
   assert all(parse_options(user_text(row)) == row.options for row in found)
 
 

@@ -18,19 +18,27 @@ is the dog (see A) to C))?
 
 
 def test_a_stem_of_several_lines_and_the_added_option():
-  want = Question("What colour\nis the dog (see A) to C))?", ("Brown", "White", "3. of May"), 1, "dogs")
+  want = Question(
+    "What colour\nis the dog (see A) to C))?", ("Brown", "White", "3. of May"), 1, "dogs"
+  )
   assert parse_question(TEXT, "B", "dogs") == want
   assert parse_question(TEXT.replace("E) Can not", "F) Cannot"), "B)", "dogs") == want
 
 
 @pytest.mark.parametrize("form", ["- {}) {}", "{}) {}", "{}. {}", "  - {}. {}", "({}) {}"])
 def test_labels_in_use(form):
-  choices = [form.format(letter, text) for letter, text in zip("ABCD", ("red", "A. M.", "blue", "x"))]
+  choices = [
+    form.format(letter, text) for letter, text in zip("ABCD", ("red", "A. M.", "blue", "x"))
+  ]
   assert question_of("Q?", choices, "B") == Question("Q?", ("red", "A. M.", "blue", "x"), 1)
-  assert parse_question("\n".join(["Q?", *choices]), "D") == Question("Q?", ("red", "A. M.", "blue", "x"), 3)
+  assert parse_question("\n".join(["Q?", *choices]), "D") == Question(
+    "Q?", ("red", "A. M.", "blue", "x"), 3
+  )
 
 
-@pytest.mark.parametrize("text, answer, message", [
+@pytest.mark.parametrize(
+  "text, answer, message",
+  [
     (TEXT, "D", "row 7: the answer 'D' of .* is none of its options .'A', 'B', 'C'."),
     (TEXT, "E", "is none of its options"),
     (TEXT, "", "is none of its options"),
@@ -38,7 +46,8 @@ def test_labels_in_use(form):
     (TEXT.replace("White", "brown"), "A", "differ at most in case"),
     ("no options at all", "A", "is none of its options"),
     ("- A) red\n- B) blue", "A", "has no text"),
-])
+  ],
+)
 def test_what_cannot_be_asked_is_refused(text, answer, message):
   with pytest.raises(ValueError, match=message):
     parse_question(text, answer, where="row 7")
@@ -46,7 +55,9 @@ def test_what_cannot_be_asked_is_refused(text, answer, message):
 
 def test_a_stem_may_hold_lines_that_look_like_options():
   text = "Look at the chart.\nQ: Which is tallest?\n   - A) red\n   - B) blue"
-  assert parse_question(text, "B") == Question("Look at the chart.\nQ: Which is tallest?", ("red", "blue"), 1)
+  assert parse_question(text, "B") == Question(
+    "Look at the chart.\nQ: Which is tallest?", ("red", "blue"), 1
+  )
 
 
 def test_a_choice_without_a_letter():
@@ -64,9 +75,14 @@ def curated(**changes):
 
 
 def message(answers, image="a.png"):
-  turns = [{"role": "system", "content": "You are ..."},
-           {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Describe."}]},
-           {"role": "answer", "content": answers}]
+  turns = [
+    {"role": "system", "content": "You are ..."},
+    {
+      "role": "user",
+      "content": [{"type": "image", "image": image}, {"type": "text", "text": "Describe."}],
+    },
+    {"role": "answer", "content": answers},
+  ]
   return {"message": json.dumps(turns)}
 
 
@@ -86,7 +102,9 @@ def test_both_forms_of_the_first_release(folder, lines):
   assert second.image == first.image and [q.gold for q in second.questions] == [1, 0]
 
 
-@pytest.mark.parametrize("row, problem", [
+@pytest.mark.parametrize(
+  "row, problem",
+  [
     (curated(image_path="b.png"), "image 'b.png' is not a file in"),
     (curated(qa_list=[]), "no questions"),
     (curated(qa_list=[{"question": TEXT}]), "question 0 is .* must have a question and an answer"),
@@ -96,7 +114,8 @@ def test_both_forms_of_the_first_release(folder, lines):
     (message(repr([(TEXT, "B")]), image=None), "no image path"),
     ([1], "must be an object"),
     ({"image": "a.png"}, r"no image path .*it has \['image'\]"),
-])
+  ],
+)
 def test_bad_rows_of_the_first_release(folder, row, problem):
   (folder / "a.json").write_text(json.dumps([curated(), row, curated()]))
   good, bad, other = scan_json(folder / "a.json")

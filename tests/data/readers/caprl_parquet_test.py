@@ -1,4 +1,6 @@
-"""Parquet in the release's layout: there and back, what the release itself holds, refusals, lazy images."""
+"""Parquet in the release's layout: there and back, what the release itself holds, refusals, lazy
+images.
+"""
 
 import json
 
@@ -11,12 +13,21 @@ from caprl_jax.data.readers import caprl_parquet
 from caprl_jax.data.rows import BadRow, QARow, Question, read_image
 
 # One row exactly as the release's card describes it.
-RELEASED = {"id": "d976b8c551d62f12920218d54ecb6a58", "image": {"bytes": png("red"), "path": None},
-            "prompt": [{"role": "user", "content": "<image> Please describe this image in detail."}],
-            "data_source": "image_caption_rl",
-            "reward_model": {"ground_truth": [{"question": "Which city is mentioned in the company's address?",
-                                               "choices": ["A) 北京市", "B) 上海市", "C) 惠州市", "D) 广州市"],
-                                               "answer": "C"}]}}
+RELEASED = {
+  "id": "d976b8c551d62f12920218d54ecb6a58",
+  "image": {"bytes": png("red"), "path": None},
+  "prompt": [{"role": "user", "content": "<image> Please describe this image in detail."}],
+  "data_source": "image_caption_rl",
+  "reward_model": {
+    "ground_truth": [
+      {
+        "question": "Which city is mentioned in the company's address?",
+        "choices": ["A) 北京市", "B) 上海市", "C) 惠州市", "D) 广州市"],
+        "answer": "C",
+      }
+    ]
+  },
+}
 
 
 def test_round_trip_over_several_row_groups(tmp_path, monkeypatch):
@@ -28,7 +39,10 @@ def test_round_trip_over_several_row_groups(tmp_path, monkeypatch):
   assert pq.read_schema(tmp_path / "a.parquet").names[:5] == list(RELEASED)
   [item] = pq.read_table(tmp_path / "a.parquet").slice(1, 1).to_pylist()
   assert item["reward_model"]["ground_truth"][0] == {
-      "question": "第1?", "choices": ["A) 北京市", "B) 上海市", "C) A) x"], "answer": "B"}
+    "question": "第1?",
+    "choices": ["A) 北京市", "B) 上海市", "C) A) x"],
+    "answer": "B",
+  }
 
 
 def test_the_releases_own_layout(tmp_path):
@@ -36,23 +50,44 @@ def test_the_releases_own_layout(tmp_path):
     pq.write_table(pa.Table.from_pylist([RELEASED]), tmp_path / f"train-0000{i}.parquet")
   for source in (tmp_path, tmp_path / "train-*.parquet"):
     first, second = caprl_parquet.scan_parquet(source)
-    assert first.questions == second.questions == (
-        Question("Which city is mentioned in the company's address?", ("北京市", "上海市", "惠州市", "广州市"), 2),)
+    assert (
+      first.questions
+      == second.questions
+      == (
+        Question(
+          "Which city is mentioned in the company's address?",
+          ("北京市", "上海市", "惠州市", "广州市"),
+          2,
+        ),
+      )
+    )
     assert first.name == RELEASED["id"] and read_image(first).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_video_labels_and_bad_rows(tmp_path):
-  change = lambda **qa: RELEASED | {
-      "reward_model": {"ground_truth": [RELEASED["reward_model"]["ground_truth"][0] | qa]}}
-  rows = [change(choices=["A. Black", "B. White"], answer="B"), change(answer="E"), change(choices=[]),
-          RELEASED | {"reward_model": {"ground_truth": []}}, RELEASED]
+  change = lambda **qa: (
+    RELEASED
+    | {"reward_model": {"ground_truth": [RELEASED["reward_model"]["ground_truth"][0] | qa]}}
+  )
+  rows = [
+    change(choices=["A. Black", "B. White"], answer="B"),
+    change(answer="E"),
+    change(choices=[]),
+    RELEASED | {"reward_model": {"ground_truth": []}},
+    RELEASED,
+  ]
   path = tmp_path / "a.parquet"
   pq.write_table(pa.Table.from_pylist(rows, caprl_parquet.SCHEMA.remove(5)), path)
   read = list(caprl_parquet.scan_parquet(path))
   assert read[0].questions[0].options == ("Black", "White") and read[0].questions[0].gold == 1
-  assert [row.where for row in read if isinstance(row, BadRow)] == [f"{path}, row {i}" for i in (1, 2, 3)]
+  assert [row.where for row in read if isinstance(row, BadRow)] == [
+    f"{path}, row {i}" for i in (1, 2, 3)
+  ]
   assert all(row.message.startswith(row.where) for row in read if isinstance(row, BadRow))
-  assert "none of its options ['A', 'B', 'C', 'D']" in read[1].message and "holds no questions" in read[3].message
+  assert (
+    "none of its options ['A', 'B', 'C', 'D']" in read[1].message
+    and "holds no questions" in read[3].message
+  )
 
 
 def test_images_of_any_parquet(tmp_path):
@@ -60,12 +95,18 @@ def test_images_of_any_parquet(tmp_path):
   pq.write_table(table, tmp_path / "plain.parquet")
   names = [row.name for row in caprl_parquet.scan_images(tmp_path / "plain.parquet")]
   assert names == ["plain.parquet/0", "plain.parquet/1"]
-  assert read_image(list(caprl_parquet.scan_images(tmp_path / "plain.parquet"))[1]).getpixel((0, 0)) == (0, 0, 255)
-  struct = pa.table({"image": [{"bytes": png("red"), "path": "a/b.png"}, {"bytes": None, "path": "c.png"}]})
+  assert read_image(list(caprl_parquet.scan_images(tmp_path / "plain.parquet"))[1]).getpixel(
+    (0, 0)
+  ) == (0, 0, 255)
+  struct = pa.table(
+    {"image": [{"bytes": png("red"), "path": "a/b.png"}, {"bytes": None, "path": "c.png"}]}
+  )
   pq.write_table(struct, tmp_path / "struct.parquet")
   good, none = caprl_parquet.scan_images(tmp_path / "struct.parquet")
   assert (good.name, none.name) == ("a/b.png", "c.png") and good.image.read() == png("red")
-  with pytest.raises(ValueError, match="row 'c.png': cannot read its image .*row 1 in it.*no image bytes"):
+  with pytest.raises(
+    ValueError, match="row 'c.png': cannot read its image .*row 1 in it.*no image bytes"
+  ):
     read_image(none)
 
 
@@ -76,7 +117,9 @@ def test_refusals(tmp_path):
   with pytest.raises(ValueError, match="bad.parquet: cannot be read as parquet"):
     list(caprl_parquet.scan_parquet(tmp_path / "bad.parquet"))
   pq.write_table(pa.table({"videos": [["a.mp4"]], "prompt": ["x"]}), tmp_path / "video.parquet")
-  with pytest.raises(ValueError, match="columns .'image', 'reward_model'. are missing .videos are not supported"):
+  with pytest.raises(
+    ValueError, match="columns .'image', 'reward_model'. are missing .videos are not supported"
+  ):
     list(caprl_parquet.scan_parquet(tmp_path / "video.parquet"))
   pq.write_table(pa.table({"image": ["a.png"]}), tmp_path / "text.parquet")
   with pytest.raises(ValueError, match="'image' is string; it must be bytes"):
@@ -85,7 +128,9 @@ def test_refusals(tmp_path):
 
 def test_a_failed_write_leaves_nothing(tmp_path):
   with pytest.raises(ValueError, match="row 'bad': its image .3 bytes. is in no known format"):
-    caprl_parquet.write_parquet(tmp_path / "a.parquet", [*ROWS, QARow(b"abc", ROWS[0].questions, "bad")])
+    caprl_parquet.write_parquet(
+      tmp_path / "a.parquet", [*ROWS, QARow(b"abc", ROWS[0].questions, "bad")]
+    )
   assert list(tmp_path.iterdir()) == []
 
 
@@ -104,5 +149,7 @@ def test_extra_info_of_others_is_refused_by_place(tmp_path):
   row = RELEASED | {"extra_info": json.dumps({"kinds": ["a", "b"]})}
   pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
   [bad] = caprl_parquet.scan_parquet(tmp_path / "a.parquet")
-  assert bad == BadRow(f"{tmp_path / 'a.parquet'}, row 0",
-                       f"{tmp_path / 'a.parquet'}, row 0: extra_info has 2 kinds and 1 provenances for 1 questions")
+  assert bad == BadRow(
+    f"{tmp_path / 'a.parquet'}, row 0",
+    f"{tmp_path / 'a.parquet'}, row 0: extra_info has 2 kinds and 1 provenances for 1 questions",
+  )

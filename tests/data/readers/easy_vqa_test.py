@@ -28,8 +28,9 @@ def test_counts_answers_and_options(splits, split):
   assert rows.kinds(read) == ["color", "shape", "yes/no"]
   answers = {
     (row.name, question.stem): question.options[question.gold]
-    for row in read for question in row.questions
-  }  # fmt: skip
+    for row in read
+    for question in row.questions
+  }
   listed = json.loads((easy_vqa.easy_vqa_root() / split / "questions.json").read_text())
   assert answers == {(f"{split}/images/{i}.png", stem): answer for stem, answer, i in listed}
   assert len(answers) == sum(len(row.questions) for row in read) == QUESTIONS[split]

@@ -1,4 +1,6 @@
-"""JSON lines: what is refused and in what words, there and back, images that lie in memory or archives."""
+"""JSON lines: what is refused and in what words, there and back, images that lie in memory or
+archives.
+"""
 
 import dataclasses
 import io
@@ -13,7 +15,9 @@ from PIL import Image
 from caprl_jax.data import rows
 from caprl_jax.data.readers import jsonl
 
-COLOR = rows.Question("What color is it?", ("red", "blue", "dark green"), 1, "color", "hand-written")
+COLOR = rows.Question(
+  "What color is it?", ("red", "blue", "dark green"), 1, "color", "hand-written"
+)
 
 
 @pytest.fixture
@@ -52,7 +56,13 @@ def test_round_trip(picture, tmp_path):
   jsonl.write_caption_jsonl(tmp_path / "c.jsonl", captions)
   assert jsonl.read_caption_jsonl(tmp_path / "c.jsonl") == captions
   assert json.loads((tmp_path / "c.jsonl").read_text())["image"] == "images/1.png"
-  ours = {"image": "images/1.png", "caption": captions[0].caption, "name": "one", "tokens": [3, 1], "finish": "end"}
+  ours = {
+    "image": "images/1.png",
+    "caption": captions[0].caption,
+    "name": "one",
+    "tokens": [3, 1],
+    "finish": "end",
+  }
   assert jsonl.read_caption_jsonl(write_lines(tmp_path / "ours.jsonl", ours)) == captions
 
 
@@ -115,8 +125,14 @@ def test_refusals_name_file_and_line(item, message, picture, tmp_path):
     ({"image": "images/1.png", "caption": " "}, ":1: caption is empty"),
     ({"image": "images/1.png", "captoin": "A"}, ":1: 'captoin' is not a known key; .*'caption'"),
     ({"image": "images/1.png"}, ":1: the key 'caption' is missing"),
-    ({"image": "images/1.png", "error": "torn"}, r":1: an error stands in the caption's place \(torn\)"),
-    ({"image": "images/1.png", "caption": "A", "tokens": [1], "finish": "length"}, ":1: the caption was cut"),
+    (
+      {"image": "images/1.png", "error": "torn"},
+      r":1: an error stands in the caption's place \(torn\)",
+    ),
+    (
+      {"image": "images/1.png", "caption": "A", "tokens": [1], "finish": "length"},
+      ":1: the caption was cut",
+    ),
   ],
 )
 def test_caption_refusals(item, message, picture, tmp_path):
@@ -151,9 +167,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(picture, tmp_path):
 def test_all_bad_lines_are_counted_and_may_be_dropped(picture, tmp_path, caplog):
   path = write_lines(tmp_path / "a.jsonl", line(), "{", line(gold=7), line())
   found = list(jsonl.scan_jsonl(path))
-  assert ([row.where for row in found if isinstance(row, rows.BadRow)] == [f"{path}:2", f"{path}:3"]
-          and found[3].where == f"{path}:4")
-  with pytest.raises(ValueError, match=r"2 bad rows of 4 .*'drop'(.|\n)*:2: not JSON(.|\n)*:3: questions\[0\]"):
+  assert [row.where for row in found if isinstance(row, rows.BadRow)] == [
+    f"{path}:2",
+    f"{path}:3",
+  ] and found[3].where == f"{path}:4"
+  with pytest.raises(
+    ValueError, match=r"2 bad rows of 4 .*'drop'(.|\n)*:2: not JSON(.|\n)*:3: questions\[0\]"
+  ):
     rows.good_rows(found)
   assert rows.good_rows(found, "drop") == [found[0], found[3]]
   assert "dropped 2 bad rows of 4" in caplog.text and f"{path}:3: questions[0]" in caplog.text
@@ -174,11 +194,17 @@ def test_stored_images_are_saved_by_content(tmp_path):
   data = buffer.getvalue()
   written = [rows.QARow(Stored(data), (COLOR,), "a"), rows.QARow(data, (COLOR,), "b")]
   with pytest.raises(
-      ValueError, match="row 'a' has its image in memory or in an archive .archive, row 3.*image_folder"):
+    ValueError,
+    match="row 'a' has its image in memory or in an archive .archive, row 3.*image_folder",
+  ):
     jsonl.write_jsonl(tmp_path / "a.jsonl", written)
   jsonl.write_jsonl(tmp_path / "a.jsonl", written, image_folder=tmp_path / "pictures")
   first, second = jsonl.read_jsonl(tmp_path / "a.jsonl")
-  assert first.image == second.image and first.image.suffix == ".jpg" and first.image.read_bytes() == data
+  assert (
+    first.image == second.image
+    and first.image.suffix == ".jpg"
+    and first.image.read_bytes() == data
+  )
   assert (first.name, first.questions, second.name) == ("a", (COLOR,), "b")
   assert rows.read_image(written[0]).size == (4, 3) and rows.image_bytes(first) == data
   broken = rows.QARow(Stored(b"no image"), (COLOR,), "c")

@@ -8,7 +8,13 @@ from PIL import Image
 
 from caprl_jax.data.batches import index_stream, train_iterator
 from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
-from caprl_jax.data.readers.qa_sources import Part, parse_mixture, read_parts, read_qa_rows, scan_qa_rows
+from caprl_jax.data.readers.qa_sources import (
+  Part,
+  parse_mixture,
+  read_parts,
+  read_qa_rows,
+  scan_qa_rows,
+)
 from caprl_jax.data.rows import QARow, Question, read_image
 
 QUESTIONS = (Question("What color is it?", ("red", "blue"), 0), Question("Q?", ("x", "y", "z"), 2))
@@ -31,38 +37,56 @@ def test_every_format_reads_the_same_rows(rows, tmp_path):
   folder = tfds.write_tfds(tmp_path / "tfds", {"train": rows})
   for source in ("a.jsonl", "a.json", "p/a.parquet", "p", "p/*.parquet"):
     read = read_qa_rows(str(tmp_path / source), 0)
-    assert [(row.name, row.questions) for row in read] == [(row.name, row.questions) for row in rows], source
+    assert [(row.name, row.questions) for row in read] == [
+      (row.name, row.questions) for row in rows
+    ], source
   assert [row.name for row in read_qa_rows(f"tfds:{folder}:train", 0)] == [row.name for row in rows]
   assert len(read_qa_rows("easy_vqa:test", 0, max_rows=3)) == 3
   charts = read_qa_rows("charts:test:2:96x72", 0)
   assert len(charts) == 2 and read_image(charts[0]).size == (96, 72)
 
 
-@pytest.mark.parametrize("text, parts", [
+@pytest.mark.parametrize(
+  "text, parts",
+  [
     ("a.jsonl", [Part("a.jsonl")]),
     ("a b.jsonl + charts:train", [Part("a b.jsonl"), Part("charts:train")]),
-    ("0.7*easy_vqa:train + 3 * x/*.parquet", [Part("easy_vqa:train", 0.7), Part("x/*.parquet", 3.0)]),
+    (
+      "0.7*easy_vqa:train + 3 * x/*.parquet",
+      [Part("easy_vqa:train", 0.7), Part("x/*.parquet", 3.0)],
+    ),
     ("c++.jsonl + 2024*.parquet", [Part("c++.jsonl"), Part("2024*.parquet")]),
-])
+  ],
+)
 def test_mixtures(text, parts):
   assert list(parse_mixture(text)) == parts
 
 
-@pytest.mark.parametrize("text, message", [
-    ("a.jsonl +  + b.jsonl", "is empty"), ("", "is empty"),
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("a.jsonl +  + b.jsonl", "is empty"),
+    ("", "is empty"),
     ("0.5*a.jsonl + b.jsonl", "every source of a mixture a weight, or none"),
-    ("0*a.jsonl + 1*b.jsonl", "must be greater than 0"), ("-1*a.jsonl + 1*b.jsonl", "must be greater than 0"),
+    ("0*a.jsonl + 1*b.jsonl", "must be greater than 0"),
+    ("-1*a.jsonl + 1*b.jsonl", "must be greater than 0"),
     ("1.2.3*a.jsonl", "'1.2.3' is no weight"),
-])
+  ],
+)
 def test_mixtures_refused(text, message):
   with pytest.raises(ValueError, match=message):
     parse_mixture(text)
 
 
-@pytest.mark.parametrize("source, message", [
-    ("a.txt", "'a.txt' is not known; it may be\n  easy_vqa:train"), ("tfds:folder", "write tfds:FOLDER:SPLIT"),
-    ("charts:train:many", "write charts:SPLIT, charts:SPLIT:NUMBER"), ("nowhere.parquet", "no parquet file there"),
-])
+@pytest.mark.parametrize(
+  "source, message",
+  [
+    ("a.txt", "'a.txt' is not known; it may be\n  easy_vqa:train"),
+    ("tfds:folder", "write tfds:FOLDER:SPLIT"),
+    ("charts:train:many", "write charts:SPLIT, charts:SPLIT:NUMBER"),
+    ("nowhere.parquet", "no parquet file there"),
+  ],
+)
 def test_sources_refused(source, message):
   with pytest.raises(ValueError, match=message):
     list(scan_qa_rows(source, 0))
@@ -76,7 +100,8 @@ def test_parts_are_cut_and_cleaned_one_by_one(rows, tmp_path, caplog):
     read_parts(mixture, 0)
   parts = read_parts(mixture, 0, max_rows=3, bad_rows="drop")
   assert [(part.weight, [row.name for row in found]) for part, found in parts] == [
-      (2.0, ["0.png", "1.png", "2.png"])] + [(1.0, ["0.png", "1.png", "2.png"])]
+    (2.0, ["0.png", "1.png", "2.png"])
+  ] + [(1.0, ["0.png", "1.png", "2.png"])]
   assert "dropped 1 bad rows of 5" in caplog.text
 
 
@@ -85,8 +110,9 @@ def test_a_mixture_gives_each_source_its_share():
   drawn = np.array([stream[i] for i in range(400)])
   assert (drawn < 10).sum() == 300
   first, second = drawn[drawn < 10], drawn[drawn >= 10]
-  for part, rows in ((first, 10), (second, 4)):  # each source whole before any of its rows comes again, in a new order
-    rounds = part[:len(part) // rows * rows].reshape(-1, rows)
+  # each source whole before any of its rows comes again, in a new order
+  for part, rows in ((first, 10), (second, 4)):
+    rounds = part[: len(part) // rows * rows].reshape(-1, rows)
     assert (np.sort(rounds) == np.sort(rounds[0])).all() and (rounds[0] != rounds[1]).any()
   assert sorted(np.unique(drawn)) == list(range(14))
   plain = index_stream([(10, None), (4, None)], seed=7)

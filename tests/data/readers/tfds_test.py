@@ -14,7 +14,9 @@ from caprl_jax.data.rows import BadRow, QARow, read_image
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-  return str(tfds.write_tfds(tmp_path_factory.mktemp("tfds"), {"train": ROWS, "test": ROWS[:2]}, "colors"))
+  return str(
+    tfds.write_tfds(tmp_path_factory.mktemp("tfds"), {"train": ROWS, "test": ROWS[:2]}, "colors")
+  )
 
 
 def test_round_trip_in_order(folder):
@@ -28,19 +30,28 @@ def test_round_trip_in_order(folder):
 
 
 def test_reading_needs_no_tensorflow(folder):
-  code = ("import sys; from caprl_jax.data.readers import tfds; rows = list(tfds.scan_tfds(sys.argv[1], 'train'));"
-          "rows[0].image.read(); assert len(rows) == 7 and 'tensorflow' not in sys.modules")
+  code = (
+    "import sys; from caprl_jax.data.readers import tfds; rows = "
+    "list(tfds.scan_tfds(sys.argv[1], 'train'));rows[0].image.read(); assert len(rows) == 7 "
+    "and 'tensorflow' not in sys.modules"
+  )
   subprocess.run([sys.executable, "-c", code, folder], check=True, timeout=120)
 
 
 def test_a_record_that_cannot_be_used(folder, monkeypatch):
   source = tfds._source(folder, "test")
-  records = [dict(source[0]), dict(source[1]) | {"qa": json.dumps({"questions": [{"stem": "Q?"}]}).encode()}]
+  records = [
+    dict(source[0]),
+    dict(source[1]) | {"qa": json.dumps({"questions": [{"stem": "Q?"}]}).encode()},
+  ]
   monkeypatch.setattr(type(source), "__getitem__", lambda self, i: records[i])
   good, bad = tfds.scan_tfds(folder, "test")
   assert isinstance(good, QARow) and isinstance(bad, BadRow)
-  assert bad.message == f"{folder}:test, record 1: questions[0]: the key 'options' is missing (known keys: stem, " \
-      "options, gold, kind, provenance)"
+  assert (
+    bad.message
+    == f"{folder}:test, record 1: questions[0]: the key 'options' is missing (known keys: stem, "
+    "options, gold, kind, provenance)"
+  )
 
 
 def test_refusals(folder, tmp_path):

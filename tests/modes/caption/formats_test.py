@@ -1,4 +1,6 @@
-"""Where captions go: resumable shards, each format read back by its own reader, statistics by hand, the page."""
+"""Where captions go: resumable shards, each format read back by its own reader, statistics by hand,
+the page.
+"""
 
 import io
 import json
@@ -27,12 +29,17 @@ from caprl_jax.modes.caption.formats import Output
 
 def make(folder, count=10, shard_rows=4, host=0, hosts=1, **settings) -> ShardedJob:
   names = [f"{i}.png" for i in range(count)]
-  return ShardedJob(folder, row_shards.manifest({"prompt": "?"} | settings, names, shard_rows), host, hosts)
+  return ShardedJob(
+    folder, row_shards.manifest({"prompt": "?"} | settings, names, shard_rows), host, hosts
+  )
 
 
 def finished(number: int) -> RowResult:
-  return RowResult(number, {"image": f"{number}.png", "caption": f"é {number}\u2028", "tokens": [number],
-                           "finish": "end"}, {"bucket": "4x1", "secs": 0.5})
+  return RowResult(
+    number,
+    {"image": f"{number}.png", "caption": f"é {number}\u2028", "tokens": [number], "finish": "end"},
+    {"bucket": "4x1", "secs": 0.5},
+  )
 
 
 def fill(parts: ShardedJob, shard: int) -> None:
@@ -42,20 +49,27 @@ def fill(parts: ShardedJob, shard: int) -> None:
 
 def test_shards_are_shared_and_read_in_order(tmp_path):
   hosts = [make(tmp_path / "parts", host=host, hosts=2) for host in range(2)]
-  assert [list(parts.mine) for parts in hosts] == [[0, 2], [1]] and list(hosts[0].numbers(2)) == [8, 9]
+  assert [list(parts.mine) for parts in hosts] == [[0, 2], [1]] and list(hosts[0].numbers(2)) == [
+    8,
+    9,
+  ]
   for parts in hosts:
     parts.open()
     for shard in parts.mine:
       fill(parts, shard)
-  assert hosts[0].missing() == [] and list(hosts[0].read()) == [finished(number) for number in range(10)]
+  assert hosts[0].missing() == [] and list(hosts[0].read()) == [
+    finished(number) for number in range(10)
+  ]
   assert hosts[1].path(1).name == "00001-of-00003.jsonl"
   hosts[0].remove()
   assert list(tmp_path.iterdir()) == []
-  assert list(make(tmp_path / "x", count=3, host=2, hosts=3).mine) == []  # a host may have nothing to do
+  # a host may have nothing to do
+  assert list(make(tmp_path / "x", count=3, host=2, hosts=3).mine) == []
 
 
-@pytest.mark.parametrize("tail", [b"", b'[2, {"ima', b"[2, {}, {}]", b"\0\0\0\n", b"[2]\n",
-                                  b'[99, {}, {}]\n', b"7\n[3"])
+@pytest.mark.parametrize(
+  "tail", [b"", b'[2, {"ima', b"[2, {}, {}]", b"\0\0\0\n", b"[2]\n", b"[99, {}, {}]\n", b"7\n[3"]
+)
 def test_a_shard_goes_on_after_what_was_kept(tail, tmp_path):
   parts = make(tmp_path / "parts")
   parts.open()
@@ -97,22 +111,30 @@ def test_a_shard_has_one_writer(tmp_path):
   parts.open()
   with Shard(parts, 0) as kept:
     kept.put([finished(0)])
-    with pytest.raises(ValueError, match=r"another process is writing .*00000-of-00003.*caption\.host"):
+    with pytest.raises(
+      ValueError, match=r"another process is writing .*00000-of-00003.*caption\.host"
+    ):
       Shard(parts, 0).__enter__()
   fill(parts, 0)
   with Shard(parts, 0) as kept:  # its other writer was just about to end
     assert kept.done == {0, 1, 2, 3}
   assert parts.missing() == [1, 2] and not kept.partial.exists()
-  with parts.lock("output"), pytest.raises(ValueError, match="another process"), parts.lock("output"):
+  with (
+    parts.lock("output"),
+    pytest.raises(ValueError, match="another process"),
+    parts.lock("output"),
+  ):
     pass
 
 
 def test_other_settings_and_missing_rows_are_refused(tmp_path):
   make(tmp_path / "parts").open()
   make(tmp_path / "parts").open()
-  for other, message in ((make(tmp_path / "parts", prompt="!"), r"prompt was '\?' and is '!'"),
-                         (make(tmp_path / "parts", count=11), "images was 10 and is 11; names_sha256 was"),
-                         (make(tmp_path / "parts", shard_rows=5), "shard_rows was 4 and is 5")):
+  for other, message in (
+    (make(tmp_path / "parts", prompt="!"), r"prompt was '\?' and is '!'"),
+    (make(tmp_path / "parts", count=11), "images was 10 and is 11; names_sha256 was"),
+    (make(tmp_path / "parts", shard_rows=5), "shard_rows was 4 and is 5"),
+  ):
     with pytest.raises(ValueError, match=message):
       other.open()
   parts = make(tmp_path / "parts")
@@ -155,8 +177,15 @@ def images(tmp_path):
 
 def outcome(rows: list[CaptionRow]) -> list[tuple[int, dict]]:
   """What a captioner might make of them."""
-  good = lambda i: {"caption": f"Ünï {i}\n\"x\"", "tokens": [i, 2, 3], "finish": "end" if i else "length"}
-  return [(i, {"image": row.name} | ({"error": "no"} if i == 3 else good(i))) for i, row in enumerate(rows)]
+  good = lambda i: {
+    "caption": f'Ünï {i}\n"x"',
+    "tokens": [i, 2, 3],
+    "finish": "end" if i else "length",
+  }
+  return [
+    (i, {"image": row.name} | ({"error": "no"} if i == 3 else good(i)))
+    for i, row in enumerate(rows)
+  ]
 
 
 def output(kind, path, source, **more) -> Output:
@@ -171,9 +200,13 @@ def test_json_lines(images, tmp_path):
   rows = find_images(str(images))
   output("jsonl", tmp_path / "new" / "out.jsonl", images).write(outcome(rows), rows)
   assert lines(tmp_path / "new" / "out.jsonl") == [row for _, row in outcome(rows)]
-  output("caprl_2m", tmp_path / "c.jsonl", images, image_key="img", caption_key="text").write(outcome(rows), rows)
+  output("caprl_2m", tmp_path / "c.jsonl", images, image_key="img", caption_key="text").write(
+    outcome(rows), rows
+  )
   good = [row for _, row in outcome(rows) if "error" not in row]
-  assert lines(tmp_path / "c.jsonl") == [{"img": row["image"], "text": row["caption"]} for row in good]
+  assert lines(tmp_path / "c.jsonl") == [
+    {"img": row["image"], "text": row["caption"]} for row in good
+  ]
   assert lines(tmp_path / "c.failed.jsonl") == [{"image": rows[3].name, "error": "no"}]
 
 
@@ -195,10 +228,18 @@ def test_texts_beside_the_images_and_in_a_tree_of_their_own(images, tmp_path):
     out = output("txt", folder, images)
     out.check(rows)
     out.write(outcome(rows), rows)
-    found = {str(path.relative_to(folder)): path.read_text("utf-8") for path in folder.rglob("*.txt")}
-    assert found == {("deep/" if int(row["image"][-5]) % 2 else "") + row["image"][-5] + ".txt": row["caption"] + "\n"
-                     for _, row in outcome(rows) if "error" not in row}
-    assert lines(folder.with_name(folder.name + ".failed.jsonl")) == [{"image": rows[3].name, "error": "no"}]
+    found = {
+      str(path.relative_to(folder)): path.read_text("utf-8") for path in folder.rglob("*.txt")
+    }
+    assert found == {
+      ("deep/" if int(row["image"][-5]) % 2 else "") + row["image"][-5] + ".txt": row["caption"]
+      + "\n"
+      for _, row in outcome(rows)
+      if "error" not in row
+    }
+    assert lines(folder.with_name(folder.name + ".failed.jsonl")) == [
+      {"image": rows[3].name, "error": "no"}
+    ]
     with pytest.raises(ValueError, match="5 of the texts to write are there already"):
       out.check(rows)
   shutil.copy(images / "0.png", images / "0.jpg")
@@ -208,10 +249,14 @@ def test_texts_beside_the_images_and_in_a_tree_of_their_own(images, tmp_path):
 
 def test_texts_for_images_in_a_tar(images, tmp_path):
   (tmp_path / "set").mkdir()
-  subprocess.run(["tar", "cf", tmp_path / "set" / "a.tar", "-C", images, "0.png", "deep"], check=True)
+  subprocess.run(
+    ["tar", "cf", tmp_path / "set" / "a.tar", "-C", images, "0.png", "deep"], check=True
+  )
   rows = find_images(str(tmp_path / "set"))
   output("txt", tmp_path / "texts", tmp_path / "set").write([(0, outcome(rows)[0][1])], rows)
-  assert [str(path.relative_to(tmp_path / "texts")) for path in (tmp_path / "texts").rglob("*.txt")] == ["a.tar/0.txt"]
+  assert [
+    str(path.relative_to(tmp_path / "texts")) for path in (tmp_path / "texts").rglob("*.txt")
+  ] == ["a.tar/0.txt"]
   with pytest.raises(ValueError, match=r"a\.tar is a file"):
     output("txt", tmp_path / "set", tmp_path / "set").check(rows)
 
@@ -236,10 +281,17 @@ def test_a_hugging_face_dataset(embed, images, tmp_path, monkeypatch):
     assert isinstance(found.features["image"], datasets.Image)
     for picture, (i, _) in zip(found["image"], good, strict=True):
       assert np.array_equal(np.asarray(picture), np.asarray(Image.open(rows[i].image)))
-    one = datasets.Dataset.from_parquet(str(tmp_path / "set" / "data" / names[0]), cache_dir=str(tmp_path / "cache"))
+    one = datasets.Dataset.from_parquet(
+      str(tmp_path / "set" / "data" / names[0]), cache_dir=str(tmp_path / "cache")
+    )
     assert one[0]["image"].size == (9, 8)  # a file by itself too
   out.write(outcome(rows)[:2], rows)  # after a kill: what is there is ours, and gives way
-  assert datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache2"))["train"].num_rows == 2
+  assert (
+    datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache2"))[
+      "train"
+    ].num_rows
+    == 2
+  )
 
 
 def test_outputs_that_are_there_or_say_no_format_are_refused(images, tmp_path):
@@ -280,18 +332,33 @@ def test_statistics_are_those_counted_by_hand():
   for number, (length, text) in enumerate(zip(lengths, texts)):
     tokens = [7] * length  # the longest is a loop
     about = {"bucket": "16x4" if number else "128x32", "secs": 0.1 if number // 2 % 2 else 0.05}
-    row = {"image": f"{number}", "caption": text, "tokens": tokens, "finish": "length" if length > 3 else "end"}
+    row = {
+      "image": f"{number}",
+      "caption": text,
+      "tokens": tokens,
+      "finish": "length" if length > 3 else "end",
+    }
     found.add(RowResult(number, row, about))
   for number, reason in ((5, "not an image"), (6, "no such file"), (7, "not an image")):
     found.add(RowResult(number, {"image": f"{number}", "error": "?"}, {"reason": reason}))
   figures = found.figures()
   rate = figures.pop("images_per_sec")
   assert figures == {
-      "images": 8, "captioned": 5, "failed": 3, "failed_by_reason": {"not an image": 2, "no such file": 1},
-      "cut_share": 0.4, "caption_tokens": {"mean": 6.0, "p5": 1, "p50": 3, "p95": 20, "max": 20},
-      "distinct_captions": 3, "repeat_share": 0.4, "loop_share": 0.2, "images_by_bucket": {"16x4": 4, "128x32": 1}}
+    "images": 8,
+    "captioned": 5,
+    "failed": 3,
+    "failed_by_reason": {"not an image": 2, "no such file": 1},
+    "cut_share": 0.4,
+    "caption_tokens": {"mean": 6.0, "p5": 1, "p50": 3, "p95": 20, "max": 20},
+    "distinct_captions": 3,
+    "repeat_share": 0.4,
+    "loop_share": 0.2,
+    "images_by_bucket": {"16x4": 4, "128x32": 1},
+  }
   assert rate == pytest.approx(20 + 10)  # host 0 at 20 a second, host 1 at 10
-  assert [n for n, _ in found.longest.rows()] == [4, 3] and [n for n, _ in found.shortest.rows()] == [0, 1]
+  assert [n for n, _ in found.longest.rows()] == [4, 3] and [
+    n for n, _ in found.shortest.rows()
+  ] == [0, 1]
   assert [n for n, _ in found.cuts.rows()] == [3, 4] and len(found.failures.rows()) == 2
   empty = caption_report.Statistics(1, 1, 48, 0).figures()
   assert empty["captioned"] == 0 and empty["cut_share"] is None and empty["caption_tokens"] is None
@@ -299,10 +366,17 @@ def test_statistics_are_those_counted_by_hand():
 
 def test_loops():
   text = list(range(40))
-  for tokens, loops in ((text, False), (text + [1, 2, 3, 4] * 3, True), (text + [1, 2, 3, 4] * 2, False),
-                        ([5] * 11, False), ([5] * 12, True), (text[:5] + list(range(32)) * 3, True),
-                        (text[:5] + list(range(33)) * 3, False),
-                        ([1, 2, 3, 4, 9, 1, 2, 3, 4, 8, 1, 2, 3, 4], False), ([], False)):
+  for tokens, loops in (
+    (text, False),
+    (text + [1, 2, 3, 4] * 3, True),
+    (text + [1, 2, 3, 4] * 2, False),
+    ([5] * 11, False),
+    ([5] * 12, True),
+    (text[:5] + list(range(32)) * 3, True),
+    (text[:5] + list(range(33)) * 3, False),
+    ([1, 2, 3, 4, 9, 1, 2, 3, 4, 8, 1, 2, 3, 4], False),
+    ([], False),
+  ):
     assert caption_report.has_loop(tokens) == loops, tokens
 
 
@@ -320,7 +394,9 @@ def test_reasons(tmp_path):
     except ValueError as error:
       reasons[name] = caption_report.reason_of(error)
   assert reasons == {"bad": "not an image", "torn": "damaged image", "absent": "no such file"}
-  assert caption_report.reason_of(ValueError("one side is over 200 times the other")) == "too narrow"
+  assert (
+    caption_report.reason_of(ValueError("one side is over 200 times the other")) == "too narrow"
+  )
 
 
 def test_random_samples_are_the_seed_s_and_spread():
@@ -339,9 +415,18 @@ def test_the_page_shows_each_row_once_and_escapes(images, tmp_path):
   found = caption_report.Statistics(1, 100, 48, 0)
   for number, row in outcome(rows):
     row = row | ({"caption": f"<script>{number}"} if "caption" in row else {"error": "<b>why"})
-    found.add(RowResult(number, row, {"bucket": "4x1", "secs": 0.1} if "caption" in row else {"reason": "other"}))
+    found.add(
+      RowResult(
+        number, row, {"bucket": "4x1", "secs": 0.1} if "caption" in row else {"reason": "other"}
+      )
+    )
   page = caption_report.samples_page("out", found, {"max_tokens": 3, "prompt": "<i>?"}, rows)
   assert page.count("<article") == 6 and page.count("data:image/png;base64") == 6
-  assert "<script>" not in page and "&lt;script&gt;5" in page and "&lt;b&gt;why" in page and "&lt;i&gt;?" in page
+  assert (
+    "<script>" not in page
+    and "&lt;script&gt;5" in page
+    and "&lt;b&gt;why" in page
+    and "&lt;i&gt;?" in page
+  )
   for title in ("Longest", "Failed", "Cut"):
     assert page.count(f"<h2>{title}</h2>") == 1

@@ -1,4 +1,6 @@
-"""Mode `caption` against transformers' own generate, from a directory that transformers wrote; kills, hosts, ends."""
+"""Mode `caption` against transformers' own generate, from a directory that transformers wrote;
+kills, hosts, ends.
+"""
 
 import io
 import json
@@ -31,14 +33,18 @@ PROMPT = "Please describe this image in detail."
 
 def theirs(folder, paths, tokens: int) -> list[list[int]]:
   """Ids that transformers generates, image by image."""
-  model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+  model = transformers.AutoModelForImageTextToText.from_pretrained(
+    folder, dtype=torch.float32
+  ).eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
   template = (folder / "chat_template.jinja").read_text()
   turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
   out = []
   for path in paths:
-    text = tokenizer.apply_chat_template(turn, chat_template=template, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+      turn, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
     picture = [Image.open(path).convert("RGB")]
     if "<IMG_CONTEXT>" in text:
       made = images(picture, return_tensors="pt", crop_to_patches=True)
@@ -47,15 +53,22 @@ def theirs(folder, paths, tokens: int) -> list[list[int]]:
       extra = dict(pixel_values=made["pixel_values"])
     else:
       made = images(picture, return_tensors="pt")
-      text = text.replace("<|image_pad|>", "<|image_pad|>" * int(made["image_grid_thw"].prod() // 4))
+      text = text.replace(
+        "<|image_pad|>", "<|image_pad|>" * int(made["image_grid_thw"].prod() // 4)
+      )
       extra = dict(made)
     ids = tokenizer(text, return_tensors="pt").input_ids
     if "image_grid_thw" in extra:
       extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     with torch.no_grad():
-      made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                            **extra)
-    out.append(made[0, ids.shape[1]:].tolist())
+      made = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        **extra,
+      )
+    out.append(made[0, ids.shape[1] :].tolist())
   return out
 
 
@@ -68,17 +81,29 @@ def write_images(folder):
 
 
 def command(checkpoint, source, output, *more):
-  return main.main(["main", "--config=configs/caption.py", f"--config.policy.checkpoint={checkpoint}",
-                    f"--config.caption.input={source}", f"--config.caption.output={output}",
-                    f"--config.caption.prompt={PROMPT}", "--config.caption.max_tokens=24",
-                    "--config.caption.batch_size=4", f"--workdir={output.parent / 'work'}", *more])
+  return main.main(
+    [
+      "main",
+      "--config=configs/caption.py",
+      f"--config.policy.checkpoint={checkpoint}",
+      f"--config.caption.input={source}",
+      f"--config.caption.output={output}",
+      f"--config.caption.prompt={PROMPT}",
+      "--config.caption.max_tokens=24",
+      "--config.caption.batch_size=4",
+      f"--workdir={output.parent / 'work'}",
+      *more,
+    ]
+  )
 
 
 def read(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("case, penalty", [("qwen2_5_vl", 1.3), ("qwen3_vl-tied", None), ("internvl-qwen3", None)])
+@pytest.mark.parametrize(
+  "case, penalty", [("qwen2_5_vl", 1.3), ("qwen3_vl-tied", None), ("internvl-qwen3", None)]
+)
 def test_captions_are_those_of_generate(case, penalty, tmp_path):
   checkpoint = tmp_path / "checkpoint"
   write_checkpoint(checkpoint, case, penalty=penalty)
@@ -95,21 +120,39 @@ def test_captions_are_those_of_generate(case, penalty, tmp_path):
 
 
 def test_markers_that_are_not_flagged_special_stay(checkpoint, tmp_path):
-  """As in batch_decode with skip_special_tokens: `<think>` of Qwen3's tokenizers is such a token."""
+  """As in batch_decode with skip_special_tokens: `<think>` of Qwen3's tokenizers is such a
+  token.
+  """
   write_images(tmp_path / "images")
   assert command(checkpoint, tmp_path / "images", tmp_path / "plain.jsonl") == 0
   shutil.copytree(checkpoint, tmp_path / "marked")
   spec = tiny.read_back(tmp_path / "marked" / "tokenizer.json")
   written = {token for row in read(tmp_path / "plain.jsonl") for token in row["tokens"]}
-  marked = [(token, i) for token, i in spec["model"]["vocab"].items() if i in written and token.isalpha()][:3]
+  marked = [
+    (token, i) for token, i in spec["model"]["vocab"].items() if i in written and token.isalpha()
+  ][:3]
   spec["added_tokens"] += [
-      {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-       "special": False} for token, i in marked]
+    {
+      "id": i,
+      "content": token,
+      "single_word": False,
+      "lstrip": False,
+      "rstrip": False,
+      "normalized": False,
+      "special": False,
+    }
+    for token, i in marked
+  ]
   (tmp_path / "marked" / "tokenizer.json").write_text(json.dumps(spec))
   assert command(tmp_path / "marked", tmp_path / "images", tmp_path / "out.jsonl") == 0
-  rows, tokenizer = read(tmp_path / "out.jsonl"), transformers.AutoTokenizer.from_pretrained(tmp_path / "marked")
+  rows, tokenizer = (
+    read(tmp_path / "out.jsonl"),
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "marked"),
+  )
   assert any(i in row["tokens"] for row in rows for _, i in marked)
-  assert [row["caption"] for row in rows] == [tokenizer.decode(row["tokens"], skip_special_tokens=True) for row in rows]
+  assert [row["caption"] for row in rows] == [
+    tokenizer.decode(row["tokens"], skip_special_tokens=True) for row in rows
+  ]
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +184,20 @@ def test_json_lines_bad_images_and_going_on(checkpoint, tmp_path, monkeypatch, c
     file.write("[7, {torn")
   with caplog.at_level(logging.INFO, "caprl_jax"):
     assert command(checkpoint, source, output) == 0
-  assert f"going on after {len(written)} of 8 images" in caplog.text and "2 images failed" in caplog.text
+  assert (
+    f"going on after {len(written)} of 8 images" in caplog.text and "2 images failed" in caplog.text
+  )
   rows = read(output)
-  assert [row["image"] for row in rows] == names and not output.with_name("out.jsonl.parts").exists()
+  assert [row["image"] for row in rows] == names and not output.with_name(
+    "out.jsonl.parts"
+  ).exists()
   assert all(row.keys() == {"image", "caption", "tokens", "finish"} for row in rows[:6])
   assert "broken.png" in rows[6]["error"] and "absent.png" in rows[7]["error"]
   figures = tiny.read_back(tmp_path / "out.stats.json")
-  assert figures["failed_by_reason"] == {"not an image": 1, "no such file": 1} and figures["captioned"] == 6
+  assert (
+    figures["failed_by_reason"] == {"not an image": 1, "no such file": 1}
+    and figures["captioned"] == 6
+  )
   assert sum(figures["images_by_bucket"].values()) == 6 and figures["images_per_sec"] > 0
   assert "broken.png" in (tmp_path / "out.html").read_text()
   alone = tmp_path / "alone.jsonl"
@@ -161,10 +211,12 @@ def test_what_cannot_be_captioned_is_said(checkpoint, tmp_path, capsys):
   bad.write_text('{"picture": "a.png"}\n')
   broken = tmp_path / "broken.png"
   broken.write_bytes(b"no image")
-  for source, what, more in ((tmp_path / "empty", "no image in this folder", ()),
-                             (tmp_path / "none", "no such file", ()),
-                             (bad, "bad.jsonl:1: not a JSON object with an 'image'", ()),
-                             (broken, "broken.png", ("--config.caption.skip_bad_images=False",))):
+  for source, what, more in (
+    (tmp_path / "empty", "no image in this folder", ()),
+    (tmp_path / "none", "no such file", ()),
+    (bad, "bad.jsonl:1: not a JSON object with an 'image'", ()),
+    (broken, "broken.png", ("--config.caption.skip_bad_images=False",)),
+  ):
     assert command(checkpoint, source, tmp_path / "out.jsonl", *more) == 2
     assert what in capsys.readouterr().err
 
@@ -177,25 +229,41 @@ def test_nothing_but_bad_images(checkpoint, tmp_path):
   assert command(checkpoint, tmp_path / "images", tmp_path / "out.jsonl") == 0
   assert ["error" in row for row in read(tmp_path / "out.jsonl")] == [True] * 4
   figures = tiny.read_back(tmp_path / "out.stats.json")
-  assert figures["failed_by_reason"] == {"not an image": 3, "too narrow": 1} and figures["images_per_sec"] is None
-  assert command(checkpoint, tmp_path / "images", tmp_path / "dataset", "--config.caption.format=hf") == 0
-  assert len(read(tmp_path / "dataset.failed.jsonl")) == 4 and (tmp_path / "dataset" / "data").is_dir()
+  assert (
+    figures["failed_by_reason"] == {"not an image": 3, "too narrow": 1}
+    and figures["images_per_sec"] is None
+  )
+  assert (
+    command(checkpoint, tmp_path / "images", tmp_path / "dataset", "--config.caption.format=hf")
+    == 0
+  )
+  assert (
+    len(read(tmp_path / "dataset.failed.jsonl")) == 4 and (tmp_path / "dataset" / "data").is_dir()
+  )
   assert all(row["image"] in row["error"] for row in read(tmp_path / "out.jsonl"))
 
 
 def test_a_style_is_a_prompt():
-  assert caption.instruction_of("detailed", "x") == PROMPT and caption.instruction_of(None, "x") == "x"
+  assert (
+    caption.instruction_of("detailed", "x") == PROMPT and caption.instruction_of(None, "x") == "x"
+  )
   assert "one sentence" in caption.instruction_of("short", "x")
   assert caption.instruction_of("Caption:", "x") == "Caption:"
   with pytest.raises(ValueError, match="did you mean 'detailed'"):
     caption.instruction_of("detialed", "x")
-  for section, message in ((dict(host=1), "set both or neither"), (dict(host=2, hosts=2), "from 0 to"),
-                           (dict(caption_key="image"), "must differ"), (dict(shard_rows=0), "at least 1")):
+  for section, message in (
+    (dict(host=1), "set both or neither"),
+    (dict(host=2, hosts=2), "from 0 to"),
+    (dict(caption_key="image"), "must differ"),
+    (dict(shard_rows=0), "at least 1"),
+  ):
     with pytest.raises(ValueError, match=message):
       caption.CaptionConfig("in", "out", **section)
 
 
-def test_a_job_goes_on_only_with_its_settings_and_ends_once(checkpoint, tmp_path, monkeypatch, capsys, caplog):
+def test_a_job_goes_on_only_with_its_settings_and_ends_once(
+  checkpoint, tmp_path, monkeypatch, capsys, caplog
+):
   paths, output = write_images(tmp_path / "images"), tmp_path / "out.jsonl"
 
   def killed(*_):
@@ -233,7 +301,10 @@ def test_a_checkpoint_trained_anew_is_another_job(checkpoint, tmp_path, capsys):
   assert command(tmp_path / "policy", tmp_path / "images", tmp_path / "out.jsonl") == 0
   tiny.train_anew(tmp_path / "policy")
   assert command(tmp_path / "policy", tmp_path / "images", tmp_path / "out.jsonl") == 2
-  assert "from a job with other settings" in (said := capsys.readouterr().err) and "checkpoint_sha256 was" in said
+  assert (
+    "from a job with other settings" in (said := capsys.readouterr().err)
+    and "checkpoint_sha256 was" in said
+  )
 
 
 # ---- many images, real processes
@@ -243,7 +314,9 @@ COUNT = 300
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-  """300 of easy-VQA's images in three tar files, one of them broken, and what an undisturbed run makes of them."""
+  """300 of easy-VQA's images in three tar files, one of them broken, and what an undisturbed run
+  makes of them.
+  """
   folder = tmp_path_factory.mktemp("many")
   (folder / "shards").mkdir()
   images = easy_vqa_root() / "train" / "images"
@@ -260,13 +333,29 @@ def many(tmp_path_factory):
 
 def start(folder, output, *more, environment=()):
   """Mode `caption` in a process of its own; its stderr goes beside the output."""
-  command = [sys.executable, "-m", "caprl_jax.main", "--config=configs/caption.py",
-             "--config.policy.checkpoint=configs/quickstart_policy", f"--config.caption.input={folder / 'shards'}",
-             f"--config.caption.output={output}", "--config.caption.max_tokens=12", "--config.caption.batch_size=8",
-             "--config.caption.shard_rows=64", f"--workdir={output}.work", *more]
+  command = [
+    sys.executable,
+    "-m",
+    "caprl_jax.main",
+    "--config=configs/caption.py",
+    "--config.policy.checkpoint=configs/quickstart_policy",
+    f"--config.caption.input={folder / 'shards'}",
+    f"--config.caption.output={output}",
+    "--config.caption.max_tokens=12",
+    "--config.caption.batch_size=8",
+    "--config.caption.shard_rows=64",
+    f"--workdir={output}.work",
+    *more,
+  ]
   with open(f"{output}.stderr", "a") as file:
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(environment), stdin=subprocess.DEVNULL,
-                            stdout=file, stderr=file)
+    return subprocess.Popen(
+      command,
+      cwd=ROOT,
+      env=os.environ | dict(environment),
+      stdin=subprocess.DEVNULL,
+      stdout=file,
+      stderr=file,
+    )
 
 
 def wait(*started):
@@ -279,7 +368,9 @@ def wait(*started):
 
 
 def rows_in(parts):
-  return sum(path.read_bytes().count(b"\n") for path in parts.glob("*.jsonl*")) if parts.is_dir() else 0
+  return (
+    sum(path.read_bytes().count(b"\n") for path in parts.glob("*.jsonl*")) if parts.is_dir() else 0
+  )
 
 
 @pytest.mark.slow
@@ -289,7 +380,8 @@ def test_killed_at_random_times_nothing_is_lost_or_doubled(many):
   for kill in range(4):
     process, before = start(many, output), rows_in(parts)
     deadline = time.monotonic() + 120
-    while process.poll() is None and rows_in(parts) <= before and kill < 3:  # the last kill is while it loads
+    # the last kill is while it loads
+    while process.poll() is None and rows_in(parts) <= before and kill < 3:
       assert time.monotonic() < deadline
       time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.3) if kill < 3 else 1.0)
@@ -315,8 +407,10 @@ def test_two_hosts_write_what_one_writes(many, distributed):
       probe.bind(("localhost", 0))
       address = f"localhost:{probe.getsockname()[1]}"
     flags = [("--distributed",)] * 2
-    environment = [{"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(host)}
-                   for host in range(2)]
+    environment = [
+      {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(host)}
+      for host in range(2)
+    ]
   wait(*(start(many, output, *flags[host], environment=environment[host]) for host in range(2)))
   assert output.read_bytes() == (many / "whole.jsonl").read_bytes()
   figures = tiny.read_back(many / f"two{distributed}.stats.json")

@@ -1,4 +1,6 @@
-"""Questions read from a model's text: the layouts in use, what must not be guessed, and that nothing is lost."""
+"""Questions read from a model's text: the layouts in use, what must not be guessed, and that
+nothing is lost.
+"""
 
 import itertools
 import re
@@ -38,25 +40,80 @@ def failure(text: str) -> Failure:
 def write(question: Question, number: int, header: str, option: str, answer: str) -> str:
   options = "\n".join(option.format(l, text) for l, text in zip("ABCDEFGHIJ", question.options))
   gold = "ABCDEFGHIJ"[question.gold]
-  return (header.format(n=number, q=question.stem) + "\n" + options + "\n" +
-          answer.format(l=gold, t=question.options[question.gold]))
+  return (
+    header.format(n=number, q=question.stem)
+    + "\n"
+    + options
+    + "\n"
+    + answer.format(l=gold, t=question.options[question.gold])
+  )
 
 
 HEADERS = [
-    "#### {n}. **{q}**", "### {n}. {q}", "{n}. {q}", "{n}) **{q}**", "**{n}. {q}**", "**{n}.** {q}", "Q{n}: {q}",
-    "Q{n}. {q}", "Question {n}: {q}", "**Question {n}:** {q}", "**Question {n}**\n{q}", "### Question {n}\n\n{q}",
-    "#### {n}. **Question**\n{q}", "#### {n}. **Question:** {q}", "#### {n}\n**{q}**", "- **Question {n}** - {q}",
-    "## **{n}. {q}**", "### Question {n}\n**Question:** {q}", "#### {n}. **Question**\n#### {q}", "问题{n}：{q}",
-    "第{n}题\n{q}", "{n}、{q}", "#### **{q}**", "Question: {q}", "Here is the first:\n\n{q}"]
+  "#### {n}. **{q}**",
+  "### {n}. {q}",
+  "{n}. {q}",
+  "{n}) **{q}**",
+  "**{n}. {q}**",
+  "**{n}.** {q}",
+  "Q{n}: {q}",
+  "Q{n}. {q}",
+  "Question {n}: {q}",
+  "**Question {n}:** {q}",
+  "**Question {n}**\n{q}",
+  "### Question {n}\n\n{q}",
+  "#### {n}. **Question**\n{q}",
+  "#### {n}. **Question:** {q}",
+  "#### {n}\n**{q}**",
+  "- **Question {n}** - {q}",
+  "## **{n}. {q}**",
+  "### Question {n}\n**Question:** {q}",
+  "#### {n}. **Question**\n#### {q}",
+  "问题{n}：{q}",
+  "第{n}题\n{q}",
+  "{n}、{q}",
+  "#### **{q}**",
+  "Question: {q}",
+  "Here is the first:\n\n{q}",
+]
 OPTIONS = [
-    "   - {0}) {1}", "{0}) {1}", "{0}. {1}", "({0}) {1}", "- {0}) {1}", "**{0})** {1}", "- **{0}.** {1}",
-    "**{0})**{1}", "* **{0}) {1}**", "{0}: {1}", "{0}、{1}", "（{0}）{1}", "\t{0})  {1}  "]
+  "   - {0}) {1}",
+  "{0}) {1}",
+  "{0}. {1}",
+  "({0}) {1}",
+  "- {0}) {1}",
+  "**{0})** {1}",
+  "- **{0}.** {1}",
+  "**{0})**{1}",
+  "* **{0}) {1}**",
+  "{0}: {1}",
+  "{0}、{1}",
+  "（{0}）{1}",
+  "\t{0})  {1}  ",
+]
 ANSWERS = [
-    "**Answer:** {l}) {t}", "Answer: {l}", "**Answer: ({l})**", "Correct answer: {l}", "Answer: {t}",
-    "Answer: **{l}. {t}**", "The correct answer is {l}.", "**Correct Answer:** ({l}) {t}", "**Answer:**\n{l}) {t}",
-    "\nanswer: {l}", "答案：{l}", "正确答案是 {l}) {t}", "### Answer: {l}", "Answer: {l} - {t}", "Answer: Option {l}",
-    "Answer: {l} ({t})", "Answer: {l}) {t}, because one sees it.", "Ans: {l}", "The correct option is {l}",
-    "- **Answer**: `{l}`", "**Answer:**{l}"]
+  "**Answer:** {l}) {t}",
+  "Answer: {l}",
+  "**Answer: ({l})**",
+  "Correct answer: {l}",
+  "Answer: {t}",
+  "Answer: **{l}. {t}**",
+  "The correct answer is {l}.",
+  "**Correct Answer:** ({l}) {t}",
+  "**Answer:**\n{l}) {t}",
+  "\nanswer: {l}",
+  "答案：{l}",
+  "正确答案是 {l}) {t}",
+  "### Answer: {l}",
+  "Answer: {l} - {t}",
+  "Answer: Option {l}",
+  "Answer: {l} ({t})",
+  "Answer: {l}) {t}, because one sees it.",
+  "Ans: {l}",
+  "The correct option is {l}",
+  "- **Answer**: `{l}`",
+  "**Answer:**{l}",
+]
 
 
 @pytest.mark.parametrize("header", HEADERS)
@@ -83,7 +140,9 @@ def test_styles_in_every_combination_with_any_separator():
   numbered = [header for header in HEADERS if "{n}" in header]
   for header, option, answer in itertools.product(numbered, OPTIONS, ANSWERS):
     separator = separators[draw.integers(len(separators))]
-    text = separator.join(write(q, n, header, option, answer) for n, q in enumerate((COLORS, SHAPES, CHINESE), 1))
+    text = separator.join(
+      write(q, n, header, option, answer) for n, q in enumerate((COLORS, SHAPES, CHINESE), 1)
+    )
     newline = ("\n", "\r\n")[draw.integers(2)]
     assert parse_generated(text.replace("\n", newline)) == ([COLORS, SHAPES, CHINESE], []), text
 
@@ -96,8 +155,10 @@ def test_the_examples_of_the_prompt_are_read():
 
 def test_chatter_is_ignored():
   first, second = format_questions([COLORS]), format_questions([SHAPES])
-  text = ("Sure! Here are the questions:\n\n## Questions\n" + first + "\nExplanation: it is gray.\n1. I saw it.\n"
-          "2. I am sure.\n" + second + "\nI hope\n this helps!")
+  text = (
+    "Sure! Here are the questions:\n\n## Questions\n" + first + "\nExplanation: it is "
+    "gray.\n1. I saw it.\n2. I am sure.\n" + second + "\nI hope\n this helps!"
+  )
   assert parse_generated(text) == ([COLORS, SHAPES], [])
   assert parse_generated("<think>\n1. What?\nA) x\n</think>\n" + text) == ([COLORS, SHAPES], [])
   assert "inside its reasoning" in failure("<think>\n" + text).reason
@@ -105,10 +166,14 @@ def test_chatter_is_ignored():
 
 def test_questions_without_headers():
   text = "Here they are:\n\n" + "\n\n".join(
-      write(q, 0, "{q}\n", "{0}) {1}", "\nAnswer: {l}") for q in (COLORS, CHINESE))
+    write(q, 0, "{q}\n", "{0}) {1}", "\nAnswer: {l}") for q in (COLORS, CHINESE)
+  )
   assert parse_generated(text) == ([COLORS, CHINESE], [])
   lacking = "What?\nA) x\nB) y\n\n" + write(CHINESE, 0, "{q}", "{0}) {1}", "Answer: {l}")
-  assert parse_generated(lacking)[0] == [CHINESE] and "no answer" in parse_generated(lacking)[1][0].reason
+  assert (
+    parse_generated(lacking)[0] == [CHINESE]
+    and "no answer" in parse_generated(lacking)[1][0].reason
+  )
   # Beside numbered ones it may have lost the line it began with.
   questions, failures = parse_generated(format_questions([COLORS]) + "\nAnd then\n" + text)
   assert questions == [COLORS] and len(failures) == 2 and "no number" in failures[0].reason
@@ -117,14 +182,20 @@ def test_questions_without_headers():
 def test_stems_of_several_lines():
   assert only("1. Is x**2 less than y** ?\nA) x\nB) y\nAnswer: A").stem == "Is x**2 less than y** ?"
   stem = "Look at the steps:\n1. cut\n2. glue\nQ: Which is first?\nB. is not shown."
-  assert only(f"#### 1. **{stem}**\n- A) cut\n- B) glue\nAnswer: A") == Question(stem, ("cut", "glue"), 0)
+  assert only(f"#### 1. **{stem}**\n- A) cut\n- B) glue\nAnswer: A") == Question(
+    stem, ("cut", "glue"), 0
+  )
   # With bare numbers nobody can tell the second step from the second question.
   questions, failures = parse_generated(f"1. {stem}\n- A) cut\n- B) glue\nAnswer: A")
   assert questions == [] and [f.reason.split(":")[0] for f in failures] == [
-      "there are no options and no answer", "the question before it has no options"]
+    "there are no options and no answer",
+    "the question before it has no options",
+  ]
 
 
-@pytest.mark.parametrize("options, want", [
+@pytest.mark.parametrize(
+  "options, want",
+  [
     ("A) red  B) blue C) light green D) gray", ("red", "blue", "light green", "gray")),
     ("A) red  B) blue\nC) green  D) gray", ("red", "blue", "green", "gray")),
     ("(A) red, (B) blue, (C) green", ("red", "blue", "green")),
@@ -138,14 +209,17 @@ def test_stems_of_several_lines():
     ("A) red\nB) blue\nC) Can not answer based on the image", ("red", "blue")),
     ("A) red\nB) blue\nF) Cannot answer", ("red", "blue")),
     ("Options:\na) red\nb) blue", ("red", "blue")),
-])
+  ],
+)
 def test_options_that_leave_no_doubt(options, want):
   assert only(f"#### 1. **What?**\n{options}\nAnswer: B") == Question("What?", want, 1)
   if "\n" not in options and ")" in options:
     assert only(f"1. What? {options}\nAnswer: B") == Question("What?", want, 1)
 
 
-@pytest.mark.parametrize("options, reason", [
+@pytest.mark.parametrize(
+  "options, reason",
+  [
     ("", "there are no options"),
     ("- red\n- blue", "there are no options"),
     ("A) red", "none of its options A"),
@@ -158,14 +232,17 @@ def test_options_that_leave_no_doubt(options, want):
     ("A) red\nor perhaps\nB) blue", "text between its options or before its answer: 'or perhaps'"),
     ("A) red\n\nor perhaps\n\nB) blue", "text between its options: 'or perhaps'"),
     ("A) red\nB) Can not answer", "none of its options|1 option"),
-])
+  ],
+)
 def test_options_that_cannot_be_trusted(options, reason):
   found = failure(f"#### 1. **What?**\n{options}\nAnswer: B\n")
   assert re.search(reason, found.reason), found.reason
   assert found.text.startswith("#### 1. **What?**") and "Answer: B" in found.text
 
 
-@pytest.mark.parametrize("answer, reason", [
+@pytest.mark.parametrize(
+  "answer, reason",
+  [
     ("", "there is no answer"),
     ("Answer:", "there is no answer"),
     ("Answer: E", "none of its options A, B, C, D"),
@@ -179,7 +256,8 @@ def test_options_that_cannot_be_trusted(options, reason):
     ("Answer: A) purple", "another text"),
     ("Answer: A) redwood", "another text"),
     ("Answer: A\nCorrect answer: B", "there are 2 answers: A, B"),
-])
+  ],
+)
 def test_answers_that_cannot_be_trusted(answer, reason):
   found = failure("1. What?\nA) red\nB) white\nC) gray\nD) red and blue\n" + answer)
   assert reason in found.reason, found.reason
@@ -187,8 +265,14 @@ def test_answers_that_cannot_be_trusted(answer, reason):
 
 def test_answers_whose_text_is_longer_or_cut():
   text = "1. What?\nA) red\nB) red wine\nC) white\nAnswer: "
-  golds = {"B) red wine, I think": 1, "A) red, I think": 0, "C) whi": 2, "A) Red.": 0, "A\nAnswer: A) red": 0,
-           "RED WINE": 1}
+  golds = {
+    "B) red wine, I think": 1,
+    "A) red, I think": 0,
+    "C) whi": 2,
+    "A) Red.": 0,
+    "A\nAnswer: A) red": 0,
+    "RED WINE": 1,
+  }
   assert {answer: only(text + answer).gold for answer in golds} == golds
   assert "another text" in failure(text + "A) re").reason  # of red or of red wine
 
@@ -199,11 +283,15 @@ def test_a_letter_that_is_an_options_text():
   assert only(text + "A) B").gold == 0 and only(text + "C").gold == 2
 
 
-@pytest.mark.parametrize("text", ["I cannot see an image.", "", " \n", "Here they are:\n------\n## Questions"])
+@pytest.mark.parametrize(
+  "text", ["I cannot see an image.", "", " \n", "Here they are:\n------\n## Questions"]
+)
 def test_no_question_at_all_is_one_failure_with_the_text(text):
   found = failure(text)
   assert found.text == text
-  assert found.reason == ("there is no question in the reply" if text.strip() else "the reply is empty")
+  assert found.reason == (
+    "there is no question in the reply" if text.strip() else "the reply is empty"
+  )
 
 
 def test_pieces_of_questions():
@@ -219,7 +307,10 @@ def test_repeated_and_contradicting_questions():
   text = "".join(format_questions([q]) for q in (COLORS, again, other, different))
   questions, failures = parse_generated(text)
   assert questions == [COLORS, different]
-  assert [f.reason.split(" of those")[0] for f in failures] == ["it repeats question 1", "it contradicts question 1"]
+  assert [f.reason.split(" of those")[0] for f in failures] == [
+    "it repeats question 1",
+    "it contradicts question 1",
+  ]
   assert again.stem in failures[0].text
 
 
@@ -247,11 +338,20 @@ def test_the_layout_comes_back_the_same():
   assert parse_generated(format_questions([several])) == ([several], [])
 
 
-@pytest.mark.parametrize("question", [
-    Question("What?\n1. A) x", ("x",), 0), Question("What?\nAnswer: A", ("x", "y"), 0), Question("", ("x", "y"), 0),
-    Question("What?", ("x", "Can not answer"), 0), Question("What?", ("x", "y\n- C) z"), 0),
-    Question(" What?", ("x", "y"), 0), Question("What?\n\nThis?", ("x", "y"), 0),
-    Question("What?", tuple("abcdefghijk"), 0), Question("What?", ("x", "y"), 2)])
+@pytest.mark.parametrize(
+  "question",
+  [
+    Question("What?\n1. A) x", ("x",), 0),
+    Question("What?\nAnswer: A", ("x", "y"), 0),
+    Question("", ("x", "y"), 0),
+    Question("What?", ("x", "Can not answer"), 0),
+    Question("What?", ("x", "y\n- C) z"), 0),
+    Question(" What?", ("x", "y"), 0),
+    Question("What?\n\nThis?", ("x", "y"), 0),
+    Question("What?", tuple("abcdefghijk"), 0),
+    Question("What?", ("x", "y"), 2),
+  ],
+)
 def test_what_the_layout_cannot_say_is_not_written(question):
   with pytest.raises((ValueError, IndexError)):
     format_questions([question])
@@ -294,20 +394,41 @@ def test_nothing_that_a_model_may_say_stops_the_reader():
     assert questions or failures
     assert all(failure.reason for failure in failures)
   began = time.perf_counter()
-  for text in ("**" * 8000, "A) " * 4000, "1. " * 4000, "**a" * 4000, "#" * 8000, " " * 8000 + "x", "Answer: " * 2000):
+  for text in (
+    "**" * 8000,
+    "A) " * 4000,
+    "1. " * 4000,
+    "**a" * 4000,
+    "#" * 8000,
+    " " * 8000 + "x",
+    "Answer: " * 2000,
+  ):
     parse_generated("1. What?\nA) x\n" + text)
   assert time.perf_counter() - began < 5
 
 
 def test_keys_and_similar_questions():
   ask = lambda stem: Question(stem, ("x", "y"), 0)
-  assert question_key(ask("What colour IS the dog's ｔａｉｌ?")) == {"what", "colour", "is", "the", "dog", "s", "tail"}
+  assert question_key(ask("What colour IS the dog's ｔａｉｌ?")) == {
+    "what",
+    "colour",
+    "is",
+    "the",
+    "dog",
+    "s",
+    "tail",
+  }
   assert question_key(ask("图中有狗？")) == set("图中有狗") and question_key(ask(" ??")) == {"??"}
-  first, near, far = map(ask, ("What colour is the dog?", "what is the colour of the dog", "How many cats are there?"))
+  first, near, far = map(
+    ask, ("What colour is the dog?", "what is the colour of the dog", "How many cats are there?")
+  )
   assert drop_similar_questions([first, near, far, first], 0.8) == ([first, far], [near, first])
   assert drop_similar_questions([first, near, far], 0.9) == ([first, near, far], [])
   assert drop_similar_questions([first, near], 5 / 6)[0] == [first]  # 5 words of 6
-  years = [ask(f"What were the sales of bicycles in the north in the year {year}?") for year in (2019, 2020)]
+  years = [
+    ask(f"What were the sales of bicycles in the north in the year {year}?")
+    for year in (2019, 2020)
+  ]
   assert drop_similar_questions(years, 0.5) == (years, [])
   for threshold in (0, 1.5):
     with pytest.raises(ValueError, match="share of common words"):

@@ -1,4 +1,6 @@
-"""Near-duplicates: the search against brute force, the hashes on real images and their changed copies."""
+"""Near-duplicates: the search against brute force, the hashes on real images and their changed
+copies.
+"""
 
 import dataclasses
 import io
@@ -37,19 +39,29 @@ def cropped(image: Image.Image) -> Image.Image:
 
 
 CHANGES = {
-    "same": lambda image: image, "jpeg": recompressed, "crop": cropped,
-    "half": lambda image: image.resize((image.width // 2, image.height // 2)),
-    "dark": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
-    "bright": lambda image: ImageEnhance.Brightness(image).enhance(1.2)}
+  "same": lambda image: image,
+  "jpeg": recompressed,
+  "crop": cropped,
+  "half": lambda image: image.resize((image.width // 2, image.height // 2)),
+  "dark": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+  "bright": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+}
 
 
 @pytest.fixture(scope="module")
 def photographs() -> list[Image.Image]:
   """A photograph that comes with matplotlib, and parts of it that do not overlap much."""
-  whole = Image.open(pathlib.Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").convert("RGB")
+  whole = Image.open(
+    pathlib.Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+  ).convert("RGB")
   width, height = whole.size
-  boxes = [(0, 0, width, height), (0, 0, width // 2, height // 2), (width // 2, 0, width, height // 2),
-           (0, height // 2, width // 2, height), (width // 4, height // 4, 3 * width // 4, 3 * height // 4)]
+  boxes = [
+    (0, 0, width, height),
+    (0, 0, width // 2, height // 2),
+    (width // 2, 0, width, height // 2),
+    (0, height // 2, width // 2, height),
+    (width // 4, height // 4, 3 * width // 4, 3 * height // 4),
+  ]
   return [whole.crop(box) for box in boxes]
 
 
@@ -70,17 +82,24 @@ def test_changed_photographs_are_found(photographs, change):
   assert like_benchmark(changed, signatures) == [(i, i) for i in range(count)]
 
 
-@pytest.mark.parametrize("change, least", [
-    ("jpeg", 0.98), ("half", 0.99), ("dark", 0.99), ("bright", 0.98), ("crop", 0.8)])
+@pytest.mark.parametrize(
+  "change, least", [("jpeg", 0.98), ("half", 0.99), ("dark", 0.99), ("bright", 0.98), ("crop", 0.8)]
+)
 def test_how_many_changed_toys_are_found(toys, change, least):
-  found = [alike(signature, signature_of(CHANGES[change](image))) for _, image, signature in toys[:200]]
+  found = [
+    alike(signature, signature_of(CHANGES[change](image))) for _, image, signature in toys[:200]
+  ]
   assert np.mean(found) >= least
 
 
 def test_different_toys_stay(toys):
   pairs = near_duplicates([signature for _, _, signature in toys])
   assert len(pairs) <= 8  # of 1000; golden: as the module says, measure anew when a limit changes
-  differ = [(i, j) for i, j in pairs if any(toys[i][0].get(k) != toys[j][0].get(k) for k in ("color", "shape"))]
+  differ = [
+    (i, j)
+    for i, j in pairs
+    if any(toys[i][0].get(k) != toys[j][0].get(k) for k in ("color", "shape"))
+  ]
   assert len(differ) <= 1
 
 
@@ -91,12 +110,23 @@ def draw(color, shape="ellipse", place=(20, 20)) -> Image.Image:
 
 
 def test_colour_shape_and_place_tell_images_apart():
-  images = [draw("red"), draw("blue"), draw("teal"), draw("gray"), draw("black"), draw("red", place=(5, 38)),
-            draw("red", place=(34, 20))]
+  images = [
+    draw("red"),
+    draw("blue"),
+    draw("teal"),
+    draw("gray"),
+    draw("black"),
+    draw("red", place=(5, 38)),
+    draw("red", place=(34, 20)),
+  ]
   assert near_duplicates([signature_of(image) for image in images]) == []
   # It is the colours that do it:
-  assert near_duplicates([signature_of(image) for image in images[:3]], limits=Limits(64, 256, 20)) == []
-  assert near_duplicates([signature_of(image) for image in images[:3]], limits=Limits(64, 256, 255)) == [(1, 0), (2, 0)]
+  assert (
+    near_duplicates([signature_of(image) for image in images[:3]], limits=Limits(64, 256, 20)) == []
+  )
+  assert near_duplicates(
+    [signature_of(image) for image in images[:3]], limits=Limits(64, 256, 255)
+  ) == [(1, 0), (2, 0)]
 
 
 def test_pages_in_one_layout_are_told_apart_by_fine_hashes():
@@ -112,8 +142,13 @@ def test_pages_in_one_layout_are_told_apart_by_fine_hashes():
 
 
 def test_flat_images_differ_by_their_colour_alone():
-  flat = [Image.new("RGB", (50, 40), color) for color in ("white", "black", "red", (128, 128, 128), (90, 90, 90))]
-  noisy = Image.fromarray(np.random.default_rng(0).integers(252, 256, (200, 300, 3)).astype(np.uint8))
+  flat = [
+    Image.new("RGB", (50, 40), color)
+    for color in ("white", "black", "red", (128, 128, 128), (90, 90, 90))
+  ]
+  noisy = Image.fromarray(
+    np.random.default_rng(0).integers(252, 256, (200, 300, 3)).astype(np.uint8)
+  )
   signatures = [signature_of(image) for image in [*flat, noisy]]
   assert {signature.hash for signature in signatures} == {0}
   assert near_duplicates(signatures) == [(5, 0)]  # noise on white is white
@@ -132,13 +167,19 @@ def test_modes_and_determinism(photographs):
   assert perceptual_hash.from_json(perceptual_hash.to_json(first)) == first
   small = Signature(0, 1, bytes(48))
   assert perceptual_hash.from_json(perceptual_hash.to_json(small)) == small
-  for text in ("", perceptual_hash.to_json(first)[1:], perceptual_hash.to_json(first)[:-1] + "x", None):
+  for text in (
+    "",
+    perceptual_hash.to_json(first)[1:],
+    perceptual_hash.to_json(first)[:-1] + "x",
+    None,
+  ):
     with pytest.raises(ValueError, match="no image signature"):
       perceptual_hash.from_json(text)
 
 
 def test_the_hash_is_that_of_imagehash(photographs):
   import imagehash
+
   for image in photographs:
     assert f"{perceptual_hash.perceptual_hash(image):016x}" == str(imagehash.phash(image))
 
@@ -194,8 +235,12 @@ def test_hashes_at_exactly_the_distance_in_the_worst_bands():
 def test_near_duplicates_against_brute_force():
   random = np.random.default_rng(3)
   hashes = make_hashes(1800, 4)
-  signatures = [Signature(value, int(random.integers(4)) << 40, bytes([int(random.integers(3)) * 15 + 100] * 48))
-                for value in hashes]
+  signatures = [
+    Signature(
+      value, int(random.integers(4)) << 40, bytes([int(random.integers(3)) * 15 + 100] * 48)
+    )
+    for value in hashes
+  ]
   for limits in (Limits(), Limits(3, 0, 10), Limits(11, 1, 30), Limits(12, 256, 255)):
     kept, want = [], []
     for i, signature in enumerate(signatures):
@@ -206,8 +251,11 @@ def test_near_duplicates_against_brute_force():
   assert near_duplicates(signatures, 5) == near_duplicates(signatures, limits=Limits(5))
   assert near_duplicates([], 5) == []
   bench = signatures[:700]
-  want = [(i, next(j for j, other in enumerate(bench) if alike(other, s)))
-          for i, s in enumerate(signatures) if any(alike(other, s) for other in bench)]
+  want = [
+    (i, next(j for j, other in enumerate(bench) if alike(other, s)))
+    for i, s in enumerate(signatures)
+    if any(alike(other, s) for other in bench)
+  ]
   assert like_benchmark(signatures, bench) == want and like_benchmark(signatures, []) == []
 
 
@@ -215,10 +263,19 @@ def test_each_part_of_a_signature_counts():
   base = Signature(0b1111, 2**60 - 1, bytes([100, 120, 140] * 16))
   change = lambda **parts: dataclasses.replace(base, **parts)
   limits = Limits(2, 3, 10)
-  near = [base, change(hash=0b1100), change(fine=2**57 - 1), change(colors=bytes([105, 120, 140] * 16)),
-          change(colors=bytes([80, 96, 112] * 16))]  # 0.8 of its brightness
-  far = [change(hash=0b1000), change(fine=2**56 - 1), change(colors=bytes([100, 120, 140] * 15 + [100, 120, 155])),
-         change(colors=bytes([50, 60, 70] * 16))]  # half of its brightness
+  near = [
+    base,
+    change(hash=0b1100),
+    change(fine=2**57 - 1),
+    change(colors=bytes([105, 120, 140] * 16)),
+    change(colors=bytes([80, 96, 112] * 16)),
+  ]  # 0.8 of its brightness
+  far = [
+    change(hash=0b1000),
+    change(fine=2**56 - 1),
+    change(colors=bytes([100, 120, 140] * 15 + [100, 120, 155])),
+    change(colors=bytes([50, 60, 70] * 16)),
+  ]  # half of its brightness
   for other in near:
     assert alike(base, other, limits) and alike(other, base, limits)
   for other in far:

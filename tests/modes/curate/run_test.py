@@ -1,5 +1,5 @@
-"""Mode `curate`: nothing is lost between images and questions, the rules as published, resume, new thresholds,
-endpoints."""
+"""Mode `curate`: nothing is lost between images and questions, the rules as published, resume, new
+thresholds, endpoints."""
 
 import http.server
 import json
@@ -32,7 +32,11 @@ KINDS = Question("Which one of these", ("a", "b", "c"), 1)
 def picture(seed: int, size=(64, 64)) -> Image.Image:
   """Fields of colour that no other seed has."""
   fields = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-  return Image.fromarray(fields).resize((64, 64), Image.Resampling.BICUBIC).resize(size, Image.Resampling.BICUBIC)
+  return (
+    Image.fromarray(fields)
+    .resize((64, 64), Image.Resampling.BICUBIC)
+    .resize(size, Image.Resampling.BICUBIC)
+  )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-  """Six images to keep; a copy of the first, one too small, one that a benchmark has, one that is none."""
+  """Six images to keep; a copy of the first, one too small, one that a benchmark has, one that is
+  none.
+  """
   folder, benchmark = tmp_path / "images", tmp_path / "benchmark"
   folder.mkdir(), benchmark.mkdir()
   for i in range(6):
@@ -58,45 +64,78 @@ def images(tmp_path):
 
 
 def run(tmp_path, checkpoint, source, *more):
-  return main.main(["main", "--config=configs/curate.py", f"--workdir={tmp_path / 'work'}",
-                    f"--config.curation.input={source}", f"--config.curation.output={tmp_path / 'out.jsonl'}",
-                    f"--config.answerer.checkpoint={checkpoint}", "--config.answerer.dtype=float32",
-                    "--config.answerer.param_dtype=float32", "--config.answerer.max_pixels=None",
-                    "--config.curation.answers.batch_size=2", "--config.curation.shard_rows=4", *more])
+  return main.main(
+    [
+      "main",
+      "--config=configs/curate.py",
+      f"--workdir={tmp_path / 'work'}",
+      f"--config.curation.input={source}",
+      f"--config.curation.output={tmp_path / 'out.jsonl'}",
+      f"--config.answerer.checkpoint={checkpoint}",
+      "--config.answerer.dtype=float32",
+      "--config.answerer.param_dtype=float32",
+      "--config.answerer.max_pixels=None",
+      "--config.curation.answers.batch_size=2",
+      "--config.curation.shard_rows=4",
+      *more,
+    ]
+  )
 
 
 def left_out(tmp_path):
-  return [json.loads(line) for line in (tmp_path / "work" / "left_out.jsonl").read_text().splitlines()]
+  return [
+    json.loads(line) for line in (tmp_path / "work" / "left_out.jsonl").read_text().splitlines()
+  ]
 
 
 @pytest.fixture
 def given(tmp_path, images):
-  rows = [QARow(images / f"{i}.png", (COLOR, SHAPE, KINDS)[:1 + i % 3], f"row {i}", {"n": str(i)}) for i in range(6)]
+  rows = [
+    QARow(images / f"{i}.png", (COLOR, SHAPE, KINDS)[: 1 + i % 3], f"row {i}", {"n": str(i)})
+    for i in range(6)
+  ]
   jsonl.write_jsonl(tmp_path / "given.jsonl", rows)
   return tmp_path / "given.jsonl"
 
 
-GIVEN = ("--config.curation.questions=given", "--config.curation.min_visual=0.1", "--config.curation.max_blind=0.9")
+GIVEN = (
+  "--config.curation.questions=given",
+  "--config.curation.min_visual=0.1",
+  "--config.curation.max_blind=0.9",
+)
 
 
 def test_given_questions_are_filtered_by_the_models_answers(tmp_path, checkpoint, given, capsys):
   assert run(tmp_path, checkpoint, given, *GIVEN) == 0
   rows = read_qa_rows(str(given), 0)
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  with jax.set_mesh(mesh), answering.Answerer(
-      load_policy(str(checkpoint), mesh), answering.AnswerConfig(batch_size=1), mesh, 0) as one:
+  with (
+    jax.set_mesh(mesh),
+    answering.Answerer(
+      load_policy(str(checkpoint), mesh), answering.AnswerConfig(batch_size=1), mesh, 0
+    ) as one,
+  ):
     verdicts = dict(item for batch in one(rows, range(6)) for item in batch)
-  want = {(row.name, q.stem) for n, row in enumerate(rows) for q, v in zip(row.questions, verdicts[n])
-          if v.visual > 0.1 and v.blind < 0.9}
+  want = {
+    (row.name, q.stem)
+    for n, row in enumerate(rows)
+    for q, v in zip(row.questions, verdicts[n])
+    if v.visual > 0.1 and v.blind < 0.9
+  }
   got = read_qa_rows(str(tmp_path / "out.jsonl"), 0)
   assert want and {(row.name, q.stem) for row in got for q in row.questions} == want
   assert all(row.facts == {"n": row.name[-1]} for row in got)
-  assert all("visual" in q.provenance and "/4" in q.provenance for row in got for q in row.questions)
+  assert all(
+    "visual" in q.provenance and "/4" in q.provenance for row in got for q in row.questions
+  )
   dropped = left_out(tmp_path)
   assert len(dropped) == 12 - len(want) and all("verdict" in item for item in dropped)
   figures = json.loads((tmp_path / "work" / "funnel.json").read_text())
-  assert (figures["questions"]["parsed"] == 12
-          == figures["questions"]["kept"] + sum(figures["questions"]["dropped"].values()))
+  assert (
+    figures["questions"]["parsed"]
+    == 12
+    == figures["questions"]["kept"] + sum(figures["questions"]["dropped"].values())
+  )
   assert sum(figures["visual/blind"].values()) == 12
   page = (tmp_path / "work" / "curation.html").read_text()
   assert page.count("<article") == 6 and "Funnel" in page
@@ -110,8 +149,14 @@ def test_other_thresholds_ask_no_model(tmp_path, checkpoint, given, monkeypatch)
   monkeypatch.setattr(curation, "Answerer", None)  # what would be called
   counts = set()
   for visual, blind in ((0.0, 1.0), (0.3, 1.0), (0.0, 0.3), (0.9, 0.1)):
-    status = run(tmp_path, checkpoint, given, GIVEN[0], f"--config.curation.min_visual={visual}",
-                 f"--config.curation.max_blind={blind}")
+    status = run(
+      tmp_path,
+      checkpoint,
+      given,
+      GIVEN[0],
+      f"--config.curation.min_visual={visual}",
+      f"--config.curation.max_blind={blind}",
+    )
     figures = read()
     assert figures["visual/blind"] == first["visual/blind"]
     shares = [(*map(float, key.split("/")), n) for key, n in figures["visual/blind"].items()]
@@ -128,7 +173,9 @@ def test_other_settings_of_a_stage_are_refused(tmp_path, checkpoint, given, caps
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_an_answerer_trained_anew_or_run_otherwise_is_refused(tmp_path, checkpoint, given, trained, capsys):
+def test_an_answerer_trained_anew_or_run_otherwise_is_refused(
+  tmp_path, checkpoint, given, trained, capsys
+):
   shutil.copytree(checkpoint, tmp_path / "answerer")
   assert run(tmp_path, tmp_path / "answerer", given, *GIVEN) == 0
   if trained:
@@ -150,30 +197,57 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, checkpoint, given, monkeypatc
     return batch(self, rows, members, *more)
 
   monkeypatch.setattr(answering.Answerer, "_batch", interrupted)
-  assert run(tmp_path / "cut", checkpoint, given, *GIVEN) == 130 and not (tmp_path / "cut" / "out.jsonl").exists()
+  assert (
+    run(tmp_path / "cut", checkpoint, given, *GIVEN) == 130
+    and not (tmp_path / "cut" / "out.jsonl").exists()
+  )
   assert run(tmp_path / "cut", checkpoint, given, *GIVEN) == 0
   assert not set(asked[0]) & {number for members in asked[2:] for number in members}
-  read = lambda name: [(row.name, row.questions) for row in read_qa_rows(str(tmp_path / name / "out.jsonl"), 0)]
+  read = lambda name: [
+    (row.name, row.questions) for row in read_qa_rows(str(tmp_path / name / "out.jsonl"), 0)
+  ]
   assert read("cut") == read("whole")
 
 
 def test_the_published_rule():
   row = QARow(b"", (), "image")
-  questions = [Question(f"Question number {n} {'abcdefgh'[n] * 4}", ("x", "y"), 0) for n in range(5)]
-  verdict = lambda visual, blind, error="": dict(visual=visual, blind=blind, visual_prob=0, blind_prob=0, error=error)
-  verdicts = [verdict(1.0, 0.0), verdict(0.75, 0.0), verdict(1.0, 0.25), verdict(1.0, 0.0, "too long"),
-              verdict(1.0, 0.0)]
-  item = RowResult(0, {"image": "image", "questions": jsonl.plain_questions(QARow(b"", tuple(questions), "")),
-                      "verdicts": verdicts, "failures": [], "error": ""}, {})
+  questions = [
+    Question(f"Question number {n} {'abcdefgh'[n] * 4}", ("x", "y"), 0) for n in range(5)
+  ]
+  verdict = lambda visual, blind, error="": dict(
+    visual=visual, blind=blind, visual_prob=0, blind_prob=0, error=error
+  )
+  verdicts = [
+    verdict(1.0, 0.0),
+    verdict(0.75, 0.0),
+    verdict(1.0, 0.25),
+    verdict(1.0, 0.0, "too long"),
+    verdict(1.0, 0.0),
+  ]
+  item = RowResult(
+    0,
+    {
+      "image": "image",
+      "questions": jsonl.plain_questions(QARow(b"", tuple(questions), "")),
+      "verdicts": verdicts,
+      "failures": [],
+      "error": "",
+    },
+    {},
+  )
   got = select(row, item, CurationConfig("", "a.jsonl"))
   assert [q.stem for q, _ in got.kept] == [questions[0].stem, questions[4].stem]
   assert [(q.stem, why) for q, _, why in got.dropped] == [
-      (questions[1].stem, "not answered with the image"), (questions[2].stem, "answered without the image"),
-      (questions[3].stem, "not asked")]
+    (questions[1].stem, "not answered with the image"),
+    (questions[2].stem, "answered without the image"),
+    (questions[3].stem, "not asked"),
+  ]
   assert got.row.questions[0].provenance == "visual 4/4, blind 0/4"
 
 
-REPLY = generated.format_questions([COLOR, KINDS]) + "\n#### 3. **Unfinished business?**\n   - A) yes"
+REPLY = (
+  generated.format_questions([COLOR, KINDS]) + "\n#### 3. **Unfinished business?**\n   - A) yes"
+)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -191,7 +265,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.write(body)
 
   def do_GET(self):
-    self._send({"object": "list", "data": [{"id": "writer", "object": "model", "created": 0, "owned_by": "x"}]})
+    self._send(
+      {
+        "object": "list",
+        "data": [{"id": "writer", "object": "model", "created": 0, "owned_by": "x"}],
+      }
+    )
 
   def do_POST(self):
     request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -199,8 +278,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.send_error(400)
       return
     self.server.asked.append(request)
-    self._send({"id": "1", "object": "chat.completion", "created": 0, "model": "writer", "choices": [
-        {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": REPLY}}]})
+    self._send(
+      {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "writer",
+        "choices": [
+          {
+            "index": 0,
+            "finish_reason": "length",
+            "message": {"role": "assistant", "content": REPLY},
+          }
+        ],
+      }
+    )
 
 
 @pytest.fixture
@@ -213,48 +305,96 @@ def server():
 
 
 def test_images_to_questions_through_an_endpoint(tmp_path, checkpoint, images, server):
-  more = ("--config.curation.questions=endpoint", f"--config.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
-          "--config.endpoint.model=writer", f"--config.curation.benchmarks=('{images.parent / 'benchmark'}',)",
-          "--config.curation.min_visual=0.0", "--config.curation.max_blind=1.0")
+  more = (
+    "--config.curation.questions=endpoint",
+    f"--config.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
+    "--config.endpoint.model=writer",
+    f"--config.curation.benchmarks=('{images.parent / 'benchmark'}',)",
+    "--config.curation.min_visual=0.0",
+    "--config.curation.max_blind=1.0",
+  )
   assert run(tmp_path, checkpoint, images, *more) == 0
   assert len(server.asked) == 6  # once an image that is left
   system, user = server.asked[0]["messages"]
   assert system["content"] == generated.GENERATION_SYSTEM and server.asked[0]["temperature"] == 0.1
   figures = json.loads((tmp_path / "work" / "funnel.json").read_text())
-  assert figures["images"]["found"] == 10 and figures["images"]["kept"] == figures["images"]["with a reply"] == 6
-  assert figures["images"]["left out"] == {"unreadable": 1, "too small": 1, "repeated": 1, "like a benchmark's": 1}
-  assert figures["questions"]["parsed"] == 12 and sum(figures["questions"]["not parsed"].values()) == 6
+  assert (
+    figures["images"]["found"] == 10
+    and figures["images"]["kept"] == figures["images"]["with a reply"] == 6
+  )
+  assert figures["images"]["left out"] == {
+    "unreadable": 1,
+    "too small": 1,
+    "repeated": 1,
+    "like a benchmark's": 1,
+  }
+  assert (
+    figures["questions"]["parsed"] == 12 and sum(figures["questions"]["not parsed"].values()) == 6
+  )
   assert "cut at max_tokens" in figures["questions"]["not parsed"]
   out = left_out(tmp_path)
-  why = {item["image"].rpartition("/")[2]: (item["reason"], item["why"]) for item in out if "why" in item}
-  assert (why["copy.png"][0] == "repeated" and why["copy.png"][1].endswith("0.png")
-          and why["small.png"] == ("too small", "20x20 pixels"))
-  assert why["famous.jpg"][0] == "like a benchmark's" and "cannot read its image" in why["torn.png"][1]
+  why = {
+    item["image"].rpartition("/")[2]: (item["reason"], item["why"]) for item in out if "why" in item
+  }
+  assert (
+    why["copy.png"][0] == "repeated"
+    and why["copy.png"][1].endswith("0.png")
+    and why["small.png"] == ("too small", "20x20 pixels")
+  )
+  assert (
+    why["famous.jpg"][0] == "like a benchmark's" and "cannot read its image" in why["torn.png"][1]
+  )
   assert sum("Unfinished" in item.get("text", "") for item in out) == 6
   rows = read_qa_rows(str(tmp_path / "out.jsonl"), 0)
   kept = sum(len(row.questions) for row in rows)
-  assert kept == figures["questions"]["kept"] > 0 and rows[0].questions[0].provenance.startswith("writer; visual ")
-  assert run(tmp_path, checkpoint, images, *more) == 0 and len(server.asked) == 6  # nothing is asked twice
+  assert kept == figures["questions"]["kept"] > 0 and rows[0].questions[0].provenance.startswith(
+    "writer; visual "
+  )
+  # nothing is asked twice
+  assert run(tmp_path, checkpoint, images, *more) == 0 and len(server.asked) == 6
 
 
 def test_a_server_that_dies_has_refused_no_image(tmp_path, checkpoint, images, server, capsys):
-  more = ("--config.curation.questions=endpoint", f"--config.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
-          "--config.endpoint.model=writer", "--config.curation.min_visual=0.0", "--config.curation.max_blind=1.0",
-          "--config.endpoint.concurrency=1", "--config.endpoint.max_failures=2")
+  more = (
+    "--config.curation.questions=endpoint",
+    f"--config.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
+    "--config.endpoint.model=writer",
+    "--config.curation.min_visual=0.0",
+    "--config.curation.max_blind=1.0",
+    "--config.endpoint.concurrency=1",
+    "--config.endpoint.max_failures=2",
+  )
   server.dead = True
-  assert run(tmp_path, checkpoint, images, *more) == 2 and "2 requests in a row failed" in capsys.readouterr().err
+  assert (
+    run(tmp_path, checkpoint, images, *more) == 2
+    and "2 requests in a row failed" in capsys.readouterr().err
+  )
   server.dead = False
   assert run(tmp_path, checkpoint, images, *more) == 0
-  assert (len(server.asked) == 7
-          and json.loads((tmp_path / "work" / "funnel.json").read_text())["images"]["with a reply"] == 7)
+  assert (
+    len(server.asked) == 7
+    and json.loads((tmp_path / "work" / "funnel.json").read_text())["images"]["with a reply"] == 7
+  )
 
 
 def test_a_model_of_ours_writes_and_its_text_is_kept(tmp_path, checkpoint, images):
-  """A random model writes no question: every text is in left_out.jsonl, and the run says that nothing is left."""
-  assert run(tmp_path, checkpoint, images, f"--config.generator.checkpoint={checkpoint}",
-             "--config.generator.dtype=float32", "--config.generator.param_dtype=float32",
-             "--config.generator.max_pixels=None", "--config.curation.max_tokens=8",
-             "--config.curation.batch_size=2") == 2
+  """A random model writes no question: every text is in left_out.jsonl, and the run says that
+  nothing is left.
+  """
+  assert (
+    run(
+      tmp_path,
+      checkpoint,
+      images,
+      f"--config.generator.checkpoint={checkpoint}",
+      "--config.generator.dtype=float32",
+      "--config.generator.param_dtype=float32",
+      "--config.generator.max_pixels=None",
+      "--config.curation.max_tokens=8",
+      "--config.curation.batch_size=2",
+    )
+    == 2
+  )
   figures = json.loads((tmp_path / "work" / "funnel.json").read_text())
   assert figures["images"]["with a reply"] == 7 and figures["questions"]["kept"] == 0
   assert sum("text" in item for item in left_out(tmp_path)) == 7
@@ -264,4 +404,8 @@ def test_settings_are_refused_before_anything_runs(tmp_path, checkpoint, images,
   assert run(tmp_path, checkpoint, images, "--config.curation.min_visual=75") == 2
   assert run(tmp_path, checkpoint, images, f"--config.curation.output={tmp_path / 'out.txt'}") == 2
   shown = capsys.readouterr().err
-  assert "min_visual = 75" in shown and "curation.output" in shown and not (tmp_path / "work" / "stages").exists()
+  assert (
+    "min_visual = 75" in shown
+    and "curation.output" in shown
+    and not (tmp_path / "work" / "stages").exists()
+  )

@@ -21,15 +21,29 @@ def folder(tmp_path):
   for i, size in enumerate([(28, 28), (280, 140), (56, 56), (28, 28)]):
     Image.new("RGB", size, (60 * (i % 3), 0, 0)).save(tmp_path / f"{i}.png")
   Image.new("RGB", (56, 56), "blue").save(tmp_path / "4.jpg")
-  rows = [QARow(tmp_path / f"{i}.png", (COLOR, YES)[:1 + i % 2], f"row {i}", {"color": "x"} if i == 0 else None)
-          for i in range(4)]
+  rows = [
+    QARow(
+      tmp_path / f"{i}.png",
+      (COLOR, YES)[: 1 + i % 2],
+      f"row {i}",
+      {"color": "x"} if i == 0 else None,
+    )
+    for i in range(4)
+  ]
   jsonl.write_jsonl(tmp_path / "good.jsonl", [*rows, QARow(tmp_path / "4.jpg", (COLOR,), "row 4")])
   return tmp_path
 
 
 def run(folder, source, *more):
-  return main.main(["main", "--config=configs/dataset.py", f"--config.dataset.input={source}",
-                    f"--workdir={folder / 'work'}", *more])
+  return main.main(
+    [
+      "main",
+      "--config=configs/dataset.py",
+      f"--config.dataset.input={source}",
+      f"--workdir={folder / 'work'}",
+      *more,
+    ]
+  )
 
 
 def figures(folder):
@@ -40,18 +54,29 @@ def test_the_table(folder, capsys):
   assert run(folder, folder / "good.jsonl") == 0
   got = figures(folder)
   assert (got["rows"], got["bad"], got["images"], got["repeated_images"]) == (5, 0, 4, 1)
-  assert got["formats"] == {"PNG": 4, "JPEG": 1} and got["width"] == {"min": 28, "median": 56, "max": 280}
+  assert got["formats"] == {"PNG": 4, "JPEG": 1} and got["width"] == {
+    "min": 28,
+    "median": 56,
+    "max": 280,
+  }
   assert got["questions"] == 7 and got["questions_an_image"] == {"min": 1, "median": 1, "max": 2}
   # 3136 pixels at least: 28x28 becomes 56x56, four tokens; 280x140 stays, 10 x 5.
   assert got["image_tokens"] == {"min": 4, "median": 4, "max": 50} and got["with_facts"] == 1
-  assert sum(bucket["images"] for bucket in got["buckets"]) == 5 and got["buckets"][-1] == {"tokens": 56, "images": 1}
+  assert sum(bucket["images"] for bucket in got["buckets"]) == 5 and got["buckets"][-1] == {
+    "tokens": 56,
+    "images": 1,
+  }
   assert got["kinds"] == {
-      "color": {"questions": 5, "options": {"3": 5}, "gold": {"B": 5}, "longest": 5},
-      "yes/no": {"questions": 2, "options": {"2": 2}, "gold": {"A": 2}, "longest": 2}}
+    "color": {"questions": 5, "options": {"3": 5}, "gold": {"B": 5}, "longest": 5},
+    "yes/no": {"questions": 2, "options": {"2": 2}, "gold": {"A": 2}, "longest": 2},
+  }
   assert got["provenance"] == {"by hand": 5, "(none)": 2}
   shown = capsys.readouterr().err
-  assert ("5, of which bad 0" in shown and "4 distinct, 1 repeated" in shown
-          and "row 'row 3' repeats the image of 'row 0'" in shown)
+  assert (
+    "5, of which bad 0" in shown
+    and "4 distinct, 1 repeated" in shown
+    and "row 'row 3' repeats the image of 'row 0'" in shown
+  )
   page = (folder / "work" / "dataset.html").read_text()
   assert page.count("<article") == 5 and "dark blue" in page and "data:image/jpeg" in page
   assert not (folder / "work" / "bad_rows.jsonl").exists()
@@ -64,8 +89,16 @@ def mixed(folder):
   (folder / "cut.jpg").write_bytes((folder / "4.jpg").read_bytes()[:-200])
   question = {"stem": "Q?", "options": ["a", "b"], "gold": 0}
   line = lambda image, *questions: json.dumps({"image": image, "questions": questions})
-  lines = [good[0], "{", line("none.png", question), good[1], line("0.png", question | {"gold": 5}),
-           line("cut.jpg", question), line("0.png", question, question), good[4]]
+  lines = [
+    good[0],
+    "{",
+    line("none.png", question),
+    good[1],
+    line("0.png", question | {"gold": 5}),
+    line("cut.jpg", question),
+    line("0.png", question, question),
+    good[4],
+  ]
   (folder / "mixed.jsonl").write_text("\n".join(lines))
   return folder / "mixed.jsonl", [2, 3, 5, 6, 7]
 
@@ -80,8 +113,11 @@ def test_every_bad_row_has_its_line(folder, mixed, capsys):
   assert "cannot read its image" in said["6"] and "asked 2 times" in said["7"]
   shown = capsys.readouterr().err
   assert all(message in shown for message in said.values())
-  assert ("5 bad rows of 8" in shown and "--config.dataset.bad_rows=drop" in shown
-          and not (folder / "out.jsonl").exists())
+  assert (
+    "5 bad rows of 8" in shown
+    and "--config.dataset.bad_rows=drop" in shown
+    and not (folder / "out.jsonl").exists()
+  )
   page = (folder / "work" / "dataset.html").read_text()
   assert "Bad rows" in page and "asked 2 times" in page
 
@@ -90,22 +126,45 @@ def test_every_bad_row_has_its_line(folder, mixed, capsys):
 def test_copies_hold_the_good_rows(folder, mixed, output):
   path, _ = mixed
   target = f"tfds:{folder / 'tfds'}" if output == "tfds" else folder / "new" / output
-  assert run(folder, path, f"--config.dataset.output={target}", "--config.dataset.bad_rows=drop",
-             "--config.dataset.name=mixed") == 0
-  source = f"tfds:{folder / 'tfds' / 'caprl_qa' / 'mixed' / '1.0.0'}:train" if output == "tfds" else str(target)
+  assert (
+    run(
+      folder,
+      path,
+      f"--config.dataset.output={target}",
+      "--config.dataset.bad_rows=drop",
+      "--config.dataset.name=mixed",
+    )
+    == 0
+  )
+  source = (
+    f"tfds:{folder / 'tfds' / 'caprl_qa' / 'mixed' / '1.0.0'}:train"
+    if output == "tfds"
+    else str(target)
+  )
   rows = read_qa_rows(source, 0)
   want = read_qa_rows(str(folder / "good.jsonl"), 0)
   strip = (lambda q: (q.stem, q.options, q.gold)) if output == "out.json" else (lambda q: q)
-  assert [list(map(strip, row.questions)) for row in rows] == [list(map(strip, want[i].questions)) for i in (0, 1, 4)]
+  assert [list(map(strip, row.questions)) for row in rows] == [
+    list(map(strip, want[i].questions)) for i in (0, 1, 4)
+  ]
   if output != "out.json":
-    assert [(row.name, row.facts) for row in rows] == [(want[i].name, want[i].facts) for i in (0, 1, 4)]
+    assert [(row.name, row.facts) for row in rows] == [
+      (want[i].name, want[i].facts) for i in (0, 1, 4)
+    ]
   if output.startswith("out.js"):  # one folder that can be moved
     assert all(row.image.parent == folder / "new" / "out_images" for row in rows)
 
 
 def test_repeated_images_are_merged(folder):
-  assert run(folder, folder / "good.jsonl", f"--config.dataset.output={folder / 'out.jsonl'}",
-             "--config.dataset.repeated_images=merge") == 0
+  assert (
+    run(
+      folder,
+      folder / "good.jsonl",
+      f"--config.dataset.output={folder / 'out.jsonl'}",
+      "--config.dataset.repeated_images=merge",
+    )
+    == 0
+  )
   rows = read_qa_rows(str(folder / "out.jsonl"), 0)
   assert [row.name for row in rows] == ["row 0", "row 1", "row 2", "row 4"]
   assert rows[0].questions == (COLOR, YES) and rows[1].questions == (COLOR, YES)
@@ -118,8 +177,15 @@ def test_unknown_outputs_are_refused_before_anything_is_read(folder, output, cap
 
 
 def test_max_rows_and_another_processor(folder):
-  assert run(folder, folder / "good.jsonl", "--config.dataset.max_rows=2",
-             "--config.dataset.checkpoint=configs/quickstart_policy") == 0
+  assert (
+    run(
+      folder,
+      folder / "good.jsonl",
+      "--config.dataset.max_rows=2",
+      "--config.dataset.checkpoint=configs/quickstart_policy",
+    )
+    == 0
+  )
   got = figures(folder)
   assert got["rows"] == 2 and got["image_tokens"]["max"] != 50
 

@@ -20,7 +20,9 @@ from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.inference.judge import HostJudge
 from caprl_jax.modes.gallery import run as gallery
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+BROWSER = next(
+  filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
+)
 EVIL = '<script>alert(1)</script> & "a" \ud800'
 
 
@@ -30,7 +32,12 @@ def write(path: pathlib.Path, rows) -> str:
 
 
 def said(name: str, caption: str, **more) -> dict:
-  return {"image": name, "caption": caption, "tokens": [1] * (len(caption.split()) + 1), "finish": "end"} | more
+  return {
+    "image": name,
+    "caption": caption,
+    "tokens": [1] * (len(caption.split()) + 1),
+    "finish": "end",
+  } | more
 
 
 @pytest.fixture
@@ -40,7 +47,9 @@ def folder(tmp_path):
   names = [f"images/{i}.png" for i in range(12)]
   facts = [(tiny.COLORS[i % 3], tiny.SHAPES[i % 2]) for i in range(12)]
   write(tmp_path / "vague.jsonl", [said(name, "The image shows a shape.") for name in names])
-  rows = [said(str(tmp_path / name), f"The image shows a {c} {s}.") for name, (c, s) in zip(names, facts)]
+  rows = [
+    said(str(tmp_path / name), f"The image shows a {c} {s}.") for name, (c, s) in zip(names, facts)
+  ]
   rows[3] |= {"finish": "length"}
   rows[5] = {"image": rows[5]["image"], "error": "row '5.png': cannot be read"}
   write(tmp_path / "clear.jsonl", rows[::-1])
@@ -68,21 +77,41 @@ def words(page: str) -> str:
 
 def test_captions_of_the_same_images_stand_side_by_side(folder):
   page, figures = run(folder)
-  assert figures["images"] == 12 and "judged" not in page and "accuracy" not in figures["captioners"]["vague"]
-  assert figures["captioners"]["vague"] == {"images": 12, "failed": 0, "tokens": 6.0, "words": 5.0, "cut_share": 0.0}
+  assert (
+    figures["images"] == 12
+    and "judged" not in page
+    and "accuracy" not in figures["captioners"]["vague"]
+  )
+  assert figures["captioners"]["vague"] == {
+    "images": 12,
+    "failed": 0,
+    "tokens": 6.0,
+    "words": 5.0,
+    "cut_share": 0.0,
+  }
   clear = figures["captioners"]["clear"]
   assert (clear["failed"], clear["words"], clear["tokens"]) == (1, 6.0, 7.0)
   assert clear["cut_share"] == pytest.approx(1 / 11)
-  assert page.count("<article class=sample>") == 12 and page.count("data:image/png") == 12 and "no picture" not in page
+  assert (
+    page.count("<article class=sample>") == 12
+    and page.count("data:image/png") == 12
+    and "no picture" not in page
+  )
   text = words(page)
   assert "clear 12 1 6.0 7.0 9.1%" in text and "cannot be read" in text
-  page, _ = run(folder, captions=f"clear={folder}/clear.jsonl,vague={folder}/vague.jsonl")  # named by the first file
+  # named by the first file
+  page, _ = run(folder, captions=f"clear={folder}/clear.jsonl,vague={folder}/vague.jsonl")
   assert "11.png" in page and str(folder) not in page, "a path of this machine is on the page"
 
 
 def test_a_word_is_marked_where_one_captioner_alone_has_it(folder):
   page, _ = run(folder)
-  assert set(re.findall(r'<mark class="only">(\w+)</mark>', page)) == {"marked", "shape", *tiny.COLORS, *tiny.SHAPES}
+  assert set(re.findall(r'<mark class="only">(\w+)</mark>', page)) == {
+    "marked",
+    "shape",
+    *tiny.COLORS,
+    *tiny.SHAPES,
+  }
   page, _ = run(folder, captions={"one": f"{folder}/vague.jsonl"})
   assert "<mark" not in page and "differ most" not in page
 
@@ -95,24 +124,39 @@ def test_what_a_captioner_wrote_cannot_become_markup(folder):
 
 
 def test_the_judge_s_answers_are_its_own(folder, monkeypatch):
-  """With a judge that reads words: right where the caption says the answer, none where it does not."""
+  """With a judge that reads words: right where the caption says the answer, none where it does
+  not.
+  """
+
   def choices(self, asks, what="judging"):
     found = [[i for i, option in enumerate(q.options) if option in caption] for caption, q in asks]
     return np.array([options[0] if options else -1 for options in found])
+
   monkeypatch.setattr(HostJudge, "choices", choices)
   judge = str(tiny.write_judge(folder / "judge"))
   page, figures = run(folder, judge=judge, questions=str(folder / "rows.jsonl"))
   rows = figures["captioners"]
   assert (figures["judged_images"], figures["questions"]) == (12, 24)
   assert figures["questions_by_kind"] == {"color": 12, "shape": 12}
-  assert rows["vague"]["accuracy"] == 0.0 == rows[gallery.NOBODY]["accuracy"] and rows["vague"]["misled"] == 0.0
+  assert (
+    rows["vague"]["accuracy"] == 0.0 == rows[gallery.NOBODY]["accuracy"]
+    and rows["vague"]["misled"] == 0.0
+  )
   # The failed one counts as not answered.
   assert rows["clear"]["accuracy"] == pytest.approx(11 / 12) and rows["clear"]["misled"] == 0.0
   assert rows["clear"]["accuracy_by_kind"] == pytest.approx({"color": 11 / 12, "shape": 11 / 12})
   assert page.count('<span class="answer right" title') == 22 and "<b>✓</b> red" in page
-  assert page.count('<span class="answer none" title') == 24  # all of `vague`; the failed one has no chips
+  # all of `vague`; the failed one has no chips
+  assert page.count('<span class="answer none" title') == 24
   assert "Where the captioners differ most" in page
-  _, figures = run(folder, judge=judge, questions=str(folder / "rows.jsonl"), judged=5, per_image=1, kinds=("shape",))
+  _, figures = run(
+    folder,
+    judge=judge,
+    questions=str(folder / "rows.jsonl"),
+    judged=5,
+    per_image=1,
+    kinds=("shape",),
+  )
   assert figures["questions"] == 5 and list(figures["questions_by_kind"]) == ["shape"]
 
 
@@ -124,8 +168,12 @@ def test_a_real_judge_answers(folder):
 
 
 def test_those_that_differ_most_come_by_their_words():
-  images = [gallery.ComparedImage(str(i), {"a": gallery.Said("one two"), "b": gallery.Said("one two" if i else "three")})
-            for i in range(30)]
+  images = [
+    gallery.ComparedImage(
+      str(i), {"a": gallery.Said("one two"), "b": gallery.Said("one two" if i else "three")}
+    )
+    for i in range(30)
+  ]
   for seed in range(4):
     drawn, most = gallery.pick(images, 8, np.random.default_rng(seed))
     assert len(drawn) == len(most) == 4 and len({shared.name for shared in [*drawn, *most]}) == 8
@@ -135,18 +183,24 @@ def test_those_that_differ_most_come_by_their_words():
 
 def test_questions_of_several_rows_of_an_image_are_all_asked(folder):
   rows = read_qa_rows(str(folder / "rows.jsonl"), 0)
-  write_jsonl(folder / "apart.jsonl", [dataclasses.replace(row, questions=(q,)) for row in rows for q in row.questions])
+  write_jsonl(
+    folder / "apart.jsonl",
+    [dataclasses.replace(row, questions=(q,)) for row in rows for q in row.questions],
+  )
   shared = [gallery.ComparedImage(row.name, {}) for row in rows]
   cfg = gallery.GalleryConfig("a=b")
   whole = gallery.with_questions(shared, str(folder / "rows.jsonl"), cfg, 0)
   apart = gallery.with_questions(shared, str(folder / "apart.jsonl"), cfg, 0)
-  assert [one.questions for one in apart] == [one.questions for one in whole] and len(whole[0].questions) == 2
+  assert [one.questions for one in apart] == [one.questions for one in whole] and len(
+    whole[0].questions
+  ) == 2
 
 
 def test_names_are_shown_without_this_machine_s_folders():
   def shown(*names):
     pictures = gallery.Pictures(None, names, [])
     return [pictures.short(gallery.ComparedImage(name, {})) for name in names]
+
   assert shown("/home/me/a/1.png", "/home/me/b/1.png") == ["a/1.png", "b/1.png"]
   assert shown("/home/me/1.png") == ["1.png"]
   assert shown("/home/me/1.png", "images/2.png") == ["1.png", "2.png"]
@@ -161,7 +215,10 @@ def test_a_name_too_long_for_a_file_is_not_found(folder):
 
 def test_names_match_by_whole_paths_only():
   match = gallery.match_names
-  assert match(["a/1.png", "2.png"], ["2.png", "a/1.png", "3.png"]) == {"a/1.png": "a/1.png", "2.png": "2.png"}
+  assert match(["a/1.png", "2.png"], ["2.png", "a/1.png", "3.png"]) == {
+    "a/1.png": "a/1.png",
+    "2.png": "2.png",
+  }
   assert match(["/data/a/1.png"], ["a/1.png", "b/1.png"]) == {"/data/a/1.png": "a/1.png"}
   assert match(["1.png"], ["x/11.png", "x/1.png"]) == {"1.png": "x/1.png"}
   assert match(["1.png"], ["x/1.png", "y/1.png"]) == {}, "two would fit"
@@ -173,7 +230,10 @@ def test_pictures_are_found_where_they_are_said_to_lie(folder, tmp_path_factory)
   away = tmp_path_factory.mktemp("away")
   for name in ("vague", "clear"):
     rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-    write(away / f"{name}.jsonl", [row | {"image": "images/" + row["image"].rpartition("/")[2]} for row in rows])
+    write(
+      away / f"{name}.jsonl",
+      [row | {"image": "images/" + row["image"].rpartition("/")[2]} for row in rows],
+    )
   page, _ = run(away)
   assert page.count("no picture found") == 12
   page, _ = run(away, pictures=str(folder / "images"))
@@ -186,14 +246,17 @@ def test_pictures_are_found_where_they_are_said_to_lie(folder, tmp_path_factory)
     run(away, pictures=str(other))
 
 
-@pytest.mark.parametrize("line, message", [
+@pytest.mark.parametrize(
+  "line, message",
+  [
     ("{", r"clear\.jsonl:2: not a row of mode caption \(.*JSON|clear\.jsonl:2"),
     ("[]", r"clear\.jsonl:2: .*a list, not an object"),
     ('{"caption": "x"}', r"clear\.jsonl:2: .*'image' is missing"),
     ('{"image": "a.png"}', r"clear\.jsonl:2: .*neither 'caption' nor 'error'"),
     ('{"image": "a.png", "caption": 3}', r"clear\.jsonl:2: .*caption is 3, not a str"),
     ('{"image": "0.png", "caption": "x"}', r"clear\.jsonl:2: image '0\.png' stands in line 1 too"),
-])
+  ],
+)
 def test_a_bad_line_is_named(folder, line, message):
   (folder / "clear.jsonl").write_text('{"image": "0.png", "caption": "x"}\n' + line + "\n")
   with pytest.raises(ValueError, match=message):
@@ -207,23 +270,39 @@ def test_files_that_do_not_fit_are_refused(folder):
   with pytest.raises(ValueError, match=r"empty\.jsonl has no rows"):
     run(folder, captions=f"a={folder}/empty.jsonl")
   write(folder / "other.jsonl", [said("x.png", "x"), said("y.png", "x")])
-  with pytest.raises(ValueError, match=r"no image in common: .*vague\.jsonl has 12, such as 'images/0\.png'; .* 2, "):
+  with pytest.raises(
+    ValueError, match=r"no image in common: .*vague\.jsonl has 12, such as 'images/0\.png'; .* 2, "
+  ):
     run(folder, captions=f"a={folder}/vague.jsonl,b={folder}/other.jsonl")
   with pytest.raises(ValueError, match="none of its 12 images.*'x.png'"):
     run(folder, captions=f"b={folder}/other.jsonl", questions=str(folder / "rows.jsonl"))
-  with pytest.raises(ValueError, match=r"kinds = \('size',\) leaves no question; .* has \['color', 'shape'\]"):
+  with pytest.raises(
+    ValueError, match=r"kinds = \('size',\) leaves no question; .* has \['color', 'shape'\]"
+  ):
     run(folder, questions=str(folder / "rows.jsonl"), kinds=("size",))
 
 
-@pytest.mark.parametrize("captions, message", [
-    ("", "names no file"), ("a.jsonl", "'a.jsonl' is not name=FILE"), ("a=x,a=y", "two files are called 'a'")])
+@pytest.mark.parametrize(
+  "captions, message",
+  [
+    ("", "names no file"),
+    ("a.jsonl", "'a.jsonl' is not name=FILE"),
+    ("a=x,a=y", "two files are called 'a'"),
+  ],
+)
 def test_captions_that_are_no_names_and_files_are_refused(captions, message):
   with pytest.raises(ValueError, match=message):
-    configuration.load_section({"gallery": {"captions": captions}}, "gallery", gallery.GalleryConfig)
+    configuration.load_section(
+      {"gallery": {"captions": captions}}, "gallery", gallery.GalleryConfig
+    )
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium lets this test look at the page")
-@pytest.mark.parametrize("scheme, ink", [("light", "rgb(28, 29, 33)"), ("dark", "rgb(236, 238, 242)")])
+@pytest.mark.skipif(
+  BROWSER is None, reason="no browser: apt-get install chromium lets this test look at the page"
+)
+@pytest.mark.parametrize(
+  "scheme, ink", [("light", "rgb(28, 29, 33)"), ("dark", "rgb(236, 238, 242)")]
+)
 def test_a_phone_shows_the_page_light_and_dark(folder, tmp_path, scheme, ink):
   write(folder / "vague.jsonl", [said(f"images/{i}.png", "endless" * 80) for i in range(12)])
   page, _ = run(folder)
@@ -235,13 +314,31 @@ def test_a_phone_shows_the_page_light_and_dark(folder, tmp_path, scheme, ink):
   </script>"""  # runs before the page's own policy forbids scripts
   (tmp_path / "probed.html").write_text(page.replace("<head>", "<head>" + probe, 1))
   (tmp_path / "phone.html").write_text(
-      '<script>addEventListener("message", e => document.body.dataset.probe = e.data)</script>'
-      f'<body><iframe src="probed.html" width=360 height=800 style="color-scheme:{scheme}">')
+    '<script>addEventListener("message", e => document.body.dataset.probe = e.data)</script>'
+    f'<body><iframe src="probed.html" width=360 height=800 style="color-scheme:{scheme}">'
+  )
   done = subprocess.run(
-      [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-       "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-       "--virtual-time-budget=5000", (tmp_path / "phone.html").as_uri()], capture_output=True, timeout=120, check=True)
-  seen = json.loads(re.search(r'data-probe="([^"]*)"', done.stdout.decode())[1].replace("&quot;", '"'))
+    [
+      BROWSER,
+      "--headless",
+      "--no-sandbox",
+      "--disable-gpu",
+      "--no-first-run",
+      "--disable-background-networking",
+      "--disable-component-update",
+      "--disable-sync",
+      f"--user-data-dir={tmp_path / 'profile'}",
+      "--dump-dom",
+      "--virtual-time-budget=5000",
+      (tmp_path / "phone.html").as_uri(),
+    ],
+    capture_output=True,
+    timeout=120,
+    check=True,
+  )
+  seen = json.loads(
+    re.search(r'data-probe="([^"]*)"', done.stdout.decode())[1].replace("&quot;", '"')
+  )
   assert seen["wide"] <= 0 and seen["broken"] == 0 and seen["images"] == 12
   assert seen["stacked"] == 1, "captions stand beside each other on a phone"
   assert seen["ink"] == ink

@@ -1,5 +1,5 @@
-"""Two processes of two fake devices are one process of four: same metrics, same files, and Ctrl-C stops them
-together."""
+"""Two processes of two fake devices are one process of four: same metrics, same files, and Ctrl-C
+stops them together."""
 
 import json
 import os
@@ -42,9 +42,17 @@ def folder(tmp_path_factory):
 def start(folder, workdir, processes, devices, *flags, program=("-m", "caprl_jax.main")):
   """`main`, once a process, on loopback."""
   environment = os.environ | {
-      "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
-      "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"}
-  command = [sys.executable, *program, f"--config={folder / 'config.py'}", f"--workdir={workdir}", *flags]
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
+    "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}",
+  }
+  command = [
+    sys.executable,
+    *program,
+    f"--config={folder / 'config.py'}",
+    f"--workdir={workdir}",
+    *flags,
+  ]
   if processes > 1:
     with socket.socket() as probe:
       probe.bind(("localhost", 0))
@@ -55,8 +63,16 @@ def start(folder, workdir, processes, devices, *flags, program=("-m", "caprl_jax
   started = []
   for number in range(processes):
     with open(workdir.with_name(f"{workdir.name}_stderr_{number}.txt"), "w") as file:
-      started.append(subprocess.Popen(command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": str(number)},
-                                      stdin=subprocess.DEVNULL, stdout=file, stderr=file))
+      started.append(
+        subprocess.Popen(
+          command,
+          cwd=ROOT,
+          env=environment | {"JAX_PROCESS_ID": str(number)},
+          stdin=subprocess.DEVNULL,
+          stdout=file,
+          stderr=file,
+        )
+      )
   return started
 
 
@@ -66,7 +82,9 @@ def wait(started, workdir, code=0):
   finally:
     for process in started:
       process.kill()
-  errors = [path.read_text()[-3000:] for path in sorted(workdir.parent.glob(f"{workdir.name}_stderr_*"))]
+  errors = [
+    path.read_text()[-3000:] for path in sorted(workdir.parent.glob(f"{workdir.name}_stderr_*"))
+  ]
   assert codes == [code] * len(started), "\n\n".join(errors)
   return errors
 
@@ -116,14 +134,18 @@ def test_metrics_and_figures_are_those_of_one_process(one, two):
 def test_the_captioner_is_that_of_one_process(one, two):
   a, b = (load_policy(str(workdir / "policy"), one_device()).params for workdir in (one, two))
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_allclose(y, x, atol=2e-4, err_msg=jax.tree_util.keystr(path))  # Adam moved them by up to 4e-3
+    # Adam moved them by up to 4e-3
+    np.testing.assert_allclose(y, x, atol=2e-4, err_msg=jax.tree_util.keystr(path))
 
 
 def test_one_process_writes(one, two):
   assert files_of(two) == files_of(one) | {"log.1.txt"}
   for name in ("before.json", "after.json", "step_000001.json", "step_000004.json"):
     a, b = (tiny.read_back(workdir / "samples" / name)["rows"] for workdir in (one, two))
-    texts = [[(row["row"], row["questions"], [c["text"] for c in row["captions"]]) for row in rows] for rows in (a, b)]
+    texts = [
+      [(row["row"], row["questions"], [c["text"] for c in row["captions"]]) for row in rows]
+      for rows in (a, b)
+    ]
     assert texts[0] == texts[1], name
   errors = (two.parent / "two_stderr_1.txt").read_text()
   assert "CapRL" not in errors and "report:" not in errors
@@ -164,13 +186,21 @@ def run(config, workdir):
 
 
 def test_ctrl_c_in_one_process_stops_both_and_they_go_on(tmp_path):
-  """The state is split over both processes; what they end with is the run of one process that nothing stopped."""
+  """The state is split over both processes; what they end with is the run of one process that
+  nothing stopped.
+  """
   (tmp_path / "fake_mode.py").write_text(FAKE_MODE)
-  (tmp_path / "config.py").write_text(CONFIG.format(text=json.dumps(dict(mode="fake", steps=100_000))))
-  program = ("-c", "import sys; from caprl_jax import main; main.MODES['fake'] = main.Mode('fake_mode', '', ''); "
-             "sys.exit(main.main(sys.argv))")
-  begin = lambda name, processes, *flags: start(tmp_path, tmp_path / name, processes, 4 // processes, *flags,
-                                                program=program)
+  (tmp_path / "config.py").write_text(
+    CONFIG.format(text=json.dumps(dict(mode="fake", steps=100_000)))
+  )
+  program = (
+    "-c",
+    "import sys; from caprl_jax import main; main.MODES['fake'] = "
+    "main.Mode('fake_mode', '', ''); sys.exit(main.main(sys.argv))",
+  )
+  begin = lambda name, processes, *flags: start(
+    tmp_path, tmp_path / name, processes, 4 // processes, *flags, program=program
+  )
   workdir = tmp_path / "stopped"
   started = begin("stopped", 2)
   deadline = time.time() + 100
@@ -183,7 +213,9 @@ def test_ctrl_c_in_one_process_stops_both_and_they_go_on(tmp_path):
   first = read_metrics(workdir / "metrics.jsonl")
   steps = len(first)
   checkpoints = Checkpoints(workdir, CheckpointConfig())
-  assert [row["step"] for row in first] == list(range(1, steps + 1)) and checkpoints.latest_step() == steps
+  assert [row["step"] for row in first] == list(
+    range(1, steps + 1)
+  ) and checkpoints.latest_step() == steps
   checkpoints.close()
   wait(begin("stopped", 2, f"--config.steps={steps + 2}"), workdir)
   wait(begin("whole", 1, f"--config.steps={steps + 2}"), tmp_path / "whole")
@@ -197,7 +229,9 @@ def light(index, rng):
   return dict(row=np.int32(index), noise=rng.integers(0, 1 << 30))
 
 
-@pytest.mark.parametrize("shares", [[range(0, 4), range(4, 8)], [range(0, 8, 2), range(1, 8, 2)], [range(8), range(8)]])
+@pytest.mark.parametrize(
+  "shares", [[range(0, 4), range(4, 8)], [range(0, 8, 2), range(1, 8, 2)], [range(8), range(8)]]
+)
 def test_batches_do_not_depend_on_the_number_of_processes(shares):
   """Each process's share is its part of the one batch; a state of one continues the others."""
   whole = train_iterator(light, 10, 8, 3)
@@ -215,5 +249,8 @@ def test_batches_do_not_depend_on_the_number_of_processes(shares):
     state = whole.get_state()
   for share in shares:
     for (batch, real), (some, also) in zip(
-        eval_batches(light, 13, 8, 3), eval_batches(light, 13, 8, 3, share), strict=True):
-      assert real == also and all(np.array_equal(some[name], batch[name][list(share)]) for name in batch)
+      eval_batches(light, 13, 8, 3), eval_batches(light, 13, 8, 3, share), strict=True
+    ):
+      assert real == also and all(
+        np.array_equal(some[name], batch[name][list(share)]) for name in batch
+      )

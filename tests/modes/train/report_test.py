@@ -14,8 +14,12 @@ from caprl_jax.harness import metrics
 from caprl_jax.modes.train import report
 from caprl_jax.pages import curves, markup
 
-QUESTION = {"stem": "what is the red shape?", "options": ["circle", "triangle", "rectangle"],
-            "gold": 0, "kind": "shape"}
+QUESTION = {
+  "stem": "what is the red shape?",
+  "options": ["circle", "triangle", "rectangle"],
+  "gold": 0,
+  "kind": "shape",
+}
 RIGHT = {"question": 0, "choice": 0, "correct": True, "valid": True}
 WRONG = {"question": 0, "choice": 2, "correct": False, "valid": True}
 NONE = {"question": 0, "choice": -1, "correct": False, "valid": True}
@@ -35,8 +39,15 @@ def write_samples(workdir, name, captions_of_rows, step=0):
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).ellipse((10, 10, 50, 50), fill="red")
     image.save(images / f"test_{i}.png")
-    rows.append({"row": i, "name": f"test/images/{i}.png", "image": f"images/test_{i}.png",
-                 "questions": [QUESTION], "captions": captions})
+    rows.append(
+      {
+        "row": i,
+        "name": f"test/images/{i}.png",
+        "image": f"images/test_{i}.png",
+        "questions": [QUESTION],
+        "captions": captions,
+      }
+    )
   samples = {"stage": name, "step": step, "rows": rows}
   (workdir / f"samples/{name}.json").write_text(json.dumps(samples))
 
@@ -44,12 +55,25 @@ def write_samples(workdir, name, captions_of_rows, step=0):
 def write_metrics(workdir, steps):
   with metrics.MetricsWriter(workdir) as writer:
     for step in range(1, steps + 1):
-      writer.write(step, {
-          "reward/mean": 0.4 + step / 100, "judge/accuracy": 0.5, "judge/accuracy/shape": 0.4,
-          "eval/accuracy": 0.5, "judge/abstained": 0.1, "judge/misled": 0.4, "reward/accuracy": 0.5,
-          "update/logp_difference": 1e-6, "rollout/length": 5 + step / 10, "update/entropy": 1.2,
-          "advantage/flat_groups": 0.1, "update/grad_norm": 500 if step == 20 else 1,
-          "update/kl": math.nan if step == 2 else 0.01, "time/step_secs": 3.0})
+      writer.write(
+        step,
+        {
+          "reward/mean": 0.4 + step / 100,
+          "judge/accuracy": 0.5,
+          "judge/accuracy/shape": 0.4,
+          "eval/accuracy": 0.5,
+          "judge/abstained": 0.1,
+          "judge/misled": 0.4,
+          "reward/accuracy": 0.5,
+          "update/logp_difference": 1e-6,
+          "rollout/length": 5 + step / 10,
+          "update/entropy": 1.2,
+          "advantage/flat_groups": 0.1,
+          "update/grad_norm": 500 if step == 20 else 1,
+          "update/kl": math.nan if step == 2 else 0.01,
+          "time/step_secs": 3.0,
+        },
+      )
 
 
 @pytest.fixture
@@ -57,19 +81,37 @@ def workdir(tmp_path):
   """A complete run."""
   path = tmp_path / "toy-run"
   write_samples(path, "before", [[caption("A shape.", NONE, 0.0)], [caption("A box.", WRONG, 0.0)]])
-  write_samples(path, "after", [[caption("A red circle.", RIGHT, 1.0)], [
-      caption("A red rectangle.", WRONG, 0.0)]])
-  write_samples(path, "step_000020", [[
-      caption("low sibling", WRONG, 0.0, advantage=-0.7), caption("lost sibling", ABSENT, None),
-      caption("high sibling", RIGHT, 1.0, advantage=0.7)]], step=20)
+  write_samples(
+    path,
+    "after",
+    [[caption("A red circle.", RIGHT, 1.0)], [caption("A red rectangle.", WRONG, 0.0)]],
+  )
+  write_samples(
+    path,
+    "step_000020",
+    [
+      [
+        caption("low sibling", WRONG, 0.0, advantage=-0.7),
+        caption("lost sibling", ABSENT, None),
+        caption("high sibling", RIGHT, 1.0, advantage=0.7),
+      ]
+    ],
+    step=20,
+  )
   write_metrics(path, 30)
-  (path / "summary.json").write_text(json.dumps({
-      "gate": {"ideal": 1.0, "generic": 0.26, "empty": 0.25, "questions": 400},
-      "before": {"accuracy": 0.402, "accuracy/shape": 0.4, "length_tokens": 4.2, "unscored": 0},
-      "after": {"accuracy": 0.823, "accuracy/shape": 0.8, "length_tokens": 10.6, "unscored": 3},
-      "counts": {"train_rows": 3200, "kept/color": 30, "dropped/color": 10, "dropped/yes-no": 7},
-      "wall_secs": {"gate": 30.0, "train": 570.0}, "versions": {"jax": "0.10.0"},
-      "config": {"rollout": {"temperature": 0.75}}}))
+  (path / "summary.json").write_text(
+    json.dumps(
+      {
+        "gate": {"ideal": 1.0, "generic": 0.26, "empty": 0.25, "questions": 400},
+        "before": {"accuracy": 0.402, "accuracy/shape": 0.4, "length_tokens": 4.2, "unscored": 0},
+        "after": {"accuracy": 0.823, "accuracy/shape": 0.8, "length_tokens": 10.6, "unscored": 3},
+        "counts": {"train_rows": 3200, "kept/color": 30, "dropped/color": 10, "dropped/yes-no": 7},
+        "wall_secs": {"gate": 30.0, "train": 570.0},
+        "versions": {"jax": "0.10.0"},
+        "config": {"rollout": {"temperature": 0.75}},
+      }
+    )
+  )
   return path
 
 
@@ -98,8 +140,12 @@ def test_a_complete_run_says_what_it_did(workdir):
 
 def test_answers_are_marked_by_symbol_and_colour(workdir):
   page = report.write_report(workdir).read_text()
-  for kind, symbol, word in (("right", "✓", "circle"), ("wrong", "✗", "rectangle"),
-                             ("none", "–", "no answer"), ("none", "–", "not scored")):
+  for kind, symbol, word in (
+    ("right", "✓", "circle"),
+    ("wrong", "✗", "rectangle"),
+    ("none", "–", "no answer"),
+    ("none", "–", "not scored"),
+  ):
     assert re.search(rf'class="answer {kind}"[^>]*><small>1</small> <b>{symbol}</b> {word}<', page)
   assert '<span class="option gold">circle</span>' in page
 
@@ -113,10 +159,11 @@ def test_siblings_stand_best_first_and_unscored_last(workdir):
 
 def test_what_the_model_wrote_cannot_become_markup(workdir):
   evil = '<script>alert(1)</script><img src="http://x.example/a.png" onerror=alert(1)>"\'&amp;'
-  write_samples(workdir, "after", [
-      [caption(evil, RIGHT, 1.0)], [caption("\ud800 \x00", WRONG, 0.0)]])
+  write_samples(
+    workdir, "after", [[caption(evil, RIGHT, 1.0)], [caption("\ud800 \x00", WRONG, 0.0)]]
+  )
   page = report.write_report(workdir).read_text()
-  assert "<script" not in page and "<img src=\"http" not in page
+  assert "<script" not in page and '<img src="http' not in page
   assert "&lt;script&gt;alert(1)" in page and "&amp;amp;" in page
   assert "default-src 'none'" in page  # and the browser is told to refuse it anyway
 
@@ -124,8 +171,12 @@ def test_what_the_model_wrote_cannot_become_markup(workdir):
 def test_an_empty_workdir_says_that_nothing_is_there_yet(tmp_path):
   text = words(report.write_report(tmp_path).read_text())
   assert "not complete" in text
-  for what in ("the gate", "the evaluation before training", "the first training step",
-               "the captions after training"):
+  for what in (
+    "the gate",
+    "the evaluation before training",
+    "the first training step",
+    "the captions after training",
+  ):
     assert what in text
 
 
@@ -138,8 +189,9 @@ def test_a_run_in_progress_shows_what_it_has(workdir):
   text = words(report.write_report(workdir).read_text())
   assert "40.2% → not yet" in text and "A box." in text and "image not there yet" in text
   assert "1.5 minutes so far" in text  # 30 steps of 3 s
-  assert ("Not there yet: the gate, the evaluation after training, the captions after training"
-          in text)
+  assert (
+    "Not there yet: the gate, the evaluation after training, the captions after training" in text
+  )
 
 
 def test_many_files_of_samples_are_thinned_evenly(workdir):
@@ -157,12 +209,15 @@ def test_large_images_are_embedded_smaller(workdir):
   assert "data:image/jpeg" in page and len(page) < 1_500_000
 
 
-@pytest.mark.parametrize("name, text, message", [
+@pytest.mark.parametrize(
+  "name, text, message",
+  [
     ("summary.json", "{", "summary.json is not JSON"),
     ("summary.json", "[]", "summary.json holds a list"),
     ("samples/after.json", '{"step": 0, "rows": [{}]}', "after.json: not samples .*'name'"),
     ("metrics.jsonl", "no\n", r"metrics\.jsonl:1"),
-])
+  ],
+)
 def test_a_bad_file_is_named_and_the_old_report_stays(workdir, name, text, message):
   old = report.write_report(workdir).read_text()
   (workdir / name).write_text(text)
@@ -171,7 +226,9 @@ def test_a_bad_file_is_named_and_the_old_report_stays(workdir, name, text, messa
   assert (workdir / "report.html").read_text() == old
 
 
-@pytest.mark.parametrize("answers", [[RIGHT | {"question": 1}], [RIGHT | {"choice": 3}], [{"choice": 0}]])
+@pytest.mark.parametrize(
+  "answers", [[RIGHT | {"question": 1}], [RIGHT | {"choice": 3}], [{"choice": 0}]]
+)
 def test_answers_that_do_not_fit_their_questions_are_refused(workdir, answers):
   write_samples(workdir, "after", [[caption("x", RIGHT, 1.0) | {"answers": answers}]])
   with pytest.raises(ValueError, match="after.json: not samples"):
@@ -191,27 +248,46 @@ def test_smoothing_starts_unbiased_and_keeps_gaps():
 
 
 def test_curves_without_data_are_left_out_and_kinds_are_found():
-  drawn = curves.draw_curves([
+  drawn = curves.draw_curves(
+    [
       {"step": 1, "reward/mean": None, "judge/accuracy": 0.5, "judge/accuracy/a<b $x_1$": 0.2},
-      {"step": 2, "reward/mean": None, "judge/accuracy": 0.6}])
+      {"step": 2, "reward/mean": None, "judge/accuracy": 0.6},
+    ]
+  )
   assert [curve.panel.title for curve in drawn] == ["Accuracy of the judge"]
   assert [label for label, _ in drawn[0].legend] == ["overall", "a<b $x_1$"]
   assert "overall 0.5 at step 1, 0.6 at step 2" in drawn[0].svg
   assert "a<b" not in drawn[0].svg
-  assert drawn[0].svg == curves.draw_curves([
-      {"step": 1, "judge/accuracy": 0.5, "judge/accuracy/a<b $x_1$": 0.2},
-      {"step": 2, "judge/accuracy": 0.6}])[0].svg  # the same numbers, the same bytes
+  assert (
+    drawn[0].svg
+    == curves.draw_curves(
+      [
+        {"step": 1, "judge/accuracy": 0.5, "judge/accuracy/a<b $x_1$": 0.2},
+        {"step": 2, "judge/accuracy": 0.6},
+      ]
+    )[0].svg
+  )  # the same numbers, the same bytes
 
 
 # ---- in a browser
 
-BROWSER = next(filter(None, map(shutil.which, [
-    "chromium", "chromium-browser", "google-chrome"])), None)
+BROWSER = next(
+  filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
+)
 needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="no browser: apt-get install chromium lets this test look at the page")
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--hide-scrollbars"]
+  BROWSER is None, reason="no browser: apt-get install chromium lets this test look at the page"
+)
+QUIET = [
+  "--headless",
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+  "--hide-scrollbars",
+]
 
 # Runs before the page's own policy forbids scripts; leaves what it measured in the DOM.
 PROBE = """<script>addEventListener("load", () => {
@@ -231,8 +307,12 @@ PROBE = """<script>addEventListener("load", () => {
 
 
 def browse(tmp_path, page, *flags):
-  done = subprocess.run([BROWSER, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", *flags,
-                         page.as_uri()], capture_output=True, timeout=120, check=True)
+  done = subprocess.run(
+    [BROWSER, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()],
+    capture_output=True,
+    timeout=120,
+    check=True,
+  )
   return done.stdout.decode()
 
 
@@ -262,15 +342,17 @@ def test_a_browser_shows_the_page(workdir, tmp_path):
 
 
 @needs_browser
-@pytest.mark.parametrize("scheme, ink", [
-    ("light", "rgb(28, 29, 33)"), ("dark", "rgb(236, 238, 242)")])
+@pytest.mark.parametrize(
+  "scheme, ink", [("light", "rgb(28, 29, 33)"), ("dark", "rgb(236, 238, 242)")]
+)
 def test_a_phone_shows_the_page_light_and_dark(workdir, tmp_path, scheme, ink):
   write_samples(workdir, "after", [[caption("endless" * 80, RIGHT, 1.0)]])
   page = probed(tmp_path, workdir)
   frame = tmp_path / "phone.html"  # a window of a headless browser cannot be as narrow, a frame can
   frame.write_text(
-      '<script>addEventListener("message", e => document.body.dataset.probe = e.data)</script>'
-      f'<body><iframe src="{page.name}" width=360 height=800 style="color-scheme:{scheme}">')
+    '<script>addEventListener("message", e => document.body.dataset.probe = e.data)</script>'
+    f'<body><iframe src="{page.name}" width=360 height=800 style="color-scheme:{scheme}">'
+  )
   seen = read_probe(browse(tmp_path, frame, "--dump-dom", "--virtual-time-budget=5000"))
   assert seen["too_wide"] <= 0, f"{seen['too_wide']} pixels stick out"
   assert seen["ink"] == ink

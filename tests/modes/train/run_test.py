@@ -1,4 +1,6 @@
-"""Mode `train` end to end on tiny real models: its outputs, resuming bit for bit, and stopping it."""
+"""Mode `train` end to end on tiny real models: its outputs, resuming bit for bit, and stopping
+it.
+"""
 
 import json
 import logging
@@ -57,34 +59,53 @@ def finished(config, tmp_path_factory):
 
 def steps_of(workdir):
   """metrics.jsonl without the times, which no two runs share."""
-  return [{k: v for k, v in row.items() if not k.startswith("time/")}
-          for row in read_metrics(workdir / "metrics.jsonl")]
+  return [
+    {k: v for k, v in row.items() if not k.startswith("time/")}
+    for row in read_metrics(workdir / "metrics.jsonl")
+  ]
 
 
 def assert_same_policy(a, b):
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   one, other = (load_policy(str(path / "policy"), mesh).params for path in (a, b))
-  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
+  ):
     np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
-def test_mode_evaluate_finds_what_the_run_found_and_needs_no_training_data(config, finished, tmp_path):
+def test_mode_evaluate_finds_what_the_run_found_and_needs_no_training_data(
+  config, finished, tmp_path
+):
   alone = config.copy_and_resolve_references()
   alone.policy.checkpoint, alone.data.train = str(finished / "policy"), "nowhere.jsonl"
   evaluate.run(alone, tmp_path)
   found, run = (tiny.read_back(path / "summary.json") for path in (tmp_path, finished))
-  assert found["before"] == run["after"] and found["counts"]["eval_rows"] == run["counts"]["eval_rows"]
-  captions = lambda path, name: [[c["text"] for c in row["captions"]]
-                                 for row in tiny.read_back(path / "samples" / name)["rows"]]
+  assert (
+    found["before"] == run["after"] and found["counts"]["eval_rows"] == run["counts"]["eval_rows"]
+  )
+  captions = lambda path, name: [
+    [c["text"] for c in row["captions"]] for row in tiny.read_back(path / "samples" / name)["rows"]
+  ]
   assert captions(tmp_path, "before.json") == captions(finished, "after.json")
 
 
 def test_a_run_leaves_all_its_outputs(finished, config):
   rows = read_metrics(finished / "metrics.jsonl")
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
-  for name in ("rollout/length", "judge/accuracy", "judge/accuracy/color", "judge/accuracy/shape", "reward/mean",
-               "advantage/flat_groups", "update/loss", "update/grad_norm", "update/entropy", "time/step_secs",
-               "time/data_secs"):
+  for name in (
+    "rollout/length",
+    "judge/accuracy",
+    "judge/accuracy/color",
+    "judge/accuracy/shape",
+    "reward/mean",
+    "advantage/flat_groups",
+    "update/loss",
+    "update/grad_norm",
+    "update/entropy",
+    "time/step_secs",
+    "time/data_secs",
+  ):
     assert all(np.isfinite(row[name]) for row in rows), name
   assert all(row["update/nonfinite"] == 0 for row in rows)
 
@@ -95,20 +116,37 @@ def test_a_run_leaves_all_its_outputs(finished, config):
     figures = summary[stage]
     assert 0 <= figures["accuracy"] <= 1 and figures["questions"] == 24 and figures["images"] == 12
     assert figures.keys() >= {
-        "accuracy/color", "accuracy/shape", "length_tokens", "truncated", "flat_groups", "unscored"}
+      "accuracy/color",
+      "accuracy/shape",
+      "length_tokens",
+      "truncated",
+      "flat_groups",
+      "unscored",
+    }
   assert summary["counts"]["train_rows"] == summary["counts"]["eval_rows"] == 12
   assert summary["wall_secs"].keys() >= {"setup", "gate", "before", "train", "after"}
   assert summary["versions"]["jax"] == jax.__version__
 
   names = {path.name for path in (finished / "samples").glob("*.json")}
-  assert names == {"before.json", "after.json", "step_000001.json", "step_000002.json", "step_000004.json"}
+  assert names == {
+    "before.json",
+    "after.json",
+    "step_000001.json",
+    "step_000002.json",
+    "step_000004.json",
+  }
   sample = tiny.read_back(finished / "samples" / "step_000002.json")
   row = sample["rows"][0]
-  assert sample["step"] == 2 and len(row["captions"]) == 4 and len(row["captions"][0]["answers"]) == 2
+  assert (
+    sample["step"] == 2 and len(row["captions"]) == 4 and len(row["captions"][0]["answers"]) == 2
+  )
   assert (finished / "samples" / row["image"]).is_file()
   assert all(c["reward"] == np.mean([a["correct"] for a in c["answers"]]) for c in row["captions"])
 
-  assert {path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()} == {"2", "4"}
+  assert {path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()} == {
+    "2",
+    "4",
+  }
   report = (finished / "report.html").read_text()
   assert report.lstrip().lower().startswith("<!doctype html") and "<svg" in report
 
@@ -117,11 +155,16 @@ def test_the_exported_captioner_is_the_trained_one(finished, config):
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   after = load_policy(str(finished / "policy"), mesh)
   before = load_policy(config.policy.checkpoint, mesh)
-  assert after.tokenizer.to_json() == before.tokenizer.to_json() and after.model.cfg == before.model.cfg
-  moved = [float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params),
-                                                   strict=True)]
+  assert (
+    after.tokenizer.to_json() == before.tokenizer.to_json() and after.model.cfg == before.model.cfg
+  )
+  moved = [
+    float(abs(a - b).max())
+    for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params), strict=True)
+  ]
   assert max(moved) > 1e-4
-  # Adam moves a parameter by about the learning rate a step; 4 steps of 1e-3 (the last digits: Adam's b2 = 0.95).
+  # Adam moves a parameter by about the learning rate a step; 4 steps of 1e-3 (the last digits:
+  # Adam's b2 = 0.95).
   assert max(moved) < 4 * 1e-3 * 1.5
   saved = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(after.params)])
   assert np.isfinite(saved).all()
@@ -138,7 +181,9 @@ def test_a_second_run_says_that_the_run_is_complete(finished, config, caplog):
 def test_a_workdir_of_another_config_is_refused(finished, config):
   other = config.copy_and_resolve_references()
   other.optimizer.learning_rate = 0.5
-  with pytest.raises(ValueError, match=r"another config \(differing: \['optimizer'\]\); use another --workdir"):
+  with pytest.raises(
+    ValueError, match=r"another config \(differing: \['optimizer'\]\); use another --workdir"
+  ):
     train.run(other, finished)
 
 
@@ -147,8 +192,13 @@ def test_a_killed_run_resumes_bit_for_bit(finished, config, tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()
   done = subprocess.run(
-      [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(workdir)], cwd=ROOT, env=os.environ,
-      capture_output=True, text=True, timeout=300)
+    [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(workdir)],
+    cwd=ROOT,
+    env=os.environ,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   assert done.returncode == -signal.SIGKILL, done.stderr
   assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == [1, 2]
   assert "after" not in tiny.read_back(workdir / "summary.json")

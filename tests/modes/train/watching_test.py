@@ -1,4 +1,6 @@
-"""A run that is watched: held-out evaluation on the way, the best captioner kept, trackers with tables of samples."""
+"""A run that is watched: held-out evaluation on the way, the best captioner kept, trackers with
+tables of samples.
+"""
 
 import json
 
@@ -43,21 +45,38 @@ def test_held_out_figures_join_the_step_they_belong_to(workdir):
   assert [row["step"] for row in rows if "eval/accuracy" in row] == [2, 4]
   last = rows[-1]
   after = json.loads((workdir / "summary.json").read_text())["after"]
-  for name in ("accuracy", "misled", "abstained", "length_tokens"):  # evaluated twice, on the same parameters
+  # evaluated twice, on the same parameters
+  for name in ("accuracy", "misled", "abstained", "length_tokens"):
     np.testing.assert_allclose(last[f"eval/{name}"], after[name], rtol=1e-5)
-  for name in ("judge/blind", "update/learning_rate", "advantage/excluded_groups", "update/grad_norm_vision"):
+  for name in (
+    "judge/blind",
+    "update/learning_rate",
+    "advantage/excluded_groups",
+    "update/grad_norm_vision",
+  ):
     assert np.isfinite(last[name]), name
-  np.testing.assert_allclose(last["judge/accuracy"] + last["judge/misled"] + last["judge/abstained"], 1, rtol=1e-5)
   np.testing.assert_allclose(
-      last["reward/mean"], last["reward/accuracy"] - 0.25 * last["reward/misled"], rtol=1e-4, atol=1e-5)
+    last["judge/accuracy"] + last["judge/misled"] + last["judge/abstained"], 1, rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    last["reward/mean"],
+    last["reward/accuracy"] - 0.25 * last["reward/misled"],
+    rtol=1e-4,
+    atol=1e-5,
+  )
 
 
 def test_the_best_captioner_is_kept_and_loads(workdir, config):
   figures = json.loads((workdir / "best" / "best.json").read_text())
-  rows = {row["step"]: row["eval/accuracy"] for row in read_metrics(workdir / "metrics.jsonl")
-          if "eval/accuracy" in row}
+  rows = {
+    row["step"]: row["eval/accuracy"]
+    for row in read_metrics(workdir / "metrics.jsonl")
+    if "eval/accuracy" in row
+  }
   assert figures["accuracy"] == max(rows.values())
-  assert figures["step"] == min(step for step, accuracy in rows.items() if accuracy == figures["accuracy"])
+  assert figures["step"] == min(
+    step for step, accuracy in rows.items() if accuracy == figures["accuracy"]
+  )
   assert sorted(p.name for p in workdir.glob("best*")) == ["best"]
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
     made = set_up(read_settings(config))
@@ -97,10 +116,15 @@ def test_samples_follow_the_draws(workdir):
 
 def test_trackers_have_the_numbers_and_the_samples(workdir):
   accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-  events = accumulator.EventAccumulator(str(workdir / "tensorboard"), size_guidance={accumulator.IMAGES: 0}).Reload()
+  events = accumulator.EventAccumulator(
+    str(workdir / "tensorboard"), size_guidance={accumulator.IMAGES: 0}
+  ).Reload()
   rows = read_metrics(workdir / "metrics.jsonl")
-  np.testing.assert_allclose([e.value for e in events.Scalars("reward/mean")],
-                             [row["reward/mean"] for row in rows], rtol=1e-5)
+  np.testing.assert_allclose(
+    [e.value for e in events.Scalars("reward/mean")],
+    [row["reward/mean"] for row in rows],
+    rtol=1e-5,
+  )
   assert [e.step for e in events.Scalars("eval/accuracy")] == [2, 4]
   assert events.Tags()["images"] and events.Tags()["tensors"]
   assert list(workdir.glob("wandb/offline-run-*/*.wandb"))
