@@ -195,14 +195,6 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def placer(shardings: Any) -> Callable[[tuple, np.ndarray], jax.Array]:
-  """(tree path, host array) -> device array in the sharding of that path; for readers of
-  checkpoints.
-  """
-  by_path = dict(jax.tree_util.tree_leaves_with_path(shardings))
-  return lambda path, array: jax.device_put(array, by_path[path])
-
-
 def optimizer_shardings(
   tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: jax.sharding.Mesh
 ) -> Any:

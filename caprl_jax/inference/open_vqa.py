@@ -18,9 +18,9 @@ from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.inference.vqa import AnswerConfig, VqaRunner, VqaAnswer, branch
+from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.policy import Policy
-from caprl_jax.rl.rollout import empty_cache
 from caprl_jax.rl.sampling import SamplingConfig, decode
 from caprl_jax.scoring.answers import exact
 from caprl_jax.types import Array, Images, Params, Prompts, Vocabulary

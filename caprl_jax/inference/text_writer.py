@@ -11,9 +11,9 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.hub.load import Loaded
+from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.policy import last_hidden
-from caprl_jax.rl.rollout import empty_cache
 from caprl_jax.rl.sampling import SamplingConfig, decode
 from caprl_jax.types import Array, Params, Vocabulary
 

@@ -35,6 +35,13 @@ class Prefix:
   valid_RS: Array  # bool
 
 
+def empty_cache(prefix: Prefix, rows: int, slots: int) -> Prefix:
+  """A Prefix of the same model with `rows` rows and `slots` empty slots."""
+  Y, _, _, J, h = prefix.key_YRSJh.shape
+  zeros = jnp.zeros((Y, rows, slots, J, h), prefix.key_YRSJh.dtype)
+  return Prefix(zeros, zeros, jnp.zeros((rows, slots), bool))
+
+
 @flax.struct.dataclass
 class Part:
   """Attention over one piece before it is normalised."""

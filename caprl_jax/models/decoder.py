@@ -219,8 +219,10 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-  """`embed` then `__call__`; logits are `hidden @ head_matrix(params).T`, taken in chunks by
-  whoever needs them.
+  """Token ids go through `extend`, or through `embed` and then `__call__` where embeddings are
+  changed in between, as a captioner's image tokens are.
+
+  Logits are `hidden @ head_matrix(params).T`, taken in chunks by whoever needs them.
   """
 
   cfg: DecoderConfig
@@ -249,6 +251,12 @@ class Decoder(nn.Module):
     """Token ids -> embeddings [N, L, D] in the activations' dtype."""
     return self.embed_tokens(tokens_NL)
 
+  def extend(
+    self, tokens_NL: Array, position: Array, valid_NL: Array, prefixes: tuple[Prefix, ...] = ()
+  ) -> tuple[Array, Prefix]:
+    """`embed`, then `__call__`: runs new tokens, given as ids, after their prefixes."""
+    return self(self.embed(tokens_NL), position, valid_NL, prefixes)
+
   def __call__(
     self,
     x_NLD: Array,
@@ -266,8 +274,9 @@ class Decoder(nn.Module):
       valid_NL: bool; an invalid token is seen by nobody, so padding may stand anywhere.
       prefixes: nearest last; each one's rows divide N.
       deep_XNLD: what the first X layers add to their output, where the model has a vision tower
-      with DeepStack. segment_NL: int; new tokens see only those of their own segment among
-      themselves. None: all of a row are one.
+        with DeepStack.
+      segment_NL: int; among themselves, new tokens see only those of their own segment. None: all
+        tokens of a row are one segment.
 
     Returns:
       Hidden states after the final norm [N, L, D], and the new tokens' keys and values as a Prefix
@@ -296,13 +305,3 @@ class Decoder(nn.Module):
 def head_matrix(cfg: DecoderConfig, params) -> Array:
   """The unembedding [V, D] of a decoder's parameters."""
   return params["embed_tokens"]["embedding"] if cfg.tie_embeddings else params["lm_head"]
-
-
-def concat_prefixes(first: Prefix, second: Prefix) -> Prefix:
-  """Two prefixes with the same rows as one, along the slots."""
-  join = lambda a, b, axis: jnp.concatenate([a, b], axis=axis)
-  return Prefix(
-    join(first.key_YRSJh, second.key_YRSJh, 2),
-    join(first.value_YRSJh, second.value_YRSJh, 2),
-    join(first.valid_RS, second.valid_RS, 1),
-  )

@@ -154,9 +154,7 @@ class Policy(nn.Module):
     """Runs caption tokens after their prefixes: hidden [N, L, D] and the tokens' own keys and
     values.
     """
-    return self.language_model(
-      self.language_model.embed(tokens_NL), position_NL, valid_NL, prefixes
-    )
+    return self.language_model.extend(tokens_NL, position_NL, valid_NL, prefixes)
 
   def __call__(self, images: Images, prompts: Prompts) -> Array:
     """Creates all parameters when initialised."""

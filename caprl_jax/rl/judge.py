@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax.masked import NEGATIVE, masked_sum
-from caprl_jax.models.attention import Prefix
+from caprl_jax.models.attention import Prefix, empty_cache
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.head import token_logprobs
 from caprl_jax.rl.judge_protocol import (
@@ -20,7 +20,6 @@ from caprl_jax.rl.judge_protocol import (
   present_options,
   take_questions,
 )
-from caprl_jax.rl.rollout import empty_cache
 from caprl_jax.rl.sampling import SamplingConfig, decode
 from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import (

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.attention import Prefix
+from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_logprobs
 from caprl_jax.models.policy import Policy, last_hidden
@@ -33,13 +33,6 @@ class RolloutConfig:
       raise ValueError(
         f"group_size = {self.group_size} and oversample = {self.oversample} must be at least 1"
       )
-
-
-def empty_cache(prefix: Prefix, rows: int, slots: int) -> Prefix:
-  """A Prefix of the same model with `rows` rows and `slots` empty slots."""
-  Y, _, _, J, h = prefix.key_YRSJh.shape
-  zeros = jnp.zeros((Y, rows, slots, J, h), prefix.key_YRSJh.dtype)
-  return Prefix(zeros, zeros, jnp.zeros((rows, slots), bool))
 
 
 def sample_captions(

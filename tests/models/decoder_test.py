@@ -31,10 +31,7 @@ def logits(model, params, tokens, valid):
   run = jax.jit(
     lambda p: (
       model.apply(
-        {"params": p},
-        model.apply({"params": p}, tokens, method="embed"),
-        jnp.asarray(position),
-        jnp.asarray(valid),
+        {"params": p}, tokens, jnp.asarray(position), jnp.asarray(valid), method="extend"
       )[0]
       @ head_matrix(model.cfg, p).T
     )
