@@ -3,7 +3,6 @@
 import ast
 
 import pytest
-
 from helpers.paths import ROOT
 
 PACKAGE = ROOT / "caprl_jax"

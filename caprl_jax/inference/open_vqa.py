@@ -17,7 +17,7 @@ from caprl_jax.data.question_texts import LLAVA, open_text
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.tokenizer import Tokenizer
-from caprl_jax.inference.vqa import AnswerConfig, VqaRunner, VqaAnswer, branch
+from caprl_jax.inference.vqa import AnswerConfig, VqaAnswer, VqaRunner, branch
 from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.policy import Policy

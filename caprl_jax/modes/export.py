@@ -18,7 +18,7 @@ from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.setup import PolicySection, read_settings, summary_path
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
-from caprl_jax.models.trainable import split_params, trainable_filter, merge_params
+from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.modes.train.run import abstract_state, make_optimizer
 from caprl_jax.types import Params
 

@@ -17,11 +17,11 @@ from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.trainable import (
   is_lora,
-  merge_trees,
-  split_params,
-  split_lora,
-  trainable_filter,
   merge_params,
+  merge_trees,
+  split_lora,
+  split_params,
+  trainable_filter,
 )
 from caprl_jax.modes.train import run as train
 

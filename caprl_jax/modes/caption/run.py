@@ -30,7 +30,7 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, shape_bucket, stack
 from caprl_jax.data.readers.image_sources import base_folder, find_images
 from caprl_jax.data.rows import CaptionRow
-from caprl_jax.harness.row_shards import RowResult, ShardedJob, Shard, differences, manifest
+from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob, differences, manifest
 from caprl_jax.harness.setup import PolicySection
 from caprl_jax.hub.load import Loaded
 from caprl_jax.modes.caption.formats import Format, Output, kind_of

@@ -29,7 +29,7 @@ from caprl_jax.harness.setup import JudgeSection
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import load_judge
 from caprl_jax.inference.judge import Ask, HostJudge
-from caprl_jax.modes.gallery.page import NOBODY, Said, ComparedImage, write_page
+from caprl_jax.modes.gallery.page import NOBODY, ComparedImage, Said, write_page
 
 log = logging.getLogger("caprl_jax.modes.gallery.run")
 

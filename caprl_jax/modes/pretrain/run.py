@@ -40,7 +40,7 @@ from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_s
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.inference.vqa import AnswerConfig
-from caprl_jax.models.trainable import split_params, trainable_filter, merge_params
+from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.modes.pretrain.policy import PretrainPolicyConfig, begin
 from caprl_jax.modes.pretrain.record import TRAINING, Record
 from caprl_jax.modes.pretrain.vqa import ask, check_model

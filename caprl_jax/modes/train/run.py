@@ -24,7 +24,7 @@ from caprl_jax.harness.setup import Run, Settings, gate, read_settings, set_up, 
 from caprl_jax.harness.trackers import open_trackers
 from caprl_jax.hub.load import save_policy
 from caprl_jax.hub.lora import save_adapters
-from caprl_jax.models.trainable import split_params, trainable_filter, merge_params
+from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.modes.evaluate.run import Evaluator
 from caprl_jax.modes.train.report import write_report
 from caprl_jax.rl.optimizer import build_optimizer

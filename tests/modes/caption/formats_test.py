@@ -19,7 +19,7 @@ from PIL import Image
 from caprl_jax.data.readers.image_sources import base_folder, find_images
 from caprl_jax.data.rows import CaptionRow, read_image
 from caprl_jax.harness import row_shards
-from caprl_jax.harness.row_shards import RowResult, ShardedJob, Shard
+from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob
 from caprl_jax.modes.caption import formats as caption_formats
 from caprl_jax.modes.caption import report as caption_report
 from caprl_jax.modes.caption.formats import Output
