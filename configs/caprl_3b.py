@@ -36,7 +36,7 @@ def get_config():
   config.data = dict(
     train="data/caprl_qa.jsonl", eval="data/held_out.jsonl", batch_size=128, questions=5
   )
-  config.curate = dict(informed=())  # the released questions are filtered already
+  config.question_filter = dict(informed=())  # the released questions are filtered already
   config.gate = dict()
   config.gate.ideal = None
 

@@ -48,7 +48,7 @@ def get_config():
     max_train_rows=400,
     max_eval_rows=160,
   )
-  config.curate = dict(
+  config.question_filter = dict(
     informed=(
       "The image shows a {color} {shape}.",
       "The image shows a {color} {shape} on a light background.",

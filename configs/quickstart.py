@@ -34,7 +34,7 @@ def get_config():
   )
   # Keep what the judge answers from a true caption, and neither from none nor from other images'
   # captions.
-  config.curate = dict(
+  config.question_filter = dict(
     informed=(
       "The image shows a {color} {shape}.",
       "The image shows a {color} {shape} on a light background.",

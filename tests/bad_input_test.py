@@ -152,12 +152,12 @@ def test_a_bad_question_is_named(shared, config, tmp_path, mesh, change, message
 
 def test_a_dataset_that_curation_empties(config, mesh):
   """The random judge answers as if there were no caption: nothing can be kept."""
-  config.curate = dict(
+  config.question_filter = dict(
     informed=("The image shows a {color} {shape}.",), min_informed=0.75, max_blind=0.0
   )
   with pytest.raises(
     ValueError,
-    match=r"rows\.jsonl: curation left none of 24 questions.*dropped/color.*stronger judge",
+    match=r"rows\.jsonl: the question filter left none of 24 questions.*dropped/color.*stronger judge",
   ):
     start(config, mesh)
 

@@ -21,7 +21,7 @@ log = logging.getLogger("caprl_jax.harness.question_filter")
 
 
 @dataclasses.dataclass(frozen=True)
-class CurateConfig:
+class QuestionFilterConfig:
   """informed: templates of true captions with {fact} places; none: every question is kept as it is.
 
   A question is kept when the share of informed presentations answered right is above `min_informed`
@@ -49,8 +49,8 @@ def mismatched_facts(
   return [others[i] for i in rng.permutation(len(others))[:count]]
 
 
-def curate(
-  splits: Sequence[tuple[str, list[QARow]]], asker: HostJudge, cfg: CurateConfig, seed: int
+def filter_questions(
+  splits: Sequence[tuple[str, list[QARow]]], asker: HostJudge, cfg: QuestionFilterConfig, seed: int
 ):
   """Applies the rule to all splits at once, which asks what they share but once.
 
@@ -78,7 +78,7 @@ def curate(
 
 
 def _judge(
-  pairs: list[tuple[QARow, Question]], asker: HostJudge, cfg: CurateConfig, seed: int
+  pairs: list[tuple[QARow, Question]], asker: HostJudge, cfg: QuestionFilterConfig, seed: int
 ) -> np.ndarray:
   """Which questions pass, bool [len(pairs)]. What has failed too often to pass is not asked
   again.
@@ -114,7 +114,7 @@ def _judge(
   return alive
 
 
-def _knows(row: QARow, cfg: CurateConfig) -> bool:
+def _knows(row: QARow, cfg: QuestionFilterConfig) -> bool:
   try:
     for template in cfg.informed:
       template.format(**(row.facts or {}))
@@ -138,10 +138,10 @@ def _collect(rows: list[QARow], pairs: list[tuple[QARow, Question]], alive: np.n
     counts["dropped/without facts"] = unknown
   if not kept:
     raise ValueError(
-      f"{where}: curation left none of {len(pairs)} questions: the judge answers "
+      f"{where}: the question filter left none of {len(pairs)} questions: the judge answers "
       "none of them from a true caption and fails it without one. Counts: "
       f"{counts}. Use a stronger judge (judge.source), another judge.reading, or "
-      "other curate thresholds"
+      "other question_filter thresholds"
     )
   rows = [
     dataclasses.replace(row, questions=tuple(kept[id(row)])) for row in rows if id(row) in kept

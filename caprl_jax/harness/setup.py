@@ -18,7 +18,7 @@ from caprl_jax.data.judge_questions import QuestionTokenizer, question_shape
 from caprl_jax.data.readers.qa_sources import read_parts, read_qa_rows
 from caprl_jax.data.rows import BadRows, QARow, kinds
 from caprl_jax.harness.checkpoints import CheckpointConfig
-from caprl_jax.harness.question_filter import CurateConfig, curate
+from caprl_jax.harness.question_filter import QuestionFilterConfig, filter_questions
 from caprl_jax.harness.trackers import check_trackers
 from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.int8 import to_int8
@@ -47,7 +47,7 @@ KNOWN_SECTIONS = (
   "policy",
   "judge",
   "data",
-  "curate",
+  "question_filter",
   "gate",
   "rollout",
   "reward",
@@ -210,7 +210,7 @@ class Settings:
   policy: PolicySection
   judge: JudgeSection
   data: DataSection
-  curate: CurateConfig
+  question_filter: QuestionFilterConfig
   gate: GateSection
   train: TrainSection
   evaluate: EvaluateSection
@@ -240,7 +240,7 @@ def read_settings(config: Any) -> Settings:
     policy=section("policy", PolicySection),
     judge=judge,
     data=section("data", DataSection),
-    curate=section("curate", CurateConfig),
+    question_filter=section("question_filter", QuestionFilterConfig),
     gate=section("gate", GateSection),
     train=section("train", TrainSection),
     evaluate=section("evaluate", EvaluateSection),
@@ -376,10 +376,10 @@ def set_up(settings: Settings, training: bool = True) -> Run:
     len(train_rows),
     len(eval_rows),
   )
-  *curated, (eval_rows, eval_counts) = curate(
+  *curated, (eval_rows, eval_counts) = filter_questions(
     [*((part.source, rows) for part, rows in train_parts), (data.eval, eval_rows)],
     asker,
-    settings.curate,
+    settings.question_filter,
     settings.seed,
   )
   train_rows = [row for rows, _ in curated for row in rows]

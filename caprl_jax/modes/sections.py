@@ -32,7 +32,7 @@ SECTIONS: dict[str, tuple[Any, ...]] = {
   "policy": (setup_run.PolicySection, sft.NewPolicyConfig),
   "judge": (setup_run.JudgeSection,),
   "data": (setup_run.DataSection,),
-  "curate": (question_filter.CurateConfig,),
+  "question_filter": (question_filter.QuestionFilterConfig,),
   "gate": (setup_run.GateSection,),
   "rollout": (rollout.RolloutConfig,),
   "reward": (reward.RewardConfig,),

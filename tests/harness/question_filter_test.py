@@ -7,7 +7,7 @@ import pytest
 
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.harness import question_filter as module
-from caprl_jax.harness.question_filter import CurateConfig, mismatched_facts
+from caprl_jax.harness.question_filter import QuestionFilterConfig, mismatched_facts
 
 COLOR = Question("what color?", ("red", "blue"), 0, "color")
 SHAPE = Question("what shape?", ("circle", "square"), 0, "shape")
@@ -43,12 +43,12 @@ def honest(caption, question):
 
 
 def config(**kwargs):
-  return CurateConfig(**{"informed": INFORMED, **kwargs})
+  return QuestionFilterConfig(**{"informed": INFORMED, **kwargs})
 
 
-def curate(rows, asker, cfg, seed, where):
+def filter_split(rows, asker, cfg, seed, where):
   """Of one split."""
-  return module.curate([(where, rows)], asker, cfg, seed)[0]
+  return module.filter_questions([(where, rows)], asker, cfg, seed)[0]
 
 
 def test_mismatched_facts_share_no_fact():
@@ -76,7 +76,7 @@ def test_the_same_value_of_another_attribute_is_no_shared_fact():
 
 def test_kept_and_dropped_by_kind():
   asker = FakeAsker(honest)
-  rows, counts = curate(ROWS, asker, config(), 0, "train")
+  rows, counts = filter_split(ROWS, asker, config(), 0, "train")
   # Golds are red and circle: only the first row's captions say them, and no mismatched caption
   # does.
   assert [r.name for r in rows] == ["a"] and rows[0].questions == (COLOR, SHAPE)
@@ -88,12 +88,12 @@ def test_kept_and_dropped_by_kind():
 
 
 def test_a_question_answered_without_its_caption_is_dropped():
-  rows, counts = curate(
+  rows, counts = filter_split(
     ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(), 0, "train"
   )
   assert rows[0].questions == (COLOR,)  # shape: one of three blind presentations right, 1/3 >= 0.25
   assert counts["dropped/shape"] == 3 and counts["kept/color"] == 1
-  rows, _ = curate(
+  rows, _ = filter_split(
     ROWS,
     FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)),
     config(max_blind=0.34),
@@ -107,7 +107,7 @@ def test_a_question_answered_from_other_images_captions_is_dropped():
   asker = FakeAsker(
     lambda c, q: honest(c, q) or (q is COLOR and "square" in c and c.startswith("It"))
   )
-  rows, counts = curate(ROWS, asker, config(), 0, "train")
+  rows, counts = filter_split(ROWS, asker, config(), 0, "train")
   assert rows[0].questions == (SHAPE,)
   assert counts["kept/color"] == 0 and counts["dropped/color"] == 3
 
@@ -116,23 +116,23 @@ def test_a_question_answered_from_other_images_captions_is_dropped():
 def test_the_informed_threshold_is_strict(least, kept):
   asker = FakeAsker(lambda c, q: honest(c, q) and not c.startswith("There"))  # three of four
   if kept:
-    rows, _ = curate(ROWS, asker, config(min_informed=least), 0, "train")
+    rows, _ = filter_split(ROWS, asker, config(min_informed=least), 0, "train")
     assert rows[0].questions == (COLOR, SHAPE)
   else:
     with pytest.raises(ValueError, match="left none"):
-      curate(ROWS, asker, config(min_informed=least), 0, "train")
+      filter_split(ROWS, asker, config(min_informed=least), 0, "train")
 
 
 def test_no_mismatched_captions():
   asker = FakeAsker(honest)
-  rows, _ = curate(ROWS, asker, config(mismatched=0), 0, "train")
+  rows, _ = filter_split(ROWS, asker, config(mismatched=0), 0, "train")
   assert rows[0].questions == (COLOR, SHAPE)
   assert {caption for what, caption, _ in asker.asked if what == "blind"} == {""}
 
 
 @pytest.mark.parametrize("facts", [None, {"color": "red"}])
 def test_rows_without_the_facts_are_left_out_and_counted(facts):
-  rows, counts = curate(
+  rows, counts = filter_split(
     [*ROWS, QARow(b"", (COLOR, SHAPE), "d", facts)], FakeAsker(honest), config(), 0, "train"
   )
   assert [r.name for r in rows] == ["a"]
@@ -141,36 +141,36 @@ def test_rows_without_the_facts_are_left_out_and_counted(facts):
 
 def test_nothing_left_raises():
   with pytest.raises(
-    ValueError, match=r"train: curation left none of 6 questions.*'dropped/color': 3"
+    ValueError, match=r"train: the question filter left none of 6 questions.*'dropped/color': 3"
   ):
-    curate(ROWS, FakeAsker(lambda c, q: False), config(), 0, "train")
+    filter_split(ROWS, FakeAsker(lambda c, q: False), config(), 0, "train")
   with pytest.raises(ValueError, match="left none"):
     # knows it all without a caption
-    curate(ROWS, FakeAsker(lambda c, q: True), config(), 0, "train")
+    filter_split(ROWS, FakeAsker(lambda c, q: True), config(), 0, "train")
 
 
 def test_no_templates_keeps_every_row():
   asker = FakeAsker(honest)
-  assert curate(ROWS, asker, CurateConfig(), 0, "train") == (ROWS, {})
+  assert filter_split(ROWS, asker, QuestionFilterConfig(), 0, "train") == (ROWS, {})
   assert not asker.asked
 
 
 def test_splits_are_judged_together_and_kept_apart():
   asker = FakeAsker(honest)
-  (train, counts), (test, test_counts) = module.curate(
+  (train, counts), (test, test_counts) = module.filter_questions(
     [("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(max_blind=1.1, min_informed=-1), 0
   )
   assert [r.name for r in train] == ["b", "c"] and [r.name for r in test] == ["a"]
   assert counts["kept/color"] == 2 and test_counts["kept/color"] == 1
   asker = FakeAsker(honest)
-  with pytest.raises(ValueError, match="train: curation left none of 4"):
-    module.curate([("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(), 0)
+  with pytest.raises(ValueError, match="train: the question filter left none of 4"):
+    module.filter_questions([("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(), 0)
 
 
 def test_what_cannot_pass_any_more_is_not_asked_again():
   many = [row(str(i), f"c{i}", f"s{i}") for i in range(9)]
   asker = FakeAsker(lambda c, q: True)
   with pytest.raises(ValueError, match="left none"):
-    curate(many, asker, config(mismatched=8), 0, "train")
+    filter_split(many, asker, config(mismatched=8), 0, "train")
   # Nine blind presentations: with the third right answer 3/9 >= 0.25, so six are never asked.
   assert sum(what == "blind" for what, _, _ in asker.asked) == 3 * 2 * 9

@@ -156,7 +156,7 @@ def write_all(folder: pathlib.Path) -> ml_collections.ConfigDict:
       policy=dict(checkpoint=str(policy)),
       judge=dict(source=str(judge)),
       data=dict(train=str(data), eval=str(data), batch_size=8, questions=2),
-      curate=dict(informed=()),
+      question_filter=dict(informed=()),
       gate=dict(ideal=None),
       rollout=dict(group_size=4, sampling=dict(max_tokens=6)),
       reward=dict(accuracy=1.0),
