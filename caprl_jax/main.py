@@ -229,7 +229,8 @@ def _help_page(options: flags.FlagValues) -> str:
   for name, mode in MODES.items():
     lines += [f"  {name:<10}{mode.line}", f"  {'':<10}{command} {mode.example}"]
   table = {
-    "--config.section.key=...": "Change one value of the config, in the file or at its default; None empties it."
+    "--config.section.key=...": "Change one value of the config, in the file or at its default; "
+    "None empties it."
   }
   for name in sorted(options):
     table[f"--[no]{name}" if options[name].boolean else f"--{name}=..."] = options[name].help

@@ -2,12 +2,12 @@
 
 Letters used in names all over the package (`reward_BG`, `tokens_NT`):
 
-  B  images in the batch            G  captions an image (the group)    N  = B * G captions
-  P  prompt tokens (image included) T  caption tokens                   L  any sequence
-  K  questions an image             Q  question tokens                  A  options a question
-  O  option tokens                  S  patch slots of an image          U  = S / 4 merge units of an image
-  I  image tokens in the prompt     D  model width                      H  heads
-  V  vocabulary                     E  numbers in a patch               W  attention windows of an image
+  B  images in the batch             G  captions per image (a group)  N  = B * G captions
+  P  prompt tokens, image included   T  caption tokens                L  any sequence
+  K  questions per image             Q  question tokens               A  options per question
+  O  option tokens                   S  patch slots of an image       U  = S / 4, its merge units
+  I  image tokens in the prompt      D  model width                   H  heads
+  V  vocabulary                      E  numbers in a patch            W  its attention windows
 
 A caption keeps its group axis (`tokens_BGT`); only a model call flattens it to N.
 """

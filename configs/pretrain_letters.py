@@ -1,7 +1,8 @@
 """What captions are worth as pretraining data, small, in the paper's arrangement: tower, language
 model, new projector.
 
-  python -m caprl_jax.main --config=configs/pretrain_language.py --workdir=runs/pretrain_language    # once
+  python -m caprl_jax.main --config=configs/pretrain_language.py \\
+    --workdir=runs/pretrain_language  # once
   python -m caprl_jax.main --config=configs/pretrain_letters.py --workdir=runs/letters_none
   python -m caprl_jax.main --config=configs/pretrain_letters.py --workdir=runs/letters_captions \\
     --config.pretrain.stages.further.data="captions.jsonl + easy_vqa:train"

@@ -139,7 +139,8 @@ def test_a_missing_image_names_line_and_file(shared, config, tmp_path, mesh):
     (lambda q: q.update(gold="purple"), r"rows\.jsonl:3: questions\[0\]: gold 'purple' fits none"),
     (
       lambda q: q.update(options=["Red", "red "]),
-      r"rows\.jsonl:3: questions\[0\]: question 'what color is the shape\?' has the options 'Red' and 'red '",
+      r"rows\.jsonl:3: questions\[0\]: question 'what color is the shape\?' has the options "
+      r"'Red' and 'red '",
     ),
     (lambda q: q.update(options=["red"]), r"question 'what color is the shape\?' has 1 option"),
   ],
@@ -157,7 +158,8 @@ def test_a_dataset_that_curation_empties(config, mesh):
   )
   with pytest.raises(
     ValueError,
-    match=r"rows\.jsonl: the question filter left none of 24 questions.*dropped/color.*stronger judge",
+    match=r"rows\.jsonl: the question filter left none of 24 questions.*dropped/color.*"
+    r"stronger judge",
   ):
     start(config, mesh)
 
@@ -196,7 +198,10 @@ def test_the_gate_refuses_a_judge_that_cannot_teach(config, mesh):
   )
   with jax.set_mesh(mesh):
     made = set_up(read_settings(config))
-    message = r"cannot teach: it answers [\d.]+ of the questions from ideal captions, [\d.]+ from 'A simple picture\.'"
+    message = (
+      r"cannot teach: it answers [\d.]+ of the questions from ideal captions, "
+      r"[\d.]+ from 'A simple picture\.'"
+    )
     with pytest.raises(ValueError, match=message + r".*gate\.min_gap = 0\.9.*stronger judge"):
       setup_run.gate(made)
 

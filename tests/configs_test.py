@@ -96,7 +96,8 @@ def test_the_quickstart_s_files_are_here():
   [
     (
       "--config.optimizer.learning_rat=1",
-      r"optimizer\.learning_rat is not a key of .*did you mean --config\.optimizer\.learning_rate\?",
+      r"optimizer\.learning_rat is not a key of .*"
+      r"did you mean --config\.optimizer\.learning_rate\?",
     ),
     ("--config.update.loss.clip_hihg=1", r"did you mean --config\.update\.loss\.clip_high"),
     ("--config.group_size=4", r"did you mean --config\.rollout\.group_size"),

@@ -46,10 +46,12 @@ PLAIN = JudgeTemplate(
 # code), of which every byte counts: trailing spaces, no system turn, no space after "is". A test
 # holds the bytes.
 _RULES = """\
-Your task is to answer the multiple-choice question **strictly based on the caption**, even if the answer may seem \
+Your task is to answer the multiple-choice question **strictly based on the caption**, even if the \
+answer may seem \
 obvious from prior knowledge or question wording.
 
-Ignore any external knowledge. Do not make assumptions beyond what the caption explicitly or implicitly states."""
+Ignore any external knowledge. Do not make assumptions beyond what the caption explicitly or \
+implicitly states."""
 _HEAD = """\
 <|im_start|>user
 {intro}{space}

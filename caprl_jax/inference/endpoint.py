@@ -185,7 +185,10 @@ class Endpoint:
       elif (status or 0) >= 500 or isinstance(
         error, (self._openai.APIConnectionError, TimeoutError)
       ):
-        remedy = f"start the server (such as `vllm serve {cfg.model}`), wait until it is ready, or correct endpoint.url"
+        remedy = (
+          f"start the server (such as `vllm serve {cfg.model}`), wait until it is ready, "
+          "or correct endpoint.url"
+        )
       else:
         remedy = "is it the address of an OpenAI-compatible server? It mostly ends in /v1"
       raise ValueError(

@@ -232,7 +232,10 @@ class Demo:
     """The judge's answers to what was typed, from this caption and from none, as markup."""
     caption, stem, lines = (value or "" for value in (caption, stem, lines))
     if not stem.strip() or not lines.strip():
-      return "<p class=judge-note>Type a question and its options: the judge answers from the caption.</p>"
+      return (
+        "<p class=judge-note>Type a question and its options: "
+        "the judge answers from the caption.</p>"
+      )
     try:
       question, gold = read_question(stem, lines)
       with self._device:
@@ -274,7 +277,8 @@ def _panel(
   bars = "".join(
     f"<li{' class=chosen' if chosen else ''}>"
     f"<span class=name>{text(option)}{' <small>right</small>' if is_gold else ''}</span>"
-    f'<span class=track aria-hidden=true><i style="width:{100 * share:.1f}%"></i></span><b>{100 * share:.0f}%</b>'
+    f'<span class=track aria-hidden=true><i style="width:{100 * share:.1f}%"></i></span>'
+    f"<b>{100 * share:.0f}%</b>"
     f"<small>{'' if score is None else f'{score:+.2f}'}</small></li>"
     for option, share, score, chosen, is_gold in rows
   )
@@ -286,22 +290,29 @@ def _panel(
 
 _CSS = """
 .judge{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(260px,100%),1fr));gap:14px}
-.judge section{border:1px solid var(--border-color-primary);border-radius:8px;padding:12px 14px;min-width:0}
+.judge section{border:1px solid var(--border-color-primary);border-radius:8px;padding:12px 14px;\
+min-width:0}
 .judge h3{margin:0 0 6px;font-size:14px;font-weight:400}.judge p{margin:0 0 8px}
 .judge ul{list-style:none;margin:0;padding:0}
 .judge .says{display:inline-block;border-radius:6px;padding:2px 10px;font-size:18px;font-weight:600;
 overflow-wrap:anywhere}
-.judge li{display:grid;grid-template-columns:minmax(60px,38%) 1fr 42px 44px;gap:8px;align-items:center;
+.judge li{display:grid;grid-template-columns:minmax(60px,38%) 1fr 42px 44px;gap:8px;\
+align-items:center;
 margin:5px 0;font-variant-numeric:tabular-nums}
 .judge li .name{overflow-wrap:anywhere}.judge li b,.judge li>small{text-align:right;font-weight:400}
 .judge li.chosen .name,.judge li.chosen b{font-weight:700}
-.judge .track{height:14px;border-radius:4px;overflow:hidden;background:var(--background-fill-secondary);
+.judge .track{height:14px;border-radius:4px;overflow:hidden;\
+background:var(--background-fill-secondary);
 border:1px solid var(--border-color-primary)}
-.judge .track i{display:block;height:100%;background:#8a8f9c}.judge .chosen .track i{background:#0a8f69}
-.judge small,.judge-note{font-size:13px;opacity:.75}.judge-note{margin:8px 0 0}.judge-error{color:#b3261e}
+.judge .track i{display:block;height:100%;background:#8a8f9c}\
+.judge .chosen .track i{background:#0a8f69}
+.judge small,.judge-note{font-size:13px;opacity:.75}.judge-note{margin:8px 0 0}\
+.judge-error{color:#b3261e}
 .judge .says.none{background:var(--background-fill-secondary)}
-.judge .says.right{color:#0b6b3a;background:#dff3e6}.judge .says.wrong{color:#a3242c;background:#fbe4e3}
-.dark .judge .says.right{color:#7fe0a8;background:#12382a}.dark .judge .says.wrong{color:#ff9d9a;background:#45191c}
+.judge .says.right{color:#0b6b3a;background:#dff3e6}\
+.judge .says.wrong{color:#a3242c;background:#fbe4e3}
+.dark .judge .says.right{color:#7fe0a8;background:#12382a}\
+.dark .judge .says.wrong{color:#ff9d9a;background:#45191c}
 .dark .judge-error{color:#ff9d9a}
 """
 

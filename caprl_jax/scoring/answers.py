@@ -142,10 +142,10 @@ def extract_answer(output: str, options: int | None, protocol: Protocol) -> str 
   thought was cut off). Then the first of these that is there and not empty:
     1. the last `\\boxed{X}` in the last `<answer>`, braces balanced;
     2. the text of the last `<answer>` (its end tag may be missing, as when the end of the turn took
-    its place);
+       its place);
     3. the last `\\boxed{X}` anywhere;
-    4. the sentence after the last "answer is", "correct option is", "Answer:", "答案是" and the like,
-       without a reason ("because …") and the full stop;
+    4. the sentence after the last "answer is", "correct option is", "Answer:", "答案是" and the
+       like, without a reason ("because …") and the full stop;
     5. multiple choice: a letter that is all the text, or begins its last line with ")", "." or ":"
        behind it, or so begins its first one where no other line begins with another option's;
     6. the last line that holds letters or digits.
@@ -187,8 +187,10 @@ def extract_answer(output: str, options: int | None, protocol: Protocol) -> str 
 _REFUSAL = re.compile(
   r"\b(?:can(?:no|')t|can not|could not|couldn't|unable to|impossible to|not possible to)\b[^.\n]*"
   r"\b(?:answer|determin\w+|tell|say|know|infer\w*|identif\w+|find)\b"
-  r"|(?:\bnot|n't)(?: \w+){0,2} (?:mention\w*|specif\w+|provide\w*|state\w*|given|enough|sufficient)\b"
-  r"|\b(?:insufficient|no|not enough) information\b|\bunanswerable\b|\b(?:do not|don't) know\b|^(?:unknown|n/?a)\W*$",
+  r"|(?:\bnot|n't)(?: \w+){0,2}"
+  r" (?:mention\w*|specif\w+|provide\w*|state\w*|given|enough|sufficient)\b"
+  r"|\b(?:insufficient|no|not enough) information\b|\bunanswerable\b"
+  r"|\b(?:do not|don't) know\b|^(?:unknown|n/?a)\W*$",
   re.IGNORECASE,
 )
 
@@ -351,8 +353,10 @@ def maths(prediction: str | None, gold: str) -> Score:
   """1 if the prediction is mathematically the gold, else 0, and by which rule:
 
     math_verify  the package math-verify says so (or the two are the same text);
-    exact        the gold is no mathematics (words, or nothing that math-verify can parse): `exact`, or the same number;
-    plain        math-verify is not installed: `exact`, or the same number, fractions and LaTeX fractions included.
+    exact        the gold is no mathematics (words, or nothing that math-verify can parse):
+                 `exact`, or the same number;
+    plain        math-verify is not installed: `exact`, or the same number, fractions and LaTeX
+                 fractions included.
 
   math-verify reads words as products of letters, so that "lube" would be "blue": golds with words
   are left to `exact`. Raises ValueError in any but the main thread if math-verify is installed: it

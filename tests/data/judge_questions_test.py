@@ -234,13 +234,16 @@ def test_the_official_prompt_to_the_byte():
     got
     == f"""<|im_start|>user
 You will be given an image caption describing the visual content.{pad}
-Your task is to answer the multiple-choice question **strictly based on the caption**, even if the answer may seem \
+Your task is to answer the multiple-choice question **strictly based on the caption**, even if the \
+answer may seem \
 obvious from prior knowledge or question wording.
 
-Ignore any external knowledge. Do not make assumptions beyond what the caption explicitly or implicitly states.
+Ignore any external knowledge. Do not make assumptions beyond what the caption explicitly or \
+implicitly states.
 
 Example 1:
-Caption: <Caption Start> A woman in a red coat is walking a black dog across a snowy park. <Caption End>{pad}
+Caption: <Caption Start> A woman in a red coat is walking a black dog across a snowy park. \
+<Caption End>{pad}
 Question: What color is the dog?
 - A) Brown{pad}
 - B) White{pad}

@@ -325,7 +325,10 @@ def test_a_judge_that_is_not_finite_names_the_question_and_the_caption(judge, re
   asks = ASKS if reading == "option_pmi" else LETTER_ASKS
   # The caption that says nothing is asked first by option_pmi.
   caption = "An image." if reading == "option_pmi" else CAPTIONS[1]
-  message = f"not finite for the question {stem!r} on the caption {caption!r}; check judge.source and its dtype"
+  message = (
+    f"not finite for the question {stem!r} on the caption {caption!r}; "
+    "check judge.source and its dtype"
+  )
   with pytest.raises(ValueError, match=re.escape(message)):
     asker.choices(
       [*asks, (CAPTIONS[1], Question(stem, ("circle", "a blue rectangle"), 0, "shape"))]

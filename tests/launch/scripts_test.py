@@ -51,7 +51,7 @@ elif home and command:
   sys.exit(code)
 elif home and "scp" in argv:
   source, target = [arg for arg in argv[4:] if not arg.startswith("--")]
-  local = lambda name: pathlib.Path(home, name.partition(":")[2]) if ":" in name else pathlib.Path(name)
+  local = lambda name: pathlib.Path(*([home, name.partition(":")[2]] if ":" in name else [name]))
   source, target = local(source), local(target)
   shutil.copytree(source, target / source.name) if source.is_dir() else shutil.copy(source, target)
 """
@@ -439,7 +439,10 @@ def test_a_queued_resource_is_waited_for(sandbox):
   assert "bash launch/tpu_vm.sh delete --name=caprl --zone=us-west4-a --queued" in done.stderr
 
 
-REMINDER = "caprl costs money until it is deleted: bash launch/tpu_vm.sh delete --name=caprl --zone=us-west4-a"
+REMINDER = (
+  "caprl costs money until it is deleted: "
+  "bash launch/tpu_vm.sh delete --name=caprl --zone=us-west4-a"
+)
 
 
 def test_a_slice_is_kept_unless_told(sandbox):

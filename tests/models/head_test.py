@@ -111,20 +111,27 @@ arrays.append(rng.integers(0, V, (B, L, 1)))
 def f(hidden, head, other, target):
   flat = lambda x: x.reshape(-1, x.shape[-1])
   logp, entropy = token_logprobs(flat(hidden), head, flat(target), chunk_tokens=32)
-  return (logp.sum(1) + entropy + token_kl(flat(hidden), head, flat(other), head, chunk_tokens=32)) @ jnp.arange(B * L)
+  kl = token_kl(flat(hidden), head, flat(other), head, chunk_tokens=32)
+  return (logp.sum(1) + entropy + kl) @ jnp.arange(B * L)
 
 found = {}
-for name, sizes in dict(one=None, data4=dict(data=4), fsdp4=dict(data=1, fsdp=4), both=dict(data=2, fsdp=2)).items():
-  mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})), jax.devices() if sizes else jax.devices()[:1])
+meshes = dict(
+  one=None, data4=dict(data=4), fsdp4=dict(data=1, fsdp=4), both=dict(data=2, fsdp=2)
+)
+for name, sizes in meshes.items():
+  devices = jax.devices() if sizes else jax.devices()[:1]
+  mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})), devices)
   batch, head = sharding.batch_sharding(mesh), jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
   with jax.set_mesh(mesh):
     places = (batch, head, batch, batch)
-    step = jax.jit(jax.value_and_grad(f, (0, 1, 2)), in_shardings=places, out_shardings=(None, places[:3]))
+    grad = jax.value_and_grad(f, (0, 1, 2))
+    step = jax.jit(grad, in_shardings=places, out_shardings=(None, places[:3]))
     compiled = step.lower(*arrays).compile()
     value, grads = jax.block_until_ready(compiled(*map(jax.device_put, arrays, places)))
   text = compiled.as_text()
-  found[name] = dict(flops=hlo.dot_flops(text), value=float(value), grads=[np.asarray(g).tolist() for g in grads],
-                     sums=[line for line in text.splitlines() if " all-reduce(" in line and f",{V}]" in line])
+  sums = [line for line in text.splitlines() if " all-reduce(" in line and f",{V}]" in line]
+  grads = [np.asarray(g).tolist() for g in grads]
+  found[name] = dict(flops=hlo.dot_flops(text), value=float(value), grads=grads, sums=sums)
 print(json.dumps(found))
 """
 

@@ -133,10 +133,12 @@ def cut(text: bytes, rng: random.Random, longest: int) -> list[bytes]:
 
 def stamp(rng: random.Random) -> str:
   """A timestamp as likely right as wrong."""
-  clock = lambda: (
-    f"{rng.choice([rng.randrange(4), rng.randrange(100), rng.randrange(1100)]):0{rng.randint(1, 3)}}"
-    f":{rng.randrange(70 if rng.random() < 0.3 else 60):02}"
-  )
+
+  def clock() -> str:
+    left = rng.choice([rng.randrange(4), rng.randrange(100), rng.randrange(1100)])
+    digits = rng.randint(1, 3)
+    return f"{left:0{digits}}:{rng.randrange(70 if rng.random() < 0.3 else 60):02}"
+
   gap = lambda: rng.choice(["", "", " ", " ", "\n ", "\t"])
   text = f"[{clock()}{gap()}-{gap()}{clock()}]" if rng.random() < 0.5 else f"[{clock()}]"
   while rng.random() < 0.2:

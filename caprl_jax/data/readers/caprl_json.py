@@ -19,7 +19,8 @@ _ABSTAIN = re.compile(r"^\s*can\s?not answer\b", re.IGNORECASE)
 
 
 def parse_question(text: str, answer: str, kind: str = "", where: str = "question") -> Question:
-  """A question in one string: a stem of any number of lines, then a line an option ("   - A) red", "B. blue").
+  """A question in one string: a stem of any number of lines, then one line per option
+  ("   - A) red", "B. blue").
 
   A "can not answer" line is left out: it is the judge's to add. `answer` is the right option's
   letter.

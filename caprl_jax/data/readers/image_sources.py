@@ -59,13 +59,18 @@ def find_images(source: str) -> list[CaptionRow]:
   A row is named by what `image` will say in the output, and no two rows have the same name. The
   source may be
 
-    an image, or a folder, which is searched whole      named by the path
-    a .jsonl file with an `image` in each line          by what the line says; a path from the file's folder
-    a .tar file, or a folder of them (WebDataset)       "shard.tar/member"; members that are no images are passed over
-    a .parquet file, or a folder of them                as `data.parquet.scan_images` says; "file.parquet/row" where
-                                                        that would name two alike
-    tfds:FOLDER:SPLIT, a prepared TFDS dataset          as `data.datasets.scan_images` says, else "SPLIT/record"
-    a pattern of any of these files: shards/*.tar       as one file; tars by their path from the pattern's fixed part
+    an image, or a folder, which is searched whole     named by the path
+    a .jsonl file with an `image` in each line         by what the line says; a path from the
+                                                       file's folder
+    a .tar file, or a folder of them (WebDataset)      "shard.tar/member"; members that are no
+                                                       images are passed over
+    a .parquet file, or a folder of them               as `caprl_parquet.scan_images` says;
+                                                       "file.parquet/row" where that would name
+                                                       two alike
+    tfds:FOLDER:SPLIT, a prepared TFDS dataset         as `tfds.scan_images` says, else
+                                                       "SPLIT/record"
+    a pattern of any of these files: shards/*.tar      as one file; tars by their path from the
+                                                       pattern's fixed part
 
   Of a folder that holds several kinds, images come before tars and tars before parquet; a warning
   names what is left alone. The same image listed twice is one row, and the log counts such.

@@ -11,9 +11,10 @@ from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.readers.easy_vqa import read_easy_vqa
 
 SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
-  charts:train, charts:test        charts drawn from the package vega_datasets; charts:train:5000 says how many,
-                                   charts:train:5000:96x72 how large (small ones have no text)
-  FILE.jsonl                       a row a line (docs: data/jsonl.py)
+  charts:train, charts:test        charts drawn from the package vega_datasets;
+                                   charts:train:5000 says how many, charts:train:5000:96x72
+                                   how large (small ones have no text)
+  FILE.jsonl                       one row per line (docs: data/readers/jsonl.py)
   FILE.json                        the JSON of CapRL's first release
   FILE.parquet, a folder, "*"      CapRL-QA-75K's layout
   tfds:FOLDER:SPLIT                a TFDS dataset in ArrayRecord (mode dataset writes one)

@@ -289,14 +289,18 @@ def _samples(
   about = f"<p class=soft>{about}</p>" if about else ""
   return (
     f"<section><h2>{title}</h2>{about}"
-    '<div class=samples style="grid-template-columns:repeat(auto-fill,minmax(min(500px,100%),1fr))">'
+    '<div class=samples style="grid-template-columns:'
+    'repeat(auto-fill,minmax(min(500px,100%),1fr))">'
     f"{cards}</div></section>"
   )
 
 
 def _sample(row: dict[str, Any], source: CaptionRow) -> str:
   if "error" in row:
-    words = f'<p class=marks><span class="answer wrong"><b>✗</b> failed</span></p><p>{markup.text(row["error"])}</p>'
+    words = (
+      '<p class=marks><span class="answer wrong"><b>✗</b> failed</span></p>'
+      f"<p>{markup.text(row['error'])}</p>"
+    )
   else:
     caption = markup.text(row["caption"]) if row["caption"].strip() else "<i class=soft>(empty)</i>"
     cut = ' <span class="answer wrong">cut</span>' if row["finish"] == "length" else ""
@@ -306,7 +310,8 @@ def _sample(row: dict[str, Any], source: CaptionRow) -> str:
     )
   return (
     f"<article class=sample><div class=picture>{_picture(source)}"
-    f'<div class="soft file">{markup.text(row["image"])}</div></div><div class=words>{words}</div></article>'
+    f'<div class="soft file">{markup.text(row["image"])}</div></div>'
+    f"<div class=words>{words}</div></article>"
   )
 
 
@@ -324,4 +329,7 @@ def _picture(source: CaptionRow) -> str:
 
 def _settings(settings: dict[str, Any]) -> str:
   rows = [[markup.text(key), markup.text(value)] for key, value in settings.items()]
-  return f"<section><h2>Settings</h2><details><summary>Show</summary>{markup.table(['', ''], rows)}</details></section>"
+  return (
+    "<section><h2>Settings</h2><details><summary>Show</summary>"
+    f"{markup.table(['', ''], rows)}</details></section>"
+  )

@@ -17,13 +17,17 @@ from caprl_jax.data.rows import Question, folded
 # the image's content, four options, this layout, two worked examples of it, no other text. The
 # wording is ours.
 GENERATION_SYSTEM = """\
-You will be shown an image. Write exactly five challenging multiple-choice questions about its content.
+You will be shown an image. Write exactly five challenging multiple-choice questions about its \
+content.
 
-- Every question must be answerable from the image alone, and must not be answerable without it: do not ask for common
+- Every question must be answerable from the image alone, and must not be answerable without it: \
+do not ask for common
   knowledge, and let neither the question nor the options give the answer away.
-- Ask about different things: objects and their attributes, counts, positions and relations, text and numbers in the
+- Ask about different things: objects and their attributes, counts, positions and relations, text \
+and numbers in the
   image, actions, and conclusions that need several details.
-- Every question has exactly four options, A to D. One is correct; the other three are plausible and wrong.
+- Every question has exactly four options, A to D. One is correct; the other three are plausible \
+and wrong.
 - Put the correct options at different letters.
 
 Use exactly this format. Two examples:
@@ -117,8 +121,8 @@ def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
   `Q1:`, `Question 1:`, `问题1：` or none, the question on its line or below; options `A)`, `A.`,
   `(A)`, `a)`, with bullets or bold; options in a row where their letters leave no doubt; answers by
   letter, by letter and text, or by the text of exactly one option (`Answer:`, `Correct answer:`,
-  `The answer is`, `答案：`). Text before, between and after the questions is ignored, as are reasoning
-  in `<think>` and separators. Options "Can not answer ..." are left out, as in `released`.
+  `The answer is`, `答案：`). Text before, between and after the questions is ignored, as are
+  reasoning in `<think>` and separators. Options "Can not answer ..." are left out, as in `caprl_json`.
 
   Every block with a question's number, options or answer becomes either a question or a failure:
   for lack of options or answer (a reply cut off), an answer whose letter and text disagree, letters

@@ -2,11 +2,13 @@
 
 A signature has three parts, and two images are alike when all three are near:
 
-  hash    64 bits, the package ImageHash's `phash` of the grey image: which of its coarsest frequencies are strong. It
-          survives compression, scaling, small crops and changes of brightness, and is what is searched for.
-  fine    256 bits, the same with more frequencies: pages of text and charts in one layout share the coarse ones.
-  colors  mean colours of 4x4 fields, compared after the brighter image is dimmed to the other's brightness (by 30% at
-          most): a red and a blue circle in one place have the same hashes.
+  hash    64 bits, the package ImageHash's `phash` of the grey image: which of its coarsest
+          frequencies are strong. It survives compression, scaling, small crops and changes of
+          brightness, and is what is searched for.
+  fine    256 bits, the same with more frequencies: pages of text and charts in one layout share
+          the coarse ones.
+  colors  mean colours of 4x4 fields, compared after the brighter image is dimmed to the other's
+          brightness (by 30% at most): a red and a blue circle in one place have the same hashes.
 
 Flat images, whose frequencies are noise, all have hash 0 and differ by colour and brightness alone.
 

@@ -6,8 +6,10 @@ was stopped:
 
   1 images      every image is read and hashed; repeated ones and those like a benchmark's images go
   2 questions   a vision-language model, here or behind an endpoint, writes questions
-  3 answers     they are parsed, and a (smaller) model answers each with the image and without, in several orders
-  4 selection   kept is what is answered with the image and not without; what asks nearly the same goes
+  3 answers     they are parsed, and a (smaller) model answers each with the image and without, in
+                several orders
+  4 selection   kept is what is answered with the image and not without; what asks nearly the same
+                goes
   5 output      the rows, the funnel, a page to browse
 
 Selection is cheap and always done anew: other thresholds need no model.

@@ -20,7 +20,8 @@ _SMALL_PIXELS = 192  # a side; larger pictures are embedded as JPEG
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _STYLE = """<style>
 .gallery{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(250px,100%),1fr));gap:12px}
-.gallery>section{border-top:3px solid var(--line);padding-top:6px;min-width:0}.gallery h3{margin:0 0 4px}
+.gallery>section{border-top:3px solid var(--line);padding-top:6px;min-width:0}\
+.gallery h3{margin:0 0 4px}
 .only{background:rgba(230,165,0,.2);color:inherit;border-radius:3px;
 box-shadow:0 1.5px 0 rgba(190,130,0,.75)}
 .scroll{overflow-x:auto}.scroll :is(th,td){white-space:nowrap}.sample .questions{margin-top:0}
@@ -82,7 +83,8 @@ def write_page(
   marked = (
     'A <mark class="only">marked</mark> word is in that caption alone. ' if len(names) > 1 else ""
   )
-  about = f"<p class=soft>{marked}{f'The judge sees only the caption. {markup.LEGEND}' if asked else ''}</p>"
+  judged = f"The judge sees only the caption. {markup.LEGEND}" if asked else ""
+  about = f"<p class=soft>{marked}{judged}</p>"
   sections = [_STYLE, _summary(figures)]
   for title, shown in (("Drawn at random", drawn), ("Where the captioners differ most", most)):
     if shown:

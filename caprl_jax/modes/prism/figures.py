@@ -26,9 +26,10 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
   float:
 
     ours       0..1 by the benchmark's metric
-    official   as the released scorer has it; only for texts about the release's files (it wants an <answer> that plain
-               questions do not ask for), and where math-verify is installed
-    abstained  no answer: the judge abstained, none could be read in the text, or it says that there is none
+    official   as the released scorer has it; only for texts about the release's files (it wants an
+               <answer> that plain questions do not ask for), and where math-verify is installed
+    abstained  no answer: the judge abstained, none could be read in the text, or it says that
+               there is none
     misled     a wrong answer was given
     captionqa  1 for a right answer, 1 / options + 0.05 for none, 0 for a wrong one; NaN where there
                are no options, and not there where no row has any

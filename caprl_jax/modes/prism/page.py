@@ -133,7 +133,8 @@ def _dots(figures: Mapping[str, Any]) -> str:
     y += 32
   return (
     f'<svg viewBox="0 0 {180 + _PLOT + 70} {y}" style="width:100%;max-width:880px" role="img" '
-    f'aria-label="accuracy by benchmark and captioner" fill="var(--ink)" font-family="system-ui,sans-serif">'
+    f'aria-label="accuracy by benchmark and captioner" fill="var(--ink)" '
+    f'font-family="system-ui,sans-serif">'
     f"{''.join(lines)}</svg>"
   )
 

@@ -25,7 +25,10 @@ from caprl_jax.data.readers.benchmarks import (
 from caprl_jax.data.rows import BadRow, QARow, Question
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-SYSTEM = "<|im_start|>system\nThink in <think> </think>, answer in <answer> \\boxed{} </answer>.<|im_end|>\n"
+SYSTEM = (
+  "<|im_start|>system\nThink in <think> </think>, answer in <answer> \\boxed{} </answer>."
+  "<|im_end|>\n"
+)
 END = "<|im_end|>\n<|im_start|>assistant\n"
 ASKED = "What colour is the dog?\nA. red\nB. light blue\nAnswer with the letter."
 

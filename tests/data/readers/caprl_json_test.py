@@ -12,7 +12,8 @@ from caprl_jax.data.rows import BadRow, QARow, Question
 TEXT = """What colour
 is the dog (see A) to C))?
    - A) Brown
-   - B) White  
+   - B) White  \
+
    - C) 3. of May
    - E) Can not answer based on the caption"""
 

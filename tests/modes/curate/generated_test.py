@@ -22,7 +22,10 @@ from caprl_jax.modes.curate.generated import (
 COLORS = Question("What colour is the dog?", ("Brown", "White", "Black", "Gray"), 3)
 SHAPES = Question("Which shape is largest?", ("The circle", "A square", "x**2", "3. of May"), 0)
 CHINESE = Question("图中有几只狗？", ("一只", "两只", "三只"), 1)
-WORDS = "how many dogs (and 2 cats) are left of A. Smith's red, 3.5 m long car: 10 or 12? 红色 的 车 é — * x".split()
+WORDS = (
+  "how many dogs (and 2 cats) are left of A. Smith's red, 3.5 m long car: 10 or 12? "
+  "红色 的 车 é — * x"
+).split()
 
 
 def only(text: str) -> Question:

@@ -307,9 +307,13 @@ def test_a_phone_shows_the_page_light_and_dark(folder, tmp_path, scheme, ink):
   write(folder / "vague.jsonl", [said(f"images/{i}.png", "endless" * 80) for i in range(12)])
   page, _ = run(folder)
   probe = """<script>addEventListener("load", () => parent.postMessage(JSON.stringify({
-    wide: document.documentElement.scrollWidth - innerWidth, ink: getComputedStyle(document.body).color,
-    broken: [...document.images].filter(image => !image.naturalWidth).length, images: document.images.length,
-    stacked: new Set([...document.querySelector(".gallery").children].map(x => x.getBoundingClientRect().x)).size
+    wide: document.documentElement.scrollWidth - innerWidth,
+    ink: getComputedStyle(document.body).color,
+    broken: [...document.images].filter(image => !image.naturalWidth).length,
+    images: document.images.length,
+    stacked: new Set(
+      [...document.querySelector(".gallery").children].map(x => x.getBoundingClientRect().x)
+    ).size
   }), "*"));
   </script>"""  # runs before the page's own policy forbids scripts
   (tmp_path / "probed.html").write_text(page.replace("<head>", "<head>" + probe, 1))

@@ -312,8 +312,9 @@ def test_new_stages_are_run_and_may_change_until_they_have_a_checkpoint(
   stopped(3, KeyboardInterrupt(), changed())
   assert saved_steps(tmp_path / "training" / "instruct") == [2]
   way_out = (
-    r"training/instruct holds a checkpoint of another config \(differing: pretrain.stages.instruct.optimizer."
-    r"learning_rate\).*remove that folder .*pretrain_policy.checkpoint = '.*/align' and pretrain.order = "
+    r"training/instruct holds a checkpoint of another config "
+    r"\(differing: pretrain.stages.instruct.optimizer.learning_rate\)"
+    r".*remove that folder .*pretrain_policy.checkpoint = '.*/align' and pretrain.order = "
     r"\('instruct',\)"
   )
   with pytest.raises(ValueError, match=way_out):
@@ -463,7 +464,8 @@ def test_rows_and_steps(folder, tmp_path, caplog):
     (dict(eval_rows=0), "rows.jsonl': no row is left to ask about with eval_rows = 0"),
     (
       dict(stages=dict(instruct=dict(kinds=("size",)))),
-      r"in pretrain.stages.instruct: kinds = \('size',\): no row has 'size' \(kinds: 'color', 'shape'\)",
+      r"in pretrain.stages.instruct: kinds = \('size',\): "
+      r"no row has 'size' \(kinds: 'color', 'shape'\)",
     ),
     (
       dict(stages=dict(instruct=dict(told="It is {size}."))),

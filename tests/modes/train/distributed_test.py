@@ -172,16 +172,19 @@ def run(config, workdir):
   @functools.partial(jax.jit, out_shardings=(places, everywhere, None), donate_argnums=0)
   def step(state, batch):
     params = state.params * 0.9 + batch["noise"] + batch["row"]
-    return state.replace(step=state.step + 1, params=params), {"loss": params.sum(), "first": params[0]}, None
+    metrics = {"loss": params.sum(), "first": params[0]}
+    return state.replace(step=state.step + 1, params=params), metrics, None
   with jax.set_mesh(mesh):
-    state = jax.jit(lambda: TrainState(jnp.int32(0), jnp.zeros(8), (), jax.random.key(0)), out_shardings=places)()
+    state = jax.jit(
+      lambda: TrainState(jnp.int32(0), jnp.zeros(8), (), jax.random.key(0)), out_shardings=places
+    )()
     checkpoints = Checkpoints(workdir, CheckpointConfig(100_000))
     iterator = train_iterator(example, 11, 8, 0, sharding.batch_share(mesh, 8))
     if checkpoints.latest_step():
       state, position = checkpoints.restore(state)
       iterator.set_state(position)
-    run_loop(step, state, iterator, steps=config.steps, mesh=mesh, checkpoints=checkpoints, config={},
-             workdir=workdir, what="fake", reward_name="loss")
+    run_loop(step, state, iterator, steps=config.steps, mesh=mesh, checkpoints=checkpoints,
+             config={}, workdir=workdir, what="fake", reward_name="loss")
 """
 
 
