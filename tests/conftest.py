@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each for a moment: compile fast rather than well.
@@ -23,3 +24,15 @@ def made(tmp_path_factory):
   config = tiny.write_all(tmp_path_factory.mktemp("tiny"))
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
     yield set_up(read_settings(config))
+
+
+@pytest.fixture
+def interruptible():
+  """Ctrl-C has Python's own handling, in this process and in those that the test starts.
+
+  Whoever starts the tests in the background may ignore SIGINT (`nohup`, a CI runner's shell), and
+  every process inherits that.
+  """
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)

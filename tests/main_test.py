@@ -310,7 +310,7 @@ def test_help_is_a_page_about_this_program_only():
   assert "verbosity" not in out and len(out.splitlines()) < 50
 
 
-def test_a_real_process_joins_itself_is_interrupted_and_says_what_to_do(tmp_path):
+def test_a_real_process_joins_itself_is_interrupted_and_says_what_to_do(tmp_path, interruptible):
   """Real signal, real jax.distributed with one process, and no device in use before it."""
   (tmp_path / "config.py").write_text(CONFIG)
   (tmp_path / "fake_mode.py").write_text(

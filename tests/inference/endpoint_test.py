@@ -673,7 +673,7 @@ def test_leaving_early_cancels(serve):
   assert time.monotonic() - began < 2.5
 
 
-def test_ctrl_c_ends_it_at_once(serve):
+def test_ctrl_c_ends_it_at_once(serve, interruptible):
   server = serve(lambda handler, name, attempt: time.sleep(20))
   program = textwrap.dedent(f"""
       from caprl_jax.inference.endpoint import Endpoint, EndpointConfig

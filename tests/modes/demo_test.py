@@ -258,7 +258,7 @@ WAIT_MS = 300_000  # a slow machine compiles a while
 
 
 @pytest.fixture
-def address(tmp_path):
+def address(tmp_path, interruptible):
   """Where the quickstart's models are served."""
   pytest.importorskip("gradio", reason="no gradio: pip install -e '.[demo]'")
   pytest.importorskip(

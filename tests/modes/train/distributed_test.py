@@ -188,7 +188,7 @@ def run(config, workdir):
 """
 
 
-def test_ctrl_c_in_one_process_stops_both_and_they_go_on(tmp_path):
+def test_ctrl_c_in_one_process_stops_both_and_they_go_on(tmp_path, interruptible):
   """The state is split over both processes; what they end with is the run of one process that
   nothing stopped.
   """

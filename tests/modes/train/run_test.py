@@ -212,7 +212,9 @@ def test_a_killed_run_resumes_bit_for_bit(finished, config, tmp_path):
   assert a["before"] == b["before"] and a["after"] == b["after"]
 
 
-def test_an_interrupted_run_keeps_its_last_step(finished, config, tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_its_last_step(
+  finished, config, tmp_path, monkeypatch, interruptible
+):
   """A real SIGINT while step 2's numbers are written; no checkpoint was due before."""
   rare = config.copy_and_resolve_references()
   rare.checkpoint.every_steps = 100
