@@ -43,8 +43,8 @@ def photograph(rng: np.random.Generator, size: int) -> bytes:
   return file.getvalue()
 
 
-def timed(name: str, images: int, run, cores: int = 1) -> float:
-  """Prints and returns images a second and core, by the clock; CPU seconds an image beside it."""
+def timed(name: str, images: int, run) -> float:
+  """Prints and returns images per second of a core; beside it, per second by the clock."""
   wall, cpu = time.perf_counter(), time.process_time()
   run()
   wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

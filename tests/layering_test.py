@@ -143,9 +143,8 @@ def _imports(tree: ast.AST, package: str):
         parents = parents[: len(parents) - (node.level - 1)]
         base = ".".join([*parents, *filter(None, [node.module])])
       yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-    elif isinstance(node, ast.Attribute):
-      if isinstance(node.value, ast.Name) and (node.value.id, node.attr) == ("flax", "nnx"):
-        yield node.lineno, "flax.nnx"  # `import flax` alone reaches it
+    elif isinstance(node, ast.Attribute) and ast.unparse(node) == "flax.nnx":
+      yield node.lineno, "flax.nnx"  # `import flax` alone reaches it
 
 
 def _mesh_axes(tree: ast.AST):

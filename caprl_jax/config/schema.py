@@ -36,7 +36,7 @@ def load_section(config: Any, name: str, cls: type[T]) -> T:
       outside a Literal's alternatives, or a value that the dataclass itself refuses.
     TypeError: `cls` has an annotation that this function does not know (a mistake in `cls`).
   """
-  section = config[name] if name in config else {}
+  section = config.get(name, {})
   return _build(section, cls, f"config.{name}")
 
 

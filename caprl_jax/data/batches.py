@@ -51,8 +51,8 @@ def _header_size(row) -> tuple[int, int]:
     with open_image(row) as image:
       # turned by EXIF
       return image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]
-  except Exception:
-    return read_image(row).size  # raises the error that names row and file
+  except Exception:  # noqa: BLE001  decoders raise anything; this raises an error that names the row
+    return read_image(row).size
 
 
 def shape_bucket(shape: ImageShape, multiple: int) -> ImageShape:

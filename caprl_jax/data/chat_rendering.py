@@ -187,7 +187,7 @@ class ChatRenderer:
     for messages in (listed, plain):  # some templates take lists of parts, some texts only
       try:
         (text,), _ = render_jinja_template([messages], chat_template=self.template, **self.special)
-      except Exception as error:  # a template is a program: it may raise anything
+      except Exception as error:  # noqa: BLE001  a template is a program: it may raise anything
         failure = error
         continue
       # A template for texts only may print the list itself.

@@ -7,7 +7,8 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any, Callable, Iterator, Mapping, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
 
 import numpy as np
 import tqdm
@@ -74,7 +75,8 @@ class MetricsWriter:
     self.close()
 
   def _open(self):
-    self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # 1: by the line
+    # Open as long as the run: `close` closes it. Buffered by the line.
+    self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

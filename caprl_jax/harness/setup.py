@@ -235,7 +235,7 @@ def read_settings(config: Any) -> Settings:
     section("update", UpdateConfig),
   )
   settings = Settings(
-    seed=config["seed"] if "seed" in config else 0,
+    seed=config.get("seed", 0),
     mesh=section("mesh", sharding.MeshConfig),
     policy=section("policy", PolicySection),
     judge=judge,

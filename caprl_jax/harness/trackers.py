@@ -136,7 +136,7 @@ class Tracker(abc.ABC):
   def _try(self, what: str, method: Callable[..., None], *args) -> None:
     try:
       method(*args)
-    except Exception as error:  # of any kind: a broken extra must not cost a run
+    except Exception as error:  # noqa: BLE001  of any kind: a broken extra must not cost a run
       if what not in self._warned:
         self._warned.add(what)
         log.warning(

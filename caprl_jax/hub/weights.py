@@ -69,7 +69,8 @@ def params_from_tensors(
   Args:
     abstract: the parameters' shapes and dtypes (`jax.eval_shape` of an init).
     tensors: checkpoint key -> array; may be lazy, and offer `shape_of(name)` and `read_part(name,
-    index)`. source: names the checkpoint in errors.
+      index)`.
+    source: names the checkpoint in errors.
     shardings: a tree like `abstract`; each device is given its part and no more is read for it.
 
   Raises:
@@ -77,7 +78,7 @@ def params_from_tensors(
     any is read.
   """
   used, missing, leaves = set(), [], []
-  for path, name, candidates, transposed, leaf in _entries(abstract, keys):
+  for _, name, candidates, transposed, leaf in _entries(abstract, keys):
     stacked = "{}" in candidates[0]
     found = []
     for i in range(leaf.shape[0]) if stacked else (None,):

@@ -279,7 +279,7 @@ class Endpoint:
           return Reply(choice.message.content, choice.finish_reason or "", None, attempt)
         # Whatever else stands in the place of a reply (HTML, half of a JSON) makes the client raise
         # anything.
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
           status = getattr(error, "status_code", None)
           lasting = status is not None and status not in (408, 429) and status < 500
           if lasting or attempt > cfg.max_retries:
@@ -348,7 +348,7 @@ def _retry_after_secs(headers) -> float | None:
   except ValueError:
     try:
       secs = (
-        email.utils.parsedate_to_datetime(said) - datetime.datetime.now(datetime.timezone.utc)
+        email.utils.parsedate_to_datetime(said) - datetime.datetime.now(datetime.UTC)
       ).total_seconds()
     except (ValueError, TypeError):
       return None

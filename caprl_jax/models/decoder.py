@@ -211,10 +211,14 @@ class DecoderLayer(nn.Module):
     x_NLD = x_NLD + mlp(RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x_NLD))
     if deep_XNLD is not None:
       last = len(deep_XNLD) - 1
-      add = lambda x: (
-        x + jax.lax.dynamic_index_in_dim(deep_XNLD, jnp.minimum(number, last), keepdims=False)
-      )
-      x_NLD = jax.lax.cond(number <= last, add, lambda x: x, x_NLD)
+
+      def add_deep(x: Array) -> Array:
+        deep_NLD = jax.lax.dynamic_index_in_dim(
+          deep_XNLD, jnp.minimum(number, last), keepdims=False
+        )
+        return x + deep_NLD
+
+      x_NLD = jax.lax.cond(number <= last, add_deep, lambda x: x, x_NLD)
     return x_NLD, own
 
 

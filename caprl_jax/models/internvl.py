@@ -169,11 +169,11 @@ class VisionLayer(nn.Module):
   @nn.compact
   def __call__(self, x_NSD, _):
     cfg = self.cfg
-    scale = lambda name: self.param(
-      name,
-      nn.with_logical_partitioning(nn.initializers.constant(cfg.layer_scale), ("norm",)),
-      (cfg.hidden_size,),
-    ).astype(cfg.dtype)
+    init = nn.with_logical_partitioning(nn.initializers.constant(cfg.layer_scale), ("norm",))
+
+    def scale(name: str) -> Array:
+      return self.param(name, init, (cfg.hidden_size,)).astype(cfg.dtype)
+
     x_NSD = x_NSD + scale("lambda_1") * VisionAttention(cfg, name="attention")(
       cfg.norm("layernorm_before")(x_NSD)
     )

@@ -132,9 +132,12 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    boxed = lambda init: nn.with_logical_partitioning(init, ("norm",))
-    scale = self.param("scale", boxed(nn.initializers.ones_init()), (x.shape[-1],))
-    bias = self.param("bias", boxed(nn.initializers.zeros_init()), (x.shape[-1],))
+    ones, zeros = (
+      nn.with_logical_partitioning(init(), ("norm",))
+      for init in (nn.initializers.ones_init, nn.initializers.zeros_init)
+    )
+    scale = self.param("scale", ones, (x.shape[-1],))
+    bias = self.param("bias", zeros, (x.shape[-1],))
     wide = x.astype(jnp.float32)
     wide = wide - wide.mean(-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)

@@ -5,6 +5,7 @@ The image and the prompt are a prefix (`prefill`) that the captions of a group s
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -119,8 +120,10 @@ class Policy(nn.Module):
       return self._run(None, None, prompts, segment_BP)[0]
     features = self.visual(images)
     B = prompts.tokens_BP.shape[0]
-    # the units of a row's images are one another's neighbours
-    join = lambda x: x.reshape(B, -1, x.shape[-1])
+
+    def join(x: Array) -> Array:  # the units of a row's images are one another's neighbours
+      return x.reshape(B, -1, x.shape[-1])
+
     deep = features.deep_XBUD
     return self._run(
       Features(join(features.main_BUD), None if deep is None else jax.vmap(join)(deep)),
@@ -140,7 +143,7 @@ class Policy(nn.Module):
     x_BPD, deep_XBPD = self.language_model.embed(prompts.tokens_BP), None
     if features is not None:
       is_image_BP = (prompts.tokens_BP == self.cfg.image_token) & prompts.valid_BP
-      place = lambda x, these: merge_image_features(x, these, unit_BI, is_image_BP)
+      place = functools.partial(merge_image_features, unit_BI=unit_BI, is_image_BP=is_image_BP)
       if features.deep_XBUD is not None:
         deep_XBPD = jax.vmap(lambda deep: place(jnp.zeros_like(x_BPD), deep))(features.deep_XBUD)
       x_BPD = place(x_BPD, features.main_BUD)

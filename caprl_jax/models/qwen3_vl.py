@@ -137,14 +137,17 @@ class VisionBlock(nn.Module):
     )
     x_BSD = x_BSD + mlp(LayerNorm(1e-6, name="norm2")(x_BSD))
     if len(deep_XBSD):  # place: where this layer's output goes, -1 for nowhere
-      put = lambda deep: jax.lax.dynamic_update_index_in_dim(deep, x_BSD, jnp.maximum(place, 0), 0)
+
+      def put(deep: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(deep, x_BSD, jnp.maximum(place, 0), 0)
+
       deep_XBSD = jax.lax.cond(place >= 0, put, lambda deep: deep, deep_XBSD)
     return (x_BSD, deep_XBSD), None
 
 
 class PatchMerger(nn.Module):
-  """Each unit's 2x2 patches -> one feature of the language model's width; normed a patch, or a
-  unit, at a time.
+  """Each unit's 2x2 patches -> one feature of the language model's width; normed patch by patch, or
+  (`norm_units`) unit by unit.
   """
 
   cfg: Qwen3VisionConfig
@@ -156,8 +159,8 @@ class PatchMerger(nn.Module):
     B, S, D = x_BSD.shape
     unit = cfg.pixels.merge_size**2
     norm = LayerNorm(1e-6, name="norm")
-    group = lambda x: x.reshape(B, S // unit, unit * D)
-    x_BUD = norm(group(x_BSD)) if self.norm_units else group(norm(x_BSD))
+    units = (B, S // unit, unit * D)
+    x_BUD = norm(x_BSD.reshape(units)) if self.norm_units else norm(x_BSD).reshape(units)
     options = dict(use_bias=True, init_std=cfg.init_std, dtype=cfg.dtype)
     x_BUD = linear(unit * D, ("vision_embed", "mlp"), "linear_fc1", **options)(x_BUD)
     return linear(cfg.out_hidden_size, ("mlp", "embed"), "linear_fc2", **options)(

@@ -60,7 +60,7 @@ def split_lora(params: Params) -> tuple[Params, Params]:
 def trainable_filter(kind: Trainable, family: Family) -> Callable[[str], bool]:
   """Which parameters (by dotted path) `policy.trainable` = kind trains."""
   return {
-    "full": lambda path: True,
+    "full": lambda _: True,
     "decoder": lambda path: path.startswith("language_model."),
     "projector": lambda path: re.match(family.projector, path) is not None,
     "lora": is_lora,

@@ -346,7 +346,7 @@ def run(config, workdir: pathlib.Path) -> None:
   data, gate = (
     configuration.load_section(config, *x) for x in (("data", DataSection), ("gate", GateSection))
   )
-  seed = config["seed"] if "seed" in config else 0
+  seed = config.get("seed", 0)
   trials = make_trials(read_qa_rows(data.eval, seed, data.max_eval_rows), cfg, gate, seed)
   with jax.set_mesh(
     sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))

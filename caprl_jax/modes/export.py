@@ -111,7 +111,8 @@ def trained_params(workdir: pathlib.Path, mesh) -> tuple[Loaded, Params, dict]:
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Writes `export.output`."""
+  """Writes `export.output`; nothing goes to the workdir."""
+  del workdir
   cfg = configuration.load_section(config, "export", ExportConfig)
   if cfg.dtype not in DTYPES:
     raise ValueError(f"export.dtype = {cfg.dtype!r}; use one of {', '.join(DTYPES)}")

@@ -244,7 +244,7 @@ def recognition(
         worded, policy.tokenizer, prompt, phase, dataclasses.replace(cfg, augment=False)
       )
 
-      def without_end(index, rng):
+      def without_end(index, rng, example=example):
         made = example(index, rng)
         made.valid[made.valid.sum() - 1] = False
         return made

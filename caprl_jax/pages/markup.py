@@ -5,7 +5,8 @@ import html
 import io
 import math
 import pathlib
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from PIL import Image
 

@@ -561,7 +561,7 @@ def test_a_dead_server_stops_the_run():
     with pytest.raises(
       ValueError, match=rf"{url}, model 'm': 6 requests in a row .*the last one: no connection"
     ):
-      for key, reply in client.ask_all(requests()):
+      for _, reply in client.ask_all(requests()):
         replies.append(reply)
     with pytest.raises(
       ValueError, match=rf"{url} does not list its models: no connection .*start the server"
@@ -647,12 +647,10 @@ def test_leaving_early_cancels(serve):
   )
   began = time.monotonic()
   with Endpoint(EndpointConfig(server.url, "m", concurrency=3)) as client:
-    for key, reply in client.ask_all((str(i), "", str(i), None) for i in range(100)):
-      break
+    key, _ = next(client.ask_all((str(i), "", str(i), None) for i in range(100)))
   assert key == "0" and time.monotonic() - began < 2 and len(server.attempts) <= 4
   with Endpoint(EndpointConfig(server.url, "m", concurrency=1)) as client:
-    for key, reply in client.ask_all((name, "", name, None) for name in ("0", "slow")):
-      break
+    next(client.ask_all((name, "", name, None) for name in ("0", "slow")))
     # nothing stands before it
     assert [key for key, _ in client.ask_all([("0", "", "0", None)])] == ["0"]
     assert time.monotonic() - began < 2

@@ -107,7 +107,7 @@ def test_answers_are_transformers_likeliest(folder, loaded, theirs, tmp_path):
   with jax.set_mesh(mesh), OpenAnswerer(policy, cfg, mesh, 0, WORDING, TOKENS) as answerer:
     got = dict(item for batch in answerer(rows, range(3)) for item in batch)
   for i, row in enumerate(rows):
-    for k, (question, verdict) in enumerate(zip(row.questions, got[i], strict=True)):
+    for question, verdict in zip(row.questions, got[i], strict=True):
       assert (verdict.written, verdict.blind_written) == want[i, question.stem]
       gold = question.options[question.gold]
       assert verdict.visual == (verdict.written == gold) and verdict.blind == (

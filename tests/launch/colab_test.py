@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from helpers import tiny
+from helpers.paths import ROOT
 
 for needed in ("nbformat", "nbclient", "ipykernel"):
   pytest.importorskip(
@@ -16,7 +17,6 @@ for needed in ("nbformat", "nbclient", "ipykernel"):
   )
 import nbclient  # noqa: E402  # pylint: disable=wrong-import-position
 import nbformat  # noqa: E402  # pylint: disable=wrong-import-position
-from helpers.paths import ROOT
 
 NOTEBOOK = ROOT / "launch" / "colab.ipynb"
 

@@ -163,9 +163,7 @@ def shown(table, cfg, key, b, g, k, got):
   question = ASKED[b][int(index[row, k])]
   assert got.question_BGK[b, g, k] == index[row, k]
   present = fold(table.option_valid_BKAO.any(-1))
-  if cfg.draws and cfg.shuffle:
-    present = jnp.take_along_axis(present, index[..., None], axis=1)
-  elif cfg.draws:
+  if cfg.draws:
     present = jnp.take_along_axis(present, index[..., None], axis=1)
   if cfg.abstain != "none":
     present = jnp.concatenate([present, jnp.ones((*present.shape[:2], 1), bool)], -1)

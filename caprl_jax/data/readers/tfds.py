@@ -58,7 +58,8 @@ class CaprlQa(tfds.core.GeneratorBasedBuilder):
       disable_shuffling=True,
     )
 
-  def _split_generators(self, dl_manager) -> dict[str, Iterable]:
+  def _split_generators(self, dl_manager: Any) -> dict[str, Iterable]:
+    del dl_manager  # nothing is downloaded
     if not self.rows:
       raise ValueError(
         "CaprlQa has no rows to write; make it as CaprlQa(rows={'train': [...]}, data_dir=...)"

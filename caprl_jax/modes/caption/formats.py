@@ -121,7 +121,7 @@ def _failures(output: Output) -> Iterator[Callable[[dict[str, Any]], None]]:
 
   def put(row: dict[str, Any]) -> None:
     nonlocal file
-    file = file or open(temporary, "w", encoding="utf-8")
+    file = file or open(temporary, "w", encoding="utf-8")  # noqa: SIM115  closed below
     file.write(_line(row))
 
   yield put

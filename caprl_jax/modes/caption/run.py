@@ -329,8 +329,10 @@ def run(config, workdir: pathlib.Path) -> None:
   """Captions this host's shards of `caption.input`; host 0 then writes `caption.output`, its
   statistics and its page.
 
-  The same command goes on where it was stopped; once all is done it does nothing.
+  The same command goes on where it was stopped; once all is done it does nothing. Nothing goes to
+  the workdir.
   """
+  del workdir
   cfg = configuration.load_section(config, "caption", CaptionConfig)
   section = configuration.load_section(config, "policy", PolicySection)
   # Of this host's devices only: nothing that runs here needs another host.

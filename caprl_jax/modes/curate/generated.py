@@ -122,7 +122,8 @@ def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
   `(A)`, `a)`, with bullets or bold; options in a row where their letters leave no doubt; answers by
   letter, by letter and text, or by the text of exactly one option (`Answer:`, `Correct answer:`,
   `The answer is`, `答案：`). Text before, between and after the questions is ignored, as are
-  reasoning in `<think>` and separators. Options "Can not answer ..." are left out, as in `caprl_json`.
+  reasoning in `<think>` and separators. Options "Can not answer ..." are left out, as in
+  `caprl_json`.
 
   Every block with a question's number, options or answer becomes either a question or a failure:
   for lack of options or answer (a reply cut off), an answer whose letter and text disagree, letters
@@ -261,7 +262,7 @@ def _blocks(lines: Sequence[str]) -> list[_Block]:
       awaiting = not answer.group(1)
       block.answers += [] if awaiting else [_unbold(answer.group(1))]
       loose = []
-    elif option and _is_option(option, block, loose):
+    elif option and _is_option(option, block):
       letter = _letter(option)
       if block is None or block.answers or (block.options and loose and letter == "A"):
         block = _Block("", lines=list(loose), stem=[_unbold(other) for other in loose])
@@ -316,7 +317,7 @@ def _start(line: str, block: _Block | None) -> tuple[_Block, str] | None:
   return None
 
 
-def _is_option(option: re.Match[str], block: _Block | None, loose: Sequence[str]) -> bool:
+def _is_option(option: re.Match[str], block: _Block | None) -> bool:
   """Options begin with A: before it, "I. ..." or "B. ..." is text."""
   if _letter(option) == "A":
     return True

@@ -183,7 +183,7 @@ def choose_images(
   with its reason.
   """
   numbers, signatures, out = [], [], []
-  for number, row, about in parts.read():
+  for number, row, _ in parts.read():
     if "error" in row:
       out.append({"image": row["image"], "reason": "unreadable", "why": row["error"]})
     elif min(row["size"]) < cfg.min_side:

@@ -8,6 +8,7 @@ with file and line; they are refused, or dropped where the config says so.
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -91,13 +92,8 @@ def read_all(cfg: DatasetConfig, seed: int) -> tuple[list[QARow], list[ImageFact
   found: list[QARow] = []
   bad: list[BadRow] = []
   for part in parse_mixture(cfg.input):
-    count = 0
-    for row in tqdm(
-      scan_qa_rows(part.source, seed), desc="rows", unit="row", leave=False, delay=2, disable=None
-    ):
-      if cfg.max_rows is not None and count >= cfg.max_rows:
-        break
-      count += 1
+    first = itertools.islice(scan_qa_rows(part.source, seed), cfg.max_rows)
+    for row in tqdm(first, desc="rows", unit="row", leave=False, delay=2, disable=None):
       problem = row if isinstance(row, BadRow) else _problem(row)
       found.append(row) if problem is None else bad.append(problem)
   rows, facts = [], []
@@ -385,7 +381,7 @@ def run(config, workdir: pathlib.Path) -> None:
   """Writes dataset.json, dataset.html and, where there are any, bad_rows.jsonl to the workdir; then
   `dataset.output`."""
   cfg = configuration.load_section(config, "dataset", DatasetConfig)
-  seed = config["seed"] if "seed" in config else 0
+  seed = config.get("seed", 0)
   if cfg.output is not None:
     check_output(cfg.output, "dataset.output")
   pixels = _processor(cfg.checkpoint)

@@ -147,7 +147,9 @@ class Evaluator:
       ended.append(captions.ended_BG[:real, 0])
       unscored += int((~scored[:real]).sum())
       saved.append(
-        jax.tree.map(lambda x: x[:real], (host, (captions, answers, reward, scored, None)))
+        jax.tree.map(
+          lambda x, real=real: x[:real], (host, (captions, answers, reward, scored, None))
+        )
       )
     correct, abstained, kind, length = (
       np.concatenate(x) for x in (correct, abstained, kind, length)

@@ -94,7 +94,7 @@ def read_captions(path: pathlib.Path) -> dict[str, Said]:
   found: dict[str, Said] = {}
   lines: dict[str, int] = {}
   try:
-    file = open(path, "rb")  # bytes: only \n ends a line
+    file = open(path, "rb")  # noqa: SIM115  closed below; bytes: only \n ends a line
   except OSError as error:
     raise ValueError(
       f"{path}: {error.strerror}; gallery.captions names .jsonl files of mode caption"

@@ -400,8 +400,11 @@ def test_rows_and_steps(folder, tmp_path, caplog):
     4,
   )
   assert packer.figures()["examples_per_row"] == 2.4
-  stage = lambda optimizer=OptimizerConfig(), **settings: pretrain.StageConfig(
-    **{**dict(data=source, optimizer=optimizer, pack=packer.pack, epochs=1.0), **settings}
+  stage = lambda **settings: pretrain.StageConfig(
+    **{
+      **dict(data=source, optimizer=OptimizerConfig(), pack=packer.pack, epochs=1.0),
+      **settings,
+    }
   )
   rows = lambda begun=None, **settings: pretrain.rows_a_step(
     stage(**settings), "one", packer, mesh, begun
@@ -741,7 +744,7 @@ def write_language(path, kind, vocabulary, rows):
       tie_word_embeddings=True,
     )
   )
-  for name, p in model.named_parameters():
+  for p in model.parameters():
     if p.ndim == 1:
       p.data.add_(0.2 * torch.randn_like(p))
   model.save_pretrained(path)
