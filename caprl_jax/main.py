@@ -68,7 +68,7 @@ MODES = {
     "images in, filtered questions out: a model writes them, another answers with the image and "
     "without",
     "--config=configs/curate.py --workdir=runs/curate "
-    "--config.curation.input=IMAGES --config.curation.output=qa.parquet",
+    "--config.curate.input=IMAGES --config.curate.output=qa.parquet",
   ),
   "dataset": Mode(
     "caprl_jax.modes.dataset.run",

@@ -4,17 +4,17 @@ with the image and not without it).
 With two checkpoints, both here; the second may be the smaller one (CapRL: 72B writes, 3B answers):
 
   python -m caprl_jax.main --config=configs/curate.py --workdir=runs/curate
-    --config.curation.input=IMAGES \\ --config.curation.output=qa.parquet
+    --config.curate.input=IMAGES \\ --config.curate.output=qa.parquet
     --config.generator.checkpoint=Qwen/Qwen2.5-VL-7B-Instruct
 
 The writer behind any OpenAI-compatible endpoint (vLLM, SGLang, ...):
 
-  ... --config.curation.questions=endpoint --config.endpoint.url=http://HOST:8000/v1
+  ... --config.curate.questions=endpoint --config.endpoint.url=http://HOST:8000/v1
   --config.endpoint.model=qwen-vl
 
 Only the filter, over questions that are there already (a QA source as in configs/dataset.py):
 
-  ... --config.curation.questions=given --config.curation.input=qa.jsonl
+  ... --config.curate.questions=given --config.curate.input=qa.jsonl
 
 IMAGES: a folder, JSON lines, tar (WebDataset), parquet or tfds:FOLDER:SPLIT. The same command goes
 on where it was stopped; other thresholds (min_visual, max_blind) select anew without asking a
@@ -49,7 +49,7 @@ def get_config():
     concurrency=32,
     max_failures=20,
   )
-  config.curation = dict(
+  config.curate = dict(
     input="images",
     output="qa.parquet",
     split="train",

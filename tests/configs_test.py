@@ -59,7 +59,7 @@ def test_every_config_is_built_and_read(path):
       configuration.load_section(config, "policy", setup_run.PolicySection)
       configuration.load_section(config, "judge", setup_run.JudgeSection)
     elif mode == "curate":
-      configuration.load_section(config, "curation", curation.CurationConfig)
+      configuration.load_section(config, "curate", curation.CurateConfig)
       configuration.load_section(config, "endpoint", endpoint.EndpointConfig)
       for section in ("generator", "answerer"):
         configuration.load_section(config, section, setup_run.PolicySection)

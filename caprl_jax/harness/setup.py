@@ -63,7 +63,7 @@ KNOWN_SECTIONS = (
   "plan",
   "calibrate",
   "dataset",
-  "curation",
+  "curate",
   "generator",
   "answerer",
   "endpoint",

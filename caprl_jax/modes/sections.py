@@ -48,7 +48,7 @@ SECTIONS: dict[str, tuple[Any, ...]] = {
   "plan": (plan.PlanConfig,),
   "calibrate": (calibrate.CalibrateConfig,),
   "dataset": (dataset.DatasetConfig,),
-  "curation": (curation.CurationConfig,),
+  "curate": (curation.CurateConfig,),
   "generator": (setup_run.PolicySection,),
   "answerer": (setup_run.PolicySection,),
   "endpoint": (endpoint.EndpointConfig,),

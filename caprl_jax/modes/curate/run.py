@@ -48,7 +48,7 @@ log = logging.getLogger("caprl_jax.modes.curate.run")
 
 
 @dataclasses.dataclass(frozen=True)
-class CurationConfig:
+class CurateConfig:
   """input: images (`data.pictures.find_images`); with questions "given", a QA source
     (`data/sources.py`) to be filtered.
 
@@ -88,12 +88,12 @@ class CurationConfig:
   def __post_init__(self):
     if not (0 <= self.min_visual <= 1 and 0 <= self.max_blind <= 1):
       raise ValueError(
-        f"curation.min_visual = {self.min_visual} and max_blind = {self.max_blind} "
+        f"curate.min_visual = {self.min_visual} and max_blind = {self.max_blind} "
         "are shares, from 0 to 1"
       )
     if self.shard_rows < 1 or self.batch_size < 1:
       raise ValueError(
-        f"curation.shard_rows = {self.shard_rows} and batch_size = "
+        f"curate.shard_rows = {self.shard_rows} and batch_size = "
         f"{self.batch_size} must be at least 1"
       )
 
@@ -177,7 +177,7 @@ def _look(_, numbers: Sequence[int], rows) -> Iterator[list[RowResult]]:
 
 
 def choose_images(
-  parts: ShardedJob, benchmark: Sequence[Any], cfg: CurationConfig
+  parts: ShardedJob, benchmark: Sequence[Any], cfg: CurateConfig
 ) -> tuple[list[int], Counter, list[dict]]:
   """Numbers of the images to go on with; counts of the others by reason; and each of the others
   with its reason.
@@ -322,7 +322,7 @@ class Selected:
   dropped: list[tuple[Question, VqaAnswer | None, str]]
 
 
-def select(row: CaptionRow | QARow, item: RowResult, cfg: CurationConfig) -> Selected:
+def select(row: CaptionRow | QARow, item: RowResult, cfg: CurateConfig) -> Selected:
   """Applies the thresholds to one image's questions, then leaves out those that ask what one kept
   asks.
   """
@@ -428,19 +428,19 @@ def funnel_text(figures: dict[str, Any]) -> str:
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Runs all stages; writes `curation.output`, and funnel.json, left_out.jsonl and curation.html to
+  """Runs all stages; writes `curate.output`, and funnel.json, left_out.jsonl and curation.html to
   the workdir.
   """
-  cfg = configuration.load_section(config, "curation", CurationConfig)
-  check_output(cfg.output, "curation.output")
+  cfg = configuration.load_section(config, "curate", CurateConfig)
+  check_output(cfg.output, "curate.output")
   answerer_section = configuration.load_section(config, "answerer", PolicySection)
   seed = config.get("seed", 0)
   mesh = sharding.make_mesh(
     configuration.load_section(config, "mesh", sharding.MeshConfig), jax.local_devices()
   )
   for name, size in (
-    ("curation.batch_size", cfg.batch_size),
-    ("curation.answers.batch_size", cfg.answers.batch_size),
+    ("curate.batch_size", cfg.batch_size),
+    ("curate.answers.batch_size", cfg.answers.batch_size),
   ):
     sharding.check_batch_size(size, mesh, name)
   rows: Sequence[CaptionRow | QARow] = (
@@ -467,7 +467,7 @@ def run(config, workdir: pathlib.Path) -> None:
   )
   if not kept:
     raise ValueError(
-      f"no image of {cfg.input} is left: {dict(gone)}; see curation.min_side and similar_bits"
+      f"no image of {cfg.input} is left: {dict(gone)}; see curate.min_side and similar_bits"
     )
   rows = [rows[number] for number in kept]
   names = [row.name for row in rows]
@@ -487,7 +487,7 @@ def run(config, workdir: pathlib.Path) -> None:
 
 
 def _questions_stage(
-  stages: Stages, config, cfg: CurationConfig, rows, names, mesh, seed
+  stages: Stages, config, cfg: CurateConfig, rows, names, mesh, seed
 ) -> tuple[ShardedJob, str]:
   sampling = {key: getattr(cfg, key) for key in ("max_tokens", "temperature", "repetition_penalty")}
   settings = {"system": generated.GENERATION_SYSTEM, "user": generated.GENERATION_USER}
@@ -532,7 +532,7 @@ def _questions_stage(
 
 def _answers_stage(
   stages: Stages,
-  cfg: CurationConfig,
+  cfg: CurateConfig,
   section: PolicySection,
   rows,
   names,
@@ -565,7 +565,7 @@ def _answers_stage(
 def _write(
   answers: ShardedJob,
   rows,
-  cfg: CurationConfig,
+  cfg: CurateConfig,
   images: int,
   gone: Counter,
   out: list[dict],
@@ -598,7 +598,7 @@ def _write(
   if not left:
     raise ValueError(
       f"no question is left of {figures['questions']['parsed']}; see "
-      f"{workdir / 'left_out.jsonl'} and the thresholds curation.min_visual = "
+      f"{workdir / 'left_out.jsonl'} and the thresholds curate.min_visual = "
       f"{cfg.min_visual} and max_blind = {cfg.max_blind}"
     )
   log.info("wrote %d rows to %s", len(left), write_rows(left, cfg.output, cfg.split, cfg.name))

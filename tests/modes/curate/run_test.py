@@ -23,7 +23,7 @@ from caprl_jax.hub.load import load_policy
 from caprl_jax.inference import vqa as answering
 from caprl_jax.modes.curate import generated
 from caprl_jax.modes.curate import run as curation
-from caprl_jax.modes.curate.run import CurationConfig, select
+from caprl_jax.modes.curate.run import CurateConfig, select
 
 COLOR = Question("What color is the shape", ("red", "green", "blue", "teal"), 2)
 SHAPE = Question("What shape is present?", ("circle", "image"), 0)
@@ -70,14 +70,14 @@ def run(tmp_path, checkpoint, source, *more):
       "main",
       "--config=configs/curate.py",
       f"--workdir={tmp_path / 'work'}",
-      f"--config.curation.input={source}",
-      f"--config.curation.output={tmp_path / 'out.jsonl'}",
+      f"--config.curate.input={source}",
+      f"--config.curate.output={tmp_path / 'out.jsonl'}",
       f"--config.answerer.checkpoint={checkpoint}",
       "--config.answerer.dtype=float32",
       "--config.answerer.param_dtype=float32",
       "--config.answerer.max_pixels=None",
-      "--config.curation.answers.batch_size=2",
-      "--config.curation.shard_rows=4",
+      "--config.curate.answers.batch_size=2",
+      "--config.curate.shard_rows=4",
       *more,
     ]
   )
@@ -100,9 +100,9 @@ def given(tmp_path, images):
 
 
 GIVEN = (
-  "--config.curation.questions=given",
-  "--config.curation.min_visual=0.1",
-  "--config.curation.max_blind=0.9",
+  "--config.curate.questions=given",
+  "--config.curate.min_visual=0.1",
+  "--config.curate.max_blind=0.9",
 )
 
 
@@ -155,8 +155,8 @@ def test_other_thresholds_ask_no_model(tmp_path, checkpoint, given, monkeypatch)
       checkpoint,
       given,
       GIVEN[0],
-      f"--config.curation.min_visual={visual}",
-      f"--config.curation.max_blind={blind}",
+      f"--config.curate.min_visual={visual}",
+      f"--config.curate.max_blind={blind}",
     )
     figures = read()
     assert figures["visual/blind"] == first["visual/blind"]
@@ -169,7 +169,7 @@ def test_other_thresholds_ask_no_model(tmp_path, checkpoint, given, monkeypatch)
 
 def test_other_settings_of_a_stage_are_refused(tmp_path, checkpoint, given, capsys):
   assert run(tmp_path, checkpoint, given, *GIVEN) == 0
-  assert run(tmp_path, checkpoint, given, *GIVEN, "--config.curation.answers.permutations=2") == 2
+  assert run(tmp_path, checkpoint, given, *GIVEN, "--config.curate.answers.permutations=2") == 2
   assert "3_answers is left from a job with other settings: answers was" in capsys.readouterr().err
 
 
@@ -236,7 +236,7 @@ def test_the_published_rule():
     },
     {},
   )
-  got = select(row, item, CurationConfig("", "a.jsonl"))
+  got = select(row, item, CurateConfig("", "a.jsonl"))
   assert [q.stem for q, _ in got.kept] == [questions[0].stem, questions[4].stem]
   assert [(q.stem, why) for q, _, why in got.dropped] == [
     (questions[1].stem, "not answered with the image"),
@@ -315,12 +315,12 @@ def server():
 
 def test_images_to_questions_through_an_endpoint(tmp_path, checkpoint, images, server):
   more = (
-    "--config.curation.questions=endpoint",
+    "--config.curate.questions=endpoint",
     f"--config.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
     "--config.endpoint.model=writer",
-    f"--config.curation.benchmarks=('{images.parent / 'benchmark'}',)",
-    "--config.curation.min_visual=0.0",
-    "--config.curation.max_blind=1.0",
+    f"--config.curate.benchmarks=('{images.parent / 'benchmark'}',)",
+    "--config.curate.min_visual=0.0",
+    "--config.curate.max_blind=1.0",
   )
   assert run(tmp_path, checkpoint, images, *more) == 0
   assert len(server.asked) == 6  # once an image that is left
@@ -365,10 +365,10 @@ def test_images_to_questions_through_an_endpoint(tmp_path, checkpoint, images, s
 
 def test_a_server_that_dies_has_refused_no_image(tmp_path, checkpoint, images, server, capsys):
   more = (
-    "--config.curation.questions=endpoint",
+    "--config.curate.questions=endpoint",
     "--config.endpoint.model=writer",
-    "--config.curation.min_visual=0.0",
-    "--config.curation.max_blind=1.0",
+    "--config.curate.min_visual=0.0",
+    "--config.curate.max_blind=1.0",
     "--config.endpoint.concurrency=1",
     "--config.endpoint.max_failures=2",
   )
@@ -398,8 +398,8 @@ def test_a_model_of_ours_writes_and_its_text_is_kept(tmp_path, checkpoint, image
       "--config.generator.dtype=float32",
       "--config.generator.param_dtype=float32",
       "--config.generator.max_pixels=None",
-      "--config.curation.max_tokens=8",
-      "--config.curation.batch_size=2",
+      "--config.curate.max_tokens=8",
+      "--config.curate.batch_size=2",
     )
     == 2
   )
@@ -409,11 +409,11 @@ def test_a_model_of_ours_writes_and_its_text_is_kept(tmp_path, checkpoint, image
 
 
 def test_settings_are_refused_before_anything_runs(tmp_path, checkpoint, images, capsys):
-  assert run(tmp_path, checkpoint, images, "--config.curation.min_visual=75") == 2
-  assert run(tmp_path, checkpoint, images, f"--config.curation.output={tmp_path / 'out.txt'}") == 2
+  assert run(tmp_path, checkpoint, images, "--config.curate.min_visual=75") == 2
+  assert run(tmp_path, checkpoint, images, f"--config.curate.output={tmp_path / 'out.txt'}") == 2
   shown = capsys.readouterr().err
   assert (
     "min_visual = 75" in shown
-    and "curation.output" in shown
+    and "curate.output" in shown
     and not (tmp_path / "work" / "stages").exists()
   )
