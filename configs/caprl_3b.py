@@ -42,7 +42,7 @@ def get_config():
 
   # Judge protocol, sampling, reward, advantages, loss and learning rate are the preset's
   # (caprl_jax/presets.py).
-  config["update"] = dict(microbatches=16)
+  config.policy_update = dict(microbatches=16)
   config.optimizer = dict(moment_dtype="float32")
 
   config.train = dict(steps=1800, sample_every=50, fused=True, trackers=())

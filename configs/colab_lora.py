@@ -66,7 +66,7 @@ def get_config():
   config.rollout = dict(group_size=4, oversample=1, sampling=dict(max_tokens=64, temperature=1.0))
   config.reward = dict(accuracy=1.0, misled=0.0, repetition=0.0)
   config.advantage = dict(estimator="grpo")
-  config["update"] = dict(
+  config.policy_update = dict(
     microbatches=4, loss=dict(clip_low=0.2, clip_high=0.28, aggregation="token_mean", kl=0.0)
   )
   config.optimizer = dict(

@@ -183,7 +183,7 @@ def test_group_size_1(config, estimator):
 
 @pytest.mark.parametrize("microbatches", [0, 3, 16])
 def test_microbatches_that_do_not_divide(config, microbatches):
-  config["update"].microbatches = microbatches
+  config.policy_update.microbatches = microbatches
   message = (
     rf"update\.microbatches = {microbatches} does not divide data\.batch_size = 8 images; "
     r"use one of \[1, 2, 4, 8\]"
@@ -238,7 +238,7 @@ def test_vocabularies_that_no_table_relates():
       r"judge\.draws = 3 without replacement from data\.questions = 2",
     ),
     (
-      "update",
+      "policy_update",
       dict(epochs=2, loss=dict(surrogate="reinforce")),
       r"'reinforce' knows no ratio.* = 2 optimizer steps",
     ),
@@ -266,7 +266,7 @@ def test_values_that_do_not_go_together(config, section, values, message):
     ),
     ("reward", dict(accuracy=1.0, length=0.2), "reward.length is the same for all captions"),
     (
-      "update",
+      "policy_update",
       dict(loss=dict(kl=0.1, kl_estimator="k1")),
       "k1 in the loss has no gradient in expectation",
     ),

@@ -99,7 +99,10 @@ def test_the_quickstart_s_files_are_here():
       r"optimizer\.learning_rat is not a key of .*"
       r"did you mean --config\.optimizer\.learning_rate\?",
     ),
-    ("--config.update.loss.clip_hihg=1", r"did you mean --config\.update\.loss\.clip_high"),
+    (
+      "--config.policy_update.loss.clip_hihg=1",
+      r"did you mean --config\.policy_update\.loss\.clip_high",
+    ),
     ("--config.group_size=4", r"did you mean --config\.rollout\.group_size"),
     ("--config.rollout=4", r"--config\.rollout is a section"),
   ],
@@ -236,9 +239,12 @@ def test_the_schema_leaves_logging_and_devices_alone():
 def test_the_schema_is_whole():
   assert set(sections.SECTIONS) == set(setup_run.KNOWN_SECTIONS)
   known = sections.keys()
-  assert {"judge.int8", "rollout.sampling.top_p", "update.loss.kl", "prism.benchmarks"} <= set(
-    known
-  )
+  assert {
+    "judge.int8",
+    "rollout.sampling.top_p",
+    "policy_update.loss.kl",
+    "prism.benchmarks",
+  } <= set(known)
   for path in CONFIGS:
     config = config_file.load_config(str(path))
     for key in config_file._leaves(config):

@@ -92,9 +92,9 @@ def _override(
   """Sets one value of the config, by the type it has there or, where it is not there, that its
   section gives it.
 
-  Not by ml_collections.config_flags: it looks a key up as an attribute first, so that
-  `config.update.learning_rate` would find ConfigDict's method `update`, and it cannot set a value
-  that is a list, or None in the file.
+  Not by ml_collections.config_flags: it looks a key up as an attribute first, so that in a
+  section whose keys a user names (`pretrain.stages`) a key such as `update` would find ConfigDict's
+  method, and it cannot set a value that is a list, or None in the file.
   """
   key = override["key"]
   *sections, leaf = key.split(".")

@@ -1,7 +1,7 @@
 """Name of a published recipe -> the settings of its algorithm.
 
-A preset fills in what a config leaves open: sections judge, rollout, reward, advantage, update,
-optimizer. What the config file or the command line says stands. Paper and released code differ, so
+A preset fills in what a config leaves open: sections judge, rollout, reward, advantage,
+policy_update, optimizer. What the config file or the command line says stands. Paper and released code differ, so
 each has its own.
 """
 
@@ -32,7 +32,7 @@ PRESETS = {
     rollout=dict(group_size=8, sampling=_SAMPLING),
     reward=dict(accuracy=2.0),
     advantage=dict(estimator="rloo", whiten="released"),
-    update=dict(loss=dict(surrogate="reinforce", aggregation="token_mean", kl=0.0)),
+    policy_update=dict(loss=dict(surrogate="reinforce", aggregation="token_mean", kl=0.0)),
     optimizer=dict(
       name="adamw",
       learning_rate=1e-6,
@@ -53,7 +53,7 @@ PRESETS = {
     rollout=dict(group_size=8, sampling=_SAMPLING),
     reward=dict(accuracy=1.0, length=0.2, length_full_tokens=2048, length_zero_tokens=3072),
     advantage=dict(estimator="rloo"),
-    update=dict(
+    policy_update=dict(
       loss=dict(surrogate="clip", clip_low=0.2, clip_high=0.2, aggregation="sequence_mean", kl=0.0)
     ),
     optimizer=dict(
@@ -68,7 +68,7 @@ PRESETS = {
     rollout=dict(group_size=8, sampling=_SAMPLING),
     reward=dict(accuracy=1.0),
     advantage=dict(estimator="grpo"),
-    update=dict(
+    policy_update=dict(
       loss=dict(
         surrogate="clip",
         clip_low=0.2,
@@ -108,7 +108,7 @@ PRESETS = {
       accuracy=1.0, misled=0.5, length=0.2, length_full_tokens=2048, length_zero_tokens=3072
     ),
     advantage=dict(estimator="rloo"),
-    update=dict(
+    policy_update=dict(
       loss=dict(
         surrogate="clip",
         clip_low=0.2,
@@ -139,7 +139,7 @@ _RESOURCES = {
   "judge": ("source", "dtype", "int8", "microbatches", "chunk_tokens", "blind"),
   "reward": (),
   "advantage": (),
-  "update": ("microbatches", "chunk_tokens"),
+  "policy_update": ("microbatches", "chunk_tokens"),
 }
 
 

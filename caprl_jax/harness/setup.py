@@ -52,7 +52,7 @@ KNOWN_SECTIONS = (
   "rollout",
   "reward",
   "advantage",
-  "update",
+  "policy_update",
   "optimizer",
   "train",
   "evaluate",
@@ -232,7 +232,7 @@ def read_settings(config: Any) -> Settings:
     judge,
     section("reward", RewardConfig),
     section("advantage", AdvantageConfig),
-    section("update", UpdateConfig),
+    section("policy_update", UpdateConfig),
   )
   settings = Settings(
     seed=config.get("seed", 0),
@@ -271,8 +271,8 @@ def _check_combinations(settings: Settings) -> None:
   check_trackers(settings.train.trackers)
   if step.update.steps > 1 and step.update.loss.surrogate == "reinforce":
     raise ValueError(
-      "update.loss.surrogate = 'reinforce' knows no ratio, so only the first of "
-      f"update.minibatches x update.epochs = {step.update.steps} optimizer steps "
+      "policy_update.loss.surrogate = 'reinforce' knows no ratio, so only the first of "
+      f"policy_update.minibatches x policy_update.epochs = {step.update.steps} optimizer steps "
       "would be on-policy; use 'clip', 'gspo' or 'cispo'"
     )
   limit = step.rollout.sampling.max_tokens
@@ -289,7 +289,7 @@ def _check_combinations(settings: Settings) -> None:
     "loss",
   ):
     log.warning(
-      "update.loss: k1 in the loss has no gradient in expectation on samples of the "
+      "policy_update.loss: k1 in the loss has no gradient in expectation on samples of the "
       "policy itself; k3_k2, k2 or full have, or kl_in = 'reward'"
     )
   if step.reward.misled and judge.abstain == "none" and judge.margin <= 1e-3:

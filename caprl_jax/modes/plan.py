@@ -375,6 +375,6 @@ def run(config, workdir: pathlib.Path) -> None:
   if limit and total > limit:
     raise ValueError(
       f"the step needs {total / GIB:.1f} GiB a device, and a {plan.topology} chip "
-      f"has {limit / GIB:.0f}; raise update.microbatches or judge.microbatches, "
+      f"has {limit / GIB:.0f}; raise policy_update.microbatches or judge.microbatches, "
       "lower data.batch_size, rollout.group_size or max_tokens, or take more chips"
     )

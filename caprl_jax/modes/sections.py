@@ -37,7 +37,7 @@ SECTIONS: dict[str, tuple[Any, ...]] = {
   "rollout": (rollout.RolloutConfig,),
   "reward": (reward.RewardConfig,),
   "advantage": (advantages.AdvantageConfig,),
-  "update": (update.UpdateConfig,),
+  "policy_update": (update.UpdateConfig,),
   "optimizer": (optimizer.OptimizerConfig,),
   "train": (setup_run.TrainSection,),
   "evaluate": (setup_run.EvaluateSection,),

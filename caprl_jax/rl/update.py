@@ -64,7 +64,7 @@ def check_microbatches(batch_size: int, cfg: UpdateConfig) -> None:
   images.
   """
   if cfg.epochs < 1:
-    raise ValueError(f"update.epochs = {cfg.epochs} must be at least 1")
+    raise ValueError(f"policy_update.epochs = {cfg.epochs} must be at least 1")
   for name, value, total, of in (
     ("minibatches", cfg.minibatches, batch_size, f"data.batch_size = {batch_size}"),
     (
@@ -73,12 +73,14 @@ def check_microbatches(batch_size: int, cfg: UpdateConfig) -> None:
       batch_size // max(cfg.minibatches, 1),
       f"data.batch_size = {batch_size}"
       if cfg.minibatches == 1
-      else f"data.batch_size / update.minibatches = {batch_size // max(cfg.minibatches, 1)}",
+      else f"data.batch_size / policy_update.minibatches = {batch_size // max(cfg.minibatches, 1)}",
     ),
   ):
     if value < 1 or total % value:
       fitting = [m for m in range(1, total + 1) if total % m == 0]
-      raise ValueError(f"update.{name} = {value} does not divide {of} images; use one of {fitting}")
+      raise ValueError(
+        f"policy_update.{name} = {value} does not divide {of} images; use one of {fitting}"
+      )
 
 
 def _combine(a: dict, b: dict) -> dict:

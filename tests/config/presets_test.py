@@ -71,7 +71,7 @@ def test_every_preset_is_read(name, config, tmp_path):
     made.step.judge.prompt == "official" and made.step.judge.reading == preset["judge"]["reading"]
   )
   assert made.step.advantage.estimator == preset["advantage"]["estimator"]
-  assert made.step.update.loss.kl == preset["update"]["loss"].get("kl", 0)
+  assert made.step.update.loss.kl == preset["policy_update"]["loss"].get("kl", 0)
   if config != "caprl_3b":  # models, sizes and optimizer are the file's
     file = config_file.load_config(str(ROOT / "configs" / f"{config}.py"))
     assert (
@@ -85,7 +85,7 @@ def test_what_the_config_says_stands(tmp_path):
   made = settings(
     "--config.preset=paper",
     "--config.judge.draws=4",
-    "--config.update.loss.kl=0.01",
+    "--config.policy_update.loss.kl=0.01",
     tmp_path=tmp_path,
   )
   # overridden though only the preset has them

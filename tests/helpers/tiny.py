@@ -161,7 +161,7 @@ def write_all(folder: pathlib.Path) -> ml_collections.ConfigDict:
       rollout=dict(group_size=4, sampling=dict(max_tokens=6)),
       reward=dict(accuracy=1.0),
       advantage=dict(estimator="grpo"),
-      update=dict(
+      policy_update=dict(
         microbatches=1, loss=dict(clip_low=0.2, clip_high=0.28, aggregation="token_mean", kl=0.0)
       ),
       optimizer=dict(learning_rate=1e-3),
