@@ -17,8 +17,38 @@ FOLDER_FILES = 14
 REASON = "Long because"  # in the docstring, or in the comment above `def`
 
 # What was longer when this test was written, and how long. Lines may go; none may come or grow.
-LONG_FUNCTIONS: dict[str, int] = {}
-LONG_FILES: dict[str, int] = {}
+LONG_FUNCTIONS: dict[str, int] = {
+  "harness/loop.py:run_loop": 61,
+  "harness/setup.py:_check_combinations": 65,
+  "harness/setup.py:set_up": 124,
+  "models/internvl.py:InternVisionConfig.from_hf": 61,
+  "modes/caption/formats.py:_write_hf": 73,
+  "modes/dataset/run.py:write_page": 64,
+  "modes/demo.py:build": 61,
+  "modes/evaluate/run.py:Evaluator.__call__": 66,
+  "modes/plan.py:lower_step": 91,
+  "modes/plan.py:run": 63,
+  "modes/pretrain/run.py:train_stage": 61,
+  "modes/prism/page.py:write_page": 86,
+  "modes/prism/run.py:run": 106,
+  "modes/sft.py:_train_phases": 87,
+  "modes/train/run.py:train": 73,
+  "rl/sampling.py:decode": 64,
+  "rl/step.py:learn": 67,
+  "rl/update.py:loss_gradients": 75,
+}
+LONG_FILES: dict[str, int] = {
+  "data/charts/questions.py": 474,
+  "data/charts/tables.py": 643,
+  "harness/setup.py": 544,
+  "modes/caption/run.py": 477,
+  "modes/curate/generated.py": 495,
+  "modes/curate/run.py": 604,
+  "modes/demo.py": 497,
+  "modes/gallery/run.py": 484,
+  "modes/prism/run.py": 473,
+  "scoring/answers.py": 572,
+}
 
 
 def ruff(*arguments: str) -> subprocess.CompletedProcess:
