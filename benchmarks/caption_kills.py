@@ -150,7 +150,7 @@ def main() -> None:
   print(f"{differ} of {len(subset):,} captions differ from those of a run that nobody killed")
   figures = json.loads((folder / "captions.stats.json").read_text("utf-8"))
   print(
-    f"{figures['images_per_sec']:.0f} images a second while captioning, "
+    f"{figures['images_per_sec']:.0f} images per second while captioning, "
     f"{len(names) / secs:.0f} over all {secs:.0f} s with {args.kills} kills, {args.kills + 1} "
     f"starts; {figures['distinct_captions']} distinct captions"
   )

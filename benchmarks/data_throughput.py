@@ -1,4 +1,4 @@
-"""How many 448x448 JPEG images a second one core makes into training batches: the whole input
+"""How many 448x448 JPEG images per second one core makes into training batches: the whole input
 pipeline, part by part.
 
   python -m benchmarks.data_throughput [--images 512] [--threads 1]

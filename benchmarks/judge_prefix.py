@@ -80,7 +80,7 @@ def main() -> None:
       )
     )
     tree = stack([pad_questions(asked, K, shape)] * N)
-    # One question a row: the caption is run again for each, as a server that joins strings would.
+    # One question per row: the caption is run again for each, as a server that joins strings would.
     joined = stack([pad_questions([q], 1, shape) for _ in range(N) for q in asked])
     wide = lambda x: np.repeat(x, K, axis=0)
     a = np.asarray(answer(judge.params, ids, keep, tree)).reshape(N * K, -1)

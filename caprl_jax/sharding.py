@@ -79,8 +79,8 @@ def _constrain(tree: Any, spec: P) -> Any:
 
 
 def microbatches(tree: Any, count: int) -> Any:
-  """[B, ...] -> [count, B / count, ...]: every count-th row, so that each device's rows stay where
-  they are.
+  """[B, ...] -> [count, B / count, ...]; a microbatch is every count-th row, so that each device's
+  rows stay on it.
   """
   cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
   return _constrain(jax.tree.map(cut, tree), P(None, ("data", "fsdp")))
@@ -98,9 +98,12 @@ def batch_shards() -> int:
 
 
 def split_chunks(tree: Any, rows: int, shards: int) -> Any:
-  """[M, ...] -> [chunks, shards * rows, ...], padded with zeros: of each of the `shards` parts some
-  rows a chunk, so that each device's rows stay where they are. Cut straight, a chunk would be of
-  one device, and all would compute it."""
+  """Cuts arrays into chunks for a loop: [M, ...] -> [chunks, shards * rows, ...], zeros at the end.
+
+  Every chunk takes `rows` rows from each of the `shards` parts of the batch, so every device has
+  its own rows in every chunk. Cut in order, a chunk would be the rows of one device alone, and all
+  devices would compute it.
+  """
 
   def cut(x):
     x = x.reshape(shards, -1, *x.shape[1:])
@@ -125,9 +128,11 @@ def join_chunks(tree: Any, count: int, shards: int) -> Any:
 
 
 def gathered_head(head_VD: jax.Array) -> jax.Array:
-  """Inside jit: an unembedding whole along its width, once for all chunks. Split along it, every
-  product with it is a partial sum, and logits, the greatest arrays there are, would be summed over
-  devices."""
+  """Inside jit: an unembedding that is not split along its width, gathered once for all chunks.
+
+  Were it split along the width, each device's product with it would be a partial sum of the logits,
+  and the logits, the largest arrays of the program, would be added up over devices.
+  """
   return _constrain(head_VD, P("tensor"))
 
 

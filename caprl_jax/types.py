@@ -28,7 +28,7 @@ class Images:
 
   Slot order: windows in raster order, merge units in raster order inside a window, the 2x2 patches
   of a unit last. A window always takes the same number of slots, so windowed attention is a reshape
-  (`data/images.py`).
+  (`models/image_processor.py`).
   """
 
   patches_BSE: Array  # uint8 pixels (channel, row, column), normalised on the device
@@ -153,9 +153,9 @@ class Frozen:
   """What the step reads and never changes.
 
   `reference` is None unless a KL term asks for it. `base` holds the policy's parameters that are
-  not trained, where `TrainState.params` are but a part (`models/lora.py`); None where all are
+  not trained, where `TrainState.params` are but a part (`models/trainable.py`); None where all are
   trained. `stamps_VX` is what the reward for timestamps has to know of the captioner's vocabulary
-  (`caption_terms.stamp_table`).
+  (`caption_form.stamp_table`).
   """
 
   judge: Params

@@ -15,7 +15,7 @@ import pytest  # pylint: disable=wrong-import-position
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  """`setup_run.Run` of the tiny models, under a mesh of one device."""
+  """`harness.setup.Run` of the tiny models, under a mesh of one device."""
   from helpers import tiny  # it needs torch, which not every test does
 
   from caprl_jax import sharding

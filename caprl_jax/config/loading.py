@@ -181,7 +181,7 @@ def _parse_annotated(text: str, annotation: Any) -> Any:
 
 def _parse_value(text: str, kind: type) -> Any:
   if text == "None":
-    return None  # whether the section allows it is for `configuration.load_section` to say
+    return None  # whether the section allows it is for `schema.load_section` to say
   if kind is str:
     return text
   if kind is bool:

@@ -1,8 +1,8 @@
 """Name of a published recipe -> the settings of its algorithm.
 
 A preset fills in what a config leaves open: sections judge, rollout, reward, advantage,
-policy_update, optimizer. What the config file or the command line says stands. Paper and released code differ, so
-each has its own.
+policy_update, optimizer. What the config file or the command line says stands. Paper and released
+code differ, so each has its own.
 """
 
 import logging

@@ -5,8 +5,8 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class JudgeTemplate:
-  """head, caption, stem; for the letter readings then label + option a slot, and tail, after which
-  the letter stands.
+  """head, caption, stem; for the letter readings then label + option per slot, and tail, after
+  which the letter stands.
 
   baseline: the caption that says nothing, for `option_pmi`. specials: chat tokens that the
   tokenizer must know.

@@ -43,7 +43,7 @@ class QuestionShape:
 class QuestionTokenizer:
   """Text of questions -> ids, with one judge's tokenizer and template.
 
-  abstain, abstain_letter: as `presenting.JudgeConfig` has them.
+  abstain, abstain_letter: as `judge_protocol.JudgeConfig` has them.
   """
 
   def __init__(

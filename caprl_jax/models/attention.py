@@ -52,8 +52,8 @@ class Part:
 
 
 def attend_part(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) -> Part:
-  """Attends to one piece. `mask` is bool [R, S] for a prefix, or [N, L, S] for a piece with a row a
-  branch.
+  """Attends to one piece. `mask` is bool [R, S] for a prefix, or [N, L, S] for a piece that has one
+  row per branch.
 
   Scores and the softmax are float32; both products take the inputs' dtype and accumulate in
   float32.

@@ -1,5 +1,5 @@
-"""What a family of vision-language models is to the rest of the package: one file and one `Family`
-a family.
+"""What a family of vision-language models is to the rest of the package: one file, with one
+`Family` in it.
 
 A family's file holds its vision configuration (`VisionConfig` below says what it must offer), its
 tower and its `FAMILY`; `families.py` lists them. CONTRIBUTING.md walks through adding one.
@@ -26,7 +26,7 @@ class Features:
 
 
 class Pixels(Protocol):
-  """How pictures become patches: `data.images.SmartResize` or `Tiles`."""
+  """How pictures become patches: `image_processor.SmartResize` or `Tiles`."""
 
   patch_size: int
 
@@ -92,8 +92,9 @@ class Family:
   vision: (config.json, preprocessor_config.json, overrides) -> VisionConfig.
   text: config.json -> the dict that `DecoderConfig.from_hf` reads.
   keys: of the whole model, whose parameters are `visual` and `language_model`.
-  image_token: its key in config.json. marker: what the chat template writes for an image, and
-    after_marker after it; open, close: what the processor puts around its image tokens.
+  image_token: its key in config.json.
+  marker: what the chat template writes for an image, and after_marker: after it.
+  open, close: what the processor puts around its image tokens.
   projector: regular expression of the parameters between tower and decoder.
   adapt: (config, tensors) of another layout of the same models -> this one's.
   """

@@ -1,7 +1,7 @@
 """Hidden states -> log-probabilities of given tokens, in chunks: [tokens, vocabulary] never exists
 whole.
 
-Letters: M tokens, D width, V vocabulary, X targets a token.
+Letters: M tokens, D width, V vocabulary, X targets per token.
 """
 
 from collections.abc import Callable

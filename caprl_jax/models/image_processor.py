@@ -38,7 +38,7 @@ class ImagePatches:
 
 @dataclasses.dataclass(frozen=True)
 class SmartResize:
-  """Qwen's processor: one grid of patches an image, of whatever size the pixel limits allow.
+  """Qwen's processor: one grid of patches per image, of whatever size the pixel limits allow.
 
   window_units: merge units along the side of an attention window (Qwen2.5-VL); None where attention
   is over the image.

@@ -1,7 +1,8 @@
 """Tiles -> image features: InternViT, pixel shuffle and MLP projector of InternVL3 and InternVL3.5.
 
-A tile is a window of the layout of `data/images.py`, and its patches lie 2x2 unit by unit, so the
-tile's attention and the pixel shuffle are reshapes. Padded tiles are computed and read by nobody.
+A tile is a window of the layout of `image_processor.py`, and its patches lie 2x2 unit by unit, so
+the tile's attention and the pixel shuffle are reshapes. Padded tiles are computed and read by
+nobody.
 
 Letters: B images, S patch slots, W tiles, U = S / 4 units, D width.
 """

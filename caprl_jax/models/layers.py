@@ -48,7 +48,7 @@ class LoraConfig:
 class Linear(nn.Module):
   """x @ kernel + bias. The kernel [in, out] carries the logical axes `axes`.
 
-  An int8 kernel (`models/quantize.py`) comes with a `kernel_scale` a column and is widened on use.
+  An int8 kernel (`hub/int8.py`) comes with a `kernel_scale` per column and is widened on use.
   """
 
   features: int

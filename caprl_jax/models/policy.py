@@ -101,8 +101,8 @@ class Policy(nn.Module):
     self.language_model = Decoder(self.cfg.text)
 
   def prefill(self, images: Images, prompts: Prompts) -> tuple[Array, Prefix]:
-    """Encodes images and runs the prompt once an image: hidden [B, P, D] and the prefix (B
-    rows).
+    """Encodes images and runs the prompt once per image: hidden [B, P, D], and the prefix with B
+    rows.
     """
     return self._run(self.visual(images), images.unit_BI, prompts)
 
@@ -110,7 +110,8 @@ class Policy(nn.Module):
     """Runs rows in which several examples stand one after the other: hidden [B, P, D].
 
     Args:
-      images: M a row, B * M in all, row after row; None where no example has one. Its `unit_BI` has
+      images: M per row, B * M in all, row after row; None where no example has one. Its `unit_BI`
+        has
         B rows: for a row's i-th image token the unit that holds it, those of the row's m-th image
         counted from m * U on.
       prompts: whole rows; each example's positions begin at 0. `next_position_B` is not read.

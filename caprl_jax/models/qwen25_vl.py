@@ -1,9 +1,10 @@
 """Patches in window-major order -> image features: the Qwen2.5-VL vision tower.
 
-The host lays patches out window by window with a fixed number of slots a window (`data/images.py`),
-so windowed attention is block-diagonal by a reshape, [B, S] -> [B * W, slots], instead of an S x S
-mask; the four patches of a merge unit are neighbours, so the 2x2 merger is a reshape as well.
-Layers are scanned; each one picks windowed or full attention with a conditional.
+The host lays patches out window by window with a fixed number of slots per window
+(`image_processor.py`), so windowed attention is block-diagonal by a reshape, [B, S] -> [B * W,
+slots], instead of an S x S mask; the four patches of a merge unit are neighbours, so the 2x2 merger
+is a reshape as well. Layers are scanned; each one picks windowed or full attention with a
+conditional.
 
 Letters: B images, S patch slots, W windows, U = S / 4 units, E numbers in a patch, D width, H
 heads, h head width.

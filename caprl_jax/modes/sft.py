@@ -60,7 +60,7 @@ class PhaseConfig:
 class SFTConfig:
   """The section `sft`.
 
-  train: a source of `data/sources.py`; its rows' facts fill the templates, or a caption .jsonl.
+  train: a source of `qa_sources.py`; its rows' facts fill the templates, or a caption .jsonl.
   eval: rows whose facts measure recognition; None measures nothing.
   recognition: template whose places are measured, each given the true text before it.
   augment: shift images by up to an eighth and mirror them, which keeps the facts of easy-vqa true.

@@ -104,7 +104,7 @@ def caption_reward(
   """Weighted sum of the terms.
 
   Args:
-    stamps_VX: `caption_terms.stamp_table` of the captioner's vocabulary, where `cfg.timestamps` is
+    stamps_VX: `caption_form.stamp_table` of the captioner's vocabulary, where `cfg.timestamps` is
     on.
 
   Returns:

@@ -111,7 +111,7 @@ def ask_judge(
 ) -> tuple[Answers, Answers | None]:
   """Answers from the captions, and from an empty one (`JudgeConfig.blind`). `translated`: the
   captions in the judge's ids and which of them count, where no table relates the vocabularies
-  (`translate.py`)."""
+  (`retokenise.py`)."""
   _, judge_key = stage_keys(state.key, state.step)
   asked = (judge, frozen.judge, frozen.prompt)
   if translated is not None:

@@ -3,7 +3,7 @@
 Two protocols. "ours" reads an answer as a careful reader would and applies each benchmark's own
 metric (`METRICS`, `score`). "official" repeats what the released scorer of CapRL does
 (Prism_Evaluation/Eval_CapRL.py of InternLM/CapRL, with VLMEvalKit's `process_line` of that time),
-defects included, so that published numbers can be compared (`official_scoring.official_score`).
+defects included, so that published numbers can be compared (`official.official_score`).
 Scores lie in 0..1. No score is given to an answer of None: nothing could be read.
 """
 

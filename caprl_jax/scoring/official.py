@@ -1,5 +1,5 @@
 """The released scorer of CapRL (Prism_Evaluation/Eval_CapRL.py of InternLM/CapRL), defects
-included: so that published numbers can be compared. Scores lie in 0..1; `scoring.py` has ours."""
+included: so that published numbers can be compared. Scores lie in 0..1; `answers.py` has ours."""
 
 import ast
 from collections.abc import Sequence

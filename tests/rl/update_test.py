@@ -268,7 +268,8 @@ def test_the_step_in_three_programs_is_the_fused_one(made):
   [
     (
       dict(minibatches=3),
-      "policy_update.minibatches = 3 does not divide data.batch_size = 8 images; use one of .1, 2, 4, 8",
+      "policy_update.minibatches = 3 does not divide data.batch_size = 8 images; "
+      "use one of .1, 2, 4, 8",
     ),
     (
       dict(minibatches=2, microbatches=8),

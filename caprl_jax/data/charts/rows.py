@@ -3,7 +3,7 @@ the numbers.
 
 A chart shows one slice of one table: bars of a few categories, lines over a window of time, slices
 of a whole, points in groups. Its numbers are rounded first, so label, question and description say
-the same, and the answers are exact. Charts too small for text (`chart_drawing.PLAIN_BELOW`) show
+the same, and the answers are exact. Charts too small for text (`drawing.PLAIN_BELOW`) show
 colours only, and their questions ask for nothing else.
 """
 
@@ -40,7 +40,7 @@ def read_charts(
 
   Row i depends on `seed`, the split, i, `pixels` and `kinds`, never on `count`. No number is shown
   in both splits. `facts` hold "chart", "title" and "description", from which every question can be
-  answered. Charts below `chart_drawing.PLAIN_BELOW` have no text, and "title" is "" there.
+  answered. Charts below `drawing.PLAIN_BELOW` have no text, and "title" is "" there.
 
   Raises:
     ValueError: an unknown split or kind, a count or size that makes no charts, or vega_datasets or
@@ -254,7 +254,7 @@ def _marks(
 def _groups(
   view: View, size: int, generator: np.random.Generator
 ) -> tuple[chart_drawing.Mark, ...]:
-  """Up to 8 points a group; labelled are the highest and the lowest of all, where there is one of
+  """Up to 8 points per group; labelled are the highest and the lowest of all, where there is one of
   each.
   """
   groups = {name: sorted(set(points)) for name, points in view.numbers.items() if len(points) > 3}

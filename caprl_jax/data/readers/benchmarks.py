@@ -128,7 +128,7 @@ def benchmark_of(path: pathlib.Path) -> str:
 
 
 def read_benchmark(path: pathlib.Path, image_root: pathlib.Path) -> Iterator[BenchmarkRow | BadRow]:
-  """The rows of an evaluation file, a JSON list or a row a line, in its order.
+  """The rows of an evaluation file, a JSON list or one row per line, in its order.
 
   `image_root` is the folder of images or a zip file of it. Image paths are relative to it; paths
   that begin with its name, or are absolute with its name somewhere in them, as another machine
@@ -153,7 +153,7 @@ def read_benchmark(path: pathlib.Path, image_root: pathlib.Path) -> Iterator[Ben
 
 
 def from_qa_rows(rows: Iterable[QARow]) -> list[BenchmarkRow]:
-  """Plain rows of questions as a benchmark: one row a question, options as lines "A) red", the
+  """Plain rows of questions as a benchmark: one row per question, options as lines "A) red", the
   gold's letter.
 
   The prompt is the placeholder, the stem and the options; the caller adds turns and how to answer.

@@ -78,7 +78,7 @@ def choices_of(question: Question) -> list[str]:
 def scan_json(
   path: pathlib.Path, image_root: pathlib.Path | None = None
 ) -> Iterator[QARow | BadRow]:
-  """Reads the JSON of the first release, a list of rows or a row a line, in either of its two
+  """Reads the JSON of the first release, a list of rows or one row per line, in either of its two
   forms:
 
     {"image_path": path, "qa_list": [{"question": stem and option lines, "answer": letter}]}, what
@@ -128,8 +128,8 @@ def write_json(
 
 
 def read_items(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Place and value of each row of a JSON file, a list of rows or a row a line; a BadRow for a line
-  that is no JSON.
+  """Place and value of each row of a JSON file, a list of rows or one row per line; a BadRow for a
+  line that is no JSON.
   """
   try:
     with path.open("rb") as file:

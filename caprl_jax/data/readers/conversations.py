@@ -96,7 +96,7 @@ class Asked:
 
 
 Example = Conversation | Asked
-_QA_KEYS = {"questions", "message", "qa_list"}  # of rows that `data/sources.py` reads
+_QA_KEYS = {"questions", "message", "qa_list"}  # of rows that `qa_sources.py` reads
 
 
 def read_examples(
@@ -113,7 +113,7 @@ def read_examples(
 ) -> list[Example]:
   """Reads what a stage of pretraining learns from.
 
-  A .jsonl file holds a line each, or a .json file in a list, {"image", "caption", "name"?, ...}:
+  A .jsonl file holds on each line, or a .json file in a list, {"image", "caption", "name"?, ...}:
     captions, of mode `caption` too; its rows with `error` are left out, with a
       count;
     {"conversations": [{"from": "human"|"gpt"|"system", "value"}], "image"?, "id"?}: LLaVA's layout,
@@ -122,7 +122,7 @@ def read_examples(
     {"messages": [{"role", "content"}], "image"? or "images"?, "id"?}: OpenAI's, the content a text
       like LLaVA's or a list of {"type": "text", "text"} and {"type": "image"};
     {"image", "questions"}, {"image_path", "qa_list"}, {"message"}: multiple choice, as every other
-      source of `data/sources.py`.
+      source of `qa_sources.py`.
   " + " joins sources, row by row.
 
   Args:

@@ -38,7 +38,7 @@ def easy_vqa_root() -> pathlib.Path:
 
 
 def read_easy_vqa(split: str, seed: int) -> list[rows.QARow]:
-  """One row an image, in the order of the images' numbers, with all its distinct questions.
+  """One row per image, in the order of the images' numbers, with all its distinct questions.
 
   A question's options depend on `seed`, the split, the image and the stem only, never on what else
   is read. `facts` hold "color" and "shape" where the image's questions give them away.

@@ -27,7 +27,7 @@ class CaprlQa(tfds.core.GeneratorBasedBuilder):
 
   `CaprlQa(rows={"train": [...], "test": [...]}, data_dir=FOLDER).download_and_prepare()` writes
   FOLDER/caprl_qa/<config>/<version>; `tfds:` and that folder is then a source
-  (`sources.read_qa_rows`). Records keep the order of the rows: shuffling is the training
+  (`qa_sources.read_qa_rows`). Records keep the order of the rows: shuffling is the training
   pipeline's, by its seed.
   """
 

@@ -64,7 +64,7 @@ class CaptionConfig:
   """input: see `data.pictures.find_images`: folders, JSON lines, tar (WebDataset), parquet,
   tfds:FOLDER:SPLIT.
 
-  output, format: see `caption_formats.Output`; None takes the format of the output's suffix
+  output, format: see `formats.Output`; None takes the format of the output's suffix
     (.jsonl, .parquet). embed_images: `hf` datasets hold the images' bytes, not their names.
     image_key, caption_key: of `caprl_2m`; how the released CapRL-2M spells its keys could not be
     looked up, so these are a guess.

@@ -16,7 +16,7 @@ PAGE_IMAGES = 24
 def write_page(
   path: pathlib.Path, name: str, figures: dict[str, Any], selected: Sequence[Any], seed: int
 ) -> None:
-  """Writes the page. `selected`: as `curation.Selected`, of which `PAGE_IMAGES` at random are
+  """Writes the page. `selected`: as `run.Selected`, of which `PAGE_IMAGES` at random are
   shown.
   """
   images, questions = figures["images"], figures["questions"]

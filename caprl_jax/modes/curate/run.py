@@ -50,7 +50,7 @@ log = logging.getLogger("caprl_jax.modes.curate.run")
 @dataclasses.dataclass(frozen=True)
 class CurateConfig:
   """input: images (`data.pictures.find_images`); with questions "given", a QA source
-    (`data/sources.py`) to be filtered.
+    (`qa_sources.py`) to be filtered.
 
   output: where to: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER, with the names `split` and
   `name` there. questions: written by the `generator` section's model, by an `endpoint`, or `given`.
@@ -60,8 +60,8 @@ class CurateConfig:
     and without the image below the other. CapRL: 0.75 and 0.25, of four.
   min_side: images smaller than this in pixels are left out.
   similar_bits: two images are alike when at most so many of the 64 bits of their perceptual hashes
-    differ (`data/similar.py`); None keeps all. benchmarks: sources of images that none kept may be
-    like.
+    differ (`perceptual_hash.py`); None keeps all. benchmarks: sources of images that none kept may
+    be like.
   similar_questions: of one image's questions, one stays of those that share more than this part of
   their words. shard_rows: images that are one host's work at a time.
   """

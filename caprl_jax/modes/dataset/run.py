@@ -42,7 +42,7 @@ LISTED = 20  # bad rows and repeated images in the log; files hold all of them
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-  """input: a source or mixture (`data/sources.py`).
+  """input: a source or mixture (`qa_sources.py`).
 
   output: where to write the rows too, as FILE.jsonl or FILE.json (images in FILE_images/),
     FILE.parquet, or tfds:FOLDER with the names `split` and `name`; None only looks.
@@ -139,7 +139,7 @@ def repeated(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
 def merge_repeated(
   rows: Sequence[QARow], facts: Sequence[ImageFacts]
 ) -> tuple[list[QARow], list[ImageFacts]]:
-  """One row an image: the first with it, and the questions of the others that it does not ask
+  """One row per image: the first with it, and the questions of the others that it does not ask
   yet.
   """
   questions: dict[str, dict[str, object]] = {}

@@ -41,7 +41,7 @@ class GalleryConfig:
 
   pictures: where the captioned images lie, as `caption.input`; None: with the questions, or the
     rows' own paths, from here or from the file's folder.
-  questions: a source (`data/sources.py`) of questions about them; with a `judge` section it answers
+  questions: a source (`qa_sources.py`) of questions about them; with a `judge` section it answers
     them from each caption. kinds: of those asked; empty: all. per_image: asked about one image,
     drawn at random with turns between kinds.
   judged: images, drawn at random, whose questions are asked. Accuracy is over these, and over the

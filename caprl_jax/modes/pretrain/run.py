@@ -51,7 +51,7 @@ from caprl_jax.types import Packed, Params, TrainState
 
 log = logging.getLogger("caprl_jax.modes.pretrain.run")
 
-FAR = 0.15  # relative difference of examples a step from those asked for that is worth a warning
+FAR = 0.15  # relative difference of examples per step from those asked for that is worth a warning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class StageConfig:
   steps or epochs: one of them. batch_size (rows) or examples: one of them; with `examples`, a step
     has as many rows as hold that many on average, rounded to a multiple of devices x microbatches,
     so that published batch sizes can be kept, nearly, where rows are packed.
-  microbatches: parts a batch is cut into, to save memory; the gradient is the same. May be another
-  when a run goes on.
+  microbatches: parts that a batch is cut into, to save memory; the gradient is the same. May be
+  another when a run goes on.
   """
 
   data: str | None
@@ -106,7 +106,7 @@ class PretrainConfig:
   stages: by name; `order` says which are run, one after the other. Each one's model is written to
     `workdir/<name>`, in output_dtype, and what is written is what the next one begins with; its
     metrics are in `workdir/training/<name>`. With data in none of them the model is only asked.
-  eval: multiple-choice questions (`data/sources.py`) that the last model is asked, with the image
+  eval: multiple-choice questions (`qa_sources.py`) that the last model is asked, with the image
     and without, as `answer` says; None asks nothing. eval_rows: the first images only. eval_kinds:
     of questions, None for all.
   eval_open_question: asks without showing the options, as a stage's `open_question`; what is
@@ -156,7 +156,7 @@ def rows_a_step(
   if begun is not None:
     if begun % parts:
       raise ValueError(
-        f"stage {name!r} was begun with {begun} rows a step, which cannot be cut "
+        f"stage {name!r} was begun with {begun} rows per step, which cannot be cut "
         f"into {cut}; set pretrain.stages.{name}.microbatches, or the number of "
         f"devices, so that their product divides {begun}"
       )
@@ -221,7 +221,7 @@ def plan_stage(
     )
   figures = {k: round(v, 4) for k, v in packer.figures().items()}
   log.info(
-    "stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images a row; %d steps of "
+    "stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images per row; %d steps of "
     "%d rows (%.0f examples)",
     name,
     figures["examples"],

@@ -57,7 +57,7 @@ class PrismConfig:
     are compared with the first.
 
   benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json,
-    with their images in `image_root`, a folder or a .zip), or a QA source (`data/sources.py`).
+    with their images in `image_root`, a folder or a .zip), or a QA source (`qa_sources.py`).
     max_rows: of each.
   captions: of each image, at `temperature`; CapRL takes 4 at 1.0 and reports their mean; 1 at 0 is
   greedy. answers: "write", as CapRL: the answering model (section `judge`) writes up to
