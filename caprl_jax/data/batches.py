@@ -161,8 +161,9 @@ def train_iterator(
       the position in the stream, so what is drawn does not depend on what was skipped.
     parts: rows; or the sources of a mixture (`index_stream`).
     share: places in each batch that are made here (`sharding.batch_share`): only those are read.
-    None: all. threads: that make examples, by default one per core, 16 at most. They are ahead of
-    the training by a few batches.
+      None: all.
+    threads: that make examples, by default one per core, 16 at most. They are ahead of the training
+      by a few batches.
   """
   places = range(batch_size) if share is None else [int(i) for i in share]
   threads = threads or min(16, os.cpu_count() or 1)

@@ -25,7 +25,9 @@ Shape = tuple[tuple[str, tuple[str, ...]], ...]
 @dataclasses.dataclass(frozen=True)
 class Rendered:
   """tokens_L: int32, without the image's; wanted_L: bool, what the assistant wrote, ends of its
-  turns included. image_at: the image's tokens go before this one; -1 for none."""
+    turns included.
+  image_at: the image's tokens go before this one; -1 for none.
+  """
 
   tokens_L: np.ndarray
   wanted_L: np.ndarray

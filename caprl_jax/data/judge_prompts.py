@@ -8,8 +8,8 @@ class JudgeTemplate:
   """head, caption, stem; for the letter readings then label + option per slot, and tail, after
   which the letter stands.
 
-  baseline: the caption that says nothing, for `option_pmi`. specials: chat tokens that the
-  tokenizer must know.
+  baseline: the caption that says nothing, for `option_pmi`.
+  specials: chat tokens that the tokenizer must know.
   """
 
   name: str = "plain"

@@ -98,7 +98,7 @@ class QuestionTokenizer:
     Args:
       options: the most that a question has, "can not answer" not counted.
       rows: of the judge's embedding, for the reading `generate`, which writes tokens; None for the
-      others.
+        others.
 
     Raises:
       ValueError: the tokenizer writes a letter as several tokens, or lacks the template's chat

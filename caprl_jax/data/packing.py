@@ -31,16 +31,16 @@ log = logging.getLogger("caprl_jax.data")
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-  """tokens: length of a row. images: most per row; as many of the largest image's size are
-    computed in every row, so that too many cost time, and too few leave rows unfilled. None takes
-    what a full row holds on average.
+  """tokens: length of a row.
+  images: most per row; as many of the largest image's size are computed in every row, so that too
+    many cost time, and too few leave rows unfilled. None takes what a full row holds on average.
   packing: False puts one example in a row.
   window: examples, in shuffled order, that are packed among themselves; larger ones fill better and
-  shuffle less. too_long: examples longer than a row are an error, or are dropped and counted; none
-  is ever cut. bad_rows: examples whose image cannot be read are an error, or are dropped and
-  logged. Headers are read before the
-    first step; pixels that are cut show later, when an example's turn comes, and its tokens become
-    padding.
+    shuffle less.
+  too_long: examples longer than a row are an error, or are dropped and counted; none is ever cut.
+  bad_rows: examples whose image cannot be read are an error, or are dropped and logged. Headers are
+    read before the first step; pixels that are cut show later, when an example's turn comes, and
+    its tokens become padding.
   """
 
   tokens: int

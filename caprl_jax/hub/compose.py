@@ -88,7 +88,7 @@ def compose_policy(
 
   Args:
     language: as `load.load_judge` takes it, of the kind that the captioner's family has for its
-    decoder.
+      decoder.
 
   Raises:
     ValueError: as `load.load_policy`; a language model that does not fit the family; or one whose

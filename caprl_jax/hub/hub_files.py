@@ -305,8 +305,8 @@ def write_directory(
     tensors: Hugging Face name -> array (NumPy or jax).
     tokenizer_files: file name -> contents.
     json_files: file name -> dict, for `generation_config.json` and the like.
-    max_shard_bytes: more than this is split into shards with an index; a larger tensor gets a
-      shard of its own.
+    max_shard_bytes: more than this is split into shards with an index; a larger tensor gets a shard
+      of its own.
 
   Raises:
     ValueError: something that is not a model directory is in the way, or there is nothing to write.

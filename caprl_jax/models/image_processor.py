@@ -41,7 +41,7 @@ class SmartResize:
   """Qwen's processor: one grid of patches per image, of whatever size the pixel limits allow.
 
   window_units: merge units along the side of an attention window (Qwen2.5-VL); None where attention
-  is over the image.
+    is over the image.
   """
 
   patch_size: int

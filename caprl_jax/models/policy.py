@@ -111,9 +111,8 @@ class Policy(nn.Module):
 
     Args:
       images: M per row, B * M in all, row after row; None where no example has one. Its `unit_BI`
-        has
-        B rows: for a row's i-th image token the unit that holds it, those of the row's m-th image
-        counted from m * U on.
+        has B rows: for a row's i-th image token the unit that holds it, those of the row's m-th
+        image counted from m * U on.
       prompts: whole rows; each example's positions begin at 0. `next_position_B` is not read.
       segment_BP: int, the example that a token belongs to; it sees no other's.
     """

@@ -60,8 +60,9 @@ HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-  """topology: as libtpu names it ("v5p:2x2x2", "v5e:1x1"); None: the devices here. image: height
-  and width of the largest image. The token counts are upper bounds that the data would give.
+  """topology: as libtpu names it ("v5p:2x2x2", "v5e:1x1"); None: the devices here.
+  image: height and width of the largest image. The token counts below are the largest that the
+    data has.
   layers: of tower and decoders, to plan a shallower model of the same width; None: the real number.
   """
 

@@ -128,7 +128,8 @@ def read_examples(
   Args:
     instruction: what the user says where a row has a caption only.
     image_root: what images' paths are relative to; None: the file's folder or, where they are not
-    there, this folder. seed: of what a reader draws.
+      there, this folder.
+    seed: of what a reader draws.
     max_rows: keeps the first rows only, of each source.
     questions: of one image in one conversation; None: all of them. More share the image's tokens,
       but later questions may then be answered from earlier ones.

@@ -47,9 +47,10 @@ class DatasetConfig:
   output: where to write the rows too, as FILE.jsonl or FILE.json (images in FILE_images/),
     FILE.parquet, or tfds:FOLDER with the names `split` and `name`; None only looks.
   bad_rows: "refuse" ends with an error when the table is printed and writes no output; "drop"
-  leaves them out of it. repeated_images: "keep" them, or "merge" their questions into the first row
-  that has the image. max_rows: of each source. checkpoint: whose image processor counts tokens;
-  None: Qwen2.5-VL's, with CapRL's limit of a
+    leaves them out of it.
+  repeated_images: "keep" them, or "merge" their questions into the first row that has the image.
+  max_rows: of each source.
+  checkpoint: whose image processor counts tokens; None: Qwen2.5-VL's, with CapRL's limit of one
     million pixels.
   """
 

@@ -29,8 +29,8 @@ class PretrainPolicyConfig:
       `pretrain.eval` and `texts` need.
 
   dtype: of activations; param_dtype: of parameters (float32 with bfloat16 activations are master
-  weights). min_pixels, max_pixels: in place of the model's own limits on image size; written with
-  it.
+    weights).
+  min_pixels, max_pixels: in place of the model's own limits on image size; written with it.
   """
 
   checkpoint: str | None = None
@@ -109,7 +109,7 @@ def begin(
 
   Args:
     data: examples of each stage; with `asked`, the evaluation's questions, they say what a compact
-    vocabulary needs.
+      vocabulary needs.
   """
   if folder is not None:
     written = dict(vision=None, language=None, architecture=None, preprocessor=None, tokenizer=None)

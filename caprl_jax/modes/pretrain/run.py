@@ -58,15 +58,16 @@ FAR = 0.15  # relative difference of examples per step from those asked for that
 class StageConfig:
   """One stage of training.
 
-  data: see `data.conversations.read_examples`; None skips the stage. image_root, max_rows,
-    questions, told, kinds, open_question: as there.
+  data: see `conversations.read_examples`; None skips the stage.
+  image_root, max_rows, questions, told, kinds, open_question: as there.
   instruction: what the user says where a row has a caption only.
   trained: which parameters are; the others have no gradient.
-  steps or epochs: one of them. batch_size (rows) or examples: one of them; with `examples`, a step
-    has as many rows as hold that many on average, rounded to a multiple of devices x microbatches,
-    so that published batch sizes can be kept, nearly, where rows are packed.
+  steps, epochs: one of the two.
+  batch_size, examples: rows per step, or examples per step. With `examples`, a step has as many
+    rows as hold that many on average, rounded to a multiple of devices x microbatches: close to a
+    published batch size where rows are packed.
   microbatches: parts that a batch is cut into, to save memory; the gradient is the same. May be
-  another when a run goes on.
+    another when a run goes on.
   """
 
   data: str | None
@@ -106,9 +107,10 @@ class PretrainConfig:
   stages: by name; `order` says which are run, one after the other. Each one's model is written to
     `workdir/<name>`, in output_dtype, and what is written is what the next one begins with; its
     metrics are in `workdir/training/<name>`. With data in none of them the model is only asked.
-  eval: multiple-choice questions (`qa_sources.py`) that the last model is asked, with the image
-    and without, as `answer` says; None asks nothing. eval_rows: the first images only. eval_kinds:
-    of questions, None for all.
+  eval: multiple-choice questions (`qa_sources.py`) that the last model is asked, with the image and
+    without, as `answer` says; None asks nothing.
+  eval_rows: the first images only.
+  eval_kinds: of questions, None for all.
   eval_open_question: asks without showing the options, as a stage's `open_question`; what is
     written, eval_max_tokens at most, is right where it is the right option but for case, articles
     and punctuation. None: by letter.
