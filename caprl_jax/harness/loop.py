@@ -173,15 +173,17 @@ def run_loop(
   Args:
     state: donated to the first step. Its `step` says where to begin.
     iterator: yields this process's share of a batch as numpy; has `get_state`, the same in every
-    process. on_samples: called as (step, this process's share of the batch, samples) after each
-    step, on the main process. evaluate: called as (step, state) after every `evaluate_every`-th
-    step, in all processes; its numbers join the
-      step's.
+    process.
+    on_samples: called as (step, this process's share of the batch, samples) after each step, on the
+      main process.
+    evaluate: called as (step, state) after every `evaluate_every`-th step, in all processes; its
+      numbers join the step's.
     trackers: get every number that metrics.jsonl gets.
 
   Raises:
     FloatingPointError: loss or gradient not finite; that update changed no parameters, and they are
-    saved first. KeyboardInterrupt: passed on after a checkpoint of the last finished step.
+    saved first.
+    KeyboardInterrupt: passed on after a checkpoint of the last finished step.
   """
   start = int(state.step)
   reports = StepReports(workdir, start, steps, what, reward_name, on_samples, trackers)

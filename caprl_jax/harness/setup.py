@@ -85,8 +85,9 @@ class PolicySection:
     adapters on the decoder's linear maps as `lora` says. What is not trained has no gradient, no
     optimizer state and no place in checkpoints.
   dtype: of activations; param_dtype: of parameters. float32 parameters with bfloat16 activations
-  are master weights. min_pixels, max_pixels: in place of the checkpoint's own limits on image size;
-  written with the captioner.
+  are master weights.
+  min_pixels, max_pixels: in place of the checkpoint's own limits on image size; written with the
+    captioner.
   """
 
   checkpoint: str
@@ -173,8 +174,9 @@ class TrainSection:
   """steps: CapRL steps (rollouts). sample_every: how often a step's captions go to samples/.
 
   fused: the step as one program; False runs rollout, judge and update apart and times each
-  (`time/...`), more slowly. trackers: beside metrics.jsonl, any of "tensorboard" and "wandb"
-  (`wandb_mode` "offline" needs no account).
+  (`time/...`), more slowly.
+  trackers: beside metrics.jsonl, any of "tensorboard" and "wandb" (`wandb_mode` "offline" needs no
+    account).
   """
 
   steps: int

@@ -49,7 +49,8 @@ class EndpointConfig:
   concurrency: requests at a time. timeout_secs: for one attempt, whole. max_retries: attempts after
     the first, on connection errors, timeouts, unreadable replies, 429 and 5xx.
   repetition_penalty: no part of OpenAI's own protocol; sent unless None or 1. CapRL generated its
-  questions with 1.05. max_failures: so many failing requests in a row stop the run.
+  questions with 1.05.
+  max_failures: so many failing requests in a row stop the run.
   """
 
   url: str

@@ -35,10 +35,11 @@ class JudgeConfig:
   permutations: orders over which the log-probabilities of `letter_argmax` and `letter_prob` are
     averaged, each turned on by one place, so that an option visits different letters.
   draws: presentations a caption, drawn from its image's questions with or without `replacement`; 0:
-  each once. independent: draws and orders anew for every caption, not the same for a group (a
-  noisier baseline, as released). margin: an answer must beat the runner-up by more than this, or
-  the judge abstains (in nats; mode `calibrate` finds
-    it).
+  each once.
+  independent: draws and orders anew for every caption, not the same for a group (a noisier
+    baseline, as released).
+  margin: an answer must beat the runner-up by more than this, or the judge abstains (in nats; mode
+    `calibrate` finds it).
   blind: ask an empty caption too, for the metric `judge/blind`; it costs one caption more a group.
   microbatches: pieces of the batch that are judged one after the other, to save memory.
   """

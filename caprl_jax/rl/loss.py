@@ -16,10 +16,10 @@ from caprl_jax.types import Array
 class LossConfig:
   """The policy-gradient loss, its aggregation, and what is added to it.
 
-  surrogate, with r = exp(logp - old logp) a token: `clip`: -min(r A, clip(r, 1 - clip_low, 1 +
-    clip_high) A), Schulman et al., arXiv 1707.06347; high > low is DAPO's
-      clip-higher (2503.14476). dual_clip c > 1 bounds it by -c A where A < 0 (Ye et al.,
-      1912.09729).
+  surrogate, with r = exp(logp - old logp) a token:
+    `clip`: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), Schulman et al., arXiv 1707.06347;
+      high > low is DAPO's clip-higher (2503.14476). dual_clip c > 1 bounds it by -c A where A < 0
+      (Ye et al., 1912.09729).
     `gspo`: the same with one r a caption, the geometric mean of its tokens' (2507.18071).
     `cispo`: -clip(r) A logp with clip(r) a constant (2506.13585); no lower bound with clip_low = 1.
     `reinforce`: -A logp, no ratio at all: CapRL's released recipe.

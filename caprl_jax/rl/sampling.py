@@ -95,7 +95,8 @@ def decode(
 
   Args:
     extend: (tokens_N1, position_N1, valid_N1, cache) -> (hidden_N1D, new keys and values as a
-    Prefix). head_VD: unembedding.
+    Prefix).
+    head_VD: unembedding.
     first_hidden_ND: the hidden state that predicts the first token.
     first_position_N: position of the first token.
     cache: empty Prefix with N rows and T = max_tokens slots.

@@ -57,7 +57,8 @@ def train_step(
   """Caption each image G times, judge the captions, improve the policy.
 
   `rollout_shardings`: where the policy's parameters lie while captions are written, if elsewhere
-  than in the update. `schedule`: of the learning rate, for its metric.
+  than in the update.
+  `schedule`: of the learning rate, for its metric.
 
   Returns the new state, metrics named `stage/name`, and samples (captions, answers, reward_BG,
   scored_BG, advantage_BG) for people to read.

@@ -65,7 +65,8 @@ class CaptionConfig:
   tfds:FOLDER:SPLIT.
 
   output, format: see `formats.Output`; None takes the format of the output's suffix
-    (.jsonl, .parquet). embed_images: `hf` datasets hold the images' bytes, not their names.
+    (.jsonl, .parquet).
+    embed_images: `hf` datasets hold the images' bytes, not their names.
     image_key, caption_key: of `caprl_2m`; how the released CapRL-2M spells its keys could not be
     looked up, so these are a guess.
   prompt: a style (`detailed`, `medium`, `short`, `document`) or any other text; None asks
@@ -78,7 +79,8 @@ class CaptionConfig:
     a job goes on.
   skip_bad_images: a row with `error` in place of a caption; False stops at the first one.
   shard_rows: rows that are one host's work at a time. With fewer shards than hosts some hosts have
-  nothing to do. host, hosts: this process's number of how many that share the output's folder;
+  nothing to do.
+  host, hosts: this process's number of how many that share the output's folder;
   None: jax.process_index() and
     process_count(). Set both on machines that do not run under jax.distributed.
   samples: images on the page of samples, about.

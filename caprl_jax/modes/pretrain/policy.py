@@ -21,9 +21,10 @@ log = logging.getLogger("caprl_jax.modes.pretrain.run")
 
 @dataclasses.dataclass(frozen=True)
 class PretrainPolicyConfig:
-  """The section `pretrain_policy`, one of checkpoint: a whole captioner; vision and language: the
-    tower of one, a text-only model (directory, hub name, .gguf, `package:NAME`; or a
-      captioner, whose decoder it is), and a new projector;
+  """The section `pretrain_policy`, one of
+    checkpoint: a whole captioner; vision and language: the tower of one, a text-only model
+      (directory, hub name, .gguf, `package:NAME`; or a captioner, whose decoder it is), and a new
+      projector;
     architecture, preprocessor, tokenizer: a new model, as in mode `sft`, with the tower of `vision`
       if that is set; `compact` keeps the tokens that the stages' data, the questions of
       `pretrain.eval` and `texts` need.

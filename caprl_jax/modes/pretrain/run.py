@@ -59,7 +59,8 @@ class StageConfig:
   """One stage of training.
 
   data: see `conversations.read_examples`; None skips the stage.
-  image_root, max_rows, questions, told, kinds, open_question: as there.
+  image_root, max_rows, questions, told,
+    kinds, open_question: as there.
   instruction: what the user says where a row has a caption only.
   trained: which parameters are; the others have no gradient.
   steps, epochs: one of the two.

@@ -60,8 +60,8 @@ class PrismConfig:
     with their images in `image_root`, a folder or a .zip), or a QA source (`qa_sources.py`).
     max_rows: of each.
   captions: of each image, at `temperature`; CapRL takes 4 at 1.0 and reports their mean; 1 at 0 is
-  greedy. answers: "write", as CapRL: the answering model (section `judge`) writes up to
-  `answer_tokens` at
+  greedy.
+  answers: "write", as CapRL: the answering model (section `judge`) writes up to `answer_tokens` at
     `answer_temperature`; or "read": its reading of the options, as in training (rows with lettered
     options only; the others are left out and counted). Reading also tells a caption that says
     nothing from one that misleads.
