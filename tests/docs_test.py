@@ -1,0 +1,370 @@
+"""README and docs: every command parses or runs, links lead somewhere, keys and files exist.
+
+A block of commands has a mark in the line before it:
+
+  <!-- run: ARGUMENTS -->          run here; ARGUMENTS come after those of each command and so win
+  <!-- run first: ARGUMENTS -->    the same, before all others, which need what it leaves
+  <!-- parsed only: WHY -->        flags, config file and keys are checked by main's own parsing
+
+{tiny} in ARGUMENTS is a folder of tiny models and data, {tiny_data} sets a training config's data to
+it, {tiny_sizes} its sizes. Blocks run in one folder with the repository's configs in it, so that a
+block finds what earlier ones left in runs/.
+"""
+
+import ast
+import configparser
+import functools
+import inspect
+import json
+import pathlib
+import re
+import shlex
+import textwrap
+from typing import NamedTuple
+
+import pytest
+from helpers.paths import ROOT
+
+from caprl_jax import main
+from caprl_jax.rl import step
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARK = re.compile(r"<!-- (?P<kind>run first|run|parsed only):(?P<text>.*?) ?-->", re.DOTALL)
+STEP_MARK = "<!-- the body of train_step: tests/docs_test.py compares -->"
+SHELL = ("bash", "sh", "console")
+
+TINY_DATA = (
+  "--config.data.train={tiny}/data/rows.jsonl --config.data.eval={tiny}/data/rows.jsonl "
+  "--config.question_filter.informed=() --config.gate.ideal=None"
+)
+TINY_SIZES = (
+  "--config.data.batch_size=2 --config.data.max_eval_rows=4 --config.evaluate.batch_size=4 "
+  "--config.evaluate.group_images=4 --config.rollout.group_size=2 "
+  "--config.rollout.sampling.max_tokens=4"
+)
+
+
+class Block(NamedTuple):
+  """A fenced block of a document."""
+
+  path: pathlib.Path
+  line: int  # of the opening fence, from 1
+  language: str
+  before: str  # the line before the fence
+  text: str
+
+  @property
+  def place(self) -> str:
+    return f"{self.path.name}:{self.line}"
+
+
+def blocks_of(path: pathlib.Path, text: str) -> list[Block]:
+  """The fenced blocks of a document."""
+  found, lines, start = [], text.splitlines(), None
+  for i, line in enumerate(lines):
+    if line.startswith("```") and start is None:
+      start = i
+    elif line.startswith("```"):
+      body = "\n".join(lines[start + 1 : i])
+      before = lines[start - 1] if start else ""
+      found.append(Block(path, start + 1, lines[start].strip("` "), before, body))
+      start = None
+  if start is not None:
+    raise ValueError(f"{path.name}:{start + 1}: the block is not closed")
+  return found
+
+
+def commands_of(block: Block) -> list[list[str]]:
+  """Words of each command; of a console, of the lines behind `$`, without what was printed.
+
+  Assignments before a command and comments are left out; `a && b` is two commands.
+  """
+  lines = block.text.splitlines()
+  if block.language == "console":
+    kept, more = [], False
+    for line in lines:
+      if more or line.startswith("$ "):
+        kept.append(line.removeprefix("$ ") if not more else line)
+        more = line.endswith("\\")
+    lines = kept
+  found = []
+  for line in "\n".join(lines).replace("\\\n", " ").splitlines():
+    words = shlex.split(line, comments=True)
+    while words:
+      end = words.index("&&") if "&&" in words else len(words)
+      command, words = words[:end], words[end + 1 :]
+      while command and re.fullmatch(r"[A-Z_]+=\S*", command[0]):
+        command.pop(0)
+      found.append(command)
+  return [command for command in found if command]
+
+
+def check(command: list[str]) -> None:
+  """Raises ValueError for a command that cannot run as it stands, whatever is installed."""
+  match command:
+    case ["python", "-m", "caprl_jax.main", *arguments]:
+      if arguments != ["--help"]:
+        main._modes(main._parse(main._define_flags(), ["main", *arguments])[0])
+    case ["python", script, *arguments] if script.startswith("benchmarks/"):
+      source = (ROOT / script).read_text()
+      for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag != "--" and f'"{flag}"' not in source:
+          raise ValueError(f"{script} has no flag {flag}")
+    case ["bash", script, *arguments] if script.startswith("launch/"):
+      source = (ROOT / script).read_text()
+      for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag == "--":
+          break
+        if flag.startswith("--") and not re.search(rf"{flag}\b", source):
+          raise ValueError(f"{script} has no flag {flag}")
+        if argument.endswith("_test.py") and not (ROOT / argument).is_file():
+          raise ValueError(f"{argument} does not exist")
+    case ["pip", "install", *arguments]:
+      for argument in arguments:
+        for extra in re.findall(r"^\.\[(.*)\]$", argument):
+          if unknown := set(extra.split(",")) - extras():
+            raise ValueError(f"no such extras: {unknown}")
+    case ["ruff", "check" | "format", *_] | ["source", ".venv/bin/activate"]:
+      pass
+    case _:
+      raise ValueError(f"this test does not know the program of {shlex.join(command)!r}")
+
+
+@functools.cache
+def extras() -> set[str]:
+  parser = configparser.ConfigParser()
+  parser.read(ROOT / "setup.cfg")
+  return set(parser["options.extras_require"])
+
+
+def problems_of(block: Block) -> list[str]:
+  """What is wrong with a block, as it can be told without running it; in a folder with configs/."""
+  looks_so = "caprl_jax.main" in block.text or block.text.startswith("$ ")
+  if block.language not in SHELL:
+    return [f"{block.place}: commands in a block that is not {SHELL}"] if looks_so else []
+  mark = MARK.fullmatch(block.before)
+  if not mark or mark["kind"] == "parsed only" and not mark["text"].strip():
+    return [f"{block.place}: commands without a mark in the line before (see tests/docs_test.py)"]
+  commands, found = commands_of(block), []
+  if not commands:
+    return [f"{block.place}: no command in it"]
+  for command in commands:
+    try:
+      check(command)
+    except (ValueError, OSError) as error:
+      found.append(f"{block.place}: {error}")
+  return found
+
+
+DOCUMENT_BLOCKS = [block for path in DOCUMENTS for block in blocks_of(path, path.read_text())]
+SHELL_BLOCKS = [block for block in DOCUMENT_BLOCKS if block.language in SHELL]
+
+
+def run_blocks(kind: str) -> list[Block]:
+  marked = [(block, MARK.fullmatch(block.before)) for block in SHELL_BLOCKS]
+  return [block for block, mark in marked if mark and mark["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A folder that looks like the repository's to a command."""
+  made = tmp_path_factory.mktemp("repository")
+  for name in ("configs", "benchmarks", "launch"):
+    (made / name).symlink_to(ROOT / name)
+  return made
+
+
+@pytest.fixture(scope="module")
+def sandbox(folder):
+  """`folder` with tiny models, and what the blocks to run first have left."""
+  from helpers import tiny  # it needs torch
+
+  tiny.write_all(folder / "tiny")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(folder)
+    for block in run_blocks("run first"):
+      run(block, folder)
+  return folder
+
+
+def run(block: Block, folder: pathlib.Path) -> None:
+  text = MARK.fullmatch(block.before)["text"]
+  text = text.replace("{tiny_data}", TINY_DATA).replace("{tiny_sizes}", TINY_SIZES)
+  added = shlex.split(text.replace("{tiny}", str(folder / "tiny")))
+  for command in commands_of(block):
+    assert command[:3] == ["python", "-m", "caprl_jax.main"], f"{block.place}: not run here"
+    code = main.main(["main", *command[3:], *added])
+    assert code == 0, f"{block.place}: {shlex.join(command)} ended with {code}"
+
+
+# ---- commands ----
+
+
+@pytest.mark.parametrize("block", DOCUMENT_BLOCKS, ids=lambda block: block.place)
+def test_commands_are_marked_and_parse(block, folder, monkeypatch):
+  monkeypatch.chdir(folder)
+  assert problems_of(block) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "block", run_blocks("run first") + run_blocks("run"), ids=lambda block: block.place
+)
+def test_commands_run(block, sandbox, monkeypatch):
+  monkeypatch.chdir(sandbox)
+  if block not in run_blocks("run first"):  # those have run
+    run(block, sandbox)
+
+
+@pytest.mark.parametrize(
+  "language, before, text, message",
+  [
+    ("bash", "", "bash launch/test.sh", "without a mark"),
+    ("bash", "<!-- parsed only: -->", "bash launch/test.sh", "without a mark"),
+    ("", "", "$ python -m caprl_jax.main --help", "not ('bash'"),
+    ("console", "<!-- run: -->", "printed", "no command"),
+    ("bash", "<!-- run: -->", "python -m caprl_jax.main --confg=a.py", "unknown flag --confg=a.py"),
+    (
+      "bash",
+      "<!-- run: -->",
+      "python -m caprl_jax.main --config=configs/a.py --workdir=a",
+      "does not exist",
+    ),
+    (
+      "console",
+      "<!-- parsed only: slow -->",
+      "$ A=b python -m caprl_jax.main --config=configs/quickstart.py --workdir=a \\\n"
+      "    --config.judge.int_8=True\nprinted",
+      "did you mean --config.judge.int8",
+    ),
+    ("bash", "<!-- run: -->", "python benchmarks/misled.py --sedes 1", "no flag --sedes"),
+    ("bash", "<!-- run: -->", "bash launch/tpu_vm.sh all --nmae=a", "no flag --nmae"),
+    ("bash", "<!-- run: -->", "pip install x && pip install '.[tpuu]'", "extras: {'tpuu'}"),
+    ("bash", "<!-- run: -->", "frobnicate", "does not know"),
+  ],
+)
+def test_a_bad_block_is_found(language, before, text, message, folder, monkeypatch):
+  monkeypatch.chdir(folder)
+  [found] = problems_of(Block(pathlib.Path("a.md"), 3, language, before, text))
+  assert found.startswith("a.md:3: ") and message in found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_json_and_python_blocks_parse(path):
+  for block in blocks_of(path, path.read_text()):
+    if block.language == "python":
+      ast.parse(textwrap.dedent(f"def body():\n{textwrap.indent(block.text, '  ')}"))
+    elif block.language == "json":
+      try:
+        json.loads(block.text)
+      except ValueError:
+        [json.loads(line) for line in block.text.splitlines()]
+
+
+# ---- keys and files that are named in the text ----
+
+
+def inline_code(path: pathlib.Path) -> list[str]:
+  text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+  return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_keys_that_are_named_exist(path):
+  sections = main._schema()
+  known = set(sections.keys())
+  starts = {key.partition(".")[0] for key in known}
+  for code in inline_code(path):
+    for match in re.finditer(r"(?:^|--config\.|\()([a-z_]+(?:\.[a-z_0-9]+)+)", code):
+      key = match[1]
+      if key.partition(".")[0] in starts and not re.search(r"\.(py|json|jsonl|html|png|txt)$", key):
+        a_section = any(one.startswith(f"{key}.") for one in known)
+        assert a_section or sections.annotation_of(key) is not None, f"{path.name}: {key}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(path):
+  for code in inline_code(path):
+    if re.fullmatch(r"[a-z_0-9]+(/[a-z_0-9.]+)*\.(py|sh|ipynb)", code) and "/" in code:
+      places = [ROOT / code, ROOT / "caprl_jax" / code]
+      assert any(place.is_file() for place in places), f"{path.name}: {code}"
+    elif re.fullmatch(r"caprl_jax(\.[a-z_0-9]+)+(\.[A-Z]\w*)?", code):
+      module = re.sub(r"\.[A-Z]\w*$", "", code).replace(".", "/")
+      assert (ROOT / f"{module}.py").is_file() or (ROOT / module).is_dir(), f"{path.name}: {code}"
+
+
+def test_rooms_are_those_of_the_package():
+  from layering_test import ORDER
+
+  text = (ROOT / "docs" / "code.md").read_text()
+  rooms = text[text.index("## Rooms") : text.index("## Letters")]
+  named = [room for room in re.findall(r"`(\w+)(?:/|\.py)` ", rooms) if room in ORDER]
+  assert named == ORDER
+  readme = (ROOT / "README.md").read_text()
+  table = readme[readme.index("## The code") :]
+  shown = re.findall(r"`(\w+)/?`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+  assert shown == [room for room in ORDER if room != "main"]
+
+
+def test_modes_in_the_readme_are_those_of_main():
+  table = (ROOT / "README.md").read_text()
+  assert sorted(re.findall(r"^\| \[`(\w+)`\]", table, re.MULTILINE)) == sorted(main.MODES)
+
+
+# ---- the step ----
+
+
+def step_body() -> str:
+  """The statements of train_step, without its docstring."""
+  source = textwrap.dedent(inspect.getsource(step.train_step))
+  [function] = ast.parse(source).body
+  first = function.body[1]
+  lines = source.splitlines()
+  start = function.body[0].end_lineno
+  assert isinstance(first, ast.stmt)
+  return textwrap.dedent("\n".join(lines[start:])).strip("\n")
+
+
+def test_the_readme_shows_the_step():
+  [shown] = [block.text for block in DOCUMENT_BLOCKS if block.before == STEP_MARK]
+  assert shown == step_body(), f"README.md is to show this:\n{step_body()}"
+
+
+# ---- links, sizes ----
+
+
+def anchor(heading: str) -> str:
+  """GitHub's anchor of a heading."""
+  plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+  return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+@functools.cache
+def anchors(path: pathlib.Path) -> set[str]:
+  text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+  return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_pictures_exist(path):
+  text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+  for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    if re.match(r"https?://", target):
+      continue
+    file, _, place = target.partition("#")
+    found = (path.parent / file).resolve() if file else path
+    assert found.exists() and found.is_relative_to(ROOT), f"{path.name}: {target}"
+    assert not place or place in anchors(found), f"{path.name}: {target}"
+
+
+def test_every_page_is_in_the_index():
+  index = (ROOT / "docs" / "index.md").read_text()
+  for path in (ROOT / "docs").glob("*.md"):
+    assert path.name == "index.md" or f"({path.name})" in index, path.name
+
+
+def test_the_readme_is_short():
+  text = (ROOT / "README.md").read_bytes()
+  assert len(text) <= 14 * 1024 and len(text.splitlines()) <= 150
