@@ -31,7 +31,8 @@ from caprl_jax.data.readers.easy_vqa import COLORS, SHAPES
 from caprl_jax.data.readers.jsonl import write_caption_jsonl
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow
-from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import set_up
 from caprl_jax.modes import sft
 from caprl_jax.modes.evaluate.run import Evaluator
 from caprl_jax.modes.train.run import build_step, make_optimizer, make_state, policy_shardings

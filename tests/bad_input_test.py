@@ -10,8 +10,9 @@ import tokenizers
 from helpers import tiny
 
 from caprl_jax import sharding
-from caprl_jax.harness import setup as setup_run
-from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.harness.gate import gate
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import set_up
 from caprl_jax.hub import hub_files
 from caprl_jax.hub.load import load_judge, load_policy, relate_vocabularies
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
@@ -203,7 +204,7 @@ def test_the_gate_refuses_a_judge_that_cannot_teach(config, mesh):
       r"[\d.]+ from 'A simple picture\.'"
     )
     with pytest.raises(ValueError, match=message + r".*gate\.min_gap = 0\.9.*stronger judge"):
-      setup_run.gate(made)
+      gate(made)
 
 
 def test_a_data_source_that_is_not_known(config, mesh):

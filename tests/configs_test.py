@@ -12,7 +12,8 @@ from caprl_jax import main, sharding
 from caprl_jax.config import loading as config_file
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers import benchmarks
-from caprl_jax.harness import setup as setup_run
+from caprl_jax.harness import sections as shared_sections
+from caprl_jax.harness.settings import KNOWN_SECTIONS, read_settings
 from caprl_jax.inference import endpoint
 from caprl_jax.modes import demo, export, plan, sections, sft
 from caprl_jax.modes.caption import run as caption
@@ -52,41 +53,39 @@ def test_every_config_is_built_and_read(path):
         build_optimizer(stage.optimizer, 100)
     elif mode == "caption":
       configuration.load_section(config, "caption", caption.CaptionConfig)
-      configuration.load_section(config, "policy", setup_run.PolicySection)
+      configuration.load_section(config, "policy", shared_sections.PolicySection)
     elif mode == "evaluate" and "prism" in config:
       cfg = configuration.load_section(config, "prism", prism.PrismConfig)
       assert prism.named(cfg.captioners, "") and prism.named(cfg.benchmarks, "")
-      configuration.load_section(config, "policy", setup_run.PolicySection)
-      configuration.load_section(config, "judge", setup_run.JudgeSection)
+      configuration.load_section(config, "policy", shared_sections.PolicySection)
+      configuration.load_section(config, "judge", shared_sections.JudgeSection)
     elif mode == "curate":
       configuration.load_section(config, "curate", curation.CurateConfig)
       configuration.load_section(config, "endpoint", endpoint.EndpointConfig)
       for section in ("generator", "answerer"):
-        configuration.load_section(config, section, setup_run.PolicySection)
+        configuration.load_section(config, section, shared_sections.PolicySection)
     elif mode == "dataset":
       configuration.load_section(config, "dataset", dataset.DatasetConfig)
     elif mode == "gallery":
       assert configuration.load_section(config, "gallery", gallery.GalleryConfig).files
-      configuration.load_section(config, "judge", setup_run.JudgeSection)
+      configuration.load_section(config, "judge", shared_sections.JudgeSection)
     elif mode == "demo":
       configuration.load_section(config, "demo", demo.DemoConfig)
-      configuration.load_section(config, "policy", setup_run.PolicySection)
-      configuration.load_section(config, "judge", setup_run.JudgeSection)
+      configuration.load_section(config, "policy", shared_sections.PolicySection)
+      configuration.load_section(config, "judge", shared_sections.JudgeSection)
     elif mode == "export":
       configuration.load_section(config, "export", export.ExportConfig)
-      configuration.load_section(config, "policy", setup_run.PolicySection)
+      configuration.load_section(config, "policy", shared_sections.PolicySection)
     else:
       configuration.load_section(config, "plan", plan.PlanConfig)
-      settings = setup_run.read_settings(config)
+      settings = read_settings(config)
       build_optimizer(settings.optimizer, settings.train.steps)
       assert settings.train.steps > 0
 
 
 def test_the_quickstart_s_files_are_here():
   assert {path.stem for path in CONFIGS} >= {"quickstart", "quickstart_sft"}
-  settings = setup_run.read_settings(
-    config_file.load_config(str(ROOT / "configs" / "quickstart.py"))
-  )
+  settings = read_settings(config_file.load_config(str(ROOT / "configs" / "quickstart.py")))
   assert (pathlib.Path(settings.policy.checkpoint) / "config.json").is_file()
   assert settings.data.train == "easy_vqa:train" and settings.data.eval == "easy_vqa:test"
 
@@ -127,14 +126,14 @@ def test_an_unknown_key_in_a_file_names_the_nearest():
   with pytest.raises(
     ValueError, match=r"config\.rollout\.group_sise is not a known key; did you mean 'group_size'\?"
   ):
-    setup_run.read_settings(config)
+    read_settings(config)
   config = config_file.load_config(str(ROOT / "configs" / "quickstart.py"))
   with config.unlocked():
     config.rolout = {}
   with pytest.raises(
     ValueError, match=r"config\.rolout is not a known key; did you mean 'rollout'\?"
   ):
-    setup_run.read_settings(config)
+    read_settings(config)
 
 
 def test_the_paper_s_evaluation_has_all_its_files():
@@ -237,7 +236,7 @@ def test_the_schema_leaves_logging_and_devices_alone():
 
 
 def test_the_schema_is_whole():
-  assert set(sections.SECTIONS) == set(setup_run.KNOWN_SECTIONS)
+  assert set(sections.SECTIONS) == set(KNOWN_SECTIONS)
   known = sections.keys()
   assert {
     "judge.int8",

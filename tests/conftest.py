@@ -19,7 +19,8 @@ def made(tmp_path_factory):
   from helpers import tiny  # it needs torch, which not every test does
 
   from caprl_jax import sharding
-  from caprl_jax.harness.setup import read_settings, set_up
+  from caprl_jax.harness.settings import read_settings
+  from caprl_jax.harness.setup import set_up
 
   config = tiny.write_all(tmp_path_factory.mktemp("tiny"))
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):

@@ -34,7 +34,8 @@ from helpers import hlo
 from caprl_jax import sharding
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.rl.optimizer import build_optimizer
-from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import set_up
 from caprl_jax.modes.train.run import build_step, make_state
 
 config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[1]).read_text()))

@@ -26,7 +26,7 @@ from caprl_jax.data.judge_prompts import OFFICIAL, template_for
 from caprl_jax.data.judge_questions import QuestionTokenizer
 from caprl_jax.data.readers.qa_sources import read_caption_rows, read_qa_rows
 from caprl_jax.data.rows import QARow, Question, kinds
-from caprl_jax.harness.setup import DataSection, GateSection, JudgeSection
+from caprl_jax.harness.sections import DataSection, GateSection, JudgeSection
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge
 from caprl_jax.inference.judge import Ask, HostJudge

@@ -27,7 +27,7 @@ from caprl_jax.data.judge_prompts import template_for
 from caprl_jax.data.judge_questions import QuestionShape, QuestionTokenizer, pad_questions
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, Question, check_question, read_image
-from caprl_jax.harness.setup import JudgeSection, PolicySection
+from caprl_jax.harness.sections import JudgeSection, PolicySection
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge
 from caprl_jax.modes.caption.run import CaptionConfig, Captioner

@@ -15,7 +15,9 @@ import numpy as np
 from caprl_jax import __version__, sharding
 from caprl_jax.config import schema as configuration
 from caprl_jax.harness.checkpoints import Checkpoints
-from caprl_jax.harness.setup import PolicySection, read_settings, summary_path
+from caprl_jax.harness.sections import PolicySection
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import summary_path
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter

@@ -26,7 +26,7 @@ import numpy as np
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
-from caprl_jax.harness.setup import Settings, read_settings
+from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.hub import hub_files
 from caprl_jax.hub.load import init_decoder, init_policy
 from caprl_jax.hub.published_configs import CONFIGS

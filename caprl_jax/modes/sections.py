@@ -10,7 +10,7 @@ from typing import Any
 
 from caprl_jax import sharding
 from caprl_jax.harness import checkpoints, question_filter
-from caprl_jax.harness import setup as setup_run
+from caprl_jax.harness import sections as shared_sections
 from caprl_jax.inference import endpoint
 from caprl_jax.modes import calibrate, demo, export, plan, sft
 from caprl_jax.modes.caption import run as caption
@@ -29,18 +29,18 @@ SECTIONS: dict[str, tuple[Any, ...]] = {
   "seed": (int,),
   "preset": (str | None,),
   "mesh": (sharding.MeshConfig,),
-  "policy": (setup_run.PolicySection, sft.NewPolicyConfig),
-  "judge": (setup_run.JudgeSection,),
-  "data": (setup_run.DataSection,),
+  "policy": (shared_sections.PolicySection, sft.NewPolicyConfig),
+  "judge": (shared_sections.JudgeSection,),
+  "data": (shared_sections.DataSection,),
   "question_filter": (question_filter.QuestionFilterConfig,),
-  "gate": (setup_run.GateSection,),
+  "gate": (shared_sections.GateSection,),
   "rollout": (rollout.RolloutConfig,),
   "reward": (reward.RewardConfig,),
   "advantage": (advantages.AdvantageConfig,),
   "policy_update": (update.UpdateConfig,),
   "optimizer": (optimizer.OptimizerConfig,),
-  "train": (setup_run.TrainSection,),
-  "evaluate": (setup_run.EvaluateSection,),
+  "train": (shared_sections.TrainSection,),
+  "evaluate": (shared_sections.EvaluateSection,),
   "checkpoint": (checkpoints.CheckpointConfig,),
   "sft": (sft.SFTConfig,),
   "caption": (caption.CaptionConfig,),
@@ -49,8 +49,8 @@ SECTIONS: dict[str, tuple[Any, ...]] = {
   "calibrate": (calibrate.CalibrateConfig,),
   "dataset": (dataset.DatasetConfig,),
   "curate": (curation.CurateConfig,),
-  "generator": (setup_run.PolicySection,),
-  "answerer": (setup_run.PolicySection,),
+  "generator": (shared_sections.PolicySection,),
+  "answerer": (shared_sections.PolicySection,),
   "endpoint": (endpoint.EndpointConfig,),
   "prism": (prism.PrismConfig,),
   "gallery": (gallery.GalleryConfig,),

@@ -7,7 +7,7 @@ from helpers.paths import ROOT
 from caprl_jax import main
 from caprl_jax.config import loading as config_file
 from caprl_jax.config import presets
-from caprl_jax.harness import setup as setup_run
+from caprl_jax.harness.settings import read_settings
 
 
 def settings(*overrides: str, config="caprl_3b", tmp_path=None):
@@ -18,7 +18,7 @@ def settings(*overrides: str, config="caprl_3b", tmp_path=None):
     f"--workdir={tmp_path / 'run'}",
     *overrides,
   ]
-  return setup_run.read_settings(main._parse(options, argv)[0])
+  return read_settings(main._parse(options, argv)[0])
 
 
 def test_the_released_recipe(tmp_path):

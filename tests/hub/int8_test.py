@@ -8,7 +8,8 @@ import numpy as np
 from helpers import tiny
 
 from caprl_jax import sharding
-from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import load_judge
 from caprl_jax.models.decoder import head_matrix

@@ -11,7 +11,8 @@ from helpers import tiny
 from caprl_jax import sharding
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.harness.metrics import read_metrics
-from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import new_policy, save_policy
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer

@@ -12,7 +12,7 @@ from PIL import Image
 
 from caprl_jax.data.readers.jsonl import read_jsonl, write_caption_jsonl
 from caprl_jax.data.rows import CaptionRow, Question
-from caprl_jax.harness.setup import GateSection
+from caprl_jax.harness.sections import GateSection
 from caprl_jax.modes import calibrate
 
 IDEAL = "The image shows a {color} {shape}."

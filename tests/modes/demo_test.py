@@ -26,7 +26,7 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.data.judge_prompts import template_for
 from caprl_jax.data.judge_questions import QuestionTokenizer
 from caprl_jax.data.rows import Question
-from caprl_jax.harness.setup import JudgeSection
+from caprl_jax.harness.sections import JudgeSection
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import load_judge
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer

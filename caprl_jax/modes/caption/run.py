@@ -31,7 +31,7 @@ from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, shape_b
 from caprl_jax.data.readers.image_sources import base_folder, find_images
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob, differences, manifest
-from caprl_jax.harness.setup import PolicySection
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import Loaded
 from caprl_jax.modes.caption.formats import Format, Output, kind_of
 from caprl_jax.modes.caption.report import Statistics, reason_of, samples_page

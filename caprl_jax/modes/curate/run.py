@@ -35,7 +35,7 @@ from caprl_jax.data.readers.jsonl import parse_question, plain_questions
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import BadRows, CaptionRow, QARow, Question, image_bytes, read_image
 from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob, manifest
-from caprl_jax.harness.setup import PolicySection
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.inference.endpoint import Endpoint, EndpointConfig
 from caprl_jax.inference.vqa import AnswerConfig, Answerer, VqaAnswer
 from caprl_jax.modes.caption.report import reason_of

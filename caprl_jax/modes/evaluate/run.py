@@ -16,7 +16,8 @@ from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.data.batches import eval_batches
 from caprl_jax.harness.samples import save_samples
-from caprl_jax.harness.setup import Run, read_settings, set_up, summary_path
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import Run, set_up, summary_path
 from caprl_jax.rl.advantages import flat_groups
 from caprl_jax.rl.judge import judge_captions, judge_ids
 from caprl_jax.rl.reward import caption_reward

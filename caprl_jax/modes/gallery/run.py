@@ -25,7 +25,7 @@ from caprl_jax.data.judge_questions import QuestionTokenizer
 from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, kinds, read_image
-from caprl_jax.harness.setup import JudgeSection
+from caprl_jax.harness.sections import JudgeSection
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import load_judge
 from caprl_jax.inference.judge import Ask, HostJudge

@@ -34,7 +34,7 @@ from caprl_jax.data.readers.benchmarks import BenchmarkRow
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import BadRows, CaptionRow, Question, good_rows, image_bytes
 from caprl_jax.harness.result_cache import ResultCache
-from caprl_jax.harness.setup import JudgeSection, PolicySection
+from caprl_jax.harness.sections import JudgeSection, PolicySection
 from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge

@@ -17,10 +17,12 @@ from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.harness.checkpoints import Checkpoints
+from caprl_jax.harness.gate import gate
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.metrics import StageClock
 from caprl_jax.harness.samples import save_samples
-from caprl_jax.harness.setup import Run, Settings, gate, read_settings, set_up, summary_path
+from caprl_jax.harness.settings import Settings, read_settings
+from caprl_jax.harness.setup import Run, set_up, summary_path
 from caprl_jax.harness.trackers import open_trackers
 from caprl_jax.hub.load import save_policy
 from caprl_jax.hub.lora import save_adapters

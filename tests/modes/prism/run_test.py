@@ -18,7 +18,7 @@ from caprl_jax.data.readers import benchmarks, jsonl
 from caprl_jax.data.readers.benchmarks import BenchmarkRow
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.harness.result_cache import ResultCache
-from caprl_jax.harness.setup import PolicySection
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import load_judge
 from caprl_jax.inference.text_writer import Writer
 from caprl_jax.modes.prism import figures as prism_figures

@@ -19,7 +19,8 @@ from caprl_jax import sharding
 from caprl_jax.harness import metrics
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.metrics import read_metrics
-from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.load import load_policy
 from caprl_jax.modes.evaluate import run as evaluate
 from caprl_jax.modes.train import run as train

@@ -12,7 +12,8 @@ from PIL import Image
 
 from caprl_jax import sharding
 from caprl_jax.harness.metrics import read_metrics
-from caprl_jax.harness.setup import read_settings, set_up
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.load import load_policy
 from caprl_jax.modes.evaluate.run import Evaluator
 from caprl_jax.modes.train import run as train

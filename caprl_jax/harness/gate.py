@@ -1,0 +1,45 @@
+"""The judge on captions that are known to be good, or to say nothing -> may it teach?"""
+
+import logging
+
+from caprl_jax.harness.setup import Run
+
+log = logging.getLogger("caprl_jax.harness.gate")
+
+
+def gate(run: Run) -> dict[str, float]:
+  """Judge accuracy on held-out questions with ideal, generic and empty captions.
+
+  Raises ValueError, with the numbers, when the gap is too small: such a judge cannot teach.
+  """
+  cfg = run.settings.gate
+  if cfg.ideal is None:
+    log.info("gate skipped: gate.ideal is None, no true captions are known")
+    return {}
+  pairs = [(row, q) for row in run.eval_rows for q in row.questions]
+  rate = lambda caption: float(
+    run.asker.correct([(caption(row), q) for row, q in pairs], "gate").mean()
+  )
+  result = {
+    "ideal": rate(lambda row: cfg.ideal.format(**row.facts)),
+    "generic": rate(lambda _: cfg.generic),
+    "empty": rate(lambda _: ""),
+    "questions": len(pairs),
+  }
+  log.info(
+    "gate: judge accuracy %.3f with ideal captions, %.3f with %r, %.3f with none (%d "
+    "held-out questions)",
+    result["ideal"],
+    result["generic"],
+    cfg.generic,
+    result["empty"],
+    len(pairs),
+  )
+  if result["ideal"] - max(result["generic"], result["empty"]) < cfg.min_gap:
+    raise ValueError(
+      f"the judge {run.settings.judge.source} cannot teach: it answers {result['ideal']:.2f} of "
+      f"the questions from ideal captions, {result['generic']:.2f} from {cfg.generic!r} and "
+      f"{result['empty']:.2f} from an empty one; the gap must be at least gate.min_gap = "
+      f"{cfg.min_gap}. Use a stronger judge, another judge.reading, or better curated questions"
+    )
+  return result

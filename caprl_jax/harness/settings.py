@@ -1,0 +1,188 @@
+"""A config as typed -> the frozen settings of modes train, evaluate and plan, checked."""
+
+import dataclasses
+import logging
+from typing import Any
+
+from caprl_jax import sharding
+from caprl_jax.config import presets
+from caprl_jax.config import schema as configuration
+from caprl_jax.harness.checkpoints import CheckpointConfig
+from caprl_jax.harness.question_filter import QuestionFilterConfig
+from caprl_jax.harness.sections import (
+  DataSection,
+  EvaluateSection,
+  GateSection,
+  JudgeSection,
+  PolicySection,
+  TrainSection,
+)
+from caprl_jax.harness.trackers import check_trackers
+from caprl_jax.rl.advantages import AdvantageConfig, check_group_size
+from caprl_jax.rl.optimizer import OptimizerConfig
+from caprl_jax.rl.reward import RewardConfig
+from caprl_jax.rl.rollout import RolloutConfig
+from caprl_jax.rl.step import StepConfig
+from caprl_jax.rl.update import UpdateConfig, check_microbatches
+
+log = logging.getLogger("caprl_jax.harness.settings")
+
+KNOWN_SECTIONS = (
+  "mode",
+  "seed",
+  "mesh",
+  "policy",
+  "judge",
+  "data",
+  "question_filter",
+  "gate",
+  "rollout",
+  "reward",
+  "advantage",
+  "policy_update",
+  "optimizer",
+  "train",
+  "evaluate",
+  "checkpoint",
+  "sft",
+  "caption",
+  "export",
+  "plan",
+  "calibrate",
+  "dataset",
+  "curate",
+  "generator",
+  "answerer",
+  "endpoint",
+  "prism",
+  "gallery",
+  "demo",
+  "pretrain",
+  "pretrain_policy",
+  "preset",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """All sections of a config as frozen dataclasses."""
+
+  seed: int
+  mesh: sharding.MeshConfig
+  policy: PolicySection
+  judge: JudgeSection
+  data: DataSection
+  question_filter: QuestionFilterConfig
+  gate: GateSection
+  train: TrainSection
+  evaluate: EvaluateSection
+  optimizer: OptimizerConfig
+  checkpoint: CheckpointConfig
+  step: StepConfig
+
+
+def read_settings(config: Any) -> Settings:
+  """Reads and checks a config before anything is loaded or compiled. Raises ValueError with key and
+  remedy.
+  """
+  configuration.check_top_level(config, KNOWN_SECTIONS)
+  presets.expand(config)
+  section = lambda name, cls: configuration.load_section(config, name, cls)
+  judge = section("judge", JudgeSection)
+  step = StepConfig(
+    section("rollout", RolloutConfig),
+    judge,
+    section("reward", RewardConfig),
+    section("advantage", AdvantageConfig),
+    section("policy_update", UpdateConfig),
+  )
+  settings = Settings(
+    seed=config.get("seed", 0),
+    mesh=section("mesh", sharding.MeshConfig),
+    policy=section("policy", PolicySection),
+    judge=judge,
+    data=section("data", DataSection),
+    question_filter=section("question_filter", QuestionFilterConfig),
+    gate=section("gate", GateSection),
+    train=section("train", TrainSection),
+    evaluate=section("evaluate", EvaluateSection),
+    optimizer=section("optimizer", OptimizerConfig),
+    checkpoint=section("checkpoint", CheckpointConfig),
+    step=step,
+  )
+  _check_combinations(settings)
+  _warn_of_combinations(settings)
+  return settings
+
+
+def _check_combinations(settings: Settings) -> None:
+  """Raises ValueError for values that are fine alone but not together."""
+  step, judge = settings.step, settings.judge
+  check_group_size(step.rollout.group_size, step.advantage)
+  check_microbatches(settings.data.batch_size, step.update)
+  if settings.data.batch_size % step.judge.microbatches:
+    raise ValueError(
+      f"judge.microbatches = {step.judge.microbatches} does not divide "
+      f"data.batch_size = {settings.data.batch_size}"
+    )
+  if judge.draws > 0 and not judge.replacement and judge.draws > settings.data.questions:
+    raise ValueError(
+      f"judge.draws = {judge.draws} without replacement from data.questions = "
+      f"{settings.data.questions}: raise data.questions, lower judge.draws, or set "
+      "judge.replacement"
+    )
+  check_trackers(settings.train.trackers)
+  if step.update.steps > 1 and step.update.loss.surrogate == "reinforce":
+    raise ValueError(
+      "policy_update.loss.surrogate = 'reinforce' knows no ratio, so only the first of "
+      f"policy_update.minibatches x policy_update.epochs = {step.update.steps} optimizer steps "
+      "would be on-policy; use 'clip', 'gspo' or 'cispo'"
+    )
+  sampling = step.rollout.sampling
+  if (
+    sampling.temperature == 0
+    or sampling.top_p < 1
+    or sampling.top_k
+    or sampling.repetition_penalty != 1
+  ):
+    raise ValueError(
+      f"config.rollout.sampling: temperature = {sampling.temperature}, top_p = "
+      f"{sampling.top_p}, top_k = {sampling.top_k}, repetition_penalty = "
+      f"{sampling.repetition_penalty}: the policy gradient needs samples of the "
+      "whole distribution; use a positive temperature, top_p 1, top_k 0 and "
+      "repetition_penalty 1"
+    )
+  if settings.data.questions < 1 or settings.data.batch_size < 1:
+    raise ValueError(
+      f"config.data: questions = {settings.data.questions} and batch_size = "
+      f"{settings.data.batch_size} must be at least 1"
+    )
+
+
+def _warn_of_combinations(settings: Settings) -> None:
+  """Logs what is allowed but will not do what one may expect of it."""
+  step, judge = settings.step, settings.judge
+  limit = step.rollout.sampling.max_tokens
+  if step.reward.length and step.reward.length_full_tokens >= limit:
+    log.warning(
+      "reward.length is the same for all captions: none is longer than "
+      "rollout.sampling.max_tokens = %d, and reward.length_full_tokens is "
+      "%d",
+      limit,
+      step.reward.length_full_tokens,
+    )
+  if step.update.loss.kl and (step.update.loss.kl_estimator, step.update.loss.kl_in) == (
+    "k1",
+    "loss",
+  ):
+    log.warning(
+      "policy_update.loss: k1 in the loss has no gradient in expectation on samples of the "
+      "policy itself; k3_k2, k2 or full have, or kl_in = 'reward'"
+    )
+  if step.reward.misled and judge.abstain == "none" and judge.margin <= 1e-3:
+    log.warning(
+      "reward.misled = %s, but the judge cannot abstain: silence counts as a false "
+      "statement. Set judge.abstain = 'last', or judge.margin to what "
+      "--config.mode=calibrate finds",
+      step.reward.misled,
+    )
