@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -211,6 +211,29 @@ def read_image(row: QARow | CaptionRow) -> Image.Image:
       f"row {row.name!r}: cannot read its image ({image_place(row)}): {type(error).__name__}: "
       f"{error}; replace the image or drop the row"
     ) from error
+
+
+_REASONS = (
+  (FileNotFoundError, "no such file"),
+  (PermissionError, "no permission"),
+  (UnidentifiedImageError, "not an image"),
+  (Image.DecompressionBombError, "too many pixels"),
+)
+
+
+def failure_reason(error: BaseException) -> str:
+  """The class that a failed image is counted in, from what first went wrong: of `read_image`, and
+  of an image too narrow for the captioner.
+  """
+  while error.__cause__ is not None:
+    error = error.__cause__
+  if "one side is over" in str(error):
+    return "too narrow"
+  # Decoders raise whatever they stumble over, ours raise ValueError.
+  return next(
+    (name for kind, name in _REASONS if isinstance(error, kind)),
+    "other" if isinstance(error, ValueError) else "damaged image",
+  )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -30,7 +30,7 @@ from caprl_jax.data.rows import CaptionRow, QARow, Question, check_question, rea
 from caprl_jax.harness.sections import JudgeSection, PolicySection
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge
-from caprl_jax.modes.caption.run import CaptionConfig, Captioner
+from caprl_jax.inference.captioner import Captioner, CaptionerConfig, open_captioner
 from caprl_jax.pages.markup import text
 from caprl_jax.rl.judge import answer_questions
 
@@ -209,24 +209,23 @@ class Demo:
       return "", ""
     number = next(self._numbers)
     begin = time.monotonic()
-    rows = {number: CaptionRow(pathlib.Path(path), "", pathlib.Path(path).name)}
+    row = CaptionRow(pathlib.Path(path), "", pathlib.Path(path).name)
     with self._device, jax.set_mesh(self.captioner.mesh):
       if self._closed:
         return "", ""
-      (row,) = [one.row for found in self.captioner(rows, [number]) for one in found]
+      (output,) = [one for found in self.captioner([(number, row)]) for one in found]
     secs = time.monotonic() - begin
-    if "error" in row:
-      return "", f"<p class=judge-error>{text(row['error'])}</p>"
+    if output.error is not None:
+      return "", f"<p class=judge-error>{text(str(output.error))}</p>"
+    (caption,) = output.captions
     cut = (
       f"<b>cut</b> at the limit of {self.max_tokens} tokens"
-      if row["finish"] == "length"
+      if caption.finish == "length"
       else "ended by itself"
     )
-    words = len(row["caption"].split())
-    length = f"{words} words, {len(row['tokens'])} tokens"
-    return row[
-      "caption"
-    ], f"<p class=judge-note>As the captioner wrote it: {length}, {secs:.2f} s, {cut}.</p>"
+    length = f"{len(caption.text.split())} words, {len(caption.tokens)} tokens"
+    about = f"As the captioner wrote it: {length}, {secs:.2f} s, {cut}."
+    return caption.text, f"<p class=judge-note>{about}</p>"
 
   def ask(self, caption: str | None, stem: str | None, lines: str | None) -> str:
     """The judge's answers to what was typed, from this caption and from none, as markup."""
@@ -455,16 +454,18 @@ def run(config, workdir: pathlib.Path) -> None:
     else sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
   )
   sharding.check_batch_size(1, mesh, "the demo's batch")
-  captioning = CaptionConfig(
-    input="", output="", max_tokens=cfg.max_tokens, temperature=cfg.temperature, batch_size=1
+  captioner_cfg = CaptionerConfig(
+    policy_section.instruction,
+    max_tokens=cfg.max_tokens,
+    temperature=cfg.temperature,
+    batch_size=1,
   )
   with jax.set_mesh(mesh):
-    policy = policy_section.load(mesh)
     loaded = load_judge(section.source, mesh, jnp.dtype(section.dtype))
     if section.int8:
       loaded = dataclasses.replace(loaded, params=to_int8(loaded.params))
   judge = TextJudge(loaded, section, mesh, cfg.caption_tokens, seed)
-  with Captioner(policy, captioning, policy_section.instruction, mesh, seed) as captioner:
+  with open_captioner(policy_section.load, captioner_cfg, mesh=mesh, seed=seed) as captioner:
     demo = Demo(captioner, judge, cfg.max_tokens)
     log.info("compiling ...")
     judge("A shape.", WARM_UP)

@@ -133,3 +133,20 @@ def test_unreadable_images_name_row_and_file(tmp_path):
     read(tmp_path / "absent.png")
   with pytest.raises(ValueError, match=r"\(5 bytes in memory\): UnidentifiedImageError"):
     read(b"hello")
+
+
+def test_the_class_of_a_failure(tmp_path):
+  reasons: dict[str, str] = {}
+  (tmp_path / "bad.png").write_bytes(b"no image")
+  whole = io.BytesIO()
+  Image.effect_noise((60, 60), 50).save(whole, "PNG")
+  (tmp_path / "torn.png").write_bytes(whole.getvalue()[:300])
+  for name in ("bad", "torn", "absent"):
+    with pytest.raises(ValueError) as failure:
+      rows.read_image(rows.CaptionRow(tmp_path / f"{name}.png", "", name))
+    try:
+      raise ValueError("outer") from failure.value
+    except ValueError as error:
+      reasons[name] = rows.failure_reason(error)
+  assert reasons == {"bad": "not an image", "torn": "damaged image", "absent": "no such file"}
+  assert rows.failure_reason(ValueError("one side is over 200 times the other")) == "too narrow"

@@ -9,32 +9,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from caprl_jax.data.rows import CaptionRow, read_image
 from caprl_jax.harness.row_shards import RowResult
 from caprl_jax.pages import markup as markup
 
 LOOP_REPEATS, LOOP_TOKENS, LOOP_PERIOD = 3, 12, 32
-_REASONS = (
-  (FileNotFoundError, "no such file"),
-  (PermissionError, "no permission"),
-  (UnidentifiedImageError, "not an image"),
-  (Image.DecompressionBombError, "too many pixels"),
-)
-
-
-def reason_of(error: BaseException) -> str:
-  """The class that a failed image is counted in, from what first went wrong."""
-  while error.__cause__ is not None:
-    error = error.__cause__
-  if "one side is over" in str(error):
-    return "too narrow"
-  # Decoders raise whatever they stumble over, ours raise ValueError.
-  return next(
-    (name for kind, name in _REASONS if isinstance(error, kind)),
-    "other" if isinstance(error, ValueError) else "damaged image",
-  )
 
 
 def has_loop(tokens: Sequence[int]) -> bool:

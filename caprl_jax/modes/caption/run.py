@@ -7,37 +7,32 @@ cut into shards, each host does its own (`caption_shards`), no host waits for an
 with number 0 writes the output at the end.
 """
 
-import collections
 import dataclasses
-import functools
 import json
 import logging
-import os
 import pathlib
-import re
 import time
-from collections.abc import Iterator, Sequence
-from concurrent import futures
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_bytes, write_json
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, shape_bucket, stack
 from caprl_jax.data.readers.image_sources import base_folder, find_images
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob, differences, manifest
 from caprl_jax.harness.sections import PolicySection
-from caprl_jax.hub.load import Loaded
+from caprl_jax.inference.captioner import (
+  Captioner,
+  CaptionerConfig,
+  CaptionerOutput,
+  open_captioner,
+)
 from caprl_jax.modes.caption.formats import Format, Output, kind_of
-from caprl_jax.modes.caption.report import Statistics, reason_of, samples_page
-from caprl_jax.rl.rollout import RolloutConfig, sample_captions
-from caprl_jax.rl.sampling import SamplingConfig
-from caprl_jax.types import Batch, Vocabulary
+from caprl_jax.modes.caption.report import Statistics, samples_page
 
 log = logging.getLogger("caprl_jax.modes.caption.run")
 
@@ -50,13 +45,9 @@ STYLES = {
   "document": "Describe this chart, table or document in detail: its kind, its structure, and "
   "all text, labels and numbers in it.",
 }
-# decode and cut pictures while the device writes captions
-PREPARE_THREADS = min(16, os.cpu_count() or 1)
-BATCHES_AHEAD = 2
+# Keys of the section `caption` that the captioner has, too.
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 SAY_SECS = 60
-SHOWN_FAILURES = 20
-# PIL's name for an image in memory: another every time
-_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,188 +134,31 @@ def instruction_of(prompt: str | None, default: str) -> str:
   return STYLES.get(prompt, prompt)
 
 
-def end_ids(loaded: Loaded) -> tuple[int, ...]:
-  """What ends a text, as transformers' `generate` has it: generation_config.json, config.json where
-  there is none.
+def _caption(
+  captioner: Captioner, rows: Iterable[tuple[int, CaptionRow]], skip_bad_images: bool
+) -> Iterator[list[RowResult]]:
+  """Output rows of numbered rows, batch by batch. Raises ValueError at the first image that fails,
+  unless such are skipped.
   """
-  configs = [loaded.config, loaded.config.get("text_config") or {}]
-  if "generation_config.json" in loaded.files:
-    configs = [json.loads(loaded.files["generation_config.json"])]
-  for config in configs:
-    end = config.get("eos_token_id")
-    if end is not None:
-      return tuple(end) if isinstance(end, list) else (end,)
-  return ()
+  for batch in captioner(rows):
+    for output in batch:
+      if output.error is not None and not skip_bad_images:
+        raise ValueError(
+          f"{output.error} (caption.skip_bad_images=True records it and goes on)"
+        ) from output.error
+    yield [RowResult(output.number, _row(output), output.about()) for output in batch]
 
 
-def caption_vocabulary(loaded: Loaded) -> Vocabulary:
-  """Every id may be written, as in `generate`."""
-  size, ends = loaded.model.cfg.text.vocab_size, end_ids(loaded)
-  return Vocabulary(
-    jnp.ones(size, bool), jnp.full(size, -1, jnp.int32), ends, ends[0] if ends else 0
-  )
-
-
-class Captioner:
-  """Images -> captions, a compiled program a bucket of image shapes. A context manager: it has
-  threads.
-  """
-
-  def __init__(
-    self,
-    loaded: Loaded,
-    cfg: CaptionConfig,
-    instruction: str,
-    mesh: jax.sharding.Mesh,
-    seed: int,
-    system: str | None = None,
-    group: int = 1,
-  ):
-    """system: a turn before the instruction. group: captions an image; with several, a row's
-    `group` holds them all.
-    """
-    self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
-    generation = json.loads(loaded.files.get("generation_config.json", b"{}"))
-    penalty = (
-      generation.get("repetition_penalty")
-      if cfg.repetition_penalty is None
-      else cfg.repetition_penalty
-    )
-    sampling = SamplingConfig(cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, penalty or 1.0)
-    self.vocabulary = caption_vocabulary(loaded)
-    self.pieces = loaded.prompt_pieces(instruction, system)
-    self._run = jax.jit(
-      functools.partial(
-        sample_captions,
-        loaded.model,
-        vocabulary=self.vocabulary,
-        cfg=RolloutConfig(group, sampling),
-      )
-    )
-    self._pool = futures.ThreadPoolExecutor(PREPARE_THREADS, "pictures")
-    self._since, self._failures = time.monotonic(), 0
-
-  def __enter__(self) -> "Captioner":
-    return self
-
-  def __exit__(self, *failure) -> None:
-    self._pool.shutdown(cancel_futures=True)
-
-  def __call__(
-    self, rows: Sequence[CaptionRow], numbers: Sequence[int]
-  ) -> Iterator[list[RowResult]]:
-    """Captions `rows[number]` of each number, shape by shape; yields them as batches finish. A
-    batch is dispatched before the one before it is fetched, and pictures are prepared for the ones
-    after it meanwhile."""
-    self._since = time.monotonic()
-    buckets: dict[ImageShape, list[int]] = {}
-    failed = []
-    for number, (shape, error) in zip(
-      numbers, self._pool.map(lambda number: self._shape(rows[number]), numbers)
-    ):
-      if error is None:
-        buckets.setdefault(shape, []).append(number)
-      else:
-        failed.append(self._failed(number, rows[number], error))
-    if failed:
-      yield failed
-    log.info("%d images in %d shapes", sum(map(len, buckets.values())), len(buckets))
-    running: tuple | None = None
-    for shape, members, examples in self._prepared(rows, buckets):
-      kept, failed = [], []
-      for number, (example, error) in zip(members, examples):
-        if error is None:
-          kept.append((number, example))
-        else:
-          failed.append(self._failed(number, rows[number], error))
-      if failed:
-        yield failed
-      if kept:
-        last, running = running, (shape, [number for number, _ in kept], self._dispatch(kept))
-        if last:
-          yield self._fetch(rows, *last)
-    if running:
-      yield self._fetch(rows, *running)
-
-  def _shape(self, row: CaptionRow) -> tuple[ImageShape | None, ValueError | None]:
-    cfg = self.loaded.model.cfg
-    try:
-      return shape_bucket(image_shape([row], cfg), cfg.vision.slots_multiple), None
-    except ValueError as error:
-      return None, error
-
-  def _prepared(
-    self, rows, buckets: dict[ImageShape, list[int]]
-  ) -> Iterator[tuple[ImageShape, list[int], list]]:
-    """(shape, row numbers, (example, error) of each), batch by batch; the next few are in the
-    making.
-    """
-
-    def prepare(prompt: ImagePrompt, number: int):
-      try:
-        return prompt(rows[number]), None
-      except ValueError as error:
-        return None, error
-
-    ahead: collections.deque = collections.deque()
-    for shape in sorted(buckets, key=lambda shape: (shape.tokens, shape.slots)):
-      prompt = ImagePrompt(self.loaded.model.cfg, self.pieces, shape)
-      for start in range(0, len(buckets[shape]), self.cfg.batch_size):
-        members = buckets[shape][start : start + self.cfg.batch_size]
-        ahead.append(
-          (shape, members, [self._pool.submit(prepare, prompt, number) for number in members])
-        )
-        if len(ahead) > BATCHES_AHEAD:
-          shape_, members, made = ahead.popleft()
-          yield shape_, members, [one.result() for one in made]
-    for shape, members, made in ahead:
-      yield shape, members, [one.result() for one in made]
-
-  def _dispatch(self, kept: list[tuple]):
-    """Begins to caption a batch, filled up with its last image, and does not wait for it."""
-    filled = kept + kept[-1:] * (self.cfg.batch_size - len(kept))
-    images, prompts = stack([example for _, example in filled])
-    batch = Batch(images, prompts, None, np.asarray([number for number, _ in filled], np.int32))
-    key = jax.random.fold_in(jax.random.key(self.seed), kept[0][0])
-    captions = self._run(self.loaded.params, sharding.put_batch(batch, self.mesh), key)
-    return captions.tokens_BGT, captions.valid_BGT, captions.ended_BG
-
-  def _fetch(self, rows, shape: ImageShape, numbers: list[int], captions) -> list[RowResult]:
-    tokens_BGT, valid_BGT, ended_BG = jax.device_get(captions)
-    found = []
-    for n, number in enumerate(numbers):
-      group = []
-      for tokens_T, valid_T, ended in zip(tokens_BGT[n], valid_BGT[n], ended_BG[n]):
-        ids = tokens_T[valid_T].tolist()
-        group.append(
-          {
-            "caption": self.loaded.tokenizer.decode_written(ids),
-            "tokens": ids,
-            "finish": "end" if ended else "length",
-          }
-        )
-      row = {"image": rows[number].name, **group[0]}
-      found.append((number, row if len(group) == 1 else row | {"group": group}))
-    now = time.monotonic()
-    secs, self._since = (now - self._since) / len(found), now
-    about = {"bucket": f"{shape.slots}x{shape.tokens}", "secs": round(secs, 6)}
-    return [RowResult(number, row, about) for number, row in found]
-
-  def _failed(self, number: int, row: CaptionRow, error: ValueError) -> RowResult:
-    error_text = _ADDRESS.sub("", str(error))
-    message = error_text if row.name in error_text else f"row {row.name!r}: {error_text}"
-    if not self.cfg.skip_bad_images:
-      raise ValueError(
-        f"{message} (caption.skip_bad_images=True records it and goes on)"
-      ) from error
-    self._failures += 1
-    log.log(logging.WARNING if self._failures <= SHOWN_FAILURES else logging.DEBUG, "%s", message)
-    if self._failures == SHOWN_FAILURES:
-      log.warning(
-        "%d images have failed; those to come stand in the output, with their reasons",
-        SHOWN_FAILURES,
-      )
-    return RowResult(number, {"image": row.name, "error": message}, {"reason": reason_of(error)})
+def _row(output: CaptionerOutput) -> dict[str, Any]:
+  if output.error is not None:
+    return {"image": output.row.name, "error": str(output.error)}
+  (caption,) = output.captions
+  return {
+    "image": output.row.name,
+    "caption": caption.text,
+    "tokens": caption.tokens,
+    "finish": caption.finish,
+  }
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -356,10 +190,7 @@ def run(config, workdir: pathlib.Path) -> None:
   rows = find_images(cfg.input)
   seed = config.get("seed", 0)
   settings = section.identity() | {"prompt": instruction, "seed": seed}
-  settings |= {
-    key: getattr(cfg, key)
-    for key in ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
-  }
+  settings |= {key: getattr(cfg, key) for key in SAMPLING}
   settings = manifest(settings, [row.name for row in rows], cfg.shard_rows)
   host, hosts = (
     (jax.process_index(), jax.process_count()) if cfg.hosts is None else (cfg.host, cfg.hosts)
@@ -372,10 +203,15 @@ def run(config, workdir: pathlib.Path) -> None:
     output.check(rows)
   parts.open()
 
-  with jax.set_mesh(mesh):
-    _caption_shards(
-      parts, rows, lambda: Captioner(section.load(mesh), cfg, instruction, mesh, seed)
-    )
+  captioner_cfg = CaptionerConfig(
+    instruction, batch_size=cfg.batch_size, **{key: getattr(cfg, key) for key in SAMPLING}
+  )
+  _caption_shards(
+    parts,
+    rows,
+    lambda: open_captioner(section.load, captioner_cfg, mesh=mesh, seed=seed),
+    cfg.skip_bad_images,
+  )
   if host == 0:
     parts.wait()
     with parts.lock("output"):
@@ -411,7 +247,9 @@ def _finished(output: Output, settings: dict) -> bool:
   return True
 
 
-def _caption_shards(parts: ShardedJob, rows: Sequence[CaptionRow], make_captioner) -> None:
+def _caption_shards(
+  parts: ShardedJob, rows: Sequence[CaptionRow], make_captioner, skip_bad_images: bool
+) -> None:
   """Does what is left of this host's shards. The captioner is only made where something is."""
   left = [shard for shard in parts.missing() if shard in parts.mine]
   total = sum(len(parts.numbers(shard)) for shard in parts.mine)
@@ -426,9 +264,8 @@ def _caption_shards(parts: ShardedJob, rows: Sequence[CaptionRow], make_captione
   with bar, make_captioner() as captioner:
     for shard in left:
       with Shard(parts, shard) as kept:
-        for found in captioner(
-          rows, [number for number in kept.numbers if number not in kept.done]
-        ):
+        left = ((number, rows[number]) for number in kept.numbers if number not in kept.done)
+        for found in _caption(captioner, left, skip_bad_images):
           kept.put(found)
           done += len(found)
           bar.update(len(found))

@@ -33,13 +33,25 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.readers.jsonl import parse_question, plain_questions
 from caprl_jax.data.readers.qa_sources import read_qa_rows
-from caprl_jax.data.rows import BadRows, CaptionRow, QARow, Question, image_bytes, read_image
+from caprl_jax.data.rows import (
+  BadRows,
+  CaptionRow,
+  QARow,
+  Question,
+  failure_reason,
+  image_bytes,
+  read_image,
+)
 from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob, manifest
 from caprl_jax.harness.sections import PolicySection
+from caprl_jax.inference.captioner import (
+  Captioner,
+  CaptionerConfig,
+  CaptionerOutput,
+  open_captioner,
+)
 from caprl_jax.inference.endpoint import Endpoint, EndpointConfig
 from caprl_jax.inference.vqa import AnswerConfig, Answerer, VqaAnswer
-from caprl_jax.modes.caption.report import reason_of
-from caprl_jax.modes.caption.run import CaptionConfig, Captioner
 from caprl_jax.modes.curate import generated, perceptual_hash
 from caprl_jax.modes.curate.page import write_page
 from caprl_jax.modes.dataset.run import check_output, write_rows
@@ -158,7 +170,8 @@ def look_at(row: CaptionRow | QARow, number: int) -> RowResult:
   try:
     image = read_image(row)
   except ValueError as error:
-    return RowResult(number, {"image": row.name, "error": str(error)}, {"reason": reason_of(error)})
+    about = {"reason": failure_reason(error)}
+    return RowResult(number, {"image": row.name, "error": str(error)}, about)
   return RowResult(
     number,
     {
@@ -214,20 +227,16 @@ def choose_images(
 
 
 def _generate(captioner: Captioner, numbers: Sequence[int], rows) -> Iterator[list[RowResult]]:
-  for batch in captioner(rows, numbers):
-    yield [
-      RowResult(
-        item.number,
-        {
-          "image": item.row["image"],
-          "text": item.row.get("caption"),
-          "error": item.row.get("error"),
-          "finish": item.row.get("finish"),
-        },
-        item.about,
-      )
-      for item in batch
-    ]
+  for batch in captioner((number, rows[number]) for number in numbers):
+    yield [RowResult(output.number, _reply(output), output.about()) for output in batch]
+
+
+def _reply(output: CaptionerOutput) -> dict[str, Any]:
+  reply = {"image": output.row.name, "text": None, "error": None, "finish": None}
+  if output.error is not None:
+    return reply | {"error": str(output.error)}
+  (written,) = output.captions
+  return reply | {"text": written.text, "finish": written.finish}
 
 
 def _ask(endpoint: Endpoint, numbers: Sequence[int], rows) -> Iterator[list[RowResult]]:
@@ -510,23 +519,19 @@ def _questions_stage(
     ), endpoint_cfg.model
   section = configuration.load_section(config, "generator", PolicySection)
   settings |= sampling | section.identity() | {"seed": seed}
-  caption_cfg = CaptionConfig("", "", batch_size=cfg.batch_size, **sampling)
-  with jax.set_mesh(mesh):
-    make = lambda: Captioner(
-      section.load(mesh),
-      caption_cfg,
-      generated.GENERATION_USER,
-      mesh,
-      seed,
-      generated.GENERATION_SYSTEM,
-    )
-    parts = stages.run(
-      "2_questions",
-      settings,
-      names,
-      make,
-      lambda captioner, numbers: _generate(captioner, numbers, rows),
-    )
+  captioner_cfg = CaptionerConfig(
+    generated.GENERATION_USER,
+    generated.GENERATION_SYSTEM,
+    batch_size=cfg.batch_size,
+    **sampling,
+  )
+  parts = stages.run(
+    "2_questions",
+    settings,
+    names,
+    lambda: open_captioner(section.load, captioner_cfg, mesh=mesh, seed=seed),
+    lambda captioner, numbers: _generate(captioner, numbers, rows),
+  )
   return parts, section.checkpoint
 
 

@@ -10,7 +10,6 @@ evaluation goes on and a benchmark on the same images costs no caption.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -38,9 +37,9 @@ from caprl_jax.harness.sections import JudgeSection, PolicySection
 from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge
+from caprl_jax.inference.captioner import CaptionerConfig, open_captioner
 from caprl_jax.inference.judge import HostJudge
 from caprl_jax.inference.text_writer import Writer
-from caprl_jax.modes.caption.run import CaptionConfig, Captioner
 from caprl_jax.modes.evaluate import run as evaluate
 from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism.page import write_page
@@ -206,9 +205,9 @@ def caption_all(
   left = [digest for digest in images if digest not in kept]
   if not left:
     return
-  settings = CaptionConfig(
-    "",
-    "",
+  settings = CaptionerConfig(
+    instruction,
+    captions=cfg.captions,
     max_tokens=cfg.max_tokens,
     temperature=cfg.temperature,
     top_p=cfg.top_p,
@@ -216,23 +215,22 @@ def caption_all(
     repetition_penalty=1.0,
   )
   with (
-    Captioner(load(), settings, instruction, mesh, seed, group=cfg.captions) as captioner,
+    open_captioner(load, settings, mesh=mesh, seed=seed) as captioner,
     tqdm(total=len(left), desc="captions", unit="image", disable=None) as bar,
   ):
-    rows = [images[digest] for digest in left]
-    for found in captioner(rows, range(len(rows))):
+    for found in captioner(enumerate(images[digest] for digest in left)):
       for item in found:
-        if "error" in item.row:
+        if item.error is not None:
           raise ValueError(
-            f"{item.row['error']} (Prism leaves no image out, whose questions would "
+            f"{item.error} (Prism leaves no image out, whose questions would "
             "count as wrong: mend it, or take its rows out of prism.benchmarks' "
             "file)"
           )
       kept.put(
         {
           left[item.number]: [
-            {"caption": one["caption"], "tokens": len(one["tokens"]), "finish": one["finish"]}
-            for one in item.row.get("group") or [item.row]
+            {"caption": one.text, "tokens": len(one.tokens), "finish": one.finish}
+            for one in item.captions
           ]
           for item in found
         }
@@ -386,7 +384,7 @@ def run(config, workdir: pathlib.Path) -> None:
       caption_all(
         images,
         captions[name],
-        functools.partial(captioner.load, mesh),
+        captioner.load,
         cfg,
         policy.instruction,
         mesh,

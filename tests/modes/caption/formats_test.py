@@ -2,7 +2,6 @@
 the page.
 """
 
-import io
 import json
 import logging
 import pathlib
@@ -17,7 +16,7 @@ import pytest
 from PIL import Image
 
 from caprl_jax.data.readers.image_sources import base_folder, find_images
-from caprl_jax.data.rows import CaptionRow, read_image
+from caprl_jax.data.rows import CaptionRow
 from caprl_jax.harness import row_shards
 from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob
 from caprl_jax.modes.caption import formats as caption_formats
@@ -378,25 +377,6 @@ def test_loops():
     ([], False),
   ):
     assert caption_report.has_loop(tokens) == loops, tokens
-
-
-def test_reasons(tmp_path):
-  reasons: dict[str, str] = {}
-  (tmp_path / "bad.png").write_bytes(b"no image")
-  whole = io.BytesIO()
-  Image.effect_noise((60, 60), 50).save(whole, "PNG")
-  (tmp_path / "torn.png").write_bytes(whole.getvalue()[:300])
-  for name in ("bad", "torn", "absent"):
-    with pytest.raises(ValueError) as failure:
-      read_image(CaptionRow(tmp_path / f"{name}.png", "", name))
-    try:
-      raise ValueError("outer") from failure.value
-    except ValueError as error:
-      reasons[name] = caption_report.reason_of(error)
-  assert reasons == {"bad": "not an image", "torn": "damaged image", "absent": "no such file"}
-  assert (
-    caption_report.reason_of(ValueError("one side is over 200 times the other")) == "too narrow"
-  )
 
 
 def test_random_samples_are_the_seed_s_and_spread():

@@ -266,7 +266,7 @@ def test_a_job_goes_on_only_with_its_settings_and_ends_once(
 ):
   paths, output = write_images(tmp_path / "images"), tmp_path / "out.jsonl"
 
-  def killed(*_):
+  def killed(*_, **__):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(caption, "write_json", killed)  # the output is there, the statistics are not
@@ -279,7 +279,7 @@ def test_a_job_goes_on_only_with_its_settings_and_ends_once(
   assert command(checkpoint, tmp_path / "images", output) == 2
   assert "names_sha256 was" in capsys.readouterr().err
   paths[0].with_name("moved.png").rename(paths[0])
-  monkeypatch.setattr(caption, "Captioner", killed)  # nothing is captioned again
+  monkeypatch.setattr(caption, "open_captioner", killed)  # nothing is captioned again
   assert command(checkpoint, tmp_path / "images", output) == 0
   assert output.read_bytes() == before and not (tmp_path / "out.jsonl.parts").exists()
   when = output.stat().st_mtime_ns

@@ -170,7 +170,7 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
 
   monkeypatch.setattr(prism.Writer, "__call__", cut)
   assert run(made, tmp_path, *more, "--config.prism.answer_batch_size=2") == 130
-  monkeypatch.setattr(prism, "Captioner", None)  # every caption is there already
+  monkeypatch.setattr(prism, "open_captioner", None)  # every caption is there already
   assert run(made, tmp_path, *more, "--config.prism.answer_batch_size=2") == 0
   assert asked[1] == asked[0] - 2  # less those of the first batch
   first, done = (tmp_path / "answers.jsonl").read_bytes(), len(asked)
@@ -335,7 +335,7 @@ def test_values_refused(value, message):
 def test_a_model_that_is_not_there_is_said_before_the_first_caption(
   made, tmp_path, missing, monkeypatch, capsys
 ):
-  monkeypatch.setattr(prism, "Captioner", None)  # what would be called
+  monkeypatch.setattr(prism, "open_captioner", None)  # what would be called
   assert (
     run(
       made,
