@@ -2,17 +2,14 @@
 template, end tokens and repetition penalty.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -20,18 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax import sharding
-from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, shape_bucket, stack
+from caprl_jax.data.batches import ImagePrompt, ImageShape, stack
 from caprl_jax.data.rows import CaptionRow, QARow, failure_reason
 from caprl_jax.hub.load import Loaded
+from caprl_jax.inference.host_batches import HostBatch, HostPipeline, NumberedRow, one_ahead
 from caprl_jax.rl.rollout import RolloutConfig, sample_captions
 from caprl_jax.rl.sampling import SamplingConfig
 from caprl_jax.types import Batch, Vocabulary
 
 log = logging.getLogger("caprl_jax.inference.captioner")
 
-# decode and cut pictures while the device writes captions
-PREPARE_THREADS = min(16, os.cpu_count() or 1)
-BATCHES_AHEAD = 2
 SHOWN_FAILURES = 20
 # PIL's name for an image in memory: another every time
 _ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
@@ -125,18 +120,16 @@ class Captioner:
         cfg=RolloutConfig(cfg.captions, _sampling(loaded, cfg)),
       )
     )
-    self._pool = futures.ThreadPoolExecutor(PREPARE_THREADS, "pictures")
+    self._host = HostPipeline(loaded.model.cfg, cfg.batch_size)
     self._since, self._failures = time.monotonic(), 0
 
   def __enter__(self) -> "Captioner":
     return self
 
   def __exit__(self, *failure) -> None:
-    self._pool.shutdown(cancel_futures=True)
+    self._host.close()
 
-  def __call__(
-    self, rows: Iterable[tuple[int, CaptionRow | QARow]]
-  ) -> Iterator[list[CaptionerOutput]]:
+  def __call__(self, rows: Iterable[NumberedRow]) -> Iterator[list[CaptionerOutput]]:
     """Captions numbered rows, shape by shape; yields them as batches finish. A batch is dispatched
     before the one before it is fetched, and pictures are prepared for the ones after it meanwhile.
 
@@ -144,80 +137,32 @@ class Captioner:
       rows: the number of a batch's first row goes into its random key.
     """
     self._since = time.monotonic()
-    rows = list(rows)
-    buckets: dict[ImageShape, list[tuple[int, CaptionRow | QARow]]] = {}
-    failed = []
-    shapes = self._pool.map(self._shape, [row for _, row in rows])
-    for numbered, (shape, error) in zip(rows, shapes):
-      if error is None:
-        buckets.setdefault(shape, []).append(numbered)
-      else:
-        failed.append(self._failed(*numbered, error))
+    buckets, failed = self._host.bucket(list(rows))
     if failed:
-      yield failed
+      yield [self._failed(*numbered, error) for numbered, error in failed]
     log.info("%d images in %d shapes", sum(map(len, buckets.values())), len(buckets))
-    running: tuple | None = None
-    for shape, members, examples in self._prepared(buckets):
-      kept, failed = [], []
-      for numbered, (example, error) in zip(members, examples):
-        if error is None:
-          kept.append((numbered, example))
-        else:
-          failed.append(self._failed(*numbered, error))
-      if failed:
-        yield failed
-      if kept:
-        last, running = running, (shape, [numbered for numbered, _ in kept], self._dispatch(kept))
-        if last:
-          yield self._fetch(*last)
-    if running:
-      yield self._fetch(*running)
+    batches = self._host.batches(buckets, self._prepare)
+    for batch, captions in one_ahead(batches, self._dispatch):
+      failed = [self._failed(*numbered, error) for numbered, error in batch.failed]
+      yield failed + (self._fetch(batch.shape, batch.items, captions) if batch.items else [])
 
-  def _shape(self, row: CaptionRow | QARow) -> tuple[ImageShape | None, ValueError | None]:
-    cfg = self.loaded.model.cfg
-    try:
-      return shape_bucket(image_shape([row], cfg), cfg.vision.slots_multiple), None
-    except ValueError as error:
-      return None, error
+  def _prepare(self, shape: ImageShape, numbered: NumberedRow) -> Batch:
+    number, row = numbered
+    images, prompts = ImagePrompt(self.loaded.model.cfg, self.pieces, shape)(row)
+    return Batch(images, prompts, None, np.int32(number))
 
-  def _prepared(
-    self, buckets: dict[ImageShape, list[tuple[int, CaptionRow | QARow]]]
-  ) -> Iterator[tuple[ImageShape, list, list]]:
-    """(shape, numbered rows, (example, error) of each), batch by batch; the next few are in the
-    making.
-    """
-
-    def prepare(prompt: ImagePrompt, row: CaptionRow | QARow):
-      try:
-        return prompt(row), None
-      except ValueError as error:
-        return None, error
-
-    ahead: collections.deque = collections.deque()
-    for shape in sorted(buckets, key=lambda shape: (shape.tokens, shape.slots)):
-      prompt = ImagePrompt(self.loaded.model.cfg, self.pieces, shape)
-      for start in range(0, len(buckets[shape]), self.cfg.batch_size):
-        members = buckets[shape][start : start + self.cfg.batch_size]
-        ahead.append(
-          (shape, members, [self._pool.submit(prepare, prompt, row) for _, row in members])
-        )
-        if len(ahead) > BATCHES_AHEAD:
-          shape_, members, made = ahead.popleft()
-          yield shape_, members, [one.result() for one in made]
-    for shape, members, made in ahead:
-      yield shape, members, [one.result() for one in made]
-
-  def _dispatch(self, kept: list[tuple]):
-    """Begins to caption a batch, filled up with its last image, and does not wait for it."""
-    filled = kept + kept[-1:] * (self.cfg.batch_size - len(kept))
-    images, prompts = stack([example for _, example in filled])
-    numbers = np.asarray([number for (number, _), _ in filled], np.int32)
-    key = jax.random.fold_in(jax.random.key(self.seed), int(numbers[0]))
-    batch = sharding.put_batch(Batch(images, prompts, None, numbers), self.mesh)
-    captions = self._run(self.loaded.params, batch, key)
+  def _dispatch(self, batch: HostBatch[NumberedRow, Batch]) -> tuple[jax.Array, ...] | None:
+    """Begins to caption a batch and does not wait for it; None where all of its images failed."""
+    if not batch.items:
+      return None
+    key = jax.random.fold_in(jax.random.key(self.seed), batch.items[0][0])
+    put = sharding.put_batch(stack(batch.ready), self.mesh)
+    captions = self._run(self.loaded.params, put, key)
     return captions.tokens_BGT, captions.valid_BGT, captions.ended_BG
 
-  def _fetch(self, shape: ImageShape, members: list, captions) -> list[CaptionerOutput]:
+  def _fetch(
+    self, shape: ImageShape, members: list[NumberedRow], captions: tuple[jax.Array, ...]
+  ) -> list[CaptionerOutput]:
     tokens_BGT, valid_BGT, ended_BG = jax.device_get(captions)
     written = []
     for b in range(len(members)):  # what fills the batch up comes after them

@@ -11,6 +11,7 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.hub.load import Loaded
+from caprl_jax.inference.host_batches import one_ahead
 from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.policy import last_hidden
@@ -62,7 +63,7 @@ def write_texts(
 
 
 class Writer:
-  """A language model that goes on after prompts, a compiled program a bucket of prompt lengths."""
+  """A language model that goes on after prompts, one compiled program per bucket of lengths."""
 
   def __init__(
     self, loaded: Loaded, cfg: SamplingConfig, batch_size: int, mesh: jax.sharding.Mesh, seed: int
@@ -87,22 +88,22 @@ class Writer:
   def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, Written]]]:
     """Yields (number of the prompt, its text) batch by batch, prompts of like length together."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    running = None
-    for start in range(0, len(order), self.batch_size):
-      members = order[start : start + self.batch_size]
-      last, running = running, (members, self._dispatch([prompts[n] for n in members], start))
-      if last:
-        yield self._fetch(*last)
-    if running:
-      yield self._fetch(*running)
+    batches = (
+      (start, order[start : start + self.batch_size])
+      for start in range(0, len(order), self.batch_size)
+    )
+    dispatch = lambda batch: self._dispatch(batch[0], [prompts[n] for n in batch[1]])
+    for (_, members), texts in one_ahead(batches, dispatch):
+      yield self._fetch(members, texts)
 
-  def _dispatch(self, prompts: Sequence[Sequence[int]], number: int):
+  def _dispatch(self, start: int, prompts: Sequence[Sequence[int]]) -> tuple[Array, ...]:
+    """Begins to write after a batch of prompts; `start` makes its random key its own."""
     L = length_bucket(max(map(len, prompts)))
     tokens, valid = np.zeros((self.batch_size, L), np.int32), np.zeros((self.batch_size, L), bool)
     for n in range(self.batch_size):
       ids = prompts[min(n, len(prompts) - 1)]  # a batch is filled up with its last prompt
       tokens[n, : len(ids)], valid[n, : len(ids)] = ids, True
-    key = jax.random.fold_in(jax.random.key(self.seed), number)
+    key = jax.random.fold_in(jax.random.key(self.seed), start)
     return self._run(self.loaded.params, *sharding.put_batch((tokens, valid), self.mesh), key)
 
   def _fetch(self, members: list[int], out) -> list[tuple[int, Written]]:

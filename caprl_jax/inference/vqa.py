@@ -3,28 +3,27 @@ CapRL's QA filter.
 
 The image and all that stands before it run once; every question in every order of its options
 branches from there, and the answer is read from the logits of the letters. Letters: B images, M
-presentations an image, L tokens of one, A letters.
+presentations per image, L tokens of one, A letters.
 """
 
 import abc
 import dataclasses
 import functools
-import os
 import string
-from collections.abc import Iterator, Sequence
-from concurrent import futures
-from typing import Self
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax import sharding
-from caprl_jax.data.batches import ImagePrompt, ImageShape, image_shape, shape_bucket, stack
+from caprl_jax.data.batches import ImagePrompt, ImageShape, stack
 from caprl_jax.data.question_texts import orders, question_text
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.tokenizer import Tokenizer
+from caprl_jax.inference.host_batches import HostBatch, HostPipeline, one_ahead
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.policy import Policy, last_hidden
@@ -36,11 +35,11 @@ TOKENS_STEP = 32  # presentations are padded to a multiple of this
 
 @dataclasses.dataclass(frozen=True)
 class AnswerConfig:
-  """permutations: orders in which each question's options are shown, each turned on by one place,
-    so that the right one visits different letters. none_of_above: one option more where the image
+  """permutations: orders in which each question's options are shown, each rotated by one place, so
+    that the right one visits different letters. none_of_above: one option more where the image
     is shown, as released.
   questions_per_row: presented to one run of an image; an image with more takes several. batch_size:
-  images a program.
+  images per program.
   """
 
   permutations: int = 4
@@ -68,6 +67,36 @@ class VqaAnswer:
   visual_prob: float = 0.0
   blind_prob: float = 0.0
   error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class VqaResult:
+  """A numbered row with the answers to its questions, or the error for which none was asked."""
+
+  number: int
+  row: QARow
+  answers: list[VqaAnswer] = dataclasses.field(default_factory=list)
+  error: ValueError | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ask:
+  """Some of a row's questions, the one numbered `first` and on: what runs after one image."""
+
+  number: int
+  row: QARow
+  first: int
+  questions: tuple[Question, ...]
+
+
+class _ReadyAsk(NamedTuple):
+  """An ask for the device: image and prompt, and the token ids of its presentations with the image
+  and without it, None for what cannot be shown.
+  """
+
+  example: tuple[Images, Prompts]
+  shown: list[list[int] | None]
+  blind: list[list[int] | None]
 
 
 def branch(
@@ -142,7 +171,8 @@ class VqaRunner(abc.ABC):
   def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int):
     self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
     self.specials = [self._specials(self._ids("x", with_image)) for with_image in (False, True)]
-    self.pool = futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1), "answering")
+    self._before = loaded.prompt_pieces("x")[0]
+    self._host = HostPipeline(loaded.model.cfg, cfg.batch_size)
 
   @abc.abstractmethod
   def texts(self, question: Question, with_image: bool) -> list[str]:
@@ -162,78 +192,73 @@ class VqaRunner(abc.ABC):
     return self
 
   def __exit__(self, *failure) -> None:
-    self.pool.shutdown(cancel_futures=True)
+    self._host.close()
 
-  def __call__(
-    self, rows: Sequence[QARow], numbers: Sequence[int]
-  ) -> Iterator[list[tuple[int, list[VqaAnswer] | ValueError]]]:
-    """Verdicts on all questions of `rows[number]`, for each number, batch by batch; a ValueError
-    where the image cannot be read."""
-    buckets: dict[ImageShape, list[tuple[int, int]]] = {}
-    failed: list[tuple[int, list[VqaAnswer] | ValueError]] = []
-    verdicts: dict[int, list[VqaAnswer | None]] = {}
-    cfg = self.loaded.model.cfg
-    for number, shape in zip(numbers, self.pool.map(lambda n: self._shape(rows[n]), numbers)):
-      if isinstance(shape, ValueError):
-        failed.append((number, shape))
-        continue
-      verdicts[number] = [None] * len(rows[number].questions)
-      for first in range(0, len(rows[number].questions), self.cfg.questions_per_row):
-        buckets.setdefault(shape_bucket(shape, cfg.vision.slots_multiple), []).append(
-          (number, first)
-        )
-    if failed:
-      yield failed
-    for shape, members in sorted(buckets.items(), key=lambda item: item[0].tokens):
-      prompt = ImagePrompt(cfg, (self.loaded.prompt_pieces("x")[0], []), shape)
-      for start in range(0, len(members), self.cfg.batch_size):
-        yield self._batch(rows, members[start : start + self.cfg.batch_size], prompt, verdicts)
-
-  def _shape(self, row: QARow) -> ImageShape | ValueError:
-    try:
-      return image_shape([row], self.loaded.model.cfg)
-    except ValueError as error:
-      return error
-
-  def _batch(
-    self, rows, members, prompt: ImagePrompt, verdicts
-  ) -> list[tuple[int, list[VqaAnswer] | ValueError]]:
-    """Asks one batch; gives the verdicts of the images of which nothing is left to ask."""
-
-    def prepare(member):
-      number, first = member
-      asked = rows[number].questions[first : first + self.cfg.questions_per_row]
-      try:
-        return (
-          prompt(rows[number]),
-          self._presentations(asked, True),
-          self._presentations(asked, False),
-        )
-      except ValueError as error:
-        return error
-
-    made = list(self.pool.map(prepare, members))
-    good = [
-      (member, parts) for member, parts in zip(members, made) if not isinstance(parts, ValueError)
-    ]
-    finished: dict[int, list[VqaAnswer] | ValueError] = {
-      number: error for (number, _), error in zip(members, made) if isinstance(error, ValueError)
+  def __call__(self, rows: Iterable[tuple[int, QARow]]) -> Iterator[list[VqaResult]]:
+    """Asks all questions of numbered rows; yields rows as the last of their questions is answered,
+    those first that have none. One whose image cannot be read has an error."""
+    rows = list(rows)
+    silent = [VqaResult(number, row) for number, row in rows if not row.questions]
+    if silent:
+      yield silent
+    buckets, unreadable = self._host.bucket([item for item in rows if item[1].questions])
+    if unreadable:
+      yield [VqaResult(number, row, error=error) for (number, row), error in unreadable]
+    asks = {shape: self._asks(members) for shape, members in buckets.items()}
+    answers = {
+      ask.number: [None] * len(ask.row.questions) for members in asks.values() for ask in members
     }
-    if good:
-      filled = [parts for _, parts in good] + [good[-1][1]] * (self.cfg.batch_size - len(good))
-      images, prompts = stack([example for example, _, _ in filled])
-      visual = self._run([shown for _, shown, _ in filled], images, prompts)
-      blind = self._run([shown for _, _, shown in filled])
-      for b, ((number, first), (_, shown, hidden)) in enumerate(good):
-        asked = rows[number].questions[first : first + self.cfg.questions_per_row]
-        for k, question in enumerate(asked):
-          verdicts[number][first + k] = self._verdict(
-            question, k, shown, hidden, visual[b], blind[b]
-          )
-    for number, _ in members:
-      if number not in finished and None not in verdicts[number]:
-        finished[number] = verdicts[number]
-    return list(finished.items())
+    batches = self._host.batches(asks, self._prepare)
+    for batch, readings in one_ahead(batches, self._dispatch):
+      yield self._collect(batch, readings, answers)
+
+  def _asks(self, rows: Iterable[tuple[int, QARow]]) -> list["_Ask"]:
+    step = self.cfg.questions_per_row
+    return [
+      _Ask(number, row, first, row.questions[first : first + step])
+      for number, row in rows
+      for first in range(0, len(row.questions), step)
+    ]
+
+  def _prepare(self, shape: ImageShape, ask: "_Ask") -> "_ReadyAsk":
+    # Presentations bring what follows the image.
+    example = ImagePrompt(self.loaded.model.cfg, (self._before, []), shape)(ask.row)
+    shown, blind = (self._presentations(ask.questions, sight) for sight in (True, False))
+    return _ReadyAsk(example, shown, blind)
+
+  def _dispatch(self, batch: HostBatch["_Ask", "_ReadyAsk"]) -> tuple[Array, Array] | None:
+    """Begins to ask a batch with the images and without them; None where all images failed."""
+    if not batch.items:
+      return None
+    images, prompts = stack([ready.example for ready in batch.ready])
+    return (
+      self._run([ready.shown for ready in batch.ready], images, prompts),
+      self._run([ready.blind for ready in batch.ready]),
+    )
+
+  def _collect(
+    self,
+    batch: HostBatch["_Ask", "_ReadyAsk"],
+    readings: tuple[Array, Array] | None,
+    answers: dict[int, list[VqaAnswer | None]],
+  ) -> list[VqaResult]:
+    """Puts a batch's answers in their places; gives the rows of which nothing is left to ask, which
+    leave `answers`. An image that failed is given once, though several asks may be of it.
+    """
+    finished = [
+      VqaResult(ask.number, ask.row, error=error)
+      for ask, error in batch.failed
+      if answers.pop(ask.number, None) is not None
+    ]
+    visual, blind = jax.device_get(readings) if batch.items else ((), ())
+    for b, (ask, ready) in enumerate(zip(batch.items, batch.ready)):
+      if ask.number not in answers:
+        continue
+      for k, question in enumerate(ask.questions):
+        answers[ask.number][ask.first + k] = self._verdict(question, k, ready, visual[b], blind[b])
+      if None not in answers[ask.number]:
+        finished.append(VqaResult(ask.number, ask.row, answers.pop(ask.number)))
+    return finished
 
   def _presentations(
     self, questions: Sequence[Question], with_image: bool
@@ -257,8 +282,11 @@ class VqaRunner(abc.ABC):
     return sum(token in self.loaded.tokenizer.special_ids for token in ids)
 
   def _run(
-    self, shown: Sequence[Sequence[list[int] | None]], images=None, prompts=None
-  ) -> np.ndarray:
+    self,
+    shown: Sequence[Sequence[list[int] | None]],
+    images: Images | None = None,
+    prompts: Prompts | None = None,
+  ) -> Array:
     M = self.cfg.questions_per_row * self.presentations
     longest = max((len(ids) for row in shown for ids in row if ids), default=1)
     L = -(-longest // TOKENS_STEP) * TOKENS_STEP
@@ -269,15 +297,18 @@ class VqaRunner(abc.ABC):
       for m, ids in enumerate([*row, *[None] * (M - len(row))]):
         ids = ids or filler
         tokens[b, m, : len(ids)], valid[b, m, : len(ids)] = ids, True
-    return jax.device_get(
-      self.run(*sharding.put_batch((images, prompts, tokens, valid), self.mesh))
-    )
+    return self.run(*sharding.put_batch((images, prompts, tokens, valid), self.mesh))
 
   def _verdict(
-    self, question: Question, k: int, shown, hidden, visual_M: np.ndarray, blind_M: np.ndarray
+    self,
+    question: Question,
+    k: int,
+    ready: "_ReadyAsk",
+    visual_M: np.ndarray,
+    blind_M: np.ndarray,
   ) -> VqaAnswer:
     its = slice(k * self.presentations, (k + 1) * self.presentations)
-    if None in shown[its] or None in hidden[its]:
+    if None in ready.shown[its] or None in ready.blind[its]:
       return VqaAnswer(error="it spells a token of the chat template")
     return self.verdict(question, visual_M[its], blind_M[its])
 

@@ -105,7 +105,7 @@ def test_answers_are_transformers_likeliest(folder, loaded, theirs, tmp_path):
   policy, mesh = loaded
   cfg = AnswerConfig(questions_per_row=2, batch_size=2)
   with jax.set_mesh(mesh), OpenAnswerer(policy, cfg, mesh, 0, WORDING, TOKENS) as answerer:
-    got = dict(item for batch in answerer(rows, range(3)) for item in batch)
+    got = {r.number: r.answers for batch in answerer(enumerate(rows)) for r in batch}
   for i, row in enumerate(rows):
     for question, verdict in zip(row.questions, got[i], strict=True):
       assert (verdict.written, verdict.blind_written) == want[i, question.stem]
@@ -142,7 +142,7 @@ def test_what_cannot_be_asked(folder, loaded):
     jax.set_mesh(mesh),
     OpenAnswerer(policy, AnswerConfig(batch_size=1), mesh, 0, WORDING, 2) as answerer,
   ):
-    got = dict(item for batch in answerer(rows, [0, 1]) for item in batch)
+    got = {r.number: r.error or r.answers for batch in answerer(enumerate(rows)) for r in batch}
   assert (
     got[0][0] == VqaAnswer(error="it spells a token of the chat template") and not got[0][1].error
   )

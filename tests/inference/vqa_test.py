@@ -88,7 +88,7 @@ def test_verdicts_are_transformers_own(folder, none_of_above):
   loaded, mesh = load(folder)
   rows = [QARow(folder / f"{i}.png", QUESTIONS[:n], str(i)) for i, n in enumerate((3, 2, 1))]
   with jax.set_mesh(mesh), Answerer(loaded, cfg, mesh, seed=5) as answerer:
-    got = dict(item for batch in answerer(rows, range(3)) for item in batch)
+    got = {r.number: r.answers for batch in answerer(enumerate(rows)) for r in batch}
     assert got.keys() == {0, 1, 2}
   for i, row in enumerate(rows):
     want = theirs(folder, row.image, row.questions, cfg, 5)
@@ -110,7 +110,7 @@ def test_what_cannot_be_asked(folder):
     QARow(folder / "broken.png", QUESTIONS, "1"),
   ]
   with jax.set_mesh(mesh), Answerer(loaded, AnswerConfig(batch_size=1), mesh, seed=0) as answerer:
-    got = dict(item for batch in answerer(rows, [0, 1]) for item in batch)
+    got = {r.number: r.error or r.answers for batch in answerer(enumerate(rows)) for r in batch}
   assert isinstance(got[1], ValueError) and "row '1': cannot read its image" in str(got[1])
   good, *others = got[0]
   assert not good.error and good.visual_prob > 0
@@ -120,7 +120,25 @@ def test_what_cannot_be_asked(folder):
   assert others[0] == VqaAnswer(error=others[0].error)
 
 
-def test_orders_turn():
+def test_a_damaged_image_is_one_failure_and_no_questions_are_no_work(folder):
+  """Its header can be read, so that both of its asks are dispatched, in batches of their own."""
+  loaded, mesh = load(folder)
+  data = (folder / "0.png").read_bytes()
+  (folder / "torn.png").write_bytes(data[: len(data) // 2])
+  rows = [
+    (4, QARow(folder / "torn.png", QUESTIONS, "torn")),
+    (9, QARow(folder / "absent.png", (), "silent")),
+    (2, QARow(folder / "0.png", QUESTIONS, "good")),
+  ]
+  cfg = AnswerConfig(questions_per_row=2, batch_size=1, permutations=1)
+  with jax.set_mesh(mesh), Answerer(loaded, cfg, mesh, seed=0) as answerer:
+    got = [result for batch in answerer(rows) for result in batch]
+  assert [(result.number, result.row) for result in got] == [rows[1], rows[0], rows[2]]
+  assert [len(result.answers) for result in got] == [0, 0, 3]
+  assert got[0].error is None and "torn.png" in str(got[1].error)
+
+
+def test_orders_rotate():
   question = QUESTIONS[0]
   made = orders(question, 4, 0)
   assert sorted(order.index(question.gold) for order in made) == [0, 1, 2, 3] and all(

@@ -296,26 +296,20 @@ def parse(item: RowResult, provenance: str) -> tuple[list[Question], list[dict[s
 def _answer(
   answerer: Answerer, numbers: Sequence[int], rows: Sequence[QARow], failures: dict[int, list]
 ) -> Iterator[list[RowResult]]:
-  finish = lambda n, questions, verdicts, error="": RowResult(
-    n,
-    {
-      "image": rows[n].name,
-      "questions": questions,
-      "verdicts": verdicts,
-      "failures": failures.get(n, []),
-      "error": error,
-    },
-    {},
-  )
-  silent = [n for n in numbers if not rows[n].questions]
-  if silent:
-    yield [finish(n, [], []) for n in silent]
-  for batch in answerer(rows, [n for n in numbers if rows[n].questions]):
+  for batch in answerer((number, rows[number]) for number in numbers):
     yield [
-      finish(n, plain_questions(rows[n]), [], str(found))
-      if isinstance(found, ValueError)
-      else finish(n, plain_questions(rows[n]), [dataclasses.asdict(verdict) for verdict in found])
-      for n, found in batch
+      RowResult(
+        result.number,
+        {
+          "image": result.row.name,
+          "questions": plain_questions(result.row),
+          "verdicts": [dataclasses.asdict(answer) for answer in result.answers],
+          "failures": failures.get(result.number, []),
+          "error": "" if result.error is None else str(result.error),
+        },
+        {},
+      )
+      for result in batch
     ]
 
 

@@ -28,7 +28,7 @@ from caprl_jax.hub.compose import compose_policy, with_tower
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import Loaded, load_judge, load_policy, save_policy
 from caprl_jax.hub.tokenizer import load_tokenizer
-from caprl_jax.inference.vqa import VqaAnswer
+from caprl_jax.inference.vqa import VqaAnswer, VqaResult
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import split_params, trainable_filter
@@ -201,10 +201,9 @@ def test_the_published_hyperparameters():
 
 def test_questions_that_cannot_be_asked_are_counted():
   row = QARow(b"", (Question("a", ("b", "c"), 0, "x"), Question("d", ("e", "f"), 0)), "row")
-  figures = summarise(
-    [row, row],
-    {0: [VqaAnswer(1.0, 0.5, 0.9, 0.4), VqaAnswer(error="too many")], 1: ValueError("broken")},
-  )
+  answers = [VqaAnswer(1.0, 0.5, 0.9, 0.4), VqaAnswer(error="too many")]
+  broken = VqaResult(1, row, error=ValueError("broken"))
+  figures = summarise([VqaResult(0, row, answers), broken])
   assert figures["errors"] == 3 and figures["questions"] == 1 and figures["images"] == 2
   assert figures["interval"] == [1.0, 1.0]  # of one image
   assert figures["kinds"] == {
@@ -217,7 +216,7 @@ def test_questions_that_cannot_be_asked_are_counted():
     }
   }
   with pytest.raises(ValueError, match="none of the 1 rows has a question"):
-    summarise([row], {0: ValueError("broken")})
+    summarise([broken])
 
 
 def test_transformers_reads_what_a_stage_wrote(whole_run):
