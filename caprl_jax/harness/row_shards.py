@@ -3,6 +3,7 @@ see one folder.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -12,21 +13,29 @@ import pathlib
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
 
 log = logging.getLogger("caprl_jax.harness.row_shards")
+
+Source = TypeVar("Source")  # an input row
+Worker = TypeVar("Worker")
 
 SETTINGS = "settings.json"
 POLL_SECS, SAY_SECS = 2.0, 60.0
 
 
-class RowResult(NamedTuple):
-  """One input row's outcome: its number, its output row, and what only statistics need (bucket,
-  secs, reason).
+@dataclasses.dataclass(frozen=True)
+class RowResult(Generic[Source]):
+  """What became of one input row. number, source: the input row and its number. row: the output
+  row. about: what only statistics need (bucket, secs, reason).
   """
 
   number: int
+  source: Source
   row: dict[str, Any]
   about: dict[str, Any]
 
@@ -51,19 +60,28 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
   return "; ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys)
 
 
-class ShardedJob:
-  """The folder of a job's shards.
+class ShardedJob(Generic[Source]):
+  """The folder of a job's shards. `rows` are its input, of which `manifest` tells.
 
   Shard s has rows s * shard_rows and on; host h of `hosts` does the shards with s % hosts == h.
-  `00012-of-00500.jsonl` is whole, with `.partial` at its end it is in work: a line [number, row,
-  about] as each row finishes, in any order.
+  `00012-of-00500.jsonl` is whole, with `.partial` at its end it is in work: one line [number, row,
+  about] per row as it finishes, in any order; the input row is found again by its number.
 
   Raises ValueError, at `open`, for a folder that is left from a job with another manifest.
   """
 
-  def __init__(self, folder: pathlib.Path, manifest: dict[str, Any], host: int, hosts: int):
-    self.folder, self.manifest, self.host, self.hosts = folder, manifest, host, hosts
-    self.count = manifest["images"]
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    rows: Sequence[Source],
+    manifest: dict[str, Any],
+    *,
+    host: int,
+    hosts: int,
+  ):
+    self.folder, self.rows, self.manifest = folder, rows, manifest
+    self.host, self.hosts = host, hosts
+    self.count = len(rows)
     self.shards = -(-self.count // manifest["shard_rows"])
     self.mine = range(host, self.shards, hosts)
 
@@ -98,6 +116,38 @@ class ShardedJob:
     names = set(os.listdir(self.folder))
     return [shard for shard in range(self.shards) if self.path(shard).name not in names]
 
+  def run(
+    self,
+    open_worker: Callable[[], AbstractContextManager[Worker]],
+    work: Callable[[Worker, list[tuple[int, Source]]], Iterator[list[RowResult[Source]]]],
+    *,
+    what: str,
+  ) -> None:
+    """Does what is left of this host's shards, and keeps each row as it is finished.
+
+    Args:
+      open_worker: the context in which it works (a model); opened only where something is left.
+      work: (that worker, numbered rows) -> their results, batch by batch, in any order.
+      what: names the work on the bar and in the log.
+    """
+    left = [shard for shard in self.missing() if shard in self.mine]
+    total = sum(len(self.numbers(shard)) for shard in self.mine)
+    before = total - sum(len(self.numbers(shard)) - self.count_done(shard) for shard in left)
+    if before:
+      log.info("%s: going on after %d of %d images", what, before, total)
+    if not left:
+      return
+    bar = tqdm(total=total, initial=before, desc=what, unit="image", disable=None)
+    rate = _Rate(what, before, total)
+    with bar, open_worker() as worker:
+      for shard in left:
+        with Shard(self, shard) as kept:
+          for found in work(worker, kept.left()):
+            kept.put(found)
+            bar.update(len(found))
+            rate.add(len(found))
+    rate.end()
+
   def wait(self) -> None:
     """Returns when all shards of all hosts are whole; says once a minute whose are not."""
     said = -SAY_SECS
@@ -119,12 +169,11 @@ class ShardedJob:
     while self.folder.exists():
       time.sleep(POLL_SECS)
 
-  def read(self) -> Iterator[RowResult]:
+  def read(self) -> Iterator[RowResult[Source]]:
     """All rows in order, with one shard in memory at a time. Every shard must be whole."""
     for shard in range(self.shards):
-      found = {
-        item.number: item for item in map(_parse, self.path(shard).read_bytes().split(b"\n")[:-1])
-      }
+      lines = self.path(shard).read_bytes().split(b"\n")[:-1]
+      found = {item.number: item for item in (_parse(line, self.rows) for line in lines)}
       if found.keys() != set(self.numbers(shard)):
         raise ValueError(
           f"{self.path(shard)} has {len(found)} rows, not the "
@@ -161,7 +210,7 @@ class Shard:
   """
 
   def __init__(self, parts: ShardedJob, shard: int):
-    self.path, self.numbers = parts.path(shard), parts.numbers(shard)
+    self.path, self.numbers, self.rows = parts.path(shard), parts.numbers(shard), parts.rows
     self.partial = self.path.with_name(self.path.name + ".partial")
     self.done: set[int] = set()
     self.file = None
@@ -177,21 +226,25 @@ class Shard:
     end = 0
     for line in self.file:
       try:
-        item = _parse(line)
+        item = _parse(line, self.rows)
         assert line.endswith(b"\n") and item.number in self.numbers
-      except (ValueError, TypeError, AssertionError):
+      except (ValueError, TypeError, IndexError, AssertionError):
         break  # a kill tears the last line; a crash of the machine may leave worse behind it
       self.done.add(item.number)
       end += len(line)
     self.file.truncate(end)
     return self
 
+  def left(self) -> list[tuple[int, Any]]:
+    """The shard's numbered rows that are not done."""
+    return [(number, self.rows[number]) for number in self.numbers if number not in self.done]
+
   def put(self, items: Iterable[RowResult]) -> None:
     """Keeps rows: a kill after this does not lose them."""
     for item in items:
       assert item.number in self.numbers and item.number not in self.done, item.number
       self.done.add(item.number)
-      self.file.write(json.dumps(item).encode() + b"\n")
+      self.file.write(json.dumps([item.number, item.row, item.about]).encode() + b"\n")
     self.file.flush()
 
   def __exit__(self, *failure) -> None:
@@ -201,8 +254,31 @@ class Shard:
     self.file.close()
 
 
-def _parse(line: bytes) -> RowResult:
-  return RowResult(*json.loads(line))
+class _Rate:
+  """Says once a minute how fast the work goes and how long it will take."""
+
+  def __init__(self, what: str, before: int, total: int):
+    self.what, self.before, self.total, self.done = what, before, total, 0
+    self.started = self.said = time.monotonic()
+
+  def add(self, count: int) -> None:
+    self.done += count
+    now = time.monotonic()
+    if now - self.said > SAY_SECS:
+      self.said = now
+      done, rate = self.before + self.done, self.done / (now - self.started)
+      message = "%s: %d of %d images, %.1f per second, %.0f minutes to go"
+      log.info(message, self.what, done, self.total, rate, (self.total - done) / rate / 60)
+
+  def end(self) -> None:
+    secs = time.monotonic() - self.started
+    message = "%s: %d images in %.1f s, %.1f per second, loading and compiling included"
+    log.info(message, self.what, self.done, secs, self.done / secs)
+
+
+def _parse(line: bytes, rows: Sequence[Source]) -> RowResult[Source]:
+  number, row, about = json.loads(line)
+  return RowResult(number, rows[number], row, about)
 
 
 def _lock(file, what: pathlib.Path) -> None:

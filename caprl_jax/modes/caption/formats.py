@@ -14,7 +14,9 @@ from typing import Any, Literal, TextIO
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.readers.image_sources import mirrored
 from caprl_jax.data.rows import CaptionRow, image_bytes
+from caprl_jax.harness.row_shards import RowResult
 
+Results = Iterable[RowResult[CaptionRow]]
 Format = Literal["jsonl", "parquet", "txt", "hf", "caprl_2m"]
 SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 ROWS_PER_GROUP = 10_000
@@ -65,13 +67,11 @@ class Output:
         "another caption.output"
       )
 
-  def write(
-    self, found: Iterable[tuple[int, dict[str, Any]]], inputs: Sequence[CaptionRow]
-  ) -> None:
-    """Writes (number, row) in order, reading them once. A file or a `hf` folder appears whole or
-    not at all.
+  def write(self, found: Results) -> None:
+    """Writes results in the order in which they come, reading them once. A file or a `hf` folder
+    appears whole or not at all.
     """
-    _WRITERS[self.kind](self, found, inputs)
+    _WRITERS[self.kind](self, found)
 
 
 def kind_of(path: pathlib.Path, asked: Format | None) -> Format:
@@ -130,36 +130,33 @@ def _failures(output: Output) -> Iterator[Callable[[dict[str, Any]], None]]:
     os.replace(temporary, output.failed_path)
 
 
-def _captioned(output: Output, found) -> Iterator[tuple[int, dict[str, Any]]]:
+def _captioned(output: Output, found: Results) -> Iterator[RowResult[CaptionRow]]:
   """The rows with a caption; the others go to `failed_path`."""
   with _failures(output) as failed:
-    for number, row in found:
-      if "error" in row:
-        failed(row)
+    for item in found:
+      if "error" in item.row:
+        failed(item.row)
       else:
-        yield number, row
+        yield item
 
 
-def _write_jsonl(output: Output, found, inputs) -> None:
-  del inputs
+def _write_jsonl(output: Output, found: Results) -> None:
   with _whole(output.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-    file.writelines(_line(row) for _, row in found)
+    file.writelines(_line(item.row) for item in found)
 
 
-def _write_caprl_2m(output: Output, found, inputs) -> None:
-  del inputs
+def _write_caprl_2m(output: Output, found: Results) -> None:
   with _whole(output.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
     file.writelines(
-      _line({output.image_key: row["image"], output.caption_key: row["caption"]})
-      for _, row in _captioned(output, found)
+      _line({output.image_key: item.row["image"], output.caption_key: item.row["caption"]})
+      for item in _captioned(output, found)
     )
 
 
-def _write_parquet(output: Output, found, inputs) -> None:
+def _write_parquet(output: Output, found: Results) -> None:
   import pyarrow as pa  # only here and below: JSON lines need none of it
   import pyarrow.parquet as pq
 
-  del inputs
   schema = pa.schema(
     [
       ("image", pa.string()),
@@ -176,8 +173,8 @@ def _write_parquet(output: Output, found, inputs) -> None:
       writer.write_table(pa.Table.from_pylist(group, schema))  # an absent key is a null
       group.clear()
 
-    for _, row in found:
-      group.append(_clean(row))
+    for item in found:
+      group.append(_clean(item.row))
       if len(group) == ROWS_PER_GROUP:
         flush()
     flush()
@@ -214,85 +211,99 @@ def _text_path(output: Output, row: CaptionRow) -> pathlib.Path:
   return (output.path / mirrored(row, output.base)).with_suffix(".txt")
 
 
-def _write_texts(output: Output, found, inputs) -> None:
+def _write_texts(output: Output, found: Results) -> None:
   output.path.mkdir(parents=True, exist_ok=True)
-  for number, row in _captioned(output, found):
-    write_text(
-      _text_path(output, inputs[number]), row["caption"].encode("utf-8", "replace").decode() + "\n"
-    )
+  for item in _captioned(output, found):
+    caption = item.row["caption"].encode("utf-8", "replace").decode()
+    write_text(_text_path(output, item.source), caption + "\n")
 
 
-def _write_hf(output: Output, found, inputs) -> None:
+class _HfFiles:
+  """The parquet files of a Hugging Face dataset, `FILE_BYTES` or a little more each."""
+
+  def __init__(self, folder: pathlib.Path, schema: Any):
+    self.folder, self.schema = folder, schema
+    self.files = self.rows = self.bytes = 0
+    self._writer, self._group, self._group_bytes, self._file_bytes = None, [], 0, 0
+
+  def put(self, entry: dict[str, Any], size: int) -> None:
+    """Adds a row of about `size` bytes."""
+    self._group.append(entry)
+    self._group_bytes += size
+    self.rows, self.bytes = self.rows + 1, self.bytes + size
+    if self._group_bytes >= GROUP_BYTES or len(self._group) == ROWS_PER_GROUP:
+      self._flush()
+      if self._file_bytes >= FILE_BYTES:
+        self._end_file()
+
+  def close(self) -> None:
+    """Writes what is left, one empty file where nothing came, and gives the files their names, of
+    which the total is a part.
+    """
+    if self._group or not self.files:
+      self._flush()
+    self._end_file()
+    for i in range(self.files):
+      name = f"train-{i:05d}-of-{self.files:05d}.parquet"
+      os.rename(self.folder / f"{i}.parquet", self.folder / name)
+
+  def _flush(self) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if self._writer is None:
+      self._writer = pq.ParquetWriter(self.folder / f"{self.files}.parquet", self.schema)
+      self.files += 1
+    if self._group:
+      self._writer.write_table(pa.Table.from_pylist(self._group, self.schema))
+    self._file_bytes += self._group_bytes
+    self._group, self._group_bytes = [], 0
+
+  def _end_file(self) -> None:
+    if self._writer is not None:
+      self._writer.close()
+    self._writer, self._file_bytes = None, 0
+
+
+def _hf_schema(embed_images: bool) -> Any:
+  """Columns, and the features that `datasets` reads from a single file, pictures among them."""
   import pyarrow as pa
-  import pyarrow.parquet as pq
 
-  image = (
-    pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    if output.embed_images
-    else pa.string()
-  )
+  picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
   schema = pa.schema(
     [
-      ("image", image),
-      *([("name", pa.string())] if output.embed_images else []),
+      ("image", picture if embed_images else pa.string()),
+      *([("name", pa.string())] if embed_images else []),
       ("caption", pa.string()),
       ("tokens", pa.list_(pa.int32())),
       ("finish", pa.string()),
     ]
   )
-  # So that a single file, too, is read with its pictures.
-  kinds = {
-    "image": {"_type": "Image"} if output.embed_images else {"dtype": "string", "_type": "Value"}
-  }
-  for field in list(schema)[1:]:
-    value = {"dtype": "int32" if field.name == "tokens" else "string", "_type": "Value"}
-    kinds[field.name] = {"feature": value, "_type": "Sequence"} if field.name == "tokens" else value
-  schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": kinds}})})
+  text = {"dtype": "string", "_type": "Value"}
+  ids = {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "Sequence"}
+  features = {name: ids if name == "tokens" else text for name in schema.names}
+  if embed_images:
+    features["image"] = {"_type": "Image"}
+  return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
+
+def _write_hf(output: Output, found: Results) -> None:
+  schema = _hf_schema(output.embed_images)
   temporary = output.path.with_name(f".{output.path.name}.tmp")
   shutil.rmtree(temporary, ignore_errors=True)
-  data = temporary / "data"
-  data.mkdir(parents=True)
-  writer, group, group_bytes, file_bytes, files, rows, total = None, [], 0, 0, 0, 0, 0
-
-  def flush(last: bool) -> None:
-    nonlocal writer, group_bytes, file_bytes, files
-    if writer is None and (group or not files):
-      writer = pq.ParquetWriter(data / f"{files}.parquet", schema)
-      files += 1
-    if group:
-      writer.write_table(pa.Table.from_pylist(group, schema))
-      file_bytes += group_bytes
-    group.clear()
-    group_bytes = 0
-    if writer is not None and (last or file_bytes >= FILE_BYTES):
-      writer.close()
-      writer, file_bytes = None, 0
-
-  for number, row in _captioned(output, found):
-    row = _clean(row)
-    entry = {
-      "image": row["image"],
-      "name": row["image"],
-      "caption": row["caption"],
-      "tokens": row["tokens"],
-      "finish": row["finish"],
-    }
+  (temporary / "data").mkdir(parents=True)
+  files = _HfFiles(temporary / "data", schema)
+  for item in _captioned(output, found):
+    row = _clean(item.row)
+    entry = {key: row[key] for key in ("image", "caption", "tokens", "finish")}
     size = len(row["caption"].encode()) + 4 * len(row["tokens"]) + len(row["image"])
     if output.embed_images:
-      entry["image"] = {
-        "bytes": image_bytes(inputs[number]),
-        "path": pathlib.PurePath(row["image"]).name,
-      }
-      size += len(entry["image"]["bytes"])
-    group.append(entry)
-    group_bytes, rows, total = group_bytes + size, rows + 1, total + size
-    if group_bytes >= GROUP_BYTES or len(group) == ROWS_PER_GROUP:
-      flush(False)
-  flush(True)
-  for i in range(files):
-    os.rename(data / f"{i}.parquet", data / f"train-{i:05d}-of-{files:05d}.parquet")
-  write_text(temporary / "README.md", _card(output, list(schema.names), rows, total))
+      data, name = image_bytes(item.source), pathlib.PurePath(row["image"]).name
+      entry |= {"image": {"bytes": data, "path": name}, "name": row["image"]}
+      size += len(data)
+    files.put(entry, size)
+  files.close()
+  write_text(temporary / "README.md", _card(output, list(schema.names), files.rows, files.bytes))
   shutil.rmtree(output.path, ignore_errors=True)  # `check` has seen that it is ours
   os.rename(temporary, output.path)
 

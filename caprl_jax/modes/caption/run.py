@@ -11,19 +11,17 @@ import dataclasses
 import json
 import logging
 import pathlib
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_bytes, write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers.image_sources import base_folder, find_images
 from caprl_jax.data.rows import CaptionRow
-from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob, differences, manifest
+from caprl_jax.harness.row_shards import RowResult, ShardedJob, differences, manifest
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.inference.captioner import (
   Captioner,
@@ -32,7 +30,8 @@ from caprl_jax.inference.captioner import (
   open_captioner,
 )
 from caprl_jax.modes.caption.formats import Format, Output, kind_of
-from caprl_jax.modes.caption.report import Statistics, samples_page
+from caprl_jax.modes.caption.page import samples_page
+from caprl_jax.modes.caption.statistics import Statistics
 
 log = logging.getLogger("caprl_jax.modes.caption.run")
 
@@ -47,7 +46,6 @@ STYLES = {
 }
 # Keys of the section `caption` that the captioner has, too.
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
-SAY_SECS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +144,7 @@ def _caption(
         raise ValueError(
           f"{output.error} (caption.skip_bad_images=True records it and goes on)"
         ) from output.error
-    yield [RowResult(output.number, _row(output), output.about()) for output in batch]
+    yield [RowResult(out.number, out.row, _row(out), out.about()) for out in batch]
 
 
 def _row(output: CaptionerOutput) -> dict[str, Any]:
@@ -195,7 +193,7 @@ def run(config, workdir: pathlib.Path) -> None:
   host, hosts = (
     (jax.process_index(), jax.process_count()) if cfg.hosts is None else (cfg.host, cfg.hosts)
   )
-  parts = ShardedJob(path.with_name(path.name + ".parts"), settings, host, hosts)
+  parts = ShardedJob(path.with_name(path.name + ".parts"), rows, settings, host=host, hosts=hosts)
   if not parts.folder.exists():
     parts.sweep()
     if _finished(output, settings):
@@ -206,16 +204,15 @@ def run(config, workdir: pathlib.Path) -> None:
   captioner_cfg = CaptionerConfig(
     instruction, batch_size=cfg.batch_size, **{key: getattr(cfg, key) for key in SAMPLING}
   )
-  _caption_shards(
-    parts,
-    rows,
+  parts.run(
     lambda: open_captioner(section.load, captioner_cfg, mesh=mesh, seed=seed),
-    cfg.skip_bad_images,
+    lambda captioner, left: _caption(captioner, left, cfg.skip_bad_images),
+    what="captions",
   )
   if host == 0:
     parts.wait()
     with parts.lock("output"):
-      _write(output, parts, rows, Statistics(hosts, cfg.shard_rows, cfg.samples, seed))
+      _write(output, parts, Statistics(hosts, cfg.shard_rows, cfg.samples, seed))
   else:
     log.info("host %d of %d: its shards are done; host 0 writes the output", host, hosts)
     if jax.process_count() > 1:  # jax.distributed wants its processes to end together
@@ -247,64 +244,24 @@ def _finished(output: Output, settings: dict) -> bool:
   return True
 
 
-def _caption_shards(
-  parts: ShardedJob, rows: Sequence[CaptionRow], make_captioner, skip_bad_images: bool
-) -> None:
-  """Does what is left of this host's shards. The captioner is only made where something is."""
-  left = [shard for shard in parts.missing() if shard in parts.mine]
-  total = sum(len(parts.numbers(shard)) for shard in parts.mine)
-  before = total - sum(len(parts.numbers(shard)) - parts.count_done(shard) for shard in left)
-  if before:
-    log.info("going on after %d of %d images", before, total)
-  if not left:
-    return
-  started = said = time.monotonic()
-  done = 0
-  bar = tqdm(total=total, initial=before, desc="captions", unit="image", disable=None)
-  with bar, make_captioner() as captioner:
-    for shard in left:
-      with Shard(parts, shard) as kept:
-        left = ((number, rows[number]) for number in kept.numbers if number not in kept.done)
-        for found in _caption(captioner, left, skip_bad_images):
-          kept.put(found)
-          done += len(found)
-          bar.update(len(found))
-          if time.monotonic() - said > SAY_SECS:
-            said = time.monotonic()
-            rate = done / (said - started)
-            log.info(
-              "%d of %d images, %.1f a second, %.0f minutes to go",
-              before + done,
-              total,
-              rate,
-              (total - before - done) / rate / 60,
-            )
-  secs = time.monotonic() - started
-  log.info(
-    "%d images in %.1f s, %.1f a second, loading and compiling included", done, secs, done / secs
-  )
-
-
-def _write(
-  output: Output, parts: ShardedJob, rows: Sequence[CaptionRow], statistics: Statistics
-) -> None:
+def _write(output: Output, parts: ShardedJob[CaptionRow], statistics: Statistics) -> None:
   """Shards -> output, statistics, page. A kill at any point leaves the shards, or all of it."""
 
   def counted():
     for item in parts.read():
       statistics.add(item)
-      yield item.number, item.row
+      yield item
 
-  output.write(counted(), rows)
+  output.write(counted())
   figures, settings = statistics.figures(), parts.manifest
-  page = samples_page(output.path.name, statistics, settings, rows)
+  page = samples_page(output.path.name, statistics, settings)
   write_bytes(output.beside(".html"), page.encode("utf-8", "xmlcharrefreplace"))
   job = settings | {"output": output.path.name, "format": output.kind}
   write_json(output.beside(".stats.json"), figures | {"job": job})
   parts.remove()
   tokens = (figures["caption_tokens"] or {}).get("mean", 0.0)
   log.info(
-    "%d captions in %s: %.1f tokens a caption, %d cut at %d tokens, %d images failed; "
+    "%d captions in %s: %.1f tokens per caption, %d cut at %d tokens, %d images failed; "
     "samples in %s",
     figures["captioned"],
     output.path,

@@ -15,6 +15,7 @@ was stopped:
 Selection is cheap and always done anew: other thresholds need no model.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -25,7 +26,6 @@ from concurrent import futures
 from typing import Any, Literal
 
 import jax
-from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json, write_text
@@ -42,7 +42,7 @@ from caprl_jax.data.rows import (
   image_bytes,
   read_image,
 )
-from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob, manifest
+from caprl_jax.harness.row_shards import RowResult, ShardedJob, manifest
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.inference.captioner import (
   Captioner,
@@ -57,6 +57,9 @@ from caprl_jax.modes.curate.page import write_page
 from caprl_jax.modes.dataset.run import check_output, write_rows
 
 log = logging.getLogger("caprl_jax.modes.curate.run")
+
+LOOKED_AT_ONCE = 256  # images that a kill may lose the work on
+Numbered = Sequence[tuple[int, CaptionRow | QARow]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,80 +126,58 @@ class Stages:
     self,
     name: str,
     settings: dict[str, Any],
-    names: Sequence[str],
-    make: Callable[[], Any],
-    work: Callable[[Any, Sequence[int]], Iterator[list[RowResult]]],
+    rows: Sequence[CaptionRow | QARow],
+    open_worker: Callable[[], contextlib.AbstractContextManager[Any]],
+    work: Callable[[Any, Numbered], Iterator[list[RowResult]]],
   ) -> ShardedJob:
-    """Does this host's shards of a stage and waits for the others'.
+    """Does this host's shards of a stage, as `ShardedJob.run`, and waits for the others'.
 
     Args:
       settings: all that its rows depend on.
-      make: the context in which it works (a model), made only where something is left to do.
-      work: (that context, row numbers) -> their finished rows, batch by batch.
     """
+    names = [row.name for row in rows]
     parts = ShardedJob(
-      self.folder / name, manifest(settings, names, self.shard_rows), self.host, self.hosts
+      self.folder / name,
+      rows,
+      manifest(settings, names, self.shard_rows),
+      host=self.host,
+      hosts=self.hosts,
     )
     parts.open()
-    left = [shard for shard in parts.missing() if shard in parts.mine]
-    if left:
-      total = sum(len(parts.numbers(shard)) for shard in left)
-      with make() as context, tqdm(total=total, desc=name[2:], unit="image", disable=None) as bar:
-        for shard in left:
-          with Shard(parts, shard) as kept:
-            bar.update(len(kept.done))
-            for found in work(context, [n for n in kept.numbers if n not in kept.done]):
-              kept.put(found)
-              bar.update(len(found))
+    parts.run(open_worker, work, what=name[2:])
     parts.wait()
     return parts
-
-
-class _Nothing:
-  """A context where none is needed."""
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *failure):
-    pass
 
 
 # ---- 1: images ----
 
 
-def look_at(row: CaptionRow | QARow, number: int) -> RowResult:
+def look_at(numbered: tuple[int, CaptionRow | QARow]) -> RowResult:
   """An image's size and perceptual signature, or why it cannot be read."""
+  number, row = numbered
   try:
     image = read_image(row)
   except ValueError as error:
     about = {"reason": failure_reason(error)}
-    return RowResult(number, {"image": row.name, "error": str(error)}, about)
-  return RowResult(
-    number,
-    {
-      "image": row.name,
-      "size": list(image.size),
-      "signature": perceptual_hash.to_json(perceptual_hash.signature_of(image)),
-    },
-    {},
-  )
+    return RowResult(number, row, {"image": row.name, "error": str(error)}, about)
+  signature = perceptual_hash.to_json(perceptual_hash.signature_of(image))
+  found = {"image": row.name, "size": list(image.size), "signature": signature}
+  return RowResult(number, row, found, {})
 
 
-def _look(_, numbers: Sequence[int], rows) -> Iterator[list[RowResult]]:
+def _look(_, rows: Numbered) -> Iterator[list[RowResult]]:
   with futures.ThreadPoolExecutor() as pool:
-    for start in range(0, len(numbers), 256):
-      yield list(pool.map(lambda n: look_at(rows[n], n), numbers[start : start + 256]))
+    for start in range(0, len(rows), LOOKED_AT_ONCE):
+      yield list(pool.map(look_at, rows[start : start + LOOKED_AT_ONCE]))
 
 
 def choose_images(
   parts: ShardedJob, benchmark: Sequence[Any], cfg: CurateConfig
-) -> tuple[list[int], Counter, list[dict]]:
-  """Numbers of the images to go on with; counts of the others by reason; and each of the others
-  with its reason.
-  """
-  numbers, signatures, out = [], [], []
-  for number, row, _ in parts.read():
+) -> tuple[list[CaptionRow | QARow], Counter, list[dict]]:
+  """The rows to go on with; counts of the others by reason; each of the others with its reason."""
+  rows, signatures, out = [], [], []
+  for item in parts.read():
+    row = item.row
     if "error" in row:
       out.append({"image": row["image"], "reason": "unreadable", "why": row["error"]})
     elif min(row["size"]) < cfg.min_side:
@@ -208,27 +189,27 @@ def choose_images(
         }
       )
     else:
-      numbers.append((number, row["image"]))
+      rows.append(item.source)
       signatures.append(perceptual_hash.from_json(row["signature"]))
   gone: dict[int, tuple[str, str]] = {}
   if cfg.similar_bits is not None:
     for i, first in perceptual_hash.near_duplicates(signatures, cfg.similar_bits):
-      gone[i] = "repeated", f"like {numbers[first][1]}"
+      gone[i] = "repeated", f"like {rows[first].name}"
     for i, which in perceptual_hash.like_benchmark(signatures, benchmark, cfg.similar_bits):
       gone[i] = "like a benchmark's", f"like its image number {which}"
   out += [
-    {"image": numbers[i][1], "reason": reason, "why": why} for i, (reason, why) in gone.items()
+    {"image": rows[i].name, "reason": reason, "why": why} for i, (reason, why) in gone.items()
   ]
-  kept = [number for i, (number, _) in enumerate(numbers) if i not in gone]
+  kept = [row for i, row in enumerate(rows) if i not in gone]
   return kept, Counter(item["reason"] for item in out), out
 
 
 # ---- 2: questions ----
 
 
-def _generate(captioner: Captioner, numbers: Sequence[int], rows) -> Iterator[list[RowResult]]:
-  for batch in captioner((number, rows[number]) for number in numbers):
-    yield [RowResult(output.number, _reply(output), output.about()) for output in batch]
+def _generate(captioner: Captioner, rows: Numbered) -> Iterator[list[RowResult]]:
+  for batch in captioner(rows):
+    yield [RowResult(out.number, out.row, _reply(out), out.about()) for out in batch]
 
 
 def _reply(output: CaptionerOutput) -> dict[str, Any]:
@@ -239,29 +220,24 @@ def _reply(output: CaptionerOutput) -> dict[str, Any]:
   return reply | {"text": written.text, "finish": written.finish}
 
 
-def _ask(endpoint: Endpoint, numbers: Sequence[int], rows) -> Iterator[list[RowResult]]:
-  def requests():
-    for number in numbers:
-      yield (
-        number,
-        generated.GENERATION_SYSTEM,
-        generated.GENERATION_USER,
-        image_bytes(rows[number]),
-      )
+def _ask(endpoint: Endpoint, rows: Numbered) -> Iterator[list[RowResult]]:
+  row_of = dict(rows)  # replies come in any order, with the number that was asked
+  requests = (
+    (number, generated.GENERATION_SYSTEM, generated.GENERATION_USER, image_bytes(row))
+    for number, row in rows
+  )
 
   # kept only when a later request gets through: a server that died has refused no image
   failed: list[RowResult] = []
-  for number, reply in endpoint.ask_all(requests()):
-    item = RowResult(
-      number,
-      {
-        "image": rows[number].name,
-        "text": reply.text,
-        "error": reply.error,
-        "finish": reply.finish,
-      },
-      {"attempts": reply.attempts},
-    )
+  for number, reply in endpoint.ask_all(requests):
+    row = row_of[number]
+    found = {
+      "image": row.name,
+      "text": reply.text,
+      "error": reply.error,
+      "finish": reply.finish,
+    }
+    item = RowResult(number, row, found, {"attempts": reply.attempts})
     if reply.error is not None:
       failed.append(item)
       continue
@@ -294,12 +270,13 @@ def parse(item: RowResult, provenance: str) -> tuple[list[Question], list[dict[s
 
 
 def _answer(
-  answerer: Answerer, numbers: Sequence[int], rows: Sequence[QARow], failures: dict[int, list]
+  answerer: Answerer, rows: Numbered, failures: dict[int, list]
 ) -> Iterator[list[RowResult]]:
-  for batch in answerer((number, rows[number]) for number in numbers):
+  for batch in answerer(rows):
     yield [
       RowResult(
         result.number,
+        result.row,
         {
           "image": result.row.name,
           "questions": plain_questions(result.row),
@@ -325,12 +302,13 @@ class Selected:
   dropped: list[tuple[Question, VqaAnswer | None, str]]
 
 
-def select(row: CaptionRow | QARow, item: RowResult, cfg: CurateConfig) -> Selected:
+def select(item: RowResult[QARow], cfg: CurateConfig) -> Selected:
   """Applies the thresholds to one image's questions, then leaves out those that ask what one kept
   asks.
   """
   kept: list[tuple[Question, VqaAnswer]] = []
   dropped: list[tuple[Question, VqaAnswer | None, str]] = []
+  row = item.source
   questions = [
     parse_question(q, f"{row.name}: question {i}") for i, q in enumerate(item.row["questions"])
   ]
@@ -361,10 +339,8 @@ def select(row: CaptionRow | QARow, item: RowResult, cfg: CurateConfig) -> Selec
   verdicts = {question: found for question, found in kept}
   dropped += [(question, verdicts[question], "asks nearly the same") for question in similar_ones]
   kept = [(question, verdicts[question]) for question in stay]
-  facts = getattr(row, "facts", None)
-  return Selected(
-    QARow(row.image, tuple(question for question, _ in kept), row.name, facts), kept, dropped
-  )
+  left = tuple(question for question, _ in kept)
+  return Selected(QARow(row.image, left, row.name, row.facts), kept, dropped)
 
 
 def funnel(
@@ -452,10 +428,7 @@ def run(config, workdir: pathlib.Path) -> None:
     else find_images(cfg.input)
   )
   stages = Stages(workdir / "stages", jax.process_index(), jax.process_count(), cfg.shard_rows)
-  names = [row.name for row in rows]
-  looked = stages.run(
-    "1_images", {}, names, _Nothing, lambda context, numbers: _look(context, numbers, rows)
-  )
+  looked = stages.run("1_images", {}, rows, contextlib.nullcontext, _look)
   benchmark = [
     perceptual_hash.signature_of(read_image(row))
     for source in cfg.benchmarks
@@ -472,17 +445,13 @@ def run(config, workdir: pathlib.Path) -> None:
     raise ValueError(
       f"no image of {cfg.input} is left: {dict(gone)}; see curate.min_side and similar_bits"
     )
-  rows = [rows[number] for number in kept]
-  names = [row.name for row in rows]
   written, provenance = None, ""
   if cfg.questions != "given":
-    written, provenance = _questions_stage(stages, config, cfg, rows, names, mesh, seed)
-  answers = _answers_stage(
-    stages, cfg, answerer_section, rows, names, written, provenance, mesh, seed
-  )
+    written, provenance = _questions_stage(stages, config, cfg, kept, mesh, seed)
+  answers = _answers_stage(stages, cfg, answerer_section, kept, written, provenance, mesh, seed)
   if stages.host == 0:
     with answers.lock("output"):
-      _write(answers, rows, cfg, looked.count, gone, out, workdir, seed)
+      _write(answers, cfg, looked.count, gone, out, workdir, seed)
   else:
     log.info(
       "host %d of %d: its shards are done; host 0 writes the output", stages.host, stages.hosts
@@ -490,7 +459,7 @@ def run(config, workdir: pathlib.Path) -> None:
 
 
 def _questions_stage(
-  stages: Stages, config, cfg: CurateConfig, rows, names, mesh, seed
+  stages: Stages, config, cfg: CurateConfig, rows, mesh, seed
 ) -> tuple[ShardedJob, str]:
   sampling = {key: getattr(cfg, key) for key in ("max_tokens", "temperature", "repetition_penalty")}
   settings = {"system": generated.GENERATION_SYSTEM, "user": generated.GENERATION_USER}
@@ -508,9 +477,7 @@ def _questions_stage(
       endpoint.check()
       return endpoint
 
-    return stages.run(
-      "2_questions", settings, names, make, lambda endpoint, numbers: _ask(endpoint, numbers, rows)
-    ), endpoint_cfg.model
+    return stages.run("2_questions", settings, rows, make, _ask), endpoint_cfg.model
   section = configuration.load_section(config, "generator", PolicySection)
   settings |= sampling | section.identity() | {"seed": seed}
   captioner_cfg = CaptionerConfig(
@@ -522,9 +489,9 @@ def _questions_stage(
   parts = stages.run(
     "2_questions",
     settings,
-    names,
+    rows,
     lambda: open_captioner(section.load, captioner_cfg, mesh=mesh, seed=seed),
-    lambda captioner, numbers: _generate(captioner, numbers, rows),
+    _generate,
   )
   return parts, section.checkpoint
 
@@ -534,7 +501,6 @@ def _answers_stage(
   cfg: CurateConfig,
   section: PolicySection,
   rows,
-  names,
   written: ShardedJob | None,
   provenance: str,
   mesh,
@@ -550,20 +516,19 @@ def _answers_stage(
   if written:
     for item in written.read():
       questions, failures[item.number] = parse(item, provenance)
-      asked[item.number] = QARow(rows[item.number].image, tuple(questions), rows[item.number].name)
+      asked[item.number] = QARow(item.source.image, tuple(questions), item.source.name)
   with jax.set_mesh(mesh):
     return stages.run(
       "3_answers",
       settings,
-      names,
+      asked,
       lambda: Answerer(section.load(mesh), cfg.answers, mesh, seed),
-      lambda answerer, numbers: _answer(answerer, numbers, asked, failures),
+      lambda answerer, left: _answer(answerer, left, failures),
     )
 
 
 def _write(
-  answers: ShardedJob,
-  rows,
+  answers: ShardedJob[QARow],
   cfg: CurateConfig,
   images: int,
   gone: Counter,
@@ -571,8 +536,8 @@ def _write(
   workdir: pathlib.Path,
   seed,
 ) -> None:
-  pairs = [(item, select(rows[item.number], item, cfg)) for item in answers.read()]
-  figures = funnel(images, gone, pairs, len(rows))
+  pairs = [(item, select(item, cfg)) for item in answers.read()]
+  figures = funnel(images, gone, pairs, len(pairs))
   write_json(workdir / "funnel.json", figures)
   for item, selected in pairs:
     out += [{"image": item.row["image"], **failure} for failure in item.row["failures"]]

@@ -1,13 +1,9 @@
-"""Where captions go: resumable shards, each format read back by its own reader, statistics by hand,
-the page.
-"""
+"""Where captions go: each format read back by its own reader, statistics by hand, the page."""
 
 import json
-import logging
 import pathlib
 import shutil
 import subprocess
-import threading
 
 import datasets
 import numpy as np
@@ -17,148 +13,11 @@ from PIL import Image
 
 from caprl_jax.data.readers.image_sources import base_folder, find_images
 from caprl_jax.data.rows import CaptionRow
-from caprl_jax.harness import row_shards
-from caprl_jax.harness.row_shards import RowResult, Shard, ShardedJob
+from caprl_jax.harness.row_shards import RowResult
 from caprl_jax.modes.caption import formats as caption_formats
-from caprl_jax.modes.caption import report as caption_report
+from caprl_jax.modes.caption import statistics as caption_statistics
 from caprl_jax.modes.caption.formats import Output
-
-# ---- shards
-
-
-def make(folder, count=10, shard_rows=4, host=0, hosts=1, **settings) -> ShardedJob:
-  names = [f"{i}.png" for i in range(count)]
-  return ShardedJob(
-    folder, row_shards.manifest({"prompt": "?"} | settings, names, shard_rows), host, hosts
-  )
-
-
-def finished(number: int) -> RowResult:
-  return RowResult(
-    number,
-    {"image": f"{number}.png", "caption": f"é {number}\u2028", "tokens": [number], "finish": "end"},
-    {"bucket": "4x1", "secs": 0.5},
-  )
-
-
-def fill(parts: ShardedJob, shard: int) -> None:
-  with Shard(parts, shard) as kept:
-    kept.put([finished(number) for number in reversed(kept.numbers) if number not in kept.done])
-
-
-def test_shards_are_shared_and_read_in_order(tmp_path):
-  hosts = [make(tmp_path / "parts", host=host, hosts=2) for host in range(2)]
-  assert [list(parts.mine) for parts in hosts] == [[0, 2], [1]] and list(hosts[0].numbers(2)) == [
-    8,
-    9,
-  ]
-  for parts in hosts:
-    parts.open()
-    for shard in parts.mine:
-      fill(parts, shard)
-  assert hosts[0].missing() == [] and list(hosts[0].read()) == [
-    finished(number) for number in range(10)
-  ]
-  assert hosts[1].path(1).name == "00001-of-00003.jsonl"
-  hosts[0].remove()
-  assert list(tmp_path.iterdir()) == []
-  # a host may have nothing to do
-  assert list(make(tmp_path / "x", count=3, host=2, hosts=3).mine) == []
-
-
-@pytest.mark.parametrize(
-  "tail", [b"", b'[2, {"ima', b"[2, {}, {}]", b"\0\0\0\n", b"[2]\n", b"[99, {}, {}]\n", b"7\n[3"]
-)
-def test_a_shard_goes_on_after_what_was_kept(tail, tmp_path):
-  parts = make(tmp_path / "parts")
-  parts.open()
-  with Shard(parts, 0) as kept:
-    kept.put([finished(3), finished(0)])
-  assert parts.missing() == [0, 1, 2]
-  with open(kept.partial, "ab") as file:
-    file.write(tail)
-  with Shard(parts, 0) as kept:
-    assert kept.done == {0, 3}
-    kept.put([finished(1)])
-    with pytest.raises(AssertionError):
-      kept.put([finished(1)])
-    kept.put([finished(2)])
-  assert parts.missing() == [1, 2] and not kept.partial.exists()
-  for shard in (1, 2):
-    fill(parts, shard)
-  assert list(parts.read()) == [finished(number) for number in range(10)]
-
-
-def test_a_kill_between_the_last_row_and_the_name(tmp_path, monkeypatch):
-  parts = make(tmp_path / "parts")
-  parts.open()
-
-  def killed(*_):
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(row_shards.os, "rename", killed)
-  with pytest.raises(KeyboardInterrupt):
-    fill(parts, 0)
-  monkeypatch.undo()
-  assert parts.missing() == [0, 1, 2]
-  fill(parts, 0)
-  assert parts.missing() == [1, 2]
-
-
-def test_a_shard_has_one_writer(tmp_path):
-  parts = make(tmp_path / "parts")
-  parts.open()
-  with Shard(parts, 0) as kept:
-    kept.put([finished(0)])
-    with pytest.raises(
-      ValueError, match=r"another process is writing .*00000-of-00003.*caption\.host"
-    ):
-      Shard(parts, 0).__enter__()
-  fill(parts, 0)
-  with Shard(parts, 0) as kept:  # its other writer was just about to end
-    assert kept.done == {0, 1, 2, 3}
-  assert parts.missing() == [1, 2] and not kept.partial.exists()
-  with (
-    parts.lock("output"),
-    pytest.raises(ValueError, match="another process"),
-    parts.lock("output"),
-  ):
-    pass
-
-
-def test_other_settings_and_missing_rows_are_refused(tmp_path):
-  make(tmp_path / "parts").open()
-  make(tmp_path / "parts").open()
-  for other, message in (
-    (make(tmp_path / "parts", prompt="!"), r"prompt was '\?' and is '!'"),
-    (make(tmp_path / "parts", count=11), "images was 10 and is 11; names_sha256 was"),
-    (make(tmp_path / "parts", shard_rows=5), "shard_rows was 4 and is 5"),
-  ):
-    with pytest.raises(ValueError, match=message):
-      other.open()
-  parts = make(tmp_path / "parts")
-  for shard in range(3):
-    fill(parts, shard)
-  parts.path(1).write_bytes(b"".join(parts.path(1).read_bytes().splitlines(True)[1:]))
-  with pytest.raises(ValueError, match="has 3 rows, not the 4"):
-    list(parts.read())
-
-
-def test_waiting_names_the_hosts_that_are_late(tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(row_shards, "POLL_SECS", 0.05)
-  parts, other = make(tmp_path / "parts", hosts=2), make(tmp_path / "parts", host=1, hosts=2)
-  parts.open()
-  fill(parts, 0)
-  later = [threading.Timer(0.3, fill, (parts, 2)), threading.Timer(0.6, fill, (other, 1))]
-  for timer in later:
-    timer.start()
-  with caplog.at_level(logging.INFO, "caprl_jax"):
-    parts.wait()
-  assert parts.missing() == [] and caplog.text.count("waiting for") == 1
-  assert "waiting for 2 of 3 shards, of hosts 0, 1" in caplog.text
-  for timer in later:
-    timer.join()
-
+from caprl_jax.modes.caption.page import samples_page
 
 # ---- formats
 
@@ -174,7 +33,7 @@ def images(tmp_path):
   return tmp_path / "images"
 
 
-def outcome(rows: list[CaptionRow]) -> list[tuple[int, dict]]:
+def outcome(rows: list[CaptionRow]) -> list[RowResult[CaptionRow]]:
   """What a captioner might make of them."""
   good = lambda i: {
     "caption": f'Ünï {i}\n"x"',
@@ -182,7 +41,7 @@ def outcome(rows: list[CaptionRow]) -> list[tuple[int, dict]]:
     "finish": "end" if i else "length",
   }
   return [
-    (i, {"image": row.name} | ({"error": "no"} if i == 3 else good(i)))
+    RowResult(i, row, {"image": row.name} | ({"error": "no"} if i == 3 else good(i)), {})
     for i, row in enumerate(rows)
   ]
 
@@ -197,12 +56,12 @@ def lines(path):
 
 def test_json_lines(images, tmp_path):
   rows = find_images(str(images))
-  output("jsonl", tmp_path / "new" / "out.jsonl", images).write(outcome(rows), rows)
-  assert lines(tmp_path / "new" / "out.jsonl") == [row for _, row in outcome(rows)]
+  output("jsonl", tmp_path / "new" / "out.jsonl", images).write(outcome(rows))
+  assert lines(tmp_path / "new" / "out.jsonl") == [item.row for item in outcome(rows)]
   output("caprl_2m", tmp_path / "c.jsonl", images, image_key="img", caption_key="text").write(
-    outcome(rows), rows
+    outcome(rows)
   )
-  good = [row for _, row in outcome(rows) if "error" not in row]
+  good = [item.row for item in outcome(rows) if "error" not in item.row]
   assert lines(tmp_path / "c.jsonl") == [
     {"img": row["image"], "text": row["caption"]} for row in good
   ]
@@ -212,12 +71,12 @@ def test_json_lines(images, tmp_path):
 def test_parquet(images, tmp_path, monkeypatch):
   monkeypatch.setattr(caption_formats, "ROWS_PER_GROUP", 4)
   rows = find_images(str(images))
-  output("parquet", tmp_path / "out.parquet", images).write(outcome(rows), rows)
+  output("parquet", tmp_path / "out.parquet", images).write(outcome(rows))
   file = pq.ParquetFile(tmp_path / "out.parquet")
   assert file.metadata.num_row_groups == 2
   found = file.read().to_pylist()
   there = lambda row: {key: value for key, value in row.items() if value is not None}
-  assert [there(row) for row in found] == [row for _, row in outcome(rows)]
+  assert [there(row) for row in found] == [item.row for item in outcome(rows)]
   assert all(row.keys() == {"image", "caption", "tokens", "finish", "error"} for row in found)
 
 
@@ -226,14 +85,14 @@ def test_texts_beside_the_images_and_in_a_tree_of_their_own(images, tmp_path):
   for folder in (images, tmp_path / "texts"):
     out = output("txt", folder, images)
     out.check(rows)
-    out.write(outcome(rows), rows)
+    out.write(outcome(rows))
     found = {
       str(path.relative_to(folder)): path.read_text("utf-8") for path in folder.rglob("*.txt")
     }
     assert found == {
       ("deep/" if int(row["image"][-5]) % 2 else "") + row["image"][-5] + ".txt": row["caption"]
       + "\n"
-      for _, row in outcome(rows)
+      for row in (item.row for item in outcome(rows))
       if "error" not in row
     }
     assert lines(folder.with_name(folder.name + ".failed.jsonl")) == [
@@ -252,7 +111,7 @@ def test_texts_for_images_in_a_tar(images, tmp_path):
     ["tar", "cf", tmp_path / "set" / "a.tar", "-C", images, "0.png", "deep"], check=True
   )
   rows = find_images(str(tmp_path / "set"))
-  output("txt", tmp_path / "texts", tmp_path / "set").write([(0, outcome(rows)[0][1])], rows)
+  output("txt", tmp_path / "texts", tmp_path / "set").write(outcome(rows)[:1])
   assert [
     str(path.relative_to(tmp_path / "texts")) for path in (tmp_path / "texts").rglob("*.txt")
   ] == ["a.tar/0.txt"]
@@ -266,12 +125,12 @@ def test_a_hugging_face_dataset(embed, images, tmp_path, monkeypatch):
   monkeypatch.setattr(caption_formats, "GROUP_BYTES", 300)
   rows = find_images(str(images))
   out = output("hf", tmp_path / "set", images, embed_images=embed, about=" with `m: {x}`")
-  out.write(outcome(rows), rows)
+  out.write(outcome(rows))
   names = sorted(path.name for path in (tmp_path / "set" / "data").iterdir())
   assert names == [f"train-{i:05d}-of-{len(names):05d}.parquet" for i in range(len(names))]
   assert len(names) > 1 if embed else len(names) == 1
   found = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))["train"]
-  good = [(i, row) for i, row in outcome(rows) if "error" not in row]
+  good = [(item.number, item.row) for item in outcome(rows) if "error" not in item.row]
   assert found["caption"] == [row["caption"] for _, row in good]
   assert found["finish"] == [row["finish"] for _, row in good]
   assert found["tokens"] == [row["tokens"] for _, row in good]
@@ -284,7 +143,7 @@ def test_a_hugging_face_dataset(embed, images, tmp_path, monkeypatch):
       str(tmp_path / "set" / "data" / names[0]), cache_dir=str(tmp_path / "cache")
     )
     assert one[0]["image"].size == (9, 8)  # a file by itself too
-  out.write(outcome(rows)[:2], rows)  # after a kill: what is there is ours, and gives way
+  out.write(outcome(rows)[:2])  # after a kill: what is there is ours, and gives way
   assert (
     datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache2"))[
       "train"
@@ -315,9 +174,9 @@ def test_a_kill_leaves_no_half_of_an_output(kind, images, tmp_path):
 
   out = output(kind, tmp_path / "out.x", images)
   with pytest.raises(KeyboardInterrupt):
-    out.write(killed(), rows)
+    out.write(killed())
   assert not out.path.exists()
-  out.write(outcome(rows), rows)
+  out.write(outcome(rows))
   assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
@@ -325,7 +184,7 @@ def test_a_kill_leaves_no_half_of_an_output(kind, images, tmp_path):
 
 
 def test_statistics_are_those_counted_by_hand():
-  found = caption_report.Statistics(hosts=2, shard_rows=2, samples=16, seed=0)
+  found = caption_statistics.Statistics(hosts=2, shard_rows=2, samples=16, seed=0)
   lengths = [1, 2, 3, 4, 20]
   texts = ["a", "b", "b", "c", "b"]
   for number, (length, text) in enumerate(zip(lengths, texts)):
@@ -337,9 +196,10 @@ def test_statistics_are_those_counted_by_hand():
       "tokens": tokens,
       "finish": "length" if length > 3 else "end",
     }
-    found.add(RowResult(number, row, about))
+    found.add(RowResult(number, None, row, about))
   for number, reason in ((5, "not an image"), (6, "no such file"), (7, "not an image")):
-    found.add(RowResult(number, {"image": f"{number}", "error": "?"}, {"reason": reason}))
+    row = {"image": f"{number}", "error": "?"}
+    found.add(RowResult(number, None, row, {"reason": reason}))
   figures = found.figures()
   rate = figures.pop("images_per_sec")
   assert figures == {
@@ -355,11 +215,11 @@ def test_statistics_are_those_counted_by_hand():
     "images_by_bucket": {"16x4": 4, "128x32": 1},
   }
   assert rate == pytest.approx(20 + 10)  # host 0 at 20 a second, host 1 at 10
-  assert [n for n, _ in found.longest.rows()] == [4, 3] and [
-    n for n, _ in found.shortest.rows()
+  assert [item.number for item in found.longest.rows()] == [4, 3] and [
+    item.number for item in found.shortest.rows()
   ] == [0, 1]
-  assert [n for n, _ in found.cuts.rows()] == [3, 4] and len(found.failures.rows()) == 2
-  empty = caption_report.Statistics(1, 1, 48, 0).figures()
+  assert [item.number for item in found.cuts.rows()] == [3, 4] and len(found.failures.rows()) == 2
+  empty = caption_statistics.Statistics(1, 1, 48, 0).figures()
   assert empty["captioned"] == 0 and empty["cut_share"] is None and empty["caption_tokens"] is None
 
 
@@ -376,31 +236,35 @@ def test_loops():
     ([1, 2, 3, 4, 9, 1, 2, 3, 4, 8, 1, 2, 3, 4], False),
     ([], False),
   ):
-    assert caption_report.has_loop(tokens) == loops, tokens
+    assert caption_statistics.has_loop(tokens) == loops, tokens
 
 
 def test_random_samples_are_the_seed_s_and_spread():
   picked = []
   for seed in (0, 0, 1):
-    sample = caption_report._Random(100, seed)
+    sample = caption_statistics._Random(100, seed)
     for number in range(10_000):
-      sample.add(number, {})
-    picked.append([number for number, _ in sample.rows()])
+      sample.add(RowResult(number, None, {}, {}))
+    picked.append([item.number for item in sample.rows()])
   assert picked[0] == picked[1] != picked[2] and len(set(picked[0])) == 100
   assert 4000 < np.mean(picked[0]) < 6000
 
 
 def test_the_page_shows_each_row_once_and_escapes(images, tmp_path):
   rows = find_images(str(images))
-  found = caption_report.Statistics(1, 100, 48, 0)
-  for number, row in outcome(rows):
+  found = caption_statistics.Statistics(1, 100, 48, 0)
+  for item in outcome(rows):
+    number, row = item.number, item.row
     row = row | ({"caption": f"<script>{number}"} if "caption" in row else {"error": "<b>why"})
     found.add(
       RowResult(
-        number, row, {"bucket": "4x1", "secs": 0.1} if "caption" in row else {"reason": "other"}
+        number,
+        item.source,
+        row,
+        {"bucket": "4x1", "secs": 0.1} if "caption" in row else {"reason": "other"},
       )
     )
-  page = caption_report.samples_page("out", found, {"max_tokens": 3, "prompt": "<i>?"}, rows)
+  page = samples_page("out", found, {"max_tokens": 3, "prompt": "<i>?"})
   assert page.count("<article") == 6 and page.count("data:image/png;base64") == 6
   assert (
     "<script>" not in page

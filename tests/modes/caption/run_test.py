@@ -25,6 +25,7 @@ from PIL import Image
 
 from caprl_jax import main
 from caprl_jax.data.readers.easy_vqa import easy_vqa_root
+from caprl_jax.harness import row_shards
 from caprl_jax.modes.caption import run as caption
 
 SIZES = [(40, 30), (120, 90), (33, 150), (64, 64), (200, 40), (41, 30)]
@@ -168,7 +169,7 @@ def test_json_lines_bad_images_and_going_on(checkpoint, tmp_path, monkeypatch, c
   source.write_text("".join(json.dumps({"image": n, "id": i}) + "\n" for i, n in enumerate(names)))
   output = tmp_path / "out.jsonl"
 
-  put, written = caption.Shard.put, []
+  put, written = row_shards.Shard.put, []
 
   def put_and_stop(self, items):
     put(self, items)
@@ -176,7 +177,7 @@ def test_json_lines_bad_images_and_going_on(checkpoint, tmp_path, monkeypatch, c
     if len(written) >= 4:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(caption.Shard, "put", put_and_stop)
+  monkeypatch.setattr(row_shards.Shard, "put", put_and_stop)
   assert command(checkpoint, source, output) == 130
   monkeypatch.undo()
   assert not output.exists() and 4 <= len(written) < 8

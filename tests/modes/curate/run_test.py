@@ -227,6 +227,7 @@ def test_the_published_rule():
   ]
   item = RowResult(
     0,
+    row,
     {
       "image": "image",
       "questions": jsonl.plain_questions(QARow(b"", tuple(questions), "")),
@@ -236,7 +237,7 @@ def test_the_published_rule():
     },
     {},
   )
-  got = select(row, item, CurateConfig("", "a.jsonl"))
+  got = select(item, CurateConfig("", "a.jsonl"))
   assert [q.stem for q, _ in got.kept] == [questions[0].stem, questions[4].stem]
   assert [(q.stem, why) for q, _, why in got.dropped] == [
     (questions[1].stem, "not answered with the image"),
