@@ -455,10 +455,7 @@ def run(config, workdir: pathlib.Path) -> None:
   )
   sharding.check_batch_size(1, mesh, "the demo's batch")
   captioner_cfg = CaptionerConfig(
-    policy_section.instruction,
-    max_tokens=cfg.max_tokens,
-    temperature=cfg.temperature,
-    batch_size=1,
+    policy_section.instruction, max_tokens=cfg.max_tokens, temperature=cfg.temperature, batch_size=1
   )
   with jax.set_mesh(mesh):
     loaded = load_judge(section.source, mesh, jnp.dtype(section.dtype))
