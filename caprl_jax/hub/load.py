@@ -49,17 +49,20 @@ class Loaded:
     """Token ids before and after the image's, for a captioner asked `instruction`, by its own chat
     template.
     """
-    template, special = self._chat()
+    template, special = self.chat_template()
     return prompt_pieces(
       template, self.model.cfg.family, self.tokenizer, instruction, special, system
     )
 
   def text_prompt(self, instruction: str, system: str | None = None) -> list[int]:
     """Token ids of `instruction` without an image, by the checkpoint's own chat template."""
-    template, special = self._chat()
+    template, special = self.chat_template()
     return text_prompt(template, self.tokenizer, instruction, special, system)
 
-  def _chat(self) -> tuple[str, dict[str, str]]:
+  def chat_template(self) -> tuple[str, dict[str, str]]:
+    """The checkpoint's own template, its family's where it has none, and the special tokens by the
+    names that templates use (`bos_token`, ...).
+    """
     settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
     text = lambda token: token["content"] if isinstance(token, dict) else token
     special = {

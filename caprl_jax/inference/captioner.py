@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import ImagePrompt, ImageShape, stack
 from caprl_jax.data.rows import CaptionRow, QARow, failure_reason
 from caprl_jax.hub.load import Loaded
+from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.inference.host_batches import HostBatch, HostPipeline, NumberedRow, one_ahead
 from caprl_jax.rl.rollout import RolloutConfig, sample_captions
 from caprl_jax.rl.sampling import SamplingConfig
@@ -219,6 +219,4 @@ def end_ids(loaded: Loaded) -> tuple[int, ...]:
 def caption_vocabulary(loaded: Loaded) -> Vocabulary:
   """Every id may be written, as in `generate`."""
   size, ends = loaded.model.cfg.text.vocab_size, end_ids(loaded)
-  return Vocabulary(
-    jnp.ones(size, bool), jnp.full(size, -1, jnp.int32), ends, ends[0] if ends else 0
-  )
+  return own_vocabulary(np.ones(size, bool), ends)

@@ -17,6 +17,7 @@ from caprl_jax.data.question_texts import LLAVA, open_text
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.tokenizer import Tokenizer
+from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.inference.vqa import AnswerConfig, VqaAnswer, VqaRunner, branch
 from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import head_matrix
@@ -109,12 +110,7 @@ class OpenAnswerer(VqaRunner):
     size, tokenizer = loaded.model.cfg.text.vocab_size, loaded.tokenizer
     check_ends(tokenizer)
     # every id, as in `generate`
-    vocabulary = Vocabulary(
-      jnp.ones(size, bool),
-      jnp.full(size, -1, jnp.int32),
-      tuple(tokenizer.end_ids),
-      tokenizer.end_ids[0],
-    )
+    vocabulary = own_vocabulary(np.ones(size, bool), tokenizer.end_ids)
     vocabulary = jax.device_put(vocabulary, sharding.replicated(mesh))
     self._write = jax.jit(
       functools.partial(

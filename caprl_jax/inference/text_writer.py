@@ -11,6 +11,7 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.hub.load import Loaded
+from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.inference.host_batches import one_ahead
 from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import Decoder, head_matrix
@@ -75,12 +76,7 @@ class Writer:
         "the answering model's files name no end token: it would never stop; "
         "add eos_token_id to config.json"
       )
-    vocabulary = Vocabulary(
-      jnp.arange(size) < loaded.tokenizer.vocab_size,
-      jnp.full(size, -1, jnp.int32),
-      tuple(ends),
-      ends[0],
-    )
+    vocabulary = own_vocabulary(np.arange(size) < loaded.tokenizer.vocab_size, ends)
     self._run = jax.jit(
       functools.partial(write_texts, loaded.model, vocabulary=vocabulary, cfg=cfg)
     )

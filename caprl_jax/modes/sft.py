@@ -10,6 +10,7 @@ import functools
 import logging
 import pathlib
 import string
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +27,16 @@ from caprl_jax.data.readers.qa_sources import read_caption_rows, read_qa_rows
 from caprl_jax.data.rows import QARow, read_image
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import run_loop
-from caprl_jax.hub import hub_files
-from caprl_jax.hub.load import Loaded, load_policy, new_policy, save_policy
-from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
+from caprl_jax.hub.load import Loaded, load_policy, save_policy
+from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
+from caprl_jax.hub.tokenizer import Tokenizer
+from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.masked import masked_sum
 from caprl_jax.rl.optimizer import OptimizerConfig, build_optimizer
 from caprl_jax.rl.rollout import caption_logprobs
 from caprl_jax.types import Batch, Captions, TrainState, Vocabulary
 
 log = logging.getLogger("caprl_jax.modes.sft")
-
-VISION_SPECIALS = (
-  "<|vision_start|>",
-  "<|vision_end|>",
-  "<|vision_pad|>",
-  "<|image_pad|>",
-  "<|video_pad|>",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,19 +130,24 @@ class CaptionExample:
     else:
       caption = row.caption
     image = shift_and_mirror(read_image(row), rng) if self.cfg.augment else None
-    images, prompts = self.prompt(row, image)
-    ids = [*self.tokenizer.encode_plain(caption), self.tokenizer.end_ids[0]]
-    if len(ids) > self.cfg.max_tokens:
-      raise ValueError(
-        f"row {row.name!r}: its caption has {len(ids)} tokens, more than "
-        f"sft.max_tokens = {self.cfg.max_tokens}; raise it or shorten the caption"
-      )
-    length = self.cfg.max_tokens
-    return SFTExample(
-      Batch(images, prompts, None, np.int32(index)),
-      np.pad(np.array(ids, np.int32), (0, length - len(ids)), constant_values=ids[-1]),
-      np.arange(length) < len(ids),
+    batch = Batch(*self.prompt(row, image), None, np.int32(index))
+    return SFTExample(batch, *caption_ids(self.tokenizer, row, caption, self.cfg.max_tokens))
+
+
+def caption_ids(
+  tokenizer: Tokenizer, row, caption: str, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Ids of a caption of `row` with its end token, padded to int32 [max_tokens], and which are no
+  padding. Raises ValueError for one that is too long.
+  """
+  ids = [*tokenizer.encode_plain(caption), tokenizer.end_ids[0]]
+  if len(ids) > max_tokens:
+    raise ValueError(
+      f"row {row.name!r}: its caption has {len(ids)} tokens, more than "
+      f"sft.max_tokens = {max_tokens}; raise it or shorten the caption"
     )
+  padded = np.pad(np.array(ids, np.int32), (0, max_tokens - len(ids)), constant_values=ids[-1])
+  return padded, np.arange(max_tokens) < len(ids)
 
 
 def shift_and_mirror(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -200,12 +199,7 @@ def text_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
   allowed[: tokenizer.vocab_size] = True
   allowed[list(tokenizer.special_ids)] = False
   allowed[list(tokenizer.end_ids)] = True
-  return Vocabulary(
-    jnp.asarray(allowed),
-    jnp.full(vocab_size, -1, jnp.int32),
-    tuple(tokenizer.end_ids),
-    tokenizer.end_ids[-1],
-  )
+  return own_vocabulary(allowed, tokenizer.end_ids)
 
 
 def recognition(
@@ -238,16 +232,14 @@ def recognition(
     scores = []
     # the text up to the place, then each candidate word; the same length of context for all
     for value in values:
-      phase = PhaseConfig(1, OptimizerConfig(), ((1.0, stem + "{__word}"),))
-      worded = [dataclasses.replace(row, facts={**row.facts, "__word": value}) for row in rows]
-      example = CaptionExample(
-        worded, policy.tokenizer, prompt, phase, dataclasses.replace(cfg, augment=False)
-      )
 
-      def without_end(index, rng, example=example):
-        made = example(index, rng)
-        made.valid[made.valid.sum() - 1] = False
-        return made
+      def without_end(index, rng, stem=stem, value=value):
+        del rng
+        row = rows[index]
+        caption = stem.format(**row.facts) + value
+        tokens, valid = caption_ids(policy.tokenizer, row, caption, cfg.max_tokens)
+        valid[valid.sum() - 1] = False
+        return SFTExample(Batch(*prompt(row), None, np.int32(index)), tokens, valid)
 
       scores.append(
         np.concatenate(
@@ -262,7 +254,9 @@ def recognition(
   return rates
 
 
-def make_policy(section: NewPolicyConfig, cfg: SFTConfig, rows: list, seed: int, mesh) -> Loaded:
+def begin_policy(
+  section: NewPolicyConfig, phases: Sequence[PhaseConfig], rows: list, *, seed: int, mesh
+) -> Loaded:
   """Loads the checkpoint, or makes a new model with a (compact) copy of another one's tokenizer."""
   if section.checkpoint:
     return load_policy(section.checkpoint, mesh)
@@ -271,37 +265,20 @@ def make_policy(section: NewPolicyConfig, cfg: SFTConfig, rows: list, seed: int,
       "mode sft needs policy.checkpoint, or policy.architecture and "
       "policy.tokenizer for a new model"
     )
-  tokenizer = load_tokenizer(hub_files.resolve_model(section.tokenizer))
-  if section.compact:
-    texts = {f"<|im_start|>user\n{section.instruction}<|im_end|>\n<|im_start|>assistant\n"}
-    for phase in cfg.phases:
-      texts |= (
-        {t.format(**row.facts) for _, t in phase.templates for row in rows}
-        if phase.templates
-        else {row.caption for row in rows}
-      )
-    backend, _ = compact_tokenizer(tokenizer, sorted(texts), list(VISION_SPECIALS))
-    tokenizer = Tokenizer(backend)
-  config = configuration.to_plain(section.architecture)
-  config["text_config"]["vocab_size"] = tokenizer.vocab_size
-  config["text_config"] |= {
-    "bos_token_id": tokenizer.end_ids[-1],
-    "eos_token_id": tokenizer.end_ids[0],
-  }
-  for name, token in (
-    ("image_token_id", "<|image_pad|>"),
-    ("video_token_id", "<|video_pad|>"),
-    ("vision_start_token_id", "<|vision_start|>"),
-    ("vision_end_token_id", "<|vision_end|>"),
-  ):
-    config[name] = tokenizer.id_of(token)
-  return new_policy(
-    config,
-    configuration.to_plain(section.preprocessor or {}),
-    tokenizer,
-    jax.random.key(seed),
-    mesh,
+  texts = {text for phase in phases for text in all_captions(phase, rows)}
+  tokenizer = shared_tokenizer(
+    section.tokenizer, texts if section.compact else None, section.instruction
   )
+  return policy_from_architecture(
+    section.architecture, section.preprocessor, tokenizer, seed=seed, mesh=mesh
+  )
+
+
+def all_captions(phase: PhaseConfig, rows: list) -> set[str]:
+  """All that a phase may teach to say."""
+  if not phase.templates:
+    return {row.caption for row in rows}
+  return {template.format(**row.facts) for _, template in phase.templates for row in rows}
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -330,7 +307,7 @@ def run(config, workdir: pathlib.Path) -> None:
       "use; check the places in sft.phases"
     )
   with jax.set_mesh(mesh):
-    policy = make_policy(section, cfg, rows, seed, mesh)
+    policy = begin_policy(section, cfg.phases, rows, seed=seed, mesh=mesh)
     _train_phases(policy, rows, section, cfg, config, seed, mesh, workdir)
 
 

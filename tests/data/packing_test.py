@@ -209,7 +209,7 @@ def talks(folder):
 
 
 def make_packer(policy, examples, seed=3, **settings):
-  template, special = policy._chat()
+  template, special = policy.chat_template()
   return Packer(
     examples,
     ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special),

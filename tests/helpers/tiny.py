@@ -19,8 +19,8 @@ from caprl_jax.data.readers.jsonl import write_jsonl
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import new_policy, save_policy
+from caprl_jax.hub.new_policy import VISION_SPECIALS
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
-from caprl_jax.modes.sft import VISION_SPECIALS
 
 COLORS, SHAPES = ("red", "green", "blue"), ("circle", "rectangle")
 TEXTS = [f"The image shows a {c} {s}." for c in COLORS for s in SHAPES] + [

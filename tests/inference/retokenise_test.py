@@ -15,9 +15,9 @@ from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import new_policy, save_policy
+from caprl_jax.hub.new_policy import VISION_SPECIALS
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 from caprl_jax.inference.retokenise import Translator
-from caprl_jax.modes.sft import VISION_SPECIALS
 from caprl_jax.modes.train import run as train
 from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.types import Captions

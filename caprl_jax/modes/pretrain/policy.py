@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax.data.readers.conversations import Example, conversation_of
-from caprl_jax.data.rows import CaptionRow
 from caprl_jax.hub.compose import compose_policy, with_tower
 from caprl_jax.hub.load import Loaded, load_policy, with_pixel_limits
+from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.models.policy import Policy, PolicyConfig, check_pixel_limits
-from caprl_jax.modes.sft import NewPolicyConfig, PhaseConfig, SFTConfig, make_policy
-from caprl_jax.rl.optimizer import OptimizerConfig
 
 log = logging.getLogger("caprl_jax.modes.pretrain.run")
+
+# A compact vocabulary can say it whether or not a stage asks it: mode `caption` does.
+DEFAULT_INSTRUCTION = "Please describe this image in detail."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +77,11 @@ def _make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, 
     return load_policy(section.checkpoint, *options)
   if section.language is not None:
     return compose_policy(section.vision, section.language, jax.random.key(seed), *options)
-  new = NewPolicyConfig(
-    architecture=section.architecture,
-    preprocessor=section.preprocessor,
-    tokenizer=section.tokenizer,
-    compact=section.compact,
+  needed = [*section.texts, *texts] if section.compact else None
+  tokenizer = shared_tokenizer(section.tokenizer, needed, DEFAULT_INSTRUCTION)
+  made = policy_from_architecture(
+    section.architecture, section.preprocessor, tokenizer, seed=seed, mesh=mesh
   )
-  rows = [CaptionRow(b"", text, "") for text in dict.fromkeys([*section.texts, *texts])]
-  made = make_policy(new, SFTConfig("", (PhaseConfig(1, OptimizerConfig()),)), rows, seed, mesh)
   cfg = PolicyConfig.from_hf(made.config, made.preprocessor, dtype=dtype, remat=section.remat)
   params = jax.tree.map(lambda x: x.astype(param_dtype), made.params)
   made = dataclasses.replace(made, model=Policy(cfg), params=params)

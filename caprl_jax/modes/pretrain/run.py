@@ -190,7 +190,7 @@ def rows_a_step(
 
 
 def _renderer(policy: Loaded) -> ChatRenderer:
-  template, special = policy._chat()  # pylint: disable=protected-access
+  template, special = policy.chat_template()
   return ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special)
 
 

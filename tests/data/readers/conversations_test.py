@@ -39,7 +39,7 @@ def policy(folder):
 
 
 def renderer(policy):
-  template, special = policy._chat()
+  template, special = policy.chat_template()
   return ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special)
 
 
