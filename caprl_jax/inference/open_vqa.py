@@ -104,6 +104,7 @@ class OpenAnswerer(VqaRunner):
     cfg: AnswerConfig,
     mesh: jax.sharding.Mesh,
     seed: int,
+    *,
     wording: str = LLAVA,
     max_tokens: int = 16,
   ):

@@ -20,7 +20,7 @@ from caprl_jax.rl.sampling import SamplingConfig, decode
 from caprl_jax.types import Array, Params, Vocabulary
 
 
-class Written(NamedTuple):
+class WrittenText(NamedTuple):
   """A text, and whether it ended by itself ("end") or was cut at max_tokens ("length")."""
 
   text: str
@@ -63,11 +63,17 @@ def write_texts(
   return end.tokens_NT, end.valid_NT, end.done_N
 
 
-class Writer:
+class TextWriter:
   """A language model that goes on after prompts, one compiled program per bucket of lengths."""
 
   def __init__(
-    self, loaded: Loaded, cfg: SamplingConfig, batch_size: int, mesh: jax.sharding.Mesh, seed: int
+    self,
+    loaded: Loaded,
+    cfg: SamplingConfig,
+    *,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    seed: int,
   ):
     self.loaded, self.batch_size, self.mesh, self.seed = loaded, batch_size, mesh, seed
     size, ends = loaded.model.cfg.vocab_size, loaded.tokenizer.end_ids
@@ -81,7 +87,7 @@ class Writer:
       functools.partial(write_texts, loaded.model, vocabulary=vocabulary, cfg=cfg)
     )
 
-  def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, Written]]]:
+  def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, WrittenText]]]:
     """Yields (number of the prompt, its text) batch by batch, prompts of like length together."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     batches = (
@@ -102,13 +108,15 @@ class Writer:
     key = jax.random.fold_in(jax.random.key(self.seed), start)
     return self._run(self.loaded.params, *sharding.put_batch((tokens, valid), self.mesh), key)
 
-  def _fetch(self, members: list[int], out) -> list[tuple[int, Written]]:
+  def _fetch(self, members: list[int], out) -> list[tuple[int, WrittenText]]:
     tokens_NT, valid_NT, done_N = jax.device_get(out)
     decode_ids = self.loaded.tokenizer.decode_written
     return [
       (
         number,
-        Written(decode_ids(tokens_NT[n][valid_NT[n]].tolist()), "end" if done_N[n] else "length"),
+        WrittenText(
+          decode_ids(tokens_NT[n][valid_NT[n]].tolist()), "end" if done_N[n] else "length"
+        ),
       )
       for n, number in enumerate(members)
     ]

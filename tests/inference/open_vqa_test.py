@@ -104,7 +104,10 @@ def test_answers_are_transformers_likeliest(folder, loaded, theirs, tmp_path):
   ]
   policy, mesh = loaded
   cfg = AnswerConfig(questions_per_row=2, batch_size=2)
-  with jax.set_mesh(mesh), OpenAnswerer(policy, cfg, mesh, 0, WORDING, TOKENS) as answerer:
+  with (
+    jax.set_mesh(mesh),
+    OpenAnswerer(policy, cfg, mesh, 0, wording=WORDING, max_tokens=TOKENS) as answerer,
+  ):
     got = {r.number: r.answers for batch in answerer(enumerate(rows)) for r in batch}
   for i, row in enumerate(rows):
     for question, verdict in zip(row.questions, got[i], strict=True):
@@ -140,7 +143,9 @@ def test_what_cannot_be_asked(folder, loaded):
   rows = [QARow(folder / "0.png", (bad, good), "0"), QARow(folder / "broken.png", (good,), "1")]
   with (
     jax.set_mesh(mesh),
-    OpenAnswerer(policy, AnswerConfig(batch_size=1), mesh, 0, WORDING, 2) as answerer,
+    OpenAnswerer(
+      policy, AnswerConfig(batch_size=1), mesh, 0, wording=WORDING, max_tokens=2
+    ) as answerer,
   ):
     got = {r.number: r.error or r.answers for batch in answerer(enumerate(rows)) for r in batch}
   assert (

@@ -9,7 +9,7 @@ from helpers import tiny
 
 from caprl_jax import sharding
 from caprl_jax.hub.load import load_judge
-from caprl_jax.inference.text_writer import Writer, length_bucket
+from caprl_jax.inference.text_writer import TextWriter, length_bucket
 from caprl_jax.rl.sampling import SamplingConfig
 
 
@@ -22,7 +22,9 @@ def test_texts_are_transformers_own(tmp_path):
     rng.integers(0, loaded.tokenizer.vocab_size - 4, n).tolist() for n in (3, 20, 17, 40, 5)
   ]
   with jax.set_mesh(mesh):
-    writer = Writer(loaded, SamplingConfig(12, temperature=0.0), 2, mesh, 0)
+    writer = TextWriter(
+      loaded, SamplingConfig(12, temperature=0.0), batch_size=2, mesh=mesh, seed=0
+    )
     got = dict(item for batch in writer(prompts) for item in batch)
   model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
   ends = list(loaded.tokenizer.end_ids)
@@ -60,8 +62,12 @@ def test_a_thought_s_end_stays_in_the_text(tmp_path):
   model.save_pretrained(folder)
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    (batch,) = Writer(
-      load_judge(str(folder), mesh), SamplingConfig(3, temperature=0.0), 1, mesh, 0
+    (batch,) = TextWriter(
+      load_judge(str(folder), mesh),
+      SamplingConfig(3, temperature=0.0),
+      batch_size=1,
+      mesh=mesh,
+      seed=0,
     )([prompt])
   with torch.no_grad():
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[

@@ -107,7 +107,7 @@ def ask(
   sharding.check_batch_size(cfg.batch_size, mesh, "pretrain.answer.batch_size")
   results: list[VqaResult] = []
   made = (
-    OpenAnswerer(policy, cfg, mesh, seed, open_question, max_tokens)
+    OpenAnswerer(policy, cfg, mesh, seed, wording=open_question, max_tokens=max_tokens)
     if open_question
     else Answerer(policy, cfg, mesh, seed)
   )

@@ -39,7 +39,7 @@ from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge
 from caprl_jax.inference.captioner import CaptionerConfig, open_captioner
 from caprl_jax.inference.judge import HostJudge
-from caprl_jax.inference.text_writer import Writer
+from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.evaluate import run as evaluate
 from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism.page import write_page
@@ -268,7 +268,7 @@ Pair = tuple[BenchmarkRow, str, tuple[str, int]]
 
 
 def write_answers(
-  pairs: Sequence[Pair], kept: ResultCache, judge: Loaded, writer: Writer, cfg: PrismConfig
+  pairs: Sequence[Pair], kept: ResultCache, judge: Loaded, writer: TextWriter, cfg: PrismConfig
 ) -> list[str]:
   """The text that answers each row from each caption; what `kept` holds is not written again."""
   prompts = Prompts(judge)
@@ -445,7 +445,11 @@ def _answer_all(
     else None
   )
   sampling = SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature)
-  writer = Writer(judge, sampling, cfg.answer_batch_size, mesh, seed) if kept is not None else None
+  writer = (
+    None
+    if kept is None
+    else TextWriter(judge, sampling, batch_size=cfg.answer_batch_size, mesh=mesh, seed=seed)
+  )
   answered: dict[str, dict[str, Any]] = {}
   for name, rows in read.items():
     pairs_of: dict[str, list[Pair]] = {

@@ -116,7 +116,7 @@ def test_given_questions_are_filtered_by_the_models_answers(tmp_path, checkpoint
       load_policy(str(checkpoint), mesh), answering.AnswerConfig(batch_size=1), mesh, 0
     ) as one,
   ):
-    verdicts = dict(item for batch in one(rows, range(6)) for item in batch)
+    verdicts = {r.number: r.answers for batch in one(enumerate(rows)) for r in batch}
   want = {
     (row.name, q.stem)
     for n, row in enumerate(rows)

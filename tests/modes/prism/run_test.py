@@ -20,7 +20,7 @@ from caprl_jax.data.rows import QARow, Question
 from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import load_judge
-from caprl_jax.inference.text_writer import Writer
+from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism import run as prism
 from caprl_jax.rl.sampling import SamplingConfig
@@ -132,7 +132,7 @@ def test_written_answers_are_the_judges_own(made, tmp_path):
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
     judge = load_judge(str(made / "judge"), mesh)
-    writer = Writer(judge, SamplingConfig(6, temperature=0.0), 1, mesh, 0)
+    writer = TextWriter(judge, SamplingConfig(6, temperature=0.0), batch_size=1, mesh=mesh, seed=0)
     charts = [row for row in answers if row["benchmark"] == "charts"]
     texts = [
       f"<|im_start|>user\nHere is a detailed caption of an image: {row['caption']}. Please "
@@ -159,7 +159,7 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
     "--config.prism.answers=write",
     "--config.prism.answer_tokens=4",
   )
-  write, asked = prism.Writer.__call__, []
+  write, asked = prism.TextWriter.__call__, []
 
   def cut(self, prompts):
     asked.append(len(prompts))
@@ -168,7 +168,7 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
       if len(asked) == 1 and n == 0:
         raise KeyboardInterrupt
 
-  monkeypatch.setattr(prism.Writer, "__call__", cut)
+  monkeypatch.setattr(prism.TextWriter, "__call__", cut)
   assert run(made, tmp_path, *more, "--config.prism.answer_batch_size=2") == 130
   monkeypatch.setattr(prism, "open_captioner", None)  # every caption is there already
   assert run(made, tmp_path, *more, "--config.prism.answer_batch_size=2") == 0
