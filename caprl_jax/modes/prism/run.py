@@ -381,15 +381,7 @@ def run(config, workdir: pathlib.Path) -> None:
         sum(d in captions[name] for d in images),
         len(images),
       )
-      caption_all(
-        images,
-        captions[name],
-        captioner.load,
-        cfg,
-        policy.instruction,
-        mesh,
-        seed,
-      )
+      caption_all(images, captions[name], captioner.load, cfg, policy.instruction, mesh, seed)
     kept = (
       ResultCache(
         cache,
