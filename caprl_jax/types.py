@@ -65,12 +65,13 @@ class Questions:
 
 @flax.struct.dataclass
 class Batch:
-  """One batch as the step sees it. `row_B` is the dataset row, for samples and errors."""
+  """One batch as the step sees it. `row_B` and `question_BK` are for samples and errors."""
 
   images: Images
   prompts: Prompts
   questions: Questions
-  row_B: Array  # int32
+  row_B: Array  # int32 the dataset row
+  question_BK: Array | None = None  # int32 which of the row's questions it is; -1 for none
 
 
 @flax.struct.dataclass

@@ -118,7 +118,14 @@ class QABatcher:
     """One row's arrays without a batch axis; `rng` picks its questions."""
     images, prompts = self.prompt(self.rows[index])
     picked = pick_questions(self.tokenized[index], self.count, rng)
-    return Batch(images, prompts, pad_questions(picked, self.count, self.shape), np.int32(index))
+    questions = [self.tokenized[index][i] for i in picked]
+    return Batch(
+      images,
+      prompts,
+      pad_questions(questions, self.count, self.shape),
+      np.int32(index),
+      np.pad(np.asarray(picked, np.int32), (0, self.count - len(picked)), constant_values=-1),
+    )
 
 
 def stack(examples: Sequence) -> Batch:

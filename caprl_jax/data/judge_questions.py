@@ -207,17 +207,17 @@ def question_shape(questions: Sequence[TokenizedQuestion]) -> QuestionShape:
 
 def pick_questions(
   questions: Sequence[TokenizedQuestion], count: int, rng: np.random.Generator
-) -> list:
-  """Up to `count` questions without replacement, taking turns between kinds so that each is asked
-  about.
+) -> list[int]:
+  """The indices of up to `count` questions, without replacement, taking turns between kinds so that
+  each is asked about.
   """
-  turns: dict[int, list] = {}
-  for i in rng.permutation(len(questions)):
-    turns.setdefault(questions[i].kind, []).append(questions[i])
+  turns: dict[int, list[int]] = {}
+  for i in rng.permutation(len(questions)).tolist():
+    turns.setdefault(questions[i].kind, []).append(i)
   order = [
-    (turn, place, q) for place, group in enumerate(turns.values()) for turn, q in enumerate(group)
+    (turn, place, i) for place, group in enumerate(turns.values()) for turn, i in enumerate(group)
   ]
-  return [q for _, _, q in sorted(order, key=lambda item: item[:2])[:count]]
+  return [i for _, _, i in sorted(order)[:count]]
 
 
 def _pad(ids: Sequence[int], length: int) -> np.ndarray:

@@ -2,12 +2,13 @@
 report.
 """
 
+import hashlib
+import io
 import pathlib
-import re
 
-from caprl_jax.atomic_files import write_json
+from caprl_jax.atomic_files import write_bytes, write_json
 from caprl_jax.data.batches import QABatcher
-from caprl_jax.data.rows import Question, read_image
+from caprl_jax.data.rows import QARow, read_image
 from caprl_jax.hub.tokenizer import Tokenizer
 
 
@@ -37,7 +38,7 @@ def save_samples(
       asked = [
         k for k in range(batch.questions.valid_BK.shape[1]) if batch.questions.valid_BK[b, k]
       ]
-      questions = [asked_question(batch, b, k, batcher, index) for k in asked]
+      questions = [row.questions[batch.question_BK[b, k]] for k in asked]
       rows.append(
         {
           "row": index,
@@ -71,26 +72,14 @@ def save_samples(
   write_json(path, {"stage": stage, "step": step, "rows": rows})
 
 
-def asked_question(batch, b: int, k: int, batcher: QABatcher, index: int) -> Question:
-  """The k-th question that the b-th image was asked, found by its tokens."""
-  stem = tuple(batch.questions.stem_BKQ[b, k][batch.questions.stem_valid_BKQ[b, k]].tolist())
-  options = tuple(
-    tuple(o[v].tolist())
-    for o, v in zip(batch.questions.option_BKAO[b, k], batch.questions.option_valid_BKAO[b, k])
-    if v.any()
-  )
-  for tokenized, question in zip(
-    batcher.tokenized[index], batcher.rows[index].questions, strict=True
-  ):
-    if tokenized.stem == stem and tokenized.options == options:
-      return question
-  raise AssertionError(f"row {index} was asked a question that it does not have")
-
-
-def _save_image(row, folder: pathlib.Path) -> str:
-  name = "images/" + re.sub(r"[^\w.-]+", "_", row.name).rpartition(".")[0].strip("_") + ".png"
-  target = folder / name
-  if not target.exists():
-    target.parent.mkdir(parents=True, exist_ok=True)
-    read_image(row).save(target)
+def _save_image(row: QARow, folder: pathlib.Path) -> str:
+  """Writes a row's picture once and returns its path below `folder`. It is named by its pixels: a
+  row's name may be no file name, or another picture's."""
+  image = read_image(row)
+  digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()[:20]
+  name = f"images/{digest}.png"
+  if not (folder / name).exists():
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    write_bytes(folder / name, png.getvalue())
   return name

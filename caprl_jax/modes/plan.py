@@ -184,6 +184,7 @@ def abstract_batch(settings: Settings, plan: PlanConfig, cfg: PolicyConfig, mesh
       jax.ShapeDtypeStruct((B, K, A), jnp.float32),
     ),
     i32(B),
+    i32(B, K),
   )
   return _placed(batch, sharding.batch_sharding(mesh))
 

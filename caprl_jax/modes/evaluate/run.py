@@ -15,6 +15,7 @@ from tqdm import tqdm
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.data.batches import eval_batches
+from caprl_jax.harness.extras import extra
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import Run, set_up, summary_path
@@ -181,7 +182,8 @@ class Evaluator:
       if (kind == i).any()
     }
     if jax.process_index() == 0:
-      save_samples(samples_path, stage, step, saved, run.eval, run.policy.tokenizer, cfg.samples)
+      with extra("samples", samples_path):
+        save_samples(samples_path, stage, step, saved, run.eval, run.policy.tokenizer, cfg.samples)
     log.info(
       "%s: accuracy %.3f on %d questions (%s), %.1f tokens a caption, flat groups %.2f",
       stage,

@@ -17,6 +17,7 @@ from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.harness.checkpoints import Checkpoints
+from caprl_jax.harness.extras import extra
 from caprl_jax.harness.gate import gate
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.metrics import StageClock
@@ -255,25 +256,24 @@ def train(
       trackers = open_trackers(
         settings.train.trackers, workdir, config, int(state.step), settings.train.wandb_mode
       )
-    except ValueError as error:
-      if jax.process_count() == 1:
-        raise
-      log.warning("going on without trackers, for the other processes' sake: %s", error)
+    except Exception as error:  # noqa: BLE001  a service's client raises anything
+      log.warning("the run goes on without trackers %s: %s", list(settings.train.trackers), error)
   best = Best(made, workdir)
 
   def keep_samples(step: int, batch, samples) -> None:
     if step == 1 or step % settings.train.sample_every == 0:
       host = jax.tree.map(lambda x: x[share], jax.device_get(samples))
       path = workdir / "samples" / f"step_{step:06d}.json"
-      save_samples(
-        path,
-        "train",
-        step,
-        [(batch, host)],
-        made.train,
-        made.policy.tokenizer,
-        settings.train.sample_images,
-      )
+      with extra("samples", path):
+        save_samples(
+          path,
+          "train",
+          step,
+          [(batch, host)],
+          made.train,
+          made.policy.tokenizer,
+          settings.train.sample_images,
+        )
       for tracker in trackers:
         tracker.samples(step, path)
 
@@ -345,8 +345,7 @@ def run(config, workdir: pathlib.Path) -> None:
         state = jax.block_until_ready(train(made, plain, workdir, evaluator))
     finally:
       summary.put(wall_secs=clock.secs)
-      if jax.process_index() == 0:
-        write_report(workdir)
+      report(workdir)
     with clock("after"):
       params = merge_params(state.params, made.frozen.base)
       after = evaluator(params, workdir / "samples" / "after.json", "after", settings.train.steps)
@@ -356,5 +355,12 @@ def run(config, workdir: pathlib.Path) -> None:
     save_policy(workdir / "policy", made.policy, params)
     if settings.policy.trainable == "lora":
       save_adapters(workdir / "adapters", params, settings.policy.lora, settings.policy.checkpoint)
+  report(workdir)
+  log.info("report: %s   captioner: %s", workdir / "report.html", workdir / "policy")
+
+
+def report(workdir: pathlib.Path) -> None:
+  """Writes report.html, on the main process."""
   if jax.process_index() == 0:
-    log.info("report: %s   captioner: %s", write_report(workdir), workdir / "policy")
+    with extra("the report", workdir / "report.html"):
+      write_report(workdir)
