@@ -10,8 +10,6 @@ import pathlib
 import sys
 import textwrap
 import traceback
-import types
-from typing import NamedTuple
 
 import ml_collections
 from absl import flags
@@ -19,95 +17,12 @@ from tqdm import auto as tqdm
 
 import caprl_jax
 from caprl_jax.config import loading as config_file
+from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
 
 # Named in full, because this module is `__main__` when it is run.
 log = logging.getLogger("caprl_jax.main")
 
-
-class Mode(NamedTuple):
-  """What `config.mode` may name. The module has `run(config, workdir: pathlib.Path) -> None`."""
-
-  module: str
-  line: str
-  example: str
-  workdir: str | None = None  # where logs go when --workdir is not given; None: it must be
-
-
-MODES = {
-  "train": Mode(
-    "caprl_jax.modes.train.run",
-    "CapRL: the policy captions, the judge answers from the captions, the policy improves",
-    "--config=configs/quickstart.py --workdir=runs/quickstart",
-  ),
-  "sft": Mode(
-    "caprl_jax.modes.sft",
-    "teach a policy to see and to speak from given captions, before CapRL",
-    "--config=configs/quickstart_sft.py --workdir=runs/quickstart_sft",
-  ),
-  "pretrain": Mode(
-    "caprl_jax.modes.pretrain.run",
-    "what captions are worth: train a captioner in stages on captions and conversations, then ask "
-    "it about images",
-    "--config=configs/pretrain_language.py --workdir=runs/pretrain_language",
-  ),
-  "evaluate": Mode(
-    "caprl_jax.modes.prism.run",
-    "how much of an image captions carry: Prism on benchmarks, or a training config's own held-out "
-    "rows",
-    "--config=configs/prism_quickstart.py --workdir=runs/prism",
-  ),
-  "calibrate": Mode(
-    "caprl_jax.modes.calibrate",
-    "whether a judge can be trusted: accuracy by caption, position bias, agreement, the margin to "
-    "abstain by",
-    "--config=configs/quickstart.py --workdir=runs/calibrate --config.mode=calibrate",
-  ),
-  "curate": Mode(
-    "caprl_jax.modes.curate.run",
-    "images in, filtered questions out: a model writes them, another answers with the image and "
-    "without",
-    "--config=configs/curate.py --workdir=runs/curate "
-    "--config.curate.input=IMAGES --config.curate.output=qa.parquet",
-  ),
-  "dataset": Mode(
-    "caprl_jax.modes.dataset.run",
-    "what is in a QA dataset and what is wrong with it; a copy in another format",
-    "--config=configs/dataset.py --config.dataset.input=easy_vqa:test",
-    workdir="runs/dataset",
-  ),
-  "caption": Mode(
-    "caprl_jax.modes.caption.run",
-    "caption images in folders, JSON lines, tar files, parquet or TFDS, on one host or many",
-    "--config=configs/caption.py --config.policy.checkpoint=DIR --config.caption.input=FOLDER "
-    "--config.caption.output=captions.jsonl",
-    workdir="runs/caption",
-  ),
-  "gallery": Mode(
-    "caprl_jax.modes.gallery.run",
-    "a page that shows what several captioners wrote about the same images, side by side",
-    "--config=configs/gallery.py --config.gallery.captions=before=a.jsonl,after=b.jsonl",
-    workdir="runs/gallery",
-  ),
-  "demo": Mode(
-    "caprl_jax.modes.demo",
-    "a local page: drop an image in, read its caption, watch the judge answer from the words",
-    "--config=configs/demo.py --config.policy.checkpoint=runs/quickstart/policy",
-    workdir="runs/demo",
-  ),
-  "plan": Mode(
-    "caprl_jax.modes.plan",
-    "memory and largest arrays of a training config's step on a TPU topology, without a TPU",
-    "--config=configs/caprl_3b.py --config.mode=plan --config.plan.topology=v5p:2x2x2",
-    workdir="runs/plan",
-  ),
-  "export": Mode(
-    "caprl_jax.modes.export",
-    "a run's captioner (or any checkpoint) as a directory that transformers and vLLM load",
-    "--config=configs/export.py --config.export.run=runs/quickstart --config.export.output=DIR",
-    workdir="runs/export",
-  ),
-}
 
 OK, FAILED, BAD_INPUT, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
 
@@ -125,7 +40,7 @@ def main(argv: list[str]) -> int:
       print(_help_page(options))
       return OK
     config, workdir = _parse(options, argv)
-    modes = _modes(config)
+    modes = registry.modes_of(config)
     process = _start_distributed(options.distributed)
     if options.compilation_cache:
       _set_compilation_cache()
@@ -140,7 +55,10 @@ def main(argv: list[str]) -> int:
 
 
 def _run(
-  modes: dict[str, Mode], config: ml_collections.ConfigDict, workdir: pathlib.Path, trace: bool
+  modes: dict[str, registry.Mode],
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  trace: bool,
 ) -> int:
   """Runs the modes in a row. What ends one of them early is put into words here, once."""
   log_file = workdir / "log.txt"
@@ -226,7 +144,7 @@ def _help_page(options: flags.FlagValues) -> str:
     "Modes (config.mode; several joined by commas run in a row, e.g. --config.mode=sft,train):",
   ]
   lines.append("")
-  for name, mode in MODES.items():
+  for name, mode in registry.MODES.items():
     lines += [f"  {name:<10}{mode.line}", f"  {'':<10}{command} {mode.example}"]
   table = {
     "--config.section.key=...": "Change one value of the config, in the file or at its default; "
@@ -272,43 +190,13 @@ def _parse(
       "--config is missing, e.g. --config=configs/quickstart.py (--help shows examples)"
     )
   config = config_file.load_config(options.config)
-  config_file.apply_overrides(config, overrides, options.config, _schema)
-  workdir = options.workdir or [*_modes(config).values()][0].workdir
+  config_file.apply_overrides(config, overrides, options.config)
+  modes = registry.modes_of(config)
+  registry.check_top_level(config)
+  workdir = options.workdir or next(iter(modes.values())).workdir
   if not workdir:
     raise ValueError("--workdir is missing, e.g. --workdir=runs/quickstart (--help shows examples)")
   return config, _make_workdir(workdir)
-
-
-def _schema() -> types.ModuleType:
-  """What is known of keys that a config file leaves out: it takes a second, and most runs need none
-  of it.
-
-  absl writes while orbax is imported and, where the root logger has no handler, gives it one, which
-  would say all our lines again.
-  """
-  quiet = logging.NullHandler()
-  logging.root.addHandler(quiet)
-  try:
-    return importlib.import_module("caprl_jax.modes.sections")
-  finally:
-    logging.root.removeHandler(quiet)
-
-
-def _modes(config: ml_collections.ConfigDict) -> dict[str, Mode]:
-  listed = ", ".join(MODES)
-  mode = config.get("mode")
-  if not isinstance(mode, str) or not mode:
-    raise ValueError(
-      f"config.mode is {mode!r}; set it to one of {listed}, or to several joined by commas"
-    )
-  names = [name.strip() for name in mode.split(",")]
-  for name in names:
-    if name not in MODES:
-      hint = configuration.did_you_mean(name, MODES)
-      raise ValueError(f"config.mode {name!r} is not a mode{hint} (modes: {listed})")
-  if len(set(names)) < len(names):
-    raise ValueError(f"config.mode {mode!r} names a mode twice; name each once")
-  return {name: MODES[name] for name in names}
 
 
 # ---- the process ----

@@ -22,7 +22,7 @@ from caprl_jax.data.readers.benchmarks import BENCHMARKS
 
 def get_config():
   config = ml_collections.ConfigDict()
-  config.mode = "evaluate"
+  config.mode = "prism"
   config.seed = 0
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   # The paper's instruction in Prism lacks the full stop that training has.

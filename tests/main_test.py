@@ -14,6 +14,7 @@ import pytest
 from helpers.paths import ROOT
 
 from caprl_jax import main as main_module
+from caprl_jax.config import registry
 
 CONFIG = """
 from ml_collections import config_dict
@@ -21,8 +22,7 @@ from ml_collections import config_dict
 def get_config(mode="fake"):
   config = config_dict.ConfigDict()
   config.mode = mode
-  # `update` is the section whose name is also a method of ConfigDict.
-  config["update"] = config_dict.ConfigDict({
+  config.policy_update = config_dict.ConfigDict({
     "learning_rate": 1.0, "microbatches": 1, "donate": True, "kind": "grpo", "size": (1, 2),
     "buckets": [1], "reference": None, "limit": config_dict.placeholder(int),
   })
@@ -50,7 +50,8 @@ def _cli(tmp_path, monkeypatch, capsys):
 
       made.run = run
       monkeypatch.setitem(sys.modules, made.__name__, made)
-      monkeypatch.setitem(main_module.MODES, name, main_module.Mode(made.__name__, "line", "--x"))
+      mode = registry.Mode(made.__name__, "line", "--x", {})
+      monkeypatch.setitem(registry.MODES, name, mode)
 
     module("fake", run)
     module("other", lambda config, workdir: None)
@@ -74,7 +75,7 @@ def test_runs_the_mode_with_the_config_and_a_new_workdir(cli, tmp_path):
   assert (code, out) == (0, "")
   [(name, config, workdir)] = cli.seen
   assert (name, workdir) == ("fake", tmp_path / "run") and workdir.is_dir()
-  assert config["update"].learning_rate == 1.0 and config.is_locked
+  assert config.policy_update.learning_rate == 1.0 and config.is_locked
   assert re.fullmatch(r"\d\d:\d\d:\d\d caprl_jax \S+, mode fake, in \S+\n", err)
 
 
@@ -92,27 +93,27 @@ def test_config_takes_an_argument(cli, tmp_path):
 @pytest.mark.parametrize(
   "override, key, value",
   [
-    ("--config.update.learning_rate=1e-4", "learning_rate", 1e-4),
-    ("--config.update.learning_rate=2", "learning_rate", 2.0),
-    ("--config.update.microbatches=8", "microbatches", 8),
-    ("--config.update.donate=false", "donate", False),
-    ("--noconfig.update.donate", "donate", False),
-    ("--config.update.donate", "donate", True),
-    ("--config.update.kind=a=b.c", "kind", "a=b.c"),
-    ("--config.update.kind=8", "kind", "8"),
-    ("--config.update.size=(3, 4)", "size", (3, 4)),
-    ("--config.update.buckets=[3,4]", "buckets", [3, 4]),
-    ("--config.update.buckets=7", "buckets", [7]),
-    ("--config.update.reference=0.5", "reference", 0.5),
-    ("--config.update.reference=gs://a/b", "reference", "gs://a/b"),
-    ("--config.update.limit=3", "limit", 3),
-    ("--config.update.learning_rate=None", "learning_rate", None),
+    ("--config.policy_update.learning_rate=1e-4", "learning_rate", 1e-4),
+    ("--config.policy_update.learning_rate=2", "learning_rate", 2.0),
+    ("--config.policy_update.microbatches=8", "microbatches", 8),
+    ("--config.policy_update.donate=false", "donate", False),
+    ("--noconfig.policy_update.donate", "donate", False),
+    ("--config.policy_update.donate", "donate", True),
+    ("--config.policy_update.kind=a=b.c", "kind", "a=b.c"),
+    ("--config.policy_update.kind=8", "kind", "8"),
+    ("--config.policy_update.size=(3, 4)", "size", (3, 4)),
+    ("--config.policy_update.buckets=[3,4]", "buckets", [3, 4]),
+    ("--config.policy_update.buckets=7", "buckets", [7]),
+    ("--config.policy_update.reference=0.5", "reference", 0.5),
+    ("--config.policy_update.reference=gs://a/b", "reference", "gs://a/b"),
+    ("--config.policy_update.limit=3", "limit", 3),
+    ("--config.policy_update.learning_rate=None", "learning_rate", None),
   ],
 )
 def test_overrides_take_the_type_of_the_value_in_the_file(cli, override, key, value):
   code, _, err = cli(override)
   assert code == 0, err
-  got = cli.seen[0][1]["update"][key]
+  got = cli.seen[0][1].policy_update[key]
   assert got == value and type(got) is type(value)
 
 
@@ -120,19 +121,29 @@ def test_overrides_take_the_type_of_the_value_in_the_file(cli, override, key, va
   "argument, message",
   [
     (
-      "--config.update.learning_rat=1",
-      r"--config\.update\.learning_rat is not a key of \S+config\.py; did you mean "
-      r"--config\.update\.learning_rate\?.*\(keys of update: update\.buckets, ",
+      "--config.policy_update.learning_rat=1",
+      r"--config\.policy_update\.learning_rat is not a key of \S+config\.py; did you mean "
+      r"--config\.policy_update\.learning_rate\?.*"
+      r"\(keys of policy_update: policy_update\.buckets, ",
     ),
-    ("--config.learning_rate=1", r"did you mean --config\.update\.learning_rate\?"),
-    ("--config.update.learning_rate.x=1", r"\.x is not a key .*--config\.update\.learning_rate"),
-    ("--config.update=1", r"--config\.update is a section; .*--config\.update\.microbatches"),
-    ("--config.update.microbatches=two", "microbatches=two: not a value of type int"),
-    ("--config.update.microbatches=1.5", "microbatches=1.5: not a value of type int"),
-    ("--config.update.donate=maybe", "donate=maybe: not a value of type bool"),
-    ("--config.update.limit=x", "limit=x: not a value of type int"),
-    ("--config.update.microbatches", r"write --config\.update\.microbatches=VALUE \(int in "),
-    ("--noconfig.update.donate=1", r"write --config\.update\.donate=VALUE"),
+    ("--config.learning_rate=1", r"did you mean --config\.policy_update\.learning_rate\?"),
+    (
+      "--config.policy_update.learning_rate.x=1",
+      r"\.x is not a key .*--config\.policy_update\.learning_rate",
+    ),
+    (
+      "--config.policy_update=1",
+      r"--config\.policy_update is a section; .*--config\.policy_update\.microbatches",
+    ),
+    ("--config.policy_update.microbatches=two", "microbatches=two: not a value of type int"),
+    ("--config.policy_update.microbatches=1.5", "microbatches=1.5: not a value of type int"),
+    ("--config.policy_update.donate=maybe", "donate=maybe: not a value of type bool"),
+    ("--config.policy_update.limit=x", "limit=x: not a value of type int"),
+    (
+      "--config.policy_update.microbatches",
+      r"write --config\.policy_update\.microbatches=VALUE \(int in ",
+    ),
+    ("--noconfig.policy_update.donate=1", r"write --config\.policy_update\.donate=VALUE"),
     ("--workdri=x", r"unknown flag --workdri=x; did you mean 'workdir'\? \(flags: compilation_c"),
     ("--traceback=perhaps", r"--traceback=perhaps.*\(--help lists the flags\)"),
     ("train", r"unexpected argument 'train'; write --config=FILE"),
@@ -209,7 +220,7 @@ def test_a_fault_of_ours_shows_its_traceback(cli, tmp_path):
 
 
 def test_a_mode_that_cannot_be_imported_shows_before_the_first_runs(cli, monkeypatch):
-  monkeypatch.setitem(main_module.MODES, "gone", main_module.Mode("fake_gone", "", ""))
+  monkeypatch.setitem(registry.MODES, "gone", registry.Mode("fake_gone", "", "", {}))
   code, _, err = cli("--config.mode=fake,gone")
   assert code == 1 and "No module named 'fake_gone'" in err and cli.seen == []
 
@@ -302,7 +313,7 @@ def test_help_is_a_page_about_this_program_only():
   out, err = process.communicate(timeout=60)
   assert (process.returncode, err) == (0, "")
   assert out.startswith("caprl_jax trains an image captioner")
-  for name, mode in main_module.MODES.items():
+  for name, mode in registry.MODES.items():
     assert re.search(rf"^  {name} +{re.escape(mode.line)}$", out, re.MULTILINE)
     assert f"python -m caprl_jax.main {mode.example}" in out
   for flag in ("--config=", "--workdir=", "--[no]distributed", "--config.section.key="):
@@ -327,8 +338,8 @@ def test_a_real_process_joins_itself_is_interrupted_and_says_what_to_do(tmp_path
   """)
   )
   program = (
-    "import sys; from caprl_jax import main\n"
-    "main.MODES['fake'] = main.Mode('fake_mode', '', '')\n"
+    "import sys; from caprl_jax import main; from caprl_jax.config import registry\n"
+    "registry.MODES['fake'] = registry.Mode('fake_mode', '', '', {})\n"
     "sys.exit(main.main(sys.argv))"
   )
   with socket.socket() as probe:

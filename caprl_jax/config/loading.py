@@ -7,12 +7,12 @@ import os
 import pathlib
 import re
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
-from caprl_jax.config import presets
+from caprl_jax.config import keys, presets, registry
 from caprl_jax.config import schema as configuration
 
 # --config.section.key=value; --config.section.key and --noconfig.section.key are True and False.
@@ -47,48 +47,35 @@ def load_config(path: str) -> ml_collections.ConfigDict:
   return config.lock()
 
 
-class Schema(Protocol):
-  """What is known of keys that a config file leaves at their defaults (`sections.py`)."""
-
-  def annotation_of(self, key: str) -> Any:
-    """The type of a dotted key's value; None for a key that no section has."""
-
-  def keys(self) -> list[str]:
-    """All dotted keys."""
-
-
 def apply_overrides(
   config: ml_collections.ConfigDict,
   overrides: Sequence[re.Match],
   file: str,
-  schema: Callable[[], Schema],
 ) -> None:
   """Applies matches of `OVERRIDE` in place, and expands the preset, which goes first: what it fills
   in can then be overridden like what the file says. One named here takes the place of the file's
   own algorithm (`presets.replace`).
 
-  Args:
-    schema: asked for, which takes a second, only where a key is not in the file.
+  The modules that declare the sections are imported, which takes a second, only where a key is not
+  in the file.
 
   Raises:
-    ValueError: a key that neither `file` nor the schema has, a value of another type than there, no
-    such preset.
+    ValueError: a key that neither `file` nor a section has, a value of another type than there, no
+      such preset.
   """
   named = [override for override in overrides if override["key"] == "preset"]
   if named and "preset" not in config:
     with config.unlocked():
       config.preset = None
   for override in named:
-    _override(config, override, file, schema)
+    _override(config, override, file)
   (presets.replace if named else presets.expand)(config)
   for override in overrides:
     if override not in named:
-      _override(config, override, file, schema)
+      _override(config, override, file)
 
 
-def _override(
-  config: ml_collections.ConfigDict, override: re.Match, file: str, schema: Callable[[], Schema]
-) -> None:
+def _override(config: ml_collections.ConfigDict, override: re.Match, file: str) -> None:
   """Sets one value of the config, by the type it has there or, where it is not there, that its
   section gives it.
 
@@ -101,32 +88,15 @@ def _override(
   holder = config
   for section in sections:
     holder = holder[section] if _is_section(holder) and section in holder else None
-  if not _is_section(holder) or leaf not in holder:
-    if (annotation := schema().annotation_of(key)) is not None:
-      _add(config, override, annotation)
-      return
-    known = _leaves(config)
-    every = list(dict.fromkeys([*known, *schema().keys()]))
-    near = configuration.nearest(key, every)
-    if near and near[0] in known:  # the file's own are likelier to be meant
-      near = configuration.nearest(key, known)
-    hint = f"; did you mean {' or '.join(f'--config.{k}' for k in near)}?" if near else ""
-    place = key.rpartition(".")[0]
-    while place and not any(k.startswith(f"{place}.") for k in every):
-      place = place.rpartition(".")[0]
-    listed = (
-      [k for k in every if k.startswith(f"{place}.")]
-      if place
-      else sorted({k.partition(".")[0] for k in known})
-    )
-    raise ValueError(
-      f"--config.{key} is not a key of {file}{hint} "
-      f"({'keys of ' + place if place else 'sections'}: {', '.join(listed)})"
-    )
+  if not isinstance(holder, ml_collections.ConfigDict) or leaf not in holder:
+    if (annotation := keys.annotation_of(key)) is None:
+      raise _unknown_key(key, config, file)
+    _add(config, override, annotation)
+    return
   kind = holder.get_type(leaf)
   if issubclass(kind, ml_collections.ConfigDict):
-    keys = ", ".join(f"--config.{key}.{k}" for k in _leaves(holder[leaf]))
-    raise ValueError(f"--config.{key} is a section; set its keys one by one ({keys})")
+    inner = ", ".join(f"--config.{key}.{k}" for k in leaves(holder[leaf]))
+    raise ValueError(f"--config.{key} is a section; set its keys one by one ({inner})")
   text = _text_of(override, kind, f"{kind.__name__} in {file}")
   try:
     holder[leaf] = _parse_value(text, kind)
@@ -134,6 +104,26 @@ def _override(
     raise ValueError(
       f"--config.{key}={text}: not a value of type {kind.__name__}, which {file} gives it"
     ) from error
+
+
+def _unknown_key(key: str, config: ml_collections.ConfigDict, file: str) -> ValueError:
+  """What is said of a key that neither the file nor a section has: its new name, or near ones."""
+  if (new := registry.new_name(key)) is not None:
+    return ValueError(f"--config.{key} is called --config.{new} now")
+  own = leaves(config)
+  every = list(dict.fromkeys([*own, *keys.keys()]))
+  near = configuration.nearest(key, every)
+  if near and near[0] in own:  # the file's own are likelier to be meant
+    near = configuration.nearest(key, own)
+  hint = f"; did you mean {' or '.join(f'--config.{k}' for k in near)}?" if near else ""
+  place = key.rpartition(".")[0]
+  while place and not any(k.startswith(f"{place}.") for k in every):
+    place = place.rpartition(".")[0]
+  if place:
+    listed = f"keys of {place}: {', '.join(k for k in every if k.startswith(f'{place}.'))}"
+  else:
+    listed = f"sections: {', '.join(sorted({k.partition('.')[0] for k in own}))}"
+  return ValueError(f"--config.{key} is not a key of {file}{hint} ({listed})")
 
 
 def _text_of(override: re.Match, kind: Any, expected: str) -> str:
@@ -207,10 +197,10 @@ def _is_section(value: Any) -> bool:
   return isinstance(value, ml_collections.ConfigDict)
 
 
-def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
   """The dotted keys of all values."""
-  keys = []
+  found = []
   for key in config.keys():
     nested = issubclass(config.get_type(key), ml_collections.ConfigDict)
-    keys += _leaves(config[key], f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
-  return keys
+    found += leaves(config[key], f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+  return found

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 T = TypeVar("T")
 
 # What a section may be: a config file builds ConfigDicts, tests also write plain dicts.
-_MAPPINGS = (Mapping, ml_collections.ConfigDict)
+MAPPINGS = (Mapping, ml_collections.ConfigDict)
 
 
 def load_section(config: Any, name: str, cls: type[T]) -> T:
@@ -53,7 +53,7 @@ def to_plain(config: Any, place: str = "config") -> Any:
   """
   if dataclasses.is_dataclass(config) and not isinstance(config, type):
     config = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-  if isinstance(config, _MAPPINGS):
+  if isinstance(config, MAPPINGS):
     plain = {}
     for key in config.keys():
       if not isinstance(key, str):
@@ -126,7 +126,7 @@ def _value(section: Any, key: str, default: Any) -> Any:
 def _build(section: Any, cls: type, place: str) -> Any:
   if isinstance(section, cls):
     return section
-  if not isinstance(section, _MAPPINGS):
+  if not isinstance(section, MAPPINGS):
     raise ValueError(
       f"{place} is {_describe(section)}, but it must be a section with the keys "
       f"{', '.join(f.name for f in dataclasses.fields(cls))}"
@@ -174,7 +174,7 @@ def convert(value: Any, annotation: Any, place: str) -> Any:
   if annotation is tuple or origin is tuple:
     return _convert_tuple(value, arguments, wrong, place)
   if annotation is dict or origin in (dict, Mapping):
-    if not isinstance(value, _MAPPINGS):
+    if not isinstance(value, MAPPINGS):
       raise wrong
     _, item = arguments or (str, Any)
     return {key: convert(value[key], item, f"{place}.{key}") for key in value.keys()}

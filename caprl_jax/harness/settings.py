@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 from caprl_jax import sharding
-from caprl_jax.config import presets
+from caprl_jax.config import presets, registry
 from caprl_jax.config import schema as configuration
 from caprl_jax.harness.checkpoints import CheckpointConfig
 from caprl_jax.harness.question_filter import QuestionFilterConfig
@@ -26,41 +26,6 @@ from caprl_jax.rl.step import StepConfig
 from caprl_jax.rl.update import UpdateConfig, check_microbatches
 
 log = logging.getLogger("caprl_jax.harness.settings")
-
-KNOWN_SECTIONS = (
-  "mode",
-  "seed",
-  "mesh",
-  "policy",
-  "judge",
-  "data",
-  "question_filter",
-  "gate",
-  "rollout",
-  "reward",
-  "advantage",
-  "policy_update",
-  "optimizer",
-  "train",
-  "evaluate",
-  "checkpoint",
-  "sft",
-  "caption",
-  "export",
-  "plan",
-  "calibrate",
-  "dataset",
-  "curate",
-  "generator",
-  "answerer",
-  "endpoint",
-  "prism",
-  "gallery",
-  "demo",
-  "pretrain",
-  "pretrain_policy",
-  "preset",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +50,7 @@ def read_settings(config: Any) -> Settings:
   """Reads and checks a config before anything is loaded or compiled. Raises ValueError with key and
   remedy.
   """
-  configuration.check_top_level(config, KNOWN_SECTIONS)
+  registry.check_top_level(config)
   presets.expand(config)
   section = lambda name, cls: configuration.load_section(config, name, cls)
   judge = section("judge", JudgeSection)

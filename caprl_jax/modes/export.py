@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from caprl_jax import __version__, sharding
+from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.sections import PolicySection
@@ -98,7 +99,8 @@ def trained_params(workdir: pathlib.Path, mesh) -> tuple[Loaded, Params, dict]:
       f"export.run = {str(workdir)!r} holds no summary.json; name the --workdir of a training run"
     )
   summary = json.loads(file.read_text())
-  settings = read_settings(ml_collections.ConfigDict(summary["config"]))
+  config = registry.with_new_names(summary["config"])
+  settings = read_settings(ml_collections.ConfigDict(config))
   loaded = settings.policy.load(mesh)
   kind = trainable_filter(settings.policy.trainable, loaded.model.cfg.family)
   (params, base), shardings = (

@@ -1,12 +1,10 @@
-"""Mode `evaluate`: how much of an image a captioner's words carry. With a section `prism`, CapRL's
-Prism evaluation; without one, the judge's accuracy on the held-out rows of a training config
-(`evaluate.py`).
+"""Mode `prism`: how much of an image a captioner's words carry.
 
-Prism (arXiv 2509.22647, section 4.1): a captioner writes captions of a benchmark's images, a
-language model that never sees the images answers the benchmark's questions from each caption, the
-answers are scored. Several captioners are compared on the same images, questions and answering
-model. Captions and answers are kept by content (`result_cache.ResultCache`), so that an interrupted
-evaluation goes on and a benchmark on the same images costs no caption.
+Prism is CapRL's evaluation (arXiv 2509.22647, section 4.1): a captioner writes captions of a
+benchmark's images, a language model that never sees the images answers the benchmark's questions
+from each caption, the answers are scored. Several captioners are compared on the same images,
+questions and answering model. Captions and answers are kept by content (`ResultCache`), so that an
+interrupted evaluation goes on and a benchmark on the same images costs no caption.
 """
 
 import dataclasses
@@ -40,7 +38,6 @@ from caprl_jax.hub.load import Loaded, load_judge
 from caprl_jax.inference.captioner import CaptionerConfig, open_captioner
 from caprl_jax.inference.judge import HostJudge
 from caprl_jax.inference.text_writer import TextWriter
-from caprl_jax.modes.evaluate import run as evaluate
 from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism.page import write_page
 from caprl_jax.rl.sampling import SamplingConfig
@@ -314,11 +311,7 @@ def make_asker(
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Prism: writes prism.json, answers.jsonl and prism.html to the workdir. Without a section
-  `prism`: `evaluate.run`."""
-  if not config.get("prism"):
-    evaluate.run(config, workdir)
-    return
+  """Prism: writes prism.json, answers.jsonl and prism.html to the workdir."""
   cfg = configuration.load_section(config, "prism", PrismConfig)
   policy, section = (
     configuration.load_section(config, "policy", PolicySection),

@@ -14,6 +14,7 @@ import optax
 
 from caprl_jax import __version__, sharding
 from caprl_jax.atomic_files import write_json
+from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.harness.checkpoints import Checkpoints
@@ -312,13 +313,14 @@ def run(config, workdir: pathlib.Path) -> None:
   plain = configuration.to_plain(config)
   summary = Summary(workdir)
   old = summary.values.get("config")
+  old = registry.with_new_names(old) if old else None
   if old is not None and {**old, "train": None} != {**plain, "train": None}:
     changed = [k for k in plain if old.get(k) != plain[k]]
     raise ValueError(
       f"{workdir} holds a run of another config (differing: {changed}); use another "
       "--workdir, or delete it"
     )
-  if "after" in summary.values and summary.values.get("config") == plain:
+  if "after" in summary.values and old == plain:
     log.info(
       "this run is complete: accuracy %.3f -> %.3f; see %s",
       summary.values["before"]["accuracy"],

@@ -183,7 +183,7 @@ def run(config, workdir):
     if checkpoints.latest_step():
       state, position = checkpoints.restore(state)
       iterator.set_state(position)
-    run_loop(step, state, iterator, steps=config.steps, mesh=mesh, checkpoints=checkpoints,
+    run_loop(step, state, iterator, steps=config.train.steps, mesh=mesh, checkpoints=checkpoints,
              config={}, workdir=workdir, what="fake", reward_name="loss")
 """
 
@@ -194,12 +194,13 @@ def test_ctrl_c_in_one_process_stops_both_and_they_go_on(tmp_path, interruptible
   """
   (tmp_path / "fake_mode.py").write_text(FAKE_MODE)
   (tmp_path / "config.py").write_text(
-    CONFIG.format(text=json.dumps(dict(mode="fake", steps=100_000)))
+    CONFIG.format(text=json.dumps(dict(mode="fake", train=dict(steps=100_000))))
   )
   program = (
     "-c",
-    "import sys; from caprl_jax import main; main.MODES['fake'] = "
-    "main.Mode('fake_mode', '', ''); sys.exit(main.main(sys.argv))",
+    "import sys; from caprl_jax import main; from caprl_jax.config import registry; "
+    "registry.MODES['fake'] = registry.Mode('fake_mode', '', '', {}); "
+    "sys.exit(main.main(sys.argv))",
   )
   begin = lambda name, processes, *flags: start(
     tmp_path, tmp_path / name, processes, 4 // processes, *flags, program=program
@@ -220,8 +221,8 @@ def test_ctrl_c_in_one_process_stops_both_and_they_go_on(tmp_path, interruptible
     range(1, steps + 1)
   ) and checkpoints.latest_step() == steps
   checkpoints.close()
-  wait(begin("stopped", 2, f"--config.steps={steps + 2}"), workdir)
-  wait(begin("whole", 1, f"--config.steps={steps + 2}"), tmp_path / "whole")
+  wait(begin("stopped", 2, f"--config.train.steps={steps + 2}"), workdir)
+  wait(begin("whole", 1, f"--config.train.steps={steps + 2}"), tmp_path / "whole")
   rows, whole = (read_metrics(folder / "metrics.jsonl") for folder in (workdir, tmp_path / "whole"))
   assert rows[:steps] == first and len(rows) == steps + 2
   for a, b in zip(whole, rows, strict=True):
