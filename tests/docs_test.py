@@ -6,9 +6,9 @@ A block of commands has a mark in the line before it:
   <!-- run first: ARGUMENTS -->    the same, before all others, which need what it leaves
   <!-- parsed only: WHY -->        flags, config file and keys are checked by main's own parsing
 
-{tiny} in ARGUMENTS is a folder of tiny models and data, {tiny_data} sets a training config's data to
-it, {tiny_sizes} its sizes. Blocks run in one folder with the repository's configs in it, so that a
-block finds what earlier ones left in runs/.
+{tiny} in ARGUMENTS is a folder of tiny models and data, {tiny_data} sets a training config's data
+to it, {tiny_sizes} its sizes. Blocks run in one folder with the repository's configs in it, so that
+a block finds what earlier ones left in runs/.
 """
 
 import ast
