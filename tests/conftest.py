@@ -1,16 +1,58 @@
 """Settings that every test shares."""
 
+import gc
 import os
 import signal
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each for a moment: compile fast rather than well.
 os.environ.setdefault(
   "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# Many tests need the same program: the first to compile it leaves it to the others, to the other
+# workers and to the processes that tests start. The folder goes when the tests end.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _programs = tempfile.TemporaryDirectory(prefix="caprl_jax_programs_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # pylint: disable=wrong-import-position
 import pytest  # pylint: disable=wrong-import-position
+
+
+def pytest_configure() -> None:
+  """Does without the folder of programs where XLA does not take back what it wrote itself.
+
+  On some CPUs jaxlib 0.10 refuses it, with a page of errors for each program
+  (github.com/jax-ml/jax/issues/38445). Workers and other children inherit the decision.
+  """
+  if jax.config.jax_enable_compilation_cache and not _programs_come_back():
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _programs_come_back() -> bool:
+  hits = []
+
+  def listen(event: str, **_) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+      hits.append(event)
+
+  jax.monitoring.register_event_listener(listen)
+  for _ in range(2):  # the second time from the folder
+    jax.clear_caches()
+    jax.jit(jax.numpy.cumsum)(jax.numpy.ones(3)).block_until_ready()
+  jax.monitoring.unregister_event_listener(listen)
+  return bool(hits)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+  """A file's programs go with it: jax would keep all of them, gigabytes, until the worker ends."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="module")
