@@ -4,7 +4,6 @@ by train and evaluate."""
 import dataclasses
 import itertools
 import logging
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -267,8 +266,3 @@ def quantized(
 
 def _millions(params: Params) -> float:
   return sum(x.size for x in jax.tree.leaves(params)) / 1e6
-
-
-def summary_path(workdir: pathlib.Path) -> pathlib.Path:
-  """Where a run's summary stands."""
-  return workdir / "summary.json"

@@ -18,11 +18,11 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import read_settings
-from caprl_jax.harness.setup import summary_path
+from caprl_jax.harness.training.state import abstract_state, make_optimizer
+from caprl_jax.harness.training.summary import summary_path
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
-from caprl_jax.modes.train.run import abstract_state, make_optimizer
 from caprl_jax.types import Params
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}

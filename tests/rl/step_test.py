@@ -15,7 +15,7 @@ from caprl_jax.data.batches import train_iterator
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import CompileCounter, run_loop
 from caprl_jax.harness.metrics import read_metrics
-from caprl_jax.modes.train.run import make_state
+from caprl_jax.harness.training.state import make_state
 from caprl_jax.rl.advantages import group_advantages
 from caprl_jax.rl.judge import judge_captions
 from caprl_jax.rl.optimizer import build_optimizer

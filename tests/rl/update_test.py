@@ -13,9 +13,10 @@ import pytest
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import train_iterator
+from caprl_jax.harness.training.state import make_state
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_kl
-from caprl_jax.modes.train.run import build_step, make_state
+from caprl_jax.modes.train.run import build_step
 from caprl_jax.rl.advantages import flat_groups, group_advantages
 from caprl_jax.rl.loss import LossConfig
 from caprl_jax.rl.rollout import caption_hidden, caption_logprobs, sample_captions

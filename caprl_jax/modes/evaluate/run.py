@@ -18,7 +18,8 @@ from caprl_jax.data.batches import eval_batches
 from caprl_jax.harness.extras import extra
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import read_settings
-from caprl_jax.harness.setup import Run, set_up, summary_path
+from caprl_jax.harness.setup import Run, set_up
+from caprl_jax.harness.training.summary import summary_path
 from caprl_jax.rl.advantages import flat_groups
 from caprl_jax.rl.judge import judge_captions, judge_ids
 from caprl_jax.rl.reward import caption_reward

@@ -38,13 +38,13 @@ from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import QARow
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.harness.loop import run_loop
+from caprl_jax.harness.training.state import abstract_state, make_state
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.inference.vqa import AnswerConfig
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.modes.pretrain.policy import PretrainPolicyConfig, begin
 from caprl_jax.modes.pretrain.record import TRAINING, Record
 from caprl_jax.modes.pretrain.vqa import ask, check_model
-from caprl_jax.modes.train.run import abstract_state, make_state
 from caprl_jax.rl.optimizer import OptimizerConfig, build_optimizer, warmup
 from caprl_jax.supervised.next_token import pretrain_step
 from caprl_jax.types import Packed, Params, TrainState

@@ -1,19 +1,14 @@
 """Mode `train`: gate, evaluation, CapRL, evaluation, report. Resumes where it stopped."""
 
 import functools
-import json
 import logging
 import pathlib
-import platform
-import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from caprl_jax import __version__, sharding
-from caprl_jax.atomic_files import write_json
+from caprl_jax import sharding
 from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.batches import train_iterator
@@ -23,83 +18,31 @@ from caprl_jax.harness.gate import gate
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.metrics import StageClock
 from caprl_jax.harness.samples import save_samples
-from caprl_jax.harness.settings import Settings, read_settings
-from caprl_jax.harness.setup import Run, set_up, summary_path
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import Run, set_up
 from caprl_jax.harness.trackers import open_trackers
+from caprl_jax.harness.training.state import (
+  abstract_state,
+  make_optimizer,
+  make_state,
+  policy_shardings,
+  rollout_images,
+)
+from caprl_jax.harness.training.summary import Best, Summary, versions
 from caprl_jax.hub.load import save_policy
 from caprl_jax.hub.lora import save_adapters
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.modes.evaluate.run import Evaluator
 from caprl_jax.modes.train.report import write_report
-from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.rl.step import ask_judge, learn, train_step, write_captions
-from caprl_jax.types import Params, TrainState
+from caprl_jax.types import TrainState
 
 log = logging.getLogger("caprl_jax.modes.train.run")
-
-
-class Summary:
-  """summary.json: written after each stage, read when a run resumes."""
-
-  def __init__(self, workdir: pathlib.Path):
-    self.path = summary_path(workdir)
-    self.values = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-  def put(self, **values) -> None:
-    self.values |= values
-    if jax.process_index() == 0:
-      write_json(self.path, self.values)
-
-
-def versions() -> dict[str, str]:
-  """What the run ran on."""
-  device = jax.devices()[0]
-  return {
-    "caprl_jax": __version__,
-    "python": platform.python_version(),
-    "jax": jax.__version__,
-    "optax": optax.__version__,
-    "device": f"{len(jax.devices())} x {device.device_kind}",
-  }
-
-
-def make_state(
-  params: Params, tx: optax.GradientTransformation, shardings, seed: int, mesh
-) -> TrainState:
-  """The state before the first step. It owns `params`, and is donated to the step with them."""
-  opt_state = jax.jit(
-    tx.init, out_shardings=sharding.optimizer_shardings(tx, params, shardings, mesh)
-  )(params)
-  put = lambda x: jax.device_put(x, sharding.replicated(mesh))
-  return TrainState(put(jnp.int32(0)), params, opt_state, put(jax.random.key(seed)))
-
-
-def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, mesh) -> TrainState:
-  """Shapes and shardings of the state, for restoring one without having another in memory."""
-  with_sharding = lambda tree, places: jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places
-  )
-  params = with_sharding(params, shardings)
-  opt_state = with_sharding(
-    jax.eval_shape(tx.init, params), sharding.optimizer_shardings(tx, params, shardings, mesh)
-  )
-  scalar = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
-  return TrainState(
-    scalar(jnp.int32(0)), params, opt_state, scalar(jax.random.key_data(jax.random.key(0)))
-  )
 
 
 def rollout_shardings(shardings, mesh):
   """Of the policy's parameters while captions are written; None where they need not move."""
   return sharding.gathered(shardings) if sharding.splits_parameters(mesh) else None
-
-
-def policy_shardings(made: Run):
-  """Shardings of the parameters that are trained."""
-  kind = made.settings.policy.trainable
-  return split_params(made.policy.shardings, trainable_filter(kind, made.policy.model.cfg.family))[
-    0
-  ]
 
 
 def build_step(made: Run, tx: optax.GradientTransformation, schedule: optax.Schedule | None = None):
@@ -176,60 +119,6 @@ def _build_stages(made: Run, tx: optax.GradientTransformation, schedule):
   return run
 
 
-class Best:
-  """The best captioner so far by held-out accuracy, in workdir/best, with its figures in
-  best.json.
-  """
-
-  def __init__(self, made: Run, workdir: pathlib.Path):
-    self.made, self.folder = made, workdir / "best"
-    # a kill came between two renames: the newer one, if it was finished
-    for name in ("best.new", "best.old"):
-      if (
-        not self.folder.exists()
-        and (workdir / name / "best.json").exists()
-        and jax.process_index() == 0
-      ):
-        (workdir / name).rename(self.folder)
-    figures = self.folder / "best.json"
-    self.accuracy = (
-      json.loads(figures.read_text())["accuracy"] if figures.exists() else float("-inf")
-    )
-
-  def keep(self, step: int, params: Params, accuracy: float) -> None:
-    """Writes the captioner where it is the best. A kill leaves the old one or the new one."""
-    if not accuracy > self.accuracy:
-      return
-    self.accuracy = accuracy
-    new, old = self.folder.with_name("best.new"), self.folder.with_name("best.old")
-    main = jax.process_index() == 0
-    if main:
-      shutil.rmtree(new, ignore_errors=True)
-    save_policy(new, self.made.policy, params)
-    if main:
-      write_json(new / "best.json", {"step": step, "accuracy": accuracy})
-      shutil.rmtree(old, ignore_errors=True)
-      if self.folder.exists():
-        self.folder.rename(old)
-      new.rename(self.folder)
-      shutil.rmtree(old, ignore_errors=True)
-      log.info(
-        "best so far: step %d, held-out accuracy %.3f, kept in %s", step, accuracy, self.folder
-      )
-
-
-def rollout_images(settings: Settings) -> int:
-  """Images that a step captions."""
-  return settings.data.batch_size * settings.step.rollout.oversample
-
-
-def make_optimizer(settings: Settings) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The optimizer of a run; its schedule counts optimizer steps, of which a rollout may take
-  several.
-  """
-  return build_optimizer(settings.optimizer, settings.train.steps * settings.step.update.steps)
-
-
 def train(
   made: Run, config: dict, workdir: pathlib.Path, evaluator: Evaluator | None = None
 ) -> TrainState:
@@ -259,7 +148,7 @@ def train(
       )
     except Exception as error:  # noqa: BLE001  a service's client raises anything
       log.warning("the run goes on without trackers %s: %s", list(settings.train.trackers), error)
-  best = Best(made, workdir)
+  best = Best(made.policy, workdir)
 
   def keep_samples(step: int, batch, samples) -> None:
     if step == 1 or step % settings.train.sample_every == 0:
@@ -352,7 +241,7 @@ def run(config, workdir: pathlib.Path) -> None:
       params = merge_params(state.params, made.frozen.base)
       after = evaluator(params, workdir / "samples" / "after.json", "after", settings.train.steps)
     if settings.evaluate.every_steps:
-      Best(made, workdir).keep(settings.train.steps, params, after["accuracy"])
+      Best(made.policy, workdir).keep(settings.train.steps, params, after["accuracy"])
     summary.put(after=after, wall_secs=clock.secs)
     save_policy(workdir / "policy", made.policy, params)
     if settings.policy.trainable == "lora":

@@ -24,6 +24,7 @@ from caprl_jax.data.readers.conversations import read_examples
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.harness.checkpoints import saved_steps
 from caprl_jax.harness.metrics import read_metrics
+from caprl_jax.harness.training.state import make_state
 from caprl_jax.hub.compose import compose_policy, with_tower
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import Loaded, load_judge, load_policy, save_policy
@@ -36,7 +37,6 @@ from caprl_jax.modes.pretrain import policy as pretrain_policy
 from caprl_jax.modes.pretrain import run as pretrain
 from caprl_jax.modes.pretrain.record import Record
 from caprl_jax.modes.pretrain.vqa import summarise
-from caprl_jax.modes.train.run import make_state
 from caprl_jax.rl.optimizer import OptimizerConfig, build_optimizer
 from caprl_jax.supervised.next_token import pretrain_step
 

@@ -14,6 +14,7 @@ from caprl_jax import sharding
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
+from caprl_jax.harness.training.summary import Best
 from caprl_jax.hub.load import load_policy
 from caprl_jax.modes.evaluate.run import Evaluator
 from caprl_jax.modes.train import run as train
@@ -89,10 +90,10 @@ def test_the_best_captioner_is_kept_and_loads(workdir, config):
 def test_a_worse_captioner_does_not_replace_the_best(tmp_path, config):
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
     made = set_up(read_settings(config))
-    best = train.Best(made, tmp_path)
+    best = Best(made.policy, tmp_path)
     best.keep(1, made.policy.params, 0.5)
     before = (tmp_path / "best" / "best.json").stat().st_mtime_ns
-    train.Best(made, tmp_path).keep(2, made.policy.params, 0.5)  # as after a restart
+    Best(made.policy, tmp_path).keep(2, made.policy.params, 0.5)  # as after a restart
   assert (tmp_path / "best" / "best.json").stat().st_mtime_ns == before
 
 
@@ -100,7 +101,7 @@ def test_a_worse_captioner_does_not_replace_the_best(tmp_path, config):
 def test_a_kill_between_two_renames_loses_no_best(tmp_path, left):
   (tmp_path / left).mkdir()
   (tmp_path / left / "best.json").write_text('{"step": 3, "accuracy": 0.75}')
-  assert train.Best(None, tmp_path).accuracy == 0.75
+  assert Best(None, tmp_path).accuracy == 0.75
   assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
 
 
