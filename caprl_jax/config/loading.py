@@ -27,12 +27,12 @@ def load_config(path: str) -> ml_collections.ConfigDict:
     hint = configuration.did_you_mean(file, shipped)
     listed = f" (in configs/: {', '.join(shipped)})" if shipped else ""
     raise ValueError(f"config file {file!r} does not exist in {os.getcwd()}{hint}{listed}")
-  spec = importlib.util.spec_from_loader(
-    "caprl_jax_config", importlib.machinery.SourceFileLoader("caprl_jax_config", file)
-  )
+  loader = importlib.machinery.SourceFileLoader("caprl_jax_config", file)
+  spec = importlib.util.spec_from_loader("caprl_jax_config", loader)
+  assert spec is not None, file  # a loader is given
   module = importlib.util.module_from_spec(spec)
   try:
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     if not hasattr(module, "get_config"):
       raise ValueError("it has no get_config()")
     config = module.get_config(*argument)
@@ -85,7 +85,7 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str) 
   """
   key = override["key"]
   *sections, leaf = key.split(".")
-  holder = config
+  holder: Any = config
   for section in sections:
     holder = holder[section] if _is_section(holder) and section in holder else None
   if not isinstance(holder, ml_collections.ConfigDict) or leaf not in holder:
@@ -150,7 +150,7 @@ def _add(config: ml_collections.ConfigDict, override: re.Match, annotation: Any)
   except (ValueError, TypeError) as error:
     raise ValueError(f"--config.{key}={text}: it must be {expected}") from error
   *sections, leaf = key.split(".")
-  holder = config
+  holder: Any = config
   with config.unlocked():
     for section in sections:
       if not _is_section(holder.get(section)):
@@ -197,7 +197,7 @@ def _is_section(value: Any) -> bool:
   return isinstance(value, ml_collections.ConfigDict)
 
 
-def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+def leaves(config: Any, prefix: str = "") -> list[str]:
   """The dotted keys of all values."""
   found = []
   for key in config.keys():

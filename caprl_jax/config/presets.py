@@ -6,6 +6,7 @@ code differ, so each has its own.
 """
 
 import logging
+from typing import Any
 
 import ml_collections
 
@@ -149,7 +150,7 @@ def replace(config: ml_collections.ConfigDict) -> None:
   if config.get("preset") in PRESETS:
     with config.unlocked():
       for section, kept in _RESOURCES.items():
-        old = config.get(section, {})
+        old: Any = config.get(section, {})
         config[section] = ml_collections.ConfigDict({key: old[key] for key in old if key in kept})
   expand(config)
 
@@ -173,7 +174,7 @@ def expand(config: ml_collections.ConfigDict) -> None:
     log.info("preset %s, but for what the config says: %s", name, ", ".join(kept))
 
 
-def _fill(config: ml_collections.ConfigDict, values: dict, place: str, kept: list[str]) -> None:
+def _fill(config: Any, values: dict, place: str, kept: list[str]) -> None:
   for key, value in values.items():
     if isinstance(value, dict):
       if key not in config:

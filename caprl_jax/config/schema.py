@@ -91,7 +91,7 @@ def nearest(key: str, known: Iterable[str], count: int = 3) -> list[str]:
   scores = {candidate: likeness(candidate) for candidate in known}
   # A shared section makes its keys look alike a little: only what comes near the best counts.
   floor = max(0.6, max(scores.values(), default=0.0) - 0.2)
-  ranked = sorted(scores, key=scores.get, reverse=True)
+  ranked = sorted(scores, key=lambda candidate: scores[candidate], reverse=True)
   return [candidate for candidate in ranked if scores[candidate] >= floor][:count]
 
 
@@ -157,7 +157,7 @@ def convert(value: Any, annotation: Any, place: str) -> Any:
   if annotation is Any:
     return value
   if dataclasses.is_dataclass(annotation):
-    return _build(value, annotation, place)
+    return _build(value, typing.cast(type, annotation), place)
   if annotation in (None, type(None)):
     if value is not None:
       raise wrong
@@ -216,7 +216,7 @@ def _convert_tuple(value: Any, items: Sequence[Any], wrong: ValueError, place: s
   if not items:
     return tuple(value)
   if len(items) == 2 and items[1] is Ellipsis:
-    items = items[:1] * len(value)
+    items = [items[0]] * len(value)
   if len(items) != len(value):
     raise wrong
   return tuple(convert(v, item, f"{place}[{i}]") for i, (v, item) in enumerate(zip(value, items)))

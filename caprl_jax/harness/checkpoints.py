@@ -48,7 +48,7 @@ class Checkpoints:
     step = int(state.step)
     if (not force and step % self.cfg.every_steps) or step in self.manager.all_steps():
       return
-    packed = state.replace(key=jax.random.key_data(state.key))
+    packed = dataclasses.replace(state, key=jax.random.key_data(state.key))
     self.manager.save(
       step,
       args=ocp.args.Composite(
@@ -69,7 +69,8 @@ class Checkpoints:
     ValueError where the checkpoint is of another model or optimizer."""
     step = self.manager.latest_step()
     is_key = jnp.issubdtype(like.key.dtype, jax.dtypes.prng_key)
-    packed = like.replace(key=jax.random.key_data(like.key)) if is_key else like
+    data = jax.random.key_data(like.key) if is_key else like.key
+    packed = dataclasses.replace(like, key=data)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, packed)
     try:
       found = self.manager.restore(

@@ -60,7 +60,7 @@ class MetricsWriter:
       )
     if "step" in metrics:
       raise ValueError(f"metric 'step' of step {step} would hide the step itself; rename it")
-    row = {"step": step}
+    row: dict[str, float | None] = {"step": step}
     row.update((name, _plain(value, name, step)) for name, value in metrics.items())
     self._file.write(json.dumps(row, allow_nan=False) + "\n")
     self._last_step = step

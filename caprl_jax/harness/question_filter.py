@@ -43,10 +43,16 @@ def mismatched_facts(
 
   An empty value, such as the title of a chart without one, is nothing to share.
   """
-  own = {(key, value) for key, value in row.facts.items() if value}
-  others = [facts for facts in pool if not own & set(facts.items())]
-  rng = np.random.default_rng([seed, *"".join(sorted(row.facts.values())).encode()])
+  facts = _facts(row)
+  own = {(key, value) for key, value in facts.items() if value}
+  others = [other for other in pool if not own & set(other.items())]
+  rng = np.random.default_rng([seed, *"".join(sorted(facts.values())).encode()])
   return [others[i] for i in rng.permutation(len(others))[:count]]
+
+
+def _facts(row: QARow) -> dict[str, str]:
+  assert row.facts is not None, row.name  # `_knows` lets only rows with facts pass
+  return row.facts
 
 
 def filter_questions(
@@ -83,14 +89,14 @@ def _judge(
   """Which questions pass, bool [len(pairs)]. What has failed too often to pass is not asked
   again.
   """
-  pool = [dict(items) for items in sorted({tuple(sorted(row.facts.items())) for row, _ in pairs})]
+  pool = [dict(items) for items in sorted({tuple(sorted(_facts(row).items())) for row, _ in pairs})]
   alive = np.ones(len(pairs), bool)
   right, hits = np.zeros(len(pairs)), np.zeros(len(pairs))
 
   def inform(number: int, template: str) -> None:
     live = np.flatnonzero(alive)
     right[live] += asker.correct(
-      [(template.format(**pairs[i][0].facts), pairs[i][1]) for i in live], "informed"
+      [(template.format(**_facts(pairs[i][0])), pairs[i][1]) for i in live], "informed"
     )
     alive[:] &= 1 - (number - right) / len(cfg.informed) > cfg.min_informed
 

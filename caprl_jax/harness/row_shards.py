@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -213,7 +213,7 @@ class Shard:
     self.path, self.numbers, self.rows = parts.path(shard), parts.numbers(shard), parts.rows
     self.partial = self.path.with_name(self.path.name + ".partial")
     self.done: set[int] = set()
-    self.file = None
+    self.file: IO[bytes]  # open inside `with` only
 
   def __enter__(self) -> "Shard":
     self.file = open(self.partial, "a+b")

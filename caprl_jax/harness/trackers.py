@@ -164,10 +164,12 @@ class TensorBoard(Tracker):
     try:
       from tensorboardX import summary
       from tensorboardX.event_file_writer import EventsWriter
-      from tensorboardX.proto.event_pb2 import Event, SessionLog
+      from tensorboardX.proto import event_pb2 as proto
     except ImportError as error:
       raise _missing(self.name, error) from error
-    self._summary, self._event = summary, Event
+    # Generated code: its names are made at import, where no type checker sees them.
+    self._summary, self._event = summary, getattr(proto, "Event")  # noqa: B009
+    session = getattr(proto, "SessionLog")  # noqa: B009
     folder = workdir / "tensorboard"
     folder.mkdir(exist_ok=True)
     # Readers take the files by name, which holds the second: the suffix tells files of one second
@@ -175,7 +177,7 @@ class TensorBoard(Tracker):
     self._file = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
     # A start makes readers drop all events from its step on, also those of a run that died before
     # its first checkpoint.
-    self._add(start_step + 1 if start_step else 0, session_log=SessionLog(status=SessionLog.START))
+    self._add(start_step + 1 if start_step else 0, session_log=session(status=session.START))
 
   def _write(self, step, numbers):
     values = [
@@ -234,7 +236,7 @@ class WandB(Tracker):
       self._run = wandb.init(
         project=project,
         dir=str(workdir.resolve()),
-        mode=mode,
+        mode=mode,  # pyright: ignore[reportArgumentType]  checked by `open_trackers`
         config=config,
         id=_wandb_id(workdir),
         resume="allow",
