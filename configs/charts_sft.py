@@ -3,7 +3,7 @@ say what it read.
 
   for split in train:12000 test:400; do
     python -m caprl_jax.main --config=configs/dataset.py --workdir=runs/charts_data \\
-      --config.dataset.input=charts:$split:96x72
+      --config.dataset.input=charts:$split:96x72 \\
       --config.dataset.output=data/charts/${split%:*}.jsonl
   done
   python -m caprl_jax.main --config=configs/charts_sft.py --workdir=runs/charts_sft

@@ -1,23 +1,23 @@
-"""Questions for training, from images alone: CapRL's curation (five questions an image, answered
+"""Questions for training, from images alone: CapRL's curation (five questions per image, answered
 with the image and not without it).
 
 With two checkpoints, both here; the second may be the smaller one (CapRL: 72B writes, 3B answers):
 
-  python -m caprl_jax.main --config=configs/curate.py --workdir=runs/curate
-    --config.curate.input=IMAGES \\ --config.curate.output=qa.parquet
+  python -m caprl_jax.main --config=configs/curate.py --workdir=runs/curate \\
+    --config.curate.input=IMAGES --config.curate.output=qa.parquet \\
     --config.generator.checkpoint=Qwen/Qwen2.5-VL-7B-Instruct
 
 The writer behind any OpenAI-compatible endpoint (vLLM, SGLang, ...):
 
-  ... --config.curate.questions=endpoint --config.endpoint.url=http://HOST:8000/v1
-  --config.endpoint.model=qwen-vl
+  ... --config.curate.questions=endpoint --config.endpoint.url=http://HOST:8000/v1 \\
+    --config.endpoint.model=qwen-vl
 
 Only the filter, over questions that are there already (a QA source as in configs/dataset.py):
 
   ... --config.curate.questions=given --config.curate.input=qa.jsonl
 
 IMAGES: a folder, JSON lines, tar (WebDataset), parquet or tfds:FOLDER:SPLIT. The same command goes
-on where it was stopped; other thresholds (min_visual, max_blind) select anew without asking a
+on where it was stopped; other thresholds (min_visual, max_blind) select again without asking a
 model. The workdir gets funnel.json, left_out.jsonl (everything left out, with the reason) and
 curation.html.
 """

@@ -2,8 +2,8 @@
 from the words.
 
   python -m caprl_jax.main --config=configs/demo.py
-  python -m caprl_jax.main --config=configs/demo.py
-  --config.policy.checkpoint=runs/quickstart/policy
+  python -m caprl_jax.main --config=configs/demo.py \\
+    --config.policy.checkpoint=runs/quickstart/policy
 
 then open http://127.0.0.1:7860. As it stands it runs on a CPU: the quickstart's warm start (the
 second command: what it has become) and SmolLM2, with examples of easy-VQA. Needs gradio: pip

@@ -1,8 +1,8 @@
 """A trained captioner as a Hugging Face directory: config, safetensors shards, tokenizer,
 processor, model card.
 
-  python -m caprl_jax.main --config=configs/export.py --config.export.run=runs/quickstart
-  --config.export.output=DIR
+  python -m caprl_jax.main --config=configs/export.py --config.export.run=runs/quickstart \\
+    --config.export.output=DIR
 
 Without `export.run`, `policy.checkpoint` itself is written in `export.dtype`. For laptops:
 llama.cpp's convert_hf_to_gguf.py makes a GGUF file of DIR (and its vision part with --mmproj).

@@ -1,8 +1,8 @@
 """What several captioners wrote about the same images, side by side on a page that needs no
 network.
 
-  python -m caprl_jax.main --config=configs/gallery.py
-  --config.gallery.captions=before=a.jsonl,after=b.jsonl
+  python -m caprl_jax.main --config=configs/gallery.py \\
+    --config.gallery.captions=before=a.jsonl,after=b.jsonl
 
 Each file is what mode `caption` wrote about the same images; any .jsonl of `image` and `caption`
 will do. Words that one captioner alone uses are marked; a table has length, share cut, failures.

@@ -2,7 +2,7 @@
 projector, three stages.
 
   python -m caprl_jax.main --config=configs/pretrain_caprl.py --workdir=runs/pretrain \\
-    --config.pretrain.stages.further.data=captions.jsonl
+    --config.pretrain.stages.further.data=captions.jsonl \\
     --config.pretrain.stages.further.image_root=IMAGES
 
 Bring: BLIP-558K (blip_laion_cc_sbu_558k.json of LLaVA-Pretrain), the captions under test (JSON

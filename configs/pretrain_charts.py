@@ -1,9 +1,9 @@
 """What captions of charts are worth as pretraining data; questions are asked and answered in words,
 no options shown.
 
-  python -m caprl_jax.main --config=configs/pretrain_language.py
+  python -m caprl_jax.main --config=configs/pretrain_language.py \\
     --workdir=runs/pretrain_language_charts \\
-    --config.pretrain.stages.read.data=data/charts/train.jsonl
+    --config.pretrain.stages.read.data=data/charts/train.jsonl \\
     --config.pretrain.stages.read.told="{description}"
   python -m caprl_jax.main --config=configs/pretrain_charts.py --workdir=runs/charts_none
 

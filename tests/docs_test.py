@@ -253,6 +253,50 @@ def test_a_bad_block_is_found(language, before, text, message, folder, monkeypat
   assert found.startswith("a.md:3: ") and message in found
 
 
+def config_problems(text: str) -> list[str]:
+  """What is wrong with the commands in a config's docstring; in a folder with configs/."""
+  found, before = [], ""
+  for line in text.splitlines():
+    follows = line.lstrip().startswith("--") and before.lstrip().startswith(("python -m", "--"))
+    if follows and not before.endswith("\\"):
+      found.append(f"{before.strip()!r} is to end in a backslash")
+    before = line
+  for line in text.replace("\\\n", " ").splitlines():
+    if line.lstrip().startswith("python -m caprl_jax.main"):
+      try:
+        check(shlex.split(line, comments=True))
+      except ValueError as error:
+        found.append(str(error))
+  return found
+
+
+@pytest.mark.parametrize(
+  "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name
+)
+def test_commands_in_configs_parse(path, folder, monkeypatch):
+  monkeypatch.chdir(folder)
+  text = ast.get_docstring(ast.parse(path.read_text()))
+  assert f"--config=configs/{path.name}" in text
+  assert config_problems(text) == []
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("  python -m caprl_jax.main --config=configs/a.py --workdir=a", "does not exist"),
+    ("  python -m caprl_jax.main --config=configs/demo.py\n    --workdir=a", "end in a backslash"),
+    (
+      "  python -m caprl_jax.main --config=configs/demo.py \\\n    --config.demo.prot=1",
+      "did you mean --config.demo.port",
+    ),
+  ],
+)
+def test_a_bad_command_in_a_config_is_found(text, message, folder, monkeypatch):
+  monkeypatch.chdir(folder)
+  [found] = config_problems(text)
+  assert message in found
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_json_and_python_blocks_parse(path):
   for block in blocks_of(path, path.read_text()):
