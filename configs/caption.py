@@ -3,8 +3,8 @@
   python -m caprl_jax.main --config=configs/caption.py --config.policy.checkpoint=DIR_OR_HUB_NAME \\
     --config.caption.input=IMAGES --config.caption.output=captions.jsonl
 
-IMAGES is an image or a folder of them, a .jsonl with an `image` on each line, a .tar (WebDataset), a
-.parquet, a folder or a pattern of those ('shards/*.tar'), or tfds:FOLDER:SPLIT. The output is a
+IMAGES is an image or a folder of them, a .jsonl with an `image` on each line, a .tar (WebDataset),
+a .parquet, a folder or a pattern of those ('shards/*.tar'), or tfds:FOLDER:SPLIT. The output is a
 .jsonl or a .parquet, or with --config.caption.format=txt (a .txt per image), hf (a folder for
 datasets.load_dataset) or caprl_2m (JSON lines of image and caption alone) what that says. A JSON
 row has `image`, `caption`, `tokens` (ids), `finish` ("end", or "length" where it was cut at
