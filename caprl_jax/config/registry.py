@@ -41,7 +41,7 @@ TOP_LEVEL: dict[str, tuple[Any, str]] = {
 
 _MESH = {"mesh": "sharding:MeshConfig"}
 _POLICY = {"policy": "harness.sections:PolicySection"}
-_JUDGE = {"judge": "harness.sections:JudgeSection"}
+_JUDGE = {"judge": "inference.judge:JudgeSection"}
 _DATA = {"data": "harness.sections:DataSection"}
 _GATE = {"gate": "harness.sections:GateSection"}
 _TRAINING = {

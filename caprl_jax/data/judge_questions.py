@@ -8,7 +8,6 @@ after it (GPT-2's), the tokenizer is asked.
 """
 
 import dataclasses
-import functools
 import string
 from collections.abc import Sequence
 
@@ -56,6 +55,7 @@ class QuestionTokenizer:
   ):
     self.tokenizer, self.template, self.kinds = tokenizer, template, list(kinds)
     self.abstain, self.abstain_letter = abstain, abstain_letter
+    self._prompts: dict[tuple[int, int | None], JudgePrompt] = {}
     tail = template.tail
     if abstain != "last" and template.label and not tail.startswith("\n"):
       tail = "\n" + tail  # the official prompt ends its last line otherwise, but knows only `last`
@@ -91,9 +91,8 @@ class QuestionTokenizer:
       prior=tuple(prior or [0.0] * len(question.options)),
     )
 
-  @functools.lru_cache(maxsize=8)
   def prompt(self, options: int, rows: int | None = None) -> JudgePrompt:
-    """The pieces around caption and question.
+    """The pieces around caption and question, made once for the same arguments.
 
     Args:
       options: the most that a question has, "can not answer" not counted.
@@ -104,6 +103,11 @@ class QuestionTokenizer:
       ValueError: the tokenizer writes a letter as several tokens, or lacks the template's chat
       tokens.
     """
+    if (options, rows) not in self._prompts:
+      self._prompts[options, rows] = self._make_prompt(options, rows)
+    return self._prompts[options, rows]
+
+  def _make_prompt(self, options: int, rows: int | None) -> JudgePrompt:
     template, tokenizer = self.template, self.tokenizer
     for token in template.specials:
       if tokenizer.backend.token_to_id(token) not in tokenizer.special_ids:

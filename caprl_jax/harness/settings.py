@@ -13,11 +13,11 @@ from caprl_jax.harness.sections import (
   DataSection,
   EvaluateSection,
   GateSection,
-  JudgeSection,
   PolicySection,
   TrainSection,
 )
 from caprl_jax.harness.trackers import check_trackers
+from caprl_jax.inference.judge import JudgeSection
 from caprl_jax.rl.advantages import AdvantageConfig, check_group_size
 from caprl_jax.rl.optimizer import OptimizerConfig
 from caprl_jax.rl.reward import RewardConfig

@@ -4,21 +4,21 @@ by train and evaluate."""
 import dataclasses
 import itertools
 import logging
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import ImagePrompt, QABatcher, image_shape
-from caprl_jax.data.judge_prompts import template_for
 from caprl_jax.data.judge_questions import QuestionShape, QuestionTokenizer, question_shape
 from caprl_jax.data.readers.qa_sources import Part, read_parts, read_qa_rows
 from caprl_jax.data.rows import QARow, kinds
 from caprl_jax.harness.question_filter import filter_questions
+from caprl_jax.harness.sections import GateSection
 from caprl_jax.harness.settings import Settings
-from caprl_jax.hub.int8 import to_int8
-from caprl_jax.hub.load import Loaded, load_judge, relate_vocabularies
-from caprl_jax.inference.judge import HostJudge
+from caprl_jax.hub.load import Loaded, relate_vocabularies
+from caprl_jax.inference.judge import Ask, HostJudge, open_judge
 from caprl_jax.inference.retokenise import Translator
 from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.rl.caption_form import stamp_table
@@ -46,7 +46,7 @@ class Run:
   eval_rows: list[QARow]
   train: QABatcher
   eval: QABatcher
-  counts: dict[str, int]
+  counts: dict[str, float]
   translator: Translator | None = None  # where captioner and judge have different vocabularies
 
 
@@ -80,7 +80,14 @@ def set_up(settings: Settings, training: bool = True) -> Run:
   data = _read_data(settings, training)
   policy = settings.policy.load(mesh)
   names = tuple(kinds([*data.train_rows, *data.eval]))
-  judge, asker = _load_judge(settings, names, mesh)
+  asker = open_judge(
+    settings.judge,
+    kinds=names,
+    mesh=mesh,
+    seed=settings.seed,
+    compare=asks_to_compare([*data.eval, *data.train_rows], settings.gate),
+  )
+  judge = asker.judge
   log.info(
     "captioner %.1fM parameters, judge %.1fM, %d + %d images",
     _millions(policy.params),
@@ -88,22 +95,22 @@ def set_up(settings: Settings, training: bool = True) -> Run:
     len(data.train_rows),
     len(data.eval),
   )
-  data, counts = _filter(data, asker, settings)
+  data, filtered = _filter(data, asker, settings)
   train, held_out, shape = _batchers(data, asker, policy, settings)
   vocabulary, translator = _relate(policy, judge, settings)
-  counts = {"train_rows": len(data.train_rows), "eval_rows": len(data.eval), **counts}
-  frozen_judge = judge
-  if settings.judge.int8:
-    rows = [*data.eval, *data.train_rows]
-    frozen_judge, counts["int8_differs"] = quantized(judge, asker, rows, settings)
+  counts: dict[str, float] = {
+    "train_rows": len(data.train_rows),
+    "eval_rows": len(data.eval),
+    **filtered,
+  }
+  if asker.int8_differs is not None:
+    counts["int8_differs"] = asker.int8_differs
   return Run(
     settings=settings,
     mesh=mesh,
     policy=policy,
-    judge=frozen_judge,
-    frozen=_frozen(
-      settings, policy, frozen_judge, asker.tokenize, shape, vocabulary, training=training
-    ),
+    judge=judge,
+    frozen=_frozen(settings, policy, judge, asker.tokenize, shape, vocabulary, training=training),
     asker=asker,
     kinds=names,
     train_rows=data.train_rows,
@@ -121,15 +128,6 @@ def _read_data(settings: Settings, training: bool) -> Data:
   data, seed = settings.data, settings.seed
   parts = read_parts(data.train, seed, data.max_train_rows, data.bad_rows) if training else []
   return Data(parts, read_qa_rows(data.eval, seed, data.max_eval_rows, data.bad_rows))
-
-
-def _load_judge(settings: Settings, kinds: tuple[str, ...], mesh) -> tuple[Loaded, HostJudge]:
-  """The judge, and the same as the host asks it."""
-  cfg = settings.judge
-  judge = load_judge(cfg.source, mesh, jnp.dtype(cfg.dtype))
-  template = template_for(cfg.reading, cfg.prompt)
-  tokenize = QuestionTokenizer(judge.tokenizer, template, kinds, cfg.abstain, cfg.abstain_letter)
-  return judge, HostJudge(judge, tokenize, settings.step.judge, settings.seed)
 
 
 def _filter(data: Data, asker: HostJudge, settings: Settings) -> tuple[Data, dict[str, int]]:
@@ -241,27 +239,19 @@ def _frozen(
   )
 
 
-def quantized(
-  judge: Loaded, asker: HostJudge, rows: list[QARow], settings: Settings, most: int = 256
-):
-  """The judge with int8 weights, and the share of answers in which it differs from what it was, on
-  up to `most` questions, each after a true caption (where facts are known) or none, and after one
-  that says nothing."""
-  small = dataclasses.replace(judge, params=to_int8(judge.params))
-  template = settings.gate.ideal or ""
-  pairs = [
-    (template.format(**row.facts) if template else "", q) for row in rows for q in row.questions
-  ][:most]
-  asks = pairs + [(settings.gate.generic, q) for _, q in pairs]
-  other = HostJudge(small, asker.tokenize, settings.step.judge, settings.seed)
-  differing = float((other.choices(asks, "int8 judge") != asker.choices(asks, "judge")).mean())
-  log.info(
-    "int8 judge: %.1f%% of %d answers differ from %s's",
-    100 * differing,
-    len(asks),
-    settings.judge.dtype,
-  )
-  return small, differing
+def asks_to_compare(rows: Iterable[QARow], gate: GateSection, most: int = 256) -> list[Ask]:
+  """What a judge is asked before and after it is rounded: up to `most` questions, each after a true
+  caption (where the facts of `gate.ideal` are known) or none, and after one that says nothing."""
+  pairs: list[Ask] = []
+  for row in rows:
+    if len(pairs) >= most:
+      break
+    try:
+      caption = gate.ideal.format(**(row.facts or {})) if gate.ideal else ""
+    except KeyError:
+      caption = ""
+    pairs += [(caption, q) for q in row.questions]
+  return pairs[:most] + [(gate.generic, q) for _, q in pairs[:most]]
 
 
 def _millions(params: Params) -> float:

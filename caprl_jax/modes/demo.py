@@ -23,14 +23,13 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.judge_prompts import template_for
-from caprl_jax.data.judge_questions import QuestionShape, QuestionTokenizer, pad_questions
+from caprl_jax.data.judge_questions import QuestionShape, pad_questions
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, Question, check_question, read_image
-from caprl_jax.harness.sections import JudgeSection, PolicySection
-from caprl_jax.hub.int8 import to_int8
-from caprl_jax.hub.load import Loaded, load_judge
+from caprl_jax.harness.sections import PolicySection
+from caprl_jax.hub.load import Loaded
 from caprl_jax.inference.captioner import Captioner, CaptionerConfig, open_captioner
+from caprl_jax.inference.judge import JudgeSection, question_tokenizer
 from caprl_jax.pages.markup import text
 from caprl_jax.rl.judge import answer_questions
 
@@ -112,9 +111,7 @@ class TextJudge:
     self, judge: Loaded, cfg: JudgeSection, mesh: jax.sharding.Mesh, caption_tokens: int, seed: int
   ):
     self.cfg = dataclasses.replace(cfg, draws=0, independent=False, blind=False, microbatches=1)
-    self.tokenize = QuestionTokenizer(
-      judge.tokenizer, template_for(cfg.reading, cfg.prompt), [""], cfg.abstain, cfg.abstain_letter
-    )
+    self.tokenize = question_tokenizer(judge, cfg, [""])
     doubled = itertools.takewhile(
       lambda n: n < caption_tokens, (FIRST_CAPTION_TOKENS << i for i in itertools.count())
     )
@@ -458,10 +455,7 @@ def run(config, workdir: pathlib.Path) -> None:
     policy_section.instruction, max_tokens=cfg.max_tokens, temperature=cfg.temperature, batch_size=1
   )
   with jax.set_mesh(mesh):
-    loaded = load_judge(section.source, mesh, jnp.dtype(section.dtype))
-    if section.int8:
-      loaded = dataclasses.replace(loaded, params=to_int8(loaded.params))
-  judge = TextJudge(loaded, section, mesh, cfg.caption_tokens, seed)
+    judge = TextJudge(section.load(mesh), section, mesh, cfg.caption_tokens, seed)
   with open_captioner(policy_section.load, captioner_cfg, mesh=mesh, seed=seed) as captioner:
     demo = Demo(captioner, judge, cfg.max_tokens)
     log.info("compiling ...")

@@ -1,17 +1,23 @@
-"""int8 weights: what is rounded, how much it changes, and that a run says so."""
+"""int8 weights: what is rounded, what it changes; that a run says so and asks no other judge."""
 
+import gc
 import logging
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import tiny
 
 from caprl_jax import sharding
+from caprl_jax.harness.gate import gate
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import load_judge
+from caprl_jax.inference import judge as host
+from caprl_jax.inference.judge import HostJudge, JudgeSection, open_judge
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.layers import Linear
 
@@ -58,12 +64,69 @@ def test_logits_stay_near(tmp_path):
   assert 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
 
 
-def test_a_run_says_how_often_its_answers_differ(tmp_path, caplog):
+@pytest.fixture
+def watched(monkeypatch):
+  """Weak references to the kernels of every judge that is loaded, and (what for, the kernels' type)
+  of everything a judge is asked."""
+  kernels, asked = [], []
+
+  def load(*args):
+    judge = load_judge(*args)
+    found = jax.tree_util.tree_leaves_with_path(judge.params)
+    kernels.extend(weakref.ref(x) for path, x in found if path[-1].key == "kernel")
+    return judge
+
+  def choices(self, asks, what="judging"):
+    asked.append((what, up_kernel(self.judge.params).dtype))
+    return choose(self, asks, what)
+
+  def priors(self, questions):
+    asked.append(("priors", up_kernel(self.judge.params).dtype))
+    return learn(self, questions)
+
+  choose, learn = HostJudge.choices, HostJudge.priors
+  monkeypatch.setattr(host, "load_judge", load)
+  monkeypatch.setattr(HostJudge, "choices", choices)
+  monkeypatch.setattr(HostJudge, "priors", priors)
+  return kernels, asked
+
+
+def up_kernel(params):
+  return params["layers"]["mlp"]["up_proj"]["kernel"]
+
+
+def test_everything_of_a_run_asks_the_rounded_judge_and_no_other_stays(tmp_path, caplog, watched):
+  kernels, asked = watched
   config = tiny.write_all(tmp_path)
   config.judge.int8 = True
+  template = "The image shows a {color} {shape}."
+  config.question_filter = dict(
+    informed=(template,), min_informed=-1.0, max_blind=1.1, mismatched=1
+  )
+  config.gate = dict(ideal=template, min_gap=-1.0)
   settings = read_settings(config)
   with caplog.at_level(logging.INFO, "caprl_jax"), jax.set_mesh(sharding.make_mesh(settings.mesh)):
     made = set_up(settings)
+    gate(made)
   assert "% of 96 answers differ from float32's" in caplog.text
   assert 0 <= made.counts["int8_differs"] <= 1
-  assert made.frozen.judge["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.int8
+  assert up_kernel(made.frozen.judge).dtype == jnp.int8
+  assert asked[0] == ("judge", jnp.float32)  # what the rounded one is compared with
+  assert {what for what, _ in asked[1:]} == {"int8 judge", "informed", "blind", "priors", "gate"}
+  assert {dtype for _, dtype in asked[1:]} == {jnp.dtype(jnp.int8)}
+  assert made.asker.judge is made.judge and made.judge.params is made.frozen.judge
+  gc.collect()
+  assert kernels and all(kernel() is None for kernel in kernels)
+
+
+def test_a_section_says_which_judge_is_opened(tmp_path, watched):
+  kernels, asked = watched
+  section = JudgeSection(source=str(tiny.write_judge(tmp_path / "judge")), int8=True)
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    judge = open_judge(section, kinds=[""], mesh=mesh, seed=0)
+    assert up_kernel(section.load(mesh).params).dtype == jnp.int8
+  assert up_kernel(judge.judge.params).dtype == jnp.int8
+  assert judge.int8_differs is None and not asked  # nothing to compare
+  gc.collect()
+  assert kernels and all(kernel() is None for kernel in kernels)

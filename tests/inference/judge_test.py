@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import functools
+import gc
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,6 @@ from helpers import tiny
 from caprl_jax import sharding
 from caprl_jax.data.judge_prompts import PLAIN as LETTER_TEMPLATE
 from caprl_jax.data.judge_prompts import PMI as PMI_TEMPLATE
-from caprl_jax.data.judge_questions import QuestionTokenizer
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import load_judge
 from caprl_jax.inference.judge import HostJudge
@@ -117,10 +118,7 @@ PROGRAMS = {}  # what askers compiled: one jit for all of a reading, for the tes
 
 
 def new_asker(judge, cfg=PMI, seed=0, patched=False, **sizes):
-  template = PMI_TEMPLATE if cfg.reading == "option_pmi" else LETTER_TEMPLATE
-  asker = HostJudge(
-    judge, QuestionTokenizer(judge.tokenizer, template, ("color", "shape")), cfg, seed, **sizes
-  )
+  asker = HostJudge(judge, cfg, kinds=("color", "shape"), seed=seed, **sizes)
   asker._answer = PROGRAMS.setdefault((judge.model, cfg, patched), asker._answer)
   return asker
 
@@ -335,3 +333,12 @@ def test_a_judge_that_is_not_finite_names_the_question_and_the_caption(judge, re
     )
   assert not any(stem in key for key in asker.known)
   assert len(asker.choices(asks)) == len(asks)  # the other questions are well
+
+
+def test_a_judge_nobody_holds_is_freed(judge):
+  asker = new_asker(judge)
+  asker._is_long("red"), asker.tokenize.prompt(2)
+  gone = weakref.ref(asker), weakref.ref(asker.tokenize)
+  del asker
+  gc.collect()
+  assert [ref() for ref in gone] == [None, None]

@@ -23,14 +23,11 @@ from PIL import Image, ImageDraw
 from caprl_jax import sharding
 from caprl_jax.config import loading as config_file
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.judge_prompts import template_for
-from caprl_jax.data.judge_questions import QuestionTokenizer
 from caprl_jax.data.rows import Question
-from caprl_jax.harness.sections import JudgeSection
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import load_judge
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
-from caprl_jax.inference.judge import HostJudge
+from caprl_jax.inference.judge import HostJudge, JudgeSection
 from caprl_jax.modes import demo
 
 QUESTIONS = [
@@ -112,12 +109,9 @@ def make(loaded, caption_tokens=64, **keys):
 def test_answers_are_those_of_training(loaded, keys):
   judge, mesh = loaded
   section = JudgeSection(source="", **keys)
-  tokenize = QuestionTokenizer(
-    judge.tokenizer, template_for(section.reading, section.prompt), [""], section.abstain
-  )
   asks = [(caption, question) for caption in CAPTIONS for question in QUESTIONS]
   with jax.set_mesh(mesh):
-    want = HostJudge(judge, tokenize, section, 0).choices(asks)
+    want = HostJudge(judge, section, kinds=[""], seed=0).choices(asks)
   ask = make(loaded, **keys)
   got = [ask(caption, question) for caption, question in asks]
   assert [verdict.choice for verdict in got] == want.tolist() and len(set(want.tolist())) > 1

@@ -13,22 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.judge_prompts import template_for
-from caprl_jax.data.judge_questions import QuestionTokenizer
 from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, kinds, read_image
-from caprl_jax.harness.sections import JudgeSection
-from caprl_jax.hub.int8 import to_int8
-from caprl_jax.hub.load import load_judge
-from caprl_jax.inference.judge import Ask, HostJudge
+from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection, open_judge
 from caprl_jax.modes.gallery.page import NOBODY, ComparedImage, Said, write_page
 
 log = logging.getLogger("caprl_jax.modes.gallery.run")
@@ -417,22 +411,6 @@ def _some_questions(row: QARow, cfg: GalleryConfig, seed: int) -> QARow:
   )
 
 
-def _asker(
-  section: JudgeSection, mesh: jax.sharding.Mesh, names: Sequence[str], seed: int
-) -> HostJudge:
-  judge = load_judge(section.source, mesh, jnp.dtype(section.dtype))
-  if section.int8:
-    judge = dataclasses.replace(judge, params=to_int8(judge.params))
-  tokenize = QuestionTokenizer(
-    judge.tokenizer,
-    template_for(section.reading, section.prompt),
-    names,
-    section.abstain,
-    section.abstain_letter,
-  )
-  return HostJudge(judge, tokenize, section, seed)
-
-
 def run(config, workdir: pathlib.Path) -> None:
   """Writes the page, and gallery.json with its figures to the workdir."""
   cfg = configuration.load_section(config, "gallery", GalleryConfig)
@@ -456,11 +434,10 @@ def run(config, workdir: pathlib.Path) -> None:
     asked = [shared for shared in common if shared.questions]
     if section:
       judged = [asked[i] for i in sorted(rng.permutation(len(asked))[: cfg.judged].tolist())]
-      with jax.set_mesh(
-        sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
-      ):
+      mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
+      with jax.set_mesh(mesh):
         names = kinds([shared.row for shared in judged])
-        judged = judge_images(judged, _asker(section, jax.sharding.get_mesh(), names, seed))
+        judged = judge_images(judged, open_judge(section, kinds=names, mesh=mesh, seed=seed))
   found = figures(files, common, judged)
   if jax.process_index() > 0:
     return

@@ -17,26 +17,22 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.judge_prompts import template_for
-from caprl_jax.data.judge_questions import QuestionTokenizer
 from caprl_jax.data.readers import benchmarks
 from caprl_jax.data.readers.benchmarks import BenchmarkRow
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import BadRows, CaptionRow, Question, good_rows, image_bytes
 from caprl_jax.harness.result_cache import ResultCache
-from caprl_jax.harness.sections import JudgeSection, PolicySection
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.hub_files import fingerprint
-from caprl_jax.hub.int8 import to_int8
-from caprl_jax.hub.load import Loaded, load_judge
+from caprl_jax.hub.load import Loaded
 from caprl_jax.inference.captioner import CaptionerConfig, open_captioner
-from caprl_jax.inference.judge import HostJudge
+from caprl_jax.inference.judge import HostJudge, JudgeSection, open_judge
 from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism.page import write_page
@@ -296,20 +292,6 @@ def read_answers(pairs: Sequence[Pair], asker: HostJudge) -> np.ndarray:
   return asker.choices(asks, "answers")
 
 
-def make_asker(
-  judge: Loaded, section: JudgeSection, rows: Sequence[BenchmarkRow], seed: int
-) -> HostJudge:
-  names = sorted({row.kind for row in rows})
-  tokenize = QuestionTokenizer(
-    judge.tokenizer,
-    template_for(section.reading, section.prompt),
-    names,
-    section.abstain,
-    section.abstain_letter,
-  )
-  return HostJudge(judge, tokenize, section, seed)
-
-
 def run(config, workdir: pathlib.Path) -> None:
   """Prism: writes prism.json, answers.jsonl and prism.html to the workdir."""
   cfg = configuration.load_section(config, "prism", PrismConfig)
@@ -420,20 +402,14 @@ def _answer_all(
 ) -> dict[str, dict[str, Any]]:
   """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays
   [rows, captions]. Texts go to `kept`; without one, options are read."""
-  judge = load_judge(section.source, mesh, jnp.dtype(section.dtype))
-  if section.int8:
-    judge = dataclasses.replace(judge, params=to_int8(judge.params))
-  # One for all benchmarks: what is compiled for one serves the others.
-  asker = (
-    make_asker(judge, section, [row for rows in read.values() for row in rows], seed)
-    if kept is None
-    else None
-  )
+  # One judge and one writer for all benchmarks: what is compiled for one serves the others.
+  kinds = sorted({row.kind for rows in read.values() for row in rows})
+  asker = open_judge(section, kinds=kinds, mesh=mesh, seed=seed)
   sampling = SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature)
   writer = (
     None
     if kept is None
-    else TextWriter(judge, sampling, batch_size=cfg.answer_batch_size, mesh=mesh, seed=seed)
+    else TextWriter(asker.judge, sampling, batch_size=cfg.answer_batch_size, mesh=mesh, seed=seed)
   )
   answered: dict[str, dict[str, Any]] = {}
   for name, rows in read.items():
@@ -454,7 +430,7 @@ def _answer_all(
       found = (
         read_answers(pairs, asker)
         if kept is None
-        else np.array(write_answers(pairs, kept, judge, writer, cfg), object)
+        else np.array(write_answers(pairs, kept, asker.judge, writer, cfg), object)
       )
       answered[name][who] = found.reshape(len(rows), -1)
   return answered
