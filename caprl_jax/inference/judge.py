@@ -29,7 +29,7 @@ from caprl_jax.data.rows import Question
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge
 from caprl_jax.rl.judge import answer_questions
-from caprl_jax.rl.judge_protocol import JudgeConfig
+from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin, best_and_lead
 
 log = logging.getLogger("caprl_jax.inference.judge")
 
@@ -81,7 +81,7 @@ class HostJudge:
     questions_per_row: int = 8,
     rows_per_call: int = 4,
   ):
-    cfg = dataclasses.replace(cfg, draws=0, independent=False, blind=False, microbatches=1)
+    cfg = cfg.each_once()
     self.judge, self.cfg = judge, cfg
     self.tokenize = question_tokenizer(judge, cfg, kinds)
     self.K, self.rows = questions_per_row, rows_per_call
@@ -124,9 +124,7 @@ class HostJudge:
       return np.array([self.known[caption, q.stem, q.options] for caption, q in asks], int)
     self._learn_options([(self.baseline, q) for _, q in asks])
     self._learn_options(asks, what)
-    return np.array(
-      [best if gap > self.cfg.margin else -1 for best, gap in map(self.best_of, asks)], int
-    )
+    return np.array([answer_by_margin(*self.best_of(ask), self.cfg.margin) for ask in asks], int)
 
   def best_of(self, ask: Ask) -> tuple[int, float]:
     """`option_pmi`: the best option of what was asked before, whatever the margin, and its lead
@@ -135,8 +133,8 @@ class HostJudge:
     score = np.array(
       [self.known[caption, question.stem, option] for option in question.options]
     ) - self.prior_of(question)
-    second, best = np.sort(score)[-2:]
-    return int(np.argmax(score)), float(best - second)
+    best, lead = best_and_lead(score)
+    return int(best), float(lead)
 
   def correct(self, asks: Sequence[Ask], what: str = "judging") -> np.ndarray:
     """Whether each (caption, question) is answered right, bool [len(asks)]."""

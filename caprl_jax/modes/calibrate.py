@@ -27,7 +27,7 @@ from caprl_jax.data.rows import QARow, Question, kinds
 from caprl_jax.harness.sections import DataSection, GateSection
 from caprl_jax.hub.load import Loaded
 from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection
-from caprl_jax.rl.judge_protocol import JudgeConfig
+from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin
 
 log = logging.getLogger("caprl_jax.modes.calibrate")
 
@@ -198,18 +198,16 @@ def margins(
   (`option_pmi`).
   """
   found = [asker.best_of(ask) for ask in asks]
-  gaps = np.array([gap for _, gap in found]).reshape(len(CONDITIONS), len(trials))
-  right = np.array([best == q.gold for (best, _), (_, q) in zip(found, asks)]).reshape(gaps.shape)
-  return [
-    {
-      "margin": m,
-      "ideal_accuracy": float((right[0] & (gaps[0] > m)).mean()),
-      **{
-        f"{name}_abstained": float((gaps[i] <= m).mean()) for i, name in enumerate(CONDITIONS) if i
-      },
-    }
-    for m in MARGINS
-  ]
+  best, lead = (np.array(x).reshape(len(CONDITIONS), len(trials)) for x in zip(*found))
+  gold = np.array([q.gold for _, q in asks]).reshape(best.shape)
+  rows = []
+  for margin in MARGINS:
+    answer = answer_by_margin(best, lead, margin)
+    row = {"margin": margin, "ideal_accuracy": float((answer[0] == gold[0]).mean())}
+    for name, answers in zip(CONDITIONS[1:], answer[1:], strict=True):
+      row[f"{name}_abstained"] = float((answers < 0).mean())
+    rows.append(row)
+  return rows
 
 
 def best_margin(table: Sequence[dict[str, float]]) -> float:

@@ -32,6 +32,7 @@ from caprl_jax.inference.captioner import Captioner, CaptionerConfig, open_capti
 from caprl_jax.inference.judge import JudgeSection, question_tokenizer
 from caprl_jax.pages.markup import text
 from caprl_jax.rl.judge import answer_questions
+from caprl_jax.rl.judge_protocol import answer_by_margin, best_and_lead
 
 log = logging.getLogger("caprl_jax.modes.demo")
 
@@ -110,7 +111,7 @@ class TextJudge:
   def __init__(
     self, judge: Loaded, cfg: JudgeSection, mesh: jax.sharding.Mesh, caption_tokens: int, seed: int
   ):
-    self.cfg = dataclasses.replace(cfg, draws=0, independent=False, blind=False, microbatches=1)
+    self.cfg = cfg.each_once()
     self.tokenize = question_tokenizer(judge, cfg, [""])
     doubled = itertools.takewhile(
       lambda n: n < caption_tokens, (FIRST_CAPTION_TOKENS << i for i in itertools.count())
@@ -128,8 +129,7 @@ class TextJudge:
     count = len(question.options)
     if self.cfg.reading == "option_pmi":
       scores = scores[:count] - self._ask(self.tokenize.template.baseline, question)[0][:count]
-      second, best = np.sort(scores)[-2:]
-      choice = int(np.argmax(scores)) if best - second > self.cfg.margin else -1
+      choice = int(answer_by_margin(*best_and_lead(scores), self.cfg.margin))
     if self.cfg.reading == "generate":
       return JudgedQuestion(choice, tuple(float(i == choice) for i in range(count)), None)
     present = (

@@ -16,6 +16,8 @@ from caprl_jax.models.head import token_logprobs
 from caprl_jax.rl.judge_protocol import (
   JudgeConfig,
   Sheet,
+  answer_by_margin,
+  best_and_lead,
   draw_questions,
   present_options,
   take_questions,
@@ -145,7 +147,8 @@ def answer_questions(
       sample_key, jnp.where(present_BGKA, score_BGKA / cfg.temperature, NEGATIVE)
     )
   elif cfg.reading != "generate":
-    choice_BGK = _choose(score_BGKA, present_BGKA, cfg.margin)
+    best_BGK, lead_BGK = best_and_lead(jnp.where(present_BGKA, score_BGKA, NEGATIVE))
+    choice_BGK = answer_by_margin(best_BGK, lead_BGK, cfg.margin)
   asked_BGK = jnp.broadcast_to(drawn_BK[:, None], choice_BGK.shape)
   index_BGK = jnp.broadcast_to(index_BK[:, None], choice_BGK.shape)
   return _answers(choice_BGK, score_BGKA, present_BGKA, presented, asked_BGK, index_BGK, cfg)
@@ -324,10 +327,3 @@ def _written(
   return jnp.where(hit_BGKA.any(-1), chosen, -1), jnp.where(
     jnp.broadcast_to(finite, hit_BGKA.shape), 0.0, jnp.nan
   )
-
-
-def _choose(score: Array, present: Array, margin: float) -> Array:
-  """Index of the best present option; -1 unless it beats the runner-up by more than `margin`."""
-  score = jnp.where(present, score, NEGATIVE)
-  best = jax.lax.top_k(score, 2)[0]
-  return jnp.where(best[..., 0] - best[..., 1] > margin, jnp.argmax(score, axis=-1), -1)

@@ -5,11 +5,13 @@ Letters as in `types.py`; where "can not answer" is an option, A counts it and i
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from caprl_jax.masked import NEGATIVE
 from caprl_jax.types import Array, JudgePrompt, Questions
 
 MARGIN_READINGS = ("option_pmi", "letter_argmax")  # those that compare scores with each other
@@ -97,6 +99,34 @@ class JudgeConfig:
         "abstain 'permuted' goes with shuffle and abstain_letter 'next', not "
         f"{self.shuffle} and {self.abstain_letter!r}; use abstain 'last'"
       )
+
+  def each_once(self, microbatches: int = 1) -> Self:
+    """The same judge, asked each question once about each caption and about no empty one: draws and
+    blind answers are a matter of training. microbatches: as the field."""
+    return dataclasses.replace(
+      self, draws=0, independent=False, blind=False, microbatches=microbatches
+    )
+
+
+def best_and_lead(score_A: Array | np.ndarray) -> tuple[Array, Array]:
+  """The best option, and by how much it leads over the runner-up; of numpy and jax arrays.
+
+  Args:
+    score_A: [..., options], two at least; `NEGATIVE` for those that do not exist.
+
+  Returns:
+    Index of the best (the first of equals) int [...], and its lead in the scores' unit, [...].
+  """
+  best = score_A.argmax(-1)
+  is_best_A = np.arange(score_A.shape[-1]) == best[..., None]
+  runner_up = (score_A + is_best_A * NEGATIVE).max(-1)
+  return best, score_A.max(-1) - runner_up
+
+
+def answer_by_margin(best: Array, lead: Array, margin: float) -> Array:
+  """The judge's answer where scores are compared: the best option, or -1, which is to abstain, if
+  it does not lead by more than `margin` (a lead that is not a number never does)."""
+  return (lead > margin) * (best + 1) - 1
 
 
 def draw_questions(key: Array, valid_BK: Array, cfg: JudgeConfig) -> tuple[Array, Array]:

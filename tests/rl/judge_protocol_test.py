@@ -20,9 +20,16 @@ from caprl_jax.data.rows import Question
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import init_decoder
 from caprl_jax.hub.tokenizer import load_tokenizer
+from caprl_jax.masked import NEGATIVE
 from caprl_jax.models.decoder import Decoder, DecoderConfig, head_matrix
 from caprl_jax.rl.judge import answer_questions, judge_captions
-from caprl_jax.rl.judge_protocol import JudgeConfig, draw_orders, draw_questions
+from caprl_jax.rl.judge_protocol import (
+  JudgeConfig,
+  answer_by_margin,
+  best_and_lead,
+  draw_orders,
+  draw_questions,
+)
 from caprl_jax.types import Captions, Vocabulary
 
 # Each image's questions: several lines in a stem, options that end in punctuation, two to four of
@@ -356,3 +363,30 @@ def test_chat_tokens_and_fake_turns_do_not_steer_the_judge(judge, tokenizer):
   np.testing.assert_allclose(got.score_BGKA, want.score_BGKA, atol=1e-4)
   np.testing.assert_allclose(blind.score_BGKA, blind_too.score_BGKA, atol=1e-5)
   assert np.abs(got.credit_BGK - blind.credit_BGK).max() > 1e-2  # the caption does matter
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_the_best_option_answers_where_it_leads_by_more_than_the_margin(xp):
+  nan = float("nan")
+  scores = xp.array(
+    [
+      [-3.0, -1.0, -1.5, NEGATIVE],
+      [-2.0, -2.0, -4.0, NEGATIVE],  # no lead
+      [5.0, NEGATIVE, NEGATIVE, NEGATIVE],
+      [nan, -1.0, -2.0, NEGATIVE],
+    ],
+    np.float32,
+  )
+  best, lead = best_and_lead(scores)
+  assert isinstance(best, np.ndarray) == (xp is np)  # each in its own kind
+  assert best[:3].tolist() == [1, 0, 0]
+  assert lead[:2].tolist() == [0.5, 0.0] and lead[2] > 1e29
+  for margin, expected in ((0.0, [1, -1, 0, -1]), (0.5, [-1, -1, 0, -1]), (1e31, [-1] * 4)):
+    assert answer_by_margin(best, lead, margin).tolist() == expected
+  assert answer_by_margin(3, 0.2, 0.1) == 3  # numbers of the host too
+
+
+def test_each_question_once():
+  cfg = JudgeConfig(draws=3, independent=True, microbatches=4, margin=0.5)
+  assert cfg.each_once() == JudgeConfig(margin=0.5, blind=False)
+  assert cfg.each_once(4).microbatches == 4

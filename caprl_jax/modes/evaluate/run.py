@@ -88,15 +88,10 @@ class Evaluator:
     rollout = settings.step.rollout
 
     def protocol(images: int):
-      """Every question once: draws are a matter of the training reward. Pieces where they fit the
-      batch.
-      """
+      """Every question once; in the judge's pieces where they fit the batch."""
       judge = settings.step.judge
       pieces = judge.microbatches if images % judge.microbatches == 0 else 1
-      judge = dataclasses.replace(
-        judge, draws=0, independent=False, blind=False, microbatches=pieces
-      )
-      return dataclasses.replace(settings.step, judge=judge)
+      return dataclasses.replace(settings.step, judge=judge.each_once(pieces))
 
     sampling = dataclasses.replace(rollout.sampling, temperature=settings.evaluate.temperature)
     make = lambda group, sampling, images: jax.jit(
