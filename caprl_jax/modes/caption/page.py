@@ -8,7 +8,7 @@ from typing import Any
 from caprl_jax.data.rows import CaptionRow, read_image
 from caprl_jax.harness.row_shards import RowResult
 from caprl_jax.modes.caption.statistics import Statistics
-from caprl_jax.pages import markup
+from caprl_jax.pages import cards, markup
 
 
 def samples_page(name: str, statistics: Statistics, settings: dict[str, Any]) -> str:
@@ -44,7 +44,7 @@ def samples_page(name: str, statistics: Statistics, settings: dict[str, Any]) ->
 
 def _headline(figures: dict[str, Any]) -> str:
   tokens = figures["caption_tokens"] or {}
-  cards = [
+  numbers = [
     markup.card(
       "Images captioned", markup.show(figures["captioned"]), f"of {figures['images']:,}", "wide"
     ),
@@ -67,7 +67,7 @@ def _headline(figures: dict[str, Any]) -> str:
       "Loops", markup.show(figures["loop_share"], "percent"), "of captions repeat a run of tokens"
     ),
   ]
-  return f"<section><div class=cards>{''.join(cards)}</div></section>"
+  return f"<section><div class=cards>{''.join(numbers)}</div></section>"
 
 
 def _tables(figures: dict[str, Any]) -> str:
@@ -115,35 +115,28 @@ def _tables(figures: dict[str, Any]) -> str:
 
 
 def _samples(title: str, about: str, found: Iterable[RowResult[CaptionRow]]) -> str:
-  cards = "".join(map(_sample, found))
+  listed = "".join(map(_sample, found))
   about = f"<p class=soft>{about}</p>" if about else ""
   return (
     f"<section><h2>{title}</h2>{about}"
     '<div class=samples style="grid-template-columns:'
     'repeat(auto-fill,minmax(min(500px,100%),1fr))">'
-    f"{cards}</div></section>"
+    f"{listed}</div></section>"
   )
 
 
 def _sample(item: RowResult[CaptionRow]) -> str:
   row = item.row
   if "error" in row:
-    words = (
-      '<p class=marks><span class="answer wrong"><b>✗</b> failed</span></p>'
-      f"<p>{markup.text(row['error'])}</p>"
-    )
+    words = f"<p class=marks>{cards.FAILED}</p><p>{markup.text(row['error'])}</p>"
   else:
-    caption = markup.text(row["caption"]) if row["caption"].strip() else "<i class=soft>(empty)</i>"
-    cut = ' <span class="answer wrong">cut</span>' if row["finish"] == "length" else ""
+    caption = cards.caption_text(row["caption"])
+    cut = f" {cards.CUT}" if row["finish"] == "length" else ""
     words = (
       f"<p class=text>{caption}</p><p class=marks><span class=soft>{len(row['tokens'])} "
       f"tokens</span>{cut}</p>"
     )
-  return (
-    f"<article class=sample><div class=picture>{_picture(item.source)}"
-    f'<div class="soft file">{markup.text(row["image"])}</div></div>'
-    f"<div class=words>{words}</div></article>"
-  )
+  return cards.image_card(_picture(item.source), row["image"], words)
 
 
 def _picture(source: CaptionRow) -> str:

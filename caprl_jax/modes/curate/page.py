@@ -8,6 +8,7 @@ import numpy as np
 
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.rows import image_bytes
+from caprl_jax.pages.cards import image_card, question, question_list
 from caprl_jax.pages.markup import card, embedded, page, percent, table, text
 
 PAGE_IMAGES = 24
@@ -100,27 +101,17 @@ def _grid(counts: dict[str, int]) -> str:
 
 def _sample(selected: Any) -> str:
   row = selected.row
-  kept = "".join(_question(question, verdict, "") for question, verdict in selected.kept)
-  dropped = "".join(_question(*item) for item in selected.dropped)
-  return (
-    f"<article class=sample><div class=picture>{embedded(image_bytes(row), row.name)}<div "
-    "class='file soft'>"
-    f"{text(row.name)}</div></div><div>{f'<ol class=questions>{kept}</ol>' if kept else ''}"
-    + (f"<p class=soft>Left out</p><ol class=questions>{dropped}</ol>" if dropped else "")
-    + ("" if kept or dropped else "<p class=soft>no question</p>")
-    + "</div></article>"
-  )
+  kept = question_list([_question(item, verdict, "") for item, verdict in selected.kept])
+  dropped = question_list([_question(*item) for item in selected.dropped])
+  if dropped:
+    dropped = f"<p class=soft>Left out</p>{dropped}"
+  content = kept + dropped or "<p class=soft>no question</p>"
+  return image_card(embedded(image_bytes(row), row.name), row.name, content)
 
 
-def _question(question: Any, verdict: Any, reason: str) -> str:
-  options = " ".join(
-    f'<span class="option{" gold" if n == question.gold else ""}">{text(option)}</span>'
-    for n, option in enumerate(question.options)
-  )
-  shares = (
-    f"<small>{verdict.visual:.2f} with, {verdict.blind:.2f} without</small> "
-    if verdict and not verdict.error
-    else ""
-  )
+def _question(item: Any, verdict: Any, reason: str) -> str:
   why = f'<span class="answer wrong">{text(reason)}</span> ' if reason else ""
-  return f"<li><span class=stem>{text(question.stem)}</span><br>{options}<br>{why}{shares}</li>"
+  shares = ""
+  if verdict and not verdict.error:
+    shares = f"<small>{verdict.visual:.2f} with, {verdict.blind:.2f} without</small> "
+  return question(item.stem, item.options, item.gold, after=why + shares)

@@ -29,6 +29,7 @@ from caprl_jax.data.rows import BadRow, BadRows, QARow, image_bytes, open_image,
 from caprl_jax.hub.hub_files import read_json, read_preprocessor, resolve_model
 from caprl_jax.models.image_processor import SmartResize
 from caprl_jax.models.policy import PolicyConfig
+from caprl_jax.pages import cards
 from caprl_jax.pages.markup import card, embedded, page, percent, table, text
 
 log = logging.getLogger("caprl_jax.modes.dataset.run")
@@ -275,7 +276,7 @@ def write_page(
   seed: int,
 ) -> None:
   """A page that shows the figures, some rows and what is wrong with the others."""
-  cards = [
+  numbers = [
     card("images", f"{figures['images']:,}", f"{figures['repeated_images']:,} repeated"),
     card("questions", f"{figures['questions']:,}", f"{len(figures['kinds'])} kinds"),
     card("bad rows", f"{figures['bad']:,}", f"of {figures['rows']:,}"),
@@ -294,14 +295,8 @@ def write_page(
   samples = []
   for i in sorted(order):
     row = rows[i]
-    listed = "".join(
-      f"<li><span class=stem>{text(q.stem)}</span> <small>{text(q.kind)}</small><br>"
-      + " ".join(
-        f'<span class="option{" gold" if n == q.gold else ""}">{text(option)}</span>'
-        for n, option in enumerate(q.options)
-      )
-      + "</li>"
-      for q in row.questions[:12]
+    listed = cards.question_list(
+      [cards.question(q.stem, q.options, q.gold, kind=q.kind) for q in row.questions[:12]]
     )
     more = (
       f"<p class=soft>and {len(row.questions) - 12} more</p>" if len(row.questions) > 12 else ""
@@ -309,19 +304,15 @@ def write_page(
     facts = (
       f"<p class=soft>{text(json.dumps(row.facts, ensure_ascii=False))}</p>" if row.facts else ""
     )
-    samples.append(
-      "<article class=sample><div "
-      f"class=picture>{embedded(image_bytes(row), row.name)}<div class='file "
-      f"soft'>{text(row.name)}</div></div><div><ol "
-      f"class=questions>{listed}</ol>{more}{facts}</div></article>"
-    )
+    picture = embedded(image_bytes(row), row.name)
+    samples.append(cards.image_card(picture, row.name, listed + more + facts))
   problems = "".join(f"<li>{text(row.message)}</li>" for row in bad[:200])
   write_text(
     path,
     page(
       name,
       [
-        f"<div class=cards>{''.join(cards)}</div>",
+        f"<div class=cards>{''.join(numbers)}</div>",
         "<h2>Questions by kind</h2>"
         + table(["kind", "questions", "options", "best letter", "longest option"], kinds)
         + "<p class=soft>What always saying the same letter, or the longest option, would get "

@@ -13,7 +13,7 @@ from PIL import Image
 
 from caprl_jax.atomic_files import write_bytes
 from caprl_jax.data.rows import QARow, Question
-from caprl_jax.pages import markup as markup
+from caprl_jax.pages import cards, markup
 
 NOBODY = "no caption"  # the row of the table that says what the judge guesses
 _SMALL_PIXELS = 192  # a side; larger pictures are embedded as JPEG
@@ -88,8 +88,10 @@ def write_page(
   sections = [_STYLE, _summary(figures)]
   for title, shown in (("Drawn at random", drawn), ("Where the captioners differ most", most)):
     if shown:
-      cards = "".join(_card(shared, picture(shared), short(shared)) for shared in shown)
-      sections.append(f"<section><h2>{title}</h2>{about}<div class=samples>{cards}</div></section>")
+      listed = "".join(_card(shared, picture(shared), short(shared)) for shared in shown)
+      sections.append(
+        f"<section><h2>{title}</h2>{about}<div class=samples>{listed}</div></section>"
+      )
   page = markup.page(" · ".join(names), sections)
   # a caption may hold what UTF-8 cannot
   write_bytes(path, page.encode("utf-8", "xmlcharrefreplace"))
@@ -150,7 +152,9 @@ def _scrolling(table: str, label: str) -> str:
 
 
 def _card(shared: ComparedImage, picture: Image.Image | None, name: str) -> str:
-  listed = "".join(_question(question) for question in shared.questions)
+  listed = cards.question_list(
+    [cards.question(q.stem, q.options, q.gold, kind=q.kind) for q in shared.questions]
+  )
   counts: dict[str, int] = {}
   for said in shared.said.values():
     for word in {word.casefold() for word in said.words}:
@@ -158,11 +162,8 @@ def _card(shared: ComparedImage, picture: Image.Image | None, name: str) -> str:
   several = sum(said.caption is not None for said in shared.said.values()) > 1
   alone = {word for word, n in counts.items() if n == 1} if several else set()
   columns = "".join(_column(who, said, shared, alone) for who, said in shared.said.items())
-  return (
-    f"<article class=sample><div class=picture>{_element(picture, name)}"
-    f'<div class="soft file">{markup.text(name)}</div></div><div class=words>'
-    + (f"<ol class=questions>{listed}</ol>" if listed else "")
-    + f"<div class=gallery>{columns}</div></div></article>"
+  return cards.image_card(
+    _element(picture, name), name, f"{listed}<div class=gallery>{columns}</div>"
   )
 
 
@@ -176,37 +177,24 @@ def _element(picture: Image.Image | None, name: str) -> str:
   return markup.embedded(buffer.getvalue(), name)
 
 
-def _question(question: Question) -> str:
-  options = " ".join(
-    f'<span class="option{" gold" if i == question.gold else ""}">{markup.text(option)}</span>'
-    for i, option in enumerate(question.options)
-  )
-  return (
-    f"<li><span class=stem>{markup.text(question.stem)}</span> "
-    f"<small>{markup.text(question.kind)}</small><div>{options}</div></li>"
-  )
-
-
 def _column(who: str, said: Said, shared: ComparedImage, alone: set[str]) -> str:
   head = f"<h3>{markup.text(who)}</h3>"
   if said.caption is None:
     return (
-      f'<section>{head}<p class=marks><span class="answer wrong"><b>✗</b> failed</span></p>'
-      f"<p>{markup.text(said.error)}</p></section>"
+      f"<section>{head}<p class=marks>{cards.FAILED}</p><p>{markup.text(said.error)}</p></section>"
     )
-  caption = (
-    _highlighted(said.caption, alone) if said.caption.strip() else "<i class=soft>(empty)</i>"
-  )
-  chips = "".join(
-    _chip(n, question, choice)
+  words = said.caption
+  caption = _highlighted(words, alone) if words.strip() else cards.caption_text(words)
+  answers = "".join(
+    _answer(n, question, choice)
     for n, (question, choice) in enumerate(zip(shared.questions, shared.choices.get(who, ())), 1)
   )
   length = f"{len(said.words)} words" + (
     f", {said.tokens} tokens" if said.tokens is not None else ""
   )
-  cut = ' <span class="answer wrong">cut</span>' if said.cut else ""
+  cut = f" {cards.CUT}" if said.cut else ""
   return (
-    f"<section>{head}<p class=text>{caption}</p><p class=marks>{chips}<span "
+    f"<section>{head}<p class=text>{caption}</p><p class=marks>{answers}<span "
     f"class=soft>{length}</span>{cut}</p></section>"
   )
 
@@ -223,13 +211,8 @@ def _highlighted(caption: str, alone: set[str]) -> str:
   return "".join([*out, markup.text(caption[end:])])
 
 
-def _chip(number: int, question: Question, choice: int | None) -> str:
+def _answer(number: int, question: Question, choice: int | None) -> str:
   if choice is None or choice < 0:
-    kind, symbol, word = "none", "–", "no answer"
-  else:
-    kind, symbol = ("right", "✓") if choice == question.gold else ("wrong", "✗")
-    word = question.options[choice]
-  return (
-    f'<span class="answer {kind}" title="question {number}: {kind}"><small>{number}</small> '
-    f"<b>{symbol}</b> {markup.text(word)}</span> "
-  )
+    return cards.answer("none", "no answer", number)
+  verdict = "right" if choice == question.gold else "wrong"
+  return cards.answer(verdict, question.options[choice], number)

@@ -11,6 +11,8 @@ from caprl_jax.data.readers import benchmarks
 from caprl_jax.data.readers.benchmarks import BenchmarkRow
 from caprl_jax.data.rows import CaptionRow, image_bytes
 from caprl_jax.modes.prism.figures import BLIND, difference_text, official_text
+from caprl_jax.pages import cards
+from caprl_jax.pages.cards import Verdict
 from caprl_jax.pages.markup import card, embedded, page, percent, table, text
 
 _PLOT = 620  # pixels of the axis from 0 to 100
@@ -31,7 +33,7 @@ def write_page(
   """Writes the page. Examples are at random, half of them questions on which captioners differ,
   where they do.
   """
-  cards = [
+  numbers = [
     card(
       text(who),
       percent(one["mean"]),
@@ -91,7 +93,7 @@ def write_page(
     page(
       "Prism",
       [
-        f"<div class=cards>{''.join(cards)}</div>",
+        f"<div class=cards>{''.join(numbers)}</div>",
         "<h2>Accuracy from captions</h2><p class=soft>Mean over questions and captions with its "
         f"{100 * figures['level']:.0f}% bootstrap interval over images; "
         "the short line is what is answered without a caption.</p>" + _dots(figures),
@@ -157,13 +159,11 @@ def _example(
   row, said = rows[i], []
   for who, found in answered.items():
     for n, answer in enumerate(found[i]):
-      mark = (
-        ("none", "–")
-        if scored[who]["abstained"][i, n]
-        else ("right", "✓")
-        if scored[who]["ours"][i, n] >= 0.5
-        else ("wrong", "✗")
-      )
+      verdict: Verdict = "wrong"
+      if scored[who]["abstained"][i, n]:
+        verdict = "none"
+      elif scored[who]["ours"][i, n] >= 0.5:
+        verdict = "right"
       shown = (
         answer if isinstance(answer, str) else row.options[answer] if answer >= 0 else "no answer"
       )
@@ -171,15 +171,12 @@ def _example(
       said.append(
         "<li style='grid-template-columns:minmax(58px,auto) 1fr'><span "
         f"class=who>{text(who)}</span><div><p class=text>{text(caption)}</p><p "
-        f"class=marks><span class='answer {mark[0]}'><b>{mark[1]}</b> "
-        f"{text(shown[-300:])}</span></p></div></li>"
+        f"class=marks>{cards.answer(verdict, shown[-300:])}</p></div></li>"
       )
   gold = row.gold if isinstance(row.gold, str) else " or ".join(row.gold)
-  digest = digests[i]
-  return (
-    "<article class=sample><div "
-    f"class=picture>{embedded(image_bytes(images[digest]), row.name)}<div class='file "
-    f"soft'>{text(name)}: {text(row.name)}</div></div><div><p class=stem "
-    f"style='white-space:pre-wrap'>{text(benchmarks.user_text(row))}</p><p class=soft>right: "
-    f"{text(gold)}</p><ul class=captions>{''.join(said)}</ul></div></article>"
+  return cards.image_card(
+    embedded(image_bytes(images[digests[i]]), row.name),
+    f"{name}: {row.name}",
+    f"<p class=stem style='white-space:pre-wrap'>{text(benchmarks.user_text(row))}</p><p "
+    f"class=soft>right: {text(gold)}</p><ul class=captions>{''.join(said)}</ul>",
   )

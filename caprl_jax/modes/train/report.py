@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from caprl_jax.harness import metrics as metrics_lib
-from caprl_jax.pages import curves
+from caprl_jax.pages import cards, curves
 from caprl_jax.pages import markup as markup
 
 MAX_STEP_FILES = 6  # of training samples, evenly spaced, with the first and the last
@@ -145,11 +145,11 @@ def _missing(run: _Run) -> str:
 def _headline(run: _Run) -> str:
   before, after = run.summary.get("before") or {}, run.summary.get("after") or {}
   secs = run.summary.get("wall_secs") or {}
-  cards = []
+  numbers = []
   if before or after:
     accuracy = before.get("accuracy"), after.get("accuracy")
     length = before.get("length_tokens"), after.get("length_tokens")
-    cards.append(
+    numbers.append(
       markup.card(
         "Questions answered from the caption alone",
         markup.arrow(*accuracy, "percent"),
@@ -157,18 +157,18 @@ def _headline(run: _Run) -> str:
         "wide",
       )
     )
-    cards.append(markup.card("Caption length", markup.arrow(*length, "tenths"), "tokens"))
+    numbers.append(markup.card("Caption length", markup.arrow(*length, "tenths"), "tokens"))
   if run.metrics:
-    cards.append(markup.card("Steps", f"{run.metrics[-1]['step']:,}", "last one written"))
+    numbers.append(markup.card("Steps", f"{run.metrics[-1]['step']:,}", "last one written"))
   total = sum(secs.values())
   if "train" not in secs:
     total += sum(row.get("time/step_secs") or 0 for row in run.metrics)
   if total:
     note = "minutes so far" if run.missing else "minutes in all"
-    cards.append(markup.card("Wall time", f"{total / 60:,.1f}", note))
+    numbers.append(markup.card("Wall time", f"{total / 60:,.1f}", note))
   return (
-    f"<section class=headline><div class=cards>{''.join(cards)}</div>{_ladder(run)}</section>"
-    if cards or run.summary
+    f"<section class=headline><div class=cards>{''.join(numbers)}</div>{_ladder(run)}</section>"
+    if numbers or run.summary
     else ""
   )
 
@@ -234,13 +234,13 @@ def _before_after(run: _Run) -> str:
     if signs.count(sign)
   )
   tally = f"Of {len(images)} images shown: {tally}. " if run.before and run.after else ""
-  cards = "".join(
+  shown = "".join(
     _image_card(run, [(stage, caption, row) for stage, row in rows for caption in row["captions"]])
     for rows in images.values()
   )
   return (
     f"<section><h2>Captions, before and after</h2><p class=soft>{tally}The judge sees only "
-    f"the caption. {markup.LEGEND}</p><div class=samples>{cards}</div></section>"
+    f"the caption. {markup.LEGEND}</p><div class=samples>{shown}</div></section>"
   )
 
 
@@ -262,14 +262,14 @@ def _groups(run: _Run) -> str:
     return ""
   parts = []
   for samples in run.steps:
-    cards = []
+    shown = []
     for row in samples["rows"]:
       ranked = sorted(row["captions"], key=_rank, reverse=True)
-      cards.append(_image_card(run, [(f"{i}.", c, row) for i, c in enumerate(ranked, 1)]))
+      shown.append(_image_card(run, [(f"{i}.", c, row) for i, c in enumerate(ranked, 1)]))
     opened = " open" if samples is run.steps[-1] else ""
     parts.append(
       f"<details{opened}><summary>Step {samples['step']:,}</summary>"
-      f"<div class=samples>{''.join(cards)}</div></details>"
+      f"<div class=samples>{''.join(shown)}</div></details>"
     )
   note = (
     f" Shown are {len(run.steps)} of {run.step_files} files of samples."
@@ -295,27 +295,14 @@ def _image_card(run: _Run, captions: list[tuple[str, dict[str, Any], dict[str, A
   questions = []  # of all stages: normally the same ones
   for _, _, its_row in captions:
     questions.extend(q for q in its_row["questions"] if q not in questions)
-  listed = "".join(_question(question) for question in questions)
+  listed = cards.question_list(
+    [cards.question(q["stem"], q["options"], q["gold"], kind=q.get("kind", "")) for q in questions]
+  )
   written = "".join(
     _caption(label, caption, its_row, questions) for label, caption, its_row in captions
   )
   picture = markup.picture(run.samples_dir / row["image"], row["name"])
-  return (
-    f"<article class=sample><div class=picture>{picture}"
-    f'<div class="soft file">{markup.text(row["name"])}</div></div><div class=words>'
-    f"<ol class=questions>{listed}</ol><ul class=captions>{written}</ul></div></article>"
-  )
-
-
-def _question(question: dict[str, Any]) -> str:
-  options = " ".join(
-    f'<span class="option{" gold" if i == question["gold"] else ""}">{markup.text(option)}</span>'
-    for i, option in enumerate(question["options"])
-  )
-  return (
-    f"<li><span class=stem>{markup.text(question['stem'])}</span> "
-    f"<small>{markup.text(question.get('kind', ''))}</small><div>{options}</div></li>"
-  )
+  return cards.image_card(picture, row["name"], f"{listed}<ul class=captions>{written}</ul>")
 
 
 def _caption(label: str, caption: dict[str, Any], row: dict[str, Any], questions: list) -> str:
@@ -326,7 +313,7 @@ def _caption(label: str, caption: dict[str, Any], row: dict[str, Any], questions
     pill += f"{advantage:+.2f}</span>"
   if markup.number(caption.get("length_tokens")):
     pill += f" · {caption['length_tokens']} tokens"
-  text = markup.text(caption["text"]) if caption["text"].strip() else "<i class=soft>(empty)</i>"
+  text = cards.caption_text(caption["text"])
   asked = [row["questions"][answer["question"]] for answer in caption["answers"]]
   answers = "".join(
     _answer(questions.index(question) + 1, question, answer)
@@ -340,14 +327,9 @@ def _caption(label: str, caption: dict[str, Any], row: dict[str, Any], questions
 
 def _answer(number: int, question: dict[str, Any], answer: dict[str, Any]) -> str:
   if not answer["valid"] or answer["choice"] < 0:
-    kind, symbol, word = "none", "–", "no answer" if answer["valid"] else "not scored"
-  else:
-    kind, symbol = ("right", "✓") if answer["correct"] else ("wrong", "✗")
-    word = question["options"][answer["choice"]]
-  return (
-    f'<span class="answer {kind}" title="question {number}: {kind}"><small>{number}</small> '
-    f"<b>{symbol}</b> {markup.text(word)}</span> "
-  )
+    return cards.answer("none", "no answer" if answer["valid"] else "not scored", number)
+  word = question["options"][answer["choice"]]
+  return cards.answer("right" if answer["correct"] else "wrong", word, number)
 
 
 def _curves(run: _Run) -> str:
