@@ -58,7 +58,7 @@ def _check_pretrain(cfg):
 
 
 def _check_prism(cfg):
-  assert prism.named(cfg.captioners, "") and prism.named(cfg.benchmarks, "")
+  assert cfg.checkpoints and cfg.sources
 
 
 def _check_gallery(cfg):
@@ -139,9 +139,8 @@ def test_an_unknown_key_in_a_file_names_the_nearest():
 
 
 def test_the_paper_s_evaluation_has_all_its_files():
-  found = prism.named(
-    config_file.load_config(str(ROOT / "configs" / "prism.py")).prism.benchmarks, ""
-  )
+  config = config_file.load_config(str(ROOT / "configs" / "prism.py"))
+  found = configuration.load_section(config, "prism", prism.PrismConfig).sources
   assert len(found) == 12 and set(found) < set(scoring.METRICS)
   assert all(pathlib.Path(path).stem in benchmarks.BENCHMARKS for path in found.values())
 

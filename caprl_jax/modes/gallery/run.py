@@ -19,6 +19,7 @@ from PIL import Image
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
+from caprl_jax.config.named_values import parse_named
 from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, kinds, read_image
@@ -67,18 +68,10 @@ class GalleryConfig:
 
   @property
   def files(self) -> dict[str, str]:
-    """Captioner's name -> file. Raises ValueError for a text that is not `name=FILE,...`."""
+    """Captioner's name -> file. Raises ValueError for a text that is not `name=value,...`."""
     if not isinstance(self.captions, str):
       return self.captions
-    found: dict[str, str] = {}
-    for part in filter(None, map(str.strip, self.captions.split(","))):
-      name, equals, path = (piece.strip() for piece in part.partition("="))
-      if not (name and equals and path):
-        raise ValueError(f"captions: {part!r} is not name=FILE.jsonl")
-      if name in found:
-        raise ValueError(f"captions: two files are called {name!r}; give each its own name")
-      found[name] = path
-    return found
+    return parse_named(self.captions, key="captions", example="before=a.jsonl,after=b.jsonl")
 
 
 def read_captions(path: pathlib.Path) -> dict[str, Said]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
+from caprl_jax.config.named_values import parse_named
 from caprl_jax.data.readers import benchmarks
 from caprl_jax.data.readers.benchmarks import BenchmarkRow
 from caprl_jax.data.readers.qa_sources import read_qa_rows
@@ -80,12 +81,26 @@ class PrismConfig:
   cache: str | None = None
   bad_rows: BadRows = "refuse"
 
+  @property
+  def checkpoints(self) -> dict[str, str]:
+    """Captioner's name -> checkpoint. Raises ValueError for a text that is not `name=value,...`."""
+    example = "before=configs/quickstart_policy,after=runs/quickstart/policy"
+    return parse_named(self.captioners, key="prism.captioners", example=example)
+
+  @property
+  def sources(self) -> dict[str, str]:
+    """Benchmark's name -> source. Raises ValueError for a text that is not `name=value,...`."""
+    return parse_named(self.benchmarks, key="prism.benchmarks", example="easy=easy_vqa:test")
+
   def __post_init__(self):
-    if prism_figures.BLIND in named(self.captioners, "prism.captioners"):
+    if not self.checkpoints or not self.sources:
+      raise ValueError(
+        "prism.captioners and prism.benchmarks must name one at least, as name=value"
+      )
+    if prism_figures.BLIND in self.checkpoints:
       raise ValueError(
         f"prism.captioners: the name {prism_figures.BLIND!r} stands for no caption; use another"
       )
-    named(self.benchmarks, "prism.benchmarks")
     for key, least in (
       ("captions", 1),
       ("batch_size", 1),
@@ -111,23 +126,6 @@ class PrismConfig:
         f"prism.captions = {self.captions} greedy captions of an image are all the "
         "same; set captions = 1, or a temperature"
       )
-
-
-def named(text: str, key: str) -> dict[str, str]:
-  """The parts of "name=value,name=value". Raises ValueError, with the config's key, for a part that
-  has no name, or has another's."""
-  found: dict[str, str] = {}
-  for item in text.split(","):
-    name, _, value = item.partition("=")
-    if not name.strip() or not value.strip():
-      raise ValueError(
-        f"{key}: {item!r} must be name=value, "
-        "as in before=configs/quickstart_policy,after=runs/quickstart/policy"
-      )
-    if name.strip() in found:
-      raise ValueError(f"{key}: the name {name.strip()!r} is given twice")
-    found[name.strip()] = value.strip()
-  return found
 
 
 def read_rows(name: str, source: str, cfg: PrismConfig, seed: int) -> list[BenchmarkRow]:
@@ -310,13 +308,10 @@ def run(config, workdir: pathlib.Path) -> None:
     ("prism.answer_batch_size", cfg.answer_batch_size),
   ):
     sharding.check_batch_size(size, mesh, name)
-  read = {
-    name: read_rows(name, source, cfg, seed)
-    for name, source in named(cfg.benchmarks, "prism.benchmarks").items()
-  }
+  read = {name: read_rows(name, source, cfg, seed) for name, source in cfg.sources.items()}
   captioners = {
     name: dataclasses.replace(policy, checkpoint=checkpoint)
-    for name, checkpoint in named(cfg.captioners, "prism.captioners").items()
+    for name, checkpoint in cfg.checkpoints.items()
   }
   # All of them before the first caption: the last one may not be there.
   identities = {name: captioner.identity() for name, captioner in captioners.items()}

@@ -286,8 +286,8 @@ def test_files_that_do_not_fit_are_refused(folder):
   "captions, message",
   [
     ("", "names no file"),
-    ("a.jsonl", "'a.jsonl' is not name=FILE"),
-    ("a=x,a=y", "two files are called 'a'"),
+    ("a.jsonl", "'a.jsonl' must be name=value"),
+    ("a=x,a=y", "the name 'a' is given twice"),
   ],
 )
 def test_captions_that_are_no_names_and_files_are_refused(captions, message):
