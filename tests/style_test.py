@@ -41,7 +41,6 @@ LONG_FILES: dict[str, int] = {
   "modes/curate/run.py": 604,
   "modes/demo.py": 497,
   "modes/gallery/run.py": 484,
-  "modes/prism/run.py": 473,
   "scoring/answers.py": 572,
 }
 
