@@ -319,7 +319,7 @@ def test_new_stages_are_run_and_may_change_until_they_have_a_checkpoint(
   with pytest.raises(ValueError, match=way_out):
     pretrain.run(wrong, tmp_path)
   with pytest.raises(
-    ValueError, match="begun with 2 rows a step, which cannot be cut into microbatches = 4 parts"
+    ValueError, match="begun with 2 rows per step, which cannot be cut into microbatches = 4 parts"
   ):
     pretrain.run(changed(microbatches=4), tmp_path)
   fewer = changed(microbatches=1)
@@ -417,7 +417,7 @@ def test_rows_and_steps(folder, tmp_path, caplog):
   assert "lower microbatches, pack.tokens" in caplog.text
   assert rows(6, examples=6, microbatches=3) == 6
   with pytest.raises(
-    ValueError, match="begun with 6 rows a step, which cannot be cut into microbatches = 4 parts"
+    ValueError, match="begun with 6 rows per step, which cannot be cut into microbatches = 4 parts"
   ):
     rows(6, examples=6, microbatches=4)
 
