@@ -1,6 +1,4 @@
-"""The step on four fake devices is the step on one: data, fsdp and tensor parallel; and bad
-meshes.
-"""
+"""The step on four fake devices is the step on one: data, fsdp, tensor parallel; bad meshes."""
 
 import json
 import os

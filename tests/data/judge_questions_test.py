@@ -1,6 +1,4 @@
-"""Questions as ids: every seam of the judge's prompt, which questions are picked, how they are
-padded.
-"""
+"""Questions as ids: every seam of the judge's prompt, which are picked, how they are padded."""
 
 import itertools
 import json

@@ -1,6 +1,4 @@
-"""Packed rows against each example alone: logits and gradients of all families; plans, rows and
-batches.
-"""
+"""Packed rows against each example alone: logits and gradients of all families; plans, rows."""
 
 import dataclasses
 

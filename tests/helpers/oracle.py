@@ -1,6 +1,4 @@
-"""transformers' own PyTorch captioners with random weights, reduced in size, and ours with the same
-parameters.
-"""
+"""transformers' own captioners with random weights, reduced in size, and ours with the same."""
 
 import dataclasses
 import functools
@@ -183,6 +181,7 @@ class Pair:
 
 
 def hf_preprocessor(processor) -> dict:
+  """What `PolicyConfig.from_hf` reads of a processor, as in preprocessor_config.json."""
   made = processor.to_dict()
   return {
     k: made[k]
@@ -210,6 +209,7 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 
 @functools.cache
 def make_pair(case: str) -> Pair:
+  """The pair of one of `CASES`, with random weights; made once per process."""
   torch.manual_seed(0)
   config, processor = CASES[case]()
   theirs = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
@@ -226,6 +226,7 @@ def make_pair(case: str) -> Pair:
 
 
 def pictures() -> list[Image.Image]:
+  """Noise, one image of each of `SIZES`."""
   rng = np.random.default_rng(0)
   return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES]
 
@@ -256,4 +257,5 @@ def batch(cfg: PolicyConfig, which=slice(None), extra: int = 1):
 
 
 def relative_error(ours, theirs) -> float:
+  """The largest difference, as a share of the largest value of `theirs`."""
   return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())

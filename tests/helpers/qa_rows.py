@@ -8,6 +8,7 @@ from caprl_jax.data.rows import QARow, Question
 
 
 def png(color, size=(5, 4)) -> bytes:
+  """The file of an image of one colour; size: width, height."""
   file = io.BytesIO()
   Image.new("RGB", size, color).save(file, "PNG")
   return file.getvalue()
@@ -28,6 +29,7 @@ ROWS = [
 
 
 def plain(row: QARow):
+  """All that a row holds, with its image's bytes, to be compared."""
   return (
     row.questions,
     row.name,

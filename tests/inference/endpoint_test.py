@@ -1,6 +1,4 @@
-"""The endpoint's client against transformers' own server with a real (random) model, and against
-every way to fail.
-"""
+"""The endpoint's client against transformers' own server, and against every way to fail."""
 
 import asyncio
 import base64

@@ -1,6 +1,4 @@
-"""launch/*.sh: the shell reads them, and tpu_vm.sh runs what it prints, against a gcloud that only
-takes notes.
-"""
+"""launch/*.sh: the shell reads them; tpu_vm.sh runs what it prints, against a fake gcloud."""
 
 import json
 import os

@@ -1,6 +1,4 @@
-"""Shared-prefix attention against plain softmax attention over the tiled concatenation of all
-pieces.
-"""
+"""Shared-prefix attention against plain softmax attention over all pieces, tiled and joined."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,4 @@
-"""The judge against transformers' PyTorch classes: SmolLM2's real weights, the other families with
-random ones.
-"""
+"""The judge against transformers' classes: SmolLM2's real weights, other families' random ones."""
 
 import flax.linen as nn
 import jax

@@ -1,6 +1,4 @@
-"""Log-probabilities and entropies from the head: chunked or whole, over allowed tokens, with
-gradients, on a mesh.
-"""
+"""Log-probabilities and entropies from the head: chunked, of allowed tokens, gradients, a mesh."""
 
 import json
 import os

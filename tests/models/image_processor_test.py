@@ -1,6 +1,4 @@
-"""Prompts, image sizes, token counts and pixels against transformers' own processors, with the real
-vocabulary.
-"""
+"""Prompts, image sizes, token counts and pixels against transformers' own processors."""
 
 import dataclasses
 import functools

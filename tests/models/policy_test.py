@@ -1,6 +1,4 @@
-"""The captioners against transformers' own PyTorch classes with random weights: module by module,
-and whole.
-"""
+"""The captioners against transformers' own classes with random weights: by module, and whole."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,4 @@
-"""Calibration of a tiny judge: the figures against counting by hand, the margin, the files, what is
-refused.
-"""
+"""Calibration of a tiny judge: figures against counting by hand, the margin, files, refusals."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""Published sizes, and the step compiled ahead of time: for the devices here, and for a TPU where
-libtpu is.
-"""
+"""Published sizes, and the step compiled ahead of time, also for a TPU where libtpu is."""
 
 import importlib.util
 import json

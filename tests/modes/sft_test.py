@@ -1,6 +1,4 @@
-"""Mode `sft` on tiny real models: from captions and from templates, a loaded and a new
-captioner.
-"""
+"""Mode `sft` on tiny real models: captions and templates, a loaded captioner and a new one."""
 
 import jax
 import ml_collections

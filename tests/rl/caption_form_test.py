@@ -1,6 +1,4 @@
-"""Length, repetition and timestamps of captions against the same formulas in plain Python on
-texts.
-"""
+"""Length, repetition and timestamps of captions against the same formulas in Python on texts."""
 
 import random
 import re

@@ -1,6 +1,4 @@
-"""Several updates a rollout, importance weights, KL in its places, oversampling, the step in three
-programs.
-"""
+"""Several updates per rollout, importance weights, KL, oversampling, a step in three programs."""
 
 import dataclasses
 import functools

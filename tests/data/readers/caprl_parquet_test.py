@@ -1,6 +1,4 @@
-"""Parquet in the release's layout: there and back, what the release itself holds, refusals, lazy
-images.
-"""
+"""Parquet in the release's layout: there and back, the release's rows, refusals, lazy images."""
 
 import json
 

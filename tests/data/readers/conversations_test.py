@@ -1,6 +1,4 @@
-"""Captions, conversations and questions of every layout -> turns -> token ids with exactly the
-assistant's wanted.
-"""
+"""Captions, talks and questions of every layout -> token ids with the assistant's wanted."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""Where images lie: tar files above all, whole, odd and broken; parquet and TFDS; names and
-duplicates.
-"""
+"""Where images lie: tar files whole, odd and broken; parquet and TFDS; names and duplicates."""
 
 import gzip
 import io

@@ -1,6 +1,4 @@
-"""JSON lines: what is refused and in what words, there and back, images that lie in memory or
-archives.
-"""
+"""JSON lines: what is refused and in what words, there and back, images in memory or archives."""
 
 import dataclasses
 import io

@@ -1,6 +1,4 @@
-"""Questions read from a model's text: the layouts in use, what must not be guessed, and that
-nothing is lost.
-"""
+"""Questions read from a model's text: layouts in use, what is not guessed, nothing is lost."""
 
 import itertools
 import re

@@ -1,6 +1,4 @@
-"""Near-duplicates: the search against brute force, the hashes on real images and their changed
-copies.
-"""
+"""Near-duplicates: the search against brute force, hashes on real images and changed copies."""
 
 import dataclasses
 import io

@@ -1,6 +1,4 @@
-"""Mode `train` end to end on tiny real models: its outputs, resuming bit for bit, and stopping
-it.
-"""
+"""Mode `train` end to end on tiny real models: outputs, resuming bit for bit, stopping it."""
 
 import json
 import logging
