@@ -347,6 +347,10 @@ def test_rooms_are_those_of_the_package():
   rooms = text[text.index("## Rooms") : text.index("## Letters")]
   named = [room for room in re.findall(r"`(\w+)(?:/|\.py)` ", rooms) if room in ORDER]
   assert named == ORDER
+  for item in rooms[: rooms.index("Outside the package")].split("\n- ")[1:]:
+    room = re.match(r"`(\w+)/`", item)
+    files = {path.name for path in (ROOT / "caprl_jax" / (room[1] if room else "")).rglob("*.py")}
+    assert not set(re.findall(r"`(\w+\.py)`", item)) - files, item
   readme = (ROOT / "README.md").read_text()
   table = readme[readme.index("## The code") :]
   shown = re.findall(r"`(\w+)/?`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
