@@ -33,7 +33,12 @@ P = jax.sharding.PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1, at most once, takes what is left."""
+  """Devices along each mesh axis; -1, at most once, takes what is left.
+
+  data: devices that hold the same parameters and share the batch.
+  fsdp: devices that share the batch and the parameters.
+  tensor: devices that share each layer's matrices.
+  """
 
   data: int = -1
   fsdp: int = 1

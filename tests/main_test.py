@@ -126,7 +126,7 @@ def test_overrides_take_the_type_of_the_value_in_the_file(cli, override, key, va
       r"--config\.policy_update\.learning_rate\?.*"
       r"\(keys of policy_update: policy_update\.buckets, ",
     ),
-    ("--config.learning_rate=1", r"did you mean --config\.policy_update\.learning_rate\?"),
+    ("--config.donate=1", r"did you mean --config\.policy_update\.donate\?"),
     (
       "--config.policy_update.learning_rate.x=1",
       r"\.x is not a key .*--config\.policy_update\.learning_rate",

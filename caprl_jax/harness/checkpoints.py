@@ -15,7 +15,11 @@ log = logging.getLogger("caprl_jax.harness.checkpoints")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """How often a checkpoint is written (steps; the last step always is), and how many are kept."""
+  """When a checkpoint is written; after the last step it always is.
+
+  every_steps: steps from one to the next.
+  keep: checkpoints that are kept.
+  """
 
   every_steps: int = 50
   keep: int = 2

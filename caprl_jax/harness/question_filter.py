@@ -22,11 +22,14 @@ log = logging.getLogger("caprl_jax.harness.question_filter")
 
 @dataclasses.dataclass(frozen=True)
 class QuestionFilterConfig:
-  """informed: templates of true captions with {fact} places; none: every question is kept as it is.
+  """Which questions can teach. A question is kept when the share of informed presentations
+  answered right is above `min_informed` and that of blind ones (the empty caption and
+  `mismatched` others) is below `max_blind`.
 
-  A question is kept when the share of informed presentations answered right is above `min_informed`
-  and that of blind ones (the empty caption and `mismatched` others) is below `max_blind`. CapRL:
-  0.75 and 0.25.
+  informed: templates of true captions with {fact} places; none: every question is kept as it is.
+  mismatched: true captions of other images that count as blind.
+  min_informed: least share answered right when informed, exclusive; CapRL's.
+  max_blind: greatest share answered right when blind, exclusive; CapRL's.
   """
 
   informed: tuple[str, ...] = ()

@@ -16,14 +16,17 @@ from caprl_jax.models.trainable import Trainable
 
 @dataclasses.dataclass(frozen=True)
 class PolicySection:
-  """checkpoint: directory or hub name; instruction: what the captioner is asked (CapRL's own by
-  default).
+  """The captioner.
 
+  checkpoint: directory or hub name.
+  instruction: what the captioner is asked; CapRL's own by default.
+  dtype: of activations.
+  param_dtype: of parameters. float32 parameters with bfloat16 activations are master weights.
+  remat: compute activations again in the backward pass, which saves memory and costs time.
   trainable: `full`; `decoder` (the tower and projector stay); `projector` alone; or `lora`,
     adapters on the decoder's linear maps as `lora` says. What is not trained has no gradient, no
     optimizer state and no place in checkpoints.
-  dtype: of activations; param_dtype: of parameters. float32 parameters with bfloat16 activations
-  are master weights.
+  lora: the adapters, with `trainable` = `lora`.
   min_pixels, max_pixels: in place of the checkpoint's own limits on image size; written with the
     captioner.
   """
@@ -69,11 +72,13 @@ class PolicySection:
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
-  """train, eval: sources or mixtures of them (`qa_sources.py`). batch_size: images a step.
-  questions: asked about each image.
+  """The images and questions.
 
-  max_train_rows, max_eval_rows: keep the first rows only, of each source. bad_rows: "refuse" to
-  start while a row cannot be used, or "drop" and log it.
+  train, eval: sources or mixtures of them (`qa_sources.py`).
+  batch_size: images per step.
+  questions: asked about each image.
+  max_train_rows, max_eval_rows: keep the first rows only, of each source.
+  bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
   """
 
   train: str
@@ -87,9 +92,13 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True)
 class GateSection:
-  """Training is refused unless, on held-out questions, true captions beat generic and empty ones by
-  `min_gap`. `ideal` is a template of facts; None skips the gate (said in the log), as datasets
-  without facts must."""
+  """Training is refused unless, on held-out questions, true captions beat generic and empty ones.
+
+  ideal: a template of facts; None skips the gate (said in the log), as datasets without facts
+    must.
+  generic: the caption that says nothing.
+  min_gap: by how much accuracy with true captions must be above that with the others.
+  """
 
   ideal: str | None = None
   generic: str = "A simple picture."
@@ -98,12 +107,15 @@ class GateSection:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSection:
-  """steps: CapRL steps (rollouts). sample_every: how often a step's captions go to samples/.
+  """The length of a run, and what it tells.
 
+  steps: CapRL steps (rollouts).
+  sample_every: steps from one file in samples/ to the next.
+  sample_images: images whose captions go into such a file.
   fused: the step as one program; False runs rollout, judge and update apart and times each
-  (`time/...`), more slowly.
-  trackers: beside metrics.jsonl, any of "tensorboard" and "wandb" (`wandb_mode` "offline" needs no
-    account).
+    (`time/...`), more slowly.
+  trackers: beside metrics.jsonl, any of "tensorboard" and "wandb".
+  wandb_mode: "offline" needs no account.
   """
 
   steps: int
@@ -116,11 +128,15 @@ class TrainSection:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSection:
-  """Greedy captions by default. flat_groups needs sampled groups: `group_size` captions for
-  `group_images`.
+  """Evaluation on held-out rows.
 
-  every_steps: how often the held-out split is evaluated during training as well (0: only before and
-    after); the best captioner by held-out accuracy is kept in best/.
+  every_steps: how often they are evaluated during training as well (0: only before and after);
+    the best captioner by held-out accuracy is kept in best/.
+  batch_size: images that are captioned at once.
+  temperature: of the captions; 0 is greedy.
+  samples: examples that are written.
+  group_images: images for which `rollout.group_size` captions are sampled as in training, to
+    count flat groups.
   """
 
   every_steps: int = 0

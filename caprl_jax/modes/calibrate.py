@@ -37,13 +37,16 @@ MARGINS = (0.001, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 @dataclasses.dataclass(frozen=True)
 class CalibrateConfig:
-  """readings: those to compare; the last is the yardstick of agreement, `generate` being CapRL's
-  own.
+  """The section `calibrate`.
 
-  ideal: template of facts; None: that of `gate.ideal`. captions: a JSON lines file of trusted
-    captions by image, for data without facts, in its place. generic: the caption that says nothing.
-  kinds: of questions asked; empty: all. max_questions: held-out questions asked. turns: orders of
-    the options each letter reading is shown, every one turned on by one place.
+  readings: those to compare; the last is the yardstick of agreement, `generate` being CapRL's
+    own.
+  ideal: template of facts; None: that of `gate.ideal`.
+  captions: a JSON lines file of trusted captions by image, for data without facts, in its place.
+  generic: the caption that says nothing; None: that of `gate.generic`.
+  kinds: of questions asked; empty: all.
+  max_questions: held-out questions asked.
+  turns: orders of the options that each letter reading is shown, each rotated by one place.
   """
 
   readings: tuple[

@@ -31,9 +31,12 @@ log = logging.getLogger("caprl_jax.modes.export")
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-  """output: the directory to write.
+  """The section `export`.
+
+  output: the directory to write.
   run: the workdir of a training run, whose newest checkpoint is written; None writes
-    `policy.checkpoint` itself, in `dtype`.
+    `policy.checkpoint` itself.
+  dtype: of the written parameters.
   adapters: of a LoRA run, write PEFT adapters, not a merged model.
   shard_gb: largest file, in 10^9 bytes.
   """

@@ -56,10 +56,17 @@ HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-  """topology: as libtpu names it ("v5p:2x2x2", "v5e:1x1"); None: the devices here.
-  image: height and width of the largest image. The token counts below are the largest that the
-    data has.
-  layers: of tower and decoders, to plan a shallower model of the same width; None: the real number.
+  """The section `plan`. The token counts are the largest that the data has.
+
+  topology: as libtpu names it ("v5p:2x2x2", "v5e:1x1"); None: the devices here.
+  image: height and width of the largest image.
+  prompt_tokens: of the instruction, the image's not counted.
+  stem_tokens: of a question without its options.
+  options: of a question.
+  option_tokens: of one option.
+  judge_prompt_tokens: around caption and question; the official prompt's by default.
+  layers: of tower and decoders, to plan a shallower model of the same width; None: the real
+    number.
   """
 
   topology: str | None = "v5p:2x2x2"

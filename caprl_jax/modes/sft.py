@@ -41,8 +41,12 @@ log = logging.getLogger("caprl_jax.modes.sft")
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
-  """Steps on one set of captions. `templates` are (weight, text with {fact} places); none: the
-  rows' captions.
+  """Steps on one set of captions.
+
+  steps: optimizer steps.
+  optimizer: as the section `optimizer`.
+  templates: (weight, text with {fact} places), of which one is drawn per row; none: the rows'
+    captions.
   """
 
   steps: int
@@ -55,9 +59,15 @@ class SFTConfig:
   """The section `sft`.
 
   train: a source of `qa_sources.py`; its rows' facts fill the templates, or a caption .jsonl.
+  phases: trained one after the other.
   eval: rows whose facts measure recognition; None measures nothing.
+  eval_rows: the first rows of `eval` only.
   recognition: template whose places are measured, each given the true text before it.
-  augment: shift images by up to an eighth and mirror them, which keeps the facts of easy-vqa true.
+  batch_size: captions per step.
+  max_tokens: longest caption.
+  augment: shift images by up to an eighth and mirror them, which keeps the facts of easy-vqa
+    true.
+  output: folder of the captioner, below the workdir.
   output_dtype: of the written checkpoint.
   """
 
@@ -75,10 +85,15 @@ class SFTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NewPolicyConfig:
-  """The section `policy` of this mode: a checkpoint, or config.json and preprocessor_config.json of
-  a new model.
+  """The section `policy` of this mode: a checkpoint, or config.json and preprocessor_config.json
+  of a new model.
 
-  tokenizer: model whose tokens the new policy shares; `compact` keeps those that its captions need.
+  instruction: what the captioner is asked.
+  checkpoint: the captioner to begin with; None makes a new one.
+  architecture: config.json of a new one.
+  preprocessor: preprocessor_config.json of a new one.
+  tokenizer: model whose tokens a new one shares.
+  compact: a new one keeps only the tokens that its captions need.
   """
 
   instruction: str = "Please describe this image in detail."

@@ -14,16 +14,17 @@ from caprl_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-  """grpo: (R - mean) / (std + epsilon), DeepSeekMath arXiv 2402.03300, std with n - 1 as TRL and
-  OpenRLHF have it;
-  dr_grpo: R - mean, arXiv 2503.20783; rloo: R - mean of the others, arXiv 2402.14740, what CapRL's
-    released code uses; gdpo: each reward term as grpo has it, then the weighted sum (arXiv
-    2601.05242), so that no term drowns another.
+  """A reward -> an advantage, relative to the captions of the same image.
 
+  estimator: `grpo`: (R - mean) / (std + epsilon), DeepSeekMath arXiv 2402.03300, std with n - 1
+    as TRL and OpenRLHF have it; `dr_grpo`: R - mean, arXiv 2503.20783; `rloo`: R - mean of the
+    others, arXiv 2402.14740, what CapRL's released code uses; `gdpo`: each reward term as grpo
+    has it, then the weighted sum (arXiv 2601.05242), so that no term drowns another.
   whiten: what is done to the whole batch afterwards. `captions`: minus the mean over scored
-  captions, over their standard deviation (GDPO's last step); flat groups stay at zero. `released`:
-  what CapRL's released code does, where every token of a scored caption counts, and which moves
-  flat groups too.
+    captions, over their standard deviation (GDPO's last step); flat groups stay at zero.
+    `released`: what CapRL's released code does, where every token of a scored caption counts, and
+    which moves flat groups too.
+  epsilon: added to standard deviations.
   """
 
   estimator: Literal["grpo", "rloo", "dr_grpo", "gdpo"] = "grpo"

@@ -31,18 +31,22 @@ class JudgeConfig:
     with a line break more after the options; `official_video`, CapRL++'s wording for videos without
     its indentation.
   abstain: "can not answer" as an option more, `last` or `permuted` with the others; it scores
-    nothing and does not mislead. abstain_letter: of the last one, the `next` letter or always `F`,
-    as the released shuffle has it.
+    nothing and does not mislead.
+  abstain_letter: of the last one, the `next` letter or always `F`, as the released shuffle has it.
   shuffle: a new random order of the options for every presentation.
   permutations: orders over which the log-probabilities of `letter_argmax` and `letter_prob` are
-    averaged, each turned on by one place, so that an option visits different letters.
-  draws: presentations a caption, drawn from its image's questions with or without `replacement`; 0:
-  each once.
+    averaged, each rotated by one place, so that an option visits different letters.
+  draws: presentations per caption, drawn from its image's questions; 0: each question once.
+  replacement: a question may be drawn more than once for one caption.
   independent: draws and orders anew for every caption, not the same for a group (a noisier
     baseline, as released).
+  temperature: of `letter_sample` and `generate`.
+  max_tokens: that `generate` writes.
   margin: an answer must beat the runner-up by more than this, or the judge abstains (in nats; mode
     `calibrate` finds it).
-  blind: ask an empty caption too, for the metric `judge/blind`; it costs one caption more a group.
+  blind: ask an empty caption too, for the metric `judge/blind`; it costs one caption more per
+    group.
+  chunk_tokens: tokens whose logits exist at once.
   microbatches: pieces of the batch that are judged one after the other, to save memory.
   """
 

@@ -16,25 +16,28 @@ from caprl_jax.types import Array
 class LossConfig:
   """The policy-gradient loss, its aggregation, and what is added to it.
 
-  surrogate, with r = exp(logp - old logp) a token:
-    `clip`: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), Schulman et al., arXiv 1707.06347;
-      high > low is DAPO's clip-higher (2503.14476). dual_clip c > 1 bounds it by -c A where A < 0
-      (Ye et al., 1912.09729).
-    `gspo`: the same with one r a caption, the geometric mean of its tokens' (2507.18071).
-    `cispo`: -clip(r) A logp with clip(r) a constant (2506.13585); no lower bound with clip_low = 1.
-    `reinforce`: -A logp, no ratio at all: CapRL's released recipe.
-  aggregation: `token_mean` over all tokens of the batch; `sequence_mean`: mean over captions of the
-    mean over their tokens (the original GRPO; CapRL++'s seq-mean-token-mean); `constant`: sum over
-    the largest number of tokens that there could be (Dr. GRPO, 2503.20783).
-  kl: weight of KL(policy || reference); 0 needs no reference (CapRL's released recipe). kl_in: the
-    `loss`, or the `reward`, summed over a caption's tokens. kl_estimator
-    (http://joschu.net/blog/kl-approx.html): k1, k2, k3; `k3_clamped`, verl's low_var_kl; `k3_k2`,
-    the value of k3 with the gradient of k2, which is the true one on samples of the policy itself;
-    `full`, exact, over the whole vocabulary.
+  surrogate: with r = exp(logp - old logp) per token, `clip`: -min(r A, clip(r, 1 - clip_low, 1 +
+    clip_high) A), Schulman et al., arXiv 1707.06347; `gspo`: the same with one r per caption, the
+    geometric mean of its tokens' (2507.18071); `cispo`: -clip(r) A logp with clip(r) a constant
+    (2506.13585), without a lower bound where clip_low = 1; `reinforce`: -A logp, no ratio at all:
+    CapRL's released recipe.
+  clip_low, clip_high: bounds of the ratio below and above 1; high > low is DAPO's clip-higher
+    (2503.14476).
+  dual_clip: c > 1 bounds `clip` by -c A where A < 0 (Ye et al., 1912.09729); None: no such bound.
+  aggregation: `token_mean` over all tokens of the batch; `sequence_mean`: mean over captions of
+    the mean over their tokens (the original GRPO; CapRL++'s seq-mean-token-mean); `constant`: sum
+    over the largest number of tokens that there could be (Dr. GRPO, 2503.20783).
+  kl: weight of KL(policy || reference); 0 needs no reference (CapRL's released recipe).
+  kl_estimator: k1, k2, k3 (http://joschu.net/blog/kl-approx.html); `k3_clamped`, verl's
+    low_var_kl; `k3_k2`, the value of k3 with the gradient of k2, which is the true one on samples
+    of the policy itself; `full`, exact, over the whole vocabulary.
+  kl_in: the `loss`, or the `reward`, summed over a caption's tokens.
   entropy: weight of the mean entropy, which is maximised.
-  importance: weights exp(logp of the update's own forward pass - logp of the sampler) for what the
-    two differ by, `truncate`d at importance_cap or `mask`ed above it, a token or a whole
-    `sequence`. `none`: the old log-probabilities are the sampler's.
+  importance: weights exp(logp of the update's own forward pass - logp of the sampler) for what
+    the two differ by, `truncate`d at importance_cap or `mask`ed above it. `none`: the old
+    log-probabilities are the sampler's.
+  importance_level: one weight per `token`, or one for the whole `sequence`.
+  importance_cap: the largest weight.
   mask_truncated: captions that were cut at the limit stay in the baseline and out of the loss.
   """
 

@@ -9,12 +9,22 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """adamw; adafactor, whose second moments are a row and a column a matrix; or muon for the
-  matrices of layers with NAdamW, as optax has it, for everything else (embeddings, norms, biases).
+  """The optimizer and its learning rate over a run.
 
-  learning_rate is the peak, reached after `warmup_steps`, or `warmup_fraction` of all steps;
-  `cosine` then falls to `final_fraction` of it at the last step. With muon, `learning_rate` is the
-  matrices' and `adam_learning_rate` the rest's.
+  name: adamw; adafactor, whose second moments are one row and one column per matrix; or muon for
+    the matrices of layers with NAdamW, as optax has it, for everything else (embeddings, norms,
+    biases).
+  learning_rate: the peak; with muon, that of the matrices.
+  adam_learning_rate: with muon, the peak of everything else.
+  schedule: after the warm-up `constant`, or `cosine`, which falls to `final_fraction` of the peak
+    at the last step.
+  warmup_steps: steps until the peak.
+  warmup_fraction: the same as a share of all steps.
+  final_fraction: of the peak, at the end of `cosine`.
+  b1, b2: decay of the first and second moments.
+  weight_decay: decoupled, as in AdamW.
+  clip_norm: largest global norm of the gradient.
+  moment_dtype: of adamw's first moment.
   """
 
   name: Literal["adamw", "adafactor", "muon"] = "adamw"

@@ -19,11 +19,14 @@ class RewardConfig:
   2509.22647, section 3).
 
   accuracy: share of questions answered right.
-  misled: minus the share answered wrong, not counting those on which the judge abstains: what tells
-    a false statement from silence. It needs a judge that can abstain: `judge.abstain`, or a
+  misled: minus the share answered wrong, not counting those on which the judge abstains: what
+    tells a false statement from silence. It needs a judge that can abstain: `judge.abstain`, or a
     calibrated `judge.margin`.
   length: CapRL++'s: 1 up to `length_full_tokens`, 0 from `length_zero_tokens`, linear between.
+  length_full_tokens: up to here the term `length` is 1.
+  length_zero_tokens: from here on the term `length` is 0.
   repetition: minus the share of n-grams of `repetition_ngram` tokens that an earlier one repeats.
+  repetition_ngram: tokens of the n-grams that the term `repetition` counts.
   timestamps: CapRL++'s format of [mm:ss] stamps, for captions of videos.
   truncated: minus 1 for a caption that was cut at the limit.
   """

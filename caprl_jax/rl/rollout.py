@@ -19,6 +19,8 @@ from caprl_jax.types import Array, Batch, Captions, Params, Vocabulary
 class RolloutConfig:
   """How many captions an image gets and how they are sampled.
 
+  group_size: captions per image.
+  sampling: how a caption's tokens are drawn.
   oversample: images captioned for each image that is learned from: of these, groups that carry a
     signal come first (DAPO's dynamic sampling, arXiv 2503.14476, in a fixed shape).
     `data.batch_size` counts those learned from.

@@ -20,12 +20,15 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How tokens are drawn. Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave the distribution
-  whole.
+  """How tokens are drawn.
 
-  repetition_penalty: logits of tokens that prompt or caption hold are divided by it where positive,
-  multiplied where negative (Keskar et al., arXiv 1909.05858), as transformers does; 1 leaves them.
-  Not for training.
+  max_tokens: longest caption.
+  temperature: 0 is greedy.
+  top_k: the likeliest tokens that are drawn from; 0: all.
+  top_p: the likeliest tokens that have this probability together are drawn from; 1: all.
+  repetition_penalty: logits of tokens that prompt or caption hold are divided by it where
+    positive, multiplied where negative (Keskar et al., arXiv 1909.05858), as transformers does; 1
+    leaves them. Not for training.
   """
 
   max_tokens: int

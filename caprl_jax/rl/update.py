@@ -23,9 +23,11 @@ from caprl_jax.types import Array, Batch, Captions, Frozen, Params, TrainState
 class UpdateConfig:
   """The loss, and how a rollout is learned from.
 
-  minibatches: optimizer steps a pass over the rollout, each on its own part of the images; epochs:
-    passes. More than one step in all makes the ratio move away from 1. microbatches: pieces of
-    whole groups into which each of them is cut, to save memory; the gradient is the same.
+  loss: the policy-gradient loss.
+  minibatches: optimizer steps per pass over the rollout, each on its own part of the images.
+  epochs: passes over the rollout. More than one step in all makes the ratio move away from 1.
+  microbatches: pieces of whole groups into which each minibatch is cut, to save memory; the
+    gradient is the same.
   """
 
   loss: LossConfig = LossConfig()

@@ -50,28 +50,32 @@ SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig:
-  """input: see `data.pictures.find_images`: folders, JSON lines, tar (WebDataset), parquet,
-  tfds:FOLDER:SPLIT.
+  """The section `caption`.
 
-  output, format: see `formats.Output`; None takes the format of the output's suffix
-    (.jsonl, .parquet).
-    embed_images: `hf` datasets hold the images' bytes, not their names.
-    image_key, caption_key: of `caprl_2m`; how the released CapRL-2M spells its keys could not be
-    looked up, so these are a guess.
+  input: see `data.pictures.find_images`: folders, JSON lines, tar (WebDataset), parquet,
+    tfds:FOLDER:SPLIT.
+  output: the file, or the folder of a `txt` or `hf` one.
   prompt: a style (`detailed`, `medium`, `short`, `document`) or any other text; None asks
     `policy.instruction`. A prompt asks for a length; max_tokens cuts.
+  max_tokens: longest caption.
   temperature: 0 is greedy, and a caption then depends on its image alone. Sampled ones depend on
     `seed` and on which images share a batch, so that after an interruption others are drawn.
-    repetition_penalty: None takes the checkpoint's own (generation_config.json).
+  top_p: the likeliest tokens that have this probability together are drawn from; 1: all.
+  top_k: the likeliest tokens that are drawn from; 0: all.
+  repetition_penalty: None takes the checkpoint's own (generation_config.json).
   batch_size: images a program runs at once, all of one bucket of shapes; the last batch of each
-    bucket in a shard is filled up, so that shards should be long beside it. It may be changed when
-    a job goes on.
+    bucket in a shard is filled up, so that shards should be long beside it. It may be changed
+    when a job goes on.
   skip_bad_images: a row with `error` in place of a caption; False stops at the first one.
-  shard_rows: rows that are one host's work at a time. With fewer shards than hosts some hosts have
-  nothing to do.
-  host, hosts: this process's number of how many that share the output's folder;
-  None: jax.process_index() and
-    process_count(). Set both on machines that do not run under jax.distributed.
+  format: see `formats.Output`; None takes that of the output's suffix (.jsonl, .parquet).
+  embed_images: `hf` datasets hold the images' bytes, not their names.
+  image_key, caption_key: of `caprl_2m`; how the released CapRL-2M spells its keys could not be
+    looked up, so these are a guess.
+  shard_rows: rows that are one host's work at a time. With fewer shards than hosts some hosts
+    have nothing to do.
+  host, hosts: this process's number of how many that share the output's folder; None:
+    jax.process_index() and process_count(). Set both on machines that do not run under
+    jax.distributed.
   samples: images on the page of samples, about.
   """
 

@@ -43,10 +43,12 @@ LISTED = 20  # bad rows and repeated images in the log; files hold all of them
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-  """input: a source or mixture (`qa_sources.py`).
+  """The section `dataset`.
 
+  input: a source or mixture (`qa_sources.py`).
   output: where to write the rows too, as FILE.jsonl or FILE.json (images in FILE_images/),
-    FILE.parquet, or tfds:FOLDER with the names `split` and `name`; None only looks.
+    FILE.parquet, or tfds:FOLDER; None only looks.
+  split, name: of the dataset in a tfds:FOLDER.
   bad_rows: "refuse" ends with an error when the table is printed and writes no output; "drop"
     leaves them out of it.
   repeated_images: "keep" them, or "merge" their questions into the first row that has the image.

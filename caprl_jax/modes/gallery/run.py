@@ -31,18 +31,18 @@ log = logging.getLogger("caprl_jax.modes.gallery.run")
 
 @dataclasses.dataclass(frozen=True)
 class GalleryConfig:
-  """captions: name -> a .jsonl as mode `caption` writes it (image and caption are all it needs); or
-    the same as one text, "before=a.jsonl,after=b.jsonl".
+  """The section `gallery`.
 
+  captions: name -> a .jsonl as mode `caption` writes it (image and caption are all it needs); or
+    the same as one text, "before=a.jsonl,after=b.jsonl".
   pictures: where the captioned images lie, as `caption.input`; None: with the questions, or the
     rows' own paths, from here or from the file's folder.
   questions: a source (`qa_sources.py`) of questions about them; with a `judge` section it answers
     them from each caption.
-    kinds: of those asked; empty: all. per_image: asked about one image, drawn at random with turns
-      between kinds.
+  kinds: of those asked; empty: all.
+  per_image: asked about one image, drawn at random with turns between kinds.
   judged: images, drawn at random, whose questions are asked. Accuracy is over these, and over the
-    same questions for
-    all: where a captioner failed, they count as not answered.
+    same questions for all: where a captioner failed, they count as not answered.
   images: cards on the page; half of them drawn at random, half those where the captioners differ
     most (among the judged ones in what they got right, then in their words).
   output: the page; None: gallery.html in the workdir.

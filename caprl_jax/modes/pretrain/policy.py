@@ -22,16 +22,23 @@ DEFAULT_INSTRUCTION = "Please describe this image in detail."
 
 @dataclasses.dataclass(frozen=True)
 class PretrainPolicyConfig:
-  """The section `pretrain_policy`, one of
-    checkpoint: a whole captioner; vision and language: the tower of one, a text-only model
-      (directory, hub name, .gguf, `package:NAME`; or a captioner, whose decoder it is), and a new
-      projector;
-    architecture, preprocessor, tokenizer: a new model, as in mode `sft`, with the tower of `vision`
-      if that is set; `compact` keeps the tokens that the stages' data, the questions of
-      `pretrain.eval` and `texts` need.
+  """The section `pretrain_policy`, one of: a whole captioner (`checkpoint`); the tower of one, a
+  text-only model and a new projector (`vision` and `language`); a new model (`architecture`,
+  `preprocessor`, `tokenizer`), with the tower of `vision` if that is set.
 
-  dtype: of activations; param_dtype: of parameters (float32 with bfloat16 activations are master
-    weights).
+  checkpoint: a whole captioner.
+  vision: the captioner whose tower is taken.
+  language: a text-only model (directory, hub name, .gguf, `package:NAME`), or a captioner, whose
+    decoder it is.
+  architecture: config.json of a new model, as in mode `sft`.
+  preprocessor: preprocessor_config.json of a new model.
+  tokenizer: model whose tokens a new one shares.
+  compact: a new model keeps only the tokens that the stages' data, the questions of
+    `pretrain.eval` and `texts` need.
+  texts: further texts whose tokens are kept.
+  dtype: of activations.
+  param_dtype: of parameters (float32 with bfloat16 activations are master weights).
+  remat: compute activations again in the backward pass, which saves memory and costs time.
   min_pixels, max_pixels: in place of the model's own limits on image size; written with it.
   """
 

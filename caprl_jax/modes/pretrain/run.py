@@ -59,9 +59,8 @@ class StageConfig:
   """One stage of training.
 
   data: see `conversations.read_examples`; None skips the stage.
-  image_root, max_rows, questions, told,
-    kinds, open_question: as there.
-  instruction: what the user says where a row has a caption only.
+  optimizer: as the section `optimizer`.
+  pack: how examples share rows.
   trained: which parameters are; the others have no gradient.
   steps, epochs: one of the two.
   batch_size, examples: rows per step, or examples per step. With `examples`, a step has as many
@@ -69,6 +68,15 @@ class StageConfig:
     published batch size where rows are packed.
   microbatches: parts that a batch is cut into, to save memory; the gradient is the same. May be
     another when a run goes on.
+  instruction: what the user says where a row has a caption only.
+  image_root: what images' paths are relative to; None: the file's folder or, where they are not
+    there, the current one.
+  max_rows: the first rows only, of each source.
+  questions: of one image in one conversation; None: all of them.
+  told: a template of facts: questions are asked after this text and without the image.
+  kinds: of questions; None: all.
+  open_question: a wording in which no options are shown and the assistant says the right one;
+    None: it says a letter.
   """
 
   data: str | None
@@ -105,16 +113,22 @@ class StageConfig:
 class PretrainConfig:
   """The section `pretrain`.
 
-  stages: by name; `order` says which are run, one after the other. Each one's model is written to
-    `workdir/<name>`, in output_dtype, and what is written is what the next one begins with; its
-    metrics are in `workdir/training/<name>`. With data in none of them the model is only asked.
-  eval: multiple-choice questions (`qa_sources.py`) that the last model is asked, with the image and
-    without, as `answer` says; None asks nothing.
+  stages: by name. Each one's model is written to `workdir/<name>`, in output_dtype, and what is
+    written is what the next one begins with; its metrics are in `workdir/training/<name>`. With
+    data in none of them the model is only asked.
+  order: which stages are run, one after the other.
+  eval: multiple-choice questions (`qa_sources.py`) that the last model is asked, with the image
+    and without, as `answer` says; None asks nothing.
   eval_rows: the first images only.
   eval_kinds: of questions, None for all.
   eval_open_question: asks without showing the options, as a stage's `open_question`; what is
-    written, eval_max_tokens at most, is right where it is the right option but for case, articles
-    and punctuation. None: by letter.
+    written is right where it is the right option but for case, articles and punctuation. None: by
+    letter.
+  eval_max_tokens: longest answer to an open question.
+  answer: how questions are asked by letter.
+  output_dtype: of the models that are written.
+  checkpoint_every_steps: steps from one checkpoint inside a stage to the next.
+  chunk_tokens: tokens whose logits exist at once.
   """
 
   stages: dict[str, StageConfig]

@@ -46,20 +46,30 @@ LETTER_ONLY = "\nAnswer with the letter of the right option only."
 
 @dataclasses.dataclass(frozen=True)
 class PrismConfig:
-  """captioners: "name=checkpoint", joined by commas; the section `policy` says the rest. The others
-    are compared with the first.
+  """The section `prism`.
 
-  benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json,
-    with their images in `image_root`, a folder or a .zip), or a QA source (`qa_sources.py`).
-    max_rows: of each.
-  captions: of each image, at `temperature`; CapRL takes 4 at 1.0 and reports their mean; 1 at 0 is
-  greedy.
-  answers: "write", as CapRL: the answering model (section `judge`) writes up to `answer_tokens` at
-    `answer_temperature`; or "read": its reading of the options, as in training (rows with lettered
-    options only; the others are left out and counted). Reading also tells a caption that says
-    nothing from one that misleads.
-  blind: ask with an empty caption too. intervals: their level. examples: questions on the page.
-    cache: folder of captions and answers; None: in the workdir.
+  captioners: "name=checkpoint", joined by commas; the section `policy` says the rest. The others
+    are compared with the first.
+  benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json),
+    or a QA source (`qa_sources.py`).
+  image_root: folder or .zip with the images of such files.
+  max_rows: of each benchmark.
+  captions: of each image; CapRL takes 4 at temperature 1 and reports their mean; 1 at 0 is
+    greedy.
+  temperature, top_p: of the captions.
+  max_tokens: longest caption.
+  batch_size: images that are captioned at once.
+  answers: "write", as CapRL: the answering model (section `judge`) writes; or "read": its reading
+    of the options, as in training (rows with lettered options only; the others are left out and
+    counted). Reading also tells a caption that says nothing from one that misleads.
+  answer_tokens: longest written answer.
+  answer_temperature: of written answers.
+  answer_batch_size: answers that are written at once.
+  blind: ask with an empty caption too.
+  intervals: level of the confidence intervals.
+  examples: questions on the page.
+  cache: folder of captions and answers; None: in the workdir.
+  bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
   """
 
   captioners: str
