@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every test, in an environment of its own (.venv-test).
 #
-#   bash launch/test.sh [pytest arguments]          all of them, or e.g. tests/loss_test.py -k clip
+#   bash launch/test.sh [pytest arguments]          all of them, or e.g. tests/rl/loss_test.py -k clip
 #
 # PYTHON and CAPRL_JAX_EXTRAS are as in launch/quickstart.sh. The parity tests need torch: where the index offers a
 # CUDA build and you want the small CPU one, point PIP_EXTRA_INDEX_URL at an index of CPU builds.

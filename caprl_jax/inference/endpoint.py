@@ -21,7 +21,7 @@ import random
 import re
 import threading
 import urllib.parse
-from collections.abc import Coroutine, Hashable, Iterable, Iterator
+from collections.abc import Coroutine, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -151,7 +151,7 @@ class Endpoint:
     self._thread.start()
     # A proxy that the environment names for the world outside must not stand before a server on
     # this machine.
-    http = openai.DefaultAsyncHttpxClient(trust_env=False) if _is_local(cfg.url) else None
+    http = openai.DefaultAsyncHttpxClient(trust_env=False) if is_local(cfg.url) else None
     self._client = openai.AsyncOpenAI(
       base_url=cfg.url, api_key=self._key, timeout=cfg.timeout_secs, max_retries=0, http_client=http
     )
@@ -292,7 +292,7 @@ class Endpoint:
           if lasting or attempt > cfg.max_retries:
             times = f" (attempt {attempt} of {cfg.max_retries + 1})" if not lasting else ""
             return Reply(None, "", self._reason(error) + times, attempt)
-          await asyncio.sleep(_wait_secs(attempt, error))
+          await asyncio.sleep(wait_secs(attempt, error))
     raise AssertionError("unreachable")
 
   def _reason(self, error: Exception) -> str:
@@ -315,13 +315,14 @@ def _messages(system: str, user: str, image: bytes | None) -> list[dict[str, Any
   """Raises ValueError for an image of an unknown format."""
   content: Any = user
   if image is not None:
-    url = f"data:{_mime_type(image)};base64,{base64.b64encode(image).decode()}"
+    url = f"data:{mime_type(image)};base64,{base64.b64encode(image).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": user}]
   system_turn = [{"role": "system", "content": system}] if system else []
   return [*system_turn, {"role": "user", "content": content}]
 
 
-def _mime_type(image: bytes) -> str:
+def mime_type(image: bytes) -> str:
+  """Of an encoded image, by its header. Raises ValueError for an unknown format."""
   try:
     with Image.open(io.BytesIO(image)) as opened:  # reads the header only
       kind = opened.format
@@ -337,18 +338,18 @@ def _mime_type(image: bytes) -> str:
   return Image.MIME[kind]
 
 
-def _wait_secs(attempt: int, error: Exception) -> float:
-  """How long to wait after an attempt: as the server asks, else doubled each time; never the same
-  for all requests.
+def wait_secs(attempt: int, error: Exception) -> float:
+  """Seconds to wait after attempt number `attempt` (from 1): as the server asks, else doubled each
+  time; never the same for all requests.
   """
-  asked = _retry_after_secs(getattr(getattr(error, "response", None), "headers", {}))
+  asked = retry_after_secs(getattr(getattr(error, "response", None), "headers", {}))
   if asked is not None:
     return min(asked, _LONGEST_WAIT_SECS) + random.random() * _FIRST_WAIT_SECS
   return min(_FIRST_WAIT_SECS * 2.0 ** (attempt - 1), _LONGEST_WAIT_SECS) * (0.5 + random.random())
 
 
-def _retry_after_secs(headers) -> float | None:
-  """The header Retry-After, which holds seconds or a date."""
+def retry_after_secs(headers: Mapping[str, str]) -> float | None:
+  """The header Retry-After, which holds seconds or a date; None where it holds neither."""
   said = headers.get("retry-after", "")
   try:
     secs = float(said)
@@ -377,7 +378,8 @@ def _server_message(body: str) -> str:
   return body.strip()[:_REASON_CHARS] or "no reason given"
 
 
-def _is_local(url: str) -> bool:
+def is_local(url: str) -> bool:
+  """Whether an address is one of this machine."""
   host = urllib.parse.urlsplit(url).hostname or ""
   try:
     return ipaddress.ip_address(host).is_loopback

@@ -360,7 +360,7 @@ def test_mime_types(kind, mime):
       out, "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))]
     )
     data = out.getvalue()
-  assert endpoint._mime_type(data) == f"image/{mime}"
+  assert endpoint.mime_type(data) == f"image/{mime}"
 
 
 def test_an_image_that_is_none_is_not_sent(serve):
@@ -487,7 +487,7 @@ def test_retry_after_is_honoured(serve):
 def test_waits_grow_and_are_bounded(monkeypatch):
   monkeypatch.setattr(endpoint, "_FIRST_WAIT_SECS", 1.0)
   for attempt, middle in ((1, 1), (2, 2), (4, 8), (30, endpoint._LONGEST_WAIT_SECS)):
-    waits = [endpoint._wait_secs(attempt, ValueError()) for _ in range(200)]
+    waits = [endpoint.wait_secs(attempt, ValueError()) for _ in range(200)]
     assert min(waits) >= middle / 2 and max(waits) <= middle * 1.5 and max(waits) > 1.5 * min(waits)
 
   class Asked(Exception):
@@ -495,11 +495,9 @@ def test_waits_grow_and_are_bounded(monkeypatch):
       headers = {"retry-after": "86400"}
 
   assert (
-    endpoint._LONGEST_WAIT_SECS
-    <= endpoint._wait_secs(1, Asked())
-    <= endpoint._LONGEST_WAIT_SECS + 1
+    endpoint._LONGEST_WAIT_SECS <= endpoint.wait_secs(1, Asked()) <= endpoint._LONGEST_WAIT_SECS + 1
   )
-  assert [endpoint._retry_after_secs({"retry-after": said}) for said in ("", "x", "nan", "-3")] == [
+  assert [endpoint.retry_after_secs({"retry-after": said}) for said in ("", "x", "nan", "-3")] == [
     None,
     None,
     None,
@@ -745,4 +743,4 @@ def test_settings_that_cannot_be(change, message):
   ],
 )
 def test_which_servers_need_no_proxy(url, local):
-  assert endpoint._is_local(url) == local
+  assert endpoint.is_local(url) == local
