@@ -29,7 +29,6 @@ LONG_FUNCTIONS: dict[str, int] = {
   "modes/prism/page.py:write_page": 86,
   "modes/prism/run.py:run": 106,
   "modes/sft.py:_train_phases": 87,
-  "modes/train/run.py:train": 73,
   "rl/sampling.py:decode": 64,
   "rl/step.py:learn": 67,
   "rl/update.py:loss_gradients": 75,

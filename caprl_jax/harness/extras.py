@@ -18,7 +18,7 @@ def extra(what: str, path: pathlib.Path) -> Iterator[None]:
   """
   try:
     yield
-  except Exception as error:  # noqa: BLE001  whatever it is: nothing that training needs is missing
+  except Exception as error:  # whatever it is: nothing that training needs is missing
     if (what, path.parent) in _failed:
       return
     _failed.add((what, path.parent))

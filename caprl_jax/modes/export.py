@@ -15,14 +15,12 @@ import numpy as np
 from caprl_jax import __version__, sharding
 from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
-from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import read_settings
-from caprl_jax.harness.training.state import abstract_state, make_optimizer
+from caprl_jax.harness.training.state import newest_captioner
 from caprl_jax.harness.training.summary import summary_path
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
-from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.types import Params
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
@@ -102,22 +100,11 @@ def trained_params(workdir: pathlib.Path, mesh) -> tuple[Loaded, Params, dict]:
       f"export.run = {str(workdir)!r} holds no summary.json; name the --workdir of a training run"
     )
   summary = json.loads(file.read_text())
+  if "config" not in summary:
+    raise ValueError(f"{file} is not a training run's; name the --workdir of a training run")
   config = registry.with_new_names(summary["config"])
   settings = read_settings(ml_collections.ConfigDict(config))
-  loaded = settings.policy.load(mesh)
-  kind = trainable_filter(settings.policy.trainable, loaded.model.cfg.family)
-  (params, base), shardings = (
-    split_params(loaded.params, kind),
-    split_params(loaded.shardings, kind)[0],
-  )
-  checkpoints = Checkpoints(workdir, settings.checkpoint)
-  if checkpoints.latest_step() is None:
-    raise ValueError(f"export.run = {str(workdir)!r} has no checkpoint yet")
-  tx, _ = make_optimizer(settings)
-  state, _ = checkpoints.restore(abstract_state(params, tx, shardings, mesh))
-  checkpoints.close()
-  log.info("parameters after step %d of %s", int(state.step), workdir)
-  return loaded, merge_params(state.params, base or None), summary
+  return *newest_captioner(workdir, settings, mesh), summary
 
 
 def run(config, workdir: pathlib.Path) -> None:

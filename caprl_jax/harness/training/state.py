@@ -1,15 +1,22 @@
-"""The optimizer and the state of training: made anew, and described for restoring one."""
+"""The optimizer and the state of training: made anew, described, and read from a checkpoint."""
+
+import logging
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from caprl_jax import sharding
+from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.setup import Run
-from caprl_jax.models.trainable import split_params, trainable_filter
+from caprl_jax.hub.load import Loaded
+from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.types import Params, TrainState
+
+log = logging.getLogger("caprl_jax.harness.training.state")
 
 
 def rollout_images(settings: Settings) -> int:
@@ -56,3 +63,22 @@ def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, 
   return TrainState(
     scalar(jnp.int32(0)), params, opt_state, scalar(jax.random.key_data(jax.random.key(0)))
   )
+
+
+def newest_captioner(
+  workdir: pathlib.Path, settings: Settings, mesh: jax.sharding.Mesh
+) -> tuple[Loaded, Params]:
+  """The captioner that a run began with, and all of its parameters after the run's newest
+  checkpoint. Raises ValueError where there is no checkpoint."""
+  checkpoints = Checkpoints(workdir, settings.checkpoint)
+  if checkpoints.latest_step() is None:
+    raise ValueError(f"{workdir} has no checkpoint to read a captioner from; was it deleted?")
+  loaded = settings.policy.load(mesh)
+  kind = trainable_filter(settings.policy.trainable, loaded.model.cfg.family)
+  params, base = split_params(loaded.params, kind)
+  shardings, _ = split_params(loaded.shardings, kind)
+  tx, _ = make_optimizer(settings)
+  state, _ = checkpoints.restore(abstract_state(params, tx, shardings, mesh))
+  checkpoints.close()
+  log.info("parameters after step %d of %s", int(state.step), workdir)
+  return loaded, merge_params(state.params, base or None)

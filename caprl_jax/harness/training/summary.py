@@ -23,14 +23,32 @@ def summary_path(workdir: pathlib.Path) -> pathlib.Path:
 
 
 class Summary:
-  """summary.json: written after each stage, read when a run resumes."""
+  """summary.json: written after each stage, read when a run resumes.
+
+  `complete` is a record of its own, `{"step": N}`. It is written last, when all that a run leaves
+  is on the disk, and taken away when the run goes on.
+  """
 
   def __init__(self, workdir: pathlib.Path):
     self.path = summary_path(workdir)
     self.values = json.loads(self.path.read_text()) if self.path.exists() else {}
 
   def put(self, **values) -> None:
+    """Adds stages, or replaces them."""
     self.values |= values
+    self._write()
+
+  def drop(self, *names: str) -> None:
+    """Takes stages away, where they are there."""
+    if any(self.values.pop(name, None) is not None for name in list(names)):
+      self._write()
+
+  @property
+  def complete_step(self) -> int:
+    """The step after which the run was complete; 0 where it is not."""
+    return self.values.get("complete", {}).get("step", 0)
+
+  def _write(self) -> None:
     if jax.process_index() == 0:
       write_json(self.path, self.values)
 

@@ -19,7 +19,6 @@ from caprl_jax.harness.extras import extra
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import Run, set_up
-from caprl_jax.harness.training.summary import summary_path
 from caprl_jax.rl.advantages import flat_groups
 from caprl_jax.rl.judge import judge_captions, judge_ids
 from caprl_jax.rl.reward import caption_reward
@@ -195,10 +194,18 @@ class Evaluator:
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Evaluates `policy.checkpoint`; writes summary.json (`before`) and samples/before.json."""
+  """Evaluates `policy.checkpoint`; writes evaluation.json and samples/evaluation.json, which are no
+  other mode's: the workdir may be a training run's."""
   settings = read_settings(config)
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
     made = set_up(settings, training=False)
-    figures = Evaluator(made)(made.policy.params, workdir / "samples" / "before.json", "before", 0)
+    samples = workdir / "samples" / "evaluation.json"
+    figures = Evaluator(made)(made.policy.params, samples, "evaluation", 0)
   if jax.process_index() == 0:
-    write_json(summary_path(workdir), {"before": figures, "counts": made.counts})
+    found = {
+      "checkpoint": settings.policy.checkpoint,
+      "data": settings.data.eval,
+      "figures": figures,
+      "counts": made.counts,
+    }
+    write_json(workdir / "evaluation.json", found)

@@ -3,10 +3,13 @@
 import functools
 import logging
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from caprl_jax import sharding
 from caprl_jax.config import registry
@@ -18,24 +21,25 @@ from caprl_jax.harness.gate import gate
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.metrics import StageClock
 from caprl_jax.harness.samples import save_samples
-from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.harness.setup import Run, set_up
-from caprl_jax.harness.trackers import open_trackers
+from caprl_jax.harness.trackers import Tracker, open_trackers
 from caprl_jax.harness.training.state import (
   abstract_state,
   make_optimizer,
   make_state,
+  newest_captioner,
   policy_shardings,
   rollout_images,
 )
 from caprl_jax.harness.training.summary import Best, Summary, versions
-from caprl_jax.hub.load import save_policy
+from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.modes.evaluate.run import Evaluator
 from caprl_jax.modes.train.report import write_report
 from caprl_jax.rl.step import ask_judge, learn, train_step, write_captions
-from caprl_jax.types import TrainState
+from caprl_jax.types import Batch, Params, TrainState
 
 log = logging.getLogger("caprl_jax.modes.train.run")
 
@@ -140,32 +144,8 @@ def train(
   else:
     state = make_state(params, tx, shardings, settings.seed, made.mesh)
 
-  trackers = []
-  if jax.process_index() == 0:
-    try:
-      trackers = open_trackers(
-        settings.train.trackers, workdir, config, int(state.step), settings.train.wandb_mode
-      )
-    except Exception as error:  # noqa: BLE001  a service's client raises anything
-      log.warning("the run goes on without trackers %s: %s", list(settings.train.trackers), error)
+  trackers = _open_trackers(settings, workdir, config, int(state.step))
   best = Best(made.policy, workdir)
-
-  def keep_samples(step: int, batch, samples) -> None:
-    if step == 1 or step % settings.train.sample_every == 0:
-      host = jax.tree.map(lambda x: x[share], jax.device_get(samples))
-      path = workdir / "samples" / f"step_{step:06d}.json"
-      with extra("samples", path):
-        save_samples(
-          path,
-          "train",
-          step,
-          [(batch, host)],
-          made.train,
-          made.policy.tokenizer,
-          settings.train.sample_images,
-        )
-      for tracker in trackers:
-        tracker.samples(step, path)
 
   def held_out(step: int, state: TrainState) -> dict[str, float]:
     params = merge_params(state.params, made.frozen.base)
@@ -185,7 +165,7 @@ def train(
       workdir=workdir,
       what="CapRL",
       reward_name="reward/mean",
-      on_samples=keep_samples,
+      on_samples=_sample_keeper(made, workdir, share, trackers),
       evaluate=held_out if evaluator else None,
       evaluate_every=settings.evaluate.every_steps,
       trackers=trackers,
@@ -196,27 +176,70 @@ def train(
       tracker.close()
 
 
+def _open_trackers(
+  settings: Settings, workdir: pathlib.Path, config: dict, step: int
+) -> list[Tracker]:
+  """What `train.trackers` names, on the main process. A run goes on without them where they do not
+  open."""
+  if jax.process_index() > 0:
+    return []
+  names = settings.train.trackers
+  try:
+    return open_trackers(names, workdir, config, step, settings.train.wandb_mode)
+  except Exception as error:  # noqa: BLE001  a service's client raises anything
+    log.warning("the run goes on without trackers %s: %s", list(names), error)
+    return []
+
+
+def _sample_keeper(
+  made: Run, workdir: pathlib.Path, share: Sequence[int], trackers: Sequence[Tracker]
+) -> Callable[[int, Batch, Any], None]:
+  """The loop's `on_samples`: writes some steps' samples, and gives them to the trackers.
+
+  Args:
+    share: the places in the batch that this process made.
+  """
+  cfg = made.settings.train
+
+  def keep_samples(step: int, batch: Batch, samples: Any) -> None:
+    if step > 1 and step % cfg.sample_every:
+      return
+    host = jax.tree.map(lambda x: x[share], jax.device_get(samples))
+    path = workdir / "samples" / f"step_{step:06d}.json"
+    with extra("samples", path):
+      save_samples(
+        path,
+        "train",
+        step,
+        [(batch, host)],
+        made.train,
+        made.policy.tokenizer,
+        cfg.sample_images,
+      )
+      for tracker in trackers:
+        tracker.samples(step, path)
+
+  return keep_samples
+
+
 def run(config, workdir: pathlib.Path) -> None:
-  """All stages; a stage that summary.json already holds is not run again."""
+  """All stages. What a kill left undone is done by the same command; a finished run is left as it
+  is, but for what is missing of what it left, unless `train.steps` was raised: then it goes on."""
   settings = read_settings(config)
   plain = configuration.to_plain(config)
   summary = Summary(workdir)
-  old = summary.values.get("config")
-  old = registry.with_new_names(old) if old else None
-  if old is not None and {**old, "train": None} != {**plain, "train": None}:
-    changed = [k for k in plain if old.get(k) != plain[k]]
-    raise ValueError(
-      f"{workdir} holds a run of another config (differing: {changed}); use another "
-      "--workdir, or delete it"
-    )
-  if "after" in summary.values and old == plain:
+  _check_same_run(summary, plain, workdir)
+  if summary.complete_step >= settings.train.steps:
+    _make_again(settings, workdir)
     log.info(
-      "this run is complete: accuracy %.3f -> %.3f; see %s",
+      "this run is complete after step %d: accuracy %.3f -> %.3f; see %s",
+      summary.complete_step,
       summary.values["before"]["accuracy"],
       summary.values["after"]["accuracy"],
       workdir / "report.html",
     )
     return
+  summary.drop("complete", "after")
   clock = StageClock(summary.values.get("wall_secs"))
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
     with clock("setup"):
@@ -237,17 +260,71 @@ def run(config, workdir: pathlib.Path) -> None:
     finally:
       summary.put(wall_secs=clock.secs)
       report(workdir)
+    step, params = int(state.step), merge_params(state.params, made.frozen.base)
     with clock("after"):
-      params = merge_params(state.params, made.frozen.base)
-      after = evaluator(params, workdir / "samples" / "after.json", "after", settings.train.steps)
+      after = evaluator(params, workdir / "samples" / "after.json", "after", step)
     if settings.evaluate.every_steps:
-      Best(made.policy, workdir).keep(settings.train.steps, params, after["accuracy"])
+      Best(made.policy, workdir).keep(step, params, after["accuracy"])
     summary.put(after=after, wall_secs=clock.secs)
-    save_policy(workdir / "policy", made.policy, params)
-    if settings.policy.trainable == "lora":
-      save_adapters(workdir / "adapters", params, settings.policy.lora, settings.policy.checkpoint)
+    save_captioner(settings, workdir, made.policy, params, ("policy", "adapters"))
   report(workdir)
+  summary.put(complete={"step": step})
   log.info("report: %s   captioner: %s", workdir / "report.html", workdir / "policy")
+
+
+def _check_same_run(summary: Summary, config: dict, workdir: pathlib.Path) -> None:
+  """Raises ValueError where the workdir holds another mode's summary, or a run of another config;
+  section `train` may differ."""
+  if not summary.values:
+    return
+  if "config" not in summary.values:
+    raise ValueError(f"{summary.path} is not a training run's; use another --workdir")
+  old = registry.with_new_names(summary.values["config"])
+  if {**old, "train": None} != {**config, "train": None}:
+    changed = [k for k in config if old.get(k) != config[k]]
+    raise ValueError(
+      f"{workdir} holds a run of another config (differing: {changed}); use another "
+      "--workdir, or delete it"
+    )
+
+
+def _make_again(settings: Settings, workdir: pathlib.Path) -> None:
+  """Makes what is missing of what a finished run leaves, from its last checkpoint. Raises
+  ValueError where the checkpoint is missing too."""
+  files = {
+    "policy": workdir / "policy" / "config.json",
+    "adapters": workdir / "adapters" / "adapter_config.json",
+    "report": workdir / "report.html",
+  }
+  if settings.policy.trainable != "lora":
+    del files["adapters"]
+  # the first process decides for all: it may write while others still look
+  flags = np.array([not path.exists() for path in files.values()])
+  flags = multihost_utils.broadcast_one_to_all(flags)
+  missing = [name for name, flag in zip(files, flags, strict=True) if flag]
+  if {"policy", "adapters"} & {*missing}:
+    with jax.set_mesh(sharding.make_mesh(settings.mesh)):
+      loaded, params = newest_captioner(workdir, settings, jax.sharding.get_mesh())
+      save_captioner(settings, workdir, loaded, params, missing)
+  if "report" in missing:
+    report(workdir)
+  if missing:
+    log.info("made again, since missing: %s", ", ".join(missing))
+
+
+def save_captioner(
+  settings: Settings,
+  workdir: pathlib.Path,
+  policy: Loaded,
+  params: Params,
+  parts: Sequence[str],
+) -> None:
+  """Writes `policy` and, of a LoRA run, `adapters`: those that `parts` names. All processes call
+  it."""
+  if "policy" in parts:
+    save_policy(workdir / "policy", policy, params)
+  if "adapters" in parts and settings.policy.trainable == "lora":
+    save_adapters(workdir / "adapters", params, settings.policy.lora, settings.policy.checkpoint)
 
 
 def report(workdir: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.load import load_policy
+from caprl_jax.modes import export
 from caprl_jax.modes.evaluate import run as evaluate
 from caprl_jax.modes.train import run as train
 
@@ -76,17 +78,26 @@ def assert_same_policy(a, b):
 def test_mode_evaluate_finds_what_the_run_found_and_needs_no_training_data(
   config, finished, tmp_path
 ):
+  """In the run's own workdir, whose files stay as they are; it can be exported afterwards."""
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  kept = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
   alone = config.copy_and_resolve_references()
   alone.policy.checkpoint, alone.data.train = str(finished / "policy"), "nowhere.jsonl"
-  evaluate.run(alone, tmp_path)
-  found, run = (tiny.read_back(path / "summary.json") for path in (tmp_path, finished))
-  assert (
-    found["before"] == run["after"] and found["counts"]["eval_rows"] == run["counts"]["eval_rows"]
-  )
-  captions = lambda path, name: [
-    [c["text"] for c in row["captions"]] for row in tiny.read_back(path / "samples" / name)["rows"]
+  evaluate.run(alone, workdir)
+  found, run = (tiny.read_back(workdir / name) for name in ("evaluation.json", "summary.json"))
+  assert found["figures"] == run["after"] and found["checkpoint"] == str(finished / "policy")
+  assert found["counts"]["eval_rows"] == run["counts"]["eval_rows"]
+  captions = lambda name: [
+    [c["text"] for c in row["captions"]]
+    for row in tiny.read_back(workdir / "samples" / name)["rows"]
   ]
-  assert captions(tmp_path, "before.json") == captions(finished, "after.json")
+  assert captions("evaluation.json") == captions("after.json")
+  assert {path: path.read_bytes() for path in kept} == kept
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    loaded, _, summary = export.trained_params(workdir, mesh)
+  assert loaded.model.cfg and summary == run
 
 
 def test_a_run_leaves_all_its_outputs(finished, config):
@@ -111,6 +122,7 @@ def test_a_run_leaves_all_its_outputs(finished, config):
   summary = tiny.read_back(finished / "summary.json")
   assert summary.keys() >= {"gate", "before", "after", "counts", "versions", "config", "wall_secs"}
   assert summary["gate"] == {}  # skipped by this config
+  assert summary["complete"] == {"step": 4}
   for stage in ("before", "after"):
     figures = summary[stage]
     assert 0 <= figures["accuracy"] <= 1 and figures["questions"] == 24 and figures["images"] == 12
@@ -173,8 +185,69 @@ def test_a_second_run_says_that_the_run_is_complete(finished, config, caplog):
   before = (finished / "metrics.jsonl").read_bytes()
   with caplog.at_level(logging.INFO, "caprl_jax"):
     train.run(config, finished)
-  assert "this run is complete" in caplog.text and "CapRL" not in caplog.text
+  assert "this run is complete after step 4" in caplog.text and "CapRL" not in caplog.text
   assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_is_missing_of_a_finished_run_is_made_again(finished, config, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  shutil.rmtree(workdir / "policy")
+  (workdir / "report.html").unlink()
+  monkeypatch.setattr(train, "set_up", None)  # neither judge nor data are needed
+  train.run(config, workdir)
+  assert_same_policy(workdir, finished)
+  page = (finished / "report.html").read_text()
+  assert (workdir / "report.html").read_text() == page.replace(finished.name, workdir.name)
+  assert (workdir / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
+
+
+def test_a_kill_before_the_captioner_is_written_is_healed_by_the_same_command(
+  finished, config, tmp_path, monkeypatch
+):
+  """Of a finished run whose `train.steps` was raised: its old captioner must not pass for the new
+  one. Its extras fail all the while."""
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  longer = config.copy_and_resolve_references()
+  longer.train.steps = 5
+  longer.train.sample_every = 1
+
+  def killed(*_):
+    raise SystemExit  # nothing catches it, as nothing catches a kill
+
+  def fails(*_, **__):
+    raise OSError("no space left")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "save_policy", killed)
+    for name in ("save_samples", "write_report", "open_trackers"):
+      patch.setattr(train, name, fails)
+    patch.setattr(evaluate, "save_samples", fails)
+    with pytest.raises(SystemExit):
+      train.run(longer, workdir)
+  summary = tiny.read_back(workdir / "summary.json")
+  assert "after" in summary and "complete" not in summary
+  assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+  assert_same_policy(workdir, finished)  # still the old one
+
+  train.run(longer, workdir)
+  summary = tiny.read_back(workdir / "summary.json")
+  assert summary["complete"] == {"step": 5}
+  assert tiny.read_back(workdir / "samples" / "after.json")["step"] == 5
+  with pytest.raises(AssertionError):
+    assert_same_policy(workdir, finished)
+  train.run(config, workdir)  # fewer steps than it has: complete
+  assert tiny.read_back(workdir / "summary.json") == summary
+
+
+def test_a_summary_of_something_else_is_left_alone(config, tmp_path):
+  (tmp_path / "summary.json").write_text('{"figures": 1}')
+  with pytest.raises(ValueError, match="is not a training run's; use another --workdir"):
+    train.run(config, tmp_path)
+  with pytest.raises(ValueError, match="is not a training run's"):
+    export.trained_params(tmp_path, None)
+  assert tiny.read_back(tmp_path / "summary.json") == {"figures": 1}
 
 
 def test_a_workdir_of_another_config_is_refused(finished, config):
