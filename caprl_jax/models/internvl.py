@@ -36,6 +36,35 @@ def _one(size) -> int:
   return sides.pop()
 
 
+def _tiles(config: dict, pixels: dict) -> Tiles:
+  """How images are cut, from config.json and preprocessor_config.json."""
+  vision = config["vision_config"]
+  tile, patch = _one(vision["image_size"]), _one(vision["patch_size"])
+  size = pixels.get("size") or {}
+  size = size if isinstance(size, dict) else dict(height=size, width=size)
+  if size and (size.get("height"), size.get("width")) != (tile, tile):
+    raise ValueError(
+      f"preprocessor_config.json resizes to {size}, but the tower takes tiles of {tile} pixels"
+    )
+  pixels = {
+    "min_patches": 1,
+    "max_patches": 12,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    **config.get("tiles", {}),
+    **{k: v for k, v in pixels.items() if v is not None},
+  }
+  return Tiles(
+    tile,
+    patch,
+    round(1 / config.get("downsample_ratio", 0.5)),
+    pixels["min_patches"],
+    pixels["max_patches"],
+    mean=tuple(pixels["image_mean"]),
+    std=tuple(pixels["image_std"]),
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class InternVisionConfig:
   """Architecture of tower and projector; `from_hf` reads Hugging Face's config.json and
@@ -66,14 +95,7 @@ class InternVisionConfig:
     cls, config: dict, preprocessor: dict | None = None, **overrides
   ) -> "InternVisionConfig":
     """Reads config.json and, for pixels, preprocessor_config.json."""
-    vision, pixels = config["vision_config"], preprocessor or {}
-    tile, patch = _one(vision["image_size"]), _one(vision["patch_size"])
-    size = pixels.get("size") or {}
-    size = size if isinstance(size, dict) else dict(height=size, width=size)
-    if size and (size.get("height"), size.get("width")) != (tile, tile):
-      raise ValueError(
-        f"preprocessor_config.json resizes to {size}, but the tower takes tiles of {tile} pixels"
-      )
+    vision, tiles = config["vision_config"], _tiles(config, preprocessor or {})
     if (
       config.get("vision_feature_layer", -1),
       config.get("vision_feature_select_strategy", "default"),
@@ -84,23 +106,6 @@ class InternVisionConfig:
       )
     if not vision.get("use_absolute_position_embeddings", True):
       raise ValueError("InternVL without absolute position embeddings is not supported")
-    pixels = {
-      "min_patches": 1,
-      "max_patches": 12,
-      "image_mean": CLIP_MEAN,
-      "image_std": CLIP_STD,
-      **config.get("tiles", {}),
-      **{k: v for k, v in pixels.items() if v is not None},
-    }
-    tiles = Tiles(
-      tile,
-      patch,
-      round(1 / config.get("downsample_ratio", 0.5)),
-      pixels["min_patches"],
-      pixels["max_patches"],
-      mean=tuple(pixels["image_mean"]),
-      std=tuple(pixels["image_std"]),
-    )
     return cls(
       **{
         **dict(

@@ -2,8 +2,8 @@
 without a TPU.
 
 The fused step is lowered with abstract arrays of the config's real sizes, sharded as in training,
-and compiled by libtpu (`pip install libtpu`). Printed and written to plan.json: memory a device by
-kind, the compiler's FLOPs and bytes, the largest arrays of the program.
+and compiled by libtpu (`pip install libtpu`). Printed and written to plan.json: memory per device
+by kind, the compiler's FLOPs and bytes, the largest arrays of the program.
 """
 
 import collections
@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +37,7 @@ from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
 from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.modes.train.run import rollout_shardings
+from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.rl.step import train_step
 from caprl_jax.types import (
   Batch,
@@ -119,19 +121,6 @@ def shallower(config: dict, layers: int | None) -> dict:
   return new
 
 
-def parameter_count(config: dict) -> int:
-  """Parameters of the model of a config.json, without any memory."""
-  init = (
-    init_policy(PolicyConfig.from_hf(config))
-    if is_vision_language(config)
-    else init_decoder(DecoderConfig.from_hf(config))
-  )
-  return sum(
-    x.size
-    for x in jax.tree.leaves(nn.unbox(sharding.abstract_params(lambda: init(jax.random.key(0)))))
-  )
-
-
 def topology_devices(name: str | None) -> list:
   """Devices to compile for. Raises ValueError where libtpu is missing or does not know the
   topology.
@@ -192,12 +181,8 @@ def abstract_batch(settings: Settings, plan: PlanConfig, cfg: PolicyConfig, mesh
   return _placed(batch, sharding.batch_sharding(mesh))
 
 
-def lower_step(settings: Settings, plan: PlanConfig, devices: list):
-  """The training step, lowered for some devices, and the bytes of its arguments by kind, all
-  devices together.
-  """
-  mesh = sharding.make_mesh(settings.mesh, devices)
-  sharding.check_batch_size(settings.data.batch_size, mesh, "data.batch_size")
+def model_configs(settings: Settings, plan: PlanConfig) -> tuple[PolicyConfig, DecoderConfig]:
+  """Architectures of captioner and judge, from their config.json alone."""
   section = settings.policy
   config = shallower(read_config(section.checkpoint), plan.layers)
   cfg = PolicyConfig.from_hf(
@@ -211,16 +196,59 @@ def lower_step(settings: Settings, plan: PlanConfig, devices: list):
   judge_config = shallower(read_config(settings.judge.source), plan.layers)
   if is_vision_language(judge_config):
     judge_config = family_of(judge_config).text(judge_config)
-  judge_cfg = DecoderConfig.from_hf(judge_config, dtype=jnp.dtype(settings.judge.dtype))
+  return cfg, DecoderConfig.from_hf(judge_config, dtype=jnp.dtype(settings.judge.dtype))
 
-  def abstract(init, dtype):
-    boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
-    places = sharding.param_shardings(boxed, mesh)
-    cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), nn.unbox(boxed))
-    return _placed(cast, places), places
 
-  policy_params, places = abstract(init_policy(cfg), section.param_dtype)
-  judge_params, _ = abstract(init_decoder(judge_cfg), settings.judge.dtype)
+def abstract_parameters(
+  init: Callable[[jax.Array], Any], dtype: Any, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any]:
+  """Shapes of the parameters that `init` makes, in `dtype` and placed on the mesh; and the places
+  alone."""
+  boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
+  places = sharding.param_shardings(boxed, mesh)
+  cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), nn.unbox(boxed))
+  return _placed(cast, places), places
+
+
+def abstract_prompt(
+  judge: JudgeConfig, judge_rows: int, plan: PlanConfig, place: jax.sharding.Sharding
+) -> JudgePrompt:
+  """Shapes of the judge's prompt. `judge_rows`: of the judge's embedding."""
+  struct = functools.partial(_struct, place)
+  labels = max(plan.options + 1, 6)
+  spaced = (struct(judge_rows), struct()) if judge.prompt != "plain" else (None, None)
+  writing = (None, None)
+  if judge.reading == "generate":
+    allowed = struct(judge_rows, dtype=jnp.bool_)
+    writing = (struct(judge_rows), Vocabulary(allowed, struct(0), (0,), 0))
+  return JudgePrompt(
+    struct(plan.judge_prompt_tokens),
+    struct(labels, 8),
+    struct(labels, 8, dtype=jnp.bool_),
+    struct(8),
+    struct(labels),
+    struct(0 if judge.abstain == "none" else 8),
+    *spaced,
+    *writing,
+  )
+
+
+def _struct(place: jax.sharding.Sharding, *shape: int, dtype: Any = jnp.int32):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+
+def lower_step(
+  settings: Settings, plan: PlanConfig, devices: list
+) -> tuple[jax.stages.Lowered, dict[str, int]]:
+  """The training step, lowered for some devices, and the bytes of its arguments by kind, all
+  devices together.
+  """
+  mesh = sharding.make_mesh(settings.mesh, devices)
+  sharding.check_batch_size(settings.data.batch_size, mesh, "data.batch_size")
+  section = settings.policy
+  cfg, judge_cfg = model_configs(settings, plan)
+  policy_params, places = abstract_parameters(init_policy(cfg), section.param_dtype, mesh)
+  judge_params, _ = abstract_parameters(init_decoder(judge_cfg), settings.judge.dtype, mesh)
   kind = trainable_filter(section.trainable, cfg.family)
   (chosen, base), chosen_places = split_params(policy_params, kind), split_params(places, kind)[0]
   tx, _ = make_optimizer(settings)
@@ -231,25 +259,8 @@ def lower_step(settings: Settings, plan: PlanConfig, devices: list):
   )
 
   whole = sharding.replicated(mesh)
-  V, A, W = cfg.text.vocab_size, plan.options, plan.judge_prompt_tokens
-  struct = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-  judge_step, rows, labels = settings.step.judge, judge_cfg.vocab_size, max(A + 1, 6)
-  spaced = (struct(rows), struct()) if judge_step.prompt != "plain" else (None, None)
-  writing = (
-    (struct(rows), Vocabulary(struct(rows, dtype=jnp.bool_), struct(0), (0,), 0))
-    if (judge_step.reading == "generate")
-    else (None, None)
-  )
-  prompt = JudgePrompt(
-    struct(W),
-    struct(labels, 8),
-    struct(labels, 8, dtype=jnp.bool_),
-    struct(8),
-    struct(labels),
-    struct(0 if judge_step.abstain == "none" else 8),
-    *spaced,
-    *writing,
-  )
+  V, struct = cfg.text.vocab_size, functools.partial(_struct, whole)
+  prompt = abstract_prompt(settings.step.judge, judge_cfg.vocab_size, plan, whole)
   vocabulary = Vocabulary(struct(V, dtype=jnp.bool_), struct(V), (0,), 0)
   frozen = Frozen(
     judge_params,
@@ -330,10 +341,31 @@ def run(config, workdir: pathlib.Path) -> None:
   log.info("compiling the step for %d x %s ...", len(devices), devices[0].device_kind)
   start = time.perf_counter()
   compiled = lowered.compile()
+  report = {
+    "topology": plan.topology,
+    "devices": len(devices),
+    "compile_secs": time.perf_counter() - start,
+    **describe(compiled),
+    "gib_all_devices": {k: v / GIB for k, v in kinds.items() if v},
+  }
+  write_json(workdir / "plan.json", report)
+  _log(report)
+  limit = HBM.get((plan.topology or "").partition(":")[0])
+  total = report["gib_per_device"]["total"]
+  if limit and total > limit / GIB:
+    raise ValueError(
+      f"the step needs {total:.1f} GiB per device, and a {plan.topology} chip "
+      f"has {limit / GIB:.0f}; raise policy_update.microbatches or judge.microbatches, "
+      "lower data.batch_size, rollout.group_size or max_tokens, or take more chips"
+    )
+
+
+def describe(compiled: jax.stages.Compiled) -> dict[str, Any]:
+  """Memory per device, the compiler's count of operations, and the largest arrays of a program."""
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  assert memory is not None
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  total = arguments + temporaries + output
   try:
     largest = largest_arrays(compiled.as_text())
   # libtpu may be newer than jaxlib, which then cannot read its programs
@@ -343,22 +375,20 @@ def run(config, workdir: pathlib.Path) -> None:
       str(error).splitlines()[0],
     )
     largest = []
-  report = {
-    "topology": plan.topology,
-    "devices": len(devices),
-    "compile_secs": time.perf_counter() - start,
+  return {
     "gib_per_device": {
       "arguments": arguments / GIB,
       "temporaries": temporaries / GIB,
       "output": output / GIB,
-      "total": total / GIB,
+      "total": (arguments + temporaries + output) / GIB,
     },
-    "gib_all_devices": {k: v / GIB for k, v in kinds.items() if v},
     "flops": cost.get("flops"),
     "bytes_accessed": cost.get("bytes accessed"),
     "largest": largest,
   }
-  write_json(workdir / "plan.json", report)
+
+
+def _log(report: dict[str, Any]) -> None:
   lines = [f"{name:>12} {value:8.2f} GiB" for name, value in report["gib_per_device"].items()]
   log.info("memory of a device:\n%s", "\n".join(lines))
   log.info(
@@ -371,15 +401,8 @@ def run(config, workdir: pathlib.Path) -> None:
     report["flops"] or 0,
     report["bytes_accessed"] or 0,
   )
-  if largest:
+  if report["largest"]:
     log.info(
       "largest arrays:\n%s",
-      "\n".join(f"{g:8.2f} GiB {what} {op} x{n}" for g, what, op, n in largest),
-    )
-  limit = HBM.get((plan.topology or "").partition(":")[0])
-  if limit and total > limit:
-    raise ValueError(
-      f"the step needs {total / GIB:.1f} GiB a device, and a {plan.topology} chip "
-      f"has {limit / GIB:.0f}; raise policy_update.microbatches or judge.microbatches, "
-      "lower data.batch_size, rollout.group_size or max_tokens, or take more chips"
+      "\n".join(f"{g:8.2f} GiB {what} {op} x{n}" for g, what, op, n in report["largest"]),
     )

@@ -12,13 +12,12 @@ from caprl_jax.scoring import official as official_scoring
 from caprl_jax.scoring.answers import (
   anls,
   exact,
-  extract_answer,
   maths,
   multiple_choice,
-  refuses,
   relaxed_accuracy,
   score,
 )
+from caprl_jax.scoring.extraction import extract_answer, refuses
 from caprl_jax.scoring.official import official_score
 
 THOUGHT = "<think>First B, then \\boxed{7}. The answer is C.</think>\n"

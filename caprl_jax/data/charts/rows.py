@@ -15,8 +15,10 @@ import numpy as np
 from caprl_jax.data import rows
 from caprl_jax.data.charts import drawing as chart_drawing
 from caprl_jax.data.charts import questions as chart_questions
-from caprl_jax.data.charts import tables as chart_tables
-from caprl_jax.data.charts.tables import Cloud, Slice, View
+from caprl_jax.data.charts import trends
+from caprl_jax.data.charts import views as chart_views
+from caprl_jax.data.charts.tables import Cloud, capital
+from caprl_jax.data.charts.views import Slice, View
 
 SPLITS = ("train", "test")
 KINDS = ("bar", "line", "scatter", "pie")
@@ -54,12 +56,12 @@ def read_charts(
     raise ValueError(f"kinds is {kinds!r}; name at least one, and only of {', '.join(KINDS)}")
   if len(pixels) != 2 or min(pixels) < _MIN_PIXELS:
     raise ValueError(f"pixels is {pixels!r}; give width and height of at least {_MIN_PIXELS}")
-  views = chart_tables.read_views(chart_tables.data_root())
+  views = chart_views.read_views(chart_views.data_root())
   titles: dict[str, set[str]] = {}
   for view in views:
     titles.setdefault(view.template, set()).add(view.title)
-  mine = chart_tables.split_views(views, split)
-  pools = {kind: chart_tables.pools_of(mine, kind) for kind in kinds}
+  mine = chart_views.split_views(views, split)
+  pools = {kind: chart_views.pools_of(mine, kind) for kind in kinds}
   result = [_row(f"{split}/charts/{i}.png", seed, pixels, pools, titles) for i in range(count)]
   rows.check_rows(result, "vega_datasets")
   return result
@@ -195,7 +197,7 @@ def _slice(
     )
   )
   legend = line and several or kind == "pie" and bool(generator.random() < 0.5)
-  along = chart_tables.capital(source.column if line else noun)
+  along = capital(source.column if line else noun)
   chart = chart_drawing.Chart(
     kind, view.title, along, source.axis, marks, horizontal, legend, plain
   )
@@ -331,13 +333,13 @@ def _plainly_clear(kind: str, marks: tuple[chart_drawing.Mark, ...]) -> bool:
   if kind == "line":
     steady = all(
       abs(mark.y[-1] - mark.y[0]) >= span / (2 if len(marks) == 1 else 8)
-      and abs(chart_questions.rank_correlation(range(len(mark.y)), mark.y)) > 0.7
+      and abs(trends.rank_correlation(range(len(mark.y)), mark.y)) > 0.7
       for mark in marks
     )
     return steady and _smallest_gap([sorted(mark.y[-1] for mark in marks)]) >= span / 8
   if len(marks) == 1:
-    return chart_questions.tendency(marks) in ("rises", "falls")
-  return _smallest_gap([sorted(chart_questions.mean(mark.y) for mark in marks)]) >= span / 5
+    return trends.tendency(marks) in ("rises", "falls")
+  return _smallest_gap([sorted(trends.mean(mark.y) for mark in marks)]) >= span / 5
 
 
 def _smallest_gap(columns: list[list[Decimal]]) -> Decimal:

@@ -38,6 +38,7 @@ QWEN25_VL = SmartResize(
   patch_size=14, merge_size=2, min_pixels=3136, max_pixels=1_000_000, window_units=4
 )
 PAGE_IMAGES = 24
+PAGE_QUESTIONS = 12  # of each
 LISTED = 20  # bad rows and repeated images in the log; files hold all of them
 
 
@@ -294,20 +295,7 @@ def write_page(
     for kind, f in figures["kinds"].items()
   ]
   order = np.random.default_rng(seed).permutation(len(rows))[:PAGE_IMAGES]
-  samples = []
-  for i in sorted(order):
-    row = rows[i]
-    listed = cards.question_list(
-      [cards.question(q.stem, q.options, q.gold, kind=q.kind) for q in row.questions[:12]]
-    )
-    more = (
-      f"<p class=soft>and {len(row.questions) - 12} more</p>" if len(row.questions) > 12 else ""
-    )
-    facts = (
-      f"<p class=soft>{text(json.dumps(row.facts, ensure_ascii=False))}</p>" if row.facts else ""
-    )
-    picture = embedded(image_bytes(row), row.name)
-    samples.append(cards.image_card(picture, row.name, listed + more + facts))
+  samples = [_sample(rows[i]) for i in sorted(order)]
   problems = "".join(f"<li>{text(row.message)}</li>" for row in bad[:200])
   write_text(
     path,
@@ -324,6 +312,19 @@ def write_page(
       ],
     ),
   )
+
+
+def _sample(row: QARow) -> str:
+  """A row as the page shows it: image, name, its first questions, facts."""
+  listed = cards.question_list(
+    [cards.question(q.stem, q.options, q.gold, kind=q.kind) for q in row.questions[:PAGE_QUESTIONS]]
+  )
+  left = len(row.questions) - PAGE_QUESTIONS
+  more = f"<p class=soft>and {left} more</p>" if left > 0 else ""
+  facts = (
+    f"<p class=soft>{text(json.dumps(row.facts, ensure_ascii=False))}</p>" if row.facts else ""
+  )
+  return cards.image_card(embedded(image_bytes(row), row.name), row.name, listed + more + facts)
 
 
 def write_rows(rows: Sequence[QARow], output: str, split: str, name: str) -> pathlib.Path:

@@ -12,7 +12,7 @@ import numpy as np
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.readers.benchmarks import QUESTIONS, BenchmarkRow
 from caprl_jax.scoring import answers as scoring
-from caprl_jax.scoring import intervals
+from caprl_jax.scoring import extraction, intervals
 from caprl_jax.scoring.official import official_score
 
 BLIND = "blind"
@@ -43,13 +43,13 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
     ours, none, theirs = [], [], []
     for answer in given:
       if written:
-        read = scoring.extract_answer(answer, len(row.options) or None, "ours")
+        read = extraction.extract_answer(answer, len(row.options) or None, "ours")
         ours.append(scoring.score(read, row.gold, row.benchmark, row.options).value)
-        none.append(float(not ours[-1] and (read is None or scoring.refuses(read))))
+        none.append(float(not ours[-1] and (read is None or extraction.refuses(read))))
         if official:
           theirs.append(
             official_score(
-              scoring.extract_answer(answer, len(row.options) or None, "official"),
+              extraction.extract_answer(answer, len(row.options) or None, "official"),
               row.gold,
               row.benchmark,
             )

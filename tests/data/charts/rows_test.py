@@ -16,6 +16,7 @@ from caprl_jax.data import rows
 from caprl_jax.data.charts import drawing as chart_drawing
 from caprl_jax.data.charts import rows as charts
 from caprl_jax.data.charts import tables as chart_tables
+from caprl_jax.data.charts import views as chart_views
 
 SMALL = (96, 72)
 COUNT = 300
@@ -146,8 +147,8 @@ def _hidden(axis) -> list[Text]:
 
 
 def test_splits_share_no_number():
-  views = chart_tables.read_views(chart_tables.data_root())
-  train, test = (chart_tables.split_views(views, split) for split in charts.SPLITS)
+  views = chart_views.read_views(chart_views.data_root())
+  train, test = (chart_views.split_views(views, split) for split in charts.SPLITS)
   assert len(train) + len(test) == len(views)
   keys = [{(view.source.files, view.key) for view in found} for found in (train, test)]
   assert not keys[0] & keys[1]
