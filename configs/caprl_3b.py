@@ -9,6 +9,8 @@ steps and a cosine to a tenth, leave-one-out advantages whitened over the batch,
 to 10^6 pixels. 1800 steps are about three passes over 75,285 images. --config.preset=paper,
 official_caprlpp or caprl_jax trains with another algorithm. Written for a v5p-16 slice (8 chips);
 for another one, --config.mode=plan --config.plan.topology=... says whether the step fits.
+
+Not run yet. Compiled for v5p:2x2x2, a step takes 54.5 GiB of a chip's 95 (docs/tpu.md).
 """
 
 import ml_collections
@@ -28,8 +30,8 @@ def get_config():
     param_dtype="float32",
     remat=True,
     trainable="full",
-    min_pixels=3136,
-    max_pixels=1_000_000,
+    min_pixels=3136,  # 56x56: four tokens
+    max_pixels=1_000_000,  # as released; the checkpoint allows 12.8 million
   )
   config.judge = dict(source="Qwen/Qwen2.5-3B-Instruct", dtype="bfloat16", microbatches=16)
 
@@ -37,17 +39,15 @@ def get_config():
     train="data/caprl_qa.jsonl", eval="data/held_out.jsonl", batch_size=128, questions=5
   )
   config.question_filter = dict(informed=())  # the released questions are filtered already
-  config.gate = dict()
-  config.gate.ideal = None
+  config.gate = dict(ideal=None)  # they come without facts, of which true captions could be made
 
   # Judge protocol, sampling, reward, advantages, loss and learning rate are the preset's
-  # (caprl_jax/presets.py).
-  config.policy_update = dict(microbatches=16)
+  # (caprl_jax/config/presets.py).
+  config.policy_update = dict(microbatches=16)  # 8 images x 8 captions at once
   config.optimizer = dict(moment_dtype="float32")
 
   config.train = dict(steps=1800, sample_every=50, fused=True, trackers=())
   config.evaluate = dict(every_steps=200, batch_size=64, temperature=0.0, group_images=128)
   config.checkpoint = dict(every_steps=50, keep=2)
   config.plan = dict(topology="v5p:2x2x2", image=(1000, 1000), options=5)
-  config.plan.layers = None
   return config

@@ -4,19 +4,17 @@
     --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
 
 The recipe of configs/caprl_3b.py, where what was released for these captioners says nothing else.
+
+Not run yet.
 """
 
-import importlib.util
 import pathlib
+
+from caprl_jax.config.loading import load_config
 
 
 def get_config():
-  spec = importlib.util.spec_from_file_location(
-    "caprl_3b", pathlib.Path(__file__).with_name("caprl_3b.py")
-  )
-  base = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(base)
-  config = base.get_config()
+  config = load_config(str(pathlib.Path(__file__).with_name("caprl_3b.py"))).unlock()
   config.policy.checkpoint = "OpenGVLab/InternVL3_5-8B-HF"
   config.judge.source = "Qwen/Qwen3-4B"
   # Images are cut into up to 12 tiles, not limited in pixels.

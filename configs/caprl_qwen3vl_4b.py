@@ -6,19 +6,17 @@
 What was released for CapRL++ on images (preset official_caprlpp), on the batch and number of steps
 of configs/caprl_3b.py. Its README names Qwen3-4B-Instruct as judge; any checkpoint of that
 architecture loads.
+
+Not run yet.
 """
 
-import importlib.util
 import pathlib
+
+from caprl_jax.config.loading import load_config
 
 
 def get_config():
-  spec = importlib.util.spec_from_file_location(
-    "caprl_3b", pathlib.Path(__file__).with_name("caprl_3b.py")
-  )
-  base = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(base)
-  config = base.get_config()
+  config = load_config(str(pathlib.Path(__file__).with_name("caprl_3b.py"))).unlock()
   config.policy.checkpoint = "Qwen/Qwen3-VL-4B-Instruct"
   config.judge.source = "Qwen/Qwen3-4B"
   config.preset = "official_caprlpp"

@@ -4,6 +4,9 @@
 
 Only adapters are trained: 4 images x 4 captions of up to 64 tokens a step. Base and judge are
 bfloat16.
+
+Not run yet, on Colab or elsewhere. Compiled for v5e:1x1, a step takes 6.9 GiB of the chip's 16
+(docs/tpu.md).
 """
 
 import ml_collections
@@ -77,5 +80,4 @@ def get_config():
   config.evaluate = dict(every_steps=0, batch_size=8, temperature=0.0, group_images=16)
   config.checkpoint = dict(every_steps=20, keep=2)
   config.plan = dict(topology="v5e:1x1", image=(256, 256), options=4)
-  config.plan.layers = None
   return config

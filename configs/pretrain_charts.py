@@ -12,6 +12,9 @@ captioner: both come first. `further` repeats the language model's lessons on 40
 captions beside them the lessons are to be a file of their own and max_rows None, since it counts
 captions too. `instruct` asks what a chart shows ("which bar is tallest?"), and the model says it
 ("red"). About 7 minutes on 2 CPU cores. benchmarks/captions_teach.py compares captioners with it.
+
+Expected: without captions, about 0.46 of 1,445 open questions about 300 held-out charts
+(docs/results.md, which compares captioners).
 """
 
 import pathlib

@@ -13,6 +13,9 @@ it does not forget to read, and reads captions, if there are any; all parameters
 `instruct` asks colour and shape questions about images of the training split, answered by letter;
 then those about 300 held-out images are asked, with the image and without (vqa.json). About 3
 minutes on 2 CPU cores. benchmarks/captions_teach.py compares captioners with it.
+
+Expected: without captions, accuracy 0.701 [0.658, 0.745] on 788 questions about 289 images, 0.316
+without the image (docs/pretraining.md).
 """
 
 import pathlib
@@ -38,11 +41,9 @@ def get_config():
   )
   common = dict(
     data="easy_vqa:train",
-    image_root=None,
-    max_rows=None,
+    max_rows=None,  # benchmarks/captions_teach.py reads it
     questions=1,
     kinds=("color", "shape"),
-    open_question=None,
     trained="full",
     examples=64,
     pack=dict(tokens=256),
@@ -58,8 +59,6 @@ def get_config():
     eval="easy_vqa:test",
     eval_rows=300,
     eval_kinds=("color", "shape"),
-    eval_open_question=None,
-    eval_max_tokens=16,
     answer=dict(permutations=2, none_of_above=False, questions_per_row=4, batch_size=16),
   )
   return config

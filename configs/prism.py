@@ -1,4 +1,4 @@
-"""Prism evaluation as CapRL's paper has it: 4 captions an image at temperature 1, answered by a
+"""Prism evaluation as CapRL's paper has it: 4 captions per image at temperature 1, answered by a
 model without eyes.
 
   python -m caprl_jax.main --config=configs/prism.py --workdir=runs/prism    # all twelve
@@ -13,6 +13,8 @@ with our scores and, where math-verify is installed, the released scorer's besid
 captioner is the one that the others are compared with. An interrupted evaluation goes on from
 cache/. A captioner is asked by its checkpoint's own chat template, system turn included ("You are a
 helpful assistant." in Qwen2.5-VL's), where the released prompt has a user's turn alone.
+
+Not run yet.
 """
 
 import ml_collections
@@ -27,7 +29,7 @@ def get_config():
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   # The paper's instruction in Prism lacks the full stop that training has.
   config.policy = dict(
-    checkpoint="unused",
+    checkpoint="unused",  # prism.captioners names them
     instruction="Please describe this image in detail",
     dtype="bfloat16",
     param_dtype="bfloat16",
@@ -38,17 +40,5 @@ def get_config():
     captioners="Qwen2.5-VL-3B=Qwen/Qwen2.5-VL-3B-Instruct,CapRL-3B=internlm/CapRL-3B",
     benchmarks=",".join(f"{name}=json_file/{file}.json" for file, name in BENCHMARKS.items()),
     image_root="bench_image_folder.zip",
-    captions=4,
-    temperature=1.0,
-    max_tokens=2048,
-    batch_size=8,
-    answers="write",
-    answer_tokens=2048,
-    answer_temperature=1.0,
-    answer_batch_size=16,
-    blind=True,
-    examples=24,
   )
-  config.prism.max_rows = None
-  config.prism.cache = None
   return config

@@ -6,6 +6,9 @@ know.
 Images and questions of easy-VQA; the judge is SmolLM2-135M-Instruct; the captioner starts from
 configs/quickstart_policy, which sees colour and shape but mostly does not say them
 (configs/quickstart_sft.py makes it; `--config.policy.checkpoint=DIR` takes another one).
+
+Expected: accuracy on 245 held-out questions from 0.604 to 0.984, in 9 min 35 s and 3.1 GB on two
+CPU cores (seed 1: from 0.601 to 0.979).
 """
 
 import pathlib
@@ -29,7 +32,7 @@ def get_config():
     eval="easy_vqa:test",
     batch_size=8,
     questions=2,
-    max_train_rows=400,
+    max_train_rows=400,  # of 4,000: the judge reads all their questions first, on a CPU
     max_eval_rows=160,
   )
   # Keep what the judge answers from a true caption, and neither from none nor from other images'
