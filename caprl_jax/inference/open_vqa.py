@@ -2,7 +2,7 @@
 VQA.
 
 The image runs once, every question branches from it, and every answer from its question. Letters as
-in answering.py; T tokens of an answer.
+in vqa.py; T tokens of an answer.
 """
 
 import dataclasses

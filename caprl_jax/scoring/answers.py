@@ -20,7 +20,7 @@ from caprl_jax.scoring.extraction import LETTER, index_of, letter_of, without_ma
 
 Metric = Literal["multiple_choice", "relaxed", "anls", "maths"]
 
-# What `score` applies. "questions": plain rows of questions, as `data.benchmarks.from_qa_rows`
+# What `score` applies. "questions": plain rows of questions, as `readers.benchmarks.from_qa_rows`
 # makes them.
 METRICS: dict[str, Metric] = {
   "MMStar": "multiple_choice",

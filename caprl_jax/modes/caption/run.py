@@ -52,7 +52,7 @@ SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 class CaptionConfig:
   """The section `caption`.
 
-  input: see `data.pictures.find_images`: folders, JSON lines, tar (WebDataset), parquet,
+  input: see `readers.image_sources.find_images`: folders, JSON lines, tar (WebDataset), parquet,
     tfds:FOLDER:SPLIT.
   output: the file, or the folder of a `txt` or `hf` one.
   prompt: a style (`detailed`, `medium`, `short`, `document`) or any other text; None asks

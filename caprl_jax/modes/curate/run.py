@@ -66,7 +66,7 @@ Numbered = Sequence[tuple[int, CaptionRow | QARow]]
 class CurateConfig:
   """The section `curate`.
 
-  input: images (`data.pictures.find_images`); with questions "given", a QA source
+  input: images (`readers.image_sources.find_images`); with questions "given", a QA source
     (`qa_sources.py`) to be filtered.
   output: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER.
   split, name: of the dataset, where the output has them.
