@@ -21,7 +21,7 @@ from caprl_jax.data.judge_prompts import OFFICIAL, PMI
 from caprl_jax.data.judge_questions import QuestionTokenizer, pad_questions, question_shape
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import load_judge
-from caprl_jax.rl.judge import answer_questions
+from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig
 
 
@@ -76,7 +76,9 @@ def main() -> None:
     key = jax.random.key(0)
     answer = jax.jit(
       lambda params, ids, keep, questions: (
-        answer_questions(judge.model, params, prompt, ids, keep, questions, key, cfg).score_BGKA
+        answer_questions(
+          Judge(judge.model, params, prompt), JudgeIds(ids, keep), questions, key, cfg
+        ).score_BGKA
       )
     )
     tree = stack([pad_questions(asked, K, shape)] * N)

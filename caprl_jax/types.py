@@ -104,6 +104,30 @@ class Answers:
   # float32 the numbers compared, absent options at -inf; abstaining comes last where it is an
   # option
   score_BGKA: Array
+  # what an empty caption got (G = 1), where `JudgeConfig.blind` asks for it
+  blind: "Answers | None" = None
+
+
+@flax.struct.dataclass
+class Scored:
+  """What the captions earned. The reward is the weighted sum of the terms."""
+
+  reward_BG: Array  # float32
+  scored_BG: Array  # bool, False where a caption could not be scored: nobody may read its reward
+  terms: dict[str, Array]  # float32 [B, G] each
+  # the terms that the reward is made of; those with weight 0 are left out
+  weights: tuple[tuple[str, float], ...] = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Samples:
+  """What a step or an evaluation made of its images, for people to read."""
+
+  captions: Captions
+  answers: Answers
+  reward_BG: Array  # float32
+  scored_BG: Array  # bool
+  advantage_BG: Array | None = None  # float32; 0 for images that were not learned from
 
 
 @flax.struct.dataclass
@@ -124,6 +148,8 @@ class Vocabulary:
   judge_id_V: Array  # int32 id of the same text in the judge's vocabulary; -1 for special tokens
   end_ids: tuple[int, ...] = flax.struct.field(pytree_node=False)
   pad_id: int = flax.struct.field(pytree_node=False)
+  # `caption_form.stamp_table` of it, where the reward counts timestamps
+  stamp_VX: Array | None = None
 
 
 @flax.struct.dataclass
@@ -155,8 +181,7 @@ class Frozen:
 
   `reference` is None unless a KL term asks for it. `base` holds the policy's parameters that are
   not trained, where `TrainState.params` are but a part (`models/trainable.py`); None where all are
-  trained. `stamps_VX` is what the reward for timestamps has to know of the captioner's vocabulary
-  (`caption_form.stamp_table`).
+  trained.
   """
 
   judge: Params
@@ -164,7 +189,6 @@ class Frozen:
   vocabulary: Vocabulary
   reference: Params | None = None
   base: Params | None = None
-  stamps_VX: Array | None = None
 
 
 @flax.struct.dataclass

@@ -82,7 +82,7 @@ for name, sizes in json.loads(sys.argv[2]).items():
     results[name] = dict(steps=steps, share=share(state.params), moments=share(state.opt_state),
                          judge=share(made.frozen.judge), axes=specs, kept=kept,
                          flops=hlo.dot_flops(programs[-1]), programs=len(programs),
-                         tokens=np.asarray(jax.device_get(samples[0].tokens_BGT)).tolist())
+                         tokens=np.asarray(jax.device_get(samples.captions.tokens_BGT)).tolist())
 pathlib.Path(sys.argv[3]).write_text(json.dumps(results))
 """
 

@@ -10,13 +10,14 @@ from caprl_jax.atomic_files import write_bytes, write_json
 from caprl_jax.data.batches import QABatcher
 from caprl_jax.data.rows import QARow, read_image
 from caprl_jax.hub.tokenizer import Tokenizer
+from caprl_jax.types import Batch, Samples
 
 
 def save_samples(
   path: pathlib.Path,
   stage: str,
   step: int,
-  parts: list,
+  parts: list[tuple[Batch, Samples]],
   batcher: QABatcher,
   tokenizer: Tokenizer,
   limit: int,
@@ -24,12 +25,12 @@ def save_samples(
   """Writes up to `limit` images with captions, per-question answers and rewards.
 
   Args:
-    parts: (batch, (captions, answers, reward_BG, scored_BG, advantage_BG or None)) of numpy arrays;
-      the batch may lack images and prompts.
+    parts: batches and what was made of them, of numpy arrays; a batch may lack images and prompts.
     batcher: made the batch; says which row an image is.
   """
   rows = []
-  for batch, (captions, answers, reward, scored, advantage) in parts:
+  for batch, samples in parts:
+    captions, answers = samples.captions, samples.answers
     for b in range(len(batch.row_B)):
       if len(rows) == limit:
         break
@@ -52,8 +53,8 @@ def save_samples(
             {
               "text": tokenizer.decode(captions.tokens_BGT[b, g][captions.valid_BGT[b, g]]),
               "length_tokens": int(captions.valid_BGT[b, g].sum()),
-              "reward": float(reward[b, g]) if scored[b, g] else None,
-              **({} if advantage is None else {"advantage": float(advantage[b, g])}),
+              "reward": float(samples.reward_BG[b, g]) if samples.scored_BG[b, g] else None,
+              **_advantage(samples, b, g),
               "answers": [
                 {
                   "question": asked.index(int(answers.question_BGK[b, g, k])),
@@ -70,6 +71,12 @@ def save_samples(
         }
       )
   write_json(path, {"stage": stage, "step": step, "rows": rows})
+
+
+def _advantage(samples: Samples, b: int, g: int) -> dict[str, float]:
+  if samples.advantage_BG is None:
+    return {}
+  return {"advantage": float(samples.advantage_BG[b, g])}
 
 
 def _save_image(row: QARow, folder: pathlib.Path) -> str:

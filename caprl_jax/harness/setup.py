@@ -226,16 +226,16 @@ def _frozen(
   reference = jax.tree.map(jnp.copy, trained) if with_reference else None
   stamps = None
   if settings.step.reward.timestamps:
-    stamps = put(stamp_table(policy.tokenizer.texts(policy.model.cfg.text.vocab_size)))
+    stamps = stamp_table(policy.tokenizer.texts(policy.model.cfg.text.vocab_size))
   options = shape.options if settings.judge.reading != "option_pmi" else 2
   written = judge.model.cfg.vocab_size if settings.judge.reading == "generate" else None
+  vocabulary = vocabulary.replace(stamp_VX=stamps)
   return Frozen(
     judge=judge.params,
     prompt=put(tokenize.prompt(options, written)),
     vocabulary=put(vocabulary),
     reference=reference,
     base=base,
-    stamps_VX=stamps,
   )
 
 

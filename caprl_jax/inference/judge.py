@@ -28,7 +28,7 @@ from caprl_jax.data.judge_questions import (
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge
-from caprl_jax.rl.judge import answer_questions
+from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin, best_and_lead
 
 log = logging.getLogger("caprl_jax.inference.judge")
@@ -94,7 +94,7 @@ class HostJudge:
     self._written = judge.model.cfg.vocab_size if cfg.reading == "generate" else None
     mesh = jax.tree.leaves(judge.params)[0].sharding.mesh
     self._answer = jax.jit(
-      functools.partial(answer_questions, judge.model, cfg=cfg),
+      functools.partial(answer_questions, cfg=cfg),
       # every process reads all answers
       out_shardings=sharding.replicated(mesh),
     )
@@ -226,10 +226,8 @@ class HostJudge:
         [pad_questions([tokenized[i] for i in order], self.K, shape) for _, order in part]
       )
       out = self._answer(
-        self.judge.params,
-        prompt,
-        jnp.asarray(ids),
-        jnp.asarray(keep),
+        Judge(self.judge.model, self.judge.params, prompt),
+        JudgeIds(jnp.asarray(ids), jnp.asarray(keep)),
         jax.tree.map(jnp.asarray, questions),
         key=jax.random.fold_in(self.key, start),
       )

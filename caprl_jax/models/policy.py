@@ -165,6 +165,7 @@ class Policy(nn.Module):
 
 
 def last_hidden(hidden_BPD: Array, valid_BP: Array) -> Array:
-  """The hidden state of each row's last valid token, [B, D]."""
-  last_B = jnp.sum(valid_BP, axis=1) - 1
+  """The hidden state of each row's last valid token (of the first where none is), [B, D]. There may
+  be invalid ones between valid ones."""
+  last_B = jnp.where(valid_BP, jnp.arange(valid_BP.shape[1]), 0).max(1)
   return jnp.take_along_axis(hidden_BPD, last_B[:, None, None], axis=1)[:, 0]

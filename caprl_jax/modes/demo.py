@@ -31,7 +31,7 @@ from caprl_jax.hub.load import Loaded
 from caprl_jax.inference.captioner import Captioner, CaptionerConfig, open_captioner
 from caprl_jax.inference.judge import JudgeSection, question_tokenizer
 from caprl_jax.pages.markup import text
-from caprl_jax.rl.judge import answer_questions
+from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import answer_by_margin, best_and_lead
 
 log = logging.getLogger("caprl_jax.modes.demo")
@@ -122,10 +122,10 @@ class TextJudge:
     )
     self.caption_sizes = (*doubled, caption_tokens)
     self.key = jax.random.key(seed)
-    self._params, self._mesh = judge.params, mesh
+    self._model, self._params, self._mesh = judge.model, judge.params, mesh
     self._written = judge.model.cfg.vocab_size if cfg.reading == "generate" else None
     self._known: dict[tuple, tuple[np.ndarray, int]] = {}
-    self.answer = jax.jit(functools.partial(answer_questions, judge.model, cfg=self.cfg))
+    self.answer = jax.jit(functools.partial(answer_questions, cfg=self.cfg))
 
   def __call__(self, caption: str, question: Question) -> JudgedQuestion:
     """Raises ValueError for a caption or question that is too long."""
@@ -173,7 +173,12 @@ class TextJudge:
     with jax.set_mesh(self._mesh):
       keep = jnp.arange(T)[None, None] < len(ids)
       out = jax.device_get(
-        self.answer(self._params, prompt, jnp.asarray(caption_1T), keep, questions, key=self.key)
+        self.answer(
+          Judge(self._model, self._params, prompt),
+          JudgeIds(jnp.asarray(caption_1T), keep),
+          questions,
+          key=self.key,
+        )
       )
     if not out.valid_BGK.all():
       raise ValueError(

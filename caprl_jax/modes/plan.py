@@ -261,14 +261,14 @@ def lower_step(
   whole = sharding.replicated(mesh)
   V, struct = cfg.text.vocab_size, functools.partial(_struct, whole)
   prompt = abstract_prompt(settings.step.judge, judge_cfg.vocab_size, plan, whole)
-  vocabulary = Vocabulary(struct(V, dtype=jnp.bool_), struct(V), (0,), 0)
+  stamps = struct(V, 3, dtype=jnp.uint8) if settings.step.reward.timestamps else None
+  vocabulary = Vocabulary(struct(V, dtype=jnp.bool_), struct(V), (0,), 0, stamps)
   frozen = Frozen(
     judge_params,
     prompt,
     vocabulary,
     chosen if settings.step.update.loss.kl > 0 else None,
     base or None,
-    struct(V, 3, dtype=jnp.uint8) if settings.step.reward.timestamps else None,
   )
   batch = abstract_batch(settings, plan, cfg, mesh)
 

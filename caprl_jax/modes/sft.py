@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 from PIL import Image
 
 from caprl_jax import sharding
@@ -31,10 +30,9 @@ from caprl_jax.hub.load import Loaded, load_policy, save_policy
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.hub.vocabulary import own_vocabulary
-from caprl_jax.masked import masked_sum
 from caprl_jax.rl.optimizer import OptimizerConfig, build_optimizer
-from caprl_jax.rl.rollout import caption_logprobs
-from caprl_jax.types import Batch, Captions, TrainState, Vocabulary
+from caprl_jax.supervised.caption_step import SFTExample, caption_scores, sft_step
+from caprl_jax.types import Array, Batch, Params, TrainState, Vocabulary
 
 log = logging.getLogger("caprl_jax.modes.sft")
 
@@ -104,20 +102,6 @@ class NewPolicyConfig:
   compact: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class SFTExample:
-  """Arrays of one row: a `types.Batch` without questions is just images and prompts, plus the
-  caption.
-  """
-
-  batch: Batch
-  tokens: np.ndarray
-  valid: np.ndarray
-
-
-jax.tree_util.register_dataclass(SFTExample, ["batch", "tokens", "valid"], [])
-
-
 class CaptionExample:
   """(row index, generator) -> SFTExample: draws a template, fills in the facts, perturbs the image
   if asked.
@@ -177,37 +161,6 @@ def shift_and_mirror(image: Image.Image, rng: np.random.Generator) -> Image.Imag
   return Image.fromarray(moved[:, ::-1] if rng.random() < 0.5 else moved)
 
 
-def sft_step(state: TrainState, example: SFTExample, *, policy, tx, vocabulary: Vocabulary):
-  """One step of next-token prediction, mean over tokens. Returns (state, metrics, None)."""
-  captions = Captions(
-    example.tokens[:, None],
-    jnp.zeros(example.tokens[:, None].shape),
-    example.valid[:, None],
-    jnp.ones((example.tokens.shape[0], 1), bool),
-  )
-
-  def loss(params):
-    logp, _ = caption_logprobs(policy, params, example.batch, captions, vocabulary, 1.0)
-    count = jnp.maximum(captions.valid_BGT.sum(), 1)
-    return -masked_sum(logp, captions.valid_BGT) / count
-
-  value, grads = jax.value_and_grad(loss)(state.params)
-  norm = optax.global_norm(grads)
-  finite = jnp.isfinite(value) & jnp.isfinite(norm)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-  state = state.replace(
-    step=state.step + 1,
-    params=keep(optax.apply_updates(state.params, updates), state.params),
-    opt_state=keep(opt_state, state.opt_state),
-  )
-  return (
-    state,
-    {"update/loss": value, "update/grad_norm": norm, "update/nonfinite": 1.0 - finite},
-    None,
-  )
-
-
 def text_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
   """Every text token and the end tokens allowed; no judge is involved."""
   allowed = np.zeros(vocab_size, bool)
@@ -230,15 +183,8 @@ def recognition(
   log-probabilities."""
 
   @jax.jit
-  def score(params, example: SFTExample):
-    captions = Captions(
-      example.tokens[:, None],
-      jnp.zeros(example.tokens[:, None].shape),
-      example.valid[:, None],
-      jnp.ones((example.tokens.shape[0], 1), bool),
-    )
-    logp, _ = caption_logprobs(policy.model, params, example.batch, captions, vocabulary, 1.0)
-    return masked_sum(logp, captions.valid_BGT, axis=-1)[:, 0]
+  def score(params: Params, example: SFTExample) -> Array:
+    return caption_scores(policy.model, params, example, vocabulary)
 
   rates = {}
   for place in [name for _, name, _, _ in string.Formatter().parse(cfg.recognition) if name]:

@@ -93,11 +93,12 @@ def group_advantages(
       live |= of_term
   else:
     live = _live(reward_BG, scored_BG)
-    advantage = {
-      "rloo": leave_one_out,
-      "dr_grpo": centered,
-      "grpo": lambda *x: normalized(*x, cfg.epsilon),
-    }[cfg.estimator](reward_BG, scored_BG)
+    if cfg.estimator == "rloo":
+      advantage = leave_one_out(reward_BG, scored_BG)
+    elif cfg.estimator == "dr_grpo":
+      advantage = centered(reward_BG, scored_BG)
+    else:
+      advantage = normalized(reward_BG, scored_BG, cfg.epsilon)
   advantage = jnp.where(live, advantage, 0.0)
   if cfg.whiten == "captions":
     std = masked_std(advantage, scored_BG, ddof=1)
@@ -105,6 +106,7 @@ def group_advantages(
       live, (advantage - masked_mean(advantage, scored_BG)) / (std + cfg.epsilon), 0.0
     )
   if cfg.whiten == "released":
+    assert tokens_BG is not None, "whiten = 'released' weighs captions by their tokens"
     weight_BG = jnp.where(scored_BG, tokens_BG, 0).astype(jnp.float32)
     count = jnp.maximum(weight_BG.sum(), 1)
     centred = advantage - (weight_BG * advantage).sum() / count

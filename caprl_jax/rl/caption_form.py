@@ -155,8 +155,13 @@ def _text(tokens_BGT: Array, valid_BGT: Array, table_VX: Array) -> Array:
   # before a place, and a sort moves what is dropped behind the rest.
   length = class_BGL.shape[-1]
   place_L = jnp.arange(length)
-  pack = lambda place, classes: place << _CLASS_BITS | classes
-  unpack = lambda packed: packed & (1 << _CLASS_BITS) - 1
+
+  def pack(place: Array | int, classes: Array | int) -> Array | int:
+    return place << _CLASS_BITS | classes
+
+  def unpack(packed: Array) -> Array:
+    return packed & (1 << _CLASS_BITS) - 1
+
   last_BGL = jax.lax.cummax(jnp.where(class_BGL == _NOTHING, -1, pack(place_L, class_BGL)), axis=2)
   before_BGL = jnp.pad(unpack(last_BGL), ((0, 0), (0, 0), (1, 0)), constant_values=_NOTHING)[
     ..., :-1

@@ -154,9 +154,11 @@ def draw_questions(key: Array, valid_BK: Array, cfg: JudgeConfig) -> tuple[Array
 
 def take_questions(questions: Questions, index_BK: Array) -> Questions:
   """The tables of given questions of each image."""
-  take = lambda x: jnp.take_along_axis(
-    x, index_BK.reshape(*index_BK.shape, *[1] * (x.ndim - 2)), axis=1
-  )
+
+  def take(x_BK: Array) -> Array:
+    index = index_BK.reshape(*index_BK.shape, *[1] * (x_BK.ndim - 2))
+    return jnp.take_along_axis(x_BK, index, axis=1)
+
   return jax.tree.map(take, questions)
 
 
@@ -182,10 +184,9 @@ def draw_orders(key: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
   return jnp.argsort(rank + jnp.where(present_BKA, 0.0, 2.0), axis=-1)
 
 
-def _turned(order_BKA: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
-  """`cfg.permutations` orders of each question, [B, K * permutations, A], each turned on by one
-  place.
-  """
+def _rotated(order_BKA: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
+  """`cfg.permutations` orders of each question, [B, K * permutations, A], each rotated by one place
+  against the one before."""
   B, K, A = order_BKA.shape
   fixed = 1 if cfg.abstain == "last" else 0
   count = jnp.maximum(present_BKA.sum(-1, keepdims=True) - fixed, 1)
@@ -217,7 +218,7 @@ class Sheet:
       option, option_valid = _with_abstain(option, option_valid, prompt.abstain_L)
     stem, stem_valid = questions.stem_BKQ, questions.stem_valid_BKQ
     if cfg.permutations > 1:
-      order_BKA = _turned(order_BKA, present_BKA, cfg)
+      order_BKA = _rotated(order_BKA, present_BKA, cfg)
       option, option_valid, stem, stem_valid = (
         jnp.repeat(x, cfg.permutations, axis=1) for x in (option, option_valid, stem, stem_valid)
       )
@@ -248,7 +249,10 @@ def _with_abstain(option_BKAO, valid_BKAO, abstain_L) -> tuple[Array, Array]:
   """The option tables with "can not answer" as one more."""
   B, K, _, O = option_BKAO.shape
   width = max(O, abstain_L.shape[0])
-  wide = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - O)))
+
+  def wide(x_BKAO: Array) -> Array:
+    return jnp.pad(x_BKAO, ((0, 0), (0, 0), (0, 0), (0, width - O)))
+
   one = jnp.broadcast_to(
     jnp.pad(jnp.asarray(abstain_L), (0, width - abstain_L.shape[0])), (B, K, 1, width)
   )

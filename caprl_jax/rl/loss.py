@@ -5,10 +5,12 @@ add up.
 import dataclasses
 from typing import Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from caprl_jax.masked import masked_max, masked_mean, masked_min, masked_sum
+from caprl_jax.rl.gradients import LossSum, TokenNumbers
 from caprl_jax.types import Array
 
 
@@ -78,6 +80,36 @@ class LossConfig:
         f"{self.kl_estimator!r}"
       )
 
+  @property
+  def has_kl(self) -> bool:
+    """Whether there is a KL term, and so a reference."""
+    return self.kl > 0
+
+  @property
+  def kl_is_exact(self) -> bool:
+    """Whether the KL term is over the whole vocabulary, from both models' hidden states."""
+    return self.has_kl and self.kl_estimator == "full"
+
+  @property
+  def kl_is_sampled(self) -> bool:
+    """Whether the KL term is estimated from the reference's log-probabilities of the captions."""
+    return self.has_kl and self.kl_estimator != "full"
+
+
+@flax.struct.dataclass
+class LossInputs:
+  """What the loss reads beside the policy's own log-probabilities and entropies."""
+
+  sampled_logp_BGT: Array  # what the sampler recorded
+  advantage_BG: Array
+  counts_BGT: Array  # bool, tokens of scored captions up to their end token
+  # of the update's own forward pass before the first of several optimizer steps; None: of this pass
+  # where importance weights are on, else the sampler's
+  old_logp_BGT: Array | None = None
+  reference_logp_BGT: Array | None = None
+  # the exact KL of each token's distribution, in place of an estimate from the reference's
+  exact_kl_BGT: Array | None = None
+
 
 def kl_estimate(logp: Array, reference_logp: Array, estimator: str) -> Array:
   """KL(policy || reference) a token from samples of the policy; see `LossConfig`."""
@@ -121,10 +153,23 @@ def importance_weights(
   return jax.lax.stop_gradient(capped)
 
 
+@flax.struct.dataclass
+class Surrogate:
+  """The surrogate loss per token, float32 [B, G, T] each."""
+
+  loss_BGT: Array
+  ratio_BGT: Array
+  cut_BGT: Array  # bool, clipping took the gradient away
+
+
 def surrogate_loss(
-  logp_BGT: Array, log_ratio_BGT: Array, advantage_BG: Array, counts_BGT: Array, cfg: LossConfig
-):
-  """Loss a token, the ratio, and where clipping took the gradient away."""
+  logp_BGT: Array,
+  log_ratio_BGT: Array,
+  advantage_BG: Array,
+  counts_BGT: Array,
+  cfg: LossConfig,
+) -> Surrogate:
+  """The policy-gradient loss per token, by `cfg.surrogate`; formulas in `LossConfig`."""
   advantage = advantage_BG[..., None]
   if cfg.surrogate == "gspo":
     log_ratio_BGT = jnp.broadcast_to(
@@ -133,75 +178,66 @@ def surrogate_loss(
   ratio = jnp.exp(log_ratio_BGT)
   clipped = jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
   if cfg.surrogate == "reinforce":
-    return -advantage * logp_BGT, ratio, jnp.zeros(ratio.shape, bool)
+    return Surrogate(-advantage * logp_BGT, ratio, jnp.zeros(ratio.shape, bool))
   if cfg.surrogate == "cispo":
-    return -jax.lax.stop_gradient(clipped) * advantage * logp_BGT, ratio, clipped != ratio
+    loss = -jax.lax.stop_gradient(clipped) * advantage * logp_BGT
+    return Surrogate(loss, ratio, clipped != ratio)
   gain = jnp.minimum(ratio * advantage, clipped * advantage)
   cut = clipped * advantage < ratio * advantage
   if cfg.dual_clip is not None:
     floor = cfg.dual_clip * advantage
     cut |= (advantage < 0) & (gain < floor)
     gain = jnp.where(advantage < 0, jnp.maximum(gain, floor), gain)
-  return -gain, ratio, cut
+  return Surrogate(-gain, ratio, cut)
 
 
-def policy_loss(
-  logp_BGT: Array,
-  sampled_logp_BGT: Array,
-  old_logp_BGT: Array | None,
-  reference_logp_BGT: Array | None,
-  entropy_BGT: Array,
-  advantage_BG: Array,
-  counts_BGT: Array,
-  cfg: LossConfig,
-  full_kl_BGT: Array | None = None,
-):
-  """The loss summed over what counts.
+def policy_loss(logp_BGT: Array, entropy_BGT: Array, given: LossInputs, cfg: LossConfig) -> LossSum:
+  """The loss summed over what counts, with statistics over the counted tokens.
 
-  Args:
-    sampled_logp_BGT: what the sampler recorded.
-    old_logp_BGT: of the update's own forward pass before the first update; None: of this pass (one
-      update a rollout) where importance weights are on, else the sampler's.
-    counts_BGT: bool, tokens of scored captions up to their end token.
-    full_kl_BGT: the exact KL of each token's distribution, in place of an estimate from
-    `reference_logp_BGT`.
-
-  Returns:
-    The summed loss, the count to divide it by, and metrics: `sum/...` over counted tokens,
-    `max/...`, `min/...`.
+  Tokens that do not count may hold anything, nan and infinities too: they have no part in the loss
+  and no gradient.
   """
-  # What does not count is set to 0 before exp: inf times a zero mask would be nan.
-  quiet = lambda x: jnp.where(counts_BGT, x, 0.0)
-  logp, sampled = quiet(logp_BGT), quiet(sampled_logp_BGT)
-  own = jax.lax.stop_gradient(logp) if old_logp_BGT is None else quiet(old_logp_BGT)
+  counts_BGT = given.counts_BGT
+
+  def quiet(x: Array) -> Array:  # before exp: inf times a zero mask would be nan
+    return jnp.where(counts_BGT, x, 0.0)
+
+  logp, sampled = quiet(logp_BGT), quiet(given.sampled_logp_BGT)
+  own = jax.lax.stop_gradient(logp) if given.old_logp_BGT is None else quiet(given.old_logp_BGT)
   old = sampled if cfg.importance == "none" else own
-  loss_BGT, ratio, cut = surrogate_loss(logp, logp - old, advantage_BG, counts_BGT, cfg)
-  metrics = {
-    "sum/entropy": masked_sum(entropy_BGT, counts_BGT),
-    "sum/clip_fraction": masked_sum(cut, counts_BGT),
-    "sum/logp_difference": masked_sum(jnp.abs(own - sampled), counts_BGT),
-    "sum/ratio": masked_sum(ratio, counts_BGT),
-    "max/ratio": masked_max(ratio, counts_BGT),
-    "min/ratio": masked_min(ratio, counts_BGT),
-    "max/logp_difference": masked_max(jnp.abs(own - sampled), counts_BGT),
+  surrogate = surrogate_loss(logp, logp - old, given.advantage_BG, counts_BGT, cfg)
+  loss_BGT, ratio = surrogate.loss_BGT, surrogate.ratio_BGT
+  off_BGT = jnp.abs(own - sampled)
+  sums = {
+    "entropy": masked_sum(entropy_BGT, counts_BGT),
+    "clip_fraction": masked_sum(surrogate.cut_BGT, counts_BGT),
+    "logp_difference": masked_sum(off_BGT, counts_BGT),
+    "ratio": masked_sum(ratio, counts_BGT),
   }
   if cfg.importance != "none":
     weight = importance_weights(own, sampled, counts_BGT, cfg)
     loss_BGT *= weight
-    metrics["sum/importance"] = masked_sum(jnp.broadcast_to(weight, counts_BGT.shape), counts_BGT)
-  if full_kl_BGT is not None or reference_logp_BGT is not None:
-    kl_BGT = (
-      full_kl_BGT
-      if full_kl_BGT is not None
-      else kl_estimate(logp, quiet(reference_logp_BGT), cfg.kl_estimator)
-    )
+    sums["importance"] = masked_sum(jnp.broadcast_to(weight, counts_BGT.shape), counts_BGT)
+  kl_BGT = given.exact_kl_BGT
+  if kl_BGT is None and given.reference_logp_BGT is not None:
+    kl_BGT = kl_estimate(logp, quiet(given.reference_logp_BGT), cfg.kl_estimator)
+  if kl_BGT is not None:
     if cfg.kl_in == "loss":
       loss_BGT += cfg.kl * kl_BGT
-    metrics["sum/kl"] = masked_sum(kl_BGT, counts_BGT)
+    sums["kl"] = masked_sum(kl_BGT, counts_BGT)
   if cfg.entropy:
     loss_BGT -= cfg.entropy * entropy_BGT
   if cfg.aggregation == "sequence_mean":
     total = masked_mean(loss_BGT, counts_BGT, axis=-1).sum()
   else:
     total = masked_sum(loss_BGT, counts_BGT)
-  return total, loss_count(counts_BGT, cfg), metrics
+  numbers = TokenNumbers(
+    tokens=counts_BGT.sum().astype(jnp.float32),
+    sums=sums,
+    maxima={
+      "ratio": masked_max(ratio, counts_BGT),
+      "logp_difference": masked_max(off_BGT, counts_BGT),
+    },
+    minima={"ratio": masked_min(ratio, counts_BGT)},
+  )
+  return LossSum(total, loss_count(counts_BGT, cfg), numbers)

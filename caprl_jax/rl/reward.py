@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from caprl_jax.masked import masked_mean
 from caprl_jax.rl.caption_form import length_reward, repetition, timestamp_reward
-from caprl_jax.types import Answers, Array, Captions
+from caprl_jax.types import Answers, Array, Captions, Scored, Vocabulary
 
 PENALTIES = ("misled", "repetition", "truncated")  # these are subtracted
 
@@ -73,47 +73,42 @@ class RewardConfig:
 
 
 def caption_terms(
-  answers: Answers, captions: Captions, cfg: RewardConfig, stamps_VX: Array | None = None
-) -> tuple[dict[str, Array], Array]:
-  """The terms that have a weight (accuracy and misled in any case) by name, float32 [B, G], and
-  scored_BG bool.
-
-  A caption is unscored when its image has no question or the judge was not finite on one of them:
-  its terms are 0 here and must be read by nobody.
-  """
-  asked = answers.asked_BGK
-  scored_BG = asked.any(-1) & (answers.valid_BGK | ~asked).all(-1)
+  answers: Answers, captions: Captions, vocabulary: Vocabulary, cfg: RewardConfig
+) -> dict[str, Array]:
+  """The terms that have a weight (accuracy and misled in any case) by name, [B, G] each."""
   terms = {
-    "accuracy": masked_mean(answers.credit_BGK, asked, axis=-1),
-    "misled": masked_mean(answers.misled_BGK, asked, axis=-1),
+    "accuracy": masked_mean(answers.credit_BGK, answers.asked_BGK, axis=-1),
+    "misled": masked_mean(answers.misled_BGK, answers.asked_BGK, axis=-1),
   }
-  length_BG = captions.valid_BGT.sum(-1) - captions.ended_BG  # the end token is no text
   if cfg.length:
+    length_BG = captions.valid_BGT.sum(-1) - captions.ended_BG  # the end token is no text
     terms["length"] = length_reward(length_BG, cfg.length_full_tokens, cfg.length_zero_tokens)
   if cfg.repetition:
     terms["repetition"] = repetition(captions.tokens_BGT, captions.valid_BGT, cfg.repetition_ngram)
   if cfg.timestamps:
-    terms["timestamps"] = timestamp_reward(captions.tokens_BGT, captions.valid_BGT, stamps_VX)
+    assert vocabulary.stamp_VX is not None, "reward.timestamps needs a vocabulary with stamp_VX"
+    terms["timestamps"] = timestamp_reward(
+      captions.tokens_BGT, captions.valid_BGT, vocabulary.stamp_VX
+    )
   if cfg.truncated:
     terms["truncated"] = 1.0 - captions.ended_BG
-  return {
-    name: jnp.where(scored_BG, value, 0.0).astype(jnp.float32) for name, value in terms.items()
-  }, scored_BG
+  return terms
 
 
-def caption_reward(
-  answers: Answers, captions: Captions, cfg: RewardConfig, stamps_VX: Array | None = None
-) -> tuple[Array, Array, dict[str, Array]]:
-  """Weighted sum of the terms.
+def score_captions(
+  answers: Answers, captions: Captions, vocabulary: Vocabulary, cfg: RewardConfig
+) -> Scored:
+  """The reward of each caption: the weighted sum of its terms.
 
-  Args:
-    stamps_VX: `caption_form.stamp_table` of the captioner's vocabulary, where `cfg.timestamps` is
-    on.
-
-  Returns:
-    reward_BG float32, scored_BG bool, and the terms as `caption_terms` gives them.
+  A caption is unscored when its image has no question, or when the judge was not finite on one of
+  them. Reward and terms are 0 there and must be read by nobody.
   """
-  terms, scored_BG = caption_terms(answers, captions, cfg, stamps_VX)
-  weights = cfg.weights()
-  reward_BG = sum(weights[name] * value for name, value in terms.items() if weights[name])
-  return reward_BG, scored_BG, terms
+  asked_BGK = answers.asked_BGK
+  scored_BG = asked_BGK.any(-1) & (answers.valid_BGK | ~asked_BGK).all(-1)
+  terms = {
+    name: jnp.where(scored_BG, value, 0.0).astype(jnp.float32)
+    for name, value in caption_terms(answers, captions, vocabulary, cfg).items()
+  }
+  weights = tuple((name, weight) for name, weight in cfg.weights().items() if weight)
+  reward_BG = sum((weight * terms[name] for name, weight in weights), jnp.float32(0))
+  return Scored(reward_BG, scored_BG, terms, weights)

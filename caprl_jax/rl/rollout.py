@@ -3,11 +3,12 @@ from there.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.attention import empty_cache
+from caprl_jax.models.attention import Prefix, empty_cache
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_logprobs
 from caprl_jax.models.policy import Policy, last_hidden
@@ -37,6 +38,13 @@ class RolloutConfig:
       )
 
 
+def _prefill(policy: Policy, params: Params, batch: Batch) -> tuple[Array, Prefix]:
+  """Image and prompt, once per image: hidden states [B, P, D] and the prefix that captions branch
+  from."""
+  out: Any = policy.apply({"params": params}, batch.images, batch.prompts, method="prefill")
+  return out
+
+
 def sample_captions(
   policy: Policy,
   params: Params,
@@ -47,26 +55,24 @@ def sample_captions(
 ) -> Captions:
   """Writes `group_size` captions for each image of the batch. The key is consumed."""
   B, G, T = batch.row_B.shape[0], cfg.group_size, cfg.sampling.max_tokens
-  hidden_BPD, prefix = policy.apply(
-    {"params": params}, batch.images, batch.prompts, method="prefill"
-  )
+  hidden_BPD, prefix = _prefill(policy, params, batch)
   hidden_ND = jnp.repeat(last_hidden(hidden_BPD, batch.prompts.valid_BP), G, axis=0)
 
   seen_NV = None
   if cfg.sampling.repetition_penalty != 1:
     V = policy.cfg.text.vocab_size
-    put = lambda seen_V, tokens_P, valid_P: seen_V.at[jnp.where(valid_P, tokens_P, V)].set(
-      True, mode="drop"
-    )
-    seen_BV = jax.vmap(put)(
-      jnp.zeros((B, V), bool), batch.prompts.tokens_BP, batch.prompts.valid_BP
-    )
+
+    def seen_in(tokens_P: Array, valid_P: Array) -> Array:  # padding goes to V, which is dropped
+      return jnp.zeros(V, bool).at[jnp.where(valid_P, tokens_P, V)].set(True, mode="drop")
+
+    seen_BV = jax.vmap(seen_in)(batch.prompts.tokens_BP, batch.prompts.valid_BP)
     seen_NV = jnp.repeat(seen_BV, G, axis=0)
 
-  def extend(tokens, position, valid, cache):
-    return policy.apply(
+  def extend(tokens: Array, position: Array, valid: Array, cache: Prefix) -> tuple[Array, Prefix]:
+    out: Any = policy.apply(
       {"params": params}, tokens, position, valid, (prefix, cache), method="extend"
     )
+    return out
 
   end = decode(
     extend,
@@ -79,30 +85,33 @@ def sample_captions(
     cfg.sampling,
     seen_NV,
   )
-  group = lambda x: x.reshape(B, G, *x.shape[1:])
-  return Captions(group(end.tokens_NT), group(end.logp_NT), group(end.valid_NT), group(end.done_N))
+
+  def grouped(x_N: Array) -> Array:
+    return x_N.reshape(B, G, *x_N.shape[1:])
+
+  return Captions(
+    grouped(end.tokens_NT), grouped(end.logp_NT), grouped(end.valid_NT), grouped(end.done_N)
+  )
 
 
 def caption_hidden(policy: Policy, params: Params, batch: Batch, captions: Captions) -> Array:
   """The hidden state that predicts each token of given captions, [B * G * T, D]; differentiable.
   Image and prompt run once an image, with gradient; the captions of a group branch from them."""
   B, G, T = captions.tokens_BGT.shape
-  hidden_BPD, prefix = policy.apply(
-    {"params": params}, batch.images, batch.prompts, method="prefill"
-  )
+  hidden_BPD, prefix = _prefill(policy, params, batch)
   first = jnp.repeat(last_hidden(hidden_BPD, batch.prompts.valid_BP)[:, None], G, axis=0)
   tokens_NT = captions.tokens_BGT.reshape(B * G, T)
   hidden_NTD = first
   if T > 1:
     position = jnp.repeat(batch.prompts.next_position_B, G)[:, None] + jnp.arange(T - 1)
-    rest, _ = policy.apply(
+    rest: Any = policy.apply(
       {"params": params},
       tokens_NT[:, :-1],
       position,
       captions.valid_BGT.reshape(B * G, T)[:, :-1],
       (prefix,),
       method="extend",
-    )
+    )[0]
     hidden_NTD = jnp.concatenate([first, rest], axis=1)
   return hidden_NTD.reshape(B * G * T, -1)
 

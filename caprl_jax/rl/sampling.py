@@ -124,9 +124,15 @@ def decode(
     live_N = ~state.done_N
     ends_N = jnp.isin(token_N, jnp.asarray(vocabulary.end_ids, jnp.int32))
     if state.seen_NV is not None:
-      state = state.replace(seen_NV=state.seen_NV.at[jnp.arange(len(token_N)), token_N].set(True))
-    put = lambda array_NT, value_N: array_NT.at[:, state.step].set(value_N)
-    return state.replace(
+      state = dataclasses.replace(
+        state, seen_NV=state.seen_NV.at[jnp.arange(len(token_N)), token_N].set(True)
+      )
+
+    def put(array_NT: Array, value_N: Array) -> Array:
+      return array_NT.at[:, state.step].set(value_N)
+
+    return dataclasses.replace(
+      state,
       step=state.step + 1,
       done_N=state.done_N | ends_N,
       tokens_NT=put(state.tokens_NT, jnp.where(live_N, token_N, vocabulary.pad_id)),
@@ -136,20 +142,25 @@ def decode(
 
   def advance(state: DecodeState) -> DecodeState:
     last = state.step - 1
-    column = lambda x_NT: jax.lax.dynamic_slice_in_dim(x_NT, last, 1, axis=1)
+
+    def column(x_NT: Array) -> Array:
+      return jax.lax.dynamic_slice_in_dim(x_NT, last, 1, axis=1)
+
+    def write(old: Array, new: Array) -> Array:
+      return jax.lax.dynamic_update_slice_in_dim(old, new, last, axis=2)
+
     hidden_N1D, new = extend(
       column(state.tokens_NT),
       (first_position_N + last)[:, None],
       column(state.valid_NT),
       state.cache,
     )
-    write = lambda old, slot: jax.lax.dynamic_update_slice_in_dim(old, slot, last, axis=2)
     cache = Prefix(
       write(state.cache.key_YRSJh, new.key_YRSJh),
       write(state.cache.value_YRSJh, new.value_YRSJh),
       jax.lax.dynamic_update_slice_in_dim(state.cache.valid_RS, new.valid_RS, last, axis=1),
     )
-    return emit(state.replace(cache=cache), hidden_N1D[:, 0])
+    return emit(dataclasses.replace(state, cache=cache), hidden_N1D[:, 0])
 
   N, T = first_hidden_ND.shape[0], cfg.max_tokens
   state = DecodeState(

@@ -4,16 +4,21 @@ steps.
 
 import dataclasses
 import re
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from caprl_jax.masked import masked_sum
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_kl
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import merge_params
-from caprl_jax.rl.loss import LossConfig, policy_loss
+from caprl_jax.rl.gradients import LossSum, MeanLoss, guarded_step, mean_gradient
+from caprl_jax.rl.groups import Groups, Rollout
+from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, policy_loss
 from caprl_jax.rl.rollout import caption_hidden, caption_logprobs, hidden_logprobs
 from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import Array, Batch, Captions, Frozen, Params, TrainState
@@ -38,27 +43,46 @@ class UpdateConfig:
 
   @property
   def steps(self) -> int:
-    """Optimizer steps a rollout."""
+    """Optimizer steps per rollout."""
     return self.minibatches * self.epochs
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollout:
-  """What the loss reads of a rollout, all split by image."""
+class Learner:
+  """What an update is made with: the model, the optimizer and the settings."""
 
-  batch: Batch
-  captions: Captions
-  scored_BG: Array
-  advantage_BG: Array
-  reference_logp_BGT: Array | None = None
-  old_logp_BGT: Array | None = None
+  policy: Policy
+  tx: optax.GradientTransformation
+  cfg: UpdateConfig
+  temperature: float = 1.0  # of the sampler: the loss is about the distribution it drew from
 
 
-jax.tree_util.register_dataclass(
-  Rollout,
-  ["batch", "captions", "scored_BG", "advantage_BG", "reference_logp_BGT", "old_logp_BGT"],
-  [],
-)
+@flax.struct.dataclass
+class UpdateNumbers:
+  """Figures of one optimizer step, in a form in which those of several can be joined."""
+
+  nonfinite: Array  # float32, 1 where the step changed nothing
+  means: dict[str, Array]
+  maxima: dict[str, Array]
+  minima: dict[str, Array]
+
+  def over_steps(self) -> "UpdateNumbers":
+    """Of steps along the first axis: means of means, extremes of extremes."""
+    return UpdateNumbers(
+      self.nonfinite.max(),
+      jax.tree.map(jnp.mean, self.means),
+      jax.tree.map(jnp.max, self.maxima),
+      jax.tree.map(jnp.min, self.minima),
+    )
+
+  def named(self) -> dict[str, Array]:
+    """The same under the names of metrics: `ratio`, `ratio_max`, `ratio_min`, `nonfinite`."""
+    return {
+      "nonfinite": self.nonfinite,
+      **self.means,
+      **{f"{name}_max": value for name, value in self.maxima.items()},
+      **{f"{name}_min": value for name, value in self.minima.items()},
+    }
 
 
 def check_microbatches(batch_size: int, cfg: UpdateConfig) -> None:
@@ -85,117 +109,111 @@ def check_microbatches(batch_size: int, cfg: UpdateConfig) -> None:
       )
 
 
-def _combine(a: dict, b: dict) -> dict:
-  """Metrics of two microbatches, by the kind that their names begin with."""
-  rule = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
-  return {name: rule[name.split("/")[0]](a[name], b[name]) for name in a}
-
-
-def score_captions(
-  policy: Policy,
-  params: Params,
-  frozen: Frozen,
-  batch: Batch,
-  captions: Captions,
-  temperature: float,
-  cfg: UpdateConfig,
+def logprobs_in_pieces(
+  learner: Learner, params: Params, frozen: Frozen, batch: Batch, captions: Captions
 ) -> Array:
-  """Log-probabilities under given parameters, without gradient, in as many pieces as the update
-  has.
-  """
+  """Log-probabilities of captions under given parameters, float32 [B, G, T], without gradient, in
+  as many pieces as the update has."""
 
-  def some(piece):
+  def of_piece(piece: tuple[Batch, Captions]) -> Array:
     return caption_logprobs(
-      policy, params, *piece, frozen.vocabulary, temperature, cfg.chunk_tokens
+      learner.policy,
+      params,
+      *piece,
+      vocabulary=frozen.vocabulary,
+      temperature=learner.temperature,
+      chunk_tokens=learner.cfg.chunk_tokens,
     )[0]
 
-  count = cfg.minibatches * cfg.microbatches
+  count = learner.cfg.minibatches * learner.cfg.microbatches
   if count == 1:
-    return jax.lax.stop_gradient(some((batch, captions)))
-  pieces = jax.lax.map(some, microbatches((batch, captions), count))
+    return jax.lax.stop_gradient(of_piece((batch, captions)))
+  pieces = jax.lax.map(of_piece, microbatches((batch, captions), count))
   return jax.lax.stop_gradient(join_microbatches(pieces))
 
 
-def loss_gradients(
-  policy: Policy,
-  params: Params,
-  frozen: Frozen,
-  rollout: Rollout,
-  temperature: float,
-  cfg: UpdateConfig,
-):
-  """Gradient of the mean loss over the whole rollout given, whatever the number of microbatches,
-  for the trained `params`; the others have none, nor memory for any.
-
-  Returns gradients (float32), loss, and token-mean metrics.
-  """
-
-  def microbatch(params, piece: Rollout):
-    captions = piece.captions
-    everything = merge_params(params, frozen.base)
-    hidden = caption_hidden(policy, everything, piece.batch, captions)
-    logp, entropy = hidden_logprobs(
-      policy, everything, hidden, captions, frozen.vocabulary, temperature, cfg.chunk_tokens
+def penalise_kl(learner: Learner, frozen: Frozen, groups: Groups) -> Groups:
+  """The groups with what a sampled KL term needs: the reference's log-probabilities; and where the
+  penalty is part of the reward, with the reward less `kl` times the caption's KL."""
+  loss, captions, scored = learner.cfg.loss, groups.captions, groups.scored
+  if not loss.kl_is_sampled:
+    return groups
+  reference = merge_params(frozen.reference, frozen.base)
+  logp_BGT = logprobs_in_pieces(learner, reference, frozen, groups.batch, captions)
+  if loss.kl_in == "reward":
+    kl_BGT = kl_estimate(captions.logp_BGT, logp_BGT, loss.kl_estimator)
+    penalty_BG = masked_sum(kl_BGT, captions.valid_BGT, axis=-1)
+    scored = dataclasses.replace(
+      scored,
+      reward_BG=scored.reward_BG - loss.kl * penalty_BG,
+      terms={**scored.terms, "kl": penalty_BG},
+      weights=(*scored.weights, ("kl", -loss.kl)),
     )
-    counts = captions.valid_BGT & piece.scored_BG[..., None]
-    if cfg.loss.mask_truncated:
-      counts &= captions.ended_BG[..., None]
-    full_kl = None
-    if cfg.loss.kl > 0 and cfg.loss.kl_estimator == "full":
-      reference = jax.lax.stop_gradient(merge_params(frozen.reference, frozen.base))
-      other = jax.lax.stop_gradient(caption_hidden(policy, reference, piece.batch, captions))
-      head = lambda p: head_matrix(policy.cfg.text, p["language_model"])
-      full_kl = token_kl(
-        hidden,
-        head(everything),
-        other,
-        head(reference),
-        allowed_V=frozen.vocabulary.allowed_V,
-        temperature=temperature or 1.0,
-        chunk_tokens=cfg.chunk_tokens,
-      ).reshape(logp.shape)
-    total, count, metrics = policy_loss(
-      logp,
-      captions.logp_BGT,
-      piece.old_logp_BGT,
-      piece.reference_logp_BGT,
-      entropy,
-      piece.advantage_BG,
-      counts,
-      cfg.loss,
-      full_kl,
-    )
-    return total, (count, {**metrics, "sum/tokens": counts.sum().astype(jnp.float32)})
+  return dataclasses.replace(groups, scored=scored, reference_logp_BGT=logp_BGT)
 
-  gradient = jax.value_and_grad(microbatch, has_aux=True)
-  wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-  if cfg.microbatches == 1:
-    (total, (count, metrics)), grads = gradient(params, rollout)
-    grads = wide(grads)
-  else:
-    pieces = microbatches(rollout, cfg.microbatches)
-    take = lambda i: jax.tree.map(lambda x: x[i], pieces)
 
-    def add(carry, piece):
-      (total, (count, metrics)), grads = gradient(params, piece)
-      return jax.tree.map(jnp.add, carry[:3], (total, count, wide(grads))) + (
-        _combine(carry[3], metrics),
-      ), None
+def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Rollout) -> LossSum:
+  """The summed loss of a rollout or a piece of it, differentiable in the trained `params`; the
+  others (`frozen.base`) have no gradient, nor memory for any."""
+  cfg, captions = learner.cfg, rollout.captions
+  everything = merge_params(params, frozen.base)
+  hidden_MD = caption_hidden(learner.policy, everything, rollout.batch, captions)
+  logp_BGT, entropy_BGT = hidden_logprobs(
+    learner.policy,
+    everything,
+    hidden_MD,
+    captions,
+    vocabulary=frozen.vocabulary,
+    temperature=learner.temperature,
+    chunk_tokens=cfg.chunk_tokens,
+  )
+  counts_BGT = captions.valid_BGT & rollout.scored_BG[..., None]
+  if cfg.loss.mask_truncated:
+    counts_BGT &= captions.ended_BG[..., None]
+  exact_kl_BGT = None
+  if cfg.loss.kl_is_exact:
+    exact_kl_BGT = _exact_kl(learner, everything, frozen, rollout, hidden_MD)
+  given = LossInputs(
+    sampled_logp_BGT=captions.logp_BGT,
+    advantage_BG=rollout.advantage_BG,
+    counts_BGT=counts_BGT,
+    old_logp_BGT=rollout.old_logp_BGT,
+    reference_logp_BGT=rollout.reference_logp_BGT,
+    exact_kl_BGT=exact_kl_BGT,
+  )
+  return policy_loss(logp_BGT, entropy_BGT, given, cfg.loss)
 
-    (total, (count, metrics)), grads = gradient(params, take(0))
-    rest = jax.tree.map(lambda x: x[1:], pieces)
-    (total, count, grads, metrics), _ = jax.lax.scan(
-      add, (total, count, wide(grads), metrics), rest
-    )
-  divisor = jnp.maximum(count, 1)
-  tokens = jnp.maximum(metrics.pop("sum/tokens"), 1)
-  means = {}
-  for name, value in metrics.items():
-    kind, short = name.split("/")
-    means[short if kind == "sum" else f"{short}_{kind}"] = (
-      value / tokens if kind == "sum" else value
-    )
-  return jax.tree.map(lambda g: g / divisor, grads), total / divisor, means
+
+def _exact_kl(
+  learner: Learner, params: Params, frozen: Frozen, rollout: Rollout, hidden_MD: Array
+) -> Array:
+  """KL(policy || reference) of each token's whole distribution, float32 [B, G, T]."""
+
+  def head(model: Params) -> Array:
+    return head_matrix(learner.policy.cfg.text, model["language_model"])
+
+  reference = jax.lax.stop_gradient(merge_params(frozen.reference, frozen.base))
+  other_MD = caption_hidden(learner.policy, reference, rollout.batch, rollout.captions)
+  kl_M = token_kl(
+    hidden_MD,
+    head(params),
+    jax.lax.stop_gradient(other_MD),
+    head(reference),
+    allowed_V=frozen.vocabulary.allowed_V,
+    temperature=learner.temperature or 1.0,
+    chunk_tokens=learner.cfg.chunk_tokens,
+  )
+  return kl_M.reshape(rollout.captions.tokens_BGT.shape)
+
+
+def loss_gradients(learner: Learner, params: Params, frozen: Frozen, rollout: Rollout) -> MeanLoss:
+  """The mean loss over the whole rollout given and its gradient in the trained `params`, whatever
+  the number of microbatches."""
+
+  def of_piece(params: Params, piece: Rollout) -> LossSum:
+    return rollout_loss(learner, params, frozen, piece)
+
+  return mean_gradient(of_piece, params, rollout, learner.cfg.microbatches)
 
 
 def part_norms(policy: Policy, grads: Params) -> dict[str, Array]:
@@ -213,75 +231,50 @@ def part_norms(policy: Policy, grads: Params) -> dict[str, Array]:
 
 
 def optimizer_step(
-  policy: Policy,
-  tx: optax.GradientTransformation,
-  params: Params,
-  opt_state,
-  frozen: Frozen,
-  rollout: Rollout,
-  temperature: float,
-  cfg: UpdateConfig,
-):
-  """One step: new parameters, optimizer state, metrics. When loss or gradient is not finite both
-  stay as they were and the metric `nonfinite` is 1."""
-  grads, loss, metrics = loss_gradients(policy, params, frozen, rollout, temperature, cfg)
-  norm = optax.tree.norm(grads)
-  finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-  metrics = {
-    "loss": loss,
-    "grad_norm": norm,
-    **part_norms(policy, grads),
-    "nonfinite": 1.0 - finite,
-    **metrics,
+  learner: Learner, params: Params, opt_state: Any, frozen: Frozen, rollout: Rollout
+) -> tuple[Params, Any, UpdateNumbers]:
+  """One optimizer step: new parameters, new optimizer state, figures. When loss or gradient is not
+  finite both stay as they were and `nonfinite` is 1."""
+  loss = loss_gradients(learner, params, frozen, rollout)
+  stepped = guarded_step(learner.tx, loss.value, loss.grads, params, opt_state)
+  means = {
+    "loss": loss.value,
+    "grad_norm": stepped.grad_norm,
+    **part_norms(learner.policy, loss.grads),
+    **loss.numbers.means(),
   }
-  grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-  updates, new_opt_state = tx.update(grads, opt_state, params)
-  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-  return keep(optax.apply_updates(params, updates), params), keep(new_opt_state, opt_state), metrics
+  numbers = UpdateNumbers(stepped.nonfinite, means, loss.numbers.maxima, loss.numbers.minima)
+  return stepped.params, stepped.opt_state, numbers
 
 
 def update_policy(
-  policy: Policy,
-  tx: optax.GradientTransformation,
-  state: TrainState,
-  frozen: Frozen,
-  rollout: Rollout,
-  temperature: float,
-  cfg: UpdateConfig,
-) -> tuple[TrainState, dict[str, Array]]:
-  """All optimizer steps of a rollout. Metrics are means over them, but for extremes; where one of
-  them was not finite (`optimizer_step`), `update/nonfinite` is 1: the loop stops there."""
+  learner: Learner, state: TrainState, frozen: Frozen, rollout: Rollout
+) -> tuple[TrainState, UpdateNumbers]:
+  """All optimizer steps of a rollout.
+
+  The figures are means over the steps, or the largest and smallest of them. Where one of them was
+  not finite, `nonfinite` is 1, and the loop stops there.
+  """
+  cfg = learner.cfg
   if cfg.steps > 1 and cfg.loss.importance != "none":  # else it is this pass's own log-probability
-    old = score_captions(
-      policy,
-      merge_params(state.params, frozen.base),
-      frozen,
-      rollout.batch,
-      rollout.captions,
-      temperature,
-      cfg,
-    )
-    rollout = dataclasses.replace(rollout, old_logp_BGT=old)
-  step = lambda params, opt_state, part: optimizer_step(
-    policy, tx, params, opt_state, frozen, part, temperature, cfg
-  )
+    params = merge_params(state.params, frozen.base)
+    old_BGT = logprobs_in_pieces(learner, params, frozen, rollout.batch, rollout.captions)
+    rollout = dataclasses.replace(rollout, old_logp_BGT=old_BGT)
   if cfg.steps == 1:
-    params, opt_state, metrics = step(state.params, state.opt_state, rollout)
+    params, opt_state, numbers = optimizer_step(
+      learner, state.params, state.opt_state, frozen, rollout
+    )
   else:
     parts = microbatches(rollout, cfg.minibatches)
 
-    def one(carry, number):
+    def step(carry: tuple[Params, Any], number: Array) -> tuple[tuple[Params, Any], UpdateNumbers]:
       part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), parts)
-      params, opt_state, metrics = step(*carry, part)
-      return (params, opt_state), metrics
+      params, opt_state, numbers = optimizer_step(learner, *carry, frozen, part)
+      return (params, opt_state), numbers
 
-    numbers = jnp.tile(jnp.arange(cfg.minibatches), cfg.epochs)
-    (params, opt_state), metrics = jax.lax.scan(one, (state.params, state.opt_state), numbers)
-    reduce = lambda name: (
-      jnp.max
-      if name.endswith("_max") or name == "nonfinite"
-      else (jnp.min if name.endswith("_min") else jnp.mean)
-    )
-    metrics = {name: reduce(name)(value) for name, value in metrics.items()}
-  state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-  return state, {f"update/{name}": value for name, value in metrics.items()}
+    order = jnp.tile(jnp.arange(cfg.minibatches), cfg.epochs)
+    (params, opt_state), numbers = jax.lax.scan(step, (state.params, state.opt_state), order)
+    numbers = numbers.over_steps()
+  return dataclasses.replace(
+    state, step=state.step + 1, params=params, opt_state=opt_state
+  ), numbers

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.judges import asked, captioned
 
 from caprl_jax.data.batches import stack
 from caprl_jax.data.judge_prompts import OFFICIAL, OFFICIAL_VIDEO, PLAIN
@@ -22,7 +23,6 @@ from caprl_jax.hub.load import init_decoder
 from caprl_jax.hub.tokenizer import load_tokenizer
 from caprl_jax.masked import NEGATIVE
 from caprl_jax.models.decoder import Decoder, DecoderConfig, head_matrix
-from caprl_jax.rl.judge import answer_questions, judge_captions
 from caprl_jax.rl.judge_protocol import (
   JudgeConfig,
   answer_by_margin,
@@ -147,7 +147,7 @@ def plain_captions(tokenizer):
 
 @functools.cache
 def program(model, cfg):
-  return jax.jit(functools.partial(answer_questions, model, cfg=cfg))
+  return asked(model, cfg)
 
 
 def ask(judge, tokenizer, template, cfg, key=KEY):
@@ -349,7 +349,7 @@ def test_chat_tokens_and_fake_turns_do_not_steer_the_judge(judge, tokenizer):
   table = np.where(special, -1, np.arange(tokenizer.vocab_size)).astype(np.int32)
   vocabulary = Vocabulary(jnp.asarray(~special), jnp.asarray(table), tokenizer.end_ids, 0)
   cfg = JudgeConfig(reading="letter_prob", prompt="official", abstain="last")
-  run = jax.jit(functools.partial(judge_captions, model, cfg=cfg))
+  run = captioned(model, cfg)
   questions = jax.tree.map(lambda x: x[:1], tables(tokenize))
 
   def answers(ids):
@@ -358,11 +358,10 @@ def test_chat_tokens_and_fake_turns_do_not_steer_the_judge(judge, tokenizer):
     captions = Captions(tokens, jnp.zeros(tokens.shape), valid, jnp.ones((1, 1), bool))
     return run(params, tokenize.prompt(A), captions, questions, vocabulary, KEY)
 
-  got, blind = answers(evil)
-  want, blind_too = answers(clean)
+  got, want = answers(evil), answers(clean)
   np.testing.assert_allclose(got.score_BGKA, want.score_BGKA, atol=1e-4)
-  np.testing.assert_allclose(blind.score_BGKA, blind_too.score_BGKA, atol=1e-5)
-  assert np.abs(got.credit_BGK - blind.credit_BGK).max() > 1e-2  # the caption does matter
+  np.testing.assert_allclose(got.blind.score_BGKA, want.blind.score_BGKA, atol=1e-5)
+  assert np.abs(got.credit_BGK - got.blind.credit_BGK).max() > 1e-2  # the caption does matter
 
 
 @pytest.mark.parametrize("xp", [np, jnp])

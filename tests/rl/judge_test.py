@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.judges import asked, captioned
 
 from caprl_jax.models.decoder import Decoder, DecoderConfig, head_matrix
-from caprl_jax.rl.judge import answer_questions, judge_captions
 from caprl_jax.rl.judge_protocol import JudgeConfig, draw_orders
 from caprl_jax.types import Captions, JudgePrompt, Questions, Vocabulary
 
@@ -114,7 +114,7 @@ def ask(params, asked, cfg, ids=None, keep=None, key=KEY):
 
 @functools.cache
 def answer(cfg):
-  return jax.jit(functools.partial(answer_questions, JUDGE, cfg=cfg))
+  return asked(JUDGE, cfg)
 
 
 @jax.jit
@@ -218,8 +218,8 @@ def test_special_tokens_in_a_caption_are_stripped(params, reading):
   written = Captions(
     jnp.asarray(with_special), jnp.zeros((B, G, T)), jnp.asarray(valid), jnp.ones((B, G), bool)
   )
-  run = jax.jit(functools.partial(judge_captions, JUDGE, cfg=cfg))
-  got, _ = run(params, PROMPT, written, table, vocabulary, KEY)
+  run = captioned(JUDGE, cfg)
+  got = run(params, PROMPT, written, table, vocabulary, KEY)
   want = ask(params, table, cfg, without.astype(np.int32), np.arange(T) < kept[..., None])
   np.testing.assert_allclose(got.score_BGKA, want.score_BGKA, atol=1e-4)
   np.testing.assert_array_equal(got.choice_BGK, want.choice_BGK)

@@ -1,5 +1,6 @@
 """The clipped surrogate against the formula written out caption by caption, token by token."""
 
+import functools
 import math
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from caprl_jax.rl.loss import LossConfig, kl_estimate, loss_count, policy_loss
+from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, loss_count, policy_loss
 
 k3_kl = lambda logp, reference: kl_estimate(logp, reference, "k3")
 
@@ -71,27 +72,26 @@ def test_loss_gradient_and_metrics_match_the_formula(case, aggregation, kl, high
   want, want_grad, want_metrics = literal(logp, old, reference, entropy, advantage, counts, cfg)
 
   def mean(logp):
-    total, count, metrics = policy_loss(
-      logp, old, None, reference, entropy, advantage, jnp.asarray(counts), cfg
-    )
-    return total / count, metrics
+    given = LossInputs(old, advantage, jnp.asarray(counts), reference_logp_BGT=reference)
+    loss = policy_loss(logp, entropy, given, cfg)
+    return loss.total / loss.count, loss.numbers
 
   (got, metrics), grad = jax.value_and_grad(mean, has_aux=True)(jnp.asarray(logp))
   np.testing.assert_allclose(got, want, rtol=1e-5)
   np.testing.assert_allclose(grad, want_grad, atol=1e-6)
-  assert metrics["sum/clip_fraction"] == want_metrics["clip"] > 0
-  np.testing.assert_allclose(metrics["sum/entropy"], entropy[counts].sum(), rtol=1e-6)
+  assert metrics.sums["clip_fraction"] == want_metrics["clip"] > 0
+  np.testing.assert_allclose(metrics.sums["entropy"], entropy[counts].sum(), rtol=1e-6)
   np.testing.assert_allclose(
-    metrics["sum/logp_difference"], np.abs(logp - old)[counts].sum(), rtol=1e-5
+    metrics.sums["logp_difference"], np.abs(logp - old)[counts].sum(), rtol=1e-5
   )
   np.testing.assert_allclose(
-    [metrics["max/ratio"], metrics["min/ratio"]],
+    [metrics.maxima["ratio"], metrics.minima["ratio"]],
     [want_metrics["top"], want_metrics["low"]],
     rtol=1e-5,
   )
-  assert ("sum/kl" in metrics) == bool(kl)
+  assert ("kl" in metrics.sums) == bool(kl)
   if kl:
-    np.testing.assert_allclose(metrics["sum/kl"], want_metrics["kl"], rtol=1e-5)
+    np.testing.assert_allclose(metrics.sums["kl"], want_metrics["kl"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -109,16 +109,8 @@ def test_clip_higher_by_hand(ratio, advantage, loss, slope):
 
   def f(logp):
     one = jnp.ones((1, 1, 1), bool)
-    return policy_loss(
-      logp,
-      jnp.zeros((1, 1, 1)),
-      None,
-      None,
-      jnp.zeros((1, 1, 1)),
-      jnp.full((1, 1), advantage),
-      one,
-      cfg,
-    )[0]
+    given = LossInputs(jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), one)
+    return policy_loss(logp, jnp.zeros((1, 1, 1)), given, cfg).total
 
   got, grad = jax.value_and_grad(f)(jnp.full((1, 1, 1), math.log(ratio)))
   np.testing.assert_allclose([got, grad[0, 0, 0]], [loss, slope], rtol=1e-6)
@@ -156,10 +148,9 @@ def test_garbage_that_does_not_count_changes_nothing(case, aggregation, garbage)
   dirty = lambda x: np.where(counts, x, garbage)
 
   def f(logp, old, reference, entropy):
-    total, count, metrics = policy_loss(
-      logp, old, None, reference, entropy, advantage, jnp.asarray(counts), cfg
-    )
-    return total / count, metrics
+    given = LossInputs(old, advantage, jnp.asarray(counts), reference_logp_BGT=reference)
+    loss = policy_loss(logp, entropy, given, cfg)
+    return loss.total / loss.count, loss.numbers
 
   run = jax.value_and_grad(f, has_aux=True)
   want = run(jnp.asarray(logp), old, reference, entropy)
@@ -171,9 +162,8 @@ def test_garbage_that_does_not_count_changes_nothing(case, aggregation, garbage)
 
 def test_on_policy_the_gradient_is_minus_the_advantage(case):
   logp, _, _, entropy, advantage, counts = case
-  total = lambda x: policy_loss(
-    x, logp, None, None, entropy, advantage, jnp.asarray(counts), LossConfig()
-  )[0]
+  given = LossInputs(logp, advantage, jnp.asarray(counts))
+  total = lambda x: policy_loss(x, entropy, given, LossConfig()).total
   np.testing.assert_allclose(
     jax.grad(total)(jnp.asarray(logp)), -advantage[..., None] * counts, rtol=1e-6
   )
@@ -181,20 +171,17 @@ def test_on_policy_the_gradient_is_minus_the_advantage(case):
 
 def test_microbatches_add_up(case):
   cfg = LossConfig(aggregation="sequence_mean", kl=0.1)
-  *arrays, counts = (jnp.asarray(x) for x in case)
-  total, count, _ = policy_loss(*arrays[:2], None, *arrays[2:], counts, cfg)
-  parts = [
-    policy_loss(
-      *(x[b : b + 1] for x in arrays[:2]),
-      None,
-      *(x[b : b + 1] for x in arrays[2:]),
-      counts[b : b + 1],
-      cfg,
-    )
-    for b in range(B)
-  ]
-  np.testing.assert_allclose(total, sum(p[0] for p in parts), rtol=1e-6)
-  assert count == sum(p[1] for p in parts)
+  logp, old, reference, entropy, advantage, counts = (jnp.asarray(x) for x in case)
+
+  def loss(rows):
+    given = LossInputs(old[rows], advantage[rows], counts[rows], reference_logp_BGT=reference[rows])
+    return policy_loss(logp[rows], entropy[rows], given, cfg)
+
+  whole, parts = loss(slice(None)), [loss(slice(b, b + 1)) for b in range(B)]
+  joined = functools.reduce(lambda a, b: a.joined(b), parts)
+  assert joined.count == whole.count and joined.numbers.tokens == counts.sum()
+  for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from caprl_jax.rl.caption_form import stamp_table
-from caprl_jax.rl.reward import RewardConfig, caption_reward
-from caprl_jax.types import Answers, Captions
+from caprl_jax.rl.reward import RewardConfig, score_captions
+from caprl_jax.types import Answers, Captions, Vocabulary
 
 ASKED = jnp.array([[True, True, True, False], [True, False, False, False], [False] * 4])
 
@@ -29,6 +29,13 @@ def captions(group: int, length=5, tokens=8, ended=True) -> Captions:
   valid = jnp.broadcast_to(jnp.arange(tokens) < length, (3, group, tokens))
   ids = jnp.broadcast_to(jnp.arange(tokens), valid.shape)
   return Captions(ids, jnp.zeros(valid.shape), valid, jnp.full((3, group), ended))
+
+
+def caption_reward(answers, captions, cfg, stamp_VX=None):
+  """Reward, which captions are scored, and the terms."""
+  vocabulary = Vocabulary(None, None, (), 0, stamp_VX)
+  scored = score_captions(answers, captions, vocabulary, cfg)
+  return scored.reward_BG, scored.scored_BG, scored.terms
 
 
 def valid_where_asked(group: int):

@@ -17,12 +17,14 @@ from caprl_jax.harness.loop import CompileCounter, run_loop
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.harness.training.state import make_state
 from caprl_jax.rl.advantages import group_advantages
-from caprl_jax.rl.judge import judge_captions
+from caprl_jax.rl.groups import Rollout
+from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.optimizer import build_optimizer
-from caprl_jax.rl.reward import caption_reward
+from caprl_jax.rl.reward import score_captions
 from caprl_jax.rl.rollout import caption_logprobs, sample_captions
-from caprl_jax.rl.step import judge_metrics, stage_keys, train_step
-from caprl_jax.rl.update import Rollout, UpdateConfig, loss_gradients, update_policy
+from caprl_jax.rl.step import stage_keys, train_step
+from caprl_jax.rl.step_metrics import judge_metrics, update_metrics
+from caprl_jax.rl.update import Learner, UpdateConfig, loss_gradients, update_policy
 from caprl_jax.types import Answers
 
 # The first step's metrics on seed 0; the failing test prints what to put here.
@@ -106,22 +108,25 @@ def optimizer(made):
 def test_stages_by_hand_are_the_jitted_step(made):
   tx, cfg, batch = optimizer(made), made.settings.step, a_batch(made)
   state, vocabulary = fresh_state(made, tx), made.frozen.vocabulary
-  rollout_key, judge_key = stage_keys(state.key, state.step)
+  keys = stage_keys(state.key, state.step)
   # Each stage a program of its own: op by op they would compile hundreds.
   captions = jax.jit(lambda *a: sample_captions(made.policy.model, *a, cfg.rollout))(
-    state.params, batch, rollout_key, vocabulary
+    state.params, batch, keys.rollout, vocabulary
   )
-  answers, _ = jax.jit(lambda *a: judge_captions(made.judge.model, *a, cfg.judge))(
-    made.frozen.judge, made.frozen.prompt, captions, batch.questions, vocabulary, judge_key
+  judge = Judge(made.judge.model, made.frozen.judge, made.frozen.prompt)
+  answers = jax.jit(lambda *a: judge_ids(*a, cfg.judge))(
+    judge, JudgeIds.of(captions, vocabulary), batch.questions, keys.judge
   )
-  reward, scored, _ = caption_reward(answers, captions, cfg.reward)
-  advantage = group_advantages(reward, scored, cfg.advantage)
-  by_hand, metrics = jax.jit(lambda *a: update_policy(made.policy.model, tx, *a, 1.0, cfg.update))(
-    state, made.frozen, Rollout(batch, captions, scored, advantage)
+  scored = score_captions(answers, captions, vocabulary, cfg.reward)
+  advantage = group_advantages(scored.reward_BG, scored.scored_BG, cfg.advantage)
+  learner = Learner(made.policy.model, tx, cfg.update)
+  by_hand, update = jax.jit(lambda *a: update_policy(learner, *a))(
+    state, made.frozen, Rollout(batch, captions, scored.scored_BG, advantage)
   )
+  metrics = update_metrics(update)
   together, numbers, samples = jitted(made)(fresh_state(made, tx), made.frozen, batch)
-  np.testing.assert_array_equal(captions.tokens_BGT, samples[0].tokens_BGT)
-  np.testing.assert_array_equal(reward, samples[2])
+  np.testing.assert_array_equal(captions.tokens_BGT, samples.captions.tokens_BGT)
+  np.testing.assert_array_equal(scored.reward_BG, samples.reward_BG)
   assert 0 < float(numbers["reward/mean"]) < 1 and float(numbers["advantage/flat_groups"]) < 1
   for name, value in metrics.items():
     np.testing.assert_allclose(value, numbers[name], rtol=1e-3, atol=1e-5, err_msg=name)
@@ -152,22 +157,21 @@ def test_gradients_do_not_depend_on_microbatches(made, aggregation, counts):
   # All arrays are arguments: XLA would spend minutes on folding constants.
   results = [
     jax.jit(
-      lambda p, *arrays, m=m: loss_gradients(
-        made.policy.model, p, *arrays, 1.0, UpdateConfig(loss, microbatches=m)
+      functools.partial(
+        loss_gradients, Learner(made.policy.model, None, UpdateConfig(loss, microbatches=m))
       )
     )(made.policy.params, made.frozen, Rollout(batch, captions, scored, advantage))
     for m in counts
   ]
-  scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(results[0][0]))
+  first = results[0]
+  scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(first.grads))
   assert scale > 1e-3
   for other in results[1:]:
-    for a, b in zip(jax.tree.leaves(results[0][0]), jax.tree.leaves(other[0]), strict=True):
+    for a, b in zip(jax.tree.leaves(first.grads), jax.tree.leaves(other.grads), strict=True):
       np.testing.assert_allclose(a, b, atol=2e-5 * scale)
-    np.testing.assert_allclose(results[0][1], other[1], rtol=1e-4, atol=1e-6)
-    for name in results[0][2]:
-      np.testing.assert_allclose(
-        results[0][2][name], other[2][name], rtol=1e-4, atol=1e-6, err_msg=name
-      )
+    np.testing.assert_allclose(first.value, other.value, rtol=1e-4, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(first.numbers), jax.tree.leaves(other.numbers), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
 def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(made):

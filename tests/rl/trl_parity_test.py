@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from caprl_jax.rl.advantages import AdvantageConfig, group_advantages
-from caprl_jax.rl.loss import LossConfig, importance_weights, kl_estimate, policy_loss
+from caprl_jax.rl.loss import LossConfig, LossInputs, importance_weights, kl_estimate, policy_loss
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="pip install trl")
 B, G, T = 3, 4, 6
@@ -104,17 +104,11 @@ def our_loss(case, cfg, sampled=None):
 
   def loss(logp):
     old, recorded = (None, case.old) if sampled is None else (case.old, sampled)
-    total, count, _ = policy_loss(
-      logp,
-      recorded,
-      old,
-      case.reference if cfg.kl else None,
-      case.entropy,
-      case.advantage,
-      jnp.asarray(case.counts),
-      cfg,
+    given = LossInputs(
+      recorded, case.advantage, jnp.asarray(case.counts), old, case.reference if cfg.kl else None
     )
-    return total / count
+    out = policy_loss(logp, case.entropy, given, cfg)
+    return out.total / out.count
 
   value, grad = jax.value_and_grad(loss)(jnp.asarray(case.logp))
   return float(value), np.asarray(grad)

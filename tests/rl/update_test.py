@@ -16,15 +16,17 @@ from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_kl
 from caprl_jax.modes.train.run import build_step
 from caprl_jax.rl.advantages import flat_groups, group_advantages
+from caprl_jax.rl.groups import Rollout
 from caprl_jax.rl.loss import LossConfig
 from caprl_jax.rl.rollout import caption_hidden, caption_logprobs, sample_captions
 from caprl_jax.rl.step import train_step
+from caprl_jax.rl.step_metrics import update_metrics
 from caprl_jax.rl.update import (
-  Rollout,
+  Learner,
   UpdateConfig,
   check_microbatches,
+  logprobs_in_pieces,
   optimizer_step,
-  score_captions,
   update_policy,
 )
 
@@ -58,12 +60,10 @@ def state_of(made, tx=TX):
 
 
 def update(made, rollout, cfg, frozen=None):
-  run = jax.jit(
-    lambda state, frozen, rollout: update_policy(
-      made.policy.model, TX, state, frozen, rollout, 1.0, cfg
-    )
-  )
-  return run(state_of(made), frozen or made.frozen, rollout)
+  learner = Learner(made.policy.model, TX, cfg)
+  run = jax.jit(lambda state, frozen, rollout: update_policy(learner, state, frozen, rollout))
+  state, numbers = run(state_of(made), frozen or made.frozen, rollout)
+  return state, update_metrics(numbers)
 
 
 def close(a, b, atol=2e-5):
@@ -80,21 +80,20 @@ def test_minibatches_and_epochs_are_optimizer_steps_in_a_row(made, rollout, impo
     microbatches=2,
   )
   state, metrics = update(made, rollout, cfg)
+  learner = Learner(made.policy.model, TX, cfg)
   params, opt_state = made.policy.params, TX.init(made.policy.params)
   if importance != "none":
-    old = jax.jit(
-      lambda p, r: score_captions(made.policy.model, p, made.frozen, r.batch, r.captions, 1.0, cfg)
-    )(params, rollout)
+    old = jax.jit(lambda p, r: logprobs_in_pieces(learner, p, made.frozen, r.batch, r.captions))(
+      params, rollout
+    )
     rollout = dataclasses.replace(rollout, old_logp_BGT=old)
-  one = jax.jit(
-    lambda p, o, part: optimizer_step(made.policy.model, TX, p, o, made.frozen, part, 1.0, cfg)
-  )
+  one = jax.jit(lambda p, o, part: optimizer_step(learner, p, o, made.frozen, part))
   ratios, losses = [], []
   for number in (0, 1, 0, 1):
     part = jax.tree.map(lambda x: x[number::2], rollout)
     params, opt_state, numbers = one(params, opt_state, part)
-    ratios.append(float(numbers["ratio_max"]))
-    losses.append(float(numbers["loss"]))
+    ratios.append(float(numbers.maxima["ratio"]))
+    losses.append(float(numbers.means["loss"]))
   close(state.params, params)
   np.testing.assert_allclose(metrics["update/loss"], np.mean(losses), rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(metrics["update/ratio_max"], max(ratios), rtol=1e-4)
@@ -212,13 +211,13 @@ def test_kl_in_the_reward_is_taken_from_each_captions_own(made):
   _, metrics, samples = step_with(made, update=UpdateConfig(loss), advantage=cfg)(
     state_of(made), frozen, batch
   )
-  captions, _, reward, scored, advantage = samples
+  captions, reward, scored = samples.captions, samples.reward_BG, samples.scored_BG
   score = jax.jit(
     lambda p, b, c: caption_logprobs(made.policy.model, p, b, c, made.frozen.vocabulary, 1.0)[0]
   )
   kl = ((captions.logp_BGT - score(other, batch, captions)) * captions.valid_BGT).sum(-1)
   want = group_advantages(reward - 0.2 * kl, scored, cfg)
-  np.testing.assert_allclose(advantage, want, atol=1e-4)
+  np.testing.assert_allclose(samples.advantage_BG, want, atol=1e-4)
   assert np.abs(want - group_advantages(reward, scored, cfg)).max() > 1e-2
   assert float(metrics["update/kl"]) != 0 and float(metrics["update/learning_rate"]) == 0
 
@@ -227,7 +226,8 @@ def test_oversampling_learns_from_the_groups_that_carry_signal(made):
   batch = batch_of(made)
   one = dataclasses.replace(made.settings.step.rollout, oversample=2)
   _, metrics, samples = step_with(made, rollout=one)(state_of(made), made.frozen, batch)
-  captions, answers, reward, scored, advantage = samples
+  captions, reward, scored = samples.captions, samples.reward_BG, samples.scored_BG
+  advantage = samples.advantage_BG
   flat = np.asarray(flat_groups(reward, scored))
   chosen = np.argsort(flat, stable=True)[:4]
   assert reward.shape == (8, 4) and flat.any() and not flat[chosen].any()

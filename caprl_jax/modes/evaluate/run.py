@@ -19,61 +19,81 @@ from caprl_jax.harness.extras import extra
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import Run, set_up
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.policy import Policy
 from caprl_jax.rl.advantages import flat_groups
-from caprl_jax.rl.judge import judge_captions, judge_ids
-from caprl_jax.rl.reward import caption_reward
+from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
+from caprl_jax.rl.reward import score_captions
 from caprl_jax.rl.rollout import RolloutConfig, sample_captions
-from caprl_jax.rl.step import stage_keys
-from caprl_jax.types import Batch, Frozen, Params
+from caprl_jax.rl.step import StepConfig, stage_keys
+from caprl_jax.types import Array, Batch, Captions, Frozen, Params, Samples
 
 log = logging.getLogger("caprl_jax.modes.evaluate.run")
 
 
 def caption_and_judge(
-  params: Params, frozen: Frozen, batch: Batch, key, *, policy, judge, rollout: RolloutConfig, cfg
-):
-  """The batch without its images, captions, their answers and rewards; no update. One jitted
-  program.
+  params: Params,
+  frozen: Frozen,
+  batch: Batch,
+  key: Array,
+  *,
+  policy: Policy,
+  judge: Decoder,
+  rollout: RolloutConfig,
+  cfg: StepConfig,
+) -> tuple[Batch, Samples]:
+  """Captions of a batch, their answers and rewards, and the batch without its images; no update.
+  One jitted program.
   """
-  caption_key, judge_key = stage_keys(key, jnp.int32(0))
-  captions = sample_captions(policy, params, batch, caption_key, frozen.vocabulary, rollout)
-  answers, _ = judge_captions(
-    judge,
-    frozen.judge,
-    frozen.prompt,
-    captions,
+  captions = sample_captions(
+    policy, params, batch, stage_keys(key, jnp.int32(0)).rollout, frozen.vocabulary, rollout
+  )
+  ids = JudgeIds.of(captions, frozen.vocabulary)
+  return judge_written(frozen, batch, captions, ids, key, judge=judge, cfg=cfg)
+
+
+def judge_written(
+  frozen: Frozen,
+  batch: Batch,
+  captions: Captions,
+  ids: JudgeIds,
+  key: Array,
+  *,
+  judge: Decoder,
+  cfg: StepConfig,
+) -> tuple[Batch, Samples]:
+  """As `caption_and_judge`, of captions that are written, given in the judge's ids too."""
+  answers = judge_ids(
+    Judge(judge, frozen.judge, frozen.prompt),
+    ids,
     batch.questions,
-    frozen.vocabulary,
-    judge_key,
+    stage_keys(key, jnp.int32(0)).judge,
     cfg.judge,
   )
-  reward_BG, scored_BG, _ = caption_reward(answers, captions, cfg.reward, frozen.stamps_VX)
-  return batch.replace(images=None, prompts=None), captions, answers, reward_BG, scored_BG
-
-
-def judge_translated(frozen: Frozen, batch: Batch, captions, ids_BGT, keep_BGT, key, *, judge, cfg):
-  """As `caption_and_judge`, for captions in the judge's ids."""
-  _, judge_key = stage_keys(key, jnp.int32(0))
-  answers, _ = judge_ids(
-    judge, frozen.judge, frozen.prompt, ids_BGT, keep_BGT, batch.questions, judge_key, cfg.judge
-  )
-  reward_BG, scored_BG, _ = caption_reward(answers, captions, cfg.reward, frozen.stamps_VX)
-  return batch.replace(images=None, prompts=None), captions, answers, reward_BG, scored_BG
+  scored = score_captions(answers, captions, frozen.vocabulary, cfg.reward)
+  samples = Samples(captions, answers, scored.reward_BG, scored.scored_BG)
+  return batch.replace(images=None, prompts=None), samples
 
 
 def two_programs(run: Run, rollout: RolloutConfig, cfg):
   """`caption_and_judge` with the captions' text tokenised anew in between."""
   write = jax.jit(
     lambda params, frozen, batch, key: sample_captions(
-      run.policy.model, params, batch, stage_keys(key, jnp.int32(0))[0], frozen.vocabulary, rollout
+      run.policy.model,
+      params,
+      batch,
+      stage_keys(key, jnp.int32(0)).rollout,
+      frozen.vocabulary,
+      rollout,
     )
   )
-  judge = jax.jit(functools.partial(judge_translated, judge=run.judge.model, cfg=cfg))
+  judge = jax.jit(functools.partial(judge_written, judge=run.judge.model, cfg=cfg))
 
   def both(params, frozen, batch, key):
     captions = write(params, frozen, batch, key)
     ids, keep, _ = run.translator(jax.device_get(captions))
-    return judge(frozen, batch, captions, *sharding.put_batch((ids, keep), run.mesh), key)
+    ids = sharding.put_batch(JudgeIds(ids, keep), run.mesh)
+    return judge(frozen, batch, captions, ids, key)
 
   return both
 
@@ -133,9 +153,10 @@ class Evaluator:
     for number, (batch, real) in enumerate(
       self._batches(len(run.eval_rows), cfg.batch_size, stage)
     ):
-      host, captions, answers, reward, scored = jax.device_get(
+      host, samples = jax.device_get(
         self._single(params, run.frozen, batch, jax.random.fold_in(key, number))
       )
+      captions, answers, scored = samples.captions, samples.answers, samples.scored_BG
       valid = answers.valid_BGK[:real, 0]
       correct.append(answers.correct_BGK[:real, 0][valid])
       abstained.append(answers.choice_BGK[:real, 0][valid] < 0)
@@ -143,11 +164,7 @@ class Evaluator:
       length.append(captions.valid_BGT[:real].sum(-1)[:, 0])
       ended.append(captions.ended_BG[:real, 0])
       unscored += int((~scored[:real]).sum())
-      saved.append(
-        jax.tree.map(
-          lambda x, real=real: x[:real], (host, (captions, answers, reward, scored, None))
-        )
-      )
+      saved.append(jax.tree.map(lambda x, real=real: x[:real], (host, samples)))
     correct, abstained, kind, length = (
       np.concatenate(x) for x in (correct, abstained, kind, length)
     )
@@ -155,10 +172,10 @@ class Evaluator:
     for number, (batch, real) in enumerate(
       self._batches(cfg.group_images, run.settings.data.batch_size, "groups")
     ):
-      *_, reward, scored = jax.device_get(
+      _, samples = jax.device_get(
         self._group(params, run.frozen, batch, jax.random.fold_in(key, 10_000 + number))
       )
-      flat += float(np.asarray(flat_groups(reward, scored))[:real].sum())
+      flat += float(np.asarray(flat_groups(samples.reward_BG, samples.scored_BG))[:real].sum())
       groups += real
     figures = {
       "accuracy": float(correct.mean()),

@@ -38,7 +38,8 @@ from caprl_jax.hub.lora import save_adapters
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.modes.evaluate.run import Evaluator
 from caprl_jax.modes.train.report import write_report
-from caprl_jax.rl.step import ask_judge, learn, train_step, write_captions
+from caprl_jax.rl.judge import JudgeIds
+from caprl_jax.rl.step import ask_judge, train_step, write_captions
 from caprl_jax.types import Batch, Params, TrainState
 
 log = logging.getLogger("caprl_jax.modes.train.run")
@@ -94,7 +95,13 @@ def _build_stages(made: Run, tx: optax.GradientTransformation, schedule):
   )
   judge = jax.jit(functools.partial(ask_judge, judge=made.judge.model, cfg=cfg))
   stages = functools.partial(
-    learn, policy=made.policy.model, tx=tx, cfg=cfg, kinds=made.kinds, schedule=schedule
+    train_step,
+    policy=made.policy.model,
+    judge=made.judge.model,
+    tx=tx,
+    cfg=cfg,
+    kinds=made.kinds,
+    schedule=schedule,
   )
   update = None
 
@@ -103,16 +110,17 @@ def _build_stages(made: Run, tx: optax.GradientTransformation, schedule):
     if update is None:
       shardings = jax.tree.map(lambda x: x.sharding, state)
       update = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
-    clock, extra, translated = StageClock(), {}, None
+    clock, extra, retokenised = StageClock(), {}, None
     with clock("rollout"):
       captions = jax.block_until_ready(write(state, made.frozen, batch))
     if made.translator:
       ids, keep, cut = made.translator(jax.device_get(captions))
-      translated, extra["judge/cut"] = sharding.put_batch((ids, keep), made.mesh), np.float32(cut)
+      retokenised = sharding.put_batch(JudgeIds(ids, keep), made.mesh)
+      extra["judge/cut"] = np.float32(cut)
     with clock("judge"):
-      answers, blind = jax.block_until_ready(judge(state, made.frozen, batch, captions, translated))
+      answers = jax.block_until_ready(judge(state, made.frozen, batch, captions, retokenised))
     with clock("update"):
-      state, metrics, samples = update(state, made.frozen, batch, captions, answers, blind)
+      state, metrics, samples = update(state, made.frozen, batch, captions, answers)
       jax.block_until_ready(metrics)
     return (
       state,

@@ -1,0 +1,107 @@
+"""What the stages of a step made -> its metrics, named `stage/name`, scalars on the device."""
+
+import jax.numpy as jnp
+
+from caprl_jax.masked import masked_mean, masked_std
+from caprl_jax.rl.groups import Groups
+from caprl_jax.rl.update import UpdateNumbers
+from caprl_jax.types import Answers, Array, Captions, Scored
+
+
+def step_metrics(
+  captions: Captions,
+  answers: Answers,
+  scored: Scored,
+  groups: Groups,
+  advantage_BG: Array,
+  update: UpdateNumbers,
+  *,
+  kind_BK: Array,
+  kinds: tuple[str, ...],
+  learning_rate: Array | None = None,
+) -> dict[str, Array]:
+  """All metrics of a step, stage by stage.
+
+  Args:
+    scored: of all images, before a KL penalty.
+    groups: those learned from, with `advantage_BG`.
+    kind_BK: of each question an index into `kinds`.
+  """
+  return {
+    **rollout_metrics(captions),
+    **judge_metrics(answers, kind_BK, kinds),
+    **reward_metrics(scored),
+    **advantage_metrics(scored, groups, advantage_BG),
+    **update_metrics(update, learning_rate),
+  }
+
+
+def rollout_metrics(captions: Captions) -> dict[str, Array]:
+  """Caption length in tokens (end token included), all tokens written, and the share of captions
+  cut at the limit.
+  """
+  length_BG = captions.valid_BGT.sum(-1)
+  return {
+    "rollout/length": length_BG.mean(),
+    "rollout/tokens": length_BG.sum(),
+    "rollout/truncated": 1.0 - captions.ended_BG.mean(),
+  }
+
+
+def judge_metrics(answers: Answers, kind_BK: Array, kinds: tuple[str, ...]) -> dict[str, Array]:
+  """Accuracy over all questions and per kind (NaN for a kind that no question of the batch has),
+  the share of questions on which the judge abstained, the share that it answered wrong, and what an
+  empty caption earns."""
+  valid = answers.valid_BGK
+  metrics = {
+    "judge/accuracy": masked_mean(answers.correct_BGK, valid),
+    "judge/abstained": masked_mean(answers.choice_BGK < 0, valid),
+    "judge/misled": masked_mean((answers.choice_BGK >= 0) & ~answers.correct_BGK, valid),
+  }
+  if answers.blind is not None:
+    metrics["judge/blind"] = masked_mean(answers.blind.credit_BGK, answers.blind.valid_BGK)
+  kind_BGK = jnp.take_along_axis(
+    jnp.broadcast_to(kind_BK[:, None], (*valid.shape[:2], kind_BK.shape[1])),
+    answers.question_BGK,
+    axis=-1,
+  )
+  for i, kind in enumerate(kinds):
+    of_kind = valid & (kind_BGK == i)
+    metrics[f"judge/accuracy/{kind}"] = jnp.where(
+      of_kind.any(), masked_mean(answers.correct_BGK, of_kind), jnp.nan
+    )
+  return metrics
+
+
+def reward_metrics(scored: Scored) -> dict[str, Array]:
+  """Reward and its terms over scored captions, its spread within groups, and the share of captions
+  that could not be scored."""
+  reward_BG, scored_BG = scored.reward_BG, scored.scored_BG
+  return {
+    "reward/mean": masked_mean(reward_BG, scored_BG),
+    "reward/group_std": masked_std(reward_BG, scored_BG, axis=1).mean(),
+    "reward/unscored": 1.0 - scored_BG.mean(),
+    **{f"reward/{name}": masked_mean(value, scored_BG) for name, value in scored.terms.items()},
+  }
+
+
+def advantage_metrics(scored: Scored, groups: Groups, advantage_BG: Array) -> dict[str, Array]:
+  """The mean size of advantages, and the shares of groups that are flat (captioned, and learned
+  from) or have fewer than two scored captions."""
+  metrics = {
+    "advantage/abs": jnp.abs(advantage_BG).mean(),
+    "advantage/flat_groups": groups.flat_B.mean(),
+    "advantage/excluded_groups": (scored.scored_BG.sum(1) < 2).mean(),
+  }
+  if groups.image_b is not None:
+    metrics["advantage/flat_groups_used"] = groups.flat_B[groups.image_b].mean()
+  return metrics
+
+
+def update_metrics(update: UpdateNumbers, learning_rate: Array | None = None) -> dict[str, Array]:
+  """Loss, gradient norms and the ratio's statistics; the learning rate of the first of the step's
+  optimizer steps."""
+  metrics = {f"update/{name}": value for name, value in update.named().items()}
+  if learning_rate is not None:
+    metrics["update/learning_rate"] = learning_rate
+  return metrics
