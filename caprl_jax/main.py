@@ -10,19 +10,17 @@ import pathlib
 import sys
 import textwrap
 import traceback
+from collections.abc import Iterator
 
 import ml_collections
 from absl import flags
 from tqdm import auto as tqdm
 
 import caprl_jax
-from caprl_jax.config import loading as config_file
-from caprl_jax.config import registry
-from caprl_jax.config import schema as configuration
+from caprl_jax.config import loading, registry, schema
 
 # Named in full, because this module is `__main__` when it is run.
 log = logging.getLogger("caprl_jax.main")
-
 
 OK, FAILED, BAD_INPUT, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
 
@@ -63,7 +61,7 @@ def _run(
   """Runs the modes in a row. What ends one of them early is put into words here, once."""
   log_file = workdir / "log.txt"
   try:
-    log.debug("config: %s", configuration.to_plain(config))
+    log.debug("config: %s", schema.to_plain(config))
     # All of them first, so that what the last mode lacks shows before the first has run.
     modules = {name: importlib.import_module(mode.module) for name, mode in modes.items()}
     for i, (name, module) in enumerate(modules.items()):
@@ -85,6 +83,7 @@ def _run(
 
 
 def _complain(error: Exception, trace: bool, note: str = "(--traceback shows where)") -> None:
+  """Says on stderr what went wrong: its traceback where `trace` asks for it, else a note."""
   if trace:
     traceback.print_exception(error)
   print(f"error: {error}", file=sys.stderr)
@@ -96,8 +95,11 @@ def _complain(error: Exception, trace: bool, note: str = "(--traceback shows whe
 
 
 def _define_flags() -> flags.FlagValues:
-  # Not absl's global flags: those bring a page of logging flags that mean nothing here, and could
-  # be parsed only once in a process.
+  """The flags beside those of the config.
+
+  Not absl's global ones: those bring a page of logging flags that mean nothing here, and could be
+  parsed only once in a process.
+  """
   options = flags.FlagValues()
   flags.DEFINE_string(
     "config",
@@ -134,6 +136,7 @@ def _define_flags() -> flags.FlagValues:
 
 
 def _help_page(options: flags.FlagValues) -> str:
+  """What --help prints: every mode with an example, and the flags."""
   command = "python -m caprl_jax.main"
   lines = [
     "caprl_jax trains an image captioner by reinforcement: a language model that cannot see the",
@@ -162,7 +165,10 @@ def _help_page(options: flags.FlagValues) -> str:
 def _parse(
   options: flags.FlagValues, argv: list[str]
 ) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-  """Parses the flags and applies the overrides. Makes the workdir."""
+  """Parses the flags, applies the overrides, checks modes and sections, and makes the workdir.
+
+  Raises ValueError for what cannot run, with the remedy.
+  """
   options.set_gnu_getopt(True)  # flags may stand in any order
   try:
     rest = options(argv, known_only=True)[1:]
@@ -170,12 +176,12 @@ def _parse(
     raise ValueError(f"{error} (--help lists the flags)") from error
   overrides = []
   for arg in rest:
-    match = config_file.OVERRIDE.fullmatch(arg)
+    match = loading.OVERRIDE.fullmatch(arg)
     if match:
       overrides.append(match)
     elif arg.startswith("-"):
       name = arg.lstrip("-").partition("=")[0]
-      hint = configuration.did_you_mean(name, options)
+      hint = schema.did_you_mean(name, options)
       raise ValueError(
         f"unknown flag {arg}{hint} (flags: {', '.join(sorted(options))}; "
         "values of the config: --config.section.key=value)"
@@ -189,8 +195,8 @@ def _parse(
     raise ValueError(
       "--config is missing, e.g. --config=configs/quickstart.py (--help shows examples)"
     )
-  config = config_file.load_config(options.config)
-  config_file.apply_overrides(config, overrides, options.config)
+  config = loading.load_config(options.config)
+  loading.apply_overrides(config, overrides, options.config)
   modes = registry.modes_of(config)
   registry.check_top_level(config)
   workdir = options.workdir or next(iter(modes.values())).workdir
@@ -260,7 +266,9 @@ def _set_compilation_cache() -> None:
     return  # decided without waking the backend, whose number of CPU devices a mode may still set
   import jax
 
-  if (jax.config.jax_platforms or "").startswith("cpu") or jax.default_backend() == "cpu":
+  if (getattr(jax.config, "jax_platforms", None) or "").startswith(
+    "cpu"
+  ) or jax.default_backend() == "cpu":
     return
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
   jax.config.update("jax_compilation_cache_dir", str(cache / "caprl_jax" / "compiled"))
@@ -283,7 +291,7 @@ class _Formatter(logging.Formatter):
 
 
 @contextlib.contextmanager
-def _logging_to(workdir: pathlib.Path, process: int):
+def _logging_to(workdir: pathlib.Path, process: int) -> Iterator[None]:
   """Our lines from INFO on and everybody's warnings go to stderr; to a file, our DEBUG too.
 
   Of several processes the first speaks; the others' stderr has warnings only.

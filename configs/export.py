@@ -7,7 +7,8 @@ processor, model card.
 Without `export.run`, `policy.checkpoint` itself is written in `export.dtype`. For laptops:
 llama.cpp's convert_hf_to_gguf.py makes a GGUF file of DIR (and its vision part with --mmproj).
 
-Expected: a directory that transformers loads (tested with tiny models). Not run yet with the checkpoint below.
+Expected: a directory that transformers loads (tested with tiny models). Not run yet with the
+checkpoint below.
 """
 
 import ml_collections

@@ -14,10 +14,10 @@ As in the paper (arXiv 2509.22647): what each stage trains, learning rates, batc
 128 examples; `examples` counts them, however many share a row), which stages there are, the new
 projector. The paper and the released files do not say, so these are choices: one epoch per stage,
 3% warm-up and cosine decay to 0, AdamW without weight decay, 4,096 tokens per row, images up to
-1,280 tokens, that examples are packed, whether Qwen2.5-3B is the base or the instruct model (base here),
-and the instruction of captions. Its benchmarks (InfoVQA, DocVQA, ...) are not part of this package:
-`pretrain.eval` asks multiple-choice questions of your own, and every stage's model is a directory
-that lmms-eval or VLMEvalKit can load.
+1,280 tokens, that examples are packed, whether Qwen2.5-3B is the base or the instruct model (base
+here), and the instruction of captions. Its benchmarks (InfoVQA, DocVQA, ...) are not part of this
+package: `pretrain.eval` asks multiple-choice questions of your own, and every stage's model is a
+directory that lmms-eval or VLMEvalKit can load.
 
 The paper's set-up (b) is --config.pretrain_policy.language=Qwen/Qwen2.5-7B; (c), InternLM2.5 with
 CLIP-ViT-L, is of families that this package does not have.

@@ -12,8 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from caprl_jax.config import keys, presets, registry
-from caprl_jax.config import schema as configuration
+from caprl_jax.config import keys, presets, registry, schema
 
 # --config.section.key=value; --config.section.key and --noconfig.section.key are True and False.
 OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", re.DOTALL)
@@ -24,7 +23,7 @@ def load_config(path: str) -> ml_collections.ConfigDict:
   file, *argument = path.split(":", 1)
   if not os.path.isfile(file):
     shipped = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-    hint = configuration.did_you_mean(file, shipped)
+    hint = schema.did_you_mean(file, shipped)
     listed = f" (in configs/: {', '.join(shipped)})" if shipped else ""
     raise ValueError(f"config file {file!r} does not exist in {os.getcwd()}{hint}{listed}")
   loader = importlib.machinery.SourceFileLoader("caprl_jax_config", file)
@@ -112,9 +111,9 @@ def _unknown_key(key: str, config: ml_collections.ConfigDict, file: str) -> Valu
     return ValueError(f"--config.{key} is called --config.{new} now")
   own = leaves(config)
   every = list(dict.fromkeys([*own, *keys.keys()]))
-  near = configuration.nearest(key, every)
+  near = schema.nearest(key, every)
   if near and near[0] in own:  # the file's own are likelier to be meant
-    near = configuration.nearest(key, own)
+    near = schema.nearest(key, own)
   hint = f"; did you mean {' or '.join(f'--config.{k}' for k in near)}?" if near else ""
   place = key.rpartition(".")[0]
   while place and not any(k.startswith(f"{place}.") for k in every):
@@ -141,12 +140,12 @@ def _text_of(override: re.Match, kind: Any, expected: str) -> str:
 def _add(config: ml_collections.ConfigDict, override: re.Match, annotation: Any) -> None:
   """Sets a key that the config does not have."""
   key = override["key"]
-  expected = configuration.expected(annotation)
+  expected = schema.expected(annotation)
   if expected == "a section":
     raise ValueError(f"--config.{key} is a section; set its keys one by one")
   text = _text_of(override, annotation, expected)
   try:
-    value = configuration.convert(_parse_annotated(text, annotation), annotation, key)
+    value = schema.convert(_parse_annotated(text, annotation), annotation, key)
   except (ValueError, TypeError) as error:
     raise ValueError(f"--config.{key}={text}: it must be {expected}") from error
   *sections, leaf = key.split(".")

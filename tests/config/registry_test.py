@@ -109,10 +109,13 @@ def test_an_old_name_on_the_command_line_fails_with_the_new_one(
   assert code == 2 and message in err, err
 
 
-def test_mode_curate_has_a_max_blind_of_its_own(tmp_path):
-  config = loading.load_config(str(ROOT / "configs" / "curate.py"))
-  assert "max_blind" in config.curate
+def test_mode_curate_has_a_max_blind_of_its_own():
+  path = str(ROOT / "configs" / "curate.py")
+  config = loading.load_config(path)
+  override = loading.OVERRIDE.fullmatch("--config.curate.max_blind=0.3")
+  loading.apply_overrides(config, [override], path)
   registry.check_top_level(config)
+  assert config.curate.max_blind == 0.3
 
 
 def test_every_new_name_is_a_key():
