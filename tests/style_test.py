@@ -26,8 +26,6 @@ LONG_FUNCTIONS: dict[str, int] = {
   "modes/plan.py:lower_step": 91,
   "modes/plan.py:run": 63,
   "modes/pretrain/run.py:train_stage": 61,
-  "modes/prism/page.py:write_page": 86,
-  "modes/prism/run.py:run": 106,
   "modes/sft.py:_train_phases": 87,
   "rl/sampling.py:decode": 64,
   "rl/step.py:learn": 67,

@@ -2,6 +2,8 @@
 is a question.
 """
 
+import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +13,7 @@ import numpy as np
 
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.readers.benchmarks import QUESTIONS, BenchmarkRow
+from caprl_jax.data.rows import CaptionRow
 from caprl_jax.scoring import answers as scoring
 from caprl_jax.scoring import extraction, intervals
 from caprl_jax.scoring.official import official_score
@@ -82,16 +85,42 @@ def per_image(scores: np.ndarray, digests: Sequence[str]) -> np.ndarray:
   return sums * len(order) / len(digests)
 
 
-def summarise(
-  scored: Mapping[str, Mapping[str, dict[str, np.ndarray]]],
-  read: Mapping[str, Sequence[BenchmarkRow]],
-  digests: Mapping[str, Sequence[str]],
-  captions: Mapping[str, Mapping[str, list]],
-  cfg: Any,
-  seed: int,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What was asked, from which captions, and what was answered.
+
+  rows: benchmark -> its questions. digests: benchmark -> the hash of each question's image.
+  images: hash -> image.
+  captions: captioner -> hash -> what it wrote about the image, each with caption, tokens, finish.
+  answered: benchmark -> captioner, and `BLIND` for no caption -> texts, or options as read
+    [rows, captions].
+  """
+
+  rows: Mapping[str, Sequence[BenchmarkRow]]
+  digests: Mapping[str, Sequence[str]]
+  images: Mapping[str, CaptionRow]
+  captions: Mapping[str, Mapping[str, list]]
+  answered: Mapping[str, Mapping[str, np.ndarray]]
+
+  @functools.cached_property
+  def scored(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """benchmark -> captioner -> as `score_answers` has it."""
+    return {
+      name: {who: score_answers(self.rows[name], found) for who, found in by_captioner.items()}
+      for name, by_captioner in self.answered.items()
+    }
+
+  def caption(self, benchmark: str, who: str, row: int, number: int) -> str:
+    """What an answer was given from; empty without a caption."""
+    if who == BLIND:
+      return ""
+    return self.captions[who][self.digests[benchmark][row]][number]["caption"]
+
+
+def summarise(evaluation: Evaluation, cfg: Any, seed: int) -> dict[str, Any]:
   """All figures, by benchmark and captioner, and the average over benchmarks, which weighs them
-  alike. scored: of each benchmark and captioner, as `score_answers` gives it."""
+  alike. cfg: as `run.PrismConfig`. seed: of the intervals."""
+  captions, digests = evaluation.captions, evaluation.digests
   names, first = list(captions), next(iter(captions))
   result: dict[str, Any] = {
     "captioners": cfg.captioners,
@@ -100,8 +129,8 @@ def summarise(
     "level": cfg.intervals,
     "benchmarks": {},
   }
-  for benchmark, rows in read.items():
-    scores = scored[benchmark]
+  for benchmark, rows in evaluation.rows.items():
+    scores = evaluation.scored[benchmark]
     values = {who: per_image(found["ours"], digests[benchmark]) for who, found in scores.items()}
     entry: dict[str, Any] = {
       "questions": len(rows),
@@ -213,26 +242,25 @@ def table_text(figures: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def write_answers(path: pathlib.Path, answered, scored, read, digests, captions) -> None:
+def write_answers(path: pathlib.Path, evaluation: Evaluation) -> None:
   """A JSON line for each question, captioner and caption: what was said, answered and scored."""
   lines = []
-  for benchmark, rows in read.items():
-    for who, found in answered[benchmark].items():
+  for benchmark, rows in evaluation.rows.items():
+    for who, found in evaluation.answered[benchmark].items():
       for i, row in enumerate(rows):
         for n, answer in enumerate(found[i]):
-          said = "" if who == BLIND else captions[who][digests[benchmark][i]][n]["caption"]
           lines.append(
             json.dumps(
               {
                 "benchmark": benchmark,
                 "row": row.name,
                 "captioner": who,
-                "caption": said,
+                "caption": evaluation.caption(benchmark, who, i, n),
                 "answer": answer if isinstance(answer, str) else int(answer),
                 "gold": row.gold,
                 **{
                   name: float(value[i, n])
-                  for name, value in scored[benchmark][who].items()
+                  for name, value in evaluation.scored[benchmark][who].items()
                   if not np.isnan(value[i, n])
                 },
               },

@@ -1,16 +1,15 @@
 """Prism's figures and answers -> a page: dots with intervals, the table, examples with images."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.readers import benchmarks
-from caprl_jax.data.readers.benchmarks import BenchmarkRow
-from caprl_jax.data.rows import CaptionRow, image_bytes
-from caprl_jax.modes.prism.figures import BLIND, difference_text, official_text
+from caprl_jax.data.rows import image_bytes
+from caprl_jax.modes.prism.figures import BLIND, Evaluation, difference_text, official_text
 from caprl_jax.pages import cards
 from caprl_jax.pages.cards import Verdict
 from caprl_jax.pages.markup import card, embedded, page, percent, table, text
@@ -21,18 +20,34 @@ _PLOT = 620  # pixels of the axis from 0 to 100
 def write_page(
   path: pathlib.Path,
   figures: Mapping[str, Any],
-  answered,
-  scored,
-  read: Mapping[str, Sequence[BenchmarkRow]],
-  digests,
-  captions,
-  images: Mapping[str, CaptionRow],
+  evaluation: Evaluation,
+  *,
   examples: int,
   seed: int,
 ) -> None:
-  """Writes the page. Examples are at random, half of them questions on which captioners differ,
-  where they do.
+  """Writes the page. figures: as `figures.summarise` returns them. Examples are at random, half of
+  them questions on which captioners differ, where they do.
   """
+  picked = _picked(evaluation, examples, seed)
+  shown = "".join(_example(evaluation, benchmark, i) for benchmark, i in picked)
+  write_text(
+    path,
+    page(
+      "Prism",
+      [
+        _headline(figures),
+        "<h2>Accuracy from captions</h2><p class=soft>Mean over questions and captions with its "
+        f"{100 * figures['level']:.0f}% bootstrap interval over images; "
+        "the short line is what is answered without a caption.</p>" + _dots(figures),
+        _table(figures),
+        _by_kind(figures),
+        f"<h2>{len(picked)} questions</h2><div class=samples>{shown}</div>",
+      ],
+    ),
+  )
+
+
+def _headline(figures: Mapping[str, Any]) -> str:
   numbers = [
     card(
       text(who),
@@ -42,6 +57,10 @@ def write_page(
     )
     for who, one in figures["average"].items()
   ]
+  return f"<div class=cards>{''.join(numbers)}</div>"
+
+
+def _table(figures: Mapping[str, Any]) -> str:
   heads = [
     "benchmark",
     "captioner",
@@ -78,35 +97,23 @@ def write_page(
           text(difference_text(versus)) if versus else "",
         ]
       )
+  return (
+    "<h2>Figures</h2><div style='overflow-x:auto;white-space:nowrap'>"
+    + table(heads, rows)
+    + "</div>"
+  )
+
+
+def _by_kind(figures: Mapping[str, Any]) -> str:
   kinds = [
     [text(f"{name}, {kind}")]
     + [percent(one["kinds"][kind]) for one in entry["captioners"].values()]
     for name, entry in figures["benchmarks"].items()
     for kind in next(iter(entry["captioners"].values())).get("kinds", {})
   ]
-  shown = [
-    _example(name, i, answered[name], scored[name], read[name], digests[name], captions, images)
-    for name, i in _picked(scored, read, examples, seed)
-  ]
-  write_text(
-    path,
-    page(
-      "Prism",
-      [
-        f"<div class=cards>{''.join(numbers)}</div>",
-        "<h2>Accuracy from captions</h2><p class=soft>Mean over questions and captions with its "
-        f"{100 * figures['level']:.0f}% bootstrap interval over images; "
-        "the short line is what is answered without a caption.</p>" + _dots(figures),
-        "<h2>Figures</h2><div style='overflow-x:auto;white-space:nowrap'>"
-        + table(heads, rows)
-        + "</div>",
-        "<h2>By kind of question</h2>" + table(["", *map(text, figures["average"])], kinds)
-        if kinds
-        else "",
-        f"<h2>{len(shown)} questions</h2><div class=samples>{''.join(shown)}</div>",
-      ],
-    ),
-  )
+  if not kinds:
+    return ""
+  return "<h2>By kind of question</h2>" + table(["", *map(text, figures["average"])], kinds)
 
 
 def _dots(figures: Mapping[str, Any]) -> str:
@@ -141,11 +148,12 @@ def _dots(figures: Mapping[str, Any]) -> str:
   )
 
 
-def _picked(scored, read, examples: int, seed: int) -> list[tuple[str, int]]:
+def _picked(evaluation: Evaluation, examples: int, seed: int) -> list[tuple[str, int]]:
+  scored, rows_of = evaluation.scored, evaluation.rows
   rng = np.random.default_rng(seed)
-  every = [(name, i) for name, rows in read.items() for i in range(len(rows))]
+  every = [(name, i) for name, rows in rows_of.items() for i in range(len(rows))]
   differing = []
-  for name in read:
+  for name in rows_of:
     means = [scores["ours"].mean(1) for who, scores in scored[name].items() if who != BLIND]
     differing += [(name, int(i)) for i in np.flatnonzero(np.ptp(np.array(means), axis=0) >= 0.5)]
   take = lambda pool, count: [pool[i] for i in rng.permutation(len(pool))[:count]]
@@ -153,11 +161,9 @@ def _picked(scored, read, examples: int, seed: int) -> list[tuple[str, int]]:
   return chosen + take([item for item in every if item not in set(chosen)], examples - len(chosen))
 
 
-def _example(
-  name: str, i: int, answered, scored, rows: Sequence[BenchmarkRow], digests, captions, images
-) -> str:
-  row, said = rows[i], []
-  for who, found in answered.items():
+def _example(evaluation: Evaluation, benchmark: str, i: int) -> str:
+  row, scored, said = evaluation.rows[benchmark][i], evaluation.scored[benchmark], []
+  for who, found in evaluation.answered[benchmark].items():
     for n, answer in enumerate(found[i]):
       verdict: Verdict = "wrong"
       if scored[who]["abstained"][i, n]:
@@ -167,16 +173,17 @@ def _example(
       shown = (
         answer if isinstance(answer, str) else row.options[answer] if answer >= 0 else "no answer"
       )
-      caption = "no caption" if who == BLIND else captions[who][digests[i]][n]["caption"]
+      caption = "no caption" if who == BLIND else evaluation.caption(benchmark, who, i, n)
       said.append(
         "<li style='grid-template-columns:minmax(58px,auto) 1fr'><span "
         f"class=who>{text(who)}</span><div><p class=text>{text(caption)}</p><p "
         f"class=marks>{cards.answer(verdict, shown[-300:])}</p></div></li>"
       )
   gold = row.gold if isinstance(row.gold, str) else " or ".join(row.gold)
+  image = evaluation.images[evaluation.digests[benchmark][i]]
   return cards.image_card(
-    embedded(image_bytes(images[digests[i]]), row.name),
-    f"{name}: {row.name}",
+    embedded(image_bytes(image), row.name),
+    f"{benchmark}: {row.name}",
     f"<p class=stem style='white-space:pre-wrap'>{text(benchmarks.user_text(row))}</p><p "
     f"class=soft>right: {text(gold)}</p><ul class=captions>{''.join(said)}</ul>",
   )

@@ -36,6 +36,7 @@ from caprl_jax.inference.captioner import CaptionerConfig, open_captioner
 from caprl_jax.inference.judge import HostJudge, JudgeSection, open_judge
 from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism import figures as prism_figures
+from caprl_jax.modes.prism.figures import Evaluation
 from caprl_jax.modes.prism.page import write_page
 from caprl_jax.rl.sampling import SamplingConfig
 
@@ -292,21 +293,19 @@ def write_answers(
   return [kept[key]["text"] for key in keys]
 
 
-def read_answers(pairs: Sequence[Pair], asker: HostJudge) -> np.ndarray:
+def read_answers(pairs: Sequence[Pair], host: HostJudge) -> np.ndarray:
   """The option that the judge reads from each caption, int; -1 where it abstains."""
   asks = [
     (caption, Question(row.stem, row.options, _letter(row), row.kind)) for row, caption, _ in pairs
   ]
-  return asker.choices(asks, "answers")
+  return host.choices(asks, "answers")
 
 
 def run(config, workdir: pathlib.Path) -> None:
   """Prism: writes prism.json, answers.jsonl and prism.html to the workdir."""
   cfg = configuration.load_section(config, "prism", PrismConfig)
-  policy, section = (
-    configuration.load_section(config, "policy", PolicySection),
-    configuration.load_section(config, "judge", JudgeSection),
-  )
+  policy = configuration.load_section(config, "policy", PolicySection)
+  section = configuration.load_section(config, "judge", JudgeSection)
   if jax.process_count() > 1:
     raise ValueError(
       "Prism runs in one process; name fewer benchmarks or captioners in each of several runs"
@@ -318,124 +317,133 @@ def run(config, workdir: pathlib.Path) -> None:
     ("prism.answer_batch_size", cfg.answer_batch_size),
   ):
     sharding.check_batch_size(size, mesh, name)
-  read = {name: read_rows(name, source, cfg, seed) for name, source in cfg.sources.items()}
+  rows = {name: read_rows(name, source, cfg, seed) for name, source in cfg.sources.items()}
   captioners = {
     name: dataclasses.replace(policy, checkpoint=checkpoint)
     for name, checkpoint in cfg.checkpoints.items()
   }
-  # All of them before the first caption: the last one may not be there.
+  # All of them before the first caption: the last one, or the judge, may not be there.
   identities = {name: captioner.identity() for name, captioner in captioners.items()}
-  judge = {
+  judge = _answers_identity(section, cfg, seed)
+  cache = pathlib.Path(cfg.cache).expanduser() if cfg.cache else workdir / "cache"
+  kept = ResultCache(cache, "answers", judge) if cfg.answers == "write" else None
+  digests: dict[str, list[str]] = {}
+  images: dict[str, CaptionRow] = {}
+  for name, asked in rows.items():
+    digests[name], found = images_of(asked)
+    images = found | images
+  log.info(
+    "%d images, %s",
+    len(images),
+    ", ".join(f"{name}: {len(asked)} questions" for name, asked in rows.items()),
+  )
+  with jax.set_mesh(mesh):
+    captions = {
+      name: _captions_of(name, captioner, identities[name], images, cache, cfg, mesh, seed)
+      for name, captioner in captioners.items()
+    }
+    evaluation = Evaluation(rows, digests, images, captions, {})
+    answered = _answer_all(evaluation, section, cfg, kept, mesh, seed)
+  evaluation = dataclasses.replace(evaluation, answered=answered)
+  figures = prism_figures.summarise(evaluation, cfg, seed)
+  write_json(workdir / "prism.json", figures)
+  prism_figures.write_answers(workdir / "answers.jsonl", evaluation)
+  log.info("\n%s", prism_figures.table_text(figures))
+  page = workdir / "prism.html"
+  write_page(page, figures, evaluation, examples=cfg.examples, seed=seed)
+  log.info("page: %s", page)
+
+
+def _answers_identity(section: JudgeSection, cfg: PrismConfig, seed: int) -> dict[str, Any]:
+  """What written answers depend on, but for what is asked. Raises ValueError for a judge that is
+  not there."""
+  settings: dict[str, Any] = {
     "judge": section.source,
     "judge_sha256": fingerprint(section.source),
     "dtype": section.dtype,
   }
   if section.int8:  # the key is new: without it, what was kept stays valid
-    judge["int8"] = True
-  digests: dict[str, list[str]] = {}
-  images: dict[str, CaptionRow] = {}
-  for name, rows in read.items():
-    digests[name], found = images_of(rows)
-    images = found | images
-  log.info(
-    "%d images, %s",
-    len(images),
-    ", ".join(f"{name}: {len(rows)} questions" for name, rows in read.items()),
-  )
-  cache = pathlib.Path(cfg.cache).expanduser() if cfg.cache else workdir / "cache"
-  with jax.set_mesh(mesh):
-    captions = {}
-    for name, captioner in captioners.items():
-      settings = {
-        "instruction": policy.instruction,
-        "captions": cfg.captions,
-        "temperature": cfg.temperature,
-        "top_p": cfg.top_p,
-        "max_tokens": cfg.max_tokens,
-        "seed": seed,
-      }
-      captions[name] = ResultCache(cache, "captions", identities[name] | settings)
-      log.info(
-        "captioner %s: %d of %d images are captioned already",
-        name,
-        sum(d in captions[name] for d in images),
-        len(images),
-      )
-      caption_all(images, captions[name], captioner.load, cfg, policy.instruction, mesh, seed)
-    kept = (
-      ResultCache(
-        cache,
-        "answers",
-        judge | {"temperature": cfg.answer_temperature, "tokens": cfg.answer_tokens, "seed": seed},
-      )
-      if cfg.answers == "write"
-      else None
-    )
-    answered = _answer_all(read, digests, captions, section, cfg, kept, mesh, seed)
-  scored = {
-    name: {who: prism_figures.score_answers(rows, found) for who, found in answered[name].items()}
-    for name, rows in read.items()
+    settings["int8"] = True
+  return settings | {
+    "temperature": cfg.answer_temperature,
+    "tokens": cfg.answer_tokens,
+    "seed": seed,
   }
-  figures = prism_figures.summarise(scored, read, digests, captions, cfg, seed)
-  write_json(workdir / "prism.json", figures)
-  prism_figures.write_answers(workdir / "answers.jsonl", answered, scored, read, digests, captions)
-  log.info("\n%s", prism_figures.table_text(figures))
-  write_page(
-    workdir / "prism.html",
-    figures,
-    answered,
-    scored,
-    read,
-    digests,
-    captions,
-    images,
-    cfg.examples,
-    seed,
+
+
+def _captions_of(
+  name: str,
+  captioner: PolicySection,
+  identity: dict[str, Any],
+  images: dict[str, CaptionRow],
+  cache: pathlib.Path,
+  cfg: PrismConfig,
+  mesh: jax.sharding.Mesh,
+  seed: int,
+) -> ResultCache:
+  """One captioner's captions of all images; those that an earlier run kept are not written
+  again."""
+  settings = {
+    "instruction": captioner.instruction,
+    "captions": cfg.captions,
+    "temperature": cfg.temperature,
+    "top_p": cfg.top_p,
+    "max_tokens": cfg.max_tokens,
+    "seed": seed,
+  }
+  captions = ResultCache(cache, "captions", identity | settings)
+  log.info(
+    "captioner %s: %d of %d images are captioned already",
+    name,
+    sum(digest in captions for digest in images),
+    len(images),
   )
-  log.info("page: %s", workdir / "prism.html")
+  caption_all(images, captions, captioner.load, cfg, captioner.instruction, mesh, seed)
+  return captions
 
 
 def _answer_all(
-  read,
-  digests,
-  captions: dict[str, ResultCache],
+  evaluation: Evaluation,
   section: JudgeSection,
   cfg: PrismConfig,
   kept: ResultCache | None,
-  mesh,
+  mesh: jax.sharding.Mesh,
   seed: int,
-) -> dict[str, dict[str, Any]]:
-  """benchmark -> captioner (and "blind") -> a text or an option for each row and caption, as arrays
-  [rows, captions]. Texts go to `kept`; without one, options are read."""
+) -> dict[str, dict[str, np.ndarray]]:
+  """`Evaluation.answered`. Texts go to `kept`; without one, options are read."""
   # One judge and one writer for all benchmarks: what is compiled for one serves the others.
-  kinds = sorted({row.kind for rows in read.values() for row in rows})
-  asker = open_judge(section, kinds=kinds, mesh=mesh, seed=seed)
-  sampling = SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature)
-  writer = (
-    None
-    if kept is None
-    else TextWriter(asker.judge, sampling, batch_size=cfg.answer_batch_size, mesh=mesh, seed=seed)
-  )
-  answered: dict[str, dict[str, Any]] = {}
-  for name, rows in read.items():
-    pairs_of: dict[str, list[Pair]] = {
-      who: [
-        (row, one["caption"], (digest, n))
-        for row, digest in zip(rows, digests[name])
-        for n, one in enumerate(store[digest])
-      ]
-      for who, store in captions.items()
-    }
-    if cfg.blind:
-      pairs_of[prism_figures.BLIND] = [
-        (row, "", (digest, 0)) for row, digest in zip(rows, digests[name])
-      ]
+  kinds = sorted({row.kind for rows in evaluation.rows.values() for row in rows})
+  host = open_judge(section, kinds=kinds, mesh=mesh, seed=seed)
+  writer = None
+  if kept is not None:
+    sampling = SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature)
+    writer = TextWriter(
+      host.judge, sampling, batch_size=cfg.answer_batch_size, mesh=mesh, seed=seed
+    )
+  answered: dict[str, dict[str, np.ndarray]] = {}
+  for name, rows in evaluation.rows.items():
     answered[name] = {}
-    for who, pairs in pairs_of.items():
+    for who, pairs in _pairs(evaluation, name, cfg.blind).items():
       found = (
-        read_answers(pairs, asker)
+        read_answers(pairs, host)
         if kept is None
-        else np.array(write_answers(pairs, kept, asker.judge, writer, cfg), object)
+        else np.array(write_answers(pairs, kept, host.judge, writer, cfg), object)
       )
       answered[name][who] = found.reshape(len(rows), -1)
   return answered
+
+
+def _pairs(evaluation: Evaluation, benchmark: str, blind: bool) -> dict[str, list[Pair]]:
+  """Captioner -> each question with each of its captions; with `blind`, also with none."""
+  questions = list(zip(evaluation.rows[benchmark], evaluation.digests[benchmark], strict=True))
+  pairs: dict[str, list[Pair]] = {
+    who: [
+      (row, one["caption"], (digest, n))
+      for row, digest in questions
+      for n, one in enumerate(captions[digest])
+    ]
+    for who, captions in evaluation.captions.items()
+  }
+  if blind:
+    pairs[prism_figures.BLIND] = [(row, "", (digest, 0)) for row, digest in questions]
+  return pairs

@@ -237,13 +237,9 @@ def test_the_summary_by_hand(tmp_path):
     for d in "ij"
   }
   captions = {"old": said(2, 4), "new": said(6, 9)}
-  scored = {
-    "one": {
-      who: prism_figures.score_answers(rows["one"], found) for who, found in answered["one"].items()
-    }
-  }
+  evaluation = prism_figures.Evaluation(rows, digests, {}, captions, answered)
   cfg = prism.PrismConfig("old=a,new=b", "one=c", captions=2)
-  found = prism_figures.summarise(scored, rows, digests, captions, cfg, 0)
+  found = prism_figures.summarise(evaluation, cfg, 0)
   entry = found["benchmarks"]["one"]
   assert (entry["questions"], entry["images"]) == (3, 2)
   assert entry["blind"]["ours"] == pytest.approx(1 / 3) and entry["blind"][
@@ -263,7 +259,7 @@ def test_the_summary_by_hand(tmp_path):
   assert prism_figures.difference_text(dict(mean=0.1, low=0.05, high=0.15, p=0.0)).endswith(
     "p < 0.001"
   )
-  prism_figures.write_answers(tmp_path / "answers.jsonl", answered, scored, rows, digests, captions)
+  prism_figures.write_answers(tmp_path / "answers.jsonl", evaluation)
   lines = read(tmp_path / "answers.jsonl")
   assert len(lines) == 3 * (2 + 2 + 1)
   assert {
