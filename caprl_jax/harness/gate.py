@@ -18,7 +18,7 @@ def gate(run: Run) -> dict[str, float]:
     return {}
   pairs = [(row, q) for row in run.eval_rows for q in row.questions]
   rate = lambda caption: float(
-    run.asker.correct([(caption(row), q) for row, q in pairs], "gate").mean()
+    run.host_judge.correct([(caption(row), q) for row, q in pairs], "gate").mean()
   )
   result = {
     "ideal": rate(lambda row: cfg.ideal.format(**row.facts)),

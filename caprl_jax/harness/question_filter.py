@@ -59,7 +59,10 @@ def _facts(row: QARow) -> dict[str, str]:
 
 
 def filter_questions(
-  splits: Sequence[tuple[str, list[QARow]]], asker: HostJudge, cfg: QuestionFilterConfig, seed: int
+  splits: Sequence[tuple[str, list[QARow]]],
+  host_judge: HostJudge,
+  cfg: QuestionFilterConfig,
+  seed: int,
 ):
   """Applies the rule to all splits at once, which asks what they share but once.
 
@@ -78,7 +81,7 @@ def filter_questions(
   known = [
     [(row, q) for row in rows for q in row.questions if _knows(row, cfg)] for _, rows in splits
   ]
-  alive = _judge(list(itertools.chain(*known)), asker, cfg, seed)
+  alive = _judge(list(itertools.chain(*known)), host_judge, cfg, seed)
   ends = np.cumsum([len(pairs) for pairs in known])[:-1]
   return [
     _collect(rows, pairs, kept, where)
@@ -87,7 +90,7 @@ def filter_questions(
 
 
 def _judge(
-  pairs: list[tuple[QARow, Question]], asker: HostJudge, cfg: QuestionFilterConfig, seed: int
+  pairs: list[tuple[QARow, Question]], host_judge: HostJudge, cfg: QuestionFilterConfig, seed: int
 ) -> np.ndarray:
   """Which questions pass, bool [len(pairs)]. What has failed too often to pass is not asked
   again.
@@ -98,19 +101,19 @@ def _judge(
 
   def inform(number: int, template: str) -> None:
     live = np.flatnonzero(alive)
-    right[live] += asker.correct(
+    right[live] += host_judge.correct(
       [(template.format(**_facts(pairs[i][0])), pairs[i][1]) for i in live], "informed"
     )
     alive[:] &= 1 - (number - right) / len(cfg.informed) > cfg.min_informed
 
-  # The blind presentations mostly repeat captions of the first template, which the asker remembers,
+  # The blind presentations mostly repeat captions of the first template, which the judge remembers,
   # and drop much: they come before the other templates.
   inform(1, cfg.informed[0])
   others = [mismatched_facts(row, pool, cfg.mismatched, seed) for row, _ in pairs]
   total = np.array([1 + len(facts) for facts in others])
   for number in range(1 + cfg.mismatched):
     live = np.flatnonzero(alive & (number < total))
-    hits[live] += asker.correct(
+    hits[live] += host_judge.correct(
       [
         ("" if number == 0 else cfg.informed[0].format(**others[i][number - 1]), pairs[i][1])
         for i in live

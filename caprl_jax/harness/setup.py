@@ -38,7 +38,7 @@ class Run:
   policy: Loaded
   judge: Loaded
   frozen: Frozen
-  asker: HostJudge
+  host_judge: HostJudge
   kinds: tuple[str, ...]
   train_rows: list[QARow]
   # rows and weight of each of their sources, in order
@@ -80,14 +80,14 @@ def set_up(settings: Settings, training: bool = True) -> Run:
   data = _read_data(settings, training)
   policy = settings.policy.load(mesh)
   names = tuple(kinds([*data.train_rows, *data.eval]))
-  asker = open_judge(
+  host_judge = open_judge(
     settings.judge,
     kinds=names,
     mesh=mesh,
     seed=settings.seed,
     compare=asks_to_compare([*data.eval, *data.train_rows], settings.gate),
   )
-  judge = asker.judge
+  judge = host_judge.judge
   log.info(
     "captioner %.1fM parameters, judge %.1fM, %d + %d images",
     _millions(policy.params),
@@ -95,23 +95,25 @@ def set_up(settings: Settings, training: bool = True) -> Run:
     len(data.train_rows),
     len(data.eval),
   )
-  data, filtered = _filter(data, asker, settings)
-  train, held_out, shape = _batchers(data, asker, policy, settings)
+  data, filtered = _filter(data, host_judge, settings)
+  train, held_out, shape = _batchers(data, host_judge, policy, settings)
   vocabulary, translator = _relate(policy, judge, settings)
   counts: dict[str, float] = {
     "train_rows": len(data.train_rows),
     "eval_rows": len(data.eval),
     **filtered,
   }
-  if asker.int8_differs is not None:
-    counts["int8_differs"] = asker.int8_differs
+  if host_judge.int8_differs is not None:
+    counts["int8_differs"] = host_judge.int8_differs
   return Run(
     settings=settings,
     mesh=mesh,
     policy=policy,
     judge=judge,
-    frozen=_frozen(settings, policy, judge, asker.tokenize, shape, vocabulary, training=training),
-    asker=asker,
+    frozen=_frozen(
+      settings, policy, judge, host_judge.tokenize, shape, vocabulary, training=training
+    ),
+    host_judge=host_judge,
     kinds=names,
     train_rows=data.train_rows,
     mixture=data.mixture,
@@ -130,7 +132,7 @@ def _read_data(settings: Settings, training: bool) -> Data:
   return Data(parts, read_qa_rows(data.eval, seed, data.max_eval_rows, data.bad_rows))
 
 
-def _filter(data: Data, asker: HostJudge, settings: Settings) -> tuple[Data, dict[str, int]]:
+def _filter(data: Data, host_judge: HostJudge, settings: Settings) -> tuple[Data, dict[str, int]]:
   """The questions that can teach, and how many were kept and dropped of each kind; those of the
   held-out split are counted under eval/."""
   *train, (held_out, held_out_counts) = filter_questions(
@@ -138,7 +140,7 @@ def _filter(data: Data, asker: HostJudge, settings: Settings) -> tuple[Data, dic
       *((part.source, rows) for part, rows in data.train),
       (settings.data.eval, data.eval),
     ],
-    asker,
+    host_judge,
     settings.question_filter,
     settings.seed,
   )
@@ -153,14 +155,14 @@ def _filter(data: Data, asker: HostJudge, settings: Settings) -> tuple[Data, dic
 
 
 def _batchers(
-  data: Data, asker: HostJudge, policy: Loaded, settings: Settings
+  data: Data, host_judge: HostJudge, policy: Loaded, settings: Settings
 ) -> tuple[QABatcher, QABatcher, QuestionShape]:
   """Of the training and the held-out split; both make batches of one shape, which is the run's."""
   splits = (data.train_rows, data.eval)
   rows = [*itertools.chain(*splits)]
-  asker.priors(q for row in rows for q in row.questions)
+  host_judge.priors(q for row in rows for q in row.questions)
   tokenized = [
-    [[asker.tokenize(q, asker.prior_of(q)) for q in row.questions] for row in split]
+    [[host_judge.tokenize(q, host_judge.prior_of(q)) for q in row.questions] for row in split]
     for split in splits
   ]
   shape = question_shape([q for split in tokenized for questions in split for q in questions])

@@ -168,9 +168,9 @@ def calibrate(
   gold = np.array([t.question.gold for t in trials])
   for reading in cfg.readings:
     asked = reading_config(reading, section, chat)
-    asker = HostJudge(judge, asked, kinds=names, seed=seed)
+    host_judge = HostJudge(judge, asked, kinds=names, seed=seed)
     asks = [(t.captions[condition], t.question) for condition in CONDITIONS for t in trials]
-    choice = asker.choices(asks, reading).reshape(len(CONDITIONS), len(trials))
+    choice = host_judge.choices(asks, reading).reshape(len(CONDITIONS), len(trials))
     choices[reading] = choice
     right = choice == gold
     row = {
@@ -182,10 +182,10 @@ def calibrate(
       for i, condition in enumerate(CONDITIONS)
     }
     if reading == "option_pmi":
-      row["margins"] = margins(asker, asks, trials)
+      row["margins"] = margins(host_judge, asks, trials)
       row["margin"] = best_margin(row["margins"])
     else:
-      row["position"] = position_bias(asker, trials, cfg.turns, reading)
+      row["position"] = position_bias(host_judge, trials, cfg.turns, reading)
     figures["readings"][reading] = row
     log.info("%s: %s", reading, ", ".join(f"{c} {row[c]['accuracy']:.3f}" for c in CONDITIONS))
   figures["agreement"] = {
@@ -195,12 +195,12 @@ def calibrate(
 
 
 def margins(
-  asker: HostJudge, asks: Sequence[Ask], trials: Sequence[Trial]
+  host_judge: HostJudge, asks: Sequence[Ask], trials: Sequence[Trial]
 ) -> list[dict[str, float]]:
   """For each of `MARGINS`: accuracy with ideal captions, and abstention with each of the others
   (`option_pmi`).
   """
-  found = [asker.best_of(ask) for ask in asks]
+  found = [host_judge.best_of(ask) for ask in asks]
   best, lead = (np.array(x).reshape(len(CONDITIONS), len(trials)) for x in zip(*found))
   gold = np.array([q.gold for _, q in asks]).reshape(best.shape)
   rows = []
@@ -220,13 +220,16 @@ def best_margin(table: Sequence[dict[str, float]]) -> float:
   return table[int(np.argmax(worth))]["margin"]
 
 
-def position_bias(asker: HostJudge, trials: Sequence[Trial], turns: int, what: str) -> dict:
+def position_bias(host_judge: HostJudge, trials: Sequence[Trial], turns: int, what: str) -> dict:
   """With true captions: accuracy by the slot of the right option, how often each slot is chosen,
   and how often the same option is chosen in two orders in a row."""
   slots = max(len(t.question.options) for t in trials)
   asked = [[turned(t.question, by) for t in trials] for by in range(turns)]
   choice = np.stack(
-    [asker.choices([(t.captions["ideal"], q) for t, q in zip(trials, row)], what) for row in asked]
+    [
+      host_judge.choices([(t.captions["ideal"], q) for t, q in zip(trials, row)], what)
+      for row in asked
+    ]
   )
   gold = np.array([[q.gold for q in row] for row in asked])
   chosen = [

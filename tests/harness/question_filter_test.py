@@ -19,7 +19,7 @@ INFORMED = (
 )
 
 
-class FakeAsker:
+class FakeJudge:
   """Answers by a function of caption and question, and keeps what it was asked."""
 
   def __init__(self, right):
@@ -46,9 +46,9 @@ def config(**kwargs):
   return QuestionFilterConfig(**{"informed": INFORMED, **kwargs})
 
 
-def filter_split(rows, asker, cfg, seed, where):
+def filter_split(rows, host_judge, cfg, seed, where):
   """Of one split."""
-  return module.filter_questions([(where, rows)], asker, cfg, seed)[0]
+  return module.filter_questions([(where, rows)], host_judge, cfg, seed)[0]
 
 
 def test_mismatched_facts_share_no_fact():
@@ -75,27 +75,27 @@ def test_the_same_value_of_another_attribute_is_no_shared_fact():
 
 
 def test_kept_and_dropped_by_kind():
-  asker = FakeAsker(honest)
-  rows, counts = filter_split(ROWS, asker, config(), 0, "train")
+  host_judge = FakeJudge(honest)
+  rows, counts = filter_split(ROWS, host_judge, config(), 0, "train")
   # Golds are red and circle: only the first row's captions say them, and no mismatched caption
   # does.
   assert [r.name for r in rows] == ["a"] and rows[0].questions == (COLOR, SHAPE)
   assert counts == {"kept/color": 1, "dropped/color": 2, "kept/shape": 1, "dropped/shape": 2}
-  blind = [caption for what, caption, q in asker.asked if what == "blind" and q is COLOR]
+  blind = [caption for what, caption, q in host_judge.asked if what == "blind" and q is COLOR]
   assert blind[0] == "" and set(blind[1:]) == {"It is a blue square.", "It is a green square."}
   # What already failed one of four templates cannot pass three in four: it is not asked again.
-  assert sum(what == "informed" for what, _, _ in asker.asked) == 6 + 2 * 3
+  assert sum(what == "informed" for what, _, _ in host_judge.asked) == 6 + 2 * 3
 
 
 def test_a_question_answered_without_its_caption_is_dropped():
   rows, counts = filter_split(
-    ROWS, FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(), 0, "train"
+    ROWS, FakeJudge(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)), config(), 0, "train"
   )
   assert rows[0].questions == (COLOR,)  # shape: one of three blind presentations right, 1/3 >= 0.25
   assert counts["dropped/shape"] == 3 and counts["kept/color"] == 1
   rows, _ = filter_split(
     ROWS,
-    FakeAsker(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)),
+    FakeJudge(lambda c, q: honest(c, q) or (c == "" and q is SHAPE)),
     config(max_blind=0.34),
     0,
     "",
@@ -104,36 +104,36 @@ def test_a_question_answered_without_its_caption_is_dropped():
 
 
 def test_a_question_answered_from_other_images_captions_is_dropped():
-  asker = FakeAsker(
+  host_judge = FakeJudge(
     lambda c, q: honest(c, q) or (q is COLOR and "square" in c and c.startswith("It"))
   )
-  rows, counts = filter_split(ROWS, asker, config(), 0, "train")
+  rows, counts = filter_split(ROWS, host_judge, config(), 0, "train")
   assert rows[0].questions == (SHAPE,)
   assert counts["kept/color"] == 0 and counts["dropped/color"] == 3
 
 
 @pytest.mark.parametrize("least, kept", [(0.74, True), (0.75, False)])
 def test_the_informed_threshold_is_strict(least, kept):
-  asker = FakeAsker(lambda c, q: honest(c, q) and not c.startswith("There"))  # three of four
+  host_judge = FakeJudge(lambda c, q: honest(c, q) and not c.startswith("There"))  # three of four
   if kept:
-    rows, _ = filter_split(ROWS, asker, config(min_informed=least), 0, "train")
+    rows, _ = filter_split(ROWS, host_judge, config(min_informed=least), 0, "train")
     assert rows[0].questions == (COLOR, SHAPE)
   else:
     with pytest.raises(ValueError, match="left none"):
-      filter_split(ROWS, asker, config(min_informed=least), 0, "train")
+      filter_split(ROWS, host_judge, config(min_informed=least), 0, "train")
 
 
 def test_no_mismatched_captions():
-  asker = FakeAsker(honest)
-  rows, _ = filter_split(ROWS, asker, config(mismatched=0), 0, "train")
+  host_judge = FakeJudge(honest)
+  rows, _ = filter_split(ROWS, host_judge, config(mismatched=0), 0, "train")
   assert rows[0].questions == (COLOR, SHAPE)
-  assert {caption for what, caption, _ in asker.asked if what == "blind"} == {""}
+  assert {caption for what, caption, _ in host_judge.asked if what == "blind"} == {""}
 
 
 @pytest.mark.parametrize("facts", [None, {"color": "red"}])
 def test_rows_without_the_facts_are_left_out_and_counted(facts):
   rows, counts = filter_split(
-    [*ROWS, QARow(b"", (COLOR, SHAPE), "d", facts)], FakeAsker(honest), config(), 0, "train"
+    [*ROWS, QARow(b"", (COLOR, SHAPE), "d", facts)], FakeJudge(honest), config(), 0, "train"
   )
   assert [r.name for r in rows] == ["a"]
   assert counts["dropped/without facts"] == 2
@@ -143,34 +143,34 @@ def test_nothing_left_raises():
   with pytest.raises(
     ValueError, match=r"train: the question filter left none of 6 questions.*'dropped/color': 3"
   ):
-    filter_split(ROWS, FakeAsker(lambda c, q: False), config(), 0, "train")
+    filter_split(ROWS, FakeJudge(lambda c, q: False), config(), 0, "train")
   with pytest.raises(ValueError, match="left none"):
     # knows it all without a caption
-    filter_split(ROWS, FakeAsker(lambda c, q: True), config(), 0, "train")
+    filter_split(ROWS, FakeJudge(lambda c, q: True), config(), 0, "train")
 
 
 def test_no_templates_keeps_every_row():
-  asker = FakeAsker(honest)
-  assert filter_split(ROWS, asker, QuestionFilterConfig(), 0, "train") == (ROWS, {})
-  assert not asker.asked
+  host_judge = FakeJudge(honest)
+  assert filter_split(ROWS, host_judge, QuestionFilterConfig(), 0, "train") == (ROWS, {})
+  assert not host_judge.asked
 
 
 def test_splits_are_judged_together_and_kept_apart():
-  asker = FakeAsker(honest)
+  host_judge = FakeJudge(honest)
   (train, counts), (test, test_counts) = module.filter_questions(
-    [("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(max_blind=1.1, min_informed=-1), 0
+    [("train", ROWS[1:]), ("test", ROWS[:1])], host_judge, config(max_blind=1.1, min_informed=-1), 0
   )
   assert [r.name for r in train] == ["b", "c"] and [r.name for r in test] == ["a"]
   assert counts["kept/color"] == 2 and test_counts["kept/color"] == 1
-  asker = FakeAsker(honest)
+  host_judge = FakeJudge(honest)
   with pytest.raises(ValueError, match="train: the question filter left none of 4"):
-    module.filter_questions([("train", ROWS[1:]), ("test", ROWS[:1])], asker, config(), 0)
+    module.filter_questions([("train", ROWS[1:]), ("test", ROWS[:1])], host_judge, config(), 0)
 
 
 def test_what_cannot_pass_any_more_is_not_asked_again():
   many = [row(str(i), f"c{i}", f"s{i}") for i in range(9)]
-  asker = FakeAsker(lambda c, q: True)
+  host_judge = FakeJudge(lambda c, q: True)
   with pytest.raises(ValueError, match="left none"):
-    filter_split(many, asker, config(mismatched=8), 0, "train")
+    filter_split(many, host_judge, config(mismatched=8), 0, "train")
   # Nine blind presentations: with the third right answer 3/9 >= 0.25, so six are never asked.
-  assert sum(what == "blind" for what, _, _ in asker.asked) == 3 * 2 * 9
+  assert sum(what == "blind" for what, _, _ in host_judge.asked) == 3 * 2 * 9

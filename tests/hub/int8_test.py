@@ -114,7 +114,7 @@ def test_everything_of_a_run_asks_the_rounded_judge_and_no_other_stays(tmp_path,
   assert asked[0] == ("judge", jnp.float32)  # what the rounded one is compared with
   assert {what for what, _ in asked[1:]} == {"int8 judge", "informed", "blind", "priors", "gate"}
   assert {dtype for _, dtype in asked[1:]} == {jnp.dtype(jnp.int8)}
-  assert made.asker.judge is made.judge and made.judge.params is made.frozen.judge
+  assert made.host_judge.judge is made.judge and made.judge.params is made.frozen.judge
   gc.collect()
   assert kernels and all(kernel() is None for kernel in kernels)
 

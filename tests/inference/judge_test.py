@@ -114,29 +114,29 @@ def expected(alone):
   return chosen
 
 
-PROGRAMS = {}  # what askers compiled: one jit for all of a reading, for the tests to be fast
+PROGRAMS = {}  # what judges compiled: one jit for all of a reading, for the tests to be fast
 
 
-def new_asker(judge, cfg=PMI, seed=0, patched=False, **sizes):
-  asker = HostJudge(judge, cfg, kinds=("color", "shape"), seed=seed, **sizes)
-  asker._answer = PROGRAMS.setdefault((judge.model, cfg, patched), asker._answer)
-  return asker
+def new_judge(judge, cfg=PMI, seed=0, patched=False, **sizes):
+  host_judge = HostJudge(judge, cfg, kinds=("color", "shape"), seed=seed, **sizes)
+  host_judge._answer = PROGRAMS.setdefault((judge.model, cfg, patched), host_judge._answer)
+  return host_judge
 
 
 @pytest.fixture(scope="module")
 def learnt(judge):
-  """An asker that has answered ASKS, what it was asked on the way, and its answers."""
-  asker = new_asker(judge)
-  asked, shapes = watch(asker)
-  return asker, asked, shapes, asker.choices(ASKS)
+  """A judge that has answered ASKS, what it was asked on the way, and its answers."""
+  host_judge = new_judge(judge)
+  asked, shapes = watch(host_judge)
+  return host_judge, asked, shapes, host_judge.choices(ASKS)
 
 
-def watch(asker):
+def watch(host_judge):
   """Counts (caption, stem, option) that reach the judge, and notes the shape of the options of
   every call.
   """
   asked, shapes = collections.Counter(), []
-  ask, answer = asker._ask, asker._answer
+  ask, answer = host_judge._ask, host_judge._answer
 
   def counting(asks, *args):
     asked.update((caption, q.stem, option) for caption, q in asks for option in q.options)
@@ -146,31 +146,31 @@ def watch(asker):
     shapes.append(questions.option_BKAO.shape)
     return answer(params, prompt, ids, keep, questions, key=key)
 
-  asker._ask, asker._answer = counting, noting
+  host_judge._ask, host_judge._answer = counting, noting
   return asked, shapes
 
 
 def test_the_options_are_what_the_tests_need(judge):
-  asker = new_asker(judge)
-  long = [asker._is_long(option) for option in MANY.options]
+  host_judge = new_judge(judge)
+  long = [host_judge._is_long(option) for option in MANY.options]
   assert sum(long) > 4 and not all(long) and len(MANY.options) > 4
-  assert [asker._is_long(option) for option in COLOR.options] == [False] * 3
-  assert [asker._is_long(option) for option in SHAPE.options] == [False, True]
+  assert [host_judge._is_long(option) for option in COLOR.options] == [False] * 3
+  assert [host_judge._is_long(option) for option in SHAPE.options] == [False, True]
 
 
 def test_choices_equal_those_of_scoring_everything_alone(learnt, alone, expected):
-  asker, _, _, got = learnt
+  host_judge, _, _, got = learnt
   assert got.dtype == int and got.tolist() == expected
   assert len(set(expected)) > 2
   assert {
     (caption, q.stem, option) for caption, q in ASKS for option in q.options
-  } <= asker.known.keys()
-  for key, score in asker.known.items():
+  } <= host_judge.known.keys()
+  for key, score in host_judge.known.items():
     assert score == pytest.approx(alone(*key), abs=2e-5), key
 
 
 def test_each_distinct_option_is_asked_once(learnt):
-  asker, asked, shapes, got = learnt
+  host_judge, asked, shapes, got = learnt
   assert set(asked) == {
     (caption, q.stem, option)
     for caption in (*CAPTIONS, PMI_TEMPLATE.baseline)
@@ -179,7 +179,7 @@ def test_each_distinct_option_is_asked_once(learnt):
   }
   assert set(asked.values()) == {1}
   calls = len(shapes)
-  assert asker.choices(ASKS[::-1]).tolist() == got.tolist()[::-1] and len(shapes) == calls
+  assert host_judge.choices(ASKS[::-1]).tolist() == got.tolist()[::-1] and len(shapes) == calls
 
 
 def test_options_of_one_token_are_asked_apart(learnt, judge):
@@ -188,48 +188,48 @@ def test_options_of_one_token_are_asked_apart(learnt, judge):
     len(judge.tokenizer.encode_plain(f" {option}")) for q in QUESTIONS for option in q.options
   ]
   assert {O for *_, O in shapes} == {1, max(lengths)}
-  asker = new_asker(judge)
-  _, shapes = watch(asker)
-  asker.choices([(CAPTIONS[1], COLOR)])
+  host_judge = new_judge(judge)
+  _, shapes = watch(host_judge)
+  host_judge.choices([(CAPTIONS[1], COLOR)])
   assert [O for *_, O in shapes] == [1, 1]  # the baseline's, the caption's
 
 
 def test_sizes_and_seed_do_not_change_what_is_learnt(judge, learnt):
-  asker = new_asker(judge, seed=1, questions_per_row=3, rows_per_call=2)
-  _, shapes = watch(asker)
-  assert asker.choices(ASKS).tolist() == learnt[-1].tolist()
+  host_judge = new_judge(judge, seed=1, questions_per_row=3, rows_per_call=2)
+  _, shapes = watch(host_judge)
+  assert host_judge.choices(ASKS).tolist() == learnt[-1].tolist()
   assert {(B, K) for B, K, *_ in shapes} == {(2, 3)} and len(shapes) > len(learnt[2])
-  assert asker.known.keys() == learnt[0].known.keys()
+  assert host_judge.known.keys() == learnt[0].known.keys()
   for key, score in learnt[0].known.items():
-    assert asker.known[key] == pytest.approx(score, abs=2e-5), key
+    assert host_judge.known[key] == pytest.approx(score, abs=2e-5), key
 
 
 def test_captions_and_stems_of_other_lengths(judge, alone):
-  asker = new_asker(judge)
+  host_judge = new_judge(judge)
   long = Question(
     "Please describe this image in detail. what color is the shape?", COLOR.options, 0, "color"
   )
   caption = "The image shows a red circle. The image shows a green rectangle."
-  asker.choices([(caption, COLOR), ("", long), ("red", COLOR)])
-  assert len(asker.known) == 5 * 3
-  for key, score in asker.known.items():
+  host_judge.choices([(caption, COLOR), ("", long), ("red", COLOR)])
+  assert len(host_judge.known) == 5 * 3
+  for key, score in host_judge.known.items():
     assert score == pytest.approx(alone(*key), abs=2e-5), key
 
 
 def test_priors(judge, alone):
-  asker = new_asker(judge)
-  asked, shapes = watch(asker)
-  asker.priors(iter([*QUESTIONS, COLOR]))
+  host_judge = new_judge(judge)
+  asked, shapes = watch(host_judge)
+  host_judge.priors(iter([*QUESTIONS, COLOR]))
   for q in QUESTIONS:
     np.testing.assert_allclose(
-      asker.prior_of(q), [alone("An image.", q.stem, o) for o in q.options], atol=2e-5
+      host_judge.prior_of(q), [alone("An image.", q.stem, o) for o in q.options], atol=2e-5
     )
-  assert {caption for caption, *_ in asked} == {"An image."} == {asker.baseline} and set(
+  assert {caption for caption, *_ in asked} == {"An image."} == {host_judge.baseline} and set(
     asked.values()
   ) == {1}
   calls = len(shapes)
   assert (
-    asker.choices(
+    host_judge.choices(
       [
         (
           "An "
@@ -246,13 +246,13 @@ def test_priors(judge, alone):
 
 
 def test_correct_and_the_margin(judge, learnt):
-  asker, *_, chosen = learnt
+  host_judge, *_, chosen = learnt
   gold = np.array([q.gold for _, q in ASKS])
-  assert asker.correct(ASKS).tolist() == (chosen == gold).tolist()
-  unsure = new_asker(judge, JudgeConfig(margin=100.0))
-  unsure.known = dict(asker.known)
+  assert host_judge.correct(ASKS).tolist() == (chosen == gold).tolist()
+  unsure = new_judge(judge, JudgeConfig(margin=100.0))
+  unsure.known = dict(host_judge.known)
   assert unsure.choices(ASKS).tolist() == [-1] * len(ASKS) and not unsure.correct(ASKS).any()
-  assert len(asker.choices([])) == 0
+  assert len(host_judge.choices([])) == 0
 
 
 @pytest.mark.parametrize("reading", LETTERS)
@@ -279,31 +279,31 @@ def test_letter_readings_choose_what_a_prompt_on_its_own_chooses(
   # So cold that a sample is the best option.
   cfg = JudgeConfig(reading=reading, temperature=1e-5 if reading == "letter_sample" else 0.6)
   assert (
-    new_asker(judge, cfg, patched=True).choices(LETTER_ASKS).tolist() == expected
+    new_judge(judge, cfg, patched=True).choices(LETTER_ASKS).tolist() == expected
     and len(set(expected)) > 1
   )
   if reading == "letter_argmax":
-    asker = new_asker(judge, cfg, patched=True, questions_per_row=2, rows_per_call=1)
-    assert asker.choices(LETTER_ASKS).tolist() == expected
+    host_judge = new_judge(judge, cfg, patched=True, questions_per_row=2, rows_per_call=1)
+    assert host_judge.choices(LETTER_ASKS).tolist() == expected
 
 
 def test_letter_readings_ask_once_and_have_no_prior(judge):
-  asker = new_asker(judge, JudgeConfig(reading="letter_argmax"))
-  asked, shapes = watch(asker)
-  asker.priors(LETTER_QUESTIONS)
-  assert not shapes and asker.prior_of(LETTER_QUESTIONS[1]) == [0.0] * 4
+  host_judge = new_judge(judge, JudgeConfig(reading="letter_argmax"))
+  asked, shapes = watch(host_judge)
+  host_judge.priors(LETTER_QUESTIONS)
+  assert not shapes and host_judge.prior_of(LETTER_QUESTIONS[1]) == [0.0] * 4
   renamed = Question(COLOR.stem, COLOR.options, 2, "shape")  # the judge sees neither gold nor kind
   asks = [*LETTER_ASKS, (CAPTIONS[1], renamed), *LETTER_ASKS]
-  got, count = asker.choices(asks), len(LETTER_ASKS)
+  got, count = host_judge.choices(asks), len(LETTER_ASKS)
   assert got[:count].tolist() == got[-count:].tolist()
   assert got[count] == got[LETTER_ASKS.index((CAPTIONS[1], COLOR))]
   # "red" and "blue" are options of two questions with one stem, which differ: both are asked.
   assert asked[CAPTIONS[1], COLOR.stem, "red"] == 2 and asked[CAPTIONS[1], COLOR.stem, "green"] == 1
   calls = len(shapes)
-  asker.choices(LETTER_ASKS)
+  host_judge.choices(LETTER_ASKS)
   assert len(shapes) == calls
   assert all(-1 <= choice < len(q.options) for choice, (_, q) in zip(got, LETTER_ASKS))
-  again = new_asker(judge, JudgeConfig(reading="letter_argmax"))
+  again = new_judge(judge, JudgeConfig(reading="letter_argmax"))
   assert again.choices(asks).tolist() == got.tolist()
 
 
@@ -319,7 +319,7 @@ def test_a_judge_that_is_not_finite_names_the_question_and_the_caption(judge, re
     name: jax.tree.map(lambda x: x.at[token].set(jnp.nan), value) if "embed" in name else value
     for name, value in judge.params.items()
   }
-  asker = new_asker(dataclasses.replace(judge, params=params), JudgeConfig(reading=reading))
+  host_judge = new_judge(dataclasses.replace(judge, params=params), JudgeConfig(reading=reading))
   asks = ASKS if reading == "option_pmi" else LETTER_ASKS
   # The caption that says nothing is asked first by option_pmi.
   caption = "An image." if reading == "option_pmi" else CAPTIONS[1]
@@ -328,17 +328,17 @@ def test_a_judge_that_is_not_finite_names_the_question_and_the_caption(judge, re
     "check judge.source and its dtype"
   )
   with pytest.raises(ValueError, match=re.escape(message)):
-    asker.choices(
+    host_judge.choices(
       [*asks, (CAPTIONS[1], Question(stem, ("circle", "a blue rectangle"), 0, "shape"))]
     )
-  assert not any(stem in key for key in asker.known)
-  assert len(asker.choices(asks)) == len(asks)  # the other questions are well
+  assert not any(stem in key for key in host_judge.known)
+  assert len(host_judge.choices(asks)) == len(asks)  # the other questions are well
 
 
 def test_a_judge_nobody_holds_is_freed(judge):
-  asker = new_asker(judge)
-  asker._is_long("red"), asker.tokenize.prompt(2)
-  gone = weakref.ref(asker), weakref.ref(asker.tokenize)
-  del asker
+  host_judge = new_judge(judge)
+  host_judge._is_long("red"), host_judge.tokenize.prompt(2)
+  gone = weakref.ref(host_judge), weakref.ref(host_judge.tokenize)
+  del host_judge
   gc.collect()
   assert [ref() for ref in gone] == [None, None]

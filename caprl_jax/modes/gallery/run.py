@@ -215,13 +215,13 @@ def difference(shared: ComparedImage) -> float:
   return float(np.mean(far)) if far else 0.0
 
 
-def judge_images(images: Sequence[ComparedImage], asker: HostJudge) -> list[ComparedImage]:
+def judge_images(images: Sequence[ComparedImage], host_judge: HostJudge) -> list[ComparedImage]:
   """The images with what the judge answered from each caption, and from none."""
   asks: list[Ask] = []
   for shared in images:
     for caption in [*(said.caption for said in shared.said.values()), ""]:
       asks += [(caption, q) for q in shared.questions if caption is not None]
-  answers = iter(asker.choices(asks).tolist())
+  answers = iter(host_judge.choices(asks).tolist())
   judged = []
   for shared in images:
     choices: dict[str, list[int | None]] = {}

@@ -293,12 +293,12 @@ def write_answers(
   return [kept[key]["text"] for key in keys]
 
 
-def read_answers(pairs: Sequence[Pair], host: HostJudge) -> np.ndarray:
+def read_answers(pairs: Sequence[Pair], host_judge: HostJudge) -> np.ndarray:
   """The option that the judge reads from each caption, int; -1 where it abstains."""
   asks = [
     (caption, Question(row.stem, row.options, _letter(row), row.kind)) for row, caption, _ in pairs
   ]
-  return host.choices(asks, "answers")
+  return host_judge.choices(asks, "answers")
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -413,21 +413,21 @@ def _answer_all(
   """`Evaluation.answered`. Texts go to `kept`; without one, options are read."""
   # One judge and one writer for all benchmarks: what is compiled for one serves the others.
   kinds = sorted({row.kind for rows in evaluation.rows.values() for row in rows})
-  host = open_judge(section, kinds=kinds, mesh=mesh, seed=seed)
+  host_judge = open_judge(section, kinds=kinds, mesh=mesh, seed=seed)
   writer = None
   if kept is not None:
     sampling = SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature)
     writer = TextWriter(
-      host.judge, sampling, batch_size=cfg.answer_batch_size, mesh=mesh, seed=seed
+      host_judge.judge, sampling, batch_size=cfg.answer_batch_size, mesh=mesh, seed=seed
     )
   answered: dict[str, dict[str, np.ndarray]] = {}
   for name, rows in evaluation.rows.items():
     answered[name] = {}
     for who, pairs in _pairs(evaluation, name, cfg.blind).items():
       found = (
-        read_answers(pairs, host)
+        read_answers(pairs, host_judge)
         if kept is None
-        else np.array(write_answers(pairs, kept, host.judge, writer, cfg), object)
+        else np.array(write_answers(pairs, kept, host_judge.judge, writer, cfg), object)
       )
       answered[name][who] = found.reshape(len(rows), -1)
   return answered
