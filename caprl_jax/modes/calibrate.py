@@ -3,7 +3,7 @@ abstain by.
 
 Held-out questions are asked with captions whose worth is known: true ones, one that says nothing,
 another image's, and none. A judge that can teach answers right from the first and abstains, or is
-at chance, with the others. Every reading is asked, over turned options, and compared with the
+at chance, with the others. Every reading is asked, over rotated options, and compared with the
 official sampled protocol.
 """
 
@@ -125,8 +125,8 @@ def make_trials(
   return trials[: cfg.max_questions]
 
 
-def turned(question: Question, by: int) -> Question:
-  """The same question with its options turned on by some places."""
+def rotated(question: Question, by: int) -> Question:
+  """The same question with its options rotated by some places."""
   count = len(question.options)
   order = [(i + by) % count for i in range(count)]
   return dataclasses.replace(
@@ -224,7 +224,7 @@ def position_bias(host_judge: HostJudge, trials: Sequence[Trial], turns: int, wh
   """With true captions: accuracy by the slot of the right option, how often each slot is chosen,
   and how often the same option is chosen in two orders in a row."""
   slots = max(len(t.question.options) for t in trials)
-  asked = [[turned(t.question, by) for t in trials] for by in range(turns)]
+  asked = [[rotated(t.question, by) for t in trials] for by in range(turns)]
   choice = np.stack(
     [
       host_judge.choices([(t.captions["ideal"], q) for t, q in zip(trials, row)], what)
@@ -246,7 +246,7 @@ def position_bias(host_judge: HostJudge, trials: Sequence[Trial], turns: int, wh
 
 
 def table(figures: dict, yardstick: str) -> str:
-  """The figures as text, a row a reading."""
+  """The figures as text, one row per reading."""
   lines = [
     f"{'reading':14} "
     + " ".join(f"{c:>9}" for c in CONDITIONS)

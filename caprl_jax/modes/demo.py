@@ -198,7 +198,7 @@ class Demo:
 
   def __init__(self, captioner: Captioner, judge: TextJudge, max_tokens: int):
     self.captioner, self.judge, self.max_tokens = captioner, judge, max_tokens
-    self._numbers = itertools.count()  # each caption draws anew where it is sampled
+    self._numbers = itertools.count()  # so that each caption that is sampled is drawn apart
     self._device, self._closed = threading.Lock(), False
 
   def close(self) -> None:
@@ -258,7 +258,7 @@ class Demo:
 
   def _about(self) -> str:
     return {
-      "option_pmi": "Scores: how much likelier an option's words become, in nats a token, than "
+      "option_pmi": "Scores: how much likelier an option's words become, in nats per token, than "
       "after a caption that says nothing. Bars: the same as shares.",
       "generate": "The judge wrote its answer.",
     }.get(self.judge.cfg.reading, "Bars: probability of each option's letter, of those shown.")
@@ -340,7 +340,7 @@ def import_gradio() -> Any:
 
 
 def build(demo: Demo, examples: Sequence[tuple[str, str, str]]) -> Any:
-  """The page as gradio.Blocks. examples: (image file, question, its options a line each)."""
+  """The page as gradio.Blocks. examples: (image file, question, its options, one per line)."""
   gr = import_gradio()
   with gr.Blocks(title="caprl_jax", analytics_enabled=False) as page:
     gr.Markdown(
@@ -366,7 +366,7 @@ def build(demo: Demo, examples: Sequence[tuple[str, str, str]]) -> Any:
           label="Question", lines=1, elem_id="question", placeholder="What color is the shape?"
         )
         options = gr.Textbox(
-          label="Options, one a line",
+          label="Options, one per line",
           info="A star before one marks it as right.",
           lines=4,
           max_lines=8,

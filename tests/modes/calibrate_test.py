@@ -86,18 +86,18 @@ def test_the_best_margin():
   )
 
 
-def test_position_bias_is_measured_over_turned_options(figures):
+def test_position_bias_is_measured_over_rotated_options(figures):
   position = figures["readings"]["letter_argmax"]["position"]
   assert (
     len(position["accuracy_by_gold_slot"]) == 3 and abs(sum(position["chosen_by_slot"])) <= 1 + 1e-6
   )
   question = Question("?", ("a", "b", "c"), 2)
-  assert [calibrate.turned(question, by).options for by in range(3)] == [
+  assert [calibrate.rotated(question, by).options for by in range(3)] == [
     ("a", "b", "c"),
     ("b", "c", "a"),
     ("c", "a", "b"),
   ]
-  assert [q.options[q.gold] for q in (calibrate.turned(question, by) for by in range(4))] == [
+  assert [q.options[q.gold] for q in (calibrate.rotated(question, by) for by in range(4))] == [
     "c"
   ] * 4
 

@@ -76,7 +76,7 @@ def judge_written(
 
 
 def two_programs(run: Run, rollout: RolloutConfig, cfg):
-  """`caption_and_judge` with the captions' text tokenised anew in between."""
+  """`caption_and_judge` with the captions' text tokenised again in between."""
   write = jax.jit(
     lambda params, frozen, batch, key: sample_captions(
       run.policy.model,
@@ -197,7 +197,7 @@ class Evaluator:
       with extra("samples", samples_path):
         save_samples(samples_path, stage, step, saved, run.eval, run.policy.tokenizer, cfg.samples)
     log.info(
-      "%s: accuracy %.3f on %d questions (%s), %.1f tokens a caption, flat groups %.2f",
+      "%s: accuracy %.3f on %d questions (%s), %.1f tokens per caption, flat groups %.2f",
       stage,
       figures["accuracy"],
       len(correct),

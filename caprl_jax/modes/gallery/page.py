@@ -1,4 +1,4 @@
-"""A gallery's figures and captions -> its page: tables in numbers, a card an image with the
+"""A gallery's figures and captions -> its page: tables in numbers, one card per image with the
 captions side by side.
 """
 
@@ -75,7 +75,7 @@ def write_page(
   Args:
     figures: as `gallery.figures` returns them.
     drawn, most: the cards' images, drawn at random and those where the captioners differ most.
-    picture: of an image; None where there is none. Called once a card, in their order.
+    picture: of an image; None where there is none. Called once per card, in their order.
     short: the name of an image on the page.
   """
   names = list((drawn or most)[0].said)

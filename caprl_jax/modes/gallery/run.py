@@ -450,7 +450,7 @@ def run(config, workdir: pathlib.Path) -> None:
     about = (
       "the judge guesses"
       if who == NOBODY
-      else f"{row['words'] or 0:.1f} words a caption, {row['failed']} failed"
+      else f"{row['words'] or 0:.1f} words per caption, {row['failed']} failed"
     )
     log.info("%s: %s%s", who, about, accuracy)
   log.info("page: %s, of %d images", output, len(common))

@@ -75,9 +75,8 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
 
 
 def per_image(scores: np.ndarray, digests: Sequence[str]) -> np.ndarray:
-  """Scores [rows, captions] -> a value an image, whose mean over images is the mean over all rows
-  and captions.
-  """
+  """Scores [rows, captions] -> one value per image; the mean of these is the mean over all rows and
+  captions."""
   order = {digest: i for i, digest in enumerate(dict.fromkeys(digests))}
   sums = np.bincount(
     [order[digest] for digest in digests], weights=scores.mean(1), minlength=len(order)

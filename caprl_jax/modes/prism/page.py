@@ -53,7 +53,7 @@ def _headline(figures: Mapping[str, Any]) -> str:
       text(who),
       percent(one["mean"]),
       f"best of {figures['captions']}: {percent(one['best'])}; "
-      f"{one['length_tokens']:.0f} tokens a caption",
+      f"{one['length_tokens']:.0f} tokens per caption",
     )
     for who, one in figures["average"].items()
   ]
