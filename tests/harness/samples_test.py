@@ -14,7 +14,7 @@ from caprl_jax.data.judge_questions import QuestionShape, TokenizedQuestion
 from caprl_jax.data.rows import QARow, Question, read_image
 from caprl_jax.harness.extras import extra
 from caprl_jax.harness.samples import save_samples
-from caprl_jax.types import Answers, Captions
+from caprl_jax.types import Answers, Captions, Samples
 
 
 class NoPrompt:
@@ -57,7 +57,7 @@ def save(path, rows, count=2):
   one = np.ones((B, 1, 1), bool)
   captions = Captions(np.zeros((B, 1, 1), np.int32), np.zeros((B, 1, 1)), one, one[..., 0])
   reward = np.ones((B, 1), np.float32)
-  parts = [(batch, (captions, answers, reward, one[..., 0], None))]
+  parts = [(batch, Samples(captions, answers, reward, one[..., 0]))]
   save_samples(path, "train", 1, parts, batcher, tiny.tokenizer(True), 10)
   return batch, tiny.read_back(path)["rows"]
 
