@@ -13,7 +13,8 @@ def gate(run: Run) -> dict[str, float]:
   Raises ValueError, with the numbers, when the gap is too small: such a judge cannot teach.
   """
   cfg = run.settings.gate
-  if cfg.ideal is None:
+  ideal = cfg.ideal
+  if ideal is None:
     log.info("gate skipped: gate.ideal is None, no true captions are known")
     return {}
   pairs = [(row, q) for row in run.eval_rows for q in row.questions]
@@ -21,7 +22,7 @@ def gate(run: Run) -> dict[str, float]:
     run.host_judge.correct([(caption(row), q) for row, q in pairs], "gate").mean()
   )
   result = {
-    "ideal": rate(lambda row: cfg.ideal.format(**row.facts)),
+    "ideal": rate(lambda row: ideal.format(**row.facts)),
     "generic": rate(lambda _: cfg.generic),
     "empty": rate(lambda _: ""),
     "questions": len(pairs),

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,11 @@ def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, 
   opt_state = with_sharding(
     jax.eval_shape(tx.init, params), sharding.optimizer_shardings(tx, params, shardings, mesh)
   )
-  scalar = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
+  whole = sharding.replicated(mesh)
+
+  def scalar(x: Any) -> Any:  # a struct, which stands for an array
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
   return TrainState(
     scalar(jnp.int32(0)), params, opt_state, scalar(jax.random.key_data(jax.random.key(0)))
   )
