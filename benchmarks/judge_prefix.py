@@ -17,10 +17,10 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
-from caprl_jax.data.judge_prompts import OFFICIAL, PMI
-from caprl_jax.data.judge_questions import QuestionTokenizer, pad_questions, question_shape
+from caprl_jax.data.judge_questions import pad_questions, question_shape
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import load_judge
+from caprl_jax.inference.judge import question_tokenizer
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig
 
@@ -55,9 +55,12 @@ def main() -> None:
   with jax.set_mesh(mesh):
     judge = load_judge(args.source, mesh)
     official = args.prompt == "official"
-    tokenize = QuestionTokenizer(
-      judge.tokenizer, OFFICIAL if official else PMI, [""], "last" if official else "none"
+    cfg = (
+      JudgeConfig(reading="letter_argmax", prompt="official", abstain="last", shuffle=False)
+      if official
+      else JudgeConfig()
     )
+    tokenize = question_tokenizer(judge, cfg, [""])
     words = ("red", "green", "blue", "black")
     asked = [
       tokenize(Question(f"what color is thing number {i}?", words, 0))
@@ -68,11 +71,6 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(1000, 20000, (N, 1, T)).astype(np.int32)
     keep = np.ones(ids.shape, bool)
     prompt = tokenize.prompt(4)
-    cfg = (
-      JudgeConfig(reading="letter_argmax", prompt="official", abstain="last", shuffle=False)
-      if official
-      else JudgeConfig()
-    )
     key = jax.random.key(0)
     answer = jax.jit(
       lambda params, ids, keep, questions: (
