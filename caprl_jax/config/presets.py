@@ -47,8 +47,8 @@ PRESETS = {
     ),
   ),
   # The released training script of CapRL++ (verl) for images: options shuffled with "F) Can not
-  # answer" after them, a length term, the sampler's log-probabilities as the old ones, a mean a
-  # caption first.
+  # answer" after them, a length term, the sampler's log-probabilities as the old ones, a mean
+  # per caption first.
   "official_caprlpp": dict(
     judge=dict(_OFFICIAL_JUDGE, shuffle=True, abstain_letter="F"),
     rollout=dict(group_size=8, sampling=_SAMPLING),
@@ -92,7 +92,7 @@ PRESETS = {
       clip_norm=1.0,
     ),
   ),
-  # Ours: every question once, read from logits over two turned orders, the same for a group;
+  # Ours: every question once, read from logits over two rotated orders, the same for a group;
   # false statements cost what true ones earn half of; no token of a cut caption is learned from.
   "caprl_jax": dict(
     judge=dict(
@@ -175,6 +175,8 @@ def expand(config: ml_collections.ConfigDict) -> None:
 
 
 def _fill(config: Any, values: dict, place: str, kept: list[str]) -> None:
+  """Sets the keys of `values` that `config` lacks; where it has another value, adds the key's
+  dotted name, which begins with `place`, and that value to `kept`."""
   for key, value in values.items():
     if isinstance(value, dict):
       if key not in config:
