@@ -366,10 +366,9 @@ def test_modes_in_the_readme_are_those_of_the_registry():
 
 
 def step_body() -> str:
-  """The lines of train_step that are the step, between its two marks."""
+  """The body of train_step, without its signature and docstring."""
   source = inspect.getsource(step.train_step)
-  begin, end = "  # step: begin\n", "  # step: end\n"
-  return textwrap.dedent(source[source.index(begin) + len(begin) : source.index(end)]).rstrip()
+  return textwrap.dedent(source.split('"""')[2]).strip()
 
 
 def test_the_readme_shows_the_step():

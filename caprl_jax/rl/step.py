@@ -17,7 +17,7 @@ from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.rl.reward import RewardConfig, score_captions
 from caprl_jax.rl.rollout import RolloutConfig, sample_captions
-from caprl_jax.rl.step_metrics import step_metrics
+from caprl_jax.rl.step_metrics import Stages, step_metrics
 from caprl_jax.rl.update import Learner, UpdateConfig, penalise_kl, update_policy
 from caprl_jax.types import Answers, Array, Batch, Captions, Frozen, Samples, TrainState
 
@@ -75,8 +75,7 @@ def train_step(
   Returns:
     The new state, metrics named `stage/name`, and samples for people to read.
   """
-  learner = Learner(policy, tx, cfg.update, cfg.rollout.sampling.temperature)
-  # step: begin
+  learner = Learner(policy, tx, cfg.update, cfg.rollout.sampling.temperature, schedule)
   captions = captions or write_captions(state, frozen, batch, policy, cfg, rollout_shardings)
   answers = answers or ask_judge(state, frozen, batch, captions, judge=judge, cfg=cfg)
   scored = score_captions(answers, captions, frozen.vocabulary, cfg.reward)
@@ -84,21 +83,8 @@ def train_step(
   groups = penalise_kl(learner, frozen, groups)
   advantage_BG = advantages(groups, cfg.advantage)
   new_state, update = update_policy(learner, state, frozen, groups.rollout(advantage_BG))
-  # step: end
-  metrics = step_metrics(
-    captions,
-    answers,
-    scored,
-    groups,
-    advantage_BG,
-    update,
-    kind_BK=batch.questions.kind_BK,
-    kinds=kinds,
-    learning_rate=schedule(state.step * cfg.update.steps) if schedule else None,
-  )
-  advantage_BG = groups.of_all_images(advantage_BG)
-  samples = Samples(captions, answers, scored.reward_BG, scored.scored_BG, advantage_BG)
-  return new_state, metrics, samples
+  stages = Stages(captions, answers, scored, groups, advantage_BG, update)
+  return new_state, step_metrics(stages, batch, kinds), stages.samples()
 
 
 def write_captions(

@@ -1,38 +1,44 @@
 """What the stages of a step made -> its metrics, named `stage/name`, scalars on the device."""
 
+import flax.struct
 import jax.numpy as jnp
 
 from caprl_jax.masked import masked_mean, masked_std
 from caprl_jax.rl.groups import Groups
 from caprl_jax.rl.update import UpdateNumbers
-from caprl_jax.types import Answers, Array, Captions, Scored
+from caprl_jax.types import Answers, Array, Batch, Captions, Samples, Scored
 
 
-def step_metrics(
-  captions: Captions,
-  answers: Answers,
-  scored: Scored,
-  groups: Groups,
-  advantage_BG: Array,
-  update: UpdateNumbers,
-  *,
-  kind_BK: Array,
-  kinds: tuple[str, ...],
-  learning_rate: Array | None = None,
-) -> dict[str, Array]:
-  """All metrics of a step, stage by stage.
+@flax.struct.dataclass
+class Stages:
+  """What each stage of a step made."""
 
-  Args:
-    scored: of all images, before a KL penalty.
-    groups: those learned from, with `advantage_BG`.
-    kind_BK: of each question an index into `kinds`.
-  """
+  captions: Captions
+  answers: Answers
+  scored: Scored  # of all images, before a KL penalty
+  groups: Groups  # those learned from
+  advantage_BG: Array  # theirs
+  update: UpdateNumbers
+
+  def samples(self) -> Samples:
+    """What people read of a step, for all its images."""
+    return Samples(
+      self.captions,
+      self.answers,
+      self.scored.reward_BG,
+      self.scored.scored_BG,
+      self.groups.of_all_images(self.advantage_BG),
+    )
+
+
+def step_metrics(stages: Stages, batch: Batch, kinds: tuple[str, ...]) -> dict[str, Array]:
+  """All metrics of a step, stage by stage. `kinds`: names of the questions' kinds."""
   return {
-    **rollout_metrics(captions),
-    **judge_metrics(answers, kind_BK, kinds),
-    **reward_metrics(scored),
-    **advantage_metrics(scored, groups, advantage_BG),
-    **update_metrics(update, learning_rate),
+    **rollout_metrics(stages.captions),
+    **judge_metrics(stages.answers, batch.questions.kind_BK, kinds),
+    **reward_metrics(stages.scored),
+    **advantage_metrics(stages.scored, stages.groups, stages.advantage_BG),
+    **update_metrics(stages.update),
   }
 
 
@@ -98,10 +104,6 @@ def advantage_metrics(scored: Scored, groups: Groups, advantage_BG: Array) -> di
   return metrics
 
 
-def update_metrics(update: UpdateNumbers, learning_rate: Array | None = None) -> dict[str, Array]:
-  """Loss, gradient norms and the ratio's statistics; the learning rate of the first of the step's
-  optimizer steps."""
-  metrics = {f"update/{name}": value for name, value in update.named().items()}
-  if learning_rate is not None:
-    metrics["update/learning_rate"] = learning_rate
-  return metrics
+def update_metrics(update: UpdateNumbers) -> dict[str, Array]:
+  """Loss, gradient norms, learning rate and the ratio's statistics."""
+  return {f"update/{name}": value for name, value in update.named().items()}

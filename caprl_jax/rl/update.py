@@ -4,6 +4,7 @@ steps.
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -55,6 +56,7 @@ class Learner:
   tx: optax.GradientTransformation
   cfg: UpdateConfig
   temperature: float = 1.0  # of the sampler: the loss is about the distribution it drew from
+  schedule: Callable[[Array], Array] | None = None  # of the learning rate, for its metric
 
 
 @flax.struct.dataclass
@@ -275,6 +277,9 @@ def update_policy(
     order = jnp.tile(jnp.arange(cfg.minibatches), cfg.epochs)
     (params, opt_state), numbers = jax.lax.scan(step, (state.params, state.opt_state), order)
     numbers = numbers.over_steps()
+  if learner.schedule:  # of the first of the steps
+    rate = learner.schedule(state.step * cfg.steps)
+    numbers = dataclasses.replace(numbers, means={**numbers.means, "learning_rate": rate})
   return dataclasses.replace(
     state, step=state.step + 1, params=params, opt_state=opt_state
   ), numbers
