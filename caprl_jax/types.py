@@ -193,7 +193,7 @@ class Frozen:
 
 @flax.struct.dataclass
 class Packed:
-  """Rows as `Policy.packed` reads them, with M images a row kept apart: `images` has [B, M, S,
+  """Rows as `Policy.packed` reads them, with M images per row kept apart: `images` has [B, M, S,
   ...], but `unit_BI`.
   """
 

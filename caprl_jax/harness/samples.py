@@ -30,6 +30,7 @@ def save_samples(
   """
   rows = []
   for batch, samples in parts:
+    assert batch.question_BK is not None  # `QABatcher` says which questions it took
     captions, answers = samples.captions, samples.answers
     for b in range(len(batch.row_B)):
       if len(rows) == limit:

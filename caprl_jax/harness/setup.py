@@ -231,7 +231,7 @@ def _frozen(
     stamps = stamp_table(policy.tokenizer.texts(policy.model.cfg.text.vocab_size))
   options = shape.options if settings.judge.reading != "option_pmi" else 2
   written = judge.model.cfg.vocab_size if settings.judge.reading == "generate" else None
-  vocabulary = vocabulary.replace(stamp_VX=stamps)
+  vocabulary = dataclasses.replace(vocabulary, stamp_VX=stamps)
   return Frozen(
     judge=judge.params,
     prompt=put(tokenize.prompt(options, written)),

@@ -294,15 +294,9 @@ def train_stage(
     log.info("stage %s goes on after step %d of %d", name, int(state.step), steps)
   else:
     state = make_state(params, tx, shardings, seed, mesh)
+  settings = dict(microbatches=stage.microbatches, chunk_tokens=cfg.chunk_tokens)
   step = jax.jit(
-    functools.partial(
-      _step,
-      policy=policy.model,
-      tx=tx,
-      schedule=schedule,
-      microbatches=stage.microbatches,
-      chunk_tokens=cfg.chunk_tokens,
-    ),
+    functools.partial(_step, policy=policy.model, tx=tx, schedule=schedule, **settings),
     donate_argnums=0,
     # The state comes out where it went in: another layout would compile the step anew.
     out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None),

@@ -184,7 +184,7 @@ def test_without_any_data_a_model_is_only_asked(folder, whole_run, tmp_path):
 
 
 def test_the_published_hyperparameters():
-  """The paper's stages: what each trains, learning rate, examples a step."""
+  """The paper's stages: what each trains, learning rate, examples per step."""
   made = load_config("configs/pretrain_caprl.py")
   cfg = configuration.load_section(made, "pretrain", pretrain.PretrainConfig)
   assert cfg.order == ("align", "further", "instruct") and cfg.stages["further"].data is None
