@@ -56,7 +56,7 @@ def _forget_programs():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def tiny_run(tmp_path_factory):
   """`harness.setup.Run` of the tiny models, under a mesh of one device."""
   from helpers import tiny  # it needs torch, which not every test does
 

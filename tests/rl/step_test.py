@@ -62,69 +62,69 @@ GOLDEN = {
 }
 
 
-def a_batch(made):
-  return sharding.put_batch(next(train_iterator(made.train.example, 12, 8, 0)), made.mesh)
+def a_batch(tiny_run):
+  return sharding.put_batch(next(train_iterator(tiny_run.train.example, 12, 8, 0)), tiny_run.mesh)
 
 
-def fresh_state(made, tx):
+def fresh_state(tiny_run, tx):
   return make_state(
-    jax.tree.map(jnp.copy, made.policy.params), tx, made.policy.shardings, 0, made.mesh
+    jax.tree.map(jnp.copy, tiny_run.policy.params), tx, tiny_run.policy.shardings, 0, tiny_run.mesh
   )
 
 
 _steps = {}  # compiled once for all tests
 
 
-def jitted(made, cfg=None):
-  cfg = cfg or made.settings.step
+def jitted(tiny_run, cfg=None):
+  cfg = cfg or tiny_run.settings.step
   if cfg not in _steps:
     _steps[cfg] = jax.jit(
       functools.partial(
         train_step,
-        policy=made.policy.model,
-        judge=made.judge.model,
-        tx=optimizer(made),
+        policy=tiny_run.policy.model,
+        judge=tiny_run.judge.model,
+        tx=optimizer(tiny_run),
         cfg=cfg,
-        kinds=made.kinds,
+        kinds=tiny_run.kinds,
       ),
       donate_argnums=0,
     )
   return _steps[cfg]
 
 
-def sample(made, batch, seed):
+def sample(tiny_run, batch, seed):
   run = jax.jit(
     lambda p, batch, key, vocabulary: sample_captions(
-      made.policy.model, p, batch, key, vocabulary, made.settings.step.rollout
+      tiny_run.policy.model, p, batch, key, vocabulary, tiny_run.settings.step.rollout
     )
   )
-  return run(made.policy.params, batch, jax.random.key(seed), made.frozen.vocabulary)
+  return run(tiny_run.policy.params, batch, jax.random.key(seed), tiny_run.frozen.vocabulary)
 
 
-def optimizer(made):
-  return build_optimizer(made.settings.optimizer, 4)[0]
+def optimizer(tiny_run):
+  return build_optimizer(tiny_run.settings.optimizer, 4)[0]
 
 
-def test_stages_by_hand_are_the_jitted_step(made):
-  tx, cfg, batch = optimizer(made), made.settings.step, a_batch(made)
-  state, vocabulary = fresh_state(made, tx), made.frozen.vocabulary
+def test_stages_by_hand_are_the_jitted_step(tiny_run):
+  tx, cfg, batch = optimizer(tiny_run), tiny_run.settings.step, a_batch(tiny_run)
+  state, vocabulary = fresh_state(tiny_run, tx), tiny_run.frozen.vocabulary
   keys = stage_keys(state.key, state.step)
   # Each stage a program of its own: op by op they would compile hundreds.
-  captions = jax.jit(lambda *a: sample_captions(made.policy.model, *a, cfg.rollout))(
+  captions = jax.jit(lambda *a: sample_captions(tiny_run.policy.model, *a, cfg.rollout))(
     state.params, batch, keys.rollout, vocabulary
   )
-  judge = Judge(made.judge.model, made.frozen.judge, made.frozen.prompt)
+  judge = Judge(tiny_run.judge.model, tiny_run.frozen.judge, tiny_run.frozen.prompt)
   answers = jax.jit(lambda *a: judge_ids(*a, cfg.judge))(
     judge, JudgeIds.of(captions, vocabulary), batch.questions, keys.judge
   )
   scored = score_captions(answers, captions, vocabulary, cfg.reward)
   advantage = group_advantages(scored.reward_BG, scored.scored_BG, cfg.advantage)
-  learner = Learner(made.policy.model, tx, cfg.update)
+  learner = Learner(tiny_run.policy.model, tx, cfg.update)
   by_hand, update = jax.jit(lambda *a: update_policy(learner, *a))(
-    state, made.frozen, Rollout(batch, captions, scored.scored_BG, advantage)
+    state, tiny_run.frozen, Rollout(batch, captions, scored.scored_BG, advantage)
   )
   metrics = update_metrics(update)
-  together, numbers, samples = jitted(made)(fresh_state(made, tx), made.frozen, batch)
+  together, numbers, samples = jitted(tiny_run)(fresh_state(tiny_run, tx), tiny_run.frozen, batch)
   np.testing.assert_array_equal(captions.tokens_BGT, samples.captions.tokens_BGT)
   np.testing.assert_array_equal(scored.reward_BG, samples.reward_BG)
   assert 0 < float(numbers["reward/mean"]) < 1 and float(numbers["advantage/flat_groups"]) < 1
@@ -134,8 +134,10 @@ def test_stages_by_hand_are_the_jitted_step(made):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-5)
 
 
-def test_the_first_update_is_on_policy(made):
-  _, numbers, _ = jitted(made)(fresh_state(made, optimizer(made)), made.frozen, a_batch(made))
+def test_the_first_update_is_on_policy(tiny_run):
+  _, numbers, _ = jitted(tiny_run)(
+    fresh_state(tiny_run, optimizer(tiny_run)), tiny_run.frozen, a_batch(tiny_run)
+  )
   assert (
     abs(float(numbers["update/ratio_max"]) - 1) < 1e-4
     and abs(float(numbers["update/ratio_min"]) - 1) < 1e-4
@@ -147,20 +149,20 @@ def test_the_first_update_is_on_policy(made):
 @pytest.mark.parametrize(
   "aggregation, counts", [("token_mean", (1, 2, 8)), ("sequence_mean", (1, 8))]
 )
-def test_gradients_do_not_depend_on_microbatches(made, aggregation, counts):
-  batch = a_batch(made)
-  captions = sample(made, batch, 1)
+def test_gradients_do_not_depend_on_microbatches(tiny_run, aggregation, counts):
+  batch = a_batch(tiny_run)
+  captions = sample(tiny_run, batch, 1)
   rng = np.random.default_rng(0)
   advantage = jnp.asarray(rng.normal(size=captions.ended_BG.shape), jnp.float32)
   scored = jnp.asarray(rng.random(captions.ended_BG.shape) < 0.8)
-  loss = dataclasses.replace(made.settings.step.update.loss, aggregation=aggregation)
+  loss = dataclasses.replace(tiny_run.settings.step.update.loss, aggregation=aggregation)
   # All arrays are arguments: XLA would spend minutes on folding constants.
   results = [
     jax.jit(
       functools.partial(
-        loss_gradients, Learner(made.policy.model, None, UpdateConfig(loss, microbatches=m))
+        loss_gradients, Learner(tiny_run.policy.model, None, UpdateConfig(loss, microbatches=m))
       )
-    )(made.policy.params, made.frozen, Rollout(batch, captions, scored, advantage))
+    )(tiny_run.policy.params, tiny_run.frozen, Rollout(batch, captions, scored, advantage))
     for m in counts
   ]
   first = results[0]
@@ -174,23 +176,23 @@ def test_gradients_do_not_depend_on_microbatches(made, aggregation, counts):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
-def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(made):
+def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(tiny_run):
   """sampled = teacher-forced with the shared prefix = every caption alone in a batch of its own
   image.
   """
-  batch, vocabulary = a_batch(made), made.frozen.vocabulary
-  captions = sample(made, batch, 2)
+  batch, vocabulary = a_batch(tiny_run), tiny_run.frozen.vocabulary
+  captions = sample(tiny_run, batch, 2)
   score = jax.jit(
     lambda p, batch, captions: caption_logprobs(
-      made.policy.model, p, batch, captions, vocabulary, 1.0
+      tiny_run.policy.model, p, batch, captions, vocabulary, 1.0
     )[0]
   )
   valid = np.asarray(captions.valid_BGT)
-  shared = np.asarray(score(made.policy.params, batch, captions))
+  shared = np.asarray(score(tiny_run.policy.params, batch, captions))
   np.testing.assert_allclose(np.asarray(captions.logp_BGT)[valid], shared[valid], atol=1e-4)
   for g in range(captions.tokens_BGT.shape[1]):
     alone = jax.tree.map(lambda x: x[:, g : g + 1], captions)
-    single = np.asarray(score(made.policy.params, batch, alone))[:, 0]
+    single = np.asarray(score(tiny_run.policy.params, batch, alone))[:, 0]
     np.testing.assert_allclose(single[valid[:, g]], shared[:, g][valid[:, g]], atol=1e-4)
   allowed = np.asarray(vocabulary.allowed_V)
   assert allowed[np.asarray(captions.tokens_BGT)[valid]].all() and not allowed.all()
@@ -198,17 +200,21 @@ def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(made):
   assert (ends.sum(-1) <= 1).all() and (ends.any(-1) == np.asarray(captions.ended_BG)).all()
 
 
-def test_nothing_compiles_after_the_first_step_and_the_state_is_donated(made):
-  tx = optimizer(made)
-  step, state = jitted(made), fresh_state(made, tx)
-  iterator = train_iterator(made.train.example, 12, 8, 0)
+def test_nothing_compiles_after_the_first_step_and_the_state_is_donated(tiny_run):
+  tx = optimizer(tiny_run)
+  step, state = jitted(tiny_run), fresh_state(tiny_run, tx)
+  iterator = train_iterator(tiny_run.train.example, 12, 8, 0)
   old = state
-  state, metrics, _ = step(state, made.frozen, sharding.put_batch(next(iterator), made.mesh))
+  state, metrics, _ = step(
+    state, tiny_run.frozen, sharding.put_batch(next(iterator), tiny_run.mesh)
+  )
   jax.block_until_ready(metrics)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
   with CompileCounter() as compiles:
     for _ in range(3):
-      state, metrics, _ = step(state, made.frozen, sharding.put_batch(next(iterator), made.mesh))
+      state, metrics, _ = step(
+        state, tiny_run.frozen, sharding.put_batch(next(iterator), tiny_run.mesh)
+      )
       jax.block_until_ready(metrics)
   assert compiles.count == 0
   with CompileCounter() as compiles:  # the counter does count
@@ -216,8 +222,10 @@ def test_nothing_compiles_after_the_first_step_and_the_state_is_donated(made):
   assert compiles.count > 0
 
 
-def test_the_metrics_of_the_first_step_are_what_they_were(made):
-  _, numbers, _ = jitted(made)(fresh_state(made, optimizer(made)), made.frozen, a_batch(made))
+def test_the_metrics_of_the_first_step_are_what_they_were(tiny_run):
+  _, numbers, _ = jitted(tiny_run)(
+    fresh_state(tiny_run, optimizer(tiny_run)), tiny_run.frozen, a_batch(tiny_run)
+  )
   got = {name: float(value) for name, value in sorted(numbers.items())}
   shown = ",\n".join(f"    {name!r}: {value:.6g}" for name, value in got.items())
   how = f"if the step was meant to change, say why in the commit and make GOLDEN\n{{\n{shown}}}"
@@ -226,14 +234,14 @@ def test_the_metrics_of_the_first_step_are_what_they_were(made):
     np.testing.assert_allclose(value, GOLDEN[name], rtol=5e-3, atol=5e-5, err_msg=f"{name}; {how}")
 
 
-def test_a_kl_term_pulls_towards_the_reference(made):
-  loss = dataclasses.replace(made.settings.step.update.loss, kl=0.5)
-  cfg = dataclasses.replace(made.settings.step, update=UpdateConfig(loss))
-  policy, tx = made.policy.params, optimizer(made)
+def test_a_kl_term_pulls_towards_the_reference(tiny_run):
+  loss = dataclasses.replace(tiny_run.settings.step.update.loss, kl=0.5)
+  cfg = dataclasses.replace(tiny_run.settings.step, update=UpdateConfig(loss))
+  policy, tx = tiny_run.policy.params, optimizer(tiny_run)
   results = []
   for reference in (jax.tree.map(jnp.copy, policy), jax.tree.map(lambda x: x * 1.5, policy)):
-    frozen = made.frozen.replace(reference=reference)
-    _, numbers, _ = jitted(made, cfg)(fresh_state(made, tx), frozen, a_batch(made))
+    frozen = tiny_run.frozen.replace(reference=reference)
+    _, numbers, _ = jitted(tiny_run, cfg)(fresh_state(tiny_run, tx), frozen, a_batch(tiny_run))
     results.append({name: float(value) for name, value in numbers.items()})
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(reference))
   at_itself, elsewhere = results
@@ -244,18 +252,18 @@ def test_a_kl_term_pulls_towards_the_reference(made):
     0.5 * (elsewhere["update/kl"] - at_itself["update/kl"]),
     rtol=1e-3,
   )
-  assert "update/kl" not in GOLDEN and made.frozen.reference is None
+  assert "update/kl" not in GOLDEN and tiny_run.frozen.reference is None
 
 
-def infinite_reward(made):
-  reward = dataclasses.replace(made.settings.step.reward, accuracy=float("inf"))
-  return jitted(made, dataclasses.replace(made.settings.step, reward=reward))
+def infinite_reward(tiny_run):
+  reward = dataclasses.replace(tiny_run.settings.step.reward, accuracy=float("inf"))
+  return jitted(tiny_run, dataclasses.replace(tiny_run.settings.step, reward=reward))
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(made):
-  state = fresh_state(made, optimizer(made))
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(tiny_run):
+  state = fresh_state(tiny_run, optimizer(tiny_run))
   before = jax.tree.map(np.array, (state.params, state.opt_state))
-  state, numbers, _ = infinite_reward(made)(state, made.frozen, a_batch(made))
+  state, numbers, _ = infinite_reward(tiny_run)(state, tiny_run.frozen, a_batch(tiny_run))
   assert float(numbers["update/nonfinite"]) == 1 and int(state.step) == 1
   for a, b in zip(
     jax.tree.leaves(before), jax.tree.leaves((state.params, state.opt_state)), strict=True
@@ -263,11 +271,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(made):
     np.testing.assert_array_equal(a, b)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(made, tmp_path):
-  tx, frozen = optimizer(made), made.frozen
+def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(tiny_run, tmp_path):
+  tx, frozen = optimizer(tiny_run), tiny_run.frozen
 
   def step(state, batch):  # the second batch's pixels are fine; its advantages are not
-    return (infinite_reward(made) if int(state.step) == 1 else jitted(made))(state, frozen, batch)
+    return (infinite_reward(tiny_run) if int(state.step) == 1 else jitted(tiny_run))(
+      state, frozen, batch
+    )
 
   checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=100))
   with pytest.raises(
@@ -275,10 +285,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(made, tmp_
   ) as caught:
     run_loop(
       step,
-      fresh_state(made, tx),
-      train_iterator(made.train.example, 12, 8, 0),
+      fresh_state(tiny_run, tx),
+      train_iterator(tiny_run.train.example, 12, 8, 0),
       steps=4,
-      mesh=made.mesh,
+      mesh=tiny_run.mesh,
       checkpoints=checkpoints,
       config={},
       workdir=tmp_path,
@@ -287,7 +297,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(made, tmp_
     )
   assert f"checkpoint of step {checkpoints.latest_step()} " in str(caught.value)
   assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-  state, _ = checkpoints.restore(fresh_state(made, tx))
+  state, _ = checkpoints.restore(fresh_state(tiny_run, tx))
   checkpoints.close()
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
 

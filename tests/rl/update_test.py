@@ -34,14 +34,14 @@ TX = optax.sgd(0.5)
 
 
 @pytest.fixture(scope="module")
-def rollout(made):
-  batch = sharding.put_batch(next(train_iterator(made.train.example, 12, 8, 0)), made.mesh)
+def rollout(tiny_run):
+  batch = sharding.put_batch(next(train_iterator(tiny_run.train.example, 12, 8, 0)), tiny_run.mesh)
   run = jax.jit(
     lambda p, batch, vocabulary: sample_captions(
-      made.policy.model, p, batch, jax.random.key(1), vocabulary, made.settings.step.rollout
+      tiny_run.policy.model, p, batch, jax.random.key(1), vocabulary, tiny_run.settings.step.rollout
     )
   )
-  captions = run(made.policy.params, batch, made.frozen.vocabulary)
+  captions = run(tiny_run.policy.params, batch, tiny_run.frozen.vocabulary)
   rng = np.random.default_rng(0)
   shape = captions.ended_BG.shape
   captions = captions.replace(ended_BG=jnp.asarray(rng.random(shape) < 0.5))
@@ -53,16 +53,16 @@ def rollout(made):
   )
 
 
-def state_of(made, tx=TX):
+def state_of(tiny_run, tx=TX):
   return make_state(
-    jax.tree.map(jnp.copy, made.policy.params), tx, made.policy.shardings, 0, made.mesh
+    jax.tree.map(jnp.copy, tiny_run.policy.params), tx, tiny_run.policy.shardings, 0, tiny_run.mesh
   )
 
 
-def update(made, rollout, cfg, frozen=None):
-  learner = Learner(made.policy.model, TX, cfg)
+def update(tiny_run, rollout, cfg, frozen=None):
+  learner = Learner(tiny_run.policy.model, TX, cfg)
   run = jax.jit(lambda state, frozen, rollout: update_policy(learner, state, frozen, rollout))
-  state, numbers = run(state_of(made), frozen or made.frozen, rollout)
+  state, numbers = run(state_of(tiny_run), frozen or tiny_run.frozen, rollout)
   return state, update_metrics(numbers)
 
 
@@ -72,22 +72,22 @@ def close(a, b, atol=2e-5):
 
 
 @pytest.mark.parametrize("importance", ["none", "truncate"])
-def test_minibatches_and_epochs_are_optimizer_steps_in_a_row(made, rollout, importance):
+def test_minibatches_and_epochs_are_optimizer_steps_in_a_row(tiny_run, rollout, importance):
   cfg = UpdateConfig(
     LossConfig(importance=importance, aggregation="sequence_mean"),
     minibatches=2,
     epochs=2,
     microbatches=2,
   )
-  state, metrics = update(made, rollout, cfg)
-  learner = Learner(made.policy.model, TX, cfg)
-  params, opt_state = made.policy.params, TX.init(made.policy.params)
+  state, metrics = update(tiny_run, rollout, cfg)
+  learner = Learner(tiny_run.policy.model, TX, cfg)
+  params, opt_state = tiny_run.policy.params, TX.init(tiny_run.policy.params)
   if importance != "none":
-    old = jax.jit(lambda p, r: logprobs_in_pieces(learner, p, made.frozen, r.batch, r.captions))(
-      params, rollout
-    )
+    old = jax.jit(
+      lambda p, r: logprobs_in_pieces(learner, p, tiny_run.frozen, r.batch, r.captions)
+    )(params, rollout)
     rollout = dataclasses.replace(rollout, old_logp_BGT=old)
-  one = jax.jit(lambda p, o, part: optimizer_step(learner, p, o, made.frozen, part))
+  one = jax.jit(lambda p, o, part: optimizer_step(learner, p, o, tiny_run.frozen, part))
   ratios, losses = [], []
   for number in (0, 1, 0, 1):
     part = jax.tree.map(lambda x: x[number::2], rollout)
@@ -102,15 +102,15 @@ def test_minibatches_and_epochs_are_optimizer_steps_in_a_row(made, rollout, impo
   assert int(state.step) == 1
 
 
-def test_importance_weights_correct_what_the_sampler_says(made, rollout):
+def test_importance_weights_correct_what_the_sampler_says(tiny_run, rollout):
   """A sampler whose log-probabilities are off by 0.3: the weights are exp(-0.3), the ratio stays
   1.
   """
   off = dataclasses.replace(
     rollout, captions=rollout.captions.replace(logp_BGT=rollout.captions.logp_BGT + 0.3)
   )
-  _, plain = update(made, rollout, UpdateConfig(LossConfig()))
-  _, metrics = update(made, off, UpdateConfig(LossConfig(importance="truncate")))
+  _, plain = update(tiny_run, rollout, UpdateConfig(LossConfig()))
+  _, metrics = update(tiny_run, off, UpdateConfig(LossConfig(importance="truncate")))
   np.testing.assert_allclose(metrics["update/importance"], np.exp(-0.3), rtol=1e-4)
   np.testing.assert_allclose(metrics["update/logp_difference"], 0.3, rtol=1e-4)
   np.testing.assert_allclose(metrics["update/ratio_max"], 1, rtol=1e-5)
@@ -119,17 +119,17 @@ def test_importance_weights_correct_what_the_sampler_says(made, rollout):
   )
 
 
-def test_truncated_captions_can_stay_out_of_the_loss(made, rollout):
-  _, masked = update(made, rollout, UpdateConfig(LossConfig(mask_truncated=True)))
+def test_truncated_captions_can_stay_out_of_the_loss(tiny_run, rollout):
+  _, masked = update(tiny_run, rollout, UpdateConfig(LossConfig(mask_truncated=True)))
   ended = dataclasses.replace(rollout, scored_BG=rollout.scored_BG & rollout.captions.ended_BG)
-  _, by_hand = update(made, ended, UpdateConfig(LossConfig()))
+  _, by_hand = update(tiny_run, ended, UpdateConfig(LossConfig()))
   np.testing.assert_allclose(masked["update/grad_norm"], by_hand["update/grad_norm"], rtol=1e-5)
-  _, everything = update(made, rollout, UpdateConfig(LossConfig()))
+  _, everything = update(tiny_run, rollout, UpdateConfig(LossConfig()))
   assert abs(float(everything["update/grad_norm"] - masked["update/grad_norm"])) > 1e-4
 
 
-def test_the_gradient_of_each_part_adds_up(made, rollout):
-  _, metrics = update(made, rollout, UpdateConfig(LossConfig()))
+def test_the_gradient_of_each_part_adds_up(tiny_run, rollout):
+  _, metrics = update(tiny_run, rollout, UpdateConfig(LossConfig()))
   parts = [
     float(metrics[f"update/grad_norm_{part}"]) for part in ("vision", "projector", "decoder")
   ]
@@ -139,13 +139,13 @@ def test_the_gradient_of_each_part_adds_up(made, rollout):
   assert min(parts) > 0
 
 
-def test_an_entropy_bonus_raises_entropy(made, rollout):
+def test_an_entropy_bonus_raises_entropy(tiny_run, rollout):
   flat = dataclasses.replace(rollout, advantage_BG=jnp.zeros(rollout.scored_BG.shape))
-  _, before = update(made, flat, UpdateConfig(LossConfig()))
-  state, _ = update(made, flat, UpdateConfig(LossConfig(entropy=1.0)))
+  _, before = update(tiny_run, flat, UpdateConfig(LossConfig()))
+  state, _ = update(tiny_run, flat, UpdateConfig(LossConfig(entropy=1.0)))
   score = jax.jit(
     lambda p, r: caption_logprobs(
-      made.policy.model, p, r.batch, r.captions, made.frozen.vocabulary, 1.0
+      tiny_run.policy.model, p, r.batch, r.captions, tiny_run.frozen.vocabulary, 1.0
     )[1]
   )
   counts = rollout.captions.valid_BGT & rollout.scored_BG[..., None]
@@ -153,67 +153,71 @@ def test_an_entropy_bonus_raises_entropy(made, rollout):
   assert after > float(before["update/entropy"]) + 1e-4
 
 
-def test_exact_kl_is_the_sum_over_the_vocabulary(made, rollout):
-  other = jax.tree.map(lambda x: x * 1.3, made.policy.params)
+def test_exact_kl_is_the_sum_over_the_vocabulary(tiny_run, rollout):
+  other = jax.tree.map(lambda x: x * 1.3, tiny_run.policy.params)
 
   @jax.jit
   def both(p, q, r):
-    hidden, far = (caption_hidden(made.policy.model, x, r.batch, r.captions) for x in (p, q))
-    head = lambda x: head_matrix(made.policy.model.cfg.text, x["language_model"])
-    allowed = made.frozen.vocabulary.allowed_V
+    hidden, far = (caption_hidden(tiny_run.policy.model, x, r.batch, r.captions) for x in (p, q))
+    head = lambda x: head_matrix(tiny_run.policy.model.cfg.text, x["language_model"])
+    allowed = tiny_run.frozen.vocabulary.allowed_V
     logits = [jnp.where(allowed, h @ head(x).T, -1e30) for h, x in ((hidden, p), (far, q))]
     return (hidden, head(p), far, head(q)), [jax.nn.log_softmax(x) for x in logits]
 
-  arrays, (logp, logq) = both(made.policy.params, other, rollout)
+  arrays, (logp, logq) = both(tiny_run.policy.params, other, rollout)
   want = (np.exp(logp) * (logp - logq)).sum(-1)
   for chunk in (1024, 7):
-    got = token_kl(*arrays, allowed_V=made.frozen.vocabulary.allowed_V, chunk_tokens=chunk)
+    got = token_kl(*arrays, allowed_V=tiny_run.frozen.vocabulary.allowed_V, chunk_tokens=chunk)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-  frozen = made.frozen.replace(reference=other)
+  frozen = tiny_run.frozen.replace(reference=other)
   cfg = UpdateConfig(LossConfig(kl=0.5, kl_estimator="full"), microbatches=2)
-  _, metrics = update(made, rollout, cfg, frozen)
+  _, metrics = update(tiny_run, rollout, cfg, frozen)
   counts = np.asarray(rollout.captions.valid_BGT & rollout.scored_BG[..., None]).ravel()
   np.testing.assert_allclose(metrics["update/kl"], want[counts].mean(), rtol=1e-3)
   assert want.min() > 1e-4
   none = update(
-    made,
+    tiny_run,
     rollout,
     UpdateConfig(LossConfig(kl=0.5, kl_estimator="full")),
-    made.frozen.replace(reference=jax.tree.map(jnp.copy, made.policy.params)),
+    tiny_run.frozen.replace(reference=jax.tree.map(jnp.copy, tiny_run.policy.params)),
   )[1]
   assert abs(float(none["update/kl"])) < 1e-6
 
 
-def step_with(made, **changes):
-  cfg = dataclasses.replace(made.settings.step, **changes)
+def step_with(tiny_run, **changes):
+  cfg = dataclasses.replace(tiny_run.settings.step, **changes)
   return jax.jit(
     functools.partial(
       train_step,
-      policy=made.policy.model,
-      judge=made.judge.model,
+      policy=tiny_run.policy.model,
+      judge=tiny_run.judge.model,
       tx=TX,
       cfg=cfg,
-      kinds=made.kinds,
+      kinds=tiny_run.kinds,
       schedule=lambda count: 0.1 * count,
     )
   )
 
 
-def batch_of(made, count=8):
-  return sharding.put_batch(next(train_iterator(made.train.example, 12, count, 0)), made.mesh)
+def batch_of(tiny_run, count=8):
+  return sharding.put_batch(
+    next(train_iterator(tiny_run.train.example, 12, count, 0)), tiny_run.mesh
+  )
 
 
-def test_kl_in_the_reward_is_taken_from_each_captions_own(made):
-  other = jax.tree.map(lambda x: x * 1.3, made.policy.params)
-  frozen, batch = made.frozen.replace(reference=other), batch_of(made)
+def test_kl_in_the_reward_is_taken_from_each_captions_own(tiny_run):
+  other = jax.tree.map(lambda x: x * 1.3, tiny_run.policy.params)
+  frozen, batch = tiny_run.frozen.replace(reference=other), batch_of(tiny_run)
   loss = LossConfig(kl=0.2, kl_in="reward", kl_estimator="k1")
-  cfg = dataclasses.replace(made.settings.step.advantage, estimator="rloo")
-  _, metrics, samples = step_with(made, update=UpdateConfig(loss), advantage=cfg)(
-    state_of(made), frozen, batch
+  cfg = dataclasses.replace(tiny_run.settings.step.advantage, estimator="rloo")
+  _, metrics, samples = step_with(tiny_run, update=UpdateConfig(loss), advantage=cfg)(
+    state_of(tiny_run), frozen, batch
   )
   captions, reward, scored = samples.captions, samples.reward_BG, samples.scored_BG
   score = jax.jit(
-    lambda p, b, c: caption_logprobs(made.policy.model, p, b, c, made.frozen.vocabulary, 1.0)[0]
+    lambda p, b, c: caption_logprobs(
+      tiny_run.policy.model, p, b, c, tiny_run.frozen.vocabulary, 1.0
+    )[0]
   )
   kl = ((captions.logp_BGT - score(other, batch, captions)) * captions.valid_BGT).sum(-1)
   want = group_advantages(reward - 0.2 * kl, scored, cfg)
@@ -222,10 +226,10 @@ def test_kl_in_the_reward_is_taken_from_each_captions_own(made):
   assert float(metrics["update/kl"]) != 0 and float(metrics["update/learning_rate"]) == 0
 
 
-def test_oversampling_learns_from_the_groups_that_carry_signal(made):
-  batch = batch_of(made)
-  one = dataclasses.replace(made.settings.step.rollout, oversample=2)
-  _, metrics, samples = step_with(made, rollout=one)(state_of(made), made.frozen, batch)
+def test_oversampling_learns_from_the_groups_that_carry_signal(tiny_run):
+  batch = batch_of(tiny_run)
+  one = dataclasses.replace(tiny_run.settings.step.rollout, oversample=2)
+  _, metrics, samples = step_with(tiny_run, rollout=one)(state_of(tiny_run), tiny_run.frozen, batch)
   captions, reward, scored = samples.captions, samples.reward_BG, samples.scored_BG
   advantage = samples.advantage_BG
   flat = np.asarray(flat_groups(reward, scored))
@@ -239,22 +243,22 @@ def test_oversampling_learns_from_the_groups_that_carry_signal(made):
     take(batch),
     take(captions),
     take(scored),
-    group_advantages(reward[chosen], scored[chosen], made.settings.step.advantage),
+    group_advantages(reward[chosen], scored[chosen], tiny_run.settings.step.advantage),
   )
-  _, by_hand = update(made, alone, made.settings.step.update)
+  _, by_hand = update(tiny_run, alone, tiny_run.settings.step.update)
   np.testing.assert_allclose(metrics["update/grad_norm"], by_hand["update/grad_norm"], rtol=1e-4)
 
 
-def test_the_step_in_three_programs_is_the_fused_one(made):
-  batch = batch_of(made)
-  fused, numbers, _ = build_step(made, TX)(state_of(made), batch)
+def test_the_step_in_three_programs_is_the_fused_one(tiny_run):
+  batch = batch_of(tiny_run)
+  fused, numbers, _ = build_step(tiny_run, TX)(state_of(tiny_run), batch)
   apart = dataclasses.replace(
-    made,
+    tiny_run,
     settings=dataclasses.replace(
-      made.settings, train=dataclasses.replace(made.settings.train, fused=False)
+      tiny_run.settings, train=dataclasses.replace(tiny_run.settings.train, fused=False)
     ),
   )
-  state, metrics, _ = build_step(apart, TX)(state_of(made), batch)
+  state, metrics, _ = build_step(apart, TX)(state_of(tiny_run), batch)
   close(fused.params, state.params, atol=1e-4)
   times = {f"time/{stage}_secs" for stage in ("rollout", "judge", "update")}
   assert set(metrics) - set(numbers) == times and all(metrics[name] > 0 for name in times)
