@@ -117,7 +117,7 @@ MODES: dict[str, Mode] = {
     "--config=configs/curate.py --workdir=runs/curate "
     "--config.curate.input=IMAGES --config.curate.output=qa.parquet",
     {
-      "curate": "modes.curate.run:CurateConfig",
+      "curate": "modes.curate.section:CurateConfig",
       "generator": "harness.sections:PolicySection",
       "answerer": "harness.sections:PolicySection",
       "endpoint": "inference.endpoint:EndpointConfig",

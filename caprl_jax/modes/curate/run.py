@@ -21,9 +21,9 @@ import json
 import logging
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -31,10 +31,9 @@ from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json, write_text
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers.image_sources import find_images
-from caprl_jax.data.readers.jsonl import parse_question, plain_questions
+from caprl_jax.data.readers.jsonl import plain_questions
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import (
-  BadRows,
   CaptionRow,
   QARow,
   Question,
@@ -51,72 +50,17 @@ from caprl_jax.inference.captioner import (
   open_captioner,
 )
 from caprl_jax.inference.endpoint import Endpoint, EndpointConfig
-from caprl_jax.inference.vqa import AnswerConfig, Answerer, VqaAnswer
+from caprl_jax.inference.vqa import Answerer
 from caprl_jax.modes.curate import generated, perceptual_hash
 from caprl_jax.modes.curate.page import write_page
+from caprl_jax.modes.curate.section import CurateConfig
+from caprl_jax.modes.curate.selection import funnel, funnel_text, select
 from caprl_jax.modes.dataset.run import check_output, write_rows
 
 log = logging.getLogger("caprl_jax.modes.curate.run")
 
 LOOKED_AT_ONCE = 256  # images that a kill may lose the work on
 Numbered = Sequence[tuple[int, CaptionRow | QARow]]
-
-
-@dataclasses.dataclass(frozen=True)
-class CurateConfig:
-  """The section `curate`.
-
-  input: images (`readers.image_sources.find_images`); with questions "given", a QA source
-    (`qa_sources.py`) to be filtered.
-  output: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER.
-  split, name: of the dataset, where the output has them.
-  questions: written by the `generator` section's model, by an `endpoint`, or `given`.
-  max_tokens, temperature, repetition_penalty, batch_size: of the generator; CapRL's own by
-    default.
-  answers: how the questions are asked.
-  min_visual: a question stays when the share of its orders answered right with the image is above
-    this; CapRL: 0.75, of four.
-  max_blind: and without the image below this; CapRL: 0.25.
-  min_side: images smaller than this in pixels are left out.
-  similar_bits: two images are alike when at most so many of the 64 bits of their perceptual
-    hashes differ (`perceptual_hash.py`); None keeps all.
-  benchmarks: sources of images that none kept may be like.
-  similar_questions: of one image's questions, one stays of those that share more than this part
-    of their words.
-  shard_rows: images that are one host's work at a time.
-  bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
-  """
-
-  input: str
-  output: str
-  split: str = "train"
-  name: str = "curated"
-  questions: Literal["generator", "endpoint", "given"] = "generator"
-  max_tokens: int = 2048
-  temperature: float = 0.1
-  repetition_penalty: float = 1.05
-  batch_size: int = 8
-  answers: AnswerConfig = AnswerConfig()
-  min_visual: float = 0.75
-  max_blind: float = 0.25
-  min_side: int = 28
-  similar_bits: int | None = perceptual_hash.DEFAULT_BITS
-  benchmarks: tuple[str, ...] = ()
-  similar_questions: float = 0.8
-  shard_rows: int = 1000
-  bad_rows: BadRows = "refuse"
-
-  def __post_init__(self):
-    if not (0 <= self.min_visual <= 1 and 0 <= self.max_blind <= 1):
-      raise ValueError(
-        f"curate.min_visual = {self.min_visual} and max_blind = {self.max_blind} "
-        "are shares, from 0 to 1"
-      )
-    if self.shard_rows < 1 or self.batch_size < 1:
-      raise ValueError(
-        f"curate.shard_rows = {self.shard_rows} and batch_size = "
-        f"{self.batch_size} must be at least 1"
-      )
 
 
 @dataclasses.dataclass
@@ -294,119 +238,6 @@ def _answer(
       )
       for result in batch
     ]
-
-
-# ---- 4: selection ----
-
-
-@dataclasses.dataclass
-class Selected:
-  """What is left of one image, and what is not: (question, verdict or None, reason)."""
-
-  row: QARow
-  kept: list[tuple[Question, VqaAnswer]]
-  dropped: list[tuple[Question, VqaAnswer | None, str]]
-
-
-def select(item: RowResult[QARow], cfg: CurateConfig) -> Selected:
-  """Applies the thresholds to one image's questions, then leaves out those that ask what one kept
-  asks.
-  """
-  kept: list[tuple[Question, VqaAnswer]] = []
-  dropped: list[tuple[Question, VqaAnswer | None, str]] = []
-  row = item.source
-  questions = [
-    parse_question(q, f"{row.name}: question {i}") for i, q in enumerate(item.row["questions"])
-  ]
-  if item.row["error"]:
-    dropped += [(question, None, "not asked") for question in questions]
-    questions = []
-  R = cfg.answers.permutations
-  for question, found in zip(
-    questions, [VqaAnswer(**v) for v in item.row["verdicts"]], strict=True
-  ):
-    if found.error:
-      dropped.append((question, found, "not asked"))
-    elif found.visual <= cfg.min_visual:
-      dropped.append((question, found, "not answered with the image"))
-    elif found.blind >= cfg.max_blind:
-      dropped.append((question, found, "answered without the image"))
-    else:
-      shares = f"visual {round(found.visual * R)}/{R}, blind {round(found.blind * R)}/{R}"
-      kept.append(
-        (
-          dataclasses.replace(question, provenance=f"{question.provenance}; {shares}".lstrip("; ")),
-          found,
-        )
-      )
-  stay, similar_ones = generated.drop_similar_questions(
-    [question for question, _ in kept], cfg.similar_questions
-  )
-  verdicts = {question: found for question, found in kept}
-  dropped += [(question, verdicts[question], "asks nearly the same") for question in similar_ones]
-  kept = [(question, verdicts[question]) for question in stay]
-  left = tuple(question for question, _ in kept)
-  return Selected(QARow(row.image, left, row.name, row.facts), kept, dropped)
-
-
-def funnel(
-  images: int, gone: Counter, items: Iterable[tuple[RowResult, Selected]], kept_images: int
-) -> dict[str, Any]:
-  """What came in, what fell out at which stage and why, what is left; counts of images, then of
-  questions.
-  """
-  reasons, failures, grid = Counter(), Counter(), Counter()
-  asked = parsed = kept = rows = replies = 0
-  for item, selected in items:
-    replies += not any(failure["reason"] == "no reply" for failure in item.row["failures"])
-    failures.update(_class(failure["reason"]) for failure in item.row["failures"])
-    parsed += len(item.row["questions"])
-    reasons.update(reason for _, _, reason in selected.dropped)
-    kept += len(selected.kept)
-    rows += bool(selected.kept)
-    for found in item.row["verdicts"]:
-      if not found["error"]:
-        asked += 1
-        grid[f"{found['visual']:.2f}/{found['blind']:.2f}"] += 1
-  return {
-    "images": {
-      "found": images,
-      "left out": dict(gone),
-      "kept": kept_images,
-      "with a reply": replies,
-      "with questions kept": rows,
-    },
-    "questions": {
-      "not parsed": dict(failures.most_common()),
-      "parsed": parsed,
-      "asked": asked,
-      "dropped": dict(reasons.most_common()),
-      "kept": kept,
-    },
-    "visual/blind": dict(sorted(grid.items())),
-  }
-
-
-def _class(reason: str) -> str:
-  """A failure's reason without what is particular to it."""
-  return reason.partition(": ")[0].partition(" '")[0].partition(' "')[0][:80]
-
-
-def funnel_text(figures: dict[str, Any]) -> str:
-  """The funnel, as the log has it."""
-  images, questions = figures["images"], figures["questions"]
-  lines = [f"images      {images['found']:,} found"]
-  lines += [f"              - {count:,} {reason}" for reason, count in images["left out"].items()]
-  lines += [
-    f"            {images['kept']:,} kept, {images['with a reply']:,} with a reply",
-    f"questions   {questions['parsed']:,} parsed",
-  ]
-  lines += [
-    f"              ({count:,} not: {reason})" for reason, count in questions["not parsed"].items()
-  ]
-  lines += [f"              - {count:,} {reason}" for reason, count in questions["dropped"].items()]
-  lines += [f"            {questions['kept']:,} kept, of {images['with questions kept']:,} images"]
-  return "\n".join(lines)
 
 
 # ---- the mode ----

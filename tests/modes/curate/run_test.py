@@ -23,7 +23,8 @@ from caprl_jax.hub.load import load_policy
 from caprl_jax.inference import vqa as answering
 from caprl_jax.modes.curate import generated
 from caprl_jax.modes.curate import run as curation
-from caprl_jax.modes.curate.run import CurateConfig, select
+from caprl_jax.modes.curate.section import CurateConfig
+from caprl_jax.modes.curate.selection import select
 
 COLOR = Question("What color is the shape", ("red", "green", "blue", "teal"), 2)
 SHAPE = Question("What shape is present?", ("circle", "image"), 0)

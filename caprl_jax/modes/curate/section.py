@@ -1,0 +1,65 @@
+"""The section `curate` of mode `curate`."""
+
+import dataclasses
+from typing import Literal
+
+from caprl_jax.data.rows import BadRows
+from caprl_jax.inference.vqa import AnswerConfig
+from caprl_jax.modes.curate import perceptual_hash
+
+
+@dataclasses.dataclass(frozen=True)
+class CurateConfig:
+  """The section `curate`.
+
+  input: images (`readers.image_sources.find_images`); with questions "given", a QA source
+    (`qa_sources.py`) to be filtered.
+  output: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER.
+  split, name: of the dataset, where the output has them.
+  questions: written by the `generator` section's model, by an `endpoint`, or `given`.
+  max_tokens, temperature, repetition_penalty, batch_size: of the generator; CapRL's own by
+    default.
+  answers: how the questions are asked.
+  min_visual: a question stays when the share of its orders answered right with the image is above
+    this; CapRL: 0.75, of four.
+  max_blind: and without the image below this; CapRL: 0.25.
+  min_side: images smaller than this in pixels are left out.
+  similar_bits: two images are alike when at most so many of the 64 bits of their perceptual
+    hashes differ (`perceptual_hash.py`); None keeps all.
+  benchmarks: sources of images that none kept may be like.
+  similar_questions: of one image's questions, one stays of those that share more than this part
+    of their words.
+  shard_rows: images that are one host's work at a time.
+  bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
+  """
+
+  input: str
+  output: str
+  split: str = "train"
+  name: str = "curated"
+  questions: Literal["generator", "endpoint", "given"] = "generator"
+  max_tokens: int = 2048
+  temperature: float = 0.1
+  repetition_penalty: float = 1.05
+  batch_size: int = 8
+  answers: AnswerConfig = AnswerConfig()
+  min_visual: float = 0.75
+  max_blind: float = 0.25
+  min_side: int = 28
+  similar_bits: int | None = perceptual_hash.DEFAULT_BITS
+  benchmarks: tuple[str, ...] = ()
+  similar_questions: float = 0.8
+  shard_rows: int = 1000
+  bad_rows: BadRows = "refuse"
+
+  def __post_init__(self):
+    if not (0 <= self.min_visual <= 1 and 0 <= self.max_blind <= 1):
+      raise ValueError(
+        f"curate.min_visual = {self.min_visual} and max_blind = {self.max_blind} "
+        "are shares, from 0 to 1"
+      )
+    if self.shard_rows < 1 or self.batch_size < 1:
+      raise ValueError(
+        f"curate.shard_rows = {self.shard_rows} and batch_size = "
+        f"{self.batch_size} must be at least 1"
+      )
