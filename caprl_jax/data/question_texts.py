@@ -18,15 +18,15 @@ LLAVA = PLACE + "\nAnswer the question using a single word or phrase."
 
 
 def orders(question: Question, permutations: int, seed: int) -> list[list[int]]:
-  """Orders of the options: a random one, which depends on the question and the seed only, turned on
-  place by place.
+  """Orders of the options: a random one, which depends on the question and the seed only, then that
+  one rotated by one place more each time.
   """
   digest = hashlib.sha256(f"{seed}/{question.stem}/{'/'.join(question.options)}".encode()).digest()
   first = (
     np.random.default_rng(int.from_bytes(digest, "big")).permutation(len(question.options)).tolist()
   )
-  turn = lambda n: first[n % len(first) :] + first[: n % len(first)]
-  return [turn(n) for n in range(permutations)]
+  starts = [n % len(first) for n in range(permutations)]
+  return [first[start:] + first[:start] for start in starts]
 
 
 def question_text(question: Question, order: Sequence[int], none_of_above: bool) -> str:

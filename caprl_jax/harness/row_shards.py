@@ -96,7 +96,7 @@ class ShardedJob(Generic[Source]):
       raise ValueError(
         f"{self.folder} is left from a job with other settings: "
         f"{differences(found, self.manifest)}. Run it with those, delete the folder "
-        "to begin anew, or name another output"
+        "to begin again, or name another output"
       )
 
   def numbers(self, shard: int) -> range:
