@@ -226,10 +226,10 @@ def begin_policy(
       "mode sft needs policy.checkpoint, or policy.architecture and "
       "policy.tokenizer for a new model"
     )
-  texts = {text for phase in phases for text in all_captions(phase, rows)}
-  tokenizer = shared_tokenizer(
-    section.tokenizer, texts if section.compact else None, section.instruction
-  )
+  texts = None
+  if section.compact:
+    texts = {text for phase in phases for text in all_captions(phase, rows)}
+  tokenizer = shared_tokenizer(section.tokenizer, texts, section.instruction)
   return policy_from_architecture(
     section.architecture, section.preprocessor, tokenizer, seed=seed, mesh=mesh
   )
