@@ -125,7 +125,9 @@ class HostJudge:
       return np.array([self.known[caption, q.stem, q.options] for caption, q in asks], int)
     self._learn_options([(self.baseline, q) for _, q in asks])
     self._learn_options(asks, what)
-    return np.array([answer_by_margin(*self.best_of(ask), self.cfg.margin) for ask in asks], int)
+    found = [self.best_of(ask) for ask in asks]
+    best, lead = np.array([b for b, _ in found], int), np.array([gap for _, gap in found])
+    return np.asarray(answer_by_margin(best, lead, self.cfg.margin))
 
   def best_of(self, ask: Ask) -> tuple[int, float]:
     """`option_pmi`: the best option of what was asked before, whatever the margin, and its lead

@@ -5,7 +5,7 @@ Letters as in `types.py`; where "can not answer" is an option, A counts it and i
 """
 
 import dataclasses
-from typing import Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ import numpy as np
 
 from caprl_jax.masked import NEGATIVE
 from caprl_jax.types import Array, JudgePrompt, Questions
+
+Scores = TypeVar("Scores", Array, np.ndarray)
 
 MARGIN_READINGS = ("option_pmi", "letter_argmax")  # those that compare scores with each other
 
@@ -112,7 +114,7 @@ class JudgeConfig:
     )
 
 
-def best_and_lead(score_A: Array | np.ndarray) -> tuple[Array, Array]:
+def best_and_lead(score_A: Scores) -> tuple[Scores, Scores]:
   """The best option, and by how much it leads over the runner-up; of numpy and jax arrays.
 
   Args:
@@ -121,13 +123,13 @@ def best_and_lead(score_A: Array | np.ndarray) -> tuple[Array, Array]:
   Returns:
     Index of the best (the first of equals) int [...], and its lead in the scores' unit, [...].
   """
-  best = score_A.argmax(-1)
+  best: Any = score_A.argmax(-1)
   is_best_A = np.arange(score_A.shape[-1]) == best[..., None]
   runner_up = (score_A + is_best_A * NEGATIVE).max(-1)
   return best, score_A.max(-1) - runner_up
 
 
-def answer_by_margin(best: Array, lead: Array, margin: float) -> Array:
+def answer_by_margin(best: Scores, lead: Scores, margin: float) -> Scores:
   """The judge's answer where scores are compared: the best option, or -1, which is to abstain, if
   it does not lead by more than `margin` (a lead that is not a number never does)."""
   return (lead > margin) * (best + 1) - 1
