@@ -1,4 +1,4 @@
-"""Where captions go: each format read back by its own reader, statistics by hand, the page."""
+"""Where captions go: each format read back by its own reader, refusals, kills."""
 
 import json
 import pathlib
@@ -9,41 +9,18 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from helpers.captioned_rows import outcome, write_images
 from PIL import Image
 
 from caprl_jax.data.readers.image_sources import base_folder, find_images
-from caprl_jax.data.rows import CaptionRow
-from caprl_jax.harness.row_shards import RowResult
 from caprl_jax.modes.caption import formats as caption_formats
-from caprl_jax.modes.caption import statistics as caption_statistics
 from caprl_jax.modes.caption.formats import Output
-from caprl_jax.modes.caption.page import samples_page
-
-# ---- formats
 
 
 @pytest.fixture
 def images(tmp_path):
-  """A folder of six images in a tree; the fourth does not open."""
-  rng = np.random.default_rng(0)
-  for i in range(6):
-    path = tmp_path / "images" / ("deep" if i % 2 else "") / f"{i}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rng.integers(0, 256, (8, 9 + i, 3), dtype=np.uint8)).save(path)
-  return tmp_path / "images"
-
-
-def outcome(rows: list[CaptionRow]) -> list[RowResult[CaptionRow]]:
-  """What a captioner might make of them."""
-  good = lambda i: {
-    "caption": f'Ünï {i}\n"x"',
-    "tokens": [i, 2, 3],
-    "finish": "end" if i else "length",
-  }
-  return [
-    RowResult(i, row, {"image": row.name} | ({"error": "no"} if i == 3 else good(i)), {})
-    for i, row in enumerate(rows)
-  ]
+  """A folder of six images in a tree."""
+  return write_images(tmp_path / "images")
 
 
 def output(kind, path, source, **more) -> Output:
@@ -178,99 +155,3 @@ def test_a_kill_leaves_no_half_of_an_output(kind, images, tmp_path):
   assert not out.path.exists()
   out.write(outcome(rows))
   assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
-
-
-# ---- statistics and the page
-
-
-def test_statistics_are_those_counted_by_hand():
-  found = caption_statistics.Statistics(hosts=2, shard_rows=2, samples=16, seed=0)
-  lengths = [1, 2, 3, 4, 20]
-  texts = ["a", "b", "b", "c", "b"]
-  for number, (length, text) in enumerate(zip(lengths, texts)):
-    tokens = [7] * length  # the longest is a loop
-    about = {"bucket": "16x4" if number else "128x32", "secs": 0.1 if number // 2 % 2 else 0.05}
-    row = {
-      "image": f"{number}",
-      "caption": text,
-      "tokens": tokens,
-      "finish": "length" if length > 3 else "end",
-    }
-    found.add(RowResult(number, None, row, about))
-  for number, reason in ((5, "not an image"), (6, "no such file"), (7, "not an image")):
-    row = {"image": f"{number}", "error": "?"}
-    found.add(RowResult(number, None, row, {"reason": reason}))
-  figures = found.figures()
-  rate = figures.pop("images_per_sec")
-  assert figures == {
-    "images": 8,
-    "captioned": 5,
-    "failed": 3,
-    "failed_by_reason": {"not an image": 2, "no such file": 1},
-    "cut_share": 0.4,
-    "caption_tokens": {"mean": 6.0, "p5": 1, "p50": 3, "p95": 20, "max": 20},
-    "distinct_captions": 3,
-    "repeat_share": 0.4,
-    "loop_share": 0.2,
-    "images_by_bucket": {"16x4": 4, "128x32": 1},
-  }
-  assert rate == pytest.approx(20 + 10)  # host 0 at 20 a second, host 1 at 10
-  assert [item.number for item in found.longest.rows()] == [4, 3] and [
-    item.number for item in found.shortest.rows()
-  ] == [0, 1]
-  assert [item.number for item in found.cuts.rows()] == [3, 4] and len(found.failures.rows()) == 2
-  empty = caption_statistics.Statistics(1, 1, 48, 0).figures()
-  assert empty["captioned"] == 0 and empty["cut_share"] is None and empty["caption_tokens"] is None
-
-
-def test_loops():
-  text = list(range(40))
-  for tokens, loops in (
-    (text, False),
-    (text + [1, 2, 3, 4] * 3, True),
-    (text + [1, 2, 3, 4] * 2, False),
-    ([5] * 11, False),
-    ([5] * 12, True),
-    (text[:5] + list(range(32)) * 3, True),
-    (text[:5] + list(range(33)) * 3, False),
-    ([1, 2, 3, 4, 9, 1, 2, 3, 4, 8, 1, 2, 3, 4], False),
-    ([], False),
-  ):
-    assert caption_statistics.has_loop(tokens) == loops, tokens
-
-
-def test_random_samples_are_the_seed_s_and_spread():
-  picked = []
-  for seed in (0, 0, 1):
-    sample = caption_statistics._Random(100, seed)
-    for number in range(10_000):
-      sample.add(RowResult(number, None, {}, {}))
-    picked.append([item.number for item in sample.rows()])
-  assert picked[0] == picked[1] != picked[2] and len(set(picked[0])) == 100
-  assert 4000 < np.mean(picked[0]) < 6000
-
-
-def test_the_page_shows_each_row_once_and_escapes(images, tmp_path):
-  rows = find_images(str(images))
-  found = caption_statistics.Statistics(1, 100, 48, 0)
-  for item in outcome(rows):
-    number, row = item.number, item.row
-    row = row | ({"caption": f"<script>{number}"} if "caption" in row else {"error": "<b>why"})
-    found.add(
-      RowResult(
-        number,
-        item.source,
-        row,
-        {"bucket": "4x1", "secs": 0.1} if "caption" in row else {"reason": "other"},
-      )
-    )
-  page = samples_page("out", found, {"max_tokens": 3, "prompt": "<i>?"})
-  assert page.count("<article") == 6 and page.count("data:image/png;base64") == 6
-  assert (
-    "<script>" not in page
-    and "&lt;script&gt;5" in page
-    and "&lt;b&gt;why" in page
-    and "&lt;i&gt;?" in page
-  )
-  for title in ("Longest", "Failed", "Cut"):
-    assert page.count(f"<h2>{title}</h2>") == 1

@@ -190,21 +190,21 @@ def test_an_answerer_trained_anew_or_run_otherwise_is_refused(
 
 def test_it_goes_on_where_it_was_stopped(tmp_path, checkpoint, given, monkeypatch):
   assert run(tmp_path / "whole", checkpoint, given, *GIVEN) == 0
-  batch, asked = answering.Answerer._batch, []
+  dispatch, asked = answering.Answerer._dispatch, []
 
-  def interrupted(self, rows, members, *more):
-    asked.append([number for number, _ in members])
-    if len(asked) == 2:
+  def interrupted(self, batch):
+    asked.append([ask.number for ask in batch.items])
+    if len(asked) == 3:  # one batch is ahead: what the first one gave is kept by now
       raise KeyboardInterrupt
-    return batch(self, rows, members, *more)
+    return dispatch(self, batch)
 
-  monkeypatch.setattr(answering.Answerer, "_batch", interrupted)
+  monkeypatch.setattr(answering.Answerer, "_dispatch", interrupted)
   assert (
     run(tmp_path / "cut", checkpoint, given, *GIVEN) == 130
     and not (tmp_path / "cut" / "out.jsonl").exists()
   )
   assert run(tmp_path / "cut", checkpoint, given, *GIVEN) == 0
-  assert not set(asked[0]) & {number for members in asked[2:] for number in members}
+  assert not set(asked[0]) & {number for members in asked[3:] for number in members}
   read = lambda name: [
     (row.name, row.questions) for row in read_qa_rows(str(tmp_path / name / "out.jsonl"), 0)
   ]

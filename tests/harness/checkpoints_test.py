@@ -1,0 +1,75 @@
+"""Checkpoints: what comes back, which steps are written and kept, what does not fit."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import counting
+
+from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
+
+
+@pytest.fixture
+def open_in(tmp_path):
+  """Opens the checkpoints of the test's workdir; closes them when it ends."""
+  opened = []
+
+  def open_with(**settings) -> Checkpoints:
+    opened.append(Checkpoints(tmp_path, CheckpointConfig(**settings)))
+    return opened[-1]
+
+  yield open_with
+  for checkpoints in opened:
+    checkpoints.close()
+
+
+def states(count: int):
+  """(state, the iterator's state) after each of the first steps."""
+  state, iterator, found = counting.new_state(), counting.batches(), []
+  for _ in range(count):
+    state = counting.step(state, next(iterator))[0]
+    found.append((state, iterator.get_state()))
+  return found
+
+
+def assert_same(a, b):
+  plain = lambda state: state.replace(key=jax.random.key_data(state.key))
+  for x, y in zip(jax.tree.leaves(plain(a)), jax.tree.leaves(plain(b)), strict=True):
+    np.testing.assert_array_equal(x, y)
+    assert x.dtype == y.dtype
+
+
+def test_state_and_position_come_back_and_go_on_alike(open_in):
+  (_, _), (state, position), (later, _) = states(3)
+  first = open_in(every_steps=1)
+  first.save(state, position, {"seed": 0})
+  restored, found = open_in().restore(counting.new_state())
+  assert_same(restored, state)
+  iterator = counting.batches()
+  iterator.set_state(found)
+  assert_same(counting.step(restored, next(iterator))[0], later)
+
+
+def test_steps_that_are_due_or_forced_are_written_once_and_the_newest_kept(open_in, tmp_path):
+  checkpoints = open_in(every_steps=2, keep=2)
+  assert checkpoints.latest_step() is None and saved_steps(tmp_path) == []
+  for state, position in states(7):
+    checkpoints.save(state, position, {})
+  assert saved_steps(tmp_path) == [4, 6] and checkpoints.latest_step() == 6
+  checkpoints.save(state, position, {}, force=True)
+  checkpoints.save(state, position, {}, force=True)  # as at the end of a run, where it may be due
+  assert saved_steps(tmp_path) == [6, 7] == sorted(open_in().manager.all_steps())
+
+
+def test_a_checkpoint_that_was_not_finished_is_none(open_in, tmp_path):
+  ((state, position),) = states(1)
+  open_in().save(state, position, {}, force=True)
+  (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
+  assert saved_steps(tmp_path) == [1] and open_in().latest_step() == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(open_in):
+  ((state, position),) = states(1)
+  checkpoints = open_in()
+  checkpoints.save(state, position, {}, force=True)
+  with pytest.raises(ValueError, match="does not fit this config's model or optimizer"):
+    checkpoints.restore(counting.new_state(size=5))

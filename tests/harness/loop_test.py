@@ -1,0 +1,141 @@
+"""The loop on steps that cost nothing: numbers, samples, checkpoints, stops and going on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import counting
+
+from caprl_jax import sharding
+from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
+from caprl_jax.harness.loop import CompileCounter, run_loop
+from caprl_jax.harness.metrics import read_metrics
+
+
+def run(workdir, steps, step=counting.step, every_steps=100, **more):
+  """From the newest checkpoint, if there is one, to step `steps`."""
+  checkpoints = Checkpoints(workdir, CheckpointConfig(every_steps))
+  try:
+    state, iterator = counting.new_state(), counting.batches()
+    if checkpoints.latest_step():
+      state, position = checkpoints.restore(state)
+      iterator.set_state(position)
+    return run_loop(
+      step,
+      state,
+      iterator,
+      steps=steps,
+      mesh=sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]),
+      checkpoints=checkpoints,
+      config={},
+      workdir=workdir,
+      what="test",
+      reward_name="loss",
+      **more,
+    )
+  finally:
+    checkpoints.close()
+
+
+def rows_of(workdir):
+  timed = lambda row: {k: v for k, v in row.items() if not k.startswith("time/")}
+  return [timed(row) for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+def stop_at(number, error):
+  """The step, which raises before step `number` is dispatched."""
+
+  def step(state, batch):
+    if int(state.step) == number - 1:
+      raise error
+    return counting.step(state, batch)
+
+  return step
+
+
+def test_every_step_leaves_numbers_samples_and_due_checkpoints(tmp_path):
+  seen, tracked = [], []
+
+  class Tracker:
+    def write(self, step, numbers):
+      tracked.append((step, numbers["loss"]))
+
+  state = run(
+    tmp_path,
+    5,
+    every_steps=2,
+    on_samples=lambda step, batch, samples: seen.append((step, batch["row"], samples)),
+    trackers=[Tracker()],
+  )
+  rows = rows_of(tmp_path)
+  assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] == [step for step, _, _ in seen]
+  assert int(state.step) == 5 and rows[-1]["loss"] == float(state.params["w"].sum())
+  assert tracked == [(row["step"], row["loss"]) for row in rows]
+  for row, (_, batch, samples) in zip(rows, seen, strict=True):
+    np.testing.assert_array_equal(batch, samples)  # samples stand beside their own batch
+    assert row["first"] == batch[0]
+  assert saved_steps(tmp_path) == [4, 5]
+  times = read_metrics(tmp_path / "metrics.jsonl")[1]
+  assert times["time/step_secs"] > 0 and times["time/data_secs"] >= 0
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
+  whole = run(tmp_path / "whole", 5)
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path / "cut", 5, stop_at(4, KeyboardInterrupt()))
+  assert saved_steps(tmp_path / "cut") == [3]
+  cut = run(tmp_path / "cut", 5)
+  np.testing.assert_array_equal(cut.params["w"], whole.params["w"])
+  assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+def test_an_error_of_the_step_saves_nothing_and_is_passed_on(tmp_path):
+  with pytest.raises(RuntimeError, match="broken"):
+    run(tmp_path, 5, stop_at(3, RuntimeError("broken")))
+  assert saved_steps(tmp_path) == [] and [row["step"] for row in rows_of(tmp_path)] == [1]
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_are_not_written(tmp_path):
+  def step(state, batch):
+    state, metrics, samples = counting.step(state, batch)
+    bad = jnp.where(state.step == 2, 1.0, 0.0)
+    more = {"update/nonfinite": bad, "update/loss": bad, "update/grad_norm": bad}
+    return state, metrics | more, samples
+
+  with pytest.raises(FloatingPointError, match="step 2: .*the checkpoint of step 3 holds"):
+    run(tmp_path, 5, step)
+  assert [row["step"] for row in rows_of(tmp_path)] == [1] and saved_steps(tmp_path) == [3]
+
+
+def test_figures_of_an_evaluation_join_the_step_that_they_belong_to(tmp_path):
+  def evaluate(step, state):
+    assert int(state.step) == step
+    return {"eval/step": step}
+
+  run(tmp_path, 5, evaluate=evaluate, evaluate_every=2)
+  found = [(row["step"], row.get("eval/step")) for row in rows_of(tmp_path)]
+  assert found == [(1, None), (2, 2), (3, None), (4, 4), (5, None)]
+
+
+def test_a_kind_without_questions_has_no_accuracy_in_a_row(tmp_path):
+  def step(state, batch):
+    state, metrics, samples = counting.step(state, batch)
+    share = jnp.where(state.step == 2, 0.5, jnp.nan)
+    return state, metrics | {"judge/accuracy/color": share}, samples
+
+  run(tmp_path, 3, step)
+  assert [row.get("judge/accuracy/color") for row in rows_of(tmp_path)] == [None, 0.5, None]
+
+
+def test_compilations_are_counted_while_it_is_entered():
+  program = jax.jit(lambda x: x * 3 - 1)
+  with CompileCounter() as compiles:
+    program(jnp.ones(7))
+    first = compiles.count
+    program(jnp.ones(7))
+    assert compiles.count == first > 0
+    program(jnp.ones(8))
+    assert compiles.count > first
+  last = compiles.count
+  program(jnp.ones(9))
+  assert compiles.count == last
