@@ -33,10 +33,10 @@ from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
+from caprl_jax.harness.training.programs import build_step
 from caprl_jax.harness.training.state import make_optimizer, make_state, policy_shardings
 from caprl_jax.modes import sft
 from caprl_jax.modes.evaluate.run import Evaluator
-from caprl_jax.modes.train.run import build_step
 
 UNKNOWN = "circle"  # the shape that the warm start has no true word for
 REWARDS = {"accuracy": dict(accuracy=1.0), "accuracy - 2 misled": dict(accuracy=1.0, misled=2.0)}

@@ -35,7 +35,7 @@ from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.harness.training.state import make_state
-from caprl_jax.modes.train.run import build_step
+from caprl_jax.harness.training.programs import build_step
 
 config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
 results = {}

@@ -28,6 +28,7 @@ from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.harness.settings import Settings, read_settings
+from caprl_jax.harness.training.programs import rollout_shardings
 from caprl_jax.harness.training.state import abstract_state, make_optimizer, rollout_images
 from caprl_jax.hub import hub_files
 from caprl_jax.hub.load import init_decoder, init_policy
@@ -36,7 +37,6 @@ from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
 from caprl_jax.models.trainable import split_params, trainable_filter
-from caprl_jax.modes.train.run import rollout_shardings
 from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.rl.step import train_step
 from caprl_jax.types import (

@@ -13,6 +13,7 @@ from caprl_jax.data.batches import train_iterator
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
+from caprl_jax.harness.training.programs import build_step
 from caprl_jax.harness.training.state import make_state
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import new_policy, save_policy
@@ -74,7 +75,7 @@ def test_two_programs_are_the_one(tmp_path):
     for run in (made, dataclasses.replace(made, translator=by_table)):
       params = jax.tree.map(jnp.copy, made.policy.params)
       state = make_state(params, tx, made.policy.shardings, 0, made.mesh)
-      results.append(train.build_step(run, tx)(state, batch))
+      results.append(build_step(run, tx)(state, batch))
   (one, metrics, _), (two, other, _) = results
   assert other.pop("judge/cut") == 0
   assert other.keys() - metrics.keys() == {

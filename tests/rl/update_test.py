@@ -11,10 +11,10 @@ import pytest
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import train_iterator
+from caprl_jax.harness.training.programs import build_step
 from caprl_jax.harness.training.state import make_state
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_kl
-from caprl_jax.modes.train.run import build_step
 from caprl_jax.rl.advantages import flat_groups, group_advantages
 from caprl_jax.rl.groups import Rollout
 from caprl_jax.rl.loss import LossConfig

@@ -1,14 +1,11 @@
 """Mode `train`: gate, evaluation, CapRL, evaluation, report. Resumes where it stopped."""
 
-import functools
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
 from caprl_jax import sharding
@@ -24,6 +21,7 @@ from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.harness.setup import Run, set_up
 from caprl_jax.harness.trackers import Tracker, open_trackers
+from caprl_jax.harness.training.programs import build_step
 from caprl_jax.harness.training.state import (
   abstract_state,
   make_optimizer,
@@ -38,97 +36,9 @@ from caprl_jax.hub.lora import save_adapters
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.modes.evaluate.run import Evaluator
 from caprl_jax.modes.train.report import write_report
-from caprl_jax.rl.judge import JudgeIds
-from caprl_jax.rl.step import ask_judge, train_step, write_captions
-from caprl_jax.types import Batch, Params, TrainState
+from caprl_jax.types import Batch, Params, Samples, TrainState
 
 log = logging.getLogger("caprl_jax.modes.train.run")
-
-
-def rollout_shardings(shardings, mesh):
-  """Of the policy's parameters while captions are written; None where they need not move."""
-  return sharding.gathered(shardings) if sharding.splits_parameters(mesh) else None
-
-
-def build_step(made: Run, tx: optax.GradientTransformation, schedule: optax.Schedule | None = None):
-  """The one jit of training: `(state, batch) -> (state, metrics, samples)`, the state donated. The
-  judge is an argument of the program, never a constant in it. Several jits where captions have to
-  be translated between them, or `train.fused` is off."""
-  if made.translator or not made.settings.train.fused:
-    return _build_stages(made, tx, schedule)
-  stages = functools.partial(
-    train_step,
-    policy=made.policy.model,
-    judge=made.judge.model,
-    tx=tx,
-    cfg=made.settings.step,
-    kinds=made.kinds,
-    schedule=schedule,
-    rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh),
-  )
-  step = None
-
-  def run(state: TrainState, batch):
-    nonlocal step
-    # the state comes out where it went in: another layout would compile the step anew
-    if step is None:
-      shardings = jax.tree.map(lambda x: x.sharding, state)
-      everywhere = sharding.replicated(made.mesh)  # every process reads metrics and samples
-      step = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
-    return step(state, made.frozen, batch)
-
-  return run
-
-
-def _build_stages(made: Run, tx: optax.GradientTransformation, schedule):
-  """Rollout, judge and update as three programs; waits for each and adds its seconds to the
-  metrics.
-  """
-  cfg, everywhere = made.settings.step, sharding.replicated(made.mesh)
-  write = jax.jit(
-    functools.partial(
-      write_captions,
-      policy=made.policy.model,
-      cfg=cfg,
-      rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh),
-    )
-  )
-  judge = jax.jit(functools.partial(ask_judge, judge=made.judge.model, cfg=cfg))
-  stages = functools.partial(
-    train_step,
-    policy=made.policy.model,
-    judge=made.judge.model,
-    tx=tx,
-    cfg=cfg,
-    kinds=made.kinds,
-    schedule=schedule,
-  )
-  update = None
-
-  def run(state: TrainState, batch):
-    nonlocal update
-    if update is None:
-      shardings = jax.tree.map(lambda x: x.sharding, state)
-      update = jax.jit(stages, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
-    clock, extra, retokenised = StageClock(), {}, None
-    with clock("rollout"):
-      captions = jax.block_until_ready(write(state, made.frozen, batch))
-    if made.translator:
-      ids, keep, cut = made.translator(jax.device_get(captions))
-      retokenised = sharding.put_batch(JudgeIds(ids, keep), made.mesh)
-      extra["judge/cut"] = np.float32(cut)
-    with clock("judge"):
-      answers = jax.block_until_ready(judge(state, made.frozen, batch, captions, retokenised))
-    with clock("update"):
-      state, metrics, samples = update(state, made.frozen, batch, captions, answers)
-      jax.block_until_ready(metrics)
-    return (
-      state,
-      {**metrics, **extra, **{f"time/{k}_secs": np.float32(v) for k, v in clock.secs.items()}},
-      samples,
-    )
-
-  return run
 
 
 def train(
@@ -201,7 +111,7 @@ def _open_trackers(
 
 def _sample_keeper(
   made: Run, workdir: pathlib.Path, share: Sequence[int], trackers: Sequence[Tracker]
-) -> Callable[[int, Batch, Any], None]:
+) -> Callable[[int, Batch, Samples], None]:
   """The loop's `on_samples`: writes some steps' samples, and gives them to the trackers.
 
   Args:
@@ -209,7 +119,7 @@ def _sample_keeper(
   """
   cfg = made.settings.train
 
-  def keep_samples(step: int, batch: Batch, samples: Any) -> None:
+  def keep_samples(step: int, batch: Batch, samples: Samples) -> None:
     if step > 1 and step % cfg.sample_every:
       return
     host = jax.tree.map(lambda x: x[share], jax.device_get(samples))
