@@ -5,7 +5,8 @@ Grain pipeline.
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -185,7 +186,7 @@ def train_iterator(
 
 def eval_batches(
   example: Callable, count: int, batch_size: int, seed: int, share: Sequence[int] | None = None
-):
+) -> Iterator[tuple[Any, int]]:
   """Every row once, in order, in batches; yields (batch, real rows in it): the last one is filled
   up with its last row. Each row's generator is seeded by (seed, index). `share` is that of
   `train_iterator`; the real rows are counted in the whole batch."""

@@ -152,9 +152,9 @@ class StepReports:
 
 
 def run_loop(
-  step_fn: Callable,
+  step_fn: Callable[[TrainState, Any], tuple[TrainState, dict, Any]],
   state: TrainState,
-  iterator,
+  iterator: Any,
   *,
   steps: int,
   mesh: jax.sharding.Mesh,
@@ -173,7 +173,7 @@ def run_loop(
   Args:
     state: donated to the first step. Its `step` says where to begin.
     iterator: yields this process's share of a batch as numpy; has `get_state`, the same in every
-    process.
+      process.
     on_samples: called as (step, this process's share of the batch, samples) after each step, on the
       main process.
     evaluate: called as (step, state) after every `evaluate_every`-th step, in all processes; its

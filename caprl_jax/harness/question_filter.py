@@ -63,14 +63,14 @@ def filter_questions(
   host_judge: HostJudge,
   cfg: QuestionFilterConfig,
   seed: int,
-):
-  """Applies the rule to all splits at once, which asks what they share but once.
+) -> list[tuple[list[QARow], dict[str, int]]]:
+  """Applies the rule to all splits at once, which asks what they share only once.
 
   Args:
     splits: (where the rows come from, for messages; the rows).
 
   Returns:
-    A list, a split an item, of: the rows with the questions kept (rows without any are left out),
+    Per split: the rows with the questions kept (rows without any are left out),
     and counts `kept/<kind>`, `dropped/<kind>`.
 
   Raises:

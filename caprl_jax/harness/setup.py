@@ -224,7 +224,7 @@ def _frozen(
       _millions(policy.params),
     )
   # The reference starts as a copy: the state's own parameters are donated to the step.
-  with_reference = training and settings.step.update.loss.kl > 0
+  with_reference = training and settings.step.update.loss.has_kl
   reference = jax.tree.map(jnp.copy, trained) if with_reference else None
   stamps = None
   if settings.step.reward.timestamps:

@@ -267,7 +267,7 @@ def lower_step(
     judge_params,
     prompt,
     vocabulary,
-    chosen if settings.step.update.loss.kl > 0 else None,
+    chosen if settings.step.update.loss.has_kl else None,
     base or None,
   )
   batch = abstract_batch(settings, plan, cfg, mesh)

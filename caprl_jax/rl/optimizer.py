@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import optax
 
+from caprl_jax.types import Array, Params
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -55,12 +57,12 @@ class OptimizerConfig:
       )
 
 
-def _muon_dimensions(params):
+def _muon_dimensions(params: Params) -> Params:
   """Which parameters are matrices: kernels, with the layer axis in front where layers are
   stacked.
   """
 
-  def dimensions(path, leaf):
+  def dimensions(path: tuple, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
     if path[-1].key != "kernel":
       return None
     return optax.contrib.MuonDimensionNumbers(
