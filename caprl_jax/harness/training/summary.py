@@ -40,7 +40,9 @@ class Summary:
 
   def drop(self, *names: str) -> None:
     """Takes stages away, where they are there."""
-    if any(self.values.pop(name, None) is not None for name in list(names)):
+    kept = {name: value for name, value in self.values.items() if name not in names}
+    if len(kept) < len(self.values):
+      self.values = kept
       self._write()
 
   @property
