@@ -238,7 +238,7 @@ def table_text(figures: dict) -> str:
     + f"; {figures['megabytes']:,.1f} MB",
     f"size        width {spread('width')}, height {spread('height')} pixels (least / median / "
     "greatest)",
-    f"tokens      {spread('image_tokens')} an image"
+    f"tokens      {spread('image_tokens')} per image"
     + (
       f"; {figures['too_narrow']:,} too narrow for the processor" if figures["too_narrow"] else ""
     ),
@@ -251,7 +251,7 @@ def table_text(figures: dict) -> str:
       if len(figures["buckets"]) <= 12
       else f" tokens, and {len(figures['buckets']) - 12} more"
     ),
-    f"questions   {figures['questions']:,}; {spread('questions_an_image')} an image; "
+    f"questions   {figures['questions']:,}; {spread('questions_an_image')} per image; "
     f"facts for {figures['with_facts']:,} rows",
     "",
     f"{'kind':<24}{'questions':>10}  {'options':<18}{'best letter':>12}{'longest':>9}",
