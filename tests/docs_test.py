@@ -340,21 +340,21 @@ def test_files_that_are_named_exist(path):
       assert (ROOT / f"{module}.py").is_file() or (ROOT / module).is_dir(), f"{path.name}: {code}"
 
 
-def test_rooms_are_those_of_the_package():
+def test_parts_are_those_of_the_package():
   from layering_test import ORDER
 
   text = (ROOT / "docs" / "code.md").read_text()
-  rooms = text[text.index("## Rooms") : text.index("## Letters")]
-  named = [room for room in re.findall(r"`(\w+)(?:/|\.py)` ", rooms) if room in ORDER]
+  parts = text[text.index("## Parts") : text.index("## Letters")]
+  named = [part for part in re.findall(r"`(\w+)(?:/|\.py)` ", parts) if part in ORDER]
   assert named == ORDER
-  for item in rooms[: rooms.index("Outside the package")].split("\n- ")[1:]:
-    room = re.match(r"`(\w+)/`", item)
-    files = {path.name for path in (ROOT / "caprl_jax" / (room[1] if room else "")).rglob("*.py")}
+  for item in parts[: parts.index("Outside the package")].split("\n- ")[1:]:
+    part = re.match(r"`(\w+)/`", item)
+    files = {path.name for path in (ROOT / "caprl_jax" / (part[1] if part else "")).rglob("*.py")}
     assert not set(re.findall(r"`(\w+\.py)`", item)) - files, item
   readme = (ROOT / "README.md").read_text()
   table = readme[readme.index("## The code") :]
   shown = re.findall(r"`(\w+)/?`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
-  assert shown == [room for room in ORDER if room != "main"]
+  assert shown == [part for part in ORDER if part != "main"]
 
 
 def test_modes_in_the_readme_are_those_of_the_registry():
