@@ -202,9 +202,10 @@ def new_name(key: str, modes: Collection[str] = ()) -> str | None:
 
 def with_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
   """A training run's stored config, as plain dicts, with today's section names."""
-  if "question_filter" in config or "policy_update" in config:
-    return dict(config)
-  names = {"curate": "question_filter", "curation": "curate", "update": "policy_update"}
+  names = {"curation": "curate", "update": "policy_update"}
+  old = {key.removeprefix("curate.") for key in RENAMED if key.startswith("curate.")}
+  if set(config.get("curate", {})) <= old:  # else it is mode `curate`'s, whose input is required
+    names["curate"] = "question_filter"
   return {names.get(key, key): value for key, value in config.items()}
 
 

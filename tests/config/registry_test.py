@@ -135,6 +135,8 @@ def test_a_stored_config_is_read_with_the_new_names():
   assert registry.with_new_names(old) == new
   assert registry.with_new_names(new) == new
   registry.check_top_level(ml_collections.ConfigDict(new))
+  both = {"mode": "curate,train", "curate": {"input": "images", "output": "qa.jsonl"}}
+  assert registry.with_new_names(both) == both
 
 
 def test_help_and_a_mistyped_flag_do_not_wait_for_jax(tmp_path):
