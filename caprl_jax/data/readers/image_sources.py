@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from caprl_jax.data.rows import CaptionRow
 
-log = logging.getLogger("caprl_jax.pictures")
+log = logging.getLogger("caprl_jax.data")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")

@@ -3,7 +3,7 @@ shape.
 
 Greedy in float32 the ids are those of transformers' `generate` on the same directory, image and
 prompt: the checkpoint's own chat template, end tokens and repetition penalty are used. The rows are
-cut into shards, each host does its own (`caption_shards`), no host waits for another, and the one
+cut into shards, each host does its own (`ShardedJob`), no host waits for another, and the one
 with number 0 writes the output at the end.
 """
 

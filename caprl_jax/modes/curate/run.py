@@ -1,8 +1,8 @@
 """Mode `curate`: images in, filtered questions out, as CapRL made its training set (arXiv
 2509.22647, section 3.1).
 
-Five stages, each in shards on disk that all hosts share (`caption_shards`), each taken up where it
-was stopped:
+Five stages, each in shards on disk that all hosts share (`ShardedJob`), each taken up where it was
+stopped:
 
   1 images      every image is read and hashed; repeated ones and those like a benchmark's images go
   2 questions   a vision-language model, here or behind an endpoint, writes questions

@@ -14,7 +14,7 @@ from caprl_jax.hub.load import Loaded, load_policy, with_pixel_limits
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.models.policy import Policy, PolicyConfig, check_pixel_limits
 
-log = logging.getLogger("caprl_jax.modes.pretrain.run")
+log = logging.getLogger("caprl_jax.modes.pretrain.policy")
 
 # A compact vocabulary can say it whether or not a stage asks it: mode `caption` does.
 DEFAULT_INSTRUCTION = "Please describe this image in detail."
