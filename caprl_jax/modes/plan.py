@@ -192,7 +192,9 @@ def model_configs(settings: Settings, plan: PlanConfig) -> tuple[PolicyConfig, D
     remat=section.remat,
     lora=section.lora if section.trainable == "lora" else None,
   )
-  cfg, _ = limit_pixels(cfg, section.min_pixels, section.max_pixels)
+  cfg, notice = limit_pixels(cfg, section.min_pixels, section.max_pixels)
+  if notice:
+    log.warning("%s", notice)
   judge_config = shallower(read_config(settings.judge.source), plan.layers)
   if is_vision_language(judge_config):
     judge_config = family_of(judge_config).text(judge_config)
