@@ -32,15 +32,15 @@ log = logging.getLogger("caprl_jax.data")
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
   """tokens: length of a row.
-  images: most per row; as many of the largest image's size are computed in every row, so that too
+  images: the most images per row. Every row computes that many of the largest image's size: too
     many cost time, and too few leave rows unfilled. None takes what a full row holds on average.
   packing: False puts one example in a row.
   window: examples, in shuffled order, that are packed among themselves; larger ones fill better and
     shuffle less.
   too_long: examples longer than a row are an error, or are dropped and counted; none is ever cut.
   bad_rows: examples whose image cannot be read are an error, or are dropped and logged. Headers are
-    read before the first step; pixels that are cut show later, when an example's turn comes, and
-    its tokens become padding.
+    read before the first step; damaged pixels are found only when an example is used, and its
+    tokens then become padding.
   """
 
   tokens: int

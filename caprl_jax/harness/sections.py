@@ -16,7 +16,7 @@ from caprl_jax.models.trainable import Trainable
 
 @dataclasses.dataclass(frozen=True)
 class PolicySection:
-  """The captioner.
+  """The captioner; in mode `curate`, a model that writes questions or answers them.
 
   checkpoint: directory or hub name.
   instruction: what the captioner is asked; CapRL's own by default.
@@ -74,9 +74,10 @@ class PolicySection:
 class DataSection:
   """The images and questions.
 
-  train, eval: sources or mixtures of them (`qa_sources.py`).
+  train: the training rows, a source or a mixture of sources (`qa_sources.py`).
+  eval: the held-out rows, in the same way.
   batch_size: images per step.
-  questions: asked about each image.
+  questions: questions per image in a step.
   max_train_rows, max_eval_rows: keep the first rows only, of each source.
   bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
   """
@@ -94,9 +95,9 @@ class DataSection:
 class GateSection:
   """Training is refused unless, on held-out questions, true captions beat generic and empty ones.
 
-  ideal: a template of facts; None skips the gate (said in the log), as datasets without facts
-    must.
-  generic: the caption that says nothing.
+  ideal: template of a true caption with {fact} places; None skips the gate, and the log says so:
+    for data without facts.
+  generic: a caption that says nothing about the image.
   min_gap: by how much accuracy with true captions must be above that with the others.
   """
 
@@ -114,7 +115,7 @@ class TrainSection:
   sample_images: images whose captions go into such a file.
   fused: the step as one program; False runs rollout, judge and update apart and times each
     (`time/...`), more slowly.
-  trackers: beside metrics.jsonl, any of "tensorboard" and "wandb".
+  trackers: where the metrics go besides metrics.jsonl: any of "tensorboard" and "wandb".
   wandb_mode: "offline" needs no account.
   """
 
@@ -130,11 +131,11 @@ class TrainSection:
 class EvaluateSection:
   """Evaluation on held-out rows.
 
-  every_steps: how often they are evaluated during training as well (0: only before and after);
-    the best captioner by held-out accuracy is kept in best/.
+  every_steps: steps from one evaluation during training to the next; 0: only before and after.
+    The best captioner by held-out accuracy is kept in best/.
   batch_size: images that are captioned at once.
   temperature: of the captions; 0 is greedy.
-  samples: examples that are written.
+  samples: examples that are written to samples/.
   group_images: images for which `rollout.group_size` captions are sampled as in training, to
     count flat groups.
   """

@@ -41,7 +41,7 @@ _SHOWN_MODELS = 20
 
 @dataclasses.dataclass(frozen=True)
 class EndpointConfig:
-  """A server that speaks the protocol of OpenAI.
+  """A server with an OpenAI-compatible API.
 
   url: with its path, as in http://localhost:8000/v1.
   model: the name that it is served under.
@@ -49,7 +49,7 @@ class EndpointConfig:
     written anywhere; where it is not set, or for "", the key is EMPTY, as servers without keys
     want.
   concurrency: requests at a time.
-  timeout_secs: for one attempt, whole.
+  timeout_secs: of one attempt, from its start to its end.
   max_retries: attempts after the first, on connection errors, timeouts, unreadable replies, 429
     and 5xx.
   temperature: of what the server writes; CapRL's own by default.

@@ -39,8 +39,9 @@ class AnswerConfig:
 
   permutations: orders in which each question's options are shown, each rotated by one place, so
     that the right one visits different letters.
-  none_of_above: one option more where the image is shown, as released.
-  questions_per_row: presented to one run of an image; an image with more takes several.
+  none_of_above: one more option where the image is shown, as released.
+  questions_per_row: questions that share one run of an image; an image with more is run several
+    times.
   batch_size: images per program.
   """
 

@@ -29,7 +29,7 @@ class LoraConfig:
   maps named in `targets`.
 
   rank: columns of A, rows of B.
-  alpha: the adapters' weight, times rank.
+  alpha: what the adapters add is multiplied by alpha / rank.
   targets: names of the decoder's linear maps that get adapters.
   """
 

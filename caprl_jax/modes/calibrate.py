@@ -39,13 +39,13 @@ MARGINS = (0.001, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 class CalibrateConfig:
   """The section `calibrate`.
 
-  readings: those to compare; the last is the yardstick of agreement, `generate` being CapRL's
-    own.
-  ideal: template of facts; None: that of `gate.ideal`.
-  captions: a JSON lines file of trusted captions by image, for data without facts, in its place.
-  generic: the caption that says nothing; None: that of `gate.generic`.
-  kinds: of questions asked; empty: all.
-  max_questions: held-out questions asked.
+  readings: those to compare; agreement is measured with the last one (`generate` is CapRL's own).
+  ideal: template of a true caption with {fact} places; None: that of `gate.ideal`.
+  captions: a JSON lines file of trusted captions by image, in place of `ideal`, for data without
+    facts.
+  generic: a caption that says nothing about the image; None: that of `gate.generic`.
+  kinds: kinds of questions that are asked; empty: all.
+  max_questions: held-out questions that are asked.
   turns: orders of the options that each letter reading is shown, each rotated by one place.
   """
 

@@ -47,13 +47,13 @@ WARM_UP = Question("What color is the shape?", ("red", "green", "blue"), 0)
 class DemoConfig:
   """The section `demo`.
 
-  port, host: where the page is; 127.0.0.1 can be reached from this machine only.
-  share: through gradio's servers, by anyone who has the link.
+  port, host: the page's address; 127.0.0.1 can be reached from this machine only.
+  share: the page can be reached through gradio's servers, by anyone who has the link.
   examples: a source of questions (`qa_sources.py`) whose images can be clicked; None: none.
   max_examples: images of `examples` that can be clicked.
   max_tokens: longest caption.
   temperature: of captions; 0 is greedy.
-  caption_tokens: that the judge reads of a caption, which people may make longer than the
+  caption_tokens: tokens that the judge reads of a caption, which people may make longer than the
     captioner did.
   """
 

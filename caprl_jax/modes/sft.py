@@ -56,7 +56,7 @@ class PhaseConfig:
 class SFTConfig:
   """The section `sft`.
 
-  train: a source of `qa_sources.py`; its rows' facts fill the templates, or a caption .jsonl.
+  train: a source of `qa_sources.py`, whose facts fill the templates, or a .jsonl of captions.
   phases: trained one after the other.
   eval: rows whose facts measure recognition; None measures nothing.
   eval_rows: the first rows of `eval` only.

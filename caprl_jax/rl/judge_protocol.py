@@ -29,21 +29,22 @@ class JudgeConfig:
     letters, as `letter_argmax`, `letter_prob` (the credit is the gold letter's probability) or
     `letter_sample` at `temperature`; or `generate`, what CapRL's released code does: up to
     `max_tokens` sampled tokens, of which the first of the letters A to I is the answer.
-  prompt: `plain`, our own; `official`, CapRL's (ChatML), with abstain `last` to the byte, otherwise
-    with a line break more after the options; `official_video`, CapRL++'s wording for videos without
-    its indentation.
-  abstain: "can not answer" as an option more, `last` or `permuted` with the others; it scores
-    nothing and does not mislead.
-  abstain_letter: of the last one, the `next` letter or always `F`, as the released shuffle has it.
+  prompt: `plain`, our own; `official`, CapRL's (ChatML), to the byte with abstain `last`, otherwise
+    with one more line break after the options; `official_video`, CapRL++'s wording for videos
+    without its indentation.
+  abstain: "can not answer" as one more option, `last` or `permuted` with the others; an answer that
+    chooses it is neither right nor misled.
+  abstain_letter: the letter of a `last` one: the `next` letter, or always `F`, as the released
+    shuffle has it.
   shuffle: a new random order of the options for every presentation.
   permutations: orders over which the log-probabilities of `letter_argmax` and `letter_prob` are
     averaged, each rotated by one place, so that an option visits different letters.
   draws: presentations per caption, drawn from its image's questions; 0: each question once.
   replacement: a question may be drawn more than once for one caption.
-  independent: draws and orders anew for every caption, not the same for a group (a noisier
+  independent: every caption has its own draws and orders, not those of its group (a noisier
     baseline, as released).
   temperature: of `letter_sample` and `generate`.
-  max_tokens: that `generate` writes.
+  max_tokens: longest answer of `generate`.
   margin: an answer must beat the runner-up by more than this, or the judge abstains (in nats; mode
     `calibrate` finds it).
   blind: ask an empty caption too, for the metric `judge/blind`; it costs one caption more per

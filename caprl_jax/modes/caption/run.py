@@ -64,19 +64,20 @@ class CaptionConfig:
   top_k: the likeliest tokens that are drawn from; 0: all.
   repetition_penalty: None takes the checkpoint's own (generation_config.json).
   batch_size: images a program runs at once, all of one bucket of shapes; the last batch of each
-    bucket in a shard is filled up, so that shards should be long beside it. It may be changed
+    bucket in a shard is filled up, so shards should be much longer than a batch. It may be changed
     when a job goes on.
-  skip_bad_images: a row with `error` in place of a caption; False stops at the first one.
+  skip_bad_images: a bad image gets a row with `error` in place of a caption; False stops at the
+    first one.
   format: see `formats.Output`; None takes that of the output's suffix (.jsonl, .parquet).
   embed_images: `hf` datasets hold the images' bytes, not their names.
-  image_key, caption_key: of `caprl_2m`; how the released CapRL-2M spells its keys could not be
-    looked up, so these are a guess.
+  image_key, caption_key: the keys of `caprl_2m`. How the released CapRL-2M spells them is not known
+    to us, so these are a guess.
   shard_rows: rows that are one host's work at a time. With fewer shards than hosts some hosts
     have nothing to do.
-  host, hosts: this process's number of how many that share the output's folder; None:
-    jax.process_index() and process_count(). Set both on machines that do not run under
-    jax.distributed.
-  samples: images on the page of samples, about.
+  host: this process's number, from 0; None: jax.process_index().
+  hosts: how many processes share the output's folder; None: jax.process_count(). Set both on
+    machines that do not run under jax.distributed.
+  samples: about how many images are on the page of samples.
   """
 
   input: str

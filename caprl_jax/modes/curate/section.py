@@ -16,19 +16,19 @@ class CurateConfig:
     (`qa_sources.py`) to be filtered.
   output: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER.
   split, name: of the dataset, where the output has them.
-  questions: written by the `generator` section's model, by an `endpoint`, or `given`.
+  questions: from the model of section `generator`, from an `endpoint`, or `given` in the input.
   max_tokens, temperature, repetition_penalty, batch_size: of the generator; CapRL's own by
     default.
   answers: how the questions are asked.
   min_visual: a question stays when the share of its orders answered right with the image is above
     this; CapRL: 0.75, of four.
-  max_blind: and without the image below this; CapRL: 0.25.
+  max_blind: and that without the image is below this; CapRL: 0.25.
   min_side: images smaller than this in pixels are left out.
   similar_bits: two images are alike when at most so many of the 64 bits of their perceptual
     hashes differ (`perceptual_hash.py`); None keeps all.
-  benchmarks: sources of images that none kept may be like.
-  similar_questions: of one image's questions, one stays of those that share more than this part
-    of their words.
+  benchmarks: sources of images; an image that is like one of these is left out.
+  similar_questions: of an image's questions that share more than this part of their words, one
+    stays.
   shard_rows: images that are one host's work at a time.
   bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
   """

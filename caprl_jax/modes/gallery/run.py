@@ -39,8 +39,8 @@ class GalleryConfig:
     rows' own paths, from here or from the file's folder.
   questions: a source (`qa_sources.py`) of questions about them; with a `judge` section it answers
     them from each caption.
-  kinds: of those asked; empty: all.
-  per_image: asked about one image, drawn at random with turns between kinds.
+  kinds: kinds of questions that are asked; empty: all.
+  per_image: questions per image, drawn at random with turns between kinds.
   judged: images, drawn at random, whose questions are asked. Accuracy is over these, and over the
     same questions for all: where a captioner failed, they count as not answered.
   images: cards on the page; half of them drawn at random, half those where the captioners differ

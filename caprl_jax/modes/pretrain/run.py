@@ -61,20 +61,20 @@ class StageConfig:
   data: see `conversations.read_examples`; None skips the stage.
   optimizer: as the section `optimizer`.
   pack: how examples share rows.
-  trained: which parameters are; the others have no gradient.
-  steps, epochs: one of the two.
-  batch_size, examples: rows per step, or examples per step. With `examples`, a step has as many
-    rows as hold that many on average, rounded to a multiple of devices x microbatches: close to a
-    published batch size where rows are packed.
-  microbatches: parts that a batch is cut into, to save memory; the gradient is the same. May be
-    another when a run goes on.
+  trained: which parameters are trained; the others have no gradient.
+  steps, epochs: the length of the stage; set one of the two.
+  batch_size, examples: rows per step, or examples per step; set one of the two. With `examples`, a
+    step has as many rows as hold that many on average, rounded to a multiple of devices x
+    microbatches: close to a published batch size where rows are packed.
+  microbatches: parts that a batch is cut into, to save memory; the gradient is the same. It
+    may be changed when a run goes on.
   instruction: what the user says where a row has a caption only.
   image_root: what images' paths are relative to; None: the file's folder or, where they are not
     there, the current one.
   max_rows: the first rows only, of each source.
-  questions: of one image in one conversation; None: all of them.
+  questions: questions about one image in one conversation; None: all of them.
   told: a template of facts: questions are asked after this text and without the image.
-  kinds: of questions; None: all.
+  kinds: kinds of questions that are asked; None: all.
   open_question: a wording in which no options are shown and the assistant says the right one;
     None: it says a letter.
   """
@@ -113,14 +113,14 @@ class StageConfig:
 class PretrainConfig:
   """The section `pretrain`.
 
-  stages: by name. Each one's model is written to `workdir/<name>`, in output_dtype, and what is
-    written is what the next one begins with; its metrics are in `workdir/training/<name>`. With
-    data in none of them the model is only asked.
+  stages: by name. Each one's model is written to `workdir/<name>`, in output_dtype, and the next
+    one begins with what is written; its metrics are in `workdir/training/<name>`. If no stage has
+    data, the model is not trained and only answers `eval`.
   order: which stages are run, one after the other.
   eval: multiple-choice questions (`qa_sources.py`) that the last model is asked, with the image
     and without, as `answer` says; None asks nothing.
   eval_rows: the first images only.
-  eval_kinds: of questions, None for all.
+  eval_kinds: kinds of questions that are asked; None: all.
   eval_open_question: asks without showing the options, as a stage's `open_question`; what is
     written is right where it is the right option but for case, articles and punctuation. None: by
     letter.

@@ -49,14 +49,14 @@ LETTER_ONLY = "\nAnswer with the letter of the right option only."
 class PrismConfig:
   """The section `prism`.
 
-  captioners: "name=checkpoint", joined by commas; the section `policy` says the rest. The others
-    are compared with the first.
+  captioners: "name=checkpoint", joined by commas; the other settings are those of section
+    `policy`. The others are compared with the first.
   benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json),
     or a QA source (`qa_sources.py`).
   image_root: folder or .zip with the images of such files.
   max_rows: of each benchmark.
-  captions: of each image; CapRL takes 4 at temperature 1 and reports their mean; 1 at 0 is
-    greedy.
+  captions: captions per image; CapRL takes 4 at temperature 1 and reports their mean. 1 at
+    temperature 0 is greedy.
   temperature, top_p: of the captions.
   max_tokens: longest caption.
   batch_size: images that are captioned at once.
@@ -66,7 +66,7 @@ class PrismConfig:
   answer_tokens: longest written answer.
   answer_temperature: of written answers.
   answer_batch_size: answers that are written at once.
-  blind: ask with an empty caption too.
+  blind: ask with an empty caption too, for the column `blind`.
   intervals: level of the confidence intervals.
   examples: questions on the page.
   cache: folder of captions and answers; None: in the workdir.
