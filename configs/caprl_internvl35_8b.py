@@ -3,7 +3,8 @@
   python -m caprl_jax.main --config=configs/caprl_internvl35_8b.py --workdir=runs/NAME \\
     --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
 
-The recipe of configs/caprl_3b.py, where what was released for these captioners says nothing else.
+The recipe of configs/caprl_3b.py with these models; images are cut into tiles, not limited in
+pixels.
 
 Not run yet.
 """

@@ -1,4 +1,4 @@
-"""CapRL 2.0 in small: Qwen3-VL-2B captions, Qwen3-4B answers.
+"""CapRL 2.0, the smaller one: Qwen3-VL-2B captions, Qwen3-4B answers.
 
   python -m caprl_jax.main --config=configs/caprl_qwen3vl_2b.py --workdir=runs/NAME \\
     --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet

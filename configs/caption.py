@@ -1,20 +1,20 @@
-"""Captions for images from wherever they lie, on one machine or many.
+"""Captions for images in folders, archives or datasets, on one machine or many.
 
   python -m caprl_jax.main --config=configs/caption.py --config.policy.checkpoint=DIR_OR_HUB_NAME \\
     --config.caption.input=IMAGES --config.caption.output=captions.jsonl
 
 IMAGES is an image or a folder of them, a .jsonl with an `image` on each line, a .tar (WebDataset),
 a .parquet, a folder or a pattern of those ('shards/*.tar'), or tfds:FOLDER:SPLIT. The output is a
-.jsonl or a .parquet, or with --config.caption.format=txt (a .txt per image), hf (a folder for
-datasets.load_dataset) or caprl_2m (JSON lines of image and caption alone) what that says. A JSON
-row has `image`, `caption`, `tokens` (ids), `finish` ("end", or "length" where it was cut at
-max_tokens); an image that failed has `error`. Beside it come captions.stats.json and captions.html.
+.jsonl or a .parquet; --config.caption.format can also be txt (a .txt per image), hf (a folder for
+datasets.load_dataset) or caprl_2m (JSON lines of image and caption alone). A JSON row has `image`,
+`caption`, `tokens` (ids) and `finish` ("end", or "length" where it was cut at max_tokens); an image
+that failed has `error`. Next to the output are captions.stats.json and captions.html.
 
 --config.caption.prompt is `detailed`, `medium`, `short`, `document` or any text. The same command
-goes on where it was stopped. Several machines that see one folder share the work: under
-jax.distributed by themselves, else with --config.caption.host=0 --config.caption.hosts=4 and so on.
-On an accelerator, --config.policy.dtype=bfloat16 --config.policy.param_dtype=bfloat16 halve memory
-and time. docs/configuration.md has every key.
+goes on where it was stopped. Several machines that see one folder share the work: automatically
+under jax.distributed, otherwise with --config.caption.host=0 --config.caption.hosts=4 and so on. On
+an accelerator, --config.policy.dtype=bfloat16 --config.policy.param_dtype=bfloat16 halve the memory
+of the weights. docs/configuration.md has every key.
 
 Expected: of 64x64 images, the quickstart's captioner captions about 146 per second on two CPU cores
 (docs/results.md). Not run yet with the checkpoint below.

@@ -8,11 +8,12 @@ say what it read.
   done
   python -m caprl_jax.main --config=configs/charts_sft.py --workdir=runs/charts_sft
 
-Phase 0 teaches it to see, on complete descriptions; phase 1 teaches it to speak tersely: one in
-seven captions is complete. 13 minutes on 2 CPU cores.
+The first command needs `pip install -e '.[charts]'`. Phase 0 teaches it to see, on complete
+descriptions. Phase 1 teaches it to say little: one in seven captions is complete. 13 minutes on 2
+CPU cores.
 
-Expected: about 1% of its captions of training charts are the whole truth; those of
-configs/charts.py, which starts from it, 95%.
+Expected: about 1% of its captions of training charts are the whole truth; after configs/charts.py,
+which starts from it, 95% are.
 """
 
 import pathlib

@@ -1,18 +1,19 @@
 """Questions for training, from images alone: CapRL's curation (five questions per image, answered
 with the image and not without it).
 
-With two checkpoints, both here; the second may be the smaller one (CapRL: 72B writes, 3B answers):
+With two checkpoints, `generator` and `answerer`, both run here; the second may be smaller (CapRL:
+72B writes, 3B answers):
 
   python -m caprl_jax.main --config=configs/curate.py --workdir=runs/curate \\
     --config.curate.input=IMAGES --config.curate.output=qa.parquet \\
     --config.generator.checkpoint=Qwen/Qwen2.5-VL-7B-Instruct
 
-The writer behind any OpenAI-compatible endpoint (vLLM, SGLang, ...):
+With the questions written behind any OpenAI-compatible endpoint (vLLM, SGLang, ...):
 
   ... --config.curate.questions=endpoint --config.endpoint.url=http://HOST:8000/v1 \\
     --config.endpoint.model=qwen-vl
 
-Only the filter, over questions that are there already (a QA source as in configs/dataset.py):
+Only the filter, over questions that you have already (a QA source as in configs/dataset.py):
 
   ... --config.curate.questions=given --config.curate.input=qa.jsonl
 

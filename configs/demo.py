@@ -5,10 +5,10 @@ from the words.
   python -m caprl_jax.main --config=configs/demo.py \\
     --config.policy.checkpoint=runs/quickstart/policy
 
-then open http://127.0.0.1:7860. As it stands it runs on a CPU: the quickstart's warm start (the
-second command: what it has become) and SmolLM2, with examples of easy-VQA. Needs gradio: pip
-install -e '.[demo]'. The page can be reached from this machine only (--config.demo.host,
---config.demo.share say otherwise), and asks nothing of the network.
+then open http://127.0.0.1:7860. It runs on a CPU, with SmolLM2 as judge and examples of easy-VQA.
+The first command takes the quickstart's captioner before training, the second after it. Needs
+gradio: pip install -e '.[demo]'. The page can be reached from this machine only, unless
+--config.demo.host or --config.demo.share is set, and uses no network.
 docs/configuration.md has every key.
 
 Expected: the page in docs/pages.md.

@@ -5,11 +5,11 @@ network.
     --config.gallery.captions=before=a.jsonl,after=b.jsonl
 
 Each file is what mode `caption` wrote about the same images; any .jsonl of `image` and `caption`
-will do. Words that one captioner alone uses are marked; a table has length, share cut, failures.
-With questions about the images, say --config.gallery.questions=easy_vqa:test or a .jsonl, a judge
-answers them from each caption and from none, and the page shows what it got right;
---config.judge.source names another judge. --config.gallery.pictures says where the images lie where
-their names do not (as caption.input did: a folder, tar files, ...).
+will do. Words that one captioner alone uses are marked; a table has the captions' length, the share
+that was cut, and failures. With questions about the images (--config.gallery.questions, for example
+easy_vqa:test or a .jsonl) a judge answers them from each caption and from none, and the page shows
+what it got right; --config.judge.source names another judge. If the images cannot be found by their
+names, --config.gallery.pictures says where they are (as caption.input: a folder, tar files, ...).
 docs/configuration.md has every key.
 
 Expected: a page as in docs/pages.md.

@@ -10,9 +10,9 @@ lines of image and caption; mode `caption` writes them), Open-LLaVA-NeXT-1M
 (open-llava-next_instruct_mix1M.json), and the images of each. Without `further.data` that stage is
 skipped: the paper's "vanilla".
 
-As in the paper (arXiv 2509.22647): what each stage trains, learning rates, batch sizes (256, 256,
-128 examples; `examples` counts them, however many share a row), which stages there are, the new
-projector. The paper and the released files do not say, so these are choices: one epoch per stage,
+As in the paper (arXiv 2509.22647): the stages, what each trains, learning rates, batch sizes (256,
+256, 128 examples; `examples` counts them, however many share a row), the new projector. The paper
+and the released files do not give the following, so these are our choices: one epoch per stage,
 3% warm-up and cosine decay to 0, AdamW without weight decay, 4,096 tokens per row, images up to
 1,280 tokens, that examples are packed, whether Qwen2.5-3B is the base or the instruct model (base
 here), and the instruction of captions. Its benchmarks (InfoVQA, DocVQA, ...) are not part of this
@@ -20,7 +20,7 @@ package: `pretrain.eval` asks multiple-choice questions of your own, and every s
 directory that lmms-eval or VLMEvalKit can load.
 
 The paper's set-up (b) is --config.pretrain_policy.language=Qwen/Qwen2.5-7B; (c), InternLM2.5 with
-CLIP-ViT-L, is of families that this package does not have.
+CLIP-ViT-L, needs families that this package does not have.
 
 Sizes for 3B on 8 accelerators of 80 GB or more, or a TPU slice of as much memory. Raise
 `microbatches` where memory is short.

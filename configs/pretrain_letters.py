@@ -1,5 +1,5 @@
-"""What captions are worth as pretraining data, small, in the paper's arrangement: tower, language
-model, new projector.
+"""What captions are worth as pretraining data, at small size, in the paper's arrangement: tower,
+language model, new projector.
 
   python -m caprl_jax.main --config=configs/pretrain_language.py \\
     --workdir=runs/pretrain_language  # once
@@ -9,10 +9,11 @@ model, new projector.
 
 The tower of the quickstart's warm start, a language model that can read and has seen no image, a
 new projector. Stage `further` repeats the language model's lessons, which have no images, so that
-it does not forget to read, and reads captions, if there are any; all parameters are trained.
-`instruct` asks colour and shape questions about images of the training split, answered by letter;
-then those about 300 held-out images are asked, with the image and without (vqa.json). About 3
-minutes on 2 CPU cores. benchmarks/captions_teach.py compares captioners with it.
+it does not forget to read, and reads captions, if there are any; all parameters are trained. Stage
+`instruct` asks colour and shape questions about images of the training split, answered by letter.
+In the end the same kinds of questions are asked about 300 held-out images, with the image and
+without (vqa.json). About 3 minutes on 2 CPU cores. benchmarks/captions_teach.py compares captioners
+with it.
 
 Expected: without captions, accuracy 0.701 [0.658, 0.745] on 788 questions about 289 images, 0.316
 without the image (docs/pretraining.md).

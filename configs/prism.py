@@ -1,5 +1,5 @@
-"""Prism evaluation as CapRL's paper has it: 4 captions per image at temperature 1, answered by a
-model without eyes.
+"""Prism evaluation as in CapRL's paper: 4 captions per image at temperature 1, and a language model
+that cannot see the image answers questions from them.
 
   python -m caprl_jax.main --config=configs/prism.py --workdir=runs/prism    # all twelve
   python -m caprl_jax.main --config=configs/prism.py --workdir=runs/prism \\
@@ -7,12 +7,12 @@ model without eyes.
 
 The files are internlm/CapRL-Evaluation-Files', downloaded into the working directory (MMStar,
 ChartQA, ChartQAPro, CharXiv, InfoVQA, MMMU, MMMU-Pro, SEED, MathVerse, MathVision, WeMath,
-VisuLogic; their images in bench_image_folder.zip, prism.image_root); a QA source of
-configs/dataset.py may stand in a file's place. Writes prism.json, answers.jsonl and prism.html,
-with our scores and, where math-verify is installed, the released scorer's beside them. The first
-captioner is the one that the others are compared with. An interrupted evaluation goes on from
-cache/. A captioner is asked by its checkpoint's own chat template, system turn included ("You are a
-helpful assistant." in Qwen2.5-VL's), where the released prompt has a user's turn alone.
+VisuLogic; their images in bench_image_folder.zip, prism.image_root). A QA source of
+configs/dataset.py may take the place of a file. Writes prism.json, answers.jsonl and prism.html,
+with our scores and, if math-verify is installed, the released scorer's beside them. All captioners
+are compared with the first one. An interrupted evaluation goes on from cache/. A captioner is asked
+with its checkpoint's own chat template, system turn included ("You are a helpful assistant." in
+Qwen2.5-VL's); the released prompt has a user's turn alone.
 
 Not run yet.
 """

@@ -1,5 +1,5 @@
-"""Prism in small, on a CPU: the quickstart's captioner before and after CapRL, on held-out images
-of easy-VQA.
+"""A small Prism evaluation on a CPU: the quickstart's captioner before and after CapRL, on held-out
+images of easy-VQA.
 
   python -m caprl_jax.main --config=configs/prism_quickstart.py --workdir=runs/prism
 

@@ -1,5 +1,5 @@
-"""CapRL end to end on a CPU: a toy captioner learns to say what a blind language model needs to
-know.
+"""CapRL end to end on a CPU: a toy captioner learns to say what a language model that cannot see
+the image needs to know.
 
   python -m caprl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 

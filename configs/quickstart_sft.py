@@ -4,11 +4,11 @@ them.
   python -m caprl_jax.main --config=configs/quickstart_sft.py --workdir=runs/quickstart_sft
 
 remakes the checkpoint of configs/quickstart_policy in WORKDIR/policy (about 15 minutes on 2 CPU
-cores). Phase 0 teaches it to see, on captions that name both; phase 1 teaches it to speak tersely:
-an eighth of its captions is complete.
+cores). Phase 0 teaches it to see, on captions that name both. Phase 1 teaches it to say little: one
+in eight captions is complete.
 
-Expected: after the true words before it, the right colour is the likeliest on all of 888 test
-images and the right shape on 98.8% (recognition.json).
+Expected: given the true words that come before, the right colour is the likeliest on all of 888
+test images and the right shape on 98.8% (recognition.json).
 """
 
 import ml_collections
