@@ -56,9 +56,9 @@ def stack_prompts(prompts: list[Prompt], length: int) -> Prompts:
   longest = max(len(p.tokens) for p in prompts)
   if longest > length:
     raise ValueError(
-      f"a prompt has {longest} tokens (image included), more than "
-      f"data.prompt_tokens = {length}; raise it: cutting a prompt would cut its "
-      "image"
+      f"a prompt has {longest} tokens (image included), more than the {length} that its batch has "
+      "room for, and cutting it would cut its image; if the image's file has changed since the "
+      "sizes were read, begin again"
     )
   pad = lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
   return Prompts(

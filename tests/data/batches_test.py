@@ -223,7 +223,9 @@ def test_an_image_larger_than_the_bucket_names_row_and_remedy(rows):
 def test_a_prompt_longer_than_the_bucket_is_refused_and_not_cut(rows):
   prompt = ImagePrompt(CFG, PIECES, image_shape(rows, CFG))
   prompt.length = 10
-  with pytest.raises(ValueError, match="more than data.prompt_tokens = 10.*cut its image"):
+  with pytest.raises(
+    ValueError, match="more than the 10 that its batch has room for.*cut its image"
+  ):
     prompt(rows[0])
 
 
