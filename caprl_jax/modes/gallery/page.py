@@ -30,7 +30,7 @@ box-shadow:0 1.5px 0 rgba(190,130,0,.75)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class GivenCaption:
   """What one captioner has for one image. caption: None where it failed, and `error` says why;
   tokens, cut: None where the file does not say."""
 
@@ -50,7 +50,7 @@ class ComparedImage:
   that the judge chose for each (-1: none; None: it was not asked)."""
 
   name: str
-  said: dict[str, Said]
+  said: dict[str, GivenCaption]
   row: QARow | None = None
   choices: dict[str, list[int | None]] = dataclasses.field(default_factory=dict)
 
@@ -177,7 +177,7 @@ def _element(picture: Image.Image | None, name: str) -> str:
   return markup.embedded(buffer.getvalue(), name)
 
 
-def _column(who: str, said: Said, shared: ComparedImage, alone: set[str]) -> str:
+def _column(who: str, said: GivenCaption, shared: ComparedImage, alone: set[str]) -> str:
   head = f"<h3>{markup.text(who)}</h3>"
   if said.caption is None:
     return (

@@ -24,7 +24,7 @@ from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, kinds, read_image
 from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection, open_judge
-from caprl_jax.modes.gallery.page import NOBODY, ComparedImage, Said, write_page
+from caprl_jax.modes.gallery.page import NOBODY, ComparedImage, GivenCaption, write_page
 
 log = logging.getLogger("caprl_jax.modes.gallery.run")
 
@@ -74,13 +74,13 @@ class GalleryConfig:
     return parse_named(self.captions, key="captions", example="before=a.jsonl,after=b.jsonl")
 
 
-def read_captions(path: pathlib.Path) -> dict[str, Said]:
+def read_captions(path: pathlib.Path) -> dict[str, GivenCaption]:
   """Image -> what was said of it, from JSON lines.
 
   Raises ValueError for a file that is not there or empty; with file and line, for one that is no
   row of mode `caption` and for an image that was there before.
   """
-  found: dict[str, Said] = {}
+  found: dict[str, GivenCaption] = {}
   lines: dict[str, int] = {}
   try:
     file = open(path, "rb")  # noqa: SIM115  closed below; bytes: only \n ends a line
@@ -108,7 +108,7 @@ def read_captions(path: pathlib.Path) -> dict[str, Said]:
   return found
 
 
-def _parse(row: Any) -> tuple[str, Said]:
+def _parse(row: Any) -> tuple[str, GivenCaption]:
   if not isinstance(row, dict):
     raise ValueError(f"a {type(row).__name__}, not an object")
   for key, kind in (
@@ -123,11 +123,11 @@ def _parse(row: Any) -> tuple[str, Said]:
   if row.get("image") is None:
     raise ValueError("the key 'image' is missing")
   if row.get("error") is not None:
-    return row["image"], Said(None, row["error"])
+    return row["image"], GivenCaption(None, row["error"])
   if row.get("caption") is None:
     raise ValueError("neither 'caption' nor 'error'")
   tokens = row.get("tokens")
-  return row["image"], Said(
+  return row["image"], GivenCaption(
     row["caption"],
     "",
     None if tokens is None else len(tokens),
@@ -173,7 +173,7 @@ def _tails(name: str) -> Iterator[str]:
 
 
 def common_images(
-  files: Mapping[str, Mapping[str, Said]], paths: Mapping[str, str]
+  files: Mapping[str, Mapping[str, GivenCaption]], paths: Mapping[str, str]
 ) -> list[ComparedImage]:
   """The images of the first file that all others have. Raises ValueError where there are none."""
   (first, captions), *others = files.items()
@@ -251,7 +251,7 @@ def pick(
 
 
 def figures(
-  files: Mapping[str, Mapping[str, Said]],
+  files: Mapping[str, Mapping[str, GivenCaption]],
   common: Sequence[ComparedImage],
   judged: Sequence[ComparedImage],
 ) -> dict[str, Any]:

@@ -170,7 +170,11 @@ def test_a_real_judge_answers(folder):
 def test_those_that_differ_most_come_by_their_words():
   images = [
     gallery.ComparedImage(
-      str(i), {"a": gallery.Said("one two"), "b": gallery.Said("one two" if i else "three")}
+      str(i),
+      {
+        "a": gallery.GivenCaption("one two"),
+        "b": gallery.GivenCaption("one two" if i else "three"),
+      },
     )
     for i in range(30)
   ]
