@@ -17,12 +17,7 @@ FOLDER_FILES = 14
 REASON = "Long because"  # in the docstring, or in the comment above `def`
 
 # What was longer when this test was written, and how long. Lines may go; none may come or grow.
-LONG_FUNCTIONS: dict[str, int] = {
-  "harness/loop.py:run_loop": 61,
-  "modes/demo.py:build": 61,
-  "modes/sft.py:_train_phases": 87,
-  "rl/sampling.py:decode": 75,
-}
+LONG_FUNCTIONS: dict[str, int] = {}
 LONG_FILES: dict[str, int] = {
   "data/charts/tables.py": 482,
   "modes/curate/generated.py": 495,

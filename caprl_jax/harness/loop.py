@@ -195,8 +195,7 @@ def run_loop(
         interrupts.check(step)
         began = time.perf_counter()
         batch = next(iterator)
-        # The devices still work on step n - 1 (its numbers are read below): this copy runs beside
-        # them.
+        # This copy runs beside step n - 1, whose numbers are read below.
         on_device = sharding.put_batch(batch, mesh)
         data_secs = time.perf_counter() - began
         state, metrics, samples = step_fn(state, on_device)

@@ -340,7 +340,7 @@ def import_gradio() -> Any:
 
 
 def build(demo: Demo, examples: Sequence[tuple[str, str, str]]) -> Any:
-  """The page as gradio.Blocks. examples: (image file, question, its options, one per line)."""
+  """The page. Long because it is all of it. examples: (image file, question, options by line)."""
   gr = import_gradio()
   with gr.Blocks(title="caprl_jax", analytics_enabled=False) as page:
     gr.Markdown(

@@ -10,10 +10,10 @@ import functools
 import logging
 import pathlib
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
-import jax.numpy as jnp
+import ml_collections
 import ml_dtypes
 import numpy as np
 from PIL import Image
@@ -26,13 +26,14 @@ from caprl_jax.data.readers.qa_sources import read_caption_rows, read_qa_rows
 from caprl_jax.data.rows import QARow, read_image
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import run_loop
+from caprl_jax.harness.training.state import make_state
 from caprl_jax.hub.load import Loaded, load_policy, save_policy
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.rl.optimizer import OptimizerConfig, build_optimizer
 from caprl_jax.supervised.caption_step import SFTExample, caption_scores, sft_step
-from caprl_jax.types import Array, Batch, Params, TrainState, Vocabulary
+from caprl_jax.types import Array, Batch, Params, Vocabulary
 
 log = logging.getLogger("caprl_jax.modes.sft")
 
@@ -242,7 +243,7 @@ def all_captions(phase: PhaseConfig, rows: list) -> set[str]:
   return {template.format(**row.facts) for _, template in phase.templates for row in rows}
 
 
-def run(config, workdir: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Runs all phases, writes `workdir/<sft.output>` in Hugging Face format and
   `recognition.json`.
   """
@@ -250,15 +251,24 @@ def run(config, workdir: pathlib.Path) -> None:
   section = configuration.load_section(config, "policy", NewPolicyConfig)
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
   sharding.check_batch_size(cfg.batch_size, mesh, "sft.batch_size")
-  seed = config.seed
-  if any(phase.templates for phase in cfg.phases):
-    places = {
-      n
-      for p in cfg.phases
-      for _, t in p.templates
-      for _, n, _, _ in string.Formatter().parse(t)
-      if n
-    }
+  rows = _rows(cfg, config.seed)
+  with jax.set_mesh(mesh):
+    policy = begin_policy(section, cfg.phases, rows, seed=config.seed, mesh=mesh)
+    _train_phases(policy, rows, section, cfg, config, workdir)
+
+
+def _places(templates: Iterable[str]) -> set[str]:
+  """Names of the {fact} places in templates."""
+  parsed = (part for template in templates for part in string.Formatter().parse(template))
+  return {name for _, name, _, _ in parsed if name}
+
+
+def _rows(cfg: SFTConfig, seed: int) -> list:
+  """The rows to train on: with the facts that the templates use, or with captions of their own.
+  Raises ValueError where there are none."""
+  templates = [template for phase in cfg.phases for _, template in phase.templates]
+  if templates:
+    places = _places(templates)
     rows = [row for row in read_qa_rows(cfg.train, seed) if places <= (row.facts or {}).keys()]
   else:
     rows = read_caption_rows(cfg.train)
@@ -267,25 +277,29 @@ def run(config, workdir: pathlib.Path) -> None:
       f"sft.train = {cfg.train!r} has no row that knows the facts its templates "
       "use; check the places in sft.phases"
     )
-  with jax.set_mesh(mesh):
-    policy = begin_policy(section, cfg.phases, rows, seed=seed, mesh=mesh)
-    _train_phases(policy, rows, section, cfg, config, seed, mesh, workdir)
+  return rows
+
+
+def _eval_rows(cfg: SFTConfig, seed: int) -> list[QARow]:
+  """The rows whose facts measure recognition; none where nothing is measured."""
+  if cfg.eval is None:
+    return []
+  places = _places([cfg.recognition or ""])
+  rows = [row for row in read_qa_rows(cfg.eval, seed) if places <= (row.facts or {}).keys()]
+  return rows[: cfg.eval_rows]
 
 
 def _train_phases(
-  policy: Loaded, rows, section, cfg: SFTConfig, config, seed, mesh, workdir
+  policy: Loaded,
+  rows: list,
+  section: NewPolicyConfig,
+  cfg: SFTConfig,
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
 ) -> None:
+  """Trains phase after phase, measures after each, and writes the captioner."""
   vocabulary = text_vocabulary(policy.tokenizer, policy.model.cfg.text.vocab_size)
-  measured_places = {
-    name for _, name, _, _ in string.Formatter().parse(cfg.recognition or "") if name
-  }
-  eval_rows = (
-    []
-    if cfg.eval is None
-    else [
-      row for row in read_qa_rows(cfg.eval, seed) if measured_places <= (row.facts or {}).keys()
-    ][: cfg.eval_rows]
-  )
+  eval_rows = _eval_rows(cfg, config.seed)
   prompt = ImagePrompt(
     policy.model.cfg,
     policy.prompt_pieces(section.instruction),
@@ -297,65 +311,79 @@ def _train_phases(
     sum(x.size for x in jax.tree.leaves(policy.params)) / 1e6,
     policy.model.cfg.text.vocab_size,
   )
-  params, first, measured = policy.params, 0, []
+  params, steps, measured = policy.params, 0, []
   for number, phase in enumerate(cfg.phases):
-    tx, _ = build_optimizer(phase.optimizer, phase.steps)
-    put = lambda x: jax.device_put(x, sharding.replicated(mesh))
-    moments = sharding.optimizer_shardings(tx, params, policy.shardings, mesh)
-    state = TrainState(
-      put(jnp.int32(0)),
-      params,
-      jax.jit(tx.init, out_shardings=moments)(params),
-      put(jax.random.key(seed)),
+    example = CaptionExample(rows, policy.tokenizer, prompt, phase, cfg)
+    params = _train_phase(
+      dataclasses.replace(policy, params=params),
+      vocabulary,
+      example,
+      number=number,
+      config=config,
+      place=workdir / f"phase_{number}",
     )
-    # The state comes out where it went in: another layout would compile the step anew.
-    step = jax.jit(
-      functools.partial(sft_step, policy=policy.model, tx=tx, vocabulary=vocabulary),
-      donate_argnums=0,
-      out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None),
-    )
-    place = workdir / f"phase_{number}"
-    place.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=1))
-    iterator = train_iterator(
-      CaptionExample(rows, policy.tokenizer, prompt, phase, cfg),
-      len(rows),
-      cfg.batch_size,
-      seed + number,
-      sharding.batch_share(mesh, cfg.batch_size),
-    )
-    if checkpoints.latest_step():
-      state, position = checkpoints.restore(state)
-      iterator.set_state(position)
-    state = run_loop(
-      step,
-      state,
-      iterator,
-      steps=phase.steps,
-      mesh=mesh,
-      checkpoints=checkpoints,
-      config=configuration.to_plain(config),
-      workdir=place,
-      what=f"phase {number}",
-      reward_name="update/none",
-    )
-    checkpoints.close()
-    params, first = state.params, first + phase.steps
+    steps += phase.steps
     if eval_rows and cfg.recognition:
       measured.append(recognition(policy, params, eval_rows, prompt, vocabulary, cfg))
       log.info(
         "after phase %d (%d steps), recognition on %d images of %s: %s",
         number,
-        first,
+        steps,
         len(eval_rows),
         cfg.eval,
         measured[-1],
       )
   dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
-  output = (
-    pathlib.Path(cfg.output) if pathlib.Path(cfg.output).is_absolute() else workdir / cfg.output
-  )
+  output = workdir / cfg.output  # an absolute path stays what it is
   save_policy(output, policy, params, dtype)
   if jax.process_index() == 0:
     write_json(workdir / "recognition.json", {"rows": len(eval_rows), "phases": measured})
     log.info("wrote %s; use it with --config.policy.checkpoint=%s", output, output)
+
+
+def _train_phase(
+  policy: Loaded,
+  vocabulary: Vocabulary,
+  example: CaptionExample,
+  *,
+  number: int,
+  config: ml_collections.ConfigDict,
+  place: pathlib.Path,
+) -> Params:
+  """Trains `policy.params`, which are used up, for one phase, from its newest checkpoint in `place`
+  if there is one; returns the new ones."""
+  mesh, phase, cfg = jax.sharding.get_mesh(), example.phase, example.cfg
+  tx, _ = build_optimizer(phase.optimizer, phase.steps)
+  state = make_state(policy.params, tx, policy.shardings, config.seed, mesh)
+  # The state comes out where it went in: another layout would compile the step anew.
+  step = jax.jit(
+    functools.partial(sft_step, policy=policy.model, tx=tx, vocabulary=vocabulary),
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None),
+  )
+  place.mkdir(parents=True, exist_ok=True)
+  checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=1))
+  iterator = train_iterator(
+    example,
+    len(example.rows),
+    cfg.batch_size,
+    config.seed + number,
+    sharding.batch_share(mesh, cfg.batch_size),
+  )
+  if checkpoints.latest_step():
+    state, position = checkpoints.restore(state)
+    iterator.set_state(position)
+  state = run_loop(
+    step,
+    state,
+    iterator,
+    steps=phase.steps,
+    mesh=mesh,
+    checkpoints=checkpoints,
+    config=configuration.to_plain(config),
+    workdir=place,
+    what=f"phase {number}",
+    reward_name="update/none",
+  )
+  checkpoints.close()
+  return state.params

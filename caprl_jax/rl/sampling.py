@@ -83,8 +83,72 @@ def draw(logits_NV: Array, key: Array, cfg: SamplingConfig) -> Array:
   return jax.random.categorical(key, logits_NV).astype(jnp.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+  """What stays the same while decoding; arguments as of `decode`."""
+
+  extend: Callable[[Array, Array, Array, Prefix], tuple[Array, Prefix]]
+  head_VD: Array
+  first_position_N: Array
+  vocabulary: Vocabulary
+  key: Array
+  cfg: SamplingConfig
+
+  def emit(self, state: DecodeState, hidden_ND: Array) -> DecodeState:
+    """Draws the next token of each row from the hidden state that predicts it."""
+    cfg, seen_NV = self.cfg, state.seen_NV
+    logits = scaled_logits(
+      hidden_ND, self.head_VD, self.vocabulary.allowed_V, cfg.temperature or 1.0
+    )
+    if seen_NV is not None:
+      penalty = cfg.repetition_penalty
+      logits = jnp.where(seen_NV, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    token_N = draw(logits, jax.random.fold_in(self.key, state.step), cfg)
+    logp_N = jnp.take_along_axis(jax.nn.log_softmax(logits), token_N[:, None], axis=1)[:, 0]
+    live_N = ~state.done_N
+    ends_N = jnp.isin(token_N, jnp.asarray(self.vocabulary.end_ids, jnp.int32))
+    if seen_NV is not None:
+      seen_NV = seen_NV.at[jnp.arange(len(token_N)), token_N].set(True)
+
+    def put(array_NT: Array, value_N: Array) -> Array:
+      return array_NT.at[:, state.step].set(value_N)
+
+    return dataclasses.replace(
+      state,
+      step=state.step + 1,
+      done_N=state.done_N | ends_N,
+      tokens_NT=put(state.tokens_NT, jnp.where(live_N, token_N, self.vocabulary.pad_id)),
+      logp_NT=put(state.logp_NT, jnp.where(live_N, logp_N, 0.0)),
+      valid_NT=put(state.valid_NT, live_N),
+      seen_NV=seen_NV,
+    )
+
+  def advance(self, state: DecodeState) -> DecodeState:
+    """Runs the token drawn last, which leaves keys and values in the cache, and draws the next."""
+    last = state.step - 1
+
+    def column(x_NT: Array) -> Array:
+      return jax.lax.dynamic_slice_in_dim(x_NT, last, 1, axis=1)
+
+    def write(old: Array, new: Array) -> Array:
+      return jax.lax.dynamic_update_slice_in_dim(old, new, last, axis=2)
+
+    hidden_N1D, new = self.extend(
+      column(state.tokens_NT),
+      (self.first_position_N + last)[:, None],
+      column(state.valid_NT),
+      state.cache,
+    )
+    cache = Prefix(
+      write(state.cache.key_YRSJh, new.key_YRSJh),
+      write(state.cache.value_YRSJh, new.value_YRSJh),
+      jax.lax.dynamic_update_slice_in_dim(state.cache.valid_RS, new.valid_RS, last, axis=1),
+    )
+    return self.emit(dataclasses.replace(state, cache=cache), hidden_N1D[:, 0])
+
+
 def decode(
-  extend: Callable,
+  extend: Callable[[Array, Array, Array, Prefix], tuple[Array, Prefix]],
   head_VD: Array,
   first_hidden_ND: Array,
   first_position_N: Array,
@@ -94,11 +158,11 @@ def decode(
   cfg: SamplingConfig,
   seen_NV: Array | None = None,
 ) -> DecodeState:
-  """Draws up to `max_tokens` tokens a row.
+  """Draws up to `max_tokens` tokens per row.
 
   Args:
     extend: (tokens_N1, position_N1, valid_N1, cache) -> (hidden_N1D, new keys and values as a
-    Prefix).
+      Prefix).
     head_VD: unembedding.
     first_hidden_ND: the hidden state that predicts the first token.
     first_position_N: position of the first token.
@@ -110,58 +174,7 @@ def decode(
     The last state. `logp_NT` is under the temperature and the allowed tokens (1 where greedy),
     before top-k and top-p.
   """
-  temperature = cfg.temperature or 1.0
-
-  def emit(state: DecodeState, hidden_ND: Array) -> DecodeState:
-    logits = scaled_logits(hidden_ND, head_VD, vocabulary.allowed_V, temperature)
-    if state.seen_NV is not None:
-      penalty = cfg.repetition_penalty
-      logits = jnp.where(
-        state.seen_NV, jnp.where(logits < 0, logits * penalty, logits / penalty), logits
-      )
-    token_N = draw(logits, jax.random.fold_in(key, state.step), cfg)
-    logp_N = jnp.take_along_axis(jax.nn.log_softmax(logits), token_N[:, None], axis=1)[:, 0]
-    live_N = ~state.done_N
-    ends_N = jnp.isin(token_N, jnp.asarray(vocabulary.end_ids, jnp.int32))
-    if state.seen_NV is not None:
-      state = dataclasses.replace(
-        state, seen_NV=state.seen_NV.at[jnp.arange(len(token_N)), token_N].set(True)
-      )
-
-    def put(array_NT: Array, value_N: Array) -> Array:
-      return array_NT.at[:, state.step].set(value_N)
-
-    return dataclasses.replace(
-      state,
-      step=state.step + 1,
-      done_N=state.done_N | ends_N,
-      tokens_NT=put(state.tokens_NT, jnp.where(live_N, token_N, vocabulary.pad_id)),
-      logp_NT=put(state.logp_NT, jnp.where(live_N, logp_N, 0.0)),
-      valid_NT=put(state.valid_NT, live_N),
-    )
-
-  def advance(state: DecodeState) -> DecodeState:
-    last = state.step - 1
-
-    def column(x_NT: Array) -> Array:
-      return jax.lax.dynamic_slice_in_dim(x_NT, last, 1, axis=1)
-
-    def write(old: Array, new: Array) -> Array:
-      return jax.lax.dynamic_update_slice_in_dim(old, new, last, axis=2)
-
-    hidden_N1D, new = extend(
-      column(state.tokens_NT),
-      (first_position_N + last)[:, None],
-      column(state.valid_NT),
-      state.cache,
-    )
-    cache = Prefix(
-      write(state.cache.key_YRSJh, new.key_YRSJh),
-      write(state.cache.value_YRSJh, new.value_YRSJh),
-      jax.lax.dynamic_update_slice_in_dim(state.cache.valid_RS, new.valid_RS, last, axis=1),
-    )
-    return emit(dataclasses.replace(state, cache=cache), hidden_N1D[:, 0])
-
+  loop = _Loop(extend, head_VD, first_position_N, vocabulary, key, cfg)
   N, T = first_hidden_ND.shape[0], cfg.max_tokens
   state = DecodeState(
     step=jnp.int32(0),
@@ -172,5 +185,5 @@ def decode(
     seen_NV=seen_NV,
     cache=cache,
   )
-  state = emit(state, first_hidden_ND)
-  return jax.lax.while_loop(lambda s: (s.step < T) & ~jnp.all(s.done_N), advance, state)
+  state = loop.emit(state, first_hidden_ND)
+  return jax.lax.while_loop(lambda s: (s.step < T) & ~jnp.all(s.done_N), loop.advance, state)
