@@ -85,10 +85,10 @@ def write_answers(
     head_matrix(policy.cfg.text, params["language_model"]),
     hidden_ND,
     next_position_N,
-    empty_cache(prefixes[-1], B * M, cfg.max_tokens),
-    vocabulary,
-    jax.random.key(0),
-    cfg,
+    cache=empty_cache(prefixes[-1], B * M, cfg.max_tokens),
+    vocabulary=vocabulary,
+    key=jax.random.key(0),
+    cfg=cfg,
   )
   return end.tokens_NT.reshape(B, M, -1), end.valid_NT.reshape(B, M, -1)
 

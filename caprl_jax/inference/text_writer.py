@@ -55,10 +55,10 @@ def write_texts(
     head_matrix(model.cfg, params),
     last_hidden(hidden_NLD, valid_NL),
     valid_NL.sum(1),
-    empty_cache(prefix, N, cfg.max_tokens),
-    vocabulary,
-    key,
-    cfg,
+    cache=empty_cache(prefix, N, cfg.max_tokens),
+    vocabulary=vocabulary,
+    key=key,
+    cfg=cfg,
   )
   return end.tokens_NT, end.valid_NT, end.done_N
 

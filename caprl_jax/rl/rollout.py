@@ -79,11 +79,11 @@ def sample_captions(
     head_matrix(policy.cfg.text, params["language_model"]),
     hidden_ND,
     jnp.repeat(batch.prompts.next_position_B, G),
-    empty_cache(prefix, B * G, T),
-    vocabulary,
-    key,
-    cfg.sampling,
-    seen_NV,
+    cache=empty_cache(prefix, B * G, T),
+    vocabulary=vocabulary,
+    key=key,
+    cfg=cfg.sampling,
+    seen_NV=seen_NV,
   )
 
   def grouped(x_N: Array) -> Array:

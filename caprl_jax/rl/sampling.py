@@ -152,6 +152,7 @@ def decode(
   head_VD: Array,
   first_hidden_ND: Array,
   first_position_N: Array,
+  *,
   cache: Prefix,
   vocabulary: Vocabulary,
   key: Array,

@@ -29,10 +29,10 @@ def chain(first, end_ids, T=8, **sampling):
     jnp.eye(size),
     5 * jax.nn.one_hot(jnp.array(first), size),
     100 + 10 * jnp.arange(N),
-    Prefix(zeros, zeros, jnp.zeros((N, T), bool)),
-    vocabulary,
-    jax.random.key(0),
-    SamplingConfig(max_tokens=T, **{"temperature": 0.0, **sampling}),
+    cache=Prefix(zeros, zeros, jnp.zeros((N, T), bool)),
+    vocabulary=vocabulary,
+    key=jax.random.key(0),
+    cfg=SamplingConfig(max_tokens=T, **{"temperature": 0.0, **sampling}),
   )
 
 
