@@ -142,9 +142,9 @@ def watch(host_judge):
     asked.update((caption, q.stem, option) for caption, q in asks for option in q.options)
     return ask(asks, *args)
 
-  def noting(params, prompt, ids, keep, questions, key):
+  def noting(judge, captions, questions, key):
     shapes.append(questions.option_BKAO.shape)
-    return answer(params, prompt, ids, keep, questions, key=key)
+    return answer(judge, captions, questions, key=key)
 
   host_judge._ask, host_judge._answer = counting, noting
   return asked, shapes
