@@ -188,6 +188,8 @@ def overridden(path, *arguments):
       "pretrain.stages.align.kinds",
       ("a",),
     ),
+    ("curate.py", "--config.curate.benchmarks=('a', 'b')", "curate.benchmarks", ("a", "b")),
+    ("curate.py", "--config.curate.benchmarks=a", "curate.benchmarks", ("a",)),
     ("caprl_3b.py", "--config.optimizer.weight_decay=0", "optimizer.weight_decay", 0.0),
   ],
 )

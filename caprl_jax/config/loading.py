@@ -160,7 +160,7 @@ def _add(config: ml_collections.ConfigDict, override: re.Match, annotation: Any)
 
 def _parse_annotated(text: str, annotation: Any) -> Any:
   """A value from text as an annotation has it, of which None may be a part."""
-  kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+  kinds = keys.alternatives(annotation)
   if text != "None" and len(kinds) == 1:
     origin = typing.get_origin(kinds[0]) or kinds[0]
     return _parse_value(text, origin if isinstance(origin, type) else type(None))
