@@ -1,5 +1,7 @@
 """Captioners with random weights in directories that transformers wrote."""
 
+import pathlib
+
 import numpy as np
 import torch
 import transformers
@@ -29,6 +31,10 @@ SPECIALS = {
     "<video>",
   ],
 }
+
+
+SIZES = [(40, 30), (120, 90), (33, 150), (64, 64), (200, 40), (41, 30)]
+PROMPT = "Please describe this image in detail."
 
 
 def write_checkpoint(folder, case: str, seed: int = 0, penalty: float | None = None) -> None:
@@ -97,3 +103,52 @@ def make_folder(path):
   for i, (w, h) in enumerate([(40, 30), (120, 90), (41, 30)]):
     Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path / f"{i}.png")
   return path
+
+
+def write_images_of_many_sizes(folder) -> list[pathlib.Path]:
+  rng = np.random.default_rng(0)
+  folder.mkdir()
+  for i, (w, h) in enumerate(SIZES):
+    Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+  return sorted(folder.glob("*.png"))
+
+
+def generated_by_transformers(folder, paths, tokens: int) -> list[list[int]]:
+  """Ids that transformers generates, image by image."""
+  model = transformers.AutoModelForImageTextToText.from_pretrained(
+    folder, dtype=torch.float32
+  ).eval()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+  template = (folder / "chat_template.jinja").read_text()
+  turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
+  out = []
+  for path in paths:
+    text = tokenizer.apply_chat_template(
+      turn, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    picture = [Image.open(path).convert("RGB")]
+    if "<IMG_CONTEXT>" in text:
+      made = images(picture, return_tensors="pt", crop_to_patches=True)
+      count = 4 * int(made.pop("num_patches")[0])
+      text = text.replace("<IMG_CONTEXT>", "<img>" + "<IMG_CONTEXT>" * count + "</img>")
+      extra = dict(pixel_values=made["pixel_values"])
+    else:
+      made = images(picture, return_tensors="pt")
+      text = text.replace(
+        "<|image_pad|>", "<|image_pad|>" * int(made["image_grid_thw"].prod() // 4)
+      )
+      extra = dict(made)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    if "image_grid_thw" in extra:
+      extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    with torch.no_grad():
+      made = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        **extra,
+      )
+    out.append(made[0, ids.shape[1] :].tolist())
+  return out

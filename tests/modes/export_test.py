@@ -72,10 +72,10 @@ def test_a_checkpoint_comes_out_as_it_went_in(case, tmp_path):
   state = again.state_dict()
   for name, value in theirs.state_dict().items():
     assert torch.equal(value, state[name]), name
-  paths = captioner_directory.write_images(tmp_path / "images")[:2]
-  assert captioner_directory.theirs(source, paths, 8) == captioner_directory.theirs(
-    output, paths, 8
-  )
+  paths = captioner_directory.write_images_of_many_sizes(tmp_path / "images")[:2]
+  assert captioner_directory.generated_by_transformers(
+    source, paths, 8
+  ) == captioner_directory.generated_by_transformers(output, paths, 8)
 
 
 def test_a_run_is_exported_with_its_numbers(tmp_path):

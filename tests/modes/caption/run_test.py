@@ -16,10 +16,14 @@ import time
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from helpers import tiny
-from helpers.captioner_directory import write_checkpoint
+from helpers.captioner_directory import (
+  PROMPT,
+  generated_by_transformers,
+  write_checkpoint,
+  write_images_of_many_sizes,
+)
 from helpers.paths import ROOT
 from PIL import Image
 
@@ -27,58 +31,6 @@ from caprl_jax import main
 from caprl_jax.data.readers.easy_vqa import easy_vqa_root
 from caprl_jax.harness import row_shards
 from caprl_jax.modes.caption import run as caption
-
-SIZES = [(40, 30), (120, 90), (33, 150), (64, 64), (200, 40), (41, 30)]
-PROMPT = "Please describe this image in detail."
-
-
-def theirs(folder, paths, tokens: int) -> list[list[int]]:
-  """Ids that transformers generates, image by image."""
-  model = transformers.AutoModelForImageTextToText.from_pretrained(
-    folder, dtype=torch.float32
-  ).eval()
-  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-  template = (folder / "chat_template.jinja").read_text()
-  turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
-  out = []
-  for path in paths:
-    text = tokenizer.apply_chat_template(
-      turn, chat_template=template, add_generation_prompt=True, tokenize=False
-    )
-    picture = [Image.open(path).convert("RGB")]
-    if "<IMG_CONTEXT>" in text:
-      made = images(picture, return_tensors="pt", crop_to_patches=True)
-      count = 4 * int(made.pop("num_patches")[0])
-      text = text.replace("<IMG_CONTEXT>", "<img>" + "<IMG_CONTEXT>" * count + "</img>")
-      extra = dict(pixel_values=made["pixel_values"])
-    else:
-      made = images(picture, return_tensors="pt")
-      text = text.replace(
-        "<|image_pad|>", "<|image_pad|>" * int(made["image_grid_thw"].prod() // 4)
-      )
-      extra = dict(made)
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    if "image_grid_thw" in extra:
-      extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-    with torch.no_grad():
-      made = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        **extra,
-      )
-    out.append(made[0, ids.shape[1] :].tolist())
-  return out
-
-
-def write_images(folder):
-  rng = np.random.default_rng(0)
-  folder.mkdir()
-  for i, (w, h) in enumerate(SIZES):
-    Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-  return sorted(folder.glob("*.png"))
 
 
 def command(checkpoint, source, output, *more):
@@ -108,13 +60,13 @@ def read(path):
 def test_captions_are_those_of_generate(case, penalty, tmp_path):
   checkpoint = tmp_path / "checkpoint"
   write_checkpoint(checkpoint, case, penalty=penalty)
-  paths = write_images(tmp_path / "images")
+  paths = write_images_of_many_sizes(tmp_path / "images")
   assert command(checkpoint, tmp_path / "images", tmp_path / "out.jsonl") == 0
   rows = read(tmp_path / "out.jsonl")
   assert [row["image"] for row in rows] == [str(p) for p in paths]
   ends = set(tiny.read_back(checkpoint / "generation_config.json")["eos_token_id"])
   tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-  for row, want in zip(rows, theirs(checkpoint, paths, 24), strict=True):
+  for row, want in zip(rows, generated_by_transformers(checkpoint, paths, 24), strict=True):
     assert row["tokens"] == want
     assert row["finish"] == ("end" if want[-1] in ends else "length")
     assert row["caption"] == tokenizer.decode(want, skip_special_tokens=True)
@@ -124,7 +76,7 @@ def test_markers_that_are_not_flagged_special_stay(checkpoint, tmp_path):
   """As in batch_decode with skip_special_tokens: `<think>` of Qwen3's tokenizers is such a
   token.
   """
-  write_images(tmp_path / "images")
+  write_images_of_many_sizes(tmp_path / "images")
   assert command(checkpoint, tmp_path / "images", tmp_path / "plain.jsonl") == 0
   shutil.copytree(checkpoint, tmp_path / "marked")
   spec = tiny.read_back(tmp_path / "marked" / "tokenizer.json")
@@ -162,7 +114,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_json_lines_bad_images_and_going_on(checkpoint, tmp_path, monkeypatch, caplog):
-  paths = write_images(tmp_path / "images")
+  paths = write_images_of_many_sizes(tmp_path / "images")
   (tmp_path / "images" / "broken.png").write_bytes(b"no image")
   names = [f"images/{p.name}" for p in paths] + ["images/broken.png", "images/absent.png"]
   source = tmp_path / "rows.jsonl"
@@ -265,7 +217,7 @@ def test_a_style_is_a_prompt():
 def test_a_job_goes_on_only_with_its_settings_and_ends_once(
   checkpoint, tmp_path, monkeypatch, capsys, caplog
 ):
-  paths, output = write_images(tmp_path / "images"), tmp_path / "out.jsonl"
+  paths, output = write_images_of_many_sizes(tmp_path / "images"), tmp_path / "out.jsonl"
 
   def killed(*_, **__):
     raise KeyboardInterrupt
@@ -297,7 +249,7 @@ def test_a_job_goes_on_only_with_its_settings_and_ends_once(
 
 
 def test_a_checkpoint_trained_anew_is_another_job(checkpoint, tmp_path, capsys):
-  write_images(tmp_path / "images")
+  write_images_of_many_sizes(tmp_path / "images")
   shutil.copytree(checkpoint, tmp_path / "policy")
   assert command(tmp_path / "policy", tmp_path / "images", tmp_path / "out.jsonl") == 0
   tiny.train_anew(tmp_path / "policy")
