@@ -14,6 +14,7 @@ ORDER = [
   "masked",
   "sharding",
   "atomic_files",
+  "json_files",
   "config",
   "scoring",
   "pages",
