@@ -15,6 +15,7 @@ ORDER = [
   "sharding",
   "atomic_files",
   "json_files",
+  "image_files",
   "config",
   "scoring",
   "pages",
