@@ -194,4 +194,14 @@ CONFIGS = {
     num_attention_heads=32,
     tie_word_embeddings=True,
   ),
+  "Qwen/Qwen3-4B-Instruct-2507": dict(
+    _QWEN3,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    max_position_embeddings=262144,
+    rope_theta=5_000_000,
+    tie_word_embeddings=True,
+  ),
 }

@@ -5,6 +5,7 @@ Shared by the CapRL step and supervised training. A loss returns a sum and a cou
 comes once, at the end, so that the number of microbatches changes nothing but memory.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -92,15 +93,29 @@ def mean_gradient(
     out, grads = of_piece(batch)
   else:
     pieces = sharding.microbatches(batch, microbatches)
-    first, rest = (
-      jax.tree.map(lambda x: x[0], pieces),
-      jax.tree.map(lambda x: x[1:], pieces),
-    )
-    (out, grads), _ = jax.lax.scan(add, of_piece(first), rest)
+    # From zeros rather than from the first piece, or the model would be compiled twice.
+    nothing = _nothing(*jax.eval_shape(of_piece, jax.tree.map(lambda x: x[0], pieces)))
+    (out, grads), _ = jax.lax.scan(add, nothing, pieces)
   divisor = jnp.maximum(out.count, 1)
   return MeanLoss(
     out.total / divisor, out.count, jax.tree.map(lambda g: g / divisor, grads), out.numbers
   )
+
+
+def _nothing(out: LossSum, grads: Params) -> tuple[LossSum, Params]:
+  """What leaves a microbatch's sums and gradient as they are when joined with it; of their
+  shapes."""
+
+  def full(tree: Any, value: float) -> Any:
+    return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)
+
+  numbers = full(out.numbers, 0)
+  numbers = dataclasses.replace(
+    numbers,
+    maxima=full(out.numbers.maxima, -jnp.inf),
+    minima=full(out.numbers.minima, jnp.inf),
+  )
+  return dataclasses.replace(full(out, 0), numbers=numbers), full(grads, 0)
 
 
 @flax.struct.dataclass

@@ -19,9 +19,15 @@ class OptimizerConfig:
   learning_rate: the peak; with muon, that of the matrices.
   adam_learning_rate: with muon, the peak of everything else.
   schedule: after the warm-up `constant`, or `cosine`, which falls to `final_fraction` of the peak
-    at the last step.
+    at the last of `schedule_steps`.
+  schedule_steps: length of the schedule in optimizer steps; None: of the run. A published run may
+    have stopped long before its schedule ended: CapRL-3B's was written for 17,640 steps, and its
+    rate had hardly fallen at step 1,800.
   warmup_steps: steps until the peak.
-  warmup_fraction: the same as a share of all steps.
+  warmup_fraction: the same as a share of `schedule_steps`.
+  warmup_from_zero: the first update has rate 0, as with the schedulers of transformers and
+    OpenRLHF, and the peak comes one step later; else the first has the peak over the warm-up's
+    steps.
   final_fraction: of the peak, at the end of `cosine`.
   b1, b2: decay of the first and second moments.
   weight_decay: decoupled, as in AdamW.
@@ -33,8 +39,10 @@ class OptimizerConfig:
   learning_rate: float = 1e-6
   adam_learning_rate: float | None = None
   schedule: Literal["constant", "cosine"] = "constant"
+  schedule_steps: int | None = None
   warmup_steps: int = 0
   warmup_fraction: float | None = None
+  warmup_from_zero: bool = False
   final_fraction: float = 0.1
   b1: float = 0.9
   b2: float = 0.95
@@ -47,6 +55,11 @@ class OptimizerConfig:
       raise ValueError(
         f"learning_rate = {self.learning_rate} and clip_norm = {self.clip_norm} "
         f"must be positive, warmup_steps = {self.warmup_steps} >= 0"
+      )
+    if self.schedule_steps is not None and self.schedule_steps <= self.warmup_steps:
+      raise ValueError(
+        f"schedule_steps = {self.schedule_steps} must be above warmup_steps = {self.warmup_steps}; "
+        "None is the run's own length"
       )
     if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
       raise ValueError(f"warmup_fraction = {self.warmup_fraction} must be from 0 to less than 1")
@@ -78,7 +91,9 @@ def warmup(cfg: OptimizerConfig, steps: int) -> int:
 
 
 def learning_rate_schedule(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-  """Linear warm-up to `peak`, then constant or cosine until `steps`."""
+  """Linear warm-up to `peak`, then constant or cosine until `cfg.schedule_steps` or, without it,
+  the run's `steps`; after that the rate stays."""
+  steps = cfg.schedule_steps or steps
   rising = warmup(cfg, steps)
   if cfg.schedule == "cosine":
     after = optax.cosine_decay_schedule(peak, max(steps - rising, 1), alpha=cfg.final_fraction)
@@ -86,9 +101,12 @@ def learning_rate_schedule(cfg: OptimizerConfig, peak: float, steps: int) -> opt
     after = optax.constant_schedule(peak)
   if not rising:
     return after
-  return optax.join_schedules(
-    [optax.linear_schedule(peak / rising, peak, max(rising - 1, 1)), after], [rising]
+  first = (
+    optax.linear_schedule(0.0, peak, rising)
+    if cfg.warmup_from_zero
+    else optax.linear_schedule(peak / rising, peak, max(rising - 1, 1))
   )
+  return optax.join_schedules([first, after], [rising])
 
 
 def build_optimizer(

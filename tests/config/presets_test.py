@@ -45,6 +45,7 @@ def test_the_released_recipe(tmp_path):
     made.optimizer.warmup_steps,
     made.optimizer.final_fraction,
   ) == (1e-6, 20, 0.1)
+  assert made.optimizer.schedule_steps == 17_640 and made.optimizer.warmup_from_zero
   assert made.data.batch_size == 128 and made.step.update.microbatches == 16  # the file's own
 
 
@@ -60,6 +61,30 @@ def test_paper_and_released_code_differ_where_they_do(tmp_path):
   assert plus.step.advantage.whiten == "none" and plus.step.judge.abstain_letter == "F"
   assert plus.step.reward.length == 0.2 and plus.step.update.loss.aggregation == "sequence_mean"
   assert plus.optimizer.learning_rate == 1e-5 and plus.optimizer.schedule == "constant"
+  assert (plus.optimizer.b2, plus.optimizer.weight_decay) == (0.999, 0.01)  # verl's defaults
+
+
+@pytest.mark.parametrize(
+  "config, judge",
+  [
+    ("caprl_internvl35_8b", "Qwen/Qwen2.5-3B-Instruct"),
+    ("caprl_qwen3vl_2b", "Qwen/Qwen3-4B-Instruct-2507"),
+    ("caprl_qwen3vl_4b", "Qwen/Qwen3-4B-Instruct-2507"),
+  ],
+)
+def test_the_recipes_of_other_captioners(config, judge, tmp_path):
+  made = settings(config=config, tmp_path=tmp_path)
+  assert made.judge.source == judge and made.policy.max_pixels is None
+  assert made.policy.param_dtype == ("bfloat16" if "qwen3vl" in config else "float32")
+
+
+def test_an_optimizer_with_its_own_rate_is_the_files(tmp_path):
+  made = settings("--config.preset=official_caprl_3b", config="quickstart", tmp_path=tmp_path)
+  file = config_file.load_config(str(ROOT / "configs" / "quickstart.py"))
+  assert made.optimizer.schedule_steps is None
+  assert made.optimizer.warmup_steps == file.optimizer.warmup_steps
+  made = settings("--config.optimizer.learning_rate=2e-6", tmp_path=tmp_path)
+  assert made.optimizer.schedule_steps == 17_640 and made.optimizer.learning_rate == 2e-6
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

@@ -41,6 +41,7 @@ COUNTS = {
   "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
   "Qwen/Qwen3-0.6B": 596_049_920,
   "Qwen/Qwen3-4B": 4_022_468_096,
+  "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
 }
 
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+import transformers
 
 from caprl_jax.rl.optimizer import OptimizerConfig, build_optimizer, learning_rate_schedule, warmup
 
@@ -37,6 +39,37 @@ def test_cosine_after_warmup():
   )
   np.testing.assert_allclose(got, want, rtol=1e-6)
   np.testing.assert_allclose([got[2], got[6], got[10]], [1, 0.55, 0.1], rtol=1e-6)
+
+
+def test_a_schedule_may_be_longer_than_the_run():
+  """CapRL-3B: a cosine over 17,640 steps, stopped at 1,800; transformers' scheduler is the oracle,
+  cosine_with_min_lr, which OpenRLHF uses."""
+  parameter = torch.nn.Parameter(torch.zeros(1))
+  adam = torch.optim.AdamW([parameter], lr=1e-6)
+  theirs = transformers.get_scheduler(
+    "cosine_with_min_lr",
+    adam,
+    num_warmup_steps=20,
+    num_training_steps=17_640,
+    scheduler_specific_kwargs={"min_lr": 1e-7},
+  )
+  want = []
+  for _ in range(1_801):
+    want.append(adam.param_groups[0]["lr"])
+    adam.step()
+    theirs.step()
+  cfg = OptimizerConfig(
+    schedule="cosine", schedule_steps=17_640, warmup_steps=20, warmup_from_zero=True
+  )
+  _, schedule = build_optimizer(cfg, 1_800)
+  got = np.asarray(schedule(jnp.arange(1_801)))
+  np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-13)
+  assert got[0] == 0 and got[20] == np.float32(1e-6) and round(float(got[1_800]) / 1e-6, 3) == 0.978
+
+
+def test_a_schedule_shorter_than_its_warmup_is_refused():
+  with pytest.raises(ValueError, match="schedule_steps = 20 must be above warmup_steps = 20"):
+    OptimizerConfig(schedule_steps=20, warmup_steps=20)
 
 
 def test_a_run_shorter_than_its_warmup_still_reaches_the_peak():
