@@ -1,5 +1,5 @@
-"""CapRL's pretraining evaluation, set-up (a): Qwen2.5-VL's vision tower, Qwen2.5-3B, a new
-projector, three stages.
+"""CapRL's pretraining evaluation, set-up (a): Qwen2.5-VL's vision tower, Qwen2.5-3B-Instruct, a
+new projector, three stages.
 
   python -m caprl_jax.main --config=configs/pretrain_caprl.py --workdir=runs/pretrain \\
     --config.pretrain.stages.further.data=captions.jsonl \\
@@ -11,16 +11,16 @@ lines of image and caption; mode `caption` writes them), Open-LLaVA-NeXT-1M
 skipped: the paper's "vanilla".
 
 As in the paper (arXiv 2509.22647): the stages, what each trains, learning rates, batch sizes (256,
-256, 128 examples; `examples` counts them, however many share a row), the new projector. The paper
-and the released files do not give the following, so these are our choices: one epoch per stage,
-3% warm-up and cosine decay to 0, AdamW without weight decay, 4,096 tokens per row, images up to
-1,280 tokens, that examples are packed, whether Qwen2.5-3B is the base or the instruct model (base
-here), and the instruction of captions. Its benchmarks (InfoVQA, DocVQA, ...) are not part of this
-package: `pretrain.eval` asks multiple-choice questions of your own, and every stage's model is a
-directory that lmms-eval or VLMEvalKit can load.
+256, 128 examples; `examples` counts them, however many share a row). As in the ScaleCap notebooks,
+which CapRL links: the instruct model, and a new projector as torch draws it. Neither gives the
+following, so these are our choices: one epoch per stage, 3% warm-up and cosine decay to 0, AdamW
+without weight decay, 4,096 tokens per row, images up to 1,280 tokens, that examples are packed, and
+the instruction of captions. Its benchmarks (InfoVQA, DocVQA, ...) are not part of this package:
+`pretrain.eval` asks multiple-choice questions of your own, and every stage's model is a directory
+that lmms-eval or VLMEvalKit can load.
 
-The paper's set-up (b) is --config.pretrain_policy.language=Qwen/Qwen2.5-7B; (c), InternLM2.5 with
-CLIP-ViT-L, needs families that this package does not have.
+The paper's set-up (b) is --config.pretrain_policy.language=Qwen/Qwen2.5-7B-Instruct; (c),
+InternLM2.5 with CLIP-ViT-L, needs families that this package does not have.
 
 Sizes for 3B on 8 accelerators of 80 GB or more, or a TPU slice of as much memory. Raise
 `microbatches` where memory is short.
@@ -64,7 +64,7 @@ def get_config():
   config.mesh = dict(data=1, fsdp=-1, tensor=1)
   config.pretrain_policy = dict(
     vision="Qwen/Qwen2.5-VL-3B-Instruct",
-    language="Qwen/Qwen2.5-3B",
+    language="Qwen/Qwen2.5-3B-Instruct",
     dtype="bfloat16",
     param_dtype="float32",
     remat=True,

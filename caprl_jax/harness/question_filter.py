@@ -10,6 +10,7 @@ fact with it: a question answered right from those needs no caption of this imag
 import dataclasses
 import itertools
 import logging
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,6 +52,17 @@ def mismatched_facts(
   others = [other for other in pool if not own & set(other.items())]
   rng = np.random.default_rng([seed, *"".join(sorted(facts.values())).encode()])
   return [others[i] for i in rng.permutation(len(others))[:count]]
+
+
+def fixed_subset(rows: Sequence[QARow], count: int, seed: int) -> list[QARow]:
+  """The rows with at most `count` of their questions each, drawn once: the same for a seed, the
+  row's name and its questions, whatever the other rows are."""
+  kept = []
+  for row in rows:
+    rng = np.random.default_rng([seed, zlib.crc32(row.name.encode("utf-8", "surrogateescape"))])
+    places = sorted(rng.permutation(len(row.questions))[:count].tolist())
+    kept.append(dataclasses.replace(row, questions=tuple(row.questions[i] for i in places)))
+  return kept
 
 
 def _facts(row: QARow) -> dict[str, str]:

@@ -78,6 +78,8 @@ class DataSection:
   eval: the held-out rows, in the same way.
   batch_size: images per step.
   questions: questions per image in a step.
+  questions_per_image: keep so many of each training image's questions, drawn once by the seed, and
+    ask no others: the paper's ablation. None keeps all.
   max_train_rows, max_eval_rows: keep the first rows only, of each source.
   bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
   """
@@ -86,9 +88,16 @@ class DataSection:
   eval: str
   batch_size: int
   questions: int
+  questions_per_image: int | None = None
   max_train_rows: int | None = None
   max_eval_rows: int | None = None
   bad_rows: BadRows = "refuse"
+
+  def __post_init__(self):
+    if self.questions_per_image is not None and self.questions_per_image < 1:
+      raise ValueError(
+        f"data.questions_per_image = {self.questions_per_image} must be at least 1, or None"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from caprl_jax.data.batches import ImagePrompt, QABatcher, image_shape
 from caprl_jax.data.judge_questions import QuestionShape, QuestionTokenizer, question_shape
 from caprl_jax.data.readers.qa_sources import Part, read_parts, read_qa_rows
 from caprl_jax.data.rows import QARow, kinds
-from caprl_jax.harness.question_filter import filter_questions
+from caprl_jax.harness.question_filter import filter_questions, fixed_subset
 from caprl_jax.harness.sections import GateSection
 from caprl_jax.harness.settings import Settings
 from caprl_jax.hub.load import Loaded, relate_vocabularies
@@ -151,6 +151,8 @@ def _filter(data: Data, host_judge: HostJudge, settings: Settings) -> tuple[Data
   counts |= {f"eval/{name}": number for name, number in held_out_counts.items()}
   parts = (part for part, _ in data.train)
   kept = [(part, rows) for part, (rows, _) in zip(parts, train, strict=True)]
+  if (most := settings.data.questions_per_image) is not None:
+    kept = [(part, fixed_subset(rows, most, settings.seed)) for part, rows in kept]
   return Data(kept, held_out), counts
 
 

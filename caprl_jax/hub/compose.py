@@ -84,7 +84,7 @@ def compose_policy(
   remat: bool = False,
 ) -> Loaded:
   """Loads the tower of `vision`, a captioner, and the language model of `language`; `key` draws the
-  projector between them.
+  projector between them, as torch draws new layers.
 
   Args:
     language: as `load.load_judge` takes it, of the kind that the captioner's family has for its
@@ -125,12 +125,34 @@ def compose_policy(
   decoder = weights.params_from_tensors(
     abstract["language_model"], text_tensors, text_keys, language, shardings["language_model"]
   )
-  new = lambda k: jax.tree.map(
-    lambda x: x.astype(param_dtype), split_params(nn.unbox(init(k)["params"]), is_projector)[0]
-  )
-  new = jax.jit(new, out_shardings=split_params(shardings, is_projector)[0])(key)
+
+  def draw(key: jax.Array) -> Params:
+    made = split_params(nn.unbox(init(key)["params"]), is_projector)[0]
+    return jax.tree.map(lambda x: x.astype(param_dtype), _as_torch_begins(made, key))
+
+  new = jax.jit(draw, out_shardings=split_params(shardings, is_projector)[0])(key)
   params = merge_trees(merge_trees(params, new), {"language_model": decoder})
   return Loaded(Policy(cfg), params, tokenizer, config, preprocessor, shardings, small)
+
+
+def _as_torch_begins(projector: Params, key: jax.Array) -> Params:
+  """Linear layers as torch.nn.Linear draws them, uniform within 1/sqrt(inputs), biases too: the
+  ScaleCap notebooks, by which CapRL pretrains, make a new `Qwen2_5_VLPatchMerger` and leave it so.
+  Norms stay ones and zeros."""
+
+  def redraw(tree: dict[str, Any], key: jax.Array) -> dict[str, Any]:
+    if "kernel" in tree:  # [inputs, outputs]
+      bound = tree["kernel"].shape[-2] ** -0.5
+      return {
+        name: jax.random.uniform(jax.random.fold_in(key, i), x.shape, x.dtype, -bound, bound)
+        for i, (name, x) in enumerate(sorted(tree.items()))
+      }
+    return {
+      name: redraw(value, jax.random.fold_in(key, i)) if isinstance(value, dict) else value
+      for i, (name, value) in enumerate(sorted(tree.items()))
+    }
+
+  return redraw(projector, key)
 
 
 def with_tower(policy: Loaded, vision: str) -> Loaded:

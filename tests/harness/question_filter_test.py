@@ -174,3 +174,17 @@ def test_what_cannot_pass_any_more_is_not_asked_again():
     filter_split(many, host_judge, config(mismatched=8), 0, "train")
   # Nine blind presentations: with the third right answer 3/9 >= 0.25, so six are never asked.
   assert sum(what == "blind" for what, _, _ in host_judge.asked) == 3 * 2 * 9
+
+
+def test_a_fixed_subset_is_drawn_once():
+  many = [
+    row(str(i), "red", "circle", tuple(dataclasses.replace(COLOR, stem=f"{k}?") for k in range(5)))
+    for i in range(40)
+  ]
+  kept = module.fixed_subset(many, 2, seed=0)
+  assert [r.name for r in kept] == [r.name for r in many]
+  assert all(len(r.questions) == 2 and set(r.questions) <= set(many[0].questions) for r in kept)
+  assert module.fixed_subset(many[7:9], 2, seed=0) == kept[7:9]  # whatever the others are
+  assert module.fixed_subset(many, 2, seed=1) != kept and module.fixed_subset(many, 9, 0) == many
+  counts = [sum(q.stem == f"{k}?" for r in kept for q in r.questions) for k in range(5)]
+  assert min(counts) > 5, counts  # none is favoured

@@ -751,6 +751,19 @@ def write_language(path, kind, vocabulary, rows):
   return model.eval()
 
 
+def _check_drawn_as_by_torch(projector):
+  """Against the bound and the standard deviation of torch.nn.Linear of the same size."""
+  kernels = {k: x for k, x in leaves(projector).items() if k.endswith("['kernel']")}
+  assert kernels
+  for name, kernel in kernels.items():
+    *_, inputs, outputs = kernel.shape
+    linear = torch.nn.Linear(inputs, outputs)
+    bias = leaves(projector)[name.replace("kernel", "bias")]
+    for ours, theirs in ((kernel, linear.weight), (bias, linear.bias)):
+      assert abs(ours).max() <= inputs**-0.5 and abs(ours).max() > 0.8 * inputs**-0.5
+      assert abs(ours.std() / theirs.std().item() - 1) < 0.3, name
+
+
 FAMILIES = [
   ("qwen2_5_vl", "qwen2"),
   ("qwen2_5_vl", "llama"),
@@ -789,7 +802,7 @@ def test_composed_models_are_the_tower_and_the_language_model(tmp_path, vision, 
     np.array_equal(decoder[k], language[k]) for k in decoder
   )
   assert not any(x.any() for x in zeros.values()) and len(zeros) == (3 if kind == "llama" else 0)
-  assert any(x.std() > 1e-3 for x in leaves(projector).values())
+  _check_drawn_as_by_torch(projector)
   ids = made.tokenizer.encode("what shape is present?")
   with torch.no_grad():
     want = theirs(input_ids=torch.tensor([ids])).logits[0].numpy()
