@@ -1,7 +1,6 @@
 """Images with questions or captions: the schema of a row, its validation, its image."""
 
 import dataclasses
-import io
 import logging
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -9,6 +8,8 @@ from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from caprl_jax import image_files
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -187,9 +188,7 @@ def open_image(row: QARow | CaptionRow) -> Image.Image:
   """The row's image with only its header read, where it is a file. Raises whatever PIL stumbles
   over.
   """
-  return Image.open(
-    row.image if isinstance(row.image, pathlib.Path) else io.BytesIO(image_bytes(row))
-  )
+  return image_files.open_image(_encoded(row))
 
 
 def read_image(row: QARow | CaptionRow) -> Image.Image:
@@ -203,14 +202,26 @@ def read_image(row: QARow | CaptionRow) -> Image.Image:
     ValueError: an image that cannot be read in full, with the row, the file and the reason.
   """
   try:
-    with open_image(row) as image:
-      return _to_rgb(ImageOps.exif_transpose(image))
+    with image_files.load_image(_encoded(row)) as image:
+      return _to_rgb(_upright(image))
   # PIL's decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, IndexError…
   except Exception as error:
     raise ValueError(
       f"row {row.name!r}: cannot read its image ({image_place(row)}): {type(error).__name__}: "
       f"{error}; replace the image or drop the row"
     ) from error
+
+
+def _encoded(row: QARow | CaptionRow) -> pathlib.Path | bytes:
+  return row.image if isinstance(row.image, pathlib.Path) else image_bytes(row)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  try:
+    return ImageOps.exif_transpose(image)
+  except Exception as error:  # noqa: BLE001  the pixels are there; broken is what stands beside them
+    log.debug("EXIF that cannot be read: %s", error)
+    return image
 
 
 _REASONS = (

@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import difflib
 import email.utils
-import io
 import ipaddress
 import itertools
 import json
@@ -25,6 +24,8 @@ from collections.abc import Coroutine, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from PIL import Image
+
+from caprl_jax.image_files import open_image
 
 log = logging.getLogger("caprl_jax.inference.endpoint")
 
@@ -324,7 +325,7 @@ def _messages(system: str, user: str, image: bytes | None) -> list[dict[str, Any
 def mime_type(image: bytes) -> str:
   """Of an encoded image, by its header. Raises ValueError for an unknown format."""
   try:
-    with Image.open(io.BytesIO(image)) as opened:  # reads the header only
+    with open_image(image) as opened:  # reads the header only
       kind = opened.format
   except Exception as error:
     raise ValueError(

@@ -8,8 +8,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from PIL import Image
-
+from caprl_jax.image_files import load_image
 from caprl_jax.pages import curves
 
 MAX_IMAGE_PIXELS = 448  # a side; larger pictures are embedded smaller, or the page grows too heavy
@@ -104,7 +103,7 @@ def picture(path: pathlib.Path, name: str) -> str:
 
 def embedded(data: bytes, name: str) -> str:
   """An encoded image as an element that carries it, as `picture` does."""
-  with Image.open(io.BytesIO(data)) as image:
+  with load_image(data) as image:
     width, side, mime = image.width, max(image.size), f"image/{(image.format or '').lower()}"
     if side > MAX_IMAGE_PIXELS or mime not in ("image/png", "image/jpeg"):
       small, buffer = image.convert("RGB"), io.BytesIO()

@@ -2,15 +2,12 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-from PIL import Image
 
 from caprl_jax.atomic_files import write_bytes
 from caprl_jax.config import schema as configuration
@@ -27,6 +24,7 @@ from caprl_jax.data.rows import (
   image_bytes,
   image_place,
 )
+from caprl_jax.image_files import open_image
 
 PathLike = str | os.PathLike[str]
 
@@ -303,13 +301,16 @@ def save_image(row: Row, folder: pathlib.Path, copy: bool = False) -> Row:
   return dataclasses.replace(row, image=file)
 
 
+_SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
+
+
 def image_suffix(data: bytes, where: str) -> str:
   """The file suffix of an encoded image, ".jpg" for JPEG. Raises ValueError, starting with
   `where`.
   """
   try:
-    with Image.open(io.BytesIO(data)) as image:
-      return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
+    with open_image(data) as image:
+      return _SUFFIXES.get(image.format, f".{image.format.lower()}")
   except Exception as error:
     raise ValueError(
       f"{where}: its image ({len(data)} bytes) is in no known format: {error}; "
