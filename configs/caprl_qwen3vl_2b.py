@@ -18,6 +18,8 @@ from caprl_jax.config.loading import load_config
 def get_config():
   config = load_config(str(pathlib.Path(__file__).with_name("caprl_3b.py"))).unlock()
   config.policy.checkpoint = "Qwen/Qwen3-VL-2B-Instruct"
+  # verl cuts the data's "<image> Please ..." at the marker and leaves the space.
+  config.policy.instruction = " Please describe this image in detail."
   config.policy.param_dtype = "bfloat16"
   del config.policy.min_pixels
   del config.policy.max_pixels

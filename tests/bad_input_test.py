@@ -243,6 +243,7 @@ def test_vocabularies_that_no_table_relates():
       dict(epochs=2, loss=dict(surrogate="reinforce")),
       r"'reinforce' knows no ratio.* = 2 optimizer steps",
     ),
+    ("rollout", dict(end_cut=True), r"end_cut is for .* 'reinforce', not 'clip'"),
     (
       "train",
       dict(steps=4, trackers=("tensorboard", "tensorboard")),

@@ -43,13 +43,15 @@ _OFFICIAL_OPTIMIZER = dict(
 PRESETS = {
   # The released launch script, reward server and OpenRLHF fork of CapRL-3B: no shuffling, no KL,
   # REINFORCE with a leave-one-out baseline, whitened over the batch, accuracy times two (which
-  # the whitening undoes).
+  # the whitening undoes), a token mean within each micro-batch of 4 captions.
   "official_caprl_3b": dict(
     judge=dict(_OFFICIAL_JUDGE, shuffle=False, abstain_letter="next"),
-    rollout=dict(group_size=8, sampling=_SAMPLING),
+    rollout=dict(group_size=8, sampling=_SAMPLING, end_cut=True),
     reward=dict(accuracy=2.0),
     advantage=dict(estimator="rloo", whiten="released"),
-    policy_update=dict(loss=dict(surrogate="reinforce", aggregation="token_mean", kl=0.0)),
+    policy_update=dict(
+      loss=dict(surrogate="reinforce", aggregation="set_token_mean", set_captions=4, kl=0.0)
+    ),
     optimizer=_OFFICIAL_OPTIMIZER,
   ),
   # The released training script of CapRL++ (verl) for images: options shuffled with "F) Can not
@@ -61,7 +63,14 @@ PRESETS = {
     reward=dict(accuracy=1.0, length=0.2, length_full_tokens=2048, length_zero_tokens=3072),
     advantage=dict(estimator="rloo"),
     policy_update=dict(
-      loss=dict(surrogate="clip", clip_low=0.2, clip_high=0.2, aggregation="sequence_mean", kl=0.0)
+      loss=dict(
+        surrogate="clip",
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=3.0,  # verl's default; it cuts nothing while one step follows one rollout
+        aggregation="sequence_mean",
+        kl=0.0,
+      )
     ),
     # Betas and weight decay are verl's defaults, which the script leaves alone.
     optimizer=dict(

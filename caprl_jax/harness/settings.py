@@ -84,7 +84,7 @@ def _check_combinations(settings: Settings) -> None:
   """Raises ValueError for values that are fine alone but not together."""
   step, judge = settings.step, settings.judge
   check_group_size(step.rollout.group_size, step.advantage)
-  check_microbatches(settings.data.batch_size, step.update)
+  check_microbatches(settings.data.batch_size, step.rollout.group_size, step.update)
   if settings.data.batch_size % step.judge.microbatches:
     raise ValueError(
       f"judge.microbatches = {step.judge.microbatches} does not divide "
@@ -102,6 +102,11 @@ def _check_combinations(settings: Settings) -> None:
       "policy_update.loss.surrogate = 'reinforce' knows no ratio, so only the first of "
       f"policy_update.minibatches x policy_update.epochs = {step.update.steps} optimizer steps "
       "would be on-policy; use 'clip', 'gspo' or 'cispo'"
+    )
+  if step.rollout.end_cut and step.update.loss.surrogate != "reinforce":
+    raise ValueError(
+      f"rollout.end_cut is for policy_update.loss.surrogate = 'reinforce', not "
+      f"{step.update.loss.surrogate!r}, which compares with what was drawn; set it to False"
     )
   sampling = step.rollout.sampling
   if (

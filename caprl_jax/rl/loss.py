@@ -27,8 +27,12 @@ class LossConfig:
     (2503.14476).
   dual_clip: c > 1 bounds `clip` by -c A where A < 0 (Ye et al., 1912.09729); None: no such bound.
   aggregation: `token_mean` over all tokens of the batch; `sequence_mean`: mean over captions of
-    the mean over their tokens (the original GRPO; CapRL++'s seq-mean-token-mean); `constant`: sum
-    over the largest number of tokens that there could be (Dr. GRPO, 2503.20783).
+    the mean over their tokens (the original GRPO; CapRL++'s seq-mean-token-mean); `set_token_mean`:
+    mean over sets of `set_captions` captions of the mean over the set's tokens, which is what
+    OpenRLHF, and so the released CapRL-3B, makes of a token mean with micro-batches of 4: the
+    longer the captions beside it, the less a token weighs; `constant`: sum over the largest number
+    of tokens that there could be (Dr. GRPO, 2503.20783).
+  set_captions: captions per set of `set_token_mean`, of different images where there are enough.
   kl: weight of KL(policy || reference); 0 needs no reference (CapRL's released recipe).
   kl_estimator: k1, k2, k3 (http://joschu.net/blog/kl-approx.html); `k3_clamped`, verl's
     low_var_kl; `k3_k2`, the value of k3 with the gradient of k2, which is the true one on samples
@@ -47,7 +51,8 @@ class LossConfig:
   clip_low: float = 0.2
   clip_high: float = 0.2
   dual_clip: float | None = None
-  aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+  aggregation: Literal["token_mean", "sequence_mean", "set_token_mean", "constant"] = "token_mean"
+  set_captions: int = 4
   kl: float = 0.0
   kl_estimator: Literal["k1", "k2", "k3", "k3_clamped", "k3_k2", "full"] = "k3"
   kl_in: Literal["loss", "reward"] = "loss"
@@ -72,6 +77,8 @@ class LossConfig:
       raise ValueError(
         f"dual_clip = {self.dual_clip} is for surrogate 'clip' or 'gspo', not {self.surrogate!r}"
       )
+    if self.set_captions < 1:
+      raise ValueError(f"set_captions = {self.set_captions} must be at least 1")
     if self.importance_cap <= 0:
       raise ValueError(f"importance_cap = {self.importance_cap} must be positive")
     if self.kl_in == "reward" and self.kl_estimator in ("full", "k3_k2"):
@@ -129,12 +136,21 @@ def kl_estimate(logp: Array, reference_logp: Array, estimator: str) -> Array:
 
 
 def loss_count(counts_BGT: Array, cfg: LossConfig) -> Array:
-  """What the summed loss is divided by: counted tokens, captions that have one, or all the tokens
-  that could be.
+  """What the summed loss is divided by: counted tokens, captions or sets that have one, or all the
+  tokens that could be.
   """
   if cfg.aggregation == "constant":
     return jnp.asarray(counts_BGT.size)
+  if cfg.aggregation == "set_token_mean":
+    return (_in_sets(counts_BGT.sum(-1), cfg).sum(-1) > 0).sum()
   return counts_BGT.sum() if cfg.aggregation == "token_mean" else counts_BGT.any(-1).sum()
+
+
+def _in_sets(x_BG: Array, cfg: LossConfig) -> Array:
+  """A number per caption in sets of `set_captions`, [sets, captions]: neighbours are of different
+  images, as in a shuffled replay buffer."""
+  assert x_BG.size % cfg.set_captions == 0, (x_BG.shape, cfg.set_captions)
+  return x_BG.T.reshape(-1, cfg.set_captions)
 
 
 def importance_weights(
@@ -229,6 +245,10 @@ def policy_loss(logp_BGT: Array, entropy_BGT: Array, given: LossInputs, cfg: Los
     loss_BGT -= cfg.entropy * entropy_BGT
   if cfg.aggregation == "sequence_mean":
     total = masked_mean(loss_BGT, counts_BGT, axis=-1).sum()
+  elif cfg.aggregation == "set_token_mean":
+    loss_SC = _in_sets(masked_sum(loss_BGT, counts_BGT, axis=-1), cfg)
+    tokens_SC = _in_sets(counts_BGT.sum(-1), cfg)
+    total = (loss_SC.sum(-1) / jnp.maximum(tokens_SC.sum(-1), 1)).sum()
   else:
     total = masked_sum(loss_BGT, counts_BGT)
   numbers = TokenNumbers(

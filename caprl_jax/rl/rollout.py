@@ -25,11 +25,15 @@ class RolloutConfig:
   oversample: images captioned for each image that is learned from: of these, groups that carry a
     signal come first (DAPO's dynamic sampling, arXiv 2503.14476, in a fixed shape).
     `data.batch_size` counts those learned from.
+  end_cut: a caption that reaches the limit gets an end token in the place of its last one, and is
+    rewarded and learned from with it, as in the released CapRL-3B (OpenRLHF). For the surrogate
+    `reinforce` only: the recorded log-probability stays the drawn token's.
   """
 
   group_size: int
   sampling: SamplingConfig
   oversample: int = 1
+  end_cut: bool = False
 
   def __post_init__(self):
     if self.group_size < 1 or self.oversample < 1:
@@ -89,8 +93,12 @@ def sample_captions(
   def grouped(x_N: Array) -> Array:
     return x_N.reshape(B, G, *x_N.shape[1:])
 
+  tokens_NT = end.tokens_NT
+  if cfg.end_cut:
+    last_NT = ~end.done_N[:, None] & (jnp.arange(T) == T - 1)
+    tokens_NT = jnp.where(last_NT, vocabulary.end_ids[0], tokens_NT)
   return Captions(
-    grouped(end.tokens_NT), grouped(end.logp_NT), grouped(end.valid_NT), grouped(end.done_N)
+    grouped(tokens_NT), grouped(end.logp_NT), grouped(end.valid_NT), grouped(end.done_N)
   )
 
 

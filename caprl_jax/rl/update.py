@@ -87,9 +87,9 @@ class UpdateNumbers:
     }
 
 
-def check_microbatches(batch_size: int, cfg: UpdateConfig) -> None:
+def check_microbatches(batch_size: int, group_size: int, cfg: UpdateConfig) -> None:
   """Raises ValueError where the parts of a rollout would not be whole groups of the same number of
-  images.
+  images, or their captions no whole sets (`set_token_mean`).
   """
   if cfg.epochs < 1:
     raise ValueError(f"policy_update.epochs = {cfg.epochs} must be at least 1")
@@ -109,6 +109,12 @@ def check_microbatches(batch_size: int, cfg: UpdateConfig) -> None:
       raise ValueError(
         f"policy_update.{name} = {value} does not divide {of} images; use one of {fitting}"
       )
+  captions = batch_size // (cfg.minibatches * cfg.microbatches) * group_size
+  if cfg.loss.aggregation == "set_token_mean" and captions % cfg.loss.set_captions:
+    raise ValueError(
+      f"policy_update.loss.set_captions = {cfg.loss.set_captions} does not divide the {captions} "
+      "captions of a microbatch; change policy_update.microbatches, or use aggregation 'token_mean'"
+    )
 
 
 def logprobs_in_pieces(

@@ -45,6 +45,8 @@ def test_the_released_recipe(tmp_path):
     made.optimizer.warmup_steps,
     made.optimizer.final_fraction,
   ) == (1e-6, 20, 0.1)
+  assert (loss.aggregation, loss.set_captions) == ("set_token_mean", 4)  # OpenRLHF's micro-batches
+  assert made.step.rollout.end_cut
   assert made.optimizer.schedule_steps == 17_640 and made.optimizer.warmup_from_zero
   assert made.data.batch_size == 128 and made.step.update.microbatches == 16  # the file's own
 
@@ -61,6 +63,7 @@ def test_paper_and_released_code_differ_where_they_do(tmp_path):
   assert plus.step.advantage.whiten == "none" and plus.step.judge.abstain_letter == "F"
   assert plus.step.reward.length == 0.2 and plus.step.update.loss.aggregation == "sequence_mean"
   assert plus.optimizer.learning_rate == 1e-5 and plus.optimizer.schedule == "constant"
+  assert plus.step.update.loss.dual_clip == 3.0
   assert (plus.optimizer.b2, plus.optimizer.weight_decay) == (0.999, 0.01)  # verl's defaults
 
 
@@ -75,7 +78,10 @@ def test_paper_and_released_code_differ_where_they_do(tmp_path):
 def test_the_recipes_of_other_captioners(config, judge, tmp_path):
   made = settings(config=config, tmp_path=tmp_path)
   assert made.judge.source == judge and made.policy.max_pixels is None
-  assert made.policy.param_dtype == ("bfloat16" if "qwen3vl" in config else "float32")
+  verl = "qwen3vl" in config
+  assert made.policy.param_dtype == ("bfloat16" if verl else "float32")
+  space = " " if verl else ""  # verl keeps the one behind the data's <image>
+  assert made.policy.instruction == f"{space}Please describe this image in detail."
 
 
 def test_an_optimizer_with_its_own_rate_is_the_files(tmp_path):

@@ -134,6 +134,27 @@ def test_k3_estimates_the_divergence():
   )
 
 
+def test_a_token_mean_within_sets(case):
+  """As OpenRLHF averages: a loop over micro-batches, each with its own token mean."""
+  logp, old, _, entropy, advantage, counts = case
+
+  def mean(aggregation, captions=1):
+    cfg = LossConfig(surrogate="reinforce", aggregation=aggregation, set_captions=captions)
+    loss = policy_loss(
+      jnp.asarray(logp), entropy, LossInputs(old, advantage, jnp.asarray(counts)), cfg
+    )
+    return float(loss.total / loss.count)
+
+  token = -advantage[..., None] * logp
+  of_sets = [  # two images, one caption of each
+    token[:, g][counts[:, g]].mean() for g in range(G)
+  ]
+  np.testing.assert_allclose(mean("set_token_mean", B), np.mean(of_sets), rtol=1e-5)
+  assert abs(np.mean(of_sets) - mean("token_mean")) > 0.01
+  np.testing.assert_allclose(mean("set_token_mean", B * G), mean("token_mean"), rtol=1e-5)
+  np.testing.assert_allclose(mean("set_token_mean", 1), mean("sequence_mean"), rtol=1e-5)
+
+
 def test_counts():
   counts = jnp.array([[[True, True, False], [False] * 3], [[True, False, False], [True] * 3]])
   assert loss_count(counts, LossConfig(aggregation="token_mean")) == 6

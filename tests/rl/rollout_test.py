@@ -78,9 +78,10 @@ def model():
   return policy, params, batch, vocabulary
 
 
-def sample(model, seed=0, vocabulary=None, group=G, **sampling):
+def sample(model, seed=0, vocabulary=None, group=G, end_cut=False, **sampling):
   policy, params, batch, default = model
-  cfg = RolloutConfig(group, SamplingConfig(**{"max_tokens": T, "temperature": 0.9, **sampling}))
+  drawn = SamplingConfig(**{"max_tokens": T, "temperature": 0.9, **sampling})
+  cfg = RolloutConfig(group, drawn, end_cut=end_cut)
   return jax.device_get(
     sampler(policy, cfg)(params, batch, jax.random.key(seed), vocabulary or default)
   )
@@ -189,6 +190,16 @@ def test_captions_end_at_the_first_end_token_and_are_padded_after(model):
     assert (tokens[length:] == PAD).all()
     assert ended == bool(len(ends))
   assert captions.ended_BG.any() and not captions.ended_BG.all()
+
+
+def test_a_cut_caption_may_get_an_end_token(model):
+  plain, ended = (sample(model, group=16, end_cut=end_cut) for end_cut in (False, True))
+  cut_BG = ~plain.ended_BG
+  assert cut_BG.any() and (ended.tokens_BGT[cut_BG][:, -1] == ENDS[0]).all()
+  np.testing.assert_array_equal(ended.ended_BG, plain.ended_BG)  # it counts as cut all the same
+  same = np.array(plain.tokens_BGT)
+  same[cut_BG, -1] = ENDS[0]
+  np.testing.assert_array_equal(ended.tokens_BGT, same)
 
 
 def test_forbidden_ids_are_never_sampled(model):

@@ -279,8 +279,12 @@ def test_the_step_in_three_programs_is_the_fused_one(tiny_run):
       "microbatches = 8 does not divide data.batch_size / policy_update.minibatches = 4",
     ),
     (dict(epochs=0), "epochs = 0"),
+    (
+      dict(microbatches=4, loss=LossConfig(aggregation="set_token_mean", set_captions=3)),
+      "set_captions = 3 does not divide the 8 captions of a microbatch",
+    ),
   ],
 )
 def test_parts_that_do_not_divide_are_refused(cfg, message):
   with pytest.raises(ValueError, match=message):
-    check_microbatches(8, UpdateConfig(**cfg))
+    check_microbatches(8, 4, UpdateConfig(**cfg))
