@@ -50,8 +50,9 @@ def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageS
 def _header_size(row) -> tuple[int, int]:
   try:
     with open_image(row) as image:
-      # turned by EXIF
-      return image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]
+      # turned by EXIF; of a TIFF, Pillow gives the size after that
+      turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
+      return image.size[::-1] if turned else image.size
   except Exception:  # noqa: BLE001  decoders raise anything; this raises an error that names the row
     return read_image(row).size
 

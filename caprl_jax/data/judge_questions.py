@@ -115,6 +115,11 @@ class QuestionTokenizer:
           f"the judge's prompt {template.name!r} is a chat in ChatML, but the "
           f"judge's tokenizer has no token {token!r}; use judge.prompt = 'plain'"
         )
+    if template.label and options + (self.abstain != "none") > len(string.ascii_uppercase):
+      raise ValueError(
+        f"a question has {options} options, more than there are letters; use judge.reading = "
+        "'option_pmi' or drop such questions"
+      )
     encode = lambda text: np.asarray(tokenizer.encode(text), np.int32)
     # one more for "can not answer", which may be F
     letters = string.ascii_uppercase[: max(options + 1, 6)]

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
 
@@ -73,22 +74,32 @@ class CaptionRow:
 @dataclasses.dataclass(frozen=True)
 class BadRow:
   """What stood in a row's place in a dataset and cannot be used. `message` starts with `where`,
-  file and line.
+  file and line. `reason`: the class that it is counted in.
   """
 
   where: str
   message: str
+  reason: str = "malformed"
 
 
 Row = TypeVar("Row", QARow, CaptionRow)
 
 
-def good_rows(found: Iterable[Row | BadRow], bad_rows: BadRows = "refuse") -> list[Row]:
+class RowKeeper(Protocol):
+  """What takes note of bad rows and decides about them later (`bad_rows.BadRowList`)."""
+
+  def keep(self, found: Iterable[Row | BadRow]) -> list[Row]:
+    """The good rows."""
+
+
+def good_rows(found: Iterable[Row | BadRow], bad_rows: BadRows | RowKeeper = "refuse") -> list[Row]:
   """The rows of a dataset, when its bad ones are to be refused or dropped.
 
   `drop` logs every bad row and how many there were. `refuse` raises ValueError with the first of
-  them and their number.
+  them and their number. A `RowKeeper` only takes note of them.
   """
+  if not isinstance(bad_rows, str):
+    return bad_rows.keep(found)
   good: list[Row] = []
   bad: list[BadRow] = []
   for row in found:
@@ -171,10 +182,7 @@ def image_bytes(row: QARow | CaptionRow) -> bytes:
   try:
     return row.image.read_bytes() if isinstance(row.image, pathlib.Path) else row.image.read()
   except OSError as error:
-    raise ValueError(
-      f"row {row.name!r}: cannot read its image ({row.image}): {error.strerror}; "
-      "replace the image or drop the row"
-    ) from error
+    raise unreadable(row, what_failed(error)) from error
 
 
 def image_place(row: QARow | CaptionRow) -> str:
@@ -206,10 +214,35 @@ def read_image(row: QARow | CaptionRow) -> Image.Image:
       return _to_rgb(_upright(image))
   # PIL's decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, IndexError…
   except Exception as error:
-    raise ValueError(
-      f"row {row.name!r}: cannot read its image ({image_place(row)}): {type(error).__name__}: "
-      f"{error}; replace the image or drop the row"
-    ) from error
+    raise unreadable(row, what_failed(error)) from error
+
+
+def decode(data: bytes) -> tuple[Image.Image, str]:
+  """An encoded image's pixels as `read_image` gives them, and the name of its format. Raises
+  whatever PIL stumbles over."""
+  with image_files.load_image(data) as image:
+    return _to_rgb(_upright(image)), image.format or "unknown"
+
+
+def what_failed(error: Exception) -> str:
+  """An error of `decode` or of reading the file, in words that do not depend on where it lies."""
+  said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+  said = _FILE.sub(r"\1", said)
+  # ours say all by themselves
+  return said if type(error) is ValueError else f"{type(error).__name__}: {said}"
+
+
+def unreadable(row: QARow | CaptionRow, why: str) -> ValueError:
+  """The error of a row whose image cannot be read. why: as `what_failed` has it."""
+  place = image_place(row)
+  return ValueError(
+    f"row {row.name!r}: cannot read its image ({place}): {why.removeprefix(f'{place}: ')}; "
+    "replace the image or drop the row"
+  )
+
+
+# PIL's name for the file: for an image in memory another every time
+_FILE = re.compile(r"(cannot identify image file) .*", re.DOTALL)
 
 
 def _encoded(row: QARow | CaptionRow) -> pathlib.Path | bytes:
@@ -240,6 +273,8 @@ def failure_reason(error: BaseException) -> str:
     error = error.__cause__
   if "one side is over" in str(error):
     return "too narrow"
+  if "pixels rounds to" in str(error):
+    return "too small"
   # Decoders raise whatever they stumble over, ours raise ValueError.
   return next(
     (name for kind, name in _REASONS if isinstance(error, kind)),

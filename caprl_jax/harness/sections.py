@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from caprl_jax.data.rows import BadRows
 from caprl_jax.hub.hub_files import fingerprint
-from caprl_jax.hub.load import Loaded, load_policy
+from caprl_jax.hub.load import Loaded, load_pixels, load_policy
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import check_pixel_limits
 from caprl_jax.models.trainable import Trainable
@@ -57,6 +57,11 @@ class PolicySection:
       self.max_pixels,
     )
 
+  def pixels(self):
+    """How the captioner cuts images into patches, without its weights. Raises ValueError as
+    `load`."""
+    return load_pixels(self.checkpoint, self.min_pixels, self.max_pixels)
+
   def identity(self) -> dict[str, Any]:
     """What the captioner's texts depend on but for its instruction: settings of work that is kept.
     A checkpoint trained anew in its place is another one. Raises ValueError as `fingerprint`."""
@@ -81,7 +86,9 @@ class DataSection:
   questions_per_image: keep so many of each training image's questions, drawn once by the seed, and
     ask no others: the paper's ablation. None keeps all.
   max_train_rows, max_eval_rows: keep the first rows only, of each source.
-  bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
+  bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it. Every image is
+    decoded for that once, before the first step. A row that fails all the same when its turn comes
+    (a disk error) ends the run, or the next row takes its place.
   """
 
   train: str

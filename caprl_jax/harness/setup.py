@@ -4,16 +4,20 @@ by train and evaluate."""
 import dataclasses
 import itertools
 import logging
+import pathlib
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
 from caprl_jax import sharding
-from caprl_jax.data.batches import ImagePrompt, QABatcher, image_shape
+from caprl_jax.data.bad_rows import BadRowList
+from caprl_jax.data.batches import ImagePrompt, QABatcher
+from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.judge_questions import QuestionShape, QuestionTokenizer, question_shape
 from caprl_jax.data.readers.qa_sources import Part, read_parts, read_qa_rows
 from caprl_jax.data.rows import QARow, kinds
+from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, fits, shape_of, usable
 from caprl_jax.harness.question_filter import filter_questions, fixed_subset
 from caprl_jax.harness.sections import GateSection
 from caprl_jax.harness.settings import Settings
@@ -47,15 +51,19 @@ class Run:
   train: QABatcher
   eval: QABatcher
   counts: dict[str, float]
+  bad: BadRowList  # what could not be used, and what is done with what fails later
   translator: Translator | None = None  # where captioner and judge have different vocabularies
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """The rows of both splits, with the questions that are kept. train: (the source, its rows)."""
+  """The rows of both splits, with the questions that are kept. train: (the source, its rows).
+  bad, eval_bad: rows of either that could not be used."""
 
   train: list[tuple[Part, list[QARow]]]
   eval: list[QARow]
+  bad: int = 0
+  eval_bad: int = 0
 
   @property
   def train_rows(self) -> list[QARow]:
@@ -67,17 +75,42 @@ class Data:
     """Rows and weight of each source of `train_rows`."""
     return tuple((len(rows), part.weight) for part, rows in self.train)
 
+  def checked(self, bad: BadRowList, images: ImageCheck, check: Check) -> "Data":
+    """What is left when a check has been asked of every row; `bad` takes note of the others."""
+    images([*self.train_rows, *self.eval])  # of both splits in one pass
+    left = lambda rows: bad.check(usable(rows, images(rows), [check]))
+    train, held_out = [(part, left(rows)) for part, rows in self.train], left(self.eval)
+    gone = len(self.train_rows) - sum(len(rows) for _, rows in train)
+    return Data(train, held_out, self.bad + gone, self.eval_bad + len(self.eval) - len(held_out))
 
-def set_up(settings: Settings, training: bool = True) -> Run:
-  """Loads both models, reads and curates the data, tokenises the questions. Call under
+  def counts(self) -> dict[str, int]:
+    """How many rows there are, and were bad where any were."""
+    rows = {"train_rows": len(self.train_rows), "eval_rows": len(self.eval)}
+    bad = {"bad_rows": self.bad, "eval/bad_rows": self.eval_bad}
+    return rows | {name: number for name, number in bad.items() if number}
+
+
+def set_up(settings: Settings, training: bool = True, workdir: pathlib.Path | None = None) -> Run:
+  """Reads and checks the data, loads both models, curates, tokenises the questions. Call under
   `jax.set_mesh`.
 
-  training: False leaves out what only training needs: `data.train` and the reference.
+  Args:
+    training: False leaves out what only training needs: `data.train` and the reference.
+    workdir: where the list of bad rows goes, and what was found about images is kept.
+
+  Raises:
+    ValueError: rows that cannot be used and are to be refused; none that is left; a model that
+    cannot be loaded; values that do not go together.
   """
   mesh = jax.sharding.get_mesh()
   sharding.check_batch_size(settings.data.batch_size, mesh, "data.batch_size")
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
-  data = _read_data(settings, training)
+  listed = "bad_rows.jsonl" if training else "evaluation_bad_rows.jsonl"
+  bad = BadRowList(settings.data.bad_rows, workdir and workdir / listed, "--config.data.bad_rows")
+  images = ImageCheck(workdir)
+  read = _read_data(settings, training, bad)
+  data = read.checked(bad, images, fits(settings.policy.pixels()))
+  bad.settle()
   policy = settings.policy.load(mesh)
   names = tuple(kinds([*data.train_rows, *data.eval]))
   host_judge = open_judge(
@@ -95,14 +128,12 @@ def set_up(settings: Settings, training: bool = True) -> Run:
     len(data.train_rows),
     len(data.eval),
   )
+  data = data.checked(bad, images, _askable(host_judge, settings))
+  bad.settle()
   data, filtered = _filter(data, host_judge, settings)
-  train, held_out, shape = _batchers(data, host_judge, policy, settings)
+  train, held_out, shape = _batchers(data, images, host_judge, policy, settings)
   vocabulary, translator = _relate(policy, judge, settings)
-  counts: dict[str, float] = {
-    "train_rows": len(data.train_rows),
-    "eval_rows": len(data.eval),
-    **filtered,
-  }
+  counts: dict[str, float] = {**data.counts(), **filtered}
   if host_judge.int8_differs is not None:
     counts["int8_differs"] = host_judge.int8_differs
   return Run(
@@ -121,15 +152,42 @@ def set_up(settings: Settings, training: bool = True) -> Run:
     train=train,
     eval=held_out,
     counts=counts,
+    bad=bad,
     translator=translator,
   )
 
 
-def _read_data(settings: Settings, training: bool) -> Data:
-  """Both splits as they are; the training split is empty where nothing is trained."""
+def _read_data(settings: Settings, training: bool, bad: BadRowList) -> Data:
+  """Both splits as they are, without bad rows, which `bad` takes note of; the training split is
+  empty where nothing is trained."""
   data, seed = settings.data, settings.seed
-  parts = read_parts(data.train, seed, data.max_train_rows, data.bad_rows) if training else []
-  return Data(parts, read_qa_rows(data.eval, seed, data.max_eval_rows, data.bad_rows))
+  parts = read_parts(data.train, seed, data.max_train_rows, bad) if training else []
+  of_train = len(bad.rows)
+  held_out = read_qa_rows(data.eval, seed, data.max_eval_rows, bad)
+  return Data(parts, held_out, of_train, len(bad.rows) - of_train)
+
+
+def _askable(host_judge: HostJudge, settings: Settings) -> Check:
+  """A check that the judge's prompt has a letter for every option. Raises ValueError where it has
+  none for two: then the settings are wrong, and no row is."""
+  prompt, written = host_judge.tokenize.prompt, _written(host_judge.judge, settings)
+  prompt(2, written)
+
+  def check(row: QARow, _: ImageFacts) -> None:
+    if settings.judge.reading == "option_pmi":  # reads options by their texts
+      return
+    for question in row.questions:
+      try:
+        prompt(len(question.options), written)
+      except ValueError as error:
+        raise RowError(f"row {row.name!r}: {error}", "too many options") from error
+
+  return check
+
+
+def _written(judge: Loaded, settings: Settings) -> int | None:
+  """Rows of the embedding of a judge that writes; None where it is read."""
+  return judge.model.cfg.vocab_size if settings.judge.reading == "generate" else None
 
 
 def _filter(data: Data, host_judge: HostJudge, settings: Settings) -> tuple[Data, dict[str, int]]:
@@ -153,11 +211,11 @@ def _filter(data: Data, host_judge: HostJudge, settings: Settings) -> tuple[Data
   kept = [(part, rows) for part, (rows, _) in zip(parts, train, strict=True)]
   if (most := settings.data.questions_per_image) is not None:
     kept = [(part, fixed_subset(rows, most, settings.seed)) for part, rows in kept]
-  return Data(kept, held_out), counts
+  return dataclasses.replace(data, train=kept, eval=held_out), counts
 
 
 def _batchers(
-  data: Data, host_judge: HostJudge, policy: Loaded, settings: Settings
+  data: Data, images: ImageCheck, host_judge: HostJudge, policy: Loaded, settings: Settings
 ) -> tuple[QABatcher, QABatcher, QuestionShape]:
   """Of the training and the held-out split; both make batches of one shape, which is the run's."""
   splits = (data.train_rows, data.eval)
@@ -170,7 +228,7 @@ def _batchers(
   shape = question_shape([q for split in tokenized for questions in split for q in questions])
   cfg = policy.model.cfg
   pieces = policy.prompt_pieces(settings.policy.instruction)
-  prompt = ImagePrompt(cfg, pieces, image_shape(rows, cfg))
+  prompt = ImagePrompt(cfg, pieces, shape_of(images(rows), cfg.vision.pixels))
   train, held_out = (
     QABatcher(split, tokens, prompt, settings.data.questions, shape)
     for split, tokens in zip(splits, tokenized, strict=True)
@@ -232,11 +290,10 @@ def _frozen(
   if settings.step.reward.timestamps:
     stamps = stamp_table(policy.tokenizer.texts(policy.model.cfg.text.vocab_size))
   options = shape.options if settings.judge.reading != "option_pmi" else 2
-  written = judge.model.cfg.vocab_size if settings.judge.reading == "generate" else None
   vocabulary = dataclasses.replace(vocabulary, stamp_VX=stamps)
   return Frozen(
     judge=judge.params,
-    prompt=put(tokenize.prompt(options, written)),
+    prompt=put(tokenize.prompt(options, _written(judge, settings))),
     vocabulary=put(vocabulary),
     reference=reference,
     base=base,

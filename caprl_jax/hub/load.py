@@ -167,6 +167,17 @@ def load_policy(
   return dataclasses.replace(empty, params=params, shardings=shardings)
 
 
+def load_pixels(source: str, min_pixels: int | None = None, max_pixels: int | None = None):
+  """How a captioner cuts images into patches, `PolicyConfig.vision.pixels`, without its weights.
+  Raises ValueError as `load_policy`."""
+  path = hub_files.resolve_model(source)
+  config, tensors = hub_files.read_directory(path)
+  family = family_of(config)
+  config, _ = family.adapt(config, tensors) if family.adapt else (config, tensors)
+  cfg = PolicyConfig.from_hf(config, hub_files.read_preprocessor(path))
+  return limit_pixels(cfg, min_pixels, max_pixels)[0].vision.pixels
+
+
 def with_pixel_limits(loaded: Loaded, min_pixels: int | None, max_pixels: int | None) -> Loaded:
   """The same captioner with other limits on image size (None: its own), which `save_policy` writes
   with it. One of a family that cuts images into tiles has no such limits and stays as it is."""

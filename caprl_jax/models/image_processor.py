@@ -67,7 +67,8 @@ class SmartResize:
     """Height and width after resizing: multiples of a merge unit, within the pixel limits, aspect
     kept.
 
-    Raises ValueError when one side is more than 200 times the other.
+    Raises ValueError when one side is more than 200 times the other, or when it rounds to nothing,
+    which only a `min_pixels` of 0 lets it do.
     """
     unit = self.patch_size * self.merge_size
     if max(height, width) > MAX_ASPECT * min(height, width):
@@ -82,6 +83,10 @@ class SmartResize:
     elif rows * columns < self.min_pixels:
       grow = math.sqrt(self.min_pixels / (height * width))
       rows, columns = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+    if not rows or not columns:
+      raise ValueError(
+        f"image of {width}x{height} pixels rounds to {columns}x{rows}: raise min_pixels, enlarge it"
+      )
     return rows, columns
 
   def units(self, height: int, width: int) -> tuple[int, int]:

@@ -98,13 +98,16 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
 
 
 def read_parts(
-  mixture: str, seed: int, max_rows: int | None = None, bad_rows: rows_lib.BadRows = "refuse"
+  mixture: str,
+  seed: int,
+  max_rows: int | None = None,
+  bad_rows: rows_lib.BadRows | rows_lib.RowKeeper = "refuse",
 ) -> list[tuple[Part, list[rows_lib.QARow]]]:
   """Reads and checks the sources of a mixture, each by itself.
 
   Args:
     max_rows: keeps the first rows only, of each source.
-    bad_rows: "refuse" them all with an error, or "drop" and log them.
+    bad_rows: "refuse" them all with an error, or "drop" and log them; or who takes note of them.
 
   Raises:
     ValueError: an unknown source, bad rows that are to be refused, or what `rows.check_rows`
@@ -119,7 +122,10 @@ def read_parts(
 
 
 def read_qa_rows(
-  source: str, seed: int, max_rows: int | None = None, bad_rows: rows_lib.BadRows = "refuse"
+  source: str,
+  seed: int,
+  max_rows: int | None = None,
+  bad_rows: rows_lib.BadRows | rows_lib.RowKeeper = "refuse",
 ) -> list[rows_lib.QARow]:
   """The rows of all sources of a mixture, one after the other; weights are left aside. As
   `read_parts`.

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.data.batches import eval_batches
+from caprl_jax.data.usable_rows import NextUsable
 from caprl_jax.harness.extras import extra
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import Settings, read_settings
@@ -89,7 +90,10 @@ class Evaluator:
     run = self.run
     seed, rows = run.settings.seed, min(rows, len(run.eval_rows))
     share = sharding.batch_share(run.mesh, size)
-    batches = eval_batches(run.eval.example, rows, size, seed, share)
+    # One that cannot be read any more is left out below, by its number.
+    absent = lambda batch: dataclasses.replace(batch, row_B=np.int32(-1))
+    example = NextUsable(run.eval.example, run.eval_rows, run.bad, absent)
+    batches = eval_batches(example, rows, size, seed, share)
     bar = tqdm(
       batches,
       total=-(-rows // size),
@@ -101,7 +105,8 @@ class Evaluator:
     for number, (batch, real) in enumerate(bar):
       key = jax.random.fold_in(jax.random.key(seed), first_key + number)
       made = jax.device_get(program(params, sharding.put_batch(batch, run.mesh), key))
-      yield jax.tree.map(lambda x, real=real: x[:real], made)
+      there = np.flatnonzero(made[0].row_B[:real] >= 0)
+      yield jax.tree.map(lambda x, there=there: x[there], made)
 
 
 def figures_of(parts: list[tuple[Batch, Samples]], kinds: tuple[str, ...]) -> dict[str, float]:
@@ -134,9 +139,12 @@ def run(config, workdir: pathlib.Path) -> None:
   other mode's: the workdir may be a training run's."""
   settings = read_settings(config)
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
-    made = set_up(settings, training=False)
+    made = set_up(settings, training=False, workdir=workdir)
     samples = workdir / "samples" / "evaluation.json"
     figures = Evaluator(made)(made.policy.params, samples, "evaluation", 0)
+    left_out = len(made.bad.rows)
+    if left_out:
+      log.warning("the figures leave out %d rows that cannot be used", left_out)
   if jax.process_index() == 0:
     found = {
       "checkpoint": settings.policy.checkpoint,

@@ -12,6 +12,7 @@ from caprl_jax import sharding
 from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.batches import train_iterator
+from caprl_jax.data.usable_rows import NextUsable
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.extras import extra
 from caprl_jax.harness.gate import gate
@@ -53,7 +54,8 @@ def train(
   params, shardings = split_params(made.policy.params, kind)[0], policy_shardings(made)
   images = rollout_images(settings)
   share = sharding.batch_share(made.mesh, images)
-  iterator = train_iterator(made.train.example, made.mixture, images, settings.seed, share)
+  example = NextUsable(made.train.example, made.train_rows, made.bad)
+  iterator = train_iterator(example, made.mixture, images, settings.seed, share)
   checkpoints = Checkpoints(workdir, settings.checkpoint)
   if checkpoints.latest_step() is not None:
     state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))
@@ -161,7 +163,8 @@ def run(config, workdir: pathlib.Path) -> None:
   clock = StageClock(summary.values.get("wall_secs"))
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
     with clock("setup"):
-      made = set_up(settings)
+      made = set_up(settings, workdir=workdir)
+      _warn_of_other_rows(summary, made)
     with clock("gate"):
       figures = gate(made)
     summary.put(
@@ -203,6 +206,19 @@ def _check_same_run(summary: Summary, config: dict, workdir: pathlib.Path) -> No
     raise ValueError(
       f"{workdir} holds a run of another config (differing: {changed}); use another "
       "--workdir, or delete it"
+    )
+
+
+def _warn_of_other_rows(summary: Summary, made: Run) -> None:
+  """Logs where a run that was begun has other rows now: a bad one was mended, or has gone bad."""
+  name = "train_rows"
+  before, now = summary.values.get("counts", {}).get(name), made.counts[name]
+  if before is not None and before != now:
+    log.warning(
+      "this run was begun with %d training rows and has %d now: its next batches are others than "
+      "they would have been",
+      before,
+      now,
     )
 
 
