@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from caprl_jax.data.rows import ImageSource
 from caprl_jax.data.usable_rows import HasImage, ImageFacts, look_at, not_there, source_bytes
+from caprl_jax.image_files import openable_suffixes
 
 log = logging.getLogger("caprl_jax.data.image_check")
 
@@ -125,7 +126,8 @@ class FactsCache:
 
 
 def _decoder() -> dict:
-  return {"version": 1, "pillow": pillow_version}
+  opens = " ".join(sorted(openable_suffixes()))  # with a plug-in more
+  return {"version": 1, "pillow": pillow_version, "opens": opens}
 
 
 class ImageCheck:

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
 
@@ -227,7 +226,6 @@ def decode(data: bytes) -> tuple[Image.Image, str]:
 def what_failed(error: Exception) -> str:
   """An error of `decode` or of reading the file, in words that do not depend on where it lies."""
   said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-  said = _FILE.sub(r"\1", said)
   # ours say all by themselves
   return said if type(error) is ValueError else f"{type(error).__name__}: {said}"
 
@@ -239,10 +237,6 @@ def unreadable(row: QARow | CaptionRow, why: str) -> ValueError:
     f"row {row.name!r}: cannot read its image ({place}): {why.removeprefix(f'{place}: ')}; "
     "replace the image or drop the row"
   )
-
-
-# PIL's name for the file: for an image in memory another every time
-_FILE = re.compile(r"(cannot identify image file) .*", re.DOTALL)
 
 
 def _encoded(row: QARow | CaptionRow) -> pathlib.Path | bytes:
