@@ -32,12 +32,13 @@ def shown(value: Any, limit: int = 80) -> str:
   return f"{text[: limit - 20]} ... {text[-15:]}"
 
 
-def parse_json(data: bytes | str, where: str) -> Any:
+def parse_json(data: bytes | str, where: str, *, halves: bool = False) -> Any:
   """The value of a JSON text.
 
   Args:
     data: in UTF-8, or in what its byte order mark says.
     where: begins the message.
+    halves: halves of surrogate pairs pass: so Python has names of files that are no UTF-8.
 
   Raises:
     ValueError: it is no JSON, is nested too deeply, names a key of an object twice, or holds half
@@ -46,7 +47,7 @@ def parse_json(data: bytes | str, where: str) -> Any:
   try:
     text = decode(data) if isinstance(data, bytes) else data.removeprefix("\ufeff")
     value = json.loads(text, object_pairs_hook=_unique)
-    if "\\ud" in text.lower():
+    if not halves and "\\ud" in text.lower():
       json.dumps(value, ensure_ascii=False).encode()
   except RecursionError:
     raise ValueError(f"{where}: not JSON that can be read: it is nested too deeply") from None
@@ -62,17 +63,17 @@ def decode(data: bytes) -> str:
   return data.decode(_encoding(data[:4]))
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], *, halves: bool = False) -> Any:
   """The value of a JSON file. Raises ValueError with the path: unreadable, or as `parse_json`."""
   path = pathlib.Path(path)
   try:
     data = path.read_bytes()
   except OSError as error:
     raise ValueError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-  return parse_json(data, str(path))
+  return parse_json(data, str(path), halves=halves)
 
 
-def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def json_lines(path: str | os.PathLike[str], *, halves: bool = False) -> Iterator[tuple[str, Any]]:
   """`file:line` and value of each line that is not blank; a ValueError in place of a bad value.
 
   Raises:
@@ -84,7 +85,7 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
       continue
     where = f"{path}:{number}"
     try:
-      value = parse_json(line, where)
+      value = parse_json(line, where, halves=halves)
     except ValueError as error:
       value = error
     yield where, value
