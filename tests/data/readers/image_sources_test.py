@@ -158,7 +158,7 @@ def test_a_tar_that_changes_fails_the_row(tmp_path):
   path = write_tar(tmp_path / "a.tar", {"0.png": png(0)})
   (row,) = image_sources.find_images(str(path))
   path.write_bytes(path.read_bytes()[:520])
-  with pytest.raises(ValueError, match=r"member '0\.png' at byte 512: 8 bytes of .*cut off"):
+  with pytest.raises(ValueError, match=r"member '0\.png' at byte 512\): 8 bytes of .*cut off"):
     read_image(row)
   path.unlink()
   with pytest.raises(ValueError, match=r"No such file.*put the tar file back"):
