@@ -63,11 +63,12 @@ class QARow:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionRow:
-  """An image and a caption to imitate."""
+  """An image and a caption to imitate. `where` is that of `QARow`."""
 
   image: ImageSource
   caption: str
   name: str
+  where: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

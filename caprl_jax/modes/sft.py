@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -21,9 +20,25 @@ from PIL import Image
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.batches import ImagePrompt, eval_batches, image_shape, train_iterator
+from caprl_jax.data.bad_rows import BadRowList
+from caprl_jax.data.batches import ImagePrompt, ImageShape, eval_batches, train_iterator
+from caprl_jax.data.captions import (
+  caption_ids,
+  captions_fit,
+  places,
+  recognition_fits,
+  stems,
+  taught,
+)
+from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers.qa_sources import read_caption_rows, read_qa_rows
-from caprl_jax.data.rows import QARow, read_image
+from caprl_jax.data.rows import BadRows, QARow, read_image
+from caprl_jax.data.usable_rows import (
+  NextUsable,
+  fits,
+  shape_of,
+  usable,
+)
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.training.state import make_state
@@ -66,6 +81,8 @@ class SFTConfig:
   max_tokens: longest caption.
   augment: shift images by up to an eighth and mirror them, which keeps the facts of easy-vqa
     true.
+  bad_rows: "refuse" to start while a row cannot be used (its image cannot be decoded or is too
+    narrow, its caption is too long), or "drop" and log it; as `data.bad_rows`.
   output: folder of the captioner, below the workdir.
   output_dtype: of the written checkpoint.
   """
@@ -78,6 +95,7 @@ class SFTConfig:
   batch_size: int = 64
   max_tokens: int = 32
   augment: bool = False
+  bad_rows: BadRows = "refuse"
   output: str = "policy"
   output_dtype: str = "bfloat16"
 
@@ -134,22 +152,6 @@ class CaptionExample:
     return SFTExample(batch, *caption_ids(self.tokenizer, row, caption, self.cfg.max_tokens))
 
 
-def caption_ids(
-  tokenizer: Tokenizer, row, caption: str, max_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Ids of a caption of `row` with its end token, padded to int32 [max_tokens], and which are no
-  padding. Raises ValueError for one that is too long.
-  """
-  ids = [*tokenizer.encode_plain(caption), tokenizer.end_ids[0]]
-  if len(ids) > max_tokens:
-    raise ValueError(
-      f"row {row.name!r}: its caption has {len(ids)} tokens, more than "
-      f"sft.max_tokens = {max_tokens}; raise it or shorten the caption"
-    )
-  padded = np.pad(np.array(ids, np.int32), (0, max_tokens - len(ids)), constant_values=ids[-1])
-  return padded, np.arange(max_tokens) < len(ids)
-
-
 def shift_and_mirror(image: Image.Image, rng: np.random.Generator) -> Image.Image:
   """Moves a picture by up to an eighth of each side, repeating its edge, and mirrors it half of the
   time.
@@ -178,20 +180,21 @@ def recognition(
   prompt: ImagePrompt,
   vocabulary: Vocabulary,
   cfg: SFTConfig,
+  bad: BadRowList,
 ) -> dict[str, float]:
   """For each {fact} in the template: how often, given the true text before it, the true word is the
   likeliest of all values that the fact takes. Compares whole words, by the sum of their tokens'
-  log-probabilities."""
+  log-probabilities. Rows that cannot be read any more are left out, where `bad` drops such."""
 
   @jax.jit
   def score(params: Params, example: SFTExample) -> Array:
     return caption_scores(policy.model, params, example, vocabulary)
 
   rates = {}
-  for place in [name for _, name, _, _ in string.Formatter().parse(cfg.recognition) if name]:
+  absent = lambda one: one.replace(batch=dataclasses.replace(one.batch, row_B=np.int32(-1)))
+  for place, stem in stems(cfg.recognition).items():
     values = sorted({row.facts[place] for row in rows})
-    stem = cfg.recognition[: cfg.recognition.index("{" + place + "}")]
-    scores = []
+    scores, there = [], np.ones(len(rows), bool)
     # the text up to the place, then each candidate word; the same length of context for all
     for value in values:
 
@@ -203,16 +206,16 @@ def recognition(
         valid[valid.sum() - 1] = False
         return SFTExample(Batch(*prompt(row), None, np.int32(index)), tokens, valid)
 
-      scores.append(
-        np.concatenate(
-          [
-            sharding.to_host(score(params, batch))[:real]
-            for batch, real in eval_batches(without_end, len(rows), 100, 0)
-          ]
-        )
-      )
+      found, numbers = [], []
+      example = NextUsable(without_end, rows, bad, absent)
+      for batch, real in eval_batches(example, len(rows), 100, 0):
+        found.append(sharding.to_host(score(params, batch))[:real])
+        numbers.append(batch.batch.row_B[:real])
+      scores.append(np.concatenate(found))
+      there &= np.concatenate(numbers) >= 0
     best = np.array(values)[np.argmax(scores, axis=0)]
-    rates[place] = float(np.mean(best == [row.facts[place] for row in rows]))
+    right = best == np.array([row.facts[place] for row in rows])
+    rates[place] = float(right[there].mean())
   return rates
 
 
@@ -229,18 +232,11 @@ def begin_policy(
     )
   texts = None
   if section.compact:
-    texts = {text for phase in phases for text in all_captions(phase, rows)}
+    texts = {text for phase in phases for row in rows for text in taught(phase.templates, row)}
   tokenizer = shared_tokenizer(section.tokenizer, texts, section.instruction)
   return policy_from_architecture(
     section.architecture, section.preprocessor, tokenizer, seed=seed, mesh=mesh
   )
-
-
-def all_captions(phase: PhaseConfig, rows: list) -> set[str]:
-  """All that a phase may teach to say."""
-  if not phase.templates:
-    return {row.caption for row in rows}
-  return {template.format(**row.facts) for _, template in phase.templates for row in rows}
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -251,27 +247,55 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   section = configuration.load_section(config, "policy", NewPolicyConfig)
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
   sharding.check_batch_size(cfg.batch_size, mesh, "sft.batch_size")
-  rows = _rows(cfg, config.seed)
+  bad = BadRowList(cfg.bad_rows, workdir / "bad_rows.jsonl", "--config.sft.bad_rows")
+  rows = _rows(cfg, config.seed, bad)
+  eval_rows = _eval_rows(cfg, config.seed, bad)
   with jax.set_mesh(mesh):
     policy = begin_policy(section, cfg.phases, rows, seed=config.seed, mesh=mesh)
-    _train_phases(policy, rows, section, cfg, config, workdir)
+    made = _check_rows(policy, rows, eval_rows, cfg, bad, workdir)
+    _train_phases(policy, made, section, cfg, config, workdir, bad)
 
 
-def _places(templates: Iterable[str]) -> set[str]:
-  """Names of the {fact} places in templates."""
-  parsed = (part for template in templates for part in string.Formatter().parse(template))
-  return {name for _, name, _, _ in parsed if name}
+@dataclasses.dataclass(frozen=True)
+class CheckedRows:
+  """The rows that can be used, to train on and to measure with, and the shape of their images."""
+
+  train: list
+  eval: list[QARow]
+  shape: ImageShape
 
 
-def _rows(cfg: SFTConfig, seed: int) -> list:
+def _check_rows(
+  policy: Loaded,
+  rows: list,
+  eval_rows: list[QARow],
+  cfg: SFTConfig,
+  bad: BadRowList,
+  workdir: pathlib.Path,
+) -> CheckedRows:
+  """Decodes every image and tokenises every caption that may be taught. Raises ValueError for rows
+  that cannot be used and are to be refused."""
+  images, pixels = ImageCheck(workdir), policy.model.cfg.vision.pixels
+  images([*rows, *eval_rows])  # in one pass
+  left = lambda rows, check: bad.check(usable(rows, images(rows), [fits(pixels), check]))
+  tokenizer, most, phases = policy.tokenizer, cfg.max_tokens, [one.templates for one in cfg.phases]
+  train = left(rows, captions_fit(phases, tokenizer, most))
+  recognised = recognition_fits(cfg.recognition or "", eval_rows, tokenizer, most)
+  held_out = left(eval_rows, recognised)
+  bad.settle()
+  return CheckedRows(train, held_out, shape_of(images([*train, *held_out]), pixels))
+
+
+def _rows(cfg: SFTConfig, seed: int, bad: BadRowList) -> list:
   """The rows to train on: with the facts that the templates use, or with captions of their own.
   Raises ValueError where there are none."""
   templates = [template for phase in cfg.phases for _, template in phase.templates]
   if templates:
-    places = _places(templates)
-    rows = [row for row in read_qa_rows(cfg.train, seed) if places <= (row.facts or {}).keys()]
+    needed = places(templates)
+    read = read_qa_rows(cfg.train, seed, bad_rows=bad)
+    rows = [row for row in read if needed <= (row.facts or {}).keys()]
   else:
-    rows = read_caption_rows(cfg.train)
+    rows = read_caption_rows(cfg.train, bad)
   if not rows:
     raise ValueError(
       f"sft.train = {cfg.train!r} has no row that knows the facts its templates "
@@ -280,31 +304,30 @@ def _rows(cfg: SFTConfig, seed: int) -> list:
   return rows
 
 
-def _eval_rows(cfg: SFTConfig, seed: int) -> list[QARow]:
+def _eval_rows(cfg: SFTConfig, seed: int, bad: BadRowList) -> list[QARow]:
   """The rows whose facts measure recognition; none where nothing is measured."""
   if cfg.eval is None:
     return []
-  places = _places([cfg.recognition or ""])
-  rows = [row for row in read_qa_rows(cfg.eval, seed) if places <= (row.facts or {}).keys()]
+  needed = places([cfg.recognition or ""])
+  read = read_qa_rows(cfg.eval, seed, bad_rows=bad)
+  rows = [row for row in read if needed <= (row.facts or {}).keys()]
   return rows[: cfg.eval_rows]
 
 
 def _train_phases(
   policy: Loaded,
-  rows: list,
+  made: CheckedRows,
   section: NewPolicyConfig,
   cfg: SFTConfig,
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
+  bad: BadRowList,
 ) -> None:
   """Trains phase after phase, measures after each, and writes the captioner."""
   vocabulary = text_vocabulary(policy.tokenizer, policy.model.cfg.text.vocab_size)
-  eval_rows = _eval_rows(cfg, config.seed)
-  prompt = ImagePrompt(
-    policy.model.cfg,
-    policy.prompt_pieces(section.instruction),
-    image_shape([*rows, *eval_rows], policy.model.cfg),
-  )
+  rows, eval_rows = made.train, made.eval
+  pieces = policy.prompt_pieces(section.instruction)
+  prompt = ImagePrompt(policy.model.cfg, pieces, made.shape)
   log.info(
     "%d rows, %.2fM parameters, vocabulary %d",
     len(rows),
@@ -321,10 +344,11 @@ def _train_phases(
       number=number,
       config=config,
       place=workdir / f"phase_{number}",
+      bad=bad,
     )
     steps += phase.steps
     if eval_rows and cfg.recognition:
-      measured.append(recognition(policy, params, eval_rows, prompt, vocabulary, cfg))
+      measured.append(recognition(policy, params, eval_rows, prompt, vocabulary, cfg, bad))
       log.info(
         "after phase %d (%d steps), recognition on %d images of %s: %s",
         number,
@@ -349,6 +373,7 @@ def _train_phase(
   number: int,
   config: ml_collections.ConfigDict,
   place: pathlib.Path,
+  bad: BadRowList,
 ) -> Params:
   """Trains `policy.params`, which are used up, for one phase, from its newest checkpoint in `place`
   if there is one; returns the new ones."""
@@ -364,7 +389,7 @@ def _train_phase(
   place.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=1))
   iterator = train_iterator(
-    example,
+    NextUsable(example, example.rows, bad),
     len(example.rows),
     cfg.batch_size,
     config.seed + number,

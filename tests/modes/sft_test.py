@@ -1,14 +1,21 @@
 """Mode `sft` on tiny real models: captions and templates, a loaded captioner and a new one."""
 
+import dataclasses
+import json
+import pathlib
+
 import jax
 import ml_collections
 import numpy as np
 import pytest
 from helpers import tiny
+from PIL import Image
 
 from caprl_jax import sharding
+from caprl_jax.data.batches import ImagePrompt, train_iterator
 from caprl_jax.data.readers.jsonl import read_jsonl, write_caption_jsonl
 from caprl_jax.data.rows import CaptionRow
+from caprl_jax.data.usable_rows import NextUsable
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.hub.load import load_policy
 from caprl_jax.modes import sft
@@ -148,3 +155,88 @@ def test_refusals(folder, tmp_path, policy, settings, message):
   made.sft.train = str(folder / "data" / made.sft.train)
   with pytest.raises(ValueError, match=message):
     sft.run(made, tmp_path)
+
+
+@pytest.fixture
+def mixed(folder, tmp_path):
+  """Captions of which five cannot be learnt, each for another reason."""
+  lines = (folder / "data" / "captions.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  for row in rows:
+    row["image"] = str(folder / "data" / row["image"])
+  Image.new("RGB", (2, 900)).save(tmp_path / "thin.png")
+  whole = pathlib.Path(rows[0]["image"]).read_bytes()
+  for name, data in {"cut.png": whole[:-40], "page.png": b"<html>"}.items():
+    (tmp_path / name).write_bytes(data)
+  rows[1]["image"] = str(tmp_path / "cut.png")
+  rows[4]["image"] = str(tmp_path / "page.png")
+  rows[6]["image"] = str(tmp_path / "thin.png")
+  rows[8]["caption"] = FULL * 3
+  rows[9]["caption"] = " "
+  path = tmp_path / "mixed.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def test_all_that_cannot_be_learnt_is_refused_together(folder, mixed, tmp_path):
+  made = config(
+    dict(checkpoint=str(folder / "policy")),
+    train=str(mixed),
+    phases=(dict(steps=1, optimizer={}),),
+  )
+  with pytest.raises(
+    ValueError, match="5 bad rows of 12 .--config.sft.bad_rows = 'drop'"
+  ) as raised:
+    sft.run(made, tmp_path / "work")
+  said = str(raised.value)
+  for line, why in {
+    2: "cannot read its image",
+    5: "a web page",
+    7: "over 200 times",
+    9: "its caption has",
+    10: "caption is empty",
+  }.items():
+    (one,) = [text for text in said.splitlines() if f"mixed.jsonl:{line}:" in text]
+    assert why in one
+  listed = (tmp_path / "work" / "bad_rows.jsonl").read_text().splitlines()
+  assert len(listed) == 5 and not (tmp_path / "work" / "phase_0").exists()
+
+
+def test_dropped_ones_are_in_no_batch(folder, mixed, tmp_path, monkeypatch, caplog):
+  """A row that fails later has the next one in its place, in the same way when the run goes on."""
+  taken = []
+  monkeypatch.setattr(
+    sft, "_train_phases", lambda policy, made, *rest: taken.append((policy, made, rest))
+  )
+  made = config(
+    dict(checkpoint=str(folder / "policy")),
+    train=str(mixed),
+    phases=(dict(steps=1, optimizer={}),),
+    bad_rows="drop",
+  )
+  sft.run(made, tmp_path / "work")
+  ((policy, made, (section, cfg, _, _, bad)),) = taken
+  numbers = [int(pathlib.Path(row.image).stem) for row in made.train]
+  assert numbers == [0, 2, 3, 5, 7, 10, 11]
+  assert "dropped 5 of 12 rows (" in caplog.text and "too narrow: 1" in caplog.text
+
+  # The image of row 3 (of seven) goes while the run goes on.
+  gone = dataclasses.replace(made.train[3], image=tmp_path / "gone.png")
+  rows = [*made.train[:3], gone, *made.train[4:]]
+  prompt = ImagePrompt(policy.model.cfg, policy.prompt_pieces(section.instruction), made.shape)
+
+  def begin(rows):
+    example = sft.CaptionExample(rows, policy.tokenizer, prompt, cfg.phases[0], cfg)
+    return train_iterator(NextUsable(example, rows, bad), len(rows), 4, 0)
+
+  iterator, whole, states, batches = begin(rows), begin(made.train), [], []
+  for _ in range(5):
+    batches.append(next(iterator))
+    states.append(iterator.get_state())
+    want = next(whole).batch.row_B
+    np.testing.assert_array_equal(batches[-1].batch.row_B, np.where(want == 3, 4, want))
+  again = begin(rows)
+  again.set_state(states[1])
+  for batch in batches[2:]:
+    jax.tree.map(np.testing.assert_array_equal, next(again), batch)
+  assert caplog.text.count("dropped, though it could be read when the run began") == 1

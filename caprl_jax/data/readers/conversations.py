@@ -58,6 +58,7 @@ class Conversation:
   turns: tuple[Turn, ...]
   name: str
   ended: bool = True
+  where: str = dataclasses.field(default="", compare=False)
 
   def __post_init__(self):
     """Raises ValueError, which names no row, for turns that are not user, assistant, user, ...
@@ -93,6 +94,7 @@ class Asked:
   name: str
   text: str = ""
   open_question: str | None = None
+  where: str = dataclasses.field(default="", compare=False)
 
 
 Example = Conversation | Asked
@@ -278,6 +280,7 @@ def _asked(
       row.name if size >= len(row.questions) else f"{row.name}, questions from {i}",
       told.format(**(row.facts or {})) + "\n" if told else "",
       open_question,
+      row.where,
     )
     for i in range(0, len(row.questions), size)
   ]
@@ -323,7 +326,8 @@ def scan_conversations(
       failed += 1
     else:
       try:
-        yield _parse(item, instruction, path.parent, image_root)
+        made = _parse(item, instruction, path.parent, image_root)
+        yield dataclasses.replace(made, where=where)
       except ValueError as error:
         yield BadRow(where, f"{where}: {error}")
   if empty:

@@ -73,7 +73,14 @@ def read_caption_jsonl(path: PathLike, image_root: PathLike | None = None) -> li
   Paths, names and errors are those of `read_jsonl`; a caption that is empty, missing or cut is an
   error too.
   """
-  return good_rows(_scan_rows(path, image_root, _parse_caption_row))
+  return good_rows(scan_caption_jsonl(path, image_root))
+
+
+def scan_caption_jsonl(
+  path: PathLike, image_root: PathLike | None = None
+) -> Iterator[CaptionRow | BadRow]:
+  """As `read_caption_jsonl`, with a BadRow for each line it would refuse."""
+  return _scan_rows(path, image_root, _parse_caption_row)
 
 
 def write_caption_jsonl(
@@ -154,7 +161,7 @@ def _parse_caption_row(item: Any, image_root: pathlib.Path, where: str) -> Capti
       f"{where}: the caption was cut at max_tokens; caption it with more or drop the row"
     )
   _check_caption(item["caption"], where)
-  return CaptionRow(_image_file(item, image_root, where), item["caption"], _name(item))
+  return CaptionRow(_image_file(item, image_root, where), item["caption"], _name(item), where)
 
 
 def _check_caption(caption: str, where: str) -> None:

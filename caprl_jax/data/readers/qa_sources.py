@@ -133,10 +133,13 @@ def read_qa_rows(
   return [row for _, found in read_parts(source, seed, max_rows, bad_rows) for row in found]
 
 
-def read_caption_rows(source: str) -> list[rows_lib.CaptionRow]:
-  """Reads images with captions from a .jsonl file (`jsonl.read_caption_jsonl`)."""
+def read_caption_rows(
+  source: str, bad_rows: rows_lib.BadRows | rows_lib.RowKeeper = "refuse"
+) -> list[rows_lib.CaptionRow]:
+  """Reads images with captions from a .jsonl file (`jsonl.read_caption_jsonl`). bad_rows: as
+  `read_parts`."""
   if not source.endswith(".jsonl"):
     raise ValueError(
       f"caption source {source!r} is not known; use a .jsonl file of image and caption"
     )
-  return jsonl.read_caption_jsonl(pathlib.Path(source))
+  return rows_lib.good_rows(jsonl.scan_caption_jsonl(pathlib.Path(source)), bad_rows)
