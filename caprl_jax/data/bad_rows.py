@@ -41,6 +41,14 @@ class BadRowList:
     self._settled = 0  # bad rows that `settle` has told of
     self._late: set[tuple[str, str]] = set()
     self._lock = threading.Lock()
+    self._all = [self]  # whose rows the file lists
+
+  def another(self, rule: BadRows, key: str) -> "BadRowList":
+    """A list with a rule of its own, for other rows of the same run, in the same file."""
+    made = BadRowList(rule, self.path, key)
+    made._all = self._all
+    made._all.append(made)
+    return made
 
   def keep(self, found: Iterable[Row | BadRow]) -> list[Row]:
     """The good rows; the bad ones are noted. Raises ValueError, as `settle`, where there are only
@@ -65,6 +73,10 @@ class BadRowList:
     good = self.keep(checked)
     self._seen = before
     return good
+
+  def note(self, rows: Iterable[BadRow]) -> None:
+    """Adds bad rows that `keep` has counted already."""
+    self.rows += rows
 
   def settle(self, what: str = "rows") -> None:
     """Says what was found since the last time: one line in the log where bad rows are dropped.
@@ -125,10 +137,11 @@ class BadRowList:
   def _write(self) -> None:
     if self.path is None or jax.process_index() > 0:
       return
-    if not self.rows:
+    rows = dict.fromkeys(row for some in self._all for row in some.rows)
+    if not rows:
       self.path.unlink(missing_ok=True)
       return
-    rows = dict.fromkeys(self.rows)  # one that two splits have stands there once
+    # one that two splits have stands there once
     lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows)
     text = "".join(f"{line}\n" for line in lines)
     write_text(self.path, text.encode("utf-8", "backslashreplace").decode())

@@ -17,16 +17,21 @@ from typing import Literal
 import grain
 import numpy as np
 
+from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.batches import ImageShape, image_shape, stack
 from caprl_jax.data.chat_rendering import Rendered
+from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.image_prompts import Prompt, build_prompt
 from caprl_jax.data.readers.conversations import Asked, Conversation, Example, conversation_of
 from caprl_jax.data.rows import BadRow, BadRows, good_rows, read_image
+from caprl_jax.data.usable_rows import RowError, bad_row, fits, shape_of, usable
 from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.types import Images, Packed, Prompts
 
 log = logging.getLogger("caprl_jax.data")
+
+SHORTER = "raise tokens, lower pretrain_policy.max_pixels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +43,17 @@ class PackConfig:
   window: examples, in shuffled order, that are packed among themselves; larger ones fill better and
     shuffle less.
   too_long: examples longer than a row are an error, or are dropped and counted; none is ever cut.
-  bad_rows: examples whose image cannot be read are an error, or are dropped and logged. Headers are
-    read before the first step; damaged pixels are found only when an example is used, and its
-    tokens then become padding.
+    None: as `bad_rows` says.
+  bad_rows: "refuse" to start while an example cannot be used, or "drop" and log it; as
+    `data.bad_rows`. One that fails all the same when its turn comes (a disk error) ends the run,
+    or its tokens become padding.
   """
 
   tokens: int
   images: int | None = None
   packing: bool = True
   window: int = 4096
-  too_long: Literal["refuse", "drop"] = "refuse"
+  too_long: Literal["refuse", "drop"] | None = None
   bad_rows: BadRows = "refuse"
 
   def __post_init__(self):
@@ -96,6 +102,12 @@ class Packer:
   """Examples -> rows of `tokens` tokens. `packer(n)` is the n-th row of an endless stream in which
   every example comes once an epoch, in rows that are packed anew each time.
 
+  Args:
+    images: what is known of all images. None: only their headers are read here, and damaged pixels
+      show when an example is used.
+    bad: takes note of the examples that cannot be used, and of those that fail later; None: they
+      are decided about here.
+
   Raises ValueError for examples that are too long, where they are to be refused, and where none is
   left.
   """
@@ -107,10 +119,12 @@ class Packer:
     cfg: PolicyConfig,
     pack: PackConfig,
     seed: int,
+    images: ImageCheck | None = None,
+    bad: BadRowList | None = None,
   ):
-    self.render, self.cfg, self.pack, self.seed = render, cfg, pack, seed
+    self.render, self.cfg, self.pack, self.seed, self.bad = render, cfg, pack, seed, bad
     self.lock, self.plans, self.starts, self.dropped = threading.Lock(), {}, [0], set()
-    examples, shapes = self._readable(examples)
+    examples, shapes = self._checked(examples, images) if images else self._readable(examples)
     own = [render(conversation_of(example)) for example in examples]
     counts = np.array([shape.tokens for shape in shapes])
     keep = self._short(examples, np.array([len(r.tokens_L) for r in own]) + counts)
@@ -122,6 +136,15 @@ class Packer:
     with_image = int((self.counts > 0).sum())
     share = with_image * pack.tokens / lengths.sum() if pack.packing else 1
     self.images = 0 if not with_image else pack.images or max(1, int(np.ceil(share)))
+
+  def _checked(
+    self, examples: Sequence[Example], images: ImageCheck
+  ) -> tuple[list[Example], list[ImageShape]]:
+    """The examples whose image can be decoded and fits the processor, and what it takes."""
+    pixels = self.cfg.vision.pixels
+    found = usable(examples, images(examples), [fits(pixels)])
+    good = self.bad.check(found) if self.bad else good_rows(found, self.pack.bad_rows)
+    return good, [shape_of([facts], pixels) for facts in images(good)]
 
   def _readable(self, examples: Sequence[Example]) -> tuple[list[Example], list[ImageShape]]:
     """The examples whose image's size can be read, and what it takes; headers only."""
@@ -147,13 +170,20 @@ class Packer:
         f"tokens (the longest, {examples[int(np.argmax(lengths))].name!r}, has "
         f"{lengths.max()})"
       )
-      if self.pack.too_long == "refuse":
-        raise ValueError(
-          f"{what}; raise tokens, lower pretrain_policy.max_pixels, or set too_long = 'drop'"
+      rule = self.pack.too_long or self.pack.bad_rows
+      if rule == "refuse" and (self.bad is None or self.bad.rule == "drop"):
+        raise ValueError(f"{what}; {SHORTER}, or set too_long = 'drop'")
+      if self.bad is None or self.bad.rule != rule:
+        log.warning("dropped %s (too_long = 'drop')", what)
+      else:  # told of with the others
+        told = f"of {self.pack.tokens} at most in a row; {SHORTER}"
+        self.bad.note(
+          bad_row(examples[i], RowError(f"{lengths[i]} tokens, {told}", "too long")) for i in long
         )
-      log.warning("dropped %s (too_long = 'drop')", what)
     keep = np.flatnonzero(lengths <= self.pack.tokens)
     if not len(keep):
+      if self.bad:
+        self.bad.settle()
       raise ValueError("no example is left to learn from")
     return keep
 
@@ -269,6 +299,9 @@ class Packer:
 
   def _drop(self, index: int, error: ValueError) -> None:
     """Logs an example that is left out, once. Raises ValueError where bad rows are refused."""
+    if self.bad:
+      self.bad.late(bad_row(self.examples[index], error))
+      return
     if self.pack.bad_rows == "refuse":
       raise ValueError(f"{error} (bad_rows = 'drop' leaves it out)") from error
     with self.lock:

@@ -10,7 +10,9 @@ from helpers import oracle, tiny
 from PIL import Image
 
 from caprl_jax import sharding
+from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.chat_rendering import ChatRenderer
+from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.image_prompts import build_prompt
 from caprl_jax.data.packing import PackConfig, Packer, first_fit, packed_batches
 from caprl_jax.data.readers.conversations import Conversation, Turn, read_examples
@@ -206,7 +208,7 @@ def talks(folder):
   ]
 
 
-def make_packer(policy, examples, seed=3, **settings):
+def make_packer(policy, examples, seed=3, found=(), **settings):
   template, special = policy.chat_template()
   return Packer(
     examples,
@@ -214,6 +216,7 @@ def make_packer(policy, examples, seed=3, **settings):
     policy.model.cfg,
     PackConfig(**settings),
     seed,
+    *found,
   )
 
 
@@ -419,3 +422,42 @@ def test_the_loss_of_packed_rows_is_that_of_the_examples(tiny_folder, policy):
     sums.append([sum(float(x) for x in column) for column in zip(*made)])
   assert sums[0][1] == sums[1][1] > 50
   np.testing.assert_allclose(sums[0][0], sums[1][0], rtol=1e-5)
+
+
+def test_images_are_decoded_before_the_first_row(tiny_folder, policy, tmp_path, caplog):
+  """With what a pass found, cut pixels, thin images and long texts are noted when a packer is
+  made; what goes later becomes padding."""
+  Image.effect_noise((48, 48), 90).convert("RGB").save(tmp_path / "whole.jpg")
+  (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-900])
+  Image.new("RGB", (4, 900)).save(tmp_path / "thin.png")
+  talk = lambda name, say="it is red": Conversation(
+    tmp_path / name, (Turn("user", "what", 0), Turn("assistant", say)), name, where=f"talks:{name}"
+  )
+  bad = [talk("cut.jpg"), talk("thin.png"), talk("whole.jpg", "it is red " * 99)]
+  examples = [*bad, *talks(tiny_folder), talk("whole.jpg")]
+  rule = BadRowList("drop", tmp_path / "bad_rows.jsonl")
+
+  def make(rule, **more):
+    rule.keep(examples)
+    found = (ImageCheck(tmp_path / "work"), rule)
+    return make_packer(policy, examples, 0, found, tokens=128, bad_rows=rule.rule, **more)
+
+  packer = make(rule)
+  assert packer.examples == [*talks(tiny_folder), examples[-1]]
+  assert [(row.where, row.reason) for row in rule.rows] == [
+    ("talks:cut.jpg", "damaged image"),
+    ("talks:thin.png", "too narrow"),
+    ("talks:whole.jpg", "too long"),
+  ]
+  with pytest.raises(ValueError, match="longer than a row's 128 tokens"):
+    make(BadRowList("drop", None), too_long="refuse")
+  refusing = BadRowList("refuse", None)
+  make(refusing)
+  said = r"4 bad rows of 33 .*\n  talks:cut.jpg: .*\n  talks:thin.png: .*\n.*\n.* tokens, of 128 at"
+  with pytest.raises(ValueError, match=said):
+    refusing.settle()
+
+  (tmp_path / "whole.jpg").unlink()
+  rows = [packer(n) for n in range(packer.rows_until(2))]
+  assert sum(int(row.dropped_B) for row in rows) == 2
+  assert caplog.text.count("dropped, though it could be read when the run began") == 1

@@ -20,6 +20,7 @@ from caprl_jax.data.rows import (
   ImageSource,
   QARow,
   Question,
+  RowKeeper,
   good_rows,
 )
 from caprl_jax.data.rows import (
@@ -107,7 +108,7 @@ def read_examples(
   image_root: str | None = None,
   seed: int = 0,
   max_rows: int | None = None,
-  bad_rows: BadRows = "refuse",
+  bad_rows: BadRows | RowKeeper = "refuse",
   questions: int | None = None,
   told: str | None = None,
   kinds: Sequence[str] | None = None,

@@ -5,16 +5,13 @@ Every row is read, every image decoded, every question checked. Rows that cannot
 with file and line; they are refused, or dropped where the config says so.
 """
 
-import concurrent.futures
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
-import os
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -22,10 +19,13 @@ from tqdm import tqdm
 
 from caprl_jax.atomic_files import write_json, write_text
 from caprl_jax.config import schema as configuration
+from caprl_jax.data.bad_rows import reasons_text
 from caprl_jax.data.batches import ImageShape, shape_bucket
+from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.readers.qa_sources import parse_mixture, scan_qa_rows
-from caprl_jax.data.rows import BadRow, BadRows, QARow, image_bytes, open_image, read_image
+from caprl_jax.data.rows import BadRow, BadRows, QARow, image_bytes
+from caprl_jax.data.usable_rows import ImageFacts, fits, usable
 from caprl_jax.hub.hub_files import read_json, read_preprocessor, resolve_model
 from caprl_jax.models.image_processor import SmartResize
 from caprl_jax.models.policy import PolicyConfig
@@ -51,7 +51,7 @@ class DatasetConfig:
     FILE.parquet, or tfds:FOLDER; None only looks.
   split, name: of the dataset in a tfds:FOLDER.
   bad_rows: "refuse" ends with an error when the table is printed and writes no output; "drop"
-    leaves them out of it.
+    leaves them out of it. Rows whose image the processor refuses are among them.
   repeated_images: "keep" them, or "merge" their questions into the first row that has the image.
   max_rows: of each source.
   checkpoint: whose image processor counts tokens; None: Qwen2.5-VL's, with CapRL's limit of one
@@ -68,32 +68,15 @@ class DatasetConfig:
   checkpoint: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFacts:
-  """What one image is, from its bytes."""
+def read_all(
+  cfg: DatasetConfig, seed: int, pixels, workdir: pathlib.Path
+) -> tuple[list[QARow], list[ImageFacts], list[BadRow]]:
+  """All rows whose image and questions are good, their images' facts, and the bad rows.
 
-  digest: str
-  format: str
-  width: int
-  height: int
-  bytes: int
-
-
-def inspect_image(row: QARow) -> ImageFacts | BadRow:
-  """Decodes the row's image in full; a BadRow where it cannot be."""
-  try:
-    data = image_bytes(row)
-    pixels = read_image(row)
-    with open_image(row) as image:
-      kind = image.format or "unknown"
-  except ValueError as error:
-    where = row.where or row.name
-    return BadRow(where, f"{where}: {error}")
-  return ImageFacts(hashlib.sha256(data).hexdigest(), kind, *pixels.size, len(data))
-
-
-def read_all(cfg: DatasetConfig, seed: int) -> tuple[list[QARow], list[ImageFacts], list[BadRow]]:
-  """All rows whose image and questions are good, their images' facts, and the bad rows."""
+  Args:
+    pixels: an image processor, as `PolicyConfig.vision.pixels`, that has to take the images.
+    workdir: where the facts are kept for the next time.
+  """
   found: list[QARow] = []
   bad: list[BadRow] = []
   for part in parse_mixture(cfg.input):
@@ -101,10 +84,10 @@ def read_all(cfg: DatasetConfig, seed: int) -> tuple[list[QARow], list[ImageFact
     for row in tqdm(first, desc="rows", unit="row", leave=False, delay=2, disable=None):
       problem = row if isinstance(row, BadRow) else _problem(row)
       found.append(row) if problem is None else bad.append(problem)
-  rows, facts = [], []
-  for row, fact in zip(found, _inspected(found), strict=True):
-    if isinstance(fact, BadRow):
-      bad.append(fact)
+  rows, facts, known = [], [], ImageCheck(workdir)(found)
+  for row, fact in zip(usable(found, known, [fits(pixels)]), known, strict=True):
+    if isinstance(row, BadRow):
+      bad.append(row)
     else:
       rows.append(row)
       facts.append(fact)
@@ -121,23 +104,15 @@ def _problem(row: QARow) -> BadRow | None:
   return BadRow(
     where,
     f"{where}: the question {twice[0]!r} is asked {stems.count(twice[0])} times; keep one of them",
+    "a question asked twice",
   )
-
-
-def _inspected(rows: Sequence[QARow]) -> Iterator[ImageFacts | BadRow]:
-  progress = tqdm(total=len(rows), desc="images", unit="image", leave=False, delay=2, disable=None)
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
-    for start in range(0, len(rows), 1024):  # a piece at a time: what is decoded does not pile up
-      piece = rows[start : start + 1024]
-      yield from pool.map(inspect_image, piece)
-      progress.update(len(piece))
 
 
 def repeated(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
   """(row, the first row with the same bytes) of each image that was there before."""
   first: dict[str, int] = {}
   return [
-    (i, first[fact.digest]) for i, fact in enumerate(facts) if first.setdefault(fact.digest, i) != i
+    (i, first[fact.sha256]) for i, fact in enumerate(facts) if first.setdefault(fact.sha256, i) != i
   ]
 
 
@@ -150,13 +125,13 @@ def merge_repeated(
   questions: dict[str, dict[str, object]] = {}
   first: dict[str, int] = {}
   for i, (row, fact) in enumerate(zip(rows, facts, strict=True)):
-    first.setdefault(fact.digest, i)
+    first.setdefault(fact.sha256, i)
     for question in row.questions:
-      questions.setdefault(fact.digest, {}).setdefault(question.stem.strip(), question)
+      questions.setdefault(fact.sha256, {}).setdefault(question.stem.strip(), question)
   kept = sorted(first.values())
   return (
     [
-      dataclasses.replace(rows[i], questions=tuple(questions[facts[i].digest].values()))
+      dataclasses.replace(rows[i], questions=tuple(questions[facts[i].sha256].values()))
       for i in kept
     ],
     [facts[i] for i in kept],
@@ -179,19 +154,14 @@ def survey(
     kind["gold"]["ABCDEFGHIJKLMNOPQRSTUVWXYZ"[question.gold]] += 1
     lengths = [len(option) for option in question.options]
     kind["longest"] += lengths[question.gold] == max(lengths) and lengths.count(max(lengths)) == 1
-  shapes, unfit = [], 0
-  for fact in facts:
-    try:
-      shapes.append(ImageShape(*pixels.shape(fact.height, fact.width)))
-    except ValueError:  # too long and narrow
-      unfit += 1
+  shapes = [ImageShape(*pixels.shape(fact.height, fact.width)) for fact in facts]
   buckets = Counter(shape_bucket(shape, 4) for shape in shapes)
   tokens = [shape.tokens for shape in shapes]
   per_image = [len(row.questions) for row in rows]
   return {
     "rows": len(rows) + len(bad),
     "bad": len(bad),
-    "images": len({fact.digest for fact in facts}),
+    "images": len({fact.sha256 for fact in facts}),
     "repeated_images": len(repeated(facts)),
     "questions": len(questions),
     "questions_an_image": _spread(per_image),
@@ -200,7 +170,7 @@ def survey(
     "height": _spread([fact.height for fact in facts]),
     "megabytes": sum(fact.bytes for fact in facts) / 1e6,
     "image_tokens": _spread(tokens),
-    "too_narrow": unfit,
+    "too_narrow": sum(row.reason == "too narrow" for row in bad),
     "buckets": [
       {"tokens": bucket.tokens, "images": images}
       for bucket, images in sorted(buckets.items(), key=lambda item: item[0].tokens)
@@ -380,7 +350,7 @@ def run(config, workdir: pathlib.Path) -> None:
   if cfg.output is not None:
     check_output(cfg.output, "dataset.output")
   pixels = _processor(cfg.checkpoint)
-  rows, facts, bad = read_all(cfg, seed)
+  rows, facts, bad = read_all(cfg, seed, pixels, workdir)
   figures = survey(rows, facts, bad, pixels)
   log.info("%s\n%s", cfg.input, table_text(figures))
   write_json(workdir / "dataset.json", figures)
@@ -401,9 +371,12 @@ def run(config, workdir: pathlib.Path) -> None:
   log.info("page: %s", workdir / "dataset.html")
   if bad and cfg.bad_rows == "refuse":
     raise ValueError(
-      f"{len(bad)} bad rows of {figures['rows']}, listed in {bad_file}; mend them, "
-      "or leave them out with --config.dataset.bad_rows=drop"
+      f"{len(bad)} bad rows of {figures['rows']} ({reasons_text(bad)}), listed in {bad_file}; mend "
+      "them, or leave them out with --config.dataset.bad_rows=drop"
     )
+  if bad:
+    dropped = f"dropped {len(bad)} of {figures['rows']} rows ({reasons_text(bad)})"
+    log.warning("%s; all are in %s", dropped, bad_file)
   if cfg.output is not None:
     if not rows:
       raise ValueError(f"{cfg.input}: no good row is left to write")

@@ -13,7 +13,6 @@ import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -23,6 +22,7 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.config import schema as configuration
+from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.chat_rendering import ChatRenderer
 from caprl_jax.data.packing import PackConfig, Packer, packed_batches
 from caprl_jax.data.question_texts import check_open_question
@@ -35,13 +35,14 @@ from caprl_jax.data.readers.conversations import (
   warn_of_options,
 )
 from caprl_jax.data.readers.qa_sources import read_qa_rows
-from caprl_jax.data.rows import QARow
+from caprl_jax.data.rows import BadRows, QARow
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.training.state import abstract_state, make_state
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.inference.vqa import AnswerConfig
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
+from caprl_jax.modes.pretrain.checked import pack_usable, rules_of
 from caprl_jax.modes.pretrain.policy import PretrainPolicyConfig, begin
 from caprl_jax.modes.pretrain.record import TRAINING, Record
 from caprl_jax.modes.pretrain.vqa import ask, check_model
@@ -120,6 +121,8 @@ class PretrainConfig:
   eval: multiple-choice questions (`qa_sources.py`) that the last model is asked, with the image
     and without, as `answer` says; None asks nothing.
   eval_rows: the first images only.
+  eval_bad_rows: "refuse" to start while one of them cannot be used, or "drop" and log it; as
+    `data.bad_rows`.
   eval_kinds: kinds of questions that are asked; None: all.
   eval_open_question: asks without showing the options, as a stage's `open_question`; what is
     written is right where it is the right option but for case, articles and punctuation. None: by
@@ -135,6 +138,7 @@ class PretrainConfig:
   order: tuple[str, ...]
   eval: str | None = None
   eval_rows: int = 500
+  eval_bad_rows: BadRows = "refuse"
   eval_kinds: tuple[str, ...] | None = None
   eval_open_question: str | None = None
   eval_max_tokens: int = 16
@@ -264,7 +268,7 @@ def train_stage(
   name: str,
   stage: StageConfig,
   policy: Loaded,
-  examples: Sequence[Example],
+  packer: Packer,
   cfg: PretrainConfig,
   seed: int,
   mesh: jax.sharding.Mesh,
@@ -275,7 +279,6 @@ def train_stage(
   """Runs a stage, from its newest checkpoint where there is one, and gives all parameters.
   `policy.params` are used up."""
   family = policy.model.cfg.family
-  packer = Packer(examples, _renderer(policy), policy.model.cfg, stage.pack, seed)
   batch_size, steps = plan_stage(name, stage, packer, mesh, record)
   record.check_vocabulary(name, policy.tokenizer)
   params, base = split_params(policy.params, trainable_filter(stage.trained, family))
@@ -335,8 +338,11 @@ def run(config, workdir: pathlib.Path) -> None:
   record = Record(workdir, plain, order)
   done = record.finished()
   # All of them first: what a later stage's data lack should show before an earlier stage has run.
-  asked = _asked(cfg, seed, mesh)
-  data = {name: _read(name, cfg.stages[name], seed) for name in order if name not in done}
+  packs = {name: cfg.stages[name].pack for name in order if name not in done}
+  seeds = {name: seed + number for number, name in enumerate(packs, len(done))}
+  rules = rules_of(cfg.eval_bad_rows, packs, workdir)
+  asked = _asked(cfg, seed, mesh, rules.asked)
+  data = {name: _read(name, cfg.stages[name], seed, rules.stages[name]) for name in packs}
   with jax.set_mesh(mesh):
     questions = [
       Asked(row.image, row.questions, row.name, open_question=cfg.eval_open_question)
@@ -345,10 +351,14 @@ def run(config, workdir: pathlib.Path) -> None:
     policy = begin(section, data, questions, seed, mesh, workdir / done[-1] if done else None)
     if asked:
       check_model(policy, cfg.eval_open_question)
+    packers, asked = pack_usable(
+      data, asked, _renderer(policy), policy.model.cfg, packs, seeds, rules, workdir
+    )
     dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
-    for number, (name, examples) in enumerate(data.items(), len(done)):
+    for name in packs:
+      packer = packers.pop(name)
       params = train_stage(
-        name, cfg.stages[name], policy, examples, cfg, seed + number, mesh, workdir, plain, record
+        name, cfg.stages[name], policy, packer, cfg, seeds[name], mesh, workdir, plain, record
       )
       save_policy(workdir / name, policy, params, dtype)
       # The next stage begins with what was written, as it would in another process.
@@ -372,7 +382,7 @@ def run(config, workdir: pathlib.Path) -> None:
       )
 
 
-def _read(name: str, stage: StageConfig, seed: int) -> list[Example]:
+def _read(name: str, stage: StageConfig, seed: int, bad: BadRowList) -> list[Example]:
   try:
     return read_examples(
       stage.data,
@@ -380,7 +390,7 @@ def _read(name: str, stage: StageConfig, seed: int) -> list[Example]:
       stage.image_root,
       seed,
       stage.max_rows,
-      stage.pack.bad_rows,
+      bad,
       stage.questions,
       stage.told,
       stage.kinds,
@@ -390,7 +400,9 @@ def _read(name: str, stage: StageConfig, seed: int) -> list[Example]:
     raise ValueError(f"in pretrain.stages.{name}: {error}") from error
 
 
-def _asked(cfg: PretrainConfig, seed: int, mesh: jax.sharding.Mesh) -> list[QARow]:
+def _asked(
+  cfg: PretrainConfig, seed: int, mesh: jax.sharding.Mesh, bad: BadRowList | None = None
+) -> list[QARow]:
   """The rows that the last model is asked about. Raises ValueError for settings that would fail
   when it is.
   """
@@ -398,7 +410,7 @@ def _asked(cfg: PretrainConfig, seed: int, mesh: jax.sharding.Mesh) -> list[QARo
     return []
   if jax.process_count() == 1:  # several do not ask
     sharding.check_batch_size(cfg.answer.batch_size, mesh, "pretrain.answer.batch_size")
-  rows = read_qa_rows(cfg.eval, seed)[: cfg.eval_rows]
+  rows = read_qa_rows(cfg.eval, seed, bad_rows=bad or cfg.eval_bad_rows)[: cfg.eval_rows]
   check_kinds(rows, cfg.eval_kinds, "pretrain.eval_kinds")
   asked = of_kinds(rows, cfg.eval_kinds)
   if not asked:

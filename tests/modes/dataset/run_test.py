@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from caprl_jax import main
+from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import jsonl
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import QARow, Question
-from caprl_jax.modes.dataset import run as dataset
 
 COLOR = Question("What color is it?", ("red", "dark blue", "tan"), 1, "color", "by hand")
 YES = Question("Is it red?", ("yes", "no"), 0, "yes/no")
@@ -193,5 +193,20 @@ def test_max_rows_and_another_processor(folder):
 def test_images_are_inspected_in_full():
   file = io.BytesIO()
   Image.new("RGB", (30, 20)).save(file, "PNG")
-  fact = dataset.inspect_image(QARow(file.getvalue(), (COLOR,), "a"))
+  (fact,) = ImageCheck(None)([QARow(file.getvalue(), (COLOR,), "a")])
   assert (fact.format, fact.width, fact.height, fact.bytes) == ("PNG", 30, 20, len(file.getvalue()))
+
+
+def test_images_that_the_processor_refuses_are_bad_rows(folder, capsys):
+  Image.new("RGB", (2, 900)).save(folder / "thin.png")
+  rows = [QARow(folder / f"{name}.png", (COLOR,), name) for name in ("0", "thin", "1")]
+  jsonl.write_jsonl(folder / "some.jsonl", rows)
+  out = f"--config.dataset.output={folder / 'out.jsonl'}"
+  assert run(folder, folder / "some.jsonl", out) == 2
+  (bad,) = (folder / "work" / "bad_rows.jsonl").read_text().splitlines()
+  assert json.loads(bad)["reason"] == "too narrow" and "over 200 times" in bad
+  assert run(folder, folder / "some.jsonl", out, "--config.dataset.bad_rows=drop") == 0
+  assert "dropped 1 of 3 rows (too narrow: 1); all are in" in capsys.readouterr().err
+  assert [row.name for row in read_qa_rows(str(folder / "out.jsonl"), 0)] == ["0", "1"]
+  got = figures(folder)
+  assert (got["rows"], got["bad"], got["too_narrow"]) == (3, 1, 1)
