@@ -1,9 +1,12 @@
 """Atomic writes of small files."""
 
+import hashlib
 import json
 import os
 import pathlib
 from typing import Any
+
+_LONG_NAME = 200  # bytes: file systems have 255, and the temporary name is longer
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -14,7 +17,10 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
   """Writes a file so that a crash leaves the old one or the new one."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  name = path.name
+  if len(os.fsencode(name)) > _LONG_NAME:
+    name = hashlib.sha256(os.fsencode(name)).hexdigest()
+  temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
   temporary.write_bytes(data)
   os.replace(temporary, path)
 

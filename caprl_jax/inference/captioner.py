@@ -182,7 +182,9 @@ class Captioner:
 
   def _failed(self, number: int, row: CaptionRow | QARow, cause: ValueError) -> CaptionerOutput:
     said = _ADDRESS.sub("", str(cause))
-    error = ValueError(said if row.name in said else f"row {row.name!r}: {said}")
+    error = ValueError(
+      said if row.name in said or repr(row.name) in said else f"row {row.name!r}: {said}"
+    )
     error.__cause__ = cause
     self._failures += 1
     log.log(logging.WARNING if self._failures <= SHOWN_FAILURES else logging.DEBUG, "%s", error)

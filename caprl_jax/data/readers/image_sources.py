@@ -148,8 +148,8 @@ def mirrored(row: CaptionRow, base: pathlib.Path) -> pathlib.PurePath:
   Raises ValueError for an image outside `base`.
   """
   path = pathlib.PurePath(row.name)
-  if isinstance(row.image, pathlib.Path) and row.image.is_relative_to(base):
-    path = row.image.relative_to(base)
+  if isinstance(row.image, pathlib.Path):  # its name may be an address, or begin with ~
+    path = row.image.relative_to(base) if row.image.is_relative_to(base) else row.image.absolute()
   if path.is_absolute() or ".." in path.parts:
     raise ValueError(
       f"row {shown(row.name)} lies outside {base}, so its text has no place below the "

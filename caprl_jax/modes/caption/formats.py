@@ -15,12 +15,14 @@ from caprl_jax.atomic_files import write_text
 from caprl_jax.data.readers.image_sources import mirrored
 from caprl_jax.data.rows import CaptionRow, image_bytes
 from caprl_jax.harness.row_shards import RowResult
+from caprl_jax.json_files import shown
 
 Results = Iterable[RowResult[CaptionRow]]
 Format = Literal["jsonl", "parquet", "txt", "hf", "caprl_2m"]
 SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 ROWS_PER_GROUP = 10_000
 GROUP_BYTES = 32 << 20  # of images, in a row group: what a reader of one row has to decode
+LONGEST_NAME = 255  # bytes of a file's name, on most file systems
 FILE_BYTES = 500 << 20  # of a file of a Hugging Face dataset
 
 
@@ -59,6 +61,11 @@ class Output:
     """Before anything is captioned: raises ValueError where the output would overwrite, or could
     not be written.
     """
+    if len(os.fsencode(self.path.name)) > LONGEST_NAME - 50:  # names beside it are longer
+      raise ValueError(
+        f"caption.output = {shown(str(self.path))}: its name is too long for a file beside it; "
+        f"name it in {LONGEST_NAME - 50} bytes at most"
+      )
     if self.kind == "txt":
       _check_texts(self, inputs)
     elif self.path.exists():
@@ -189,6 +196,11 @@ def _check_texts(output: Output, inputs: Sequence[CaptionRow]) -> None:
       raise ValueError(
         f"{first[path]!r} and {row.name!r} would both be captioned in {path}; "
         "rename one, or caption into .jsonl or .parquet"
+      )
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+      raise ValueError(
+        f"{shown(row.name)} would be captioned in a file whose name has more than {LONGEST_NAME} "
+        "bytes; rename it, or caption into .jsonl or .parquet"
       )
     first[path] = row.name
   there: list[pathlib.Path] = []

@@ -107,6 +107,16 @@ def _tables(figures: dict[str, Any]) -> str:
         ],
       )
     )
+  if figures["passed_over"]["files"]:
+    tables.append(
+      markup.table(
+        ["passed over", "files"],
+        [
+          [markup.text(reason), markup.show(count)]
+          for reason, count in figures["passed_over"]["by_reason"].items()
+        ],
+      )
+    )
   return (
     f"<section><h2>In numbers</h2><div class=side>{''.join(tables)}</div></section>"
     if tables

@@ -8,7 +8,6 @@ with number 0 writes the output at the end.
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ import jax
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_bytes, write_json
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.readers.image_sources import base_folder, find_images
+from caprl_jax.data.readers.image_sources import base_folder, list_images
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.harness.row_shards import RowResult, ShardedJob, differences, manifest
 from caprl_jax.harness.sections import PolicySection
@@ -29,6 +28,7 @@ from caprl_jax.inference.captioner import (
   CaptionerOutput,
   open_captioner,
 )
+from caprl_jax.json_files import read_json
 from caprl_jax.modes.caption.formats import Format, Output, kind_of
 from caprl_jax.modes.caption.page import samples_page
 from caprl_jax.modes.caption.statistics import Statistics
@@ -52,8 +52,8 @@ SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 class CaptionConfig:
   """The section `caption`.
 
-  input: see `readers.image_sources.find_images`: folders, JSON lines, tar (WebDataset), parquet,
-    tfds:FOLDER:SPLIT.
+  input: see `readers.image_sources.list_images`: folders, lists (JSON lines, JSON, CSV, text), tar
+    (WebDataset), parquet, tfds:FOLDER:SPLIT.
   output: the file, or the folder of a `txt` or `hf` one.
   prompt: a style (`detailed`, `medium`, `short`, `document`) or any other text; None asks
     `policy.instruction`. A prompt asks for a length; max_tokens cuts.
@@ -190,7 +190,8 @@ def run(config, workdir: pathlib.Path) -> None:
     cfg.caption_key,
     f" with `{section.checkpoint}`, asked: {instruction!r}",
   )
-  rows = find_images(cfg.input)
+  listing = list_images(cfg.input)
+  rows = listing.rows
   seed = config.get("seed", 0)
   settings = section.identity() | {"prompt": instruction, "seed": seed}
   settings |= {key: getattr(cfg, key) for key in SAMPLING}
@@ -217,7 +218,8 @@ def run(config, workdir: pathlib.Path) -> None:
   if host == 0:
     parts.wait()
     with parts.lock("output"):
-      _write(output, parts, Statistics(hosts, cfg.shard_rows, cfg.samples, seed))
+      statistics = Statistics(hosts, cfg.shard_rows, cfg.samples, seed, listing.passed_over)
+      _write(output, parts, statistics)
   else:
     log.info("host %d of %d: its shards are done; host 0 writes the output", host, hosts)
     if jax.process_count() > 1:  # jax.distributed wants its processes to end together
@@ -229,7 +231,10 @@ def _finished(output: Output, settings: dict) -> bool:
   path = output.beside(".stats.json")
   if not path.exists():
     return False
-  job = json.loads(path.read_text("utf-8")).get("job", {})
+  found = read_json(path)
+  job = found.get("job") if isinstance(found, dict) else None
+  if not isinstance(job, dict):
+    raise ValueError(f"{path} is not from mode caption; move it or name another caption.output")
   other = output.path.with_name(job.get("output") or output.path.name)
   if not other.exists():
     return False

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from caprl_jax.data.readers.image_folders import PassedOver
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.harness.row_shards import RowResult
 
@@ -40,10 +41,19 @@ class Statistics:
   distinct caption; keeps some for the page: random ones, the longest and shortest, cut and failed
   ones.
 
-  samples: rows on the page, about. seed: of those picked at random.
+  samples: rows on the page, about. seed: of those picked at random. passed_over: files and members
+  that are no rows, as `image_sources.list_images` counted them.
   """
 
-  def __init__(self, hosts: int, shard_rows: int, samples: int, seed: int):
+  def __init__(
+    self,
+    hosts: int,
+    shard_rows: int,
+    samples: int,
+    seed: int,
+    passed_over: PassedOver | None = None,
+  ):
+    self.passed_over = passed_over or PassedOver()
     self.hosts, self.shard_rows = hosts, shard_rows
     self.images, self.cut, self.loops = 0, 0, 0
     self.lengths: collections.Counter[int] = collections.Counter()
@@ -106,6 +116,7 @@ class Statistics:
       "captioned": captioned,
       "failed": self.reasons.total(),
       "failed_by_reason": dict(self.reasons.most_common()),
+      "passed_over": self.passed_over.figures(),
       "cut_share": share(self.cut),
       "caption_tokens": tokens,
       "distinct_captions": len(self.distinct),

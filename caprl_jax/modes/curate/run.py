@@ -262,14 +262,14 @@ def run(config, workdir: pathlib.Path) -> None:
   rows: Sequence[CaptionRow | QARow] = (
     read_qa_rows(cfg.input, seed, bad_rows=cfg.bad_rows)
     if cfg.questions == "given"
-    else find_images(cfg.input)
+    else find_images(cfg.input, "curate.input")
   )
   stages = Stages(workdir / "stages", jax.process_index(), jax.process_count(), cfg.shard_rows)
   looked = stages.run("1_images", {}, rows, contextlib.nullcontext, _look)
   benchmark = [
     perceptual_hash.signature_of(read_image(row))
     for source in cfg.benchmarks
-    for row in find_images(source)
+    for row in find_images(source, "curate.benchmarks")
   ]
   kept, gone, out = choose_images(looked, benchmark, cfg)
   log.info(

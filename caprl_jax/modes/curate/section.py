@@ -12,7 +12,7 @@ from caprl_jax.modes.curate import perceptual_hash
 class CurateConfig:
   """The section `curate`.
 
-  input: images (`readers.image_sources.find_images`); with questions "given", a QA source
+  input: images (`readers.image_sources.list_images`); with questions "given", a QA source
     (`qa_sources.py`) to be filtered.
   output: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER.
   split, name: of the dataset, where the output has them.

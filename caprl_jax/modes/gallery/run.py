@@ -5,7 +5,6 @@ judged, if asked.
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import os
 import pathlib
@@ -24,6 +23,7 @@ from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, kinds, read_image
 from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection, open_judge
+from caprl_jax.json_files import json_lines, shown
 from caprl_jax.modes.gallery.page import NOBODY, ComparedImage, GivenCaption, write_page
 
 log = logging.getLogger("caprl_jax.modes.gallery.run")
@@ -81,28 +81,25 @@ def read_captions(path: pathlib.Path) -> dict[str, GivenCaption]:
   row of mode `caption` and for an image that was there before.
   """
   found: dict[str, GivenCaption] = {}
-  lines: dict[str, int] = {}
-  try:
-    file = open(path, "rb")  # noqa: SIM115  closed below; bytes: only \n ends a line
-  except OSError as error:
-    raise ValueError(
-      f"{path}: {error.strerror}; gallery.captions names .jsonl files of mode caption"
-    ) from error
-  with file:
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        name, said = _parse(json.loads(line.decode("utf-8")))
-      except ValueError as error:
-        raise ValueError(
-          f"{path}:{number}: not a row of mode caption ({error}); mend or drop the line"
-        ) from error
-      if name in found:
-        raise ValueError(
-          f"{path}:{number}: image {name!r} stands in line {lines[name]} too; keep one of them"
-        )
-      found[name], lines[name] = said, number
+  lines: dict[str, str] = {}
+  if not path.is_file():
+    raise ValueError(f"{path}: no such file; gallery.captions names .jsonl files of mode caption")
+  for where, value in json_lines(path, halves=True):
+    try:
+      if isinstance(value, ValueError):
+        raise value
+      name, said = _parse(value)
+    except ValueError as error:
+      why = str(error).removeprefix(f"{where}: ")
+      raise ValueError(
+        f"{where}: not a row of mode caption ({why}); mend or drop the line"
+      ) from error
+    line = where.rpartition(":")[2]
+    if name in found:
+      raise ValueError(
+        f"{where}: image {shown(name)} stands in line {lines[name]} too; keep one of them"
+      )
+    found[name], lines[name] = said, line
   if not found:
     raise ValueError(f"{path} has no rows")
   return found
@@ -181,12 +178,12 @@ def common_images(
   called = {who: match_names(names, list(theirs)) for who, theirs in others}
   common = [name for name in names if all(name in table for table in called.values())]
   if not common:
-    shown = "; ".join(
+    listed = "; ".join(
       f"{paths[who]} has {len(theirs):,}, such as {next(iter(theirs))!r}"
       for who, theirs in files.items()
     )
     raise ValueError(
-      f"the captions have no image in common: {shown}. Caption one caption.input "
+      f"the captions have no image in common: {listed}. Caption one caption.input "
       "with each captioner"
     )
   for who, theirs in files.items():
@@ -310,7 +307,7 @@ class Pictures:
     self.common = os.path.commonpath(names) if alike else None
     self.rows: dict[str, CaptionRow] = {}
     if source is not None:
-      rows = {row.name: row for row in find_images(source)}
+      rows = {row.name: row for row in find_images(source, "gallery.pictures")}
       self.rows = {name: rows[other] for name, other in match_names(names, list(rows)).items()}
       if not self.rows:
         raise ValueError(

@@ -155,3 +155,27 @@ def test_a_kill_leaves_no_half_of_an_output(kind, images, tmp_path):
   assert not out.path.exists()
   out.write(outcome(rows))
   assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_names_that_are_too_long_are_refused_before_and_others_are_written(images, tmp_path):
+  long = tmp_path / "long"
+  long.mkdir()
+  (long / ("a" * 251 + ".png")).write_bytes((images / "0.png").read_bytes())
+  rows = find_images(str(long))
+  texts = output("txt", tmp_path / "texts", long)
+  texts.check(rows)
+  texts.write(outcome(rows))
+  assert [path.name for path in (tmp_path / "texts").iterdir()] == ["a" * 251 + ".txt"]
+  (long / ("b" * 253)).write_bytes((images / "0.png").read_bytes())
+  with pytest.raises(ValueError, match="name has more than 255 bytes; rename it"):
+    output("txt", tmp_path / "more", long).check(find_images(str(long)))
+  with pytest.raises(ValueError, match="its name is too long for a file beside it"):
+    output("jsonl", tmp_path / ("c" * 230 + ".jsonl"), long).check(rows)
+
+
+def test_texts_of_images_that_a_list_names_outside_its_folder_are_refused(images, tmp_path):
+  list_file = tmp_path / "lists" / "rows.txt"
+  list_file.parent.mkdir()
+  list_file.write_text(f"file://{images}/0.png\n")
+  with pytest.raises(ValueError, match="lies outside"):
+    output("txt", tmp_path / "texts", list_file).check(find_images(str(list_file)))

@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 
+from caprl_jax.data.readers.image_folders import PassedOver
 from caprl_jax.harness.row_shards import RowResult
 from caprl_jax.modes.caption.statistics import Statistics, has_loop
 
 
 def test_statistics_are_those_counted_by_hand():
-  found = Statistics(hosts=2, shard_rows=2, samples=16, seed=0)
+  passed_over = PassedOver()
+  passed_over.add("hidden", ".git/", 3)
+  passed_over.add("no image (.txt)", "a.txt")
+  found = Statistics(hosts=2, shard_rows=2, samples=16, seed=0, passed_over=passed_over)
   lengths = [1, 2, 3, 4, 20]
   texts = ["a", "b", "b", "c", "b"]
   for number, (length, text) in enumerate(zip(lengths, texts)):
@@ -31,6 +35,7 @@ def test_statistics_are_those_counted_by_hand():
     "captioned": 5,
     "failed": 3,
     "failed_by_reason": {"not an image": 2, "no such file": 1},
+    "passed_over": {"files": 4, "by_reason": {"hidden": 3, "no image (.txt)": 1}},
     "cut_share": 0.4,
     "caption_tokens": {"mean": 6.0, "p5": 1, "p50": 3, "p95": 20, "max": 20},
     "distinct_captions": 3,
