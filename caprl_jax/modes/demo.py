@@ -28,6 +28,7 @@ from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, Question, check_question, read_image
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import Loaded
+from caprl_jax.image_files import openable_suffixes
 from caprl_jax.inference.captioner import Captioner, CaptionerConfig, open_captioner
 from caprl_jax.inference.judge import JudgeSection, question_tokenizer
 from caprl_jax.pages.markup import text
@@ -302,8 +303,7 @@ min-width:0}
 .judge .says{display:inline-block;border-radius:6px;padding:2px 10px;font-size:18px;font-weight:600;
 overflow-wrap:anywhere}
 .judge li{display:grid;grid-template-columns:minmax(60px,38%) 1fr 42px 44px;gap:8px;\
-align-items:center;
-margin:5px 0;font-variant-numeric:tabular-nums}
+align-items:center;margin:5px 0;font-variant-numeric:tabular-nums}
 .judge li .name{overflow-wrap:anywhere}.judge li b,.judge li>small{text-align:right;font-weight:400}
 .judge li.chosen .name,.judge li.chosen b{font-weight:700}
 .judge .track{height:14px;border-radius:4px;overflow:hidden;\
@@ -317,8 +317,7 @@ border:1px solid var(--border-color-primary)}
 .judge .says.right{color:#0b6b3a;background:#dff3e6}\
 .judge .says.wrong{color:#a3242c;background:#fbe4e3}
 .dark .judge .says.right{color:#7fe0a8;background:#12382a}\
-.dark .judge .says.wrong{color:#ff9d9a;background:#45191c}
-.dark .judge-error{color:#ff9d9a}
+.dark .judge .says.wrong{color:#ff9d9a;background:#45191c}.dark .judge-error{color:#ff9d9a}
 """
 
 
@@ -342,6 +341,7 @@ def import_gradio() -> Any:
 def build(demo: Demo, examples: Sequence[tuple[str, str, str]]) -> Any:
   """The page. Long because it is all of it. examples: (image file, question, options by line)."""
   gr = import_gradio()
+  openable_suffixes()  # gradio opens what is uploaded, too: with Pillow's plug-ins
   with gr.Blocks(title="caprl_jax", analytics_enabled=False) as page:
     gr.Markdown(
       "# What can be known from a caption\nThe captioner sees the image. The judge does "

@@ -4,6 +4,7 @@
 
 import collections
 import dataclasses
+import fnmatch
 import glob
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from caprl_jax.data.readers.image_folders import (
   CANNOT_OPEN,
+  LINKED_AGAIN,
   PassedOver,
   file_or_reason,
   folder_files,
@@ -86,12 +88,16 @@ def _find(source: str, key: str, passed: PassedOver) -> Iterable[CaptionRow]:
   said = f"{key} = {shown(source)}"
   if source.startswith("tfds:"):
     return _tfds(source, said)
-  path = pathlib.Path(source).expanduser()
+  if not source.strip():
+    raise ValueError(
+      f"{said} is empty; name a folder of images, a list, or a .tar or .parquet file"
+    )
+  path = _expanded(source)
   base = base_folder(source)
-  if path.is_dir():
+  if os.path.isdir(path):  # pathlib's own raises for names that are too long
     files = _one_kind(folder_files(path, passed), path, said, passed)
     return _rows_of(files, base, passed)
-  if path.is_file():
+  if os.path.isfile(path):
     return _rows_of({_named_kind(path, said): [path]}, base, passed)
   if glob.has_magic(source):
     return _rows_of(_fitting(source, base, said, passed), base, passed)
@@ -105,18 +111,27 @@ def _find(source: str, key: str, passed: PassedOver) -> Iterable[CaptionRow]:
 def _fitting(
   source: str, base: pathlib.Path, said: str, passed: PassedOver
 ) -> dict[str, list[pathlib.Path]]:
-  """The files of a pattern, all of one kind."""
+  """The files of a pattern, all of one kind. Of a file that fits by several names, through links,
+  the shortest counts.
+  """
+  pattern = _expanded(source).parts[len(base.parts) :]
   found: set[pathlib.Path] = set()
-  for name in glob.glob(os.path.expanduser(source), recursive=True):
-    path = pathlib.Path(name)
-    parts = path.relative_to(base).parts
-    if reason := next(filter(None, (left_out(part) for part in parts if part != "..")), ""):
-      passed.add(reason, "/".join(parts))
-    elif path.is_dir() and path != base:
-      found.update(folder_files(path, passed))
-    elif path.is_file():
-      found.add(path)
-  by_kind = _by_kind(sorted(found), base, passed)
+  if "**" in pattern:  # not by glob, which walks circles of links
+    found.update(file for file in folder_files(base, passed) if _fits(file, base, pattern))
+  else:
+    for name in glob.glob(os.path.join(*pattern), root_dir=base):
+      parts = pathlib.PurePath(name).parts
+      if reason := next(filter(None, (left_out(part) for part in parts if part != "..")), ""):
+        passed.add(reason, name)
+      elif os.path.isdir(base / name):
+        found.update(folder_files(base / name, passed))
+      elif os.path.isfile(base / name):
+        found.add(base / name)
+  once: dict[str, pathlib.Path] = {}
+  for file in sorted(found, key=lambda file: (len(file.parts), file)):
+    if once.setdefault(os.path.realpath(file), file) is not file:
+      passed.add(LINKED_AGAIN, str(file.relative_to(base)))
+  by_kind = _by_kind(sorted(once.values()), base, passed)
   if not by_kind:
     raise ValueError(f"{said}: no file fits this pattern" + (f" ({passed})" if found else ""))
   if len(by_kind) > 1:
@@ -127,19 +142,38 @@ def _fitting(
   return by_kind
 
 
+def _fits(file: pathlib.Path, base: pathlib.Path, pattern: tuple[str, ...]) -> bool:
+  """Whether a file, or a folder that holds it, fits a pattern; ** stands for any folders in it."""
+
+  def fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern:
+      return True
+    if pattern[0] == "**":
+      return any(fits(parts[i:], pattern[1:]) for i in range(len(parts)))
+    return (
+      bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and fits(parts[1:], pattern[1:])
+    )
+
+  return fits(file.relative_to(base).parts, pattern)
+
+
+def _expanded(source: str) -> pathlib.Path:
+  return pathlib.Path(os.path.expanduser(source))  # pathlib's own raises where ~name is no user
+
+
 def base_folder(source: str) -> pathlib.Path:
   """The folder that images of a source are named or mirrored from."""
-  path = pathlib.Path(source).expanduser()
-  if path.is_dir():
+  path = _expanded(source)
+  if os.path.isdir(path):
     return path
-  if path.is_file() or not glob.has_magic(source):
+  if os.path.isfile(path) or not glob.has_magic(source):
     return path.parent
-  fixed = []
+  base = pathlib.Path()
   for part in path.parts[:-1]:
-    if glob.has_magic(part):
+    if glob.has_magic(part) and not os.path.isdir(base / part):  # "[2020]" may be a folder's name
       break
-    fixed.append(part)
-  return pathlib.Path(*fixed)
+    base /= part
+  return base
 
 
 def mirrored(row: CaptionRow, base: pathlib.Path) -> pathlib.PurePath:

@@ -9,6 +9,7 @@ with number 0 writes the output at the end.
 
 import dataclasses
 import logging
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -180,7 +181,7 @@ def run(config, workdir: pathlib.Path) -> None:
   )
   sharding.check_batch_size(cfg.batch_size, mesh, "caption.batch_size")
   instruction = instruction_of(cfg.prompt, section.instruction)
-  path = pathlib.Path(cfg.output).expanduser()
+  path = pathlib.Path(os.path.expanduser(cfg.output))
   output = Output(
     path,
     kind_of(path, cfg.format),

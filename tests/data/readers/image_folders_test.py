@@ -200,7 +200,7 @@ def test_patterns_pass_over_by_the_same_rule(tmp_path):
   }
   found = list_images(f"{tmp_path}/**/*.png")
   assert [pathlib.Path(row.name).name for row in found.rows] == ["a.png", "d.png"]
-  assert found.passed_over.counts == {image_folders.LEFTOVER: 1}
+  assert found.passed_over.counts == {image_folders.PARTIAL: 1, image_folders.LEFTOVER: 1}
 
 
 def test_a_rule_is_for_what_lies_below_the_folder_that_is_named(tmp_path):
@@ -243,3 +243,27 @@ def test_many_suffixes_are_few_reasons(tmp_path):
   fill(tmp_path, {f"a.s{i}": b"x" for i in range(40)} | {"a.png": encoded()})
   _, counts = listed(tmp_path)
   assert sum(counts.values()) == 40 and len(counts) < 15
+
+
+def test_patterns_walk_no_circle_and_find_each_file_once(tmp_path):
+  folder = fill(tmp_path / "photos [2020]", {"a.png": encoded(), "sub/b.png": encoded()})
+  for name in ("one", "two", "three"):  # as many ways as there are leaves, for glob
+    (folder / "sub" / name).symlink_to("..")
+  (folder / "alias").symlink_to("sub")
+  for pattern in ("**/*.png", "**", "*", "**/*"):
+    found = list_images(f"{folder}/{pattern}")
+    names = [str(pathlib.Path(row.name).relative_to(folder)) for row in found.rows]
+    assert names == ["a.png", "alias/b.png" if pattern == "*" else "sub/b.png"], pattern
+    assert found.passed_over.counts.keys() == {image_folders.LINKED_AGAIN}
+  assert len(find_images(f"{folder}/sub")) == 1 and len(find_images(f"{folder}/s*/**/b*")) == 1
+  with pytest.raises(ValueError, match="no file fits"):
+    find_images(f"{folder}/**/c*")
+
+
+@pytest.mark.parametrize(
+  "source", ["", "  ", "~nobody-of-this-name/x", "x" * 5000, "a\0b", "*\0", "/dev/null"]
+)
+def test_sources_that_are_none(source):
+  with pytest.raises(ValueError) as failure:
+    find_images(source)
+  assert len(str(failure.value)) < 500

@@ -179,6 +179,8 @@ def test_nothing_but_bad_images(checkpoint, tmp_path):
   for i in range(3):
     (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")
   Image.new("RGB", (2000, 5)).save(tmp_path / "images" / "thin.png")
+  for name in ("._0.png", "1.png.part", "notes.txt"):
+    (tmp_path / "images" / name).write_bytes(b"x")
   assert command(checkpoint, tmp_path / "images", tmp_path / "out.jsonl") == 0
   assert ["error" in row for row in read(tmp_path / "out.jsonl")] == [True] * 4
   figures = tiny.read_back(tmp_path / "out.stats.json")
@@ -186,6 +188,7 @@ def test_nothing_but_bad_images(checkpoint, tmp_path):
     figures["failed_by_reason"] == {"not an image": 3, "too narrow": 1}
     and figures["images_per_sec"] is None
   )
+  assert figures["passed_over"]["files"] == 3 and "hidden" in (tmp_path / "out.html").read_text()
   assert (
     command(checkpoint, tmp_path / "images", tmp_path / "dataset", "--config.caption.format=hf")
     == 0
