@@ -78,13 +78,16 @@ class BadRowList:
     """Adds bad rows that `keep` has counted already."""
     self.rows += rows
 
-  def settle(self, what: str = "rows") -> None:
+  def settle(self, what: str = "rows", of: int | None = None) -> None:
     """Says what was found since the last time: one line in the log where bad rows are dropped.
+
+    Args:
+      of: how many there were, where other things are counted than `keep` has seen.
 
     Raises:
       ValueError: there are bad rows, and they are to be refused. It shows the first of them.
     """
-    new = self.rows[self._settled :]
+    new, of = self.rows[self._settled :], of or self._seen
     self._settled = len(self.rows)
     self._write()
     if not new:
@@ -92,7 +95,7 @@ class BadRowList:
     if self.rule == "refuse":
       if len(set(self.rows)) == 1:
         raise ValueError(self.rows[0].message)
-      bad = f"{len(self.rows)} bad rows of {self._seen}"
+      bad = f"{len(self.rows)} bad {what} of {of}"
       raise ValueError(self._listed(f"{bad} ({self.key} = 'drop' leaves them out)"))
     for row in [*dict.fromkeys(new)][:SHOWN]:
       log.warning("dropped: %s", row.message)
@@ -100,7 +103,7 @@ class BadRowList:
     log.warning(
       "dropped %d of %d %s (%s)%s (%s = 'drop')",
       len(new),
-      self._seen,
+      of,
       what,
       reasons_text(new),
       listed,

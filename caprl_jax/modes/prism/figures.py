@@ -93,6 +93,7 @@ class Evaluation:
   captions: captioner -> hash -> what it wrote about the image, each with caption, tokens, finish.
   answered: benchmark -> captioner, and `BLIND` for no caption -> texts, or options as read
     [rows, captions].
+  left_out: benchmark -> its questions that could not be asked.
   """
 
   rows: Mapping[str, Sequence[BenchmarkRow]]
@@ -100,6 +101,7 @@ class Evaluation:
   images: Mapping[str, CaptionRow]
   captions: Mapping[str, Mapping[str, list]]
   answered: Mapping[str, Mapping[str, np.ndarray]]
+  left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def scored(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -136,6 +138,8 @@ def summarise(evaluation: Evaluation, cfg: Any, seed: int) -> dict[str, Any]:
       "images": len(set(digests[benchmark])),
       "captioners": {},
     }
+    if evaluation.left_out.get(benchmark):
+      entry["left_out"] = evaluation.left_out[benchmark]
     if BLIND in scores:
       entry[BLIND] = {name: float(np.nanmean(found)) for name, found in scores[BLIND].items()}
     for who in names:
@@ -238,7 +242,15 @@ def table_text(figures: Mapping[str, Any]) -> str:
       f"{'':>39}{one['length_tokens']:>8.1f}"
       for who, one in figures["average"].items()
     ]
-  return "\n".join(lines)
+  lines += [left_out_text(name, entry) for name, entry in figures["benchmarks"].items()]
+  return "\n".join(filter(None, lines))
+
+
+def left_out_text(benchmark: str, entry: Mapping[str, Any]) -> str:
+  """How many questions a benchmark's figures leave out; empty for none."""
+  left_out = entry.get("left_out", 0)
+  asked = f"of {entry['questions'] + left_out} questions cannot be used"
+  return f"{benchmark}: {left_out} {asked} and are left out" if left_out else ""
 
 
 def write_answers(path: pathlib.Path, evaluation: Evaluation) -> None:

@@ -9,7 +9,13 @@ import numpy as np
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.readers import benchmarks
 from caprl_jax.data.rows import image_bytes
-from caprl_jax.modes.prism.figures import BLIND, Evaluation, difference_text, official_text
+from caprl_jax.modes.prism.figures import (
+  BLIND,
+  Evaluation,
+  difference_text,
+  left_out_text,
+  official_text,
+)
 from caprl_jax.pages import cards
 from caprl_jax.pages.cards import Verdict
 from caprl_jax.pages.markup import card, embedded, page, percent, table, text
@@ -97,10 +103,12 @@ def _table(figures: Mapping[str, Any]) -> str:
           text(difference_text(versus)) if versus else "",
         ]
       )
+  left_out = [left_out_text(name, entry) for name, entry in figures["benchmarks"].items()]
   return (
     "<h2>Figures</h2><div style='overflow-x:auto;white-space:nowrap'>"
     + table(heads, rows)
     + "</div>"
+    + "".join(f"<p class=soft>{text(line)}</p>" for line in left_out if line)
   )
 
 

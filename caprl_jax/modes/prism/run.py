@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import pathlib
-import string
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,10 +23,12 @@ from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.config.named_values import parse_named
+from caprl_jax.data.bad_rows import BadRowList
+from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import benchmarks
 from caprl_jax.data.readers.benchmarks import BenchmarkRow
-from caprl_jax.data.readers.qa_sources import read_qa_rows
-from caprl_jax.data.rows import BadRows, CaptionRow, Question, good_rows, image_bytes
+from caprl_jax.data.rows import BadRows, CaptionRow, Question
+from caprl_jax.data.usable_rows import bad_row, fits
 from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.hub_files import fingerprint
@@ -38,6 +39,7 @@ from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism.figures import Evaluation
 from caprl_jax.modes.prism.page import write_page
+from caprl_jax.modes.prism.questions import gold_index, read_questions
 from caprl_jax.rl.sampling import SamplingConfig
 
 log = logging.getLogger("caprl_jax.modes.prism.run")
@@ -70,7 +72,8 @@ class PrismConfig:
   intervals: level of the confidence intervals.
   examples: questions on the page.
   cache: folder of captions and answers; None: in the workdir.
-  bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
+  bad_rows: "refuse" to start while a question or its image cannot be used, or "drop" and log it;
+    the figures say how many are left out.
   """
 
   captioners: str
@@ -139,60 +142,6 @@ class PrismConfig:
       )
 
 
-def read_rows(name: str, source: str, cfg: PrismConfig, seed: int) -> list[BenchmarkRow]:
-  """The rows of one benchmark. Raises ValueError as its reader, and for no rows."""
-  if pathlib.Path(source).stem in benchmarks.BENCHMARKS:
-    if cfg.image_root is None:
-      raise ValueError(
-        f"prism.benchmarks: {name}={source} names images by paths: "
-        "set prism.image_root to their folder or .zip"
-      )
-    rows = good_rows(
-      benchmarks.read_benchmark(
-        pathlib.Path(source).expanduser(), pathlib.Path(cfg.image_root).expanduser()
-      ),
-      cfg.bad_rows,
-    )[: cfg.max_rows]
-  else:
-    rows = benchmarks.from_qa_rows(read_qa_rows(source, seed, cfg.max_rows, cfg.bad_rows))
-  if cfg.answers == "read":
-    readable = [row for row in rows if row.options and _letter(row) is not None]
-    if len(readable) < len(rows):
-      log.warning(
-        "%s: %d of %d questions have no lettered options and are left out (prism.answers = 'read')",
-        name,
-        len(rows) - len(readable),
-        len(rows),
-      )
-    rows = readable
-  if not rows:
-    raise ValueError(f"prism.benchmarks: {name}={source} has no question that can be asked")
-  return rows
-
-
-def _letter(row: BenchmarkRow) -> int | None:
-  gold = row.gold.strip() if isinstance(row.gold, str) else ""
-  return (
-    string.ascii_uppercase.index(gold)
-    if len(gold) == 1 and gold in string.ascii_uppercase[: len(row.options)]
-    else None
-  )
-
-
-def images_of(rows: Sequence[BenchmarkRow]) -> tuple[list[str], dict[str, CaptionRow]]:
-  """The content's hash of each row's image, and each image once."""
-  known: dict[Any, str] = {}
-  digests, images = [], {}
-  for row in tqdm(rows, desc="images", unit="row", leave=False, delay=5, disable=None):
-    if row.image not in known:  # the questions of one image follow each other
-      known = {
-        row.image: hashlib.sha256(image_bytes(CaptionRow(row.image, "", row.name))).hexdigest()
-      }
-    digests.append(known[row.image])
-    images.setdefault(digests[-1], CaptionRow(row.image, "", row.name))
-  return digests, images
-
-
 def caption_all(
   images: dict[str, CaptionRow],
   kept: ResultCache,
@@ -201,12 +150,13 @@ def caption_all(
   instruction: str,
   mesh,
   seed: int,
-) -> None:
-  """Captions what `kept` does not hold yet. Raises ValueError for an image that cannot be read: it
-  would score as wrong."""
-  left = [digest for digest in images if digest not in kept]
+  bad: BadRowList,
+) -> set[str]:
+  """Captions what `kept` does not hold yet. Returns the images that cannot be read any more; raises
+  ValueError where such are refused."""
+  left, lost = [digest for digest in images if digest not in kept], set()
   if not left:
-    return
+    return lost
   settings = CaptionerConfig(
     instruction,
     captions=cfg.captions,
@@ -223,11 +173,8 @@ def caption_all(
     for found in captioner(enumerate(images[digest] for digest in left)):
       for item in found:
         if item.error is not None:
-          raise ValueError(
-            f"{item.error} (Prism leaves no image out, whose questions would "
-            "count as wrong: mend it, or take its rows out of prism.benchmarks' "
-            "file)"
-          )
+          bad.late(bad_row(item.row, item.error))
+          lost.add(left[item.number])
       kept.put(
         {
           left[item.number]: [
@@ -235,9 +182,11 @@ def caption_all(
             for one in item.captions
           ]
           for item in found
+          if item.error is None
         }
       )
       bar.update(len(found))
+  return lost
 
 
 class Prompts:
@@ -295,9 +244,8 @@ def write_answers(
 
 def read_answers(pairs: Sequence[Pair], host_judge: HostJudge) -> np.ndarray:
   """The option that the judge reads from each caption, int; -1 where it abstains."""
-  asks = [
-    (caption, Question(row.stem, row.options, _letter(row), row.kind)) for row, caption, _ in pairs
-  ]
+  question = lambda row: Question(row.stem, row.options, gold_index(row), row.kind)
+  asks = [(caption, question(row)) for row, caption, _ in pairs]
   return host_judge.choices(asks, "answers")
 
 
@@ -317,7 +265,6 @@ def run(config, workdir: pathlib.Path) -> None:
     ("prism.answer_batch_size", cfg.answer_batch_size),
   ):
     sharding.check_batch_size(size, mesh, name)
-  rows = {name: read_rows(name, source, cfg, seed) for name, source in cfg.sources.items()}
   captioners = {
     name: dataclasses.replace(policy, checkpoint=checkpoint)
     for name, checkpoint in cfg.checkpoints.items()
@@ -327,22 +274,22 @@ def run(config, workdir: pathlib.Path) -> None:
   judge = _answers_identity(section, cfg, seed)
   cache = pathlib.Path(cfg.cache).expanduser() if cfg.cache else workdir / "cache"
   kept = ResultCache(cache, "answers", judge) if cfg.answers == "write" else None
-  digests: dict[str, list[str]] = {}
-  images: dict[str, CaptionRow] = {}
-  for name, asked in rows.items():
-    digests[name], found = images_of(asked)
-    images = found | images
+  bad = BadRowList(cfg.bad_rows, workdir / "bad_rows.jsonl", "--config.prism.bad_rows")
+  checks = [fits(captioner.pixels()) for captioner in captioners.values()]
+  asked = read_questions(cfg, seed, bad, ImageCheck(workdir), checks)
   log.info(
     "%d images, %s",
-    len(images),
-    ", ".join(f"{name}: {len(asked)} questions" for name, asked in rows.items()),
+    len(asked.images),
+    ", ".join(f"{name}: {len(rows)} questions" for name, rows in asked.rows.items()),
   )
   with jax.set_mesh(mesh):
-    captions = {
-      name: _captions_of(name, captioner, identities[name], images, cache, cfg, mesh, seed)
-      for name, captioner in captioners.items()
-    }
-    evaluation = Evaluation(rows, digests, images, captions, {})
+    captions = {}
+    for name, captioner in captioners.items():
+      captions[name], lost = _captions_of(
+        name, captioner, identities[name], asked.images, cache, cfg, mesh, seed, bad
+      )
+      asked = asked.without(lost)
+    evaluation = Evaluation(asked.rows, asked.digests, asked.images, captions, {}, asked.left_out)
     answered = _answer_all(evaluation, section, cfg, kept, mesh, seed)
   evaluation = dataclasses.replace(evaluation, answered=answered)
   figures = prism_figures.summarise(evaluation, cfg, seed)
@@ -380,9 +327,10 @@ def _captions_of(
   cfg: PrismConfig,
   mesh: jax.sharding.Mesh,
   seed: int,
-) -> ResultCache:
-  """One captioner's captions of all images; those that an earlier run kept are not written
-  again."""
+  bad: BadRowList,
+) -> tuple[ResultCache, set[str]]:
+  """One captioner's captions of all images, and the images that it could not read; those that an
+  earlier run kept are not written again."""
   settings = {
     "instruction": captioner.instruction,
     "captions": cfg.captions,
@@ -398,8 +346,8 @@ def _captions_of(
     sum(digest in captions for digest in images),
     len(images),
   )
-  caption_all(images, captions, captioner.load, cfg, captioner.instruction, mesh, seed)
-  return captions
+  lost = caption_all(images, captions, captioner.load, cfg, captioner.instruction, mesh, seed, bad)
+  return captions, lost
 
 
 def _answer_all(

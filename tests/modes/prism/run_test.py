@@ -439,3 +439,28 @@ def test_questions_without_letters_are_left_out_of_reading_and_counted(made, tmp
     "3 of 3 questions have no lettered options" in shown
     and "has no question that can be asked" in shown
   )
+
+
+def test_what_cannot_be_asked_is_left_out_and_counted(made, tmp_path, capsys):
+  cut = (made / "0.png").read_bytes()[:-900]
+  (tmp_path / "cut.png").write_bytes(cut)
+  Image.new("RGB", (2, 900)).save(tmp_path / "thin.png")
+  rows = [
+    QARow(made / "0.png", (COLOR, SHAPE), "good"),
+    QARow(tmp_path / "cut.png", (COLOR, SHAPE), "cut"),
+    QARow(tmp_path / "thin.png", (COLOR,), "thin"),
+  ]
+  jsonl.write_jsonl(tmp_path / "qa.jsonl", rows)
+  more = (f"--config.prism.benchmarks=qa={tmp_path / 'qa.jsonl'}", "--config.prism.answers=read")
+  work = tmp_path / "work"
+  assert run(made, work, *more, checkpoints=("policy0",)) == 2
+  said = capsys.readouterr().err
+  assert "3 bad questions of 5" in said and "cut.png" in said and "thin.png" in said
+  assert not (work / "cache").exists() or not list((work / "cache").glob("captions-*"))
+  more = (*more, "--config.prism.bad_rows=drop")
+  assert run(made, work, *more, checkpoints=("policy0",)) == 0
+  said = "qa: 3 of 5 questions cannot be used and are left out"
+  assert said in capsys.readouterr().err and said in (work / "prism.html").read_text()
+  found = json.loads((work / "prism.json").read_text())["benchmarks"]["qa"]
+  assert (found["questions"], found["images"], found["left_out"]) == (2, 1, 3)
+  assert len((work / "bad_rows.jsonl").read_text().splitlines()) == 3
