@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import hashlib
+import io
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from caprl_jax.data.readers.image_spellings import spelled_image
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.image_files import HEAD_BYTES, sniff
-from caprl_jax.json_files import decode, json_lines, read_json, shown, starts_with
+from caprl_jax.json_files import decode, json_lines, parse_json, read_json, shown, starts_with
 
 LIST_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv")
 IMAGE_KEYS = ("image", "image_path", "images", "file_name", "path")  # the first that is there
@@ -28,6 +30,40 @@ class UnreadableImage:
     raise ValueError(self.message)
 
 
+@dataclasses.dataclass(frozen=True)
+class LineImage:
+  """An image in a line of JSON, which is read again when it is needed: a list may hold more than
+  memory does. Two are one if their `digest`, SHA-256 of the encoded image, is."""
+
+  path: pathlib.Path = dataclasses.field(compare=False)
+  offset: int = dataclasses.field(compare=False)  # bytes
+  size: int = dataclasses.field(compare=False)
+  where: str = dataclasses.field(compare=False)
+  digest: bytes
+
+  def read(self) -> bytes:
+    try:
+      with open(self.path, "rb") as file:
+        file.seek(self.offset)
+        line = file.read(self.size)
+    except OSError as error:
+      raise ValueError(f"{self.where}: {error.strerror}; put the list back") from error
+    value, _ = _said(parse_json(line, self.where, halves=True), self.where)
+    image = spelled_image(value, self.path.parent, self.where).image
+    if not isinstance(image, bytes) or _digest(image) != self.digest:
+      raise ValueError(f"{self.where}: its image is another since the list was read; begin anew")
+    return image
+
+
+@dataclasses.dataclass(frozen=True)
+class _ListRow:
+  """where: for messages. span: the line's first byte and its bytes, where it is one of JSON."""
+
+  where: str
+  value: Any
+  span: tuple[int, int] | None = None
+
+
 def scan_list(path: pathlib.Path) -> Iterator[CaptionRow]:
   """The images of a list, as `image_spellings` reads them, from the list's folder.
 
@@ -40,14 +76,35 @@ def scan_list(path: pathlib.Path) -> Iterator[CaptionRow]:
     ValueError: no list; a row that is none, with its line; no row.
   """
   empty = True
-  for where, value in _values(path):
+  for row in _rows(path):
     empty = False
-    yield _row(value, path.parent, where)
+    yield _caption_row(row, path)
   if empty:
     raise ValueError(f"{path} has no rows; write one image a line")
 
 
-def _row(value: Any, root: pathlib.Path, where: str) -> CaptionRow:
+def _caption_row(row: _ListRow, path: pathlib.Path) -> CaptionRow:
+  value, name = _said(row.value, row.where)
+  try:
+    found = spelled_image(value, path.parent, row.where)
+  except ValueError as error:
+    short = isinstance(value, str) and value.strip() and len(value) <= _LONGEST_NAME
+    name = value if short else pathlib.PurePath(row.where).name
+    return CaptionRow(UnreadableImage(row.where, str(error)), "", name)
+  if isinstance(found.image, pathlib.Path):
+    return CaptionRow(found.image, "", found.name)
+  name = name if name and found.name.startswith("sha256-") else found.name
+  if row.span is None:
+    return CaptionRow(found.image, "", name)
+  return CaptionRow(LineImage(path, *row.span, row.where, _digest(found.image)), "", name)
+
+
+def _digest(data: bytes) -> bytes:
+  return hashlib.sha256(data).digest()
+
+
+def _said(value: Any, where: str) -> tuple[Any, str | None]:
+  """What a row says of its image, and its `name` if it has one."""
   name = None
   if isinstance(value, dict):
     key = next((key for key in IMAGE_KEYS if value.get(key) is not None), None)
@@ -60,14 +117,7 @@ def _row(value: Any, root: pathlib.Path, where: str) -> CaptionRow:
     raise _no_row(where, f"it is {shown(value)}")
   if not isinstance(value, (str, dict, list)):
     raise _no_row(where, f"image is {shown(value)}")
-  try:
-    found = spelled_image(value, root, where)
-  except ValueError as error:
-    short = isinstance(value, str) and value.strip() and len(value) <= _LONGEST_NAME
-    said = value if short else pathlib.PurePath(where).name
-    return CaptionRow(UnreadableImage(where, str(error)), "", said)
-  inside = isinstance(found.image, bytes) and found.name.startswith("sha256-")
-  return CaptionRow(found.image, "", name if inside and name else found.name)
+  return value, name
 
 
 def _no_row(where: str, what: str) -> ValueError:
@@ -76,8 +126,7 @@ def _no_row(where: str, what: str) -> ValueError:
   )
 
 
-def _values(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Place and value of each row."""
+def _rows(path: pathlib.Path) -> Iterator[_ListRow]:
   try:
     with path.open("rb") as file:
       head = file.read(HEAD_BYTES)
@@ -91,28 +140,46 @@ def _values(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     )
   suffix, start = path.suffix.lower(), starts_with(path)
   if start == "[" and suffix != ".jsonl":
-    yield from _of_json(path)
+    values = read_json(path, halves=True)
+    yield from (_ListRow(f"{path}[{i}]", value) for i, value in enumerate(values))
   elif suffix in _COLUMNS:
     yield from _of_table(path, _COLUMNS[suffix])
   elif suffix == ".txt" and start != "{":
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(io.StringIO(_text(path), newline=None), 1):
       if line.strip():
-        yield f"{path}:{number}", line.strip()
+        yield _ListRow(f"{path}:{number}", line.strip())
+  elif marked:
+    yield from (
+      _ListRow(where, _good(value, where)) for where, value in json_lines(path, halves=True)
+    )
   else:
-    for where, value in json_lines(path, halves=True):
-      if isinstance(value, ValueError):
-        raise _no_row(where, str(value).removeprefix(f"{where}: "))
-      yield where, value
+    yield from _of_lines(path)
 
 
-def _of_json(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  values = read_json(path, halves=True)
-  yield from ((f"{path}[{i}]", value) for i, value in enumerate(values))
+def _of_lines(path: pathlib.Path) -> Iterator[_ListRow]:
+  """JSON lines in UTF-8, with their places."""
+  offset = 0
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      if line.strip():
+        where = f"{path}:{number}"
+        try:
+          value = parse_json(line, where, halves=True)
+        except ValueError as error:
+          value = error
+        yield _ListRow(where, _good(value, where), (offset, len(line)))
+      offset += len(line)
 
 
-def _of_table(path: pathlib.Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+def _good(value: Any, where: str) -> Any:
+  if isinstance(value, ValueError):
+    raise _no_row(where, str(value).removeprefix(f"{where}: "))
+  return value
+
+
+def _of_table(path: pathlib.Path, delimiter: str) -> Iterator[_ListRow]:
   csv.field_size_limit(1 << 30)  # base64 is longer than the 131,072 characters that csv allows
-  reader = csv.DictReader(_text(path).splitlines(keepends=True), delimiter=delimiter)
+  reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
   try:
     names = reader.fieldnames or []
     key = next((key for key in IMAGE_KEYS if key in names), None)
@@ -123,7 +190,7 @@ def _of_table(path: pathlib.Path, delimiter: str) -> Iterator[tuple[str, Any]]:
       )
     for row in reader:
       name = {"name": row["name"]} if row.get("name") else {}
-      yield f"{path}:{reader.line_num}", {key: row[key] or "", **name}
+      yield _ListRow(f"{path}:{reader.line_num}", {key: row[key] or "", **name})
   except csv.Error as error:
     raise ValueError(f"{path}:{reader.line_num}: not CSV ({error}); mend the line") from error
 

@@ -66,6 +66,30 @@ def test_images_in_the_list_have_short_names(tmp_path):
   assert [row.name for row in find_images(str(tmp_path / "named.jsonl"))] == ["first"]
 
 
+def test_images_in_json_lines_stay_in_their_file(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  write_rows(path, [TEXT, base64.b64encode(png(1)).decode()])
+  path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+  rows = find_images(str(path))
+  assert not any(isinstance(row.image, bytes) for row in rows)
+  assert [image_bytes(row) for row in rows] == [png(0), png(1)]
+  write_rows(path, [TEXT, TEXT])
+  with pytest.raises(ValueError, match=r"row 'sha256-.*rows\.jsonl:2\): .*"):
+    read_image(rows[1])
+  path.unlink()
+  with pytest.raises(ValueError, match="put the list back"):
+    read_image(rows[0])
+
+
+def test_names_with_line_separators_are_one_line(tmp_path):
+  name = "a\u2028\x0b\x85b.png"
+  (tmp_path / name).write_bytes(png())
+  for suffix, text in ((".txt", name), (".csv", f"image\n{name}\n")):
+    (tmp_path / f"rows{suffix}").write_text(text + "\n")
+    (row,) = find_images(str(tmp_path / f"rows{suffix}"))
+    assert row.name == name and image_bytes(row) == png()
+
+
 def test_what_cannot_be_read_fails_in_one_short_row(tmp_path):
   values = [
     "missing.png",
