@@ -32,6 +32,13 @@ def shown(value: Any, limit: int = 80) -> str:
   return f"{text[: limit - 20]} ... {text[-15:]}"
 
 
+def cut(text: Any, limit: int = 80) -> str:
+  """A text as a message holds it without quotes, such as a flag or another library's message: cut
+  in the middle to `limit` characters."""
+  text = str(text)
+  return text if len(text) <= limit else f"{text[: limit - 20]} ... {text[-15:]}"
+
+
 def parse_json(data: bytes | str, where: str, *, halves: bool = False) -> Any:
   """The value of a JSON text.
 

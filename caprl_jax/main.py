@@ -1,6 +1,7 @@
 """Flags -> jax.distributed -> the run of each mode."""
 
 import contextlib
+import errno
 import importlib
 import importlib.machinery
 import importlib.util
@@ -18,6 +19,7 @@ from tqdm import auto as tqdm
 
 import caprl_jax
 from caprl_jax.config import loading, registry, schema
+from caprl_jax.json_files import cut, shown
 
 # Named in full, because this module is `__main__` when it is run.
 log = logging.getLogger("caprl_jax.main")
@@ -68,10 +70,10 @@ def _run(
       which = f" ({i + 1} of {len(modules)})" if len(modules) > 1 else ""
       log.info("caprl_jax %s, mode %s%s, in %s", caprl_jax.__version__, name, which, workdir)
       module.run(config, workdir)
-  except (ValueError, FloatingPointError) as error:
+  except (ValueError, FloatingPointError, OSError, MemoryError) as error:
     log.debug("error: %s", error, exc_info=True)  # DEBUG goes to the file and not to the terminal
     _complain(error, trace, note=f"(the traceback is in {log_file})")
-    return NOT_FINITE if isinstance(error, FloatingPointError) else BAD_INPUT
+    return _code_of(error)
   except KeyboardInterrupt:
     # Said after the mode has unwound, which is when it has written what it wants to keep.
     log.warning("interrupted; the last checkpoint is usable, run the same command to go on")
@@ -82,11 +84,28 @@ def _run(
   return OK
 
 
+def _code_of(error: Exception) -> int:
+  """The exit code of an error that is no fault of ours. A file that cannot be read or written is
+  bad input, unless it is the disk or the memory that is full or broken."""
+  if isinstance(error, FloatingPointError):
+    return NOT_FINITE
+  full = isinstance(error, MemoryError) or (
+    isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+  )
+  return FAILED if full else BAD_INPUT
+
+
 def _complain(error: Exception, trace: bool, note: str = "(--traceback shows where)") -> None:
   """Says on stderr what went wrong: its traceback where `trace` asks for it, else a note."""
   if trace:
     traceback.print_exception(error)
-  print(f"error: {error}", file=sys.stderr)
+  message = str(error)
+  if isinstance(error, OSError) and error.strerror:  # without its number
+    place = f"{error.filename}: " if error.filename is not None else ""
+    message = f"{place}{error.strerror}"
+  elif isinstance(error, MemoryError):
+    message = f"this machine's memory is full ({message or 'no more could be had'})"
+  print(f"error: {message}", file=sys.stderr)
   if not trace:
     print(note, file=sys.stderr)
 
@@ -156,9 +175,9 @@ def _help_page(options: flags.FlagValues) -> str:
   for name in sorted(options):
     table[f"--[no]{name}" if options[name].boolean else f"--{name}=..."] = options[name].help
   lines += ["", "Flags:", ""]
-  for shown in sorted(table, key=lambda shown: (shown.startswith("--[no]"), shown)):
-    first, *others = textwrap.wrap(table[shown], 70)
-    lines += [f"  {shown:<26}{first}", *(f"  {'':<26}{line}" for line in others)]
+  for flag in sorted(table, key=lambda flag: (flag.startswith("--[no]"), flag)):
+    first, *others = textwrap.wrap(table[flag], 70)
+    lines += [f"  {flag:<26}{first}", *(f"  {'':<26}{line}" for line in others)]
   return "\n".join(lines)
 
 
@@ -172,8 +191,8 @@ def _parse(
   options.set_gnu_getopt(True)  # flags may stand in any order
   try:
     rest = options(argv, known_only=True)[1:]
-  except flags.Error as error:
-    raise ValueError(f"{error} (--help lists the flags)") from error
+  except (flags.Error, ValueError) as error:
+    raise ValueError(f"{cut(error, 300)} (--help lists the flags)") from error
   overrides = []
   for arg in rest:
     match = loading.OVERRIDE.fullmatch(arg)
@@ -183,13 +202,13 @@ def _parse(
       name = arg.lstrip("-").partition("=")[0]
       hint = schema.did_you_mean(name, options)
       raise ValueError(
-        f"unknown flag {arg}{hint} (flags: {', '.join(sorted(options))}; "
+        f"unknown flag {cut(arg)}{hint} (flags: {', '.join(sorted(options))}; "
         "values of the config: --config.section.key=value)"
       )
     else:
       raise ValueError(
-        f"unexpected argument {arg!r}; write --config=FILE --workdir=DIR and, for values of the "
-        "config, --config.section.key=value with the equals sign"
+        f"unexpected argument {shown(arg)}; write --config=FILE --workdir=DIR and, for values of "
+        "the config, --config.section.key=value with the equals sign"
       )
   if not options.config:
     raise ValueError(
@@ -209,15 +228,17 @@ def _parse(
 
 
 def _make_workdir(path: str) -> pathlib.Path:
-  workdir = pathlib.Path(path).expanduser()
   try:
+    workdir = pathlib.Path(path).expanduser()
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "log.txt", "a", encoding="utf-8"):
       pass  # a folder that exists may still not be ours to write in
-  except OSError as error:
+  except (OSError, RuntimeError, ValueError) as error:  # ~nobody; a name with a null character
+    reason = (
+      f"{error.strerror} ({cut(error.filename, 300)})" if isinstance(error, OSError) else error
+    )
     raise ValueError(
-      f"workdir {workdir} cannot be written: {error.strerror} ({error.filename}); "
-      "choose another folder with --workdir"
+      f"workdir {cut(path, 300)} cannot be written: {reason}; choose another folder with --workdir"
     ) from error
   return workdir
 
@@ -299,7 +320,8 @@ def _logging_to(workdir: pathlib.Path, process: int) -> Iterator[None]:
   name = "log.txt" if process == 0 else f"log.{process}.txt"
   terminal = _Terminal(logging.INFO if process == 0 else logging.WARNING)
   terminal.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-  file = logging.FileHandler(workdir / name, encoding="utf-8")
+  # Names of files may hold what no UTF-8 has a form for.
+  file = logging.FileHandler(workdir / name, encoding="utf-8", errors="backslashreplace")
   file.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
   ours = logging.getLogger("caprl_jax")
   level = ours.level

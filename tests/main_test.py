@@ -152,6 +152,18 @@ def test_overrides_take_the_type_of_the_value_in_the_file(cli, override, key, va
     ("--config.mode=tarin", r"config\.mode 'tarin' is not a mode; did you mean 'train'\? "),
     ("--config.mode=", r"config\.mode is ''; set it to one of train, sft, pretrain, evaluate"),
     ("--config.mode=fake,fake", "names a mode twice"),
+    (
+      "--workdir=~nosuchuser/x",
+      r"~nosuchuser/x cannot be written: Could not determine home",
+    ),
+    ("--workdir=a\0b", r"workdir a.b cannot be written: embedded null byte; choose"),
+    ("--" + "x" * 9000, r"unknown flag --x+ \.\.\. x+ \(flags: "),
+    (
+      "--config.policy_update.microbatches=" + "9" * 9000,
+      r"microbatches=9+ \.\.\. 9+: not a value",
+    ),
+    ("--config.preset=[[]]", r"config\.preset = '?\[\[\]\]'? is none of"),
+    ("--config.seed=-1", r"config\.seed is -1, but it must be an integer from 0 on"),
     ("--config=nowhere.py", r"config file 'nowhere.py' does not exist in /"),
   ],
 )
@@ -164,12 +176,22 @@ def test_a_bad_command_line_is_one_message_and_code_2(cli, tmp_path, argument, m
   assert not (tmp_path / "run" / "log.txt").exists() or "mode" in argument
 
 
+def _made(line: str) -> str:
+  head = "from ml_collections import config_dict\n\ndef get_config():\n"
+  return f"{head}  config = config_dict.ConfigDict()\n  {line}\n  return config"
+
+
 @pytest.mark.parametrize(
   "source, message",
   [
     ("def get_config(:", r"config file \S+: SyntaxError: "),
     ("import no_such_package", r"config file \S+: ModuleNotFoundError: No module named"),
     ("def get_config():\n  raise ValueError('odd')", r"config file \S+bad\.py: odd$"),
+    ("raise SystemExit('stop')", r"config file \S+: SystemExit: stop$"),
+    ("def get_config():\n  raise KeyError('x' * 9000)", r"KeyError: 'x{100,500} \.\.\. x+'$"),
+    (_made("config[1] = 2"), r"config file \S+: a section has a key that is no text"),
+    (_made("config.a = dict(b=1)\n  config.a.c = config"), r"the section c stands inside itself"),
+    (_made("config.a = config_dict.required_placeholder(int)"), r"a is a required value that is"),
     ("x = 1", r"it has no get_config\(\)"),
     ("def get_config():\n  return {}", r"get_config\(\) returned dict; it must return an ml_coll"),
   ],
@@ -210,6 +232,30 @@ def test_errors_of_a_run(cli, tmp_path, error, code):
   assert "Traceback" in log and str(error) in log
   got, _, err = cli("--traceback", run=_fail(error))
   assert got == code and "Traceback" in err and err.splitlines()[-1] == f"error: {error}"
+
+
+@pytest.mark.parametrize(
+  "error, code, message",
+  [
+    (PermissionError(13, "Permission denied", "/data/x.png"), 2, "/data/x.png: Permission denied"),
+    (IsADirectoryError(21, "Is a directory", "a.jsonl"), 2, "a.jsonl: Is a directory"),
+    (OSError(28, "No space left on device", "out/b"), 1, "out/b: No space left on device"),
+    (OSError(28, "No space left on device"), 1, "No space left on device"),
+    (OSError("a message of its own"), 2, "a message of its own"),
+    (MemoryError(), 1, "this machine's memory is full (no more could be had)"),
+  ],
+)
+def test_files_and_machines_are_no_fault_of_ours(cli, tmp_path, error, code, message):
+  got, _, err = cli(run=_fail(error))
+  assert got == code
+  note = f"(the traceback is in {tmp_path / 'run' / 'log.txt'})"
+  assert err.splitlines()[1:] == [f"error: {message}", note]
+
+
+def test_a_name_that_is_no_utf_8_can_be_logged(cli, tmp_path):
+  code, _, err = cli(run=_fail(ValueError("'\udcff.png' is no image")))
+  assert code == 2 and "Logging error" not in err
+  assert "\\udcff.png" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_fault_of_ours_shows_its_traceback(cli, tmp_path):

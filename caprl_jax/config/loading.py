@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from caprl_jax.config import keys, presets, registry, schema
+from caprl_jax.json_files import cut, shown
 
 # --config.section.key=value; --config.section.key and --noconfig.section.key are True and False.
 OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", re.DOTALL)
@@ -25,7 +27,9 @@ def load_config(path: str) -> ml_collections.ConfigDict:
     shipped = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
     hint = schema.did_you_mean(file, shipped)
     listed = f" (in configs/: {', '.join(shipped)})" if shipped else ""
-    raise ValueError(f"config file {file!r} does not exist in {os.getcwd()}{hint}{listed}")
+    raise ValueError(
+      f"config file {shown(file, 300)} does not exist in {os.getcwd()}{hint}{listed}"
+    )
   loader = importlib.machinery.SourceFileLoader("caprl_jax_config", file)
   spec = importlib.util.spec_from_loader("caprl_jax_config", loader)
   assert spec is not None, file  # a loader is given
@@ -35,15 +39,40 @@ def load_config(path: str) -> ml_collections.ConfigDict:
     if not hasattr(module, "get_config"):
       raise ValueError("it has no get_config()")
     config = module.get_config(*argument)
-  except Exception as error:  # a config file is a program: it may raise anything
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    raise ValueError(f"config file {file}: {kind}{error}") from error
+  except (Exception, SystemExit) as error:  # a config file is a program: it may raise anything
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    raise ValueError(f"config file {file}: {kind}{cut(error, 500)}") from error
   if not isinstance(config, ml_collections.ConfigDict):
     raise ValueError(
       f"config file {file}: get_config() returned {type(config).__name__}; "
       "it must return an ml_collections.ConfigDict"
     )
+  _check_tree(config, f"config file {file}", ())
   return config.lock()
+
+
+def _check_tree(section: ml_collections.ConfigDict, place: str, above: tuple[int, ...]) -> None:
+  """Raises ValueError, starting with `place`, for a key that is no text, a section that stands
+  inside itself, and a value that is required and not set."""
+  above = (*above, id(section))
+  try:
+    names = list(section.keys())
+  except TypeError:  # they are sorted, which texts and others together cannot be
+    names = [1]
+  for key in names:
+    if not isinstance(key, str):
+      raise ValueError(f"{place}: a section has a key that is no text; write it in quotes")
+    try:
+      value = section[key]
+    except config_dict.RequiredValueError as error:
+      raise ValueError(
+        f"{place}: {cut(key)} is a required value that is not set; set it, or make it None where "
+        "the command line is to set it"
+      ) from error
+    if id(value) in above:
+      raise ValueError(f"{place}: the section {cut(key)} stands inside itself")
+    if _is_section(value):
+      _check_tree(value, place, above)
 
 
 def apply_overrides(
@@ -95,13 +124,13 @@ def _override(config: ml_collections.ConfigDict, override: re.Match, file: str) 
   kind = holder.get_type(leaf)
   if issubclass(kind, ml_collections.ConfigDict):
     inner = ", ".join(f"--config.{key}.{k}" for k in leaves(holder[leaf]))
-    raise ValueError(f"--config.{key} is a section; set its keys one by one ({inner})")
+    raise ValueError(f"--config.{key} is a section; set its keys one by one ({cut(inner, 500)})")
   text = _text_of(override, kind, f"{kind.__name__} in {file}")
   try:
     holder[leaf] = _parse_value(text, kind)
   except (ValueError, TypeError) as error:
     raise ValueError(
-      f"--config.{key}={text}: not a value of type {kind.__name__}, which {file} gives it"
+      f"--config.{key}={cut(text)}: not a value of type {kind.__name__}, which {file} gives it"
     ) from error
 
 
@@ -122,7 +151,7 @@ def _unknown_key(key: str, config: ml_collections.ConfigDict, file: str) -> Valu
     listed = f"keys of {place}: {', '.join(k for k in every if k.startswith(f'{place}.'))}"
   else:
     listed = f"sections: {', '.join(sorted({k.partition('.')[0] for k in own}))}"
-  return ValueError(f"--config.{key} is not a key of {file}{hint} ({listed})")
+  return ValueError(f"--config.{cut(key)} is not a key of {file}{hint} ({cut(listed, 900)})")
 
 
 def _text_of(override: re.Match, kind: Any, expected: str) -> str:
@@ -133,7 +162,7 @@ def _text_of(override: re.Match, kind: Any, expected: str) -> str:
   if text is not None and not override["no"]:
     return text
   if kind is not bool or text is not None:
-    raise ValueError(f"{override[0]}: write --config.{override['key']}=VALUE ({expected})")
+    raise ValueError(f"{cut(override[0])}: write --config.{override['key']}=VALUE ({expected})")
   return "False" if override["no"] else "True"
 
 
@@ -147,7 +176,7 @@ def _add(config: ml_collections.ConfigDict, override: re.Match, annotation: Any)
   try:
     value = schema.convert(_parse_annotated(text, annotation), annotation, key)
   except (ValueError, TypeError) as error:
-    raise ValueError(f"--config.{key}={text}: it must be {expected}") from error
+    raise ValueError(f"--config.{key}={cut(text)}: it must be {expected}") from error
   *sections, leaf = key.split(".")
   holder: Any = config
   with config.unlocked():
@@ -181,7 +210,8 @@ def _parse_value(text: str, kind: type) -> Any:
     return kind(text)
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  # TypeError: a key of a dict that can be none; the last two: brackets without an end
+  except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
     value = text
   if kind is type(None):
     return value

@@ -11,6 +11,8 @@ from typing import Any
 
 import ml_collections
 
+from caprl_jax.json_files import shown
+
 log = logging.getLogger("caprl_jax.config.presets")
 
 _OFFICIAL_JUDGE = dict(
@@ -161,7 +163,7 @@ _RESOURCES = {
 def replace(config: ml_collections.ConfigDict) -> None:
   """Puts judge protocol, reward, advantage and loss of `config.preset` in the place of the
   config's, in place; sizes, models and optimizer stay. Raises ValueError as `expand`."""
-  if config.get("preset") in PRESETS:
+  if isinstance(name := config.get("preset"), str) and name in PRESETS:
     with config.unlocked():
       for section, kept in _RESOURCES.items():
         old: Any = config.get(section, {})
@@ -179,8 +181,8 @@ def expand(config: ml_collections.ConfigDict) -> None:
   name = config.get("preset")
   if name is None:
     return
-  if name not in PRESETS:
-    raise ValueError(f"preset = {name!r} is none of {sorted(PRESETS)}")
+  if not isinstance(name, str) or name not in PRESETS:
+    raise ValueError(f"config.preset = {shown(name)} is none of {sorted(PRESETS)}")
   kept: list[str] = []
   values = dict(PRESETS[name])
   own = config.get("optimizer", {})

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from caprl_jax.config import schema
+from caprl_jax.json_files import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,15 +219,15 @@ def modes_of(config: Any) -> dict[str, Mode]:
   mode = config.get("mode")
   if not isinstance(mode, str) or not mode:
     raise ValueError(
-      f"config.mode is {mode!r}; set it to one of {listed}, or to several joined by commas"
+      f"config.mode is {shown(mode)}; set it to one of {listed}, or to several joined by commas"
     )
   names = [name.strip() for name in mode.split(",")]
   for name in names:
     if name not in MODES:
       hint = schema.did_you_mean(name, MODES)
-      raise ValueError(f"config.mode {name!r} is not a mode{hint} (modes: {listed})")
+      raise ValueError(f"config.mode {shown(name)} is not a mode{hint} (modes: {listed})")
   if len(set(names)) < len(names):
-    raise ValueError(f"config.mode {mode!r} names a mode twice; name each once")
+    raise ValueError(f"config.mode {shown(mode)} names a mode twice; name each once")
   return {name: MODES[name] for name in names}
 
 
@@ -244,6 +245,9 @@ def check_top_level(config: Any) -> None:
       if (new := new_name(key, modes)) is not None:
         raise ValueError(f"config.{key} is called config.{new} now; rename it")
   schema.check_top_level(config, (*TOP_LEVEL, *section_names()))
+  seed = config.get("seed")
+  if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+    raise ValueError(f"config.seed is {shown(seed)}, but it must be an integer from 0 on")
   if "evaluate" in modes and config.get("prism"):
     raise ValueError(
       "config.mode is 'evaluate', which is about a training config's held-out rows, and the config "

@@ -12,6 +12,8 @@ import ml_collections
 import numpy as np
 from ml_collections import config_dict
 
+from caprl_jax.json_files import cut, shown
+
 T = TypeVar("T")
 
 # What a section may be: a config file builds ConfigDicts, tests also write plain dicts.
@@ -57,7 +59,7 @@ def to_plain(config: Any, place: str = "config") -> Any:
     plain = {}
     for key in config.keys():
       if not isinstance(key, str):
-        raise ValueError(f"{place} has the key {key!r}; keys must be strings")
+        raise ValueError(f"{place} has the key {shown(key)}; keys must be strings")
       plain[key] = to_plain(_value(config, key, None), f"{place}.{key}")
     return plain
   if isinstance(config, (list, tuple)):
@@ -80,7 +82,7 @@ def nearest(key: str, known: Iterable[str], count: int = 3) -> list[str]:
   A dotted key is compared as a whole and by its last part: `lr` and `optimizer.lr` both find
   `update.optimizer.lr`.
   """
-  known = list(known)
+  known = list(known) if len(key) <= 200 else []  # no key is so long, and likeness takes its time
   last = key.rpartition(".")[2]
 
   def likeness(candidate: str) -> float:
@@ -107,7 +109,9 @@ def _check_keys(section: Any, known: Iterable[str], place: str) -> None:
     if key not in known:
       hint = did_you_mean(str(key), known)
       listed = ", ".join(known) if known else "none"
-      raise ValueError(f"{place}.{key} is not a known key{hint} (known keys of {place}: {listed})")
+      raise ValueError(
+        f"{place}.{cut(key)} is not a known key{hint} (known keys of {place}: {listed})"
+      )
 
 
 _MISSING = object()
@@ -147,7 +151,7 @@ def _build(section: Any, cls: type, place: str) -> Any:
   try:
     return cls(**values)
   except ValueError as error:  # the dataclass knows its rule, but not where it stands
-    raise ValueError(f"in {place}: {error}") from error
+    raise ValueError(f"in {place}: {cut(error, 1000)}") from error
 
 
 def convert(value: Any, annotation: Any, place: str) -> Any:
@@ -227,7 +231,7 @@ def _describe(value: Any) -> str:
     return str(value)
   if isinstance(value, ml_collections.ConfigDict):
     return "a section"
-  return f"{value!r} ({type(value).__name__})"
+  return f"{shown(value)} ({type(value).__name__})"
 
 
 _NAMES = {

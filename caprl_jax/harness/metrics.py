@@ -13,6 +13,8 @@ from typing import Any, TextIO
 import numpy as np
 import tqdm
 
+from caprl_jax.json_files import cut, parse_json, shown
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -76,7 +78,10 @@ class MetricsWriter:
 
   def _open(self):
     # Open as long as the run: `close` closes it. Buffered by the line.
-    self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    try:
+      self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+      raise ValueError(f"{self.path}: cannot be written: {error.strerror}") from error
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -86,21 +91,31 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   not a JSON object with a `step` raises ValueError with file and line number.
   """
   rows = []
-  lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+  try:
+    lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read: {error.strerror}; check the path") from error
   for number, line in enumerate(lines, 1):
     try:
-      row = json.loads(line, parse_constant=_refuse)
-      if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise ValueError("no JSON object with an integer 'step'")
-    except ValueError as error:  # what json and the decoding of bytes raise is a ValueError too
+      rows.append(_row(line))
+    except ValueError as error:
       if number == len(lines) and not line.endswith(b"\n"):
         break
       raise ValueError(
-        f"{path}:{number}: {line[:80]!r} is not a line of metrics ({error}); "
+        f"{path}:{number}: {shown(line)} is not a line of metrics ({error}); "
         "delete that line or restore the file"
       ) from error
-    rows.append(row)
   return rows
+
+
+def _row(line: bytes) -> dict[str, Any]:
+  row = parse_json(line, "this line")
+  if not isinstance(row, dict) or type(row.get("step")) is not int:
+    raise ValueError("no JSON object with an integer 'step'")
+  for name, value in row.items():
+    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+      raise ValueError(f"{cut(name)} is {shown(value)}: neither a finite number nor null")
+  return row
 
 
 class Progress:
@@ -216,10 +231,6 @@ def _plain(value: Any, name: str, step: int) -> int | float | None:
     return int(array)
   number = float(array)
   return number if math.isfinite(number) else None
-
-
-def _refuse(constant: str):
-  raise ValueError(f"{constant} is no JSON, a number that is not finite is null")
 
 
 def _ends_in_newline(path: pathlib.Path) -> bool:

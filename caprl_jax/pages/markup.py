@@ -95,10 +95,14 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def picture(path: pathlib.Path, name: str) -> str:
-  """A PNG file as an element that carries its data, small ones upscaled to hard pixels."""
+  """A PNG file as an element that carries its data, small ones upscaled to hard pixels; a note
+  where it is not there or damaged."""
   if not path.is_file():
     return '<div class="absent soft">image not there yet</div>'
-  return embedded(path.read_bytes(), name)
+  try:
+    return embedded(path.read_bytes(), name)
+  except (OSError, ValueError, SyntaxError):  # what Pillow raises of a damaged PNG
+    return '<div class="absent soft">image cannot be read</div>'
 
 
 def embedded(data: bytes, name: str) -> str:

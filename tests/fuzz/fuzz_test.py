@@ -14,7 +14,7 @@ from fuzz import kinds, limits
 from fuzz.cases import Case
 
 COUNT = 1200  # about half a minute on two cores
-TRIED = ["gguf"]
+TRIED = ["configs", "flags", "gguf", "metrics"]
 
 
 def fuzz(*arguments: str) -> subprocess.CompletedProcess:

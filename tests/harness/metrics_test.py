@@ -88,7 +88,17 @@ def test_opening_repairs_a_torn_last_line(tmp_path, tail, steps):
 
 
 @pytest.mark.parametrize(
-  "line", ['{"step": 2, "rew', "", "[2]", '{"a/b": 1}', '{"step": 2.5}', '{"step": 2, "a/b": NaN}']
+  "line",
+  [
+    '{"step": 2, "rew',
+    "",
+    "[2]",
+    '{"a/b": 1}',
+    '{"step": 2.5}',
+    '{"step": 2, "a/b": NaN}',
+    '{"step": 2, "a": "b"}',
+    "[" * 99_999,
+  ],
 )
 def test_any_other_bad_line_is_an_error_with_file_and_line(tmp_path, line):
   path = tmp_path / "metrics.jsonl"

@@ -5,6 +5,7 @@ import logging
 import pathlib
 import platform
 import shutil
+from typing import Any
 
 import jax
 import optax
@@ -12,6 +13,7 @@ import optax
 from caprl_jax import __version__
 from caprl_jax.atomic_files import write_json
 from caprl_jax.hub.load import Loaded, save_policy
+from caprl_jax.json_files import cut, read_json, shown
 from caprl_jax.types import Params
 
 log = logging.getLogger("caprl_jax.harness.training.summary")
@@ -20,6 +22,32 @@ log = logging.getLogger("caprl_jax.harness.training.summary")
 def summary_path(workdir: pathlib.Path) -> pathlib.Path:
   """Where a run's summary stands."""
   return workdir / "summary.json"
+
+
+def read_summary(path: pathlib.Path) -> dict[str, Any]:
+  """What a run's summary holds. Raises ValueError, with the path, for a file that is none."""
+  values = read_json(path, halves=True)
+  if not isinstance(values, dict):
+    raise ValueError(f"{path}: holds {shown(values)}, not an object; restore or delete the file")
+  remedy = "restore the file, or delete it and start again"
+  for name in ("gate", "before", "after", "wall_secs", "counts", "complete"):
+    if not isinstance(values.get(name, {}), dict | None):
+      raise ValueError(f"{path}: {name} is {shown(values[name])}, not an object; {remedy}")
+  numbers = {
+    f"{name}.{key}": value
+    for name in ("wall_secs", "counts")
+    for key, value in (values.get(name) or {}).items()
+  }
+  for name, value in numbers.items():
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+      raise ValueError(f"{path}: {cut(name)} is {shown(value)}, not a number; {remedy}")
+  if type((values.get("complete") or {}).get("step", 0)) is not int:
+    raise ValueError(f"{path}: complete.step is no integer; {remedy}")
+  try:
+    json.dumps(values, allow_nan=False)
+  except ValueError as error:
+    raise ValueError(f"{path}: it holds a number that is not finite; {remedy}") from error
+  return values
 
 
 class Summary:
@@ -31,7 +59,7 @@ class Summary:
 
   def __init__(self, workdir: pathlib.Path):
     self.path = summary_path(workdir)
-    self.values = json.loads(self.path.read_text()) if self.path.exists() else {}
+    self.values = read_summary(self.path) if self.path.exists() else {}
 
   def put(self, **values) -> None:
     """Adds stages, or replaces them."""
@@ -48,7 +76,7 @@ class Summary:
   @property
   def complete_step(self) -> int:
     """The step after which the run was complete; 0 where it is not."""
-    return self.values.get("complete", {}).get("step", 0)
+    return (self.values.get("complete") or {}).get("step", 0)
 
   def _write(self) -> None:
     if jax.process_index() == 0:

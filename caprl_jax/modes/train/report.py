@@ -8,6 +8,8 @@ import pathlib
 from typing import Any
 
 from caprl_jax.harness import metrics as metrics_lib
+from caprl_jax.harness.training.summary import read_summary, summary_path
+from caprl_jax.json_files import read_json, shown
 from caprl_jax.pages import cards, curves
 from caprl_jax.pages import markup as markup
 
@@ -59,10 +61,10 @@ def _read_run(workdir: pathlib.Path) -> _Run:
     name=workdir.resolve().name,
     samples_dir=samples,
     metrics=metrics_lib.read_metrics(metrics_path) if metrics_path.exists() else [],
-    summary=_read_json(workdir / "summary.json") or {},
+    summary=read_summary(path) if (path := summary_path(workdir)).exists() else {},
     before=_read_samples(samples / "before.json"),
     after=_read_samples(samples / "after.json"),
-    steps=[_read_samples(path) for path in picked],
+    steps=[samples for samples in map(_read_samples, picked) if samples],
     step_files=len(step_paths),
     missing=[],
   )
@@ -78,39 +80,57 @@ def _read_run(workdir: pathlib.Path) -> _Run:
   return run
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+def _read_samples(path: pathlib.Path) -> dict[str, Any] | None:
+  """Reads and checks one file of samples, so that below here every key, type and index is right.
+
+  Raises ValueError, with the path, for another file.
+  """
   if not path.exists():
     return None
+  samples = read_json(path, halves=True)  # captions and names may hold such
   try:
-    value = json.loads(path.read_bytes())
+    _check(samples, {"step": int, "rows": list}, "the file")
+    for i, row in enumerate(samples["rows"]):
+      _check_row(row, f"rows[{i}]")
   except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}); write it again or delete it") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} holds a {type(value).__name__}, not an object; write it again")
-  return value
-
-
-def _read_samples(path: pathlib.Path) -> dict[str, Any] | None:
-  """Reads and checks one file of samples, so that below here every index is in range."""
-  samples = _read_json(path)
-  if samples is None:
-    return None
-  try:
-    samples["step"] + 0
-    for row in samples["rows"]:
-      row["name"], row["image"], row["row"]  # pylint: disable=pointless-statement
-      for caption in row["captions"]:
-        caption["text"], caption["reward"]  # pylint: disable=pointless-statement
-        for answer in caption["answers"]:
-          question = row["questions"][answer["question"]]
-          if not -1 <= answer["choice"] < len(question["options"]):
-            raise ValueError(f"choice {answer['choice']} of {len(question['options'])} options")
-  except (KeyError, IndexError, TypeError, ValueError) as error:
     raise ValueError(
-      f"{path}: not samples as a run writes them ({type(error).__name__}: {error})"
-      "; write the file again or delete it"
+      f"{path}: not samples as a run writes them ({error}); write the file again or delete it"
     ) from error
   return samples
+
+
+_NUMBER = int | float | None
+_ROW = {"name": str, "image": str, "row": int, "questions": list, "captions": list}
+_QUESTION = {"stem": str, "options": list, "gold": int}
+_CAPTION = {"text": str, "reward": _NUMBER, "answers": list}
+_ANSWER = {"question": int, "choice": int, "valid": bool, "correct": bool}
+
+
+def _check_row(row: Any, where: str) -> None:
+  _check(row, _ROW, where)
+  for i, question in enumerate(row["questions"]):
+    _check(question, _QUESTION, f"{where}.questions[{i}]")
+  for i, caption in enumerate(row["captions"]):
+    _check(caption, _CAPTION, f"{where}.captions[{i}]")
+    for j, answer in enumerate(caption["answers"]):
+      at = f"{where}.captions[{i}].answers[{j}]"
+      _check(answer, _ANSWER, at)
+      if not 0 <= answer["question"] < len(row["questions"]):
+        raise ValueError(f"{at}: question {answer['question']} of {len(row['questions'])}")
+      options = row["questions"][answer["question"]]["options"]
+      if not -1 <= answer["choice"] < len(options):
+        raise ValueError(f"{at}: choice {answer['choice']} of {len(options)} options")
+
+
+def _check(value: Any, kinds: dict[str, Any], where: str) -> None:
+  """Raises ValueError unless `value` is an object with these keys, of these types."""
+  if not isinstance(value, dict):
+    raise ValueError(f"{where} is {shown(value)}, not an object")
+  for key, kind in kinds.items():
+    if key not in value:
+      raise ValueError(f"{where}: {key} is missing")
+    if not isinstance(value[key], kind) or (kind is int and isinstance(value[key], bool)):
+      raise ValueError(f"{where}: {key} is {shown(value[key])}")
 
 
 # ---- the page, from top to bottom

@@ -212,9 +212,13 @@ def test_large_images_are_embedded_smaller(workdir):
 @pytest.mark.parametrize(
   "name, text, message",
   [
-    ("summary.json", "{", "summary.json is not JSON"),
-    ("summary.json", "[]", "summary.json holds a list"),
-    ("samples/after.json", '{"step": 0, "rows": [{}]}', "after.json: not samples .*'name'"),
+    ("summary.json", "{", "summary.json: not JSON"),
+    ("summary.json", "[]", r"summary.json: holds \[\], not an object"),
+    (
+      "samples/after.json",
+      '{"step": 0, "rows": [{}]}',
+      r"after.json: not samples .*rows\[0\]: name is missing",
+    ),
     ("metrics.jsonl", "no\n", r"metrics\.jsonl:1"),
   ],
 )
