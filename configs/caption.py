@@ -33,5 +33,6 @@ def get_config():
     input="images",
     output="captions.jsonl",
     prompt="detailed",
+    max_tokens=2048,  # what Prism allows; a caption of CapRL-3B has several hundred
   )
   return config

@@ -22,7 +22,7 @@ from caprl_jax.rl import optimizer
 from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.scoring import answers as scoring
 
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

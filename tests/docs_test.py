@@ -271,12 +271,12 @@ def config_problems(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-  "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name
+  "path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda path: path.name
 )
 def test_commands_in_configs_parse(path, folder, monkeypatch):
   monkeypatch.chdir(folder)
   text = ast.get_docstring(ast.parse(path.read_text()))
-  assert f"--config=configs/{path.name}" in text
+  assert f"--config={path.relative_to(ROOT)}" in text
   assert config_problems(text) == []
 
 

@@ -21,8 +21,8 @@ class CurateConfig:
     default.
   answers: how the questions are asked.
   min_visual: a question stays when the share of its orders answered right with the image is above
-    this; CapRL: 0.75, of four.
-  max_blind: and that without the image is below this; CapRL: 0.25.
+    this; CapRL: 0.75, of four. None: whatever it is.
+  max_blind: and that without the image is below this; CapRL: 0.25. None: whatever it is.
   min_side: images smaller than this in pixels are left out.
   similar_bits: two images are alike when at most so many of the 64 bits of their perceptual
     hashes differ (`perceptual_hash.py`); None keeps all.
@@ -43,8 +43,8 @@ class CurateConfig:
   repetition_penalty: float = 1.05
   batch_size: int = 8
   answers: AnswerConfig = AnswerConfig()
-  min_visual: float = 0.75
-  max_blind: float = 0.25
+  min_visual: float | None = 0.75
+  max_blind: float | None = 0.25
   min_side: int = 28
   similar_bits: int | None = perceptual_hash.DEFAULT_BITS
   benchmarks: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class CurateConfig:
   bad_rows: BadRows = "refuse"
 
   def __post_init__(self):
-    if not (0 <= self.min_visual <= 1 and 0 <= self.max_blind <= 1):
+    if not all(share is None or 0 <= share <= 1 for share in (self.min_visual, self.max_blind)):
       raise ValueError(
         f"curate.min_visual = {self.min_visual} and max_blind = {self.max_blind} "
         "are shares, from 0 to 1"

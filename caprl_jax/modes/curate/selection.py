@@ -41,9 +41,9 @@ def select(item: RowResult[QARow], cfg: CurateConfig) -> Selected:
   ):
     if found.error:
       dropped.append((question, found, "not asked"))
-    elif found.visual <= cfg.min_visual:
+    elif cfg.min_visual is not None and found.visual <= cfg.min_visual:
       dropped.append((question, found, "not answered with the image"))
-    elif found.blind >= cfg.max_blind:
+    elif cfg.max_blind is not None and found.blind >= cfg.max_blind:
       dropped.append((question, found, "answered without the image"))
     else:
       shares = f"visual {round(found.visual * R)}/{R}, blind {round(found.blind * R)}/{R}"

@@ -150,7 +150,7 @@ def test_other_thresholds_ask_no_model(tmp_path, checkpoint, given, monkeypatch)
   first = read()
   monkeypatch.setattr(curation, "Answerer", None)  # what would be called
   counts = set()
-  for visual, blind in ((0.0, 1.0), (0.3, 1.0), (0.0, 0.3), (0.9, 0.1)):
+  for visual, blind in ((0.0, 1.0), (0.3, 1.0), (0.0, 0.3), (0.9, 0.1), (None, None)):
     status = run(
       tmp_path,
       checkpoint,
@@ -162,7 +162,7 @@ def test_other_thresholds_ask_no_model(tmp_path, checkpoint, given, monkeypatch)
     figures = read()
     assert figures["visual/blind"] == first["visual/blind"]
     shares = [(*map(float, key.split("/")), n) for key, n in figures["visual/blind"].items()]
-    kept = sum(n for v, b, n in shares if v > visual and b < blind)
+    kept = sum(n for v, b, n in shares if visual is None or (v > visual and b < blind))
     assert figures["questions"]["kept"] == kept and status == (0 if kept else 2)
     counts.add(kept)
   assert len(counts) > 1
