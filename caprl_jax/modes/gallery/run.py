@@ -20,6 +20,7 @@ from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.config.named_values import parse_named
 from caprl_jax.data.readers.image_sources import find_images
+from caprl_jax.data.readers.image_spellings import spelled_image
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, kinds, read_image
 from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection, open_judge
@@ -83,7 +84,7 @@ def read_captions(path: pathlib.Path) -> dict[str, GivenCaption]:
   found: dict[str, GivenCaption] = {}
   lines: dict[str, str] = {}
   if not path.is_file():
-    raise ValueError(f"{path}: no such file; gallery.captions names .jsonl files of mode caption")
+    raise ValueError(f"{path}: No such file; gallery.captions names .jsonl files of mode caption")
   for where, value in json_lines(path, halves=True):
     try:
       if isinstance(value, ValueError):
@@ -179,7 +180,7 @@ def common_images(
   common = [name for name in names if all(name in table for table in called.values())]
   if not common:
     listed = "; ".join(
-      f"{paths[who]} has {len(theirs):,}, such as {next(iter(theirs))!r}"
+      f"{paths[who]} has {len(theirs):,}, such as {shown(next(iter(theirs)))}"
       for who, theirs in files.items()
     )
     raise ValueError(
@@ -312,8 +313,8 @@ class Pictures:
       if not self.rows:
         raise ValueError(
           f"gallery.pictures = {source!r}: none of its {len(rows):,} images, such "
-          f"as {next(iter(rows))!r}, is one of those captioned, such as "
-          f"{names[0]!r}; give the caption.input that was captioned"
+          f"as {shown(next(iter(rows)))}, is one of those captioned, such as "
+          f"{shown(names[0])}; give the caption.input that was captioned"
         )
 
   def short(self, shared: ComparedImage) -> str:
@@ -321,7 +322,7 @@ class Pictures:
     that is passed on.
     """
     if self.common is None:
-      return os.path.basename(shared.name) or shared.name
+      return (os.path.basename(shared.name) or shared.name)[-255:]
     return os.path.relpath(shared.name, self.common) if self.common else shared.name
 
   def read(self, shared: ComparedImage) -> Image.Image | None:
@@ -339,10 +340,12 @@ class Pictures:
     if shared.row:
       yield shared.row
     for folder in self.folders:
-      path = folder / shared.name
-      # pathlib's own raises for a name that is too long, as a data: URI is
-      if os.path.isfile(path):
-        yield CaptionRow(path, "", shared.name)
+      try:  # other tools write data: URIs
+        image = spelled_image(shared.name, folder, "").image
+      except ValueError:
+        return
+      if isinstance(image, bytes) or os.path.isfile(image):  # long names: no error, as pathlib's
+        yield CaptionRow(image, "", shared.name)
 
 
 def with_questions(

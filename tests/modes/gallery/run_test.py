@@ -1,5 +1,6 @@
 """Mode `gallery`: files matched, figures, what the judge got right, the page in a browser."""
 
+import base64
 import dataclasses
 import json
 import pathlib
@@ -215,6 +216,14 @@ def test_a_name_too_long_for_a_file_is_not_found(folder):
   for name in ("data:image/png;base64," + "A" * 5000, "x\0y"):
     pictures = gallery.Pictures(None, [name], [folder])
     assert pictures.read(gallery.ComparedImage(name, {})) is None and pictures.missing == 1
+
+
+def test_a_picture_that_is_its_own_name_is_shown(folder):
+  data = base64.b64encode((folder / "images" / "0.png").read_bytes()).decode()
+  for name in (f"data:image/png;base64,{data}", f"file://{folder}/images/0.png"):
+    pictures = gallery.Pictures(None, [name], [folder])
+    shared = gallery.ComparedImage(name, {})
+    assert pictures.read(shared) is not None and len(pictures.short(shared)) < 300
 
 
 def test_names_match_by_whole_paths_only():
