@@ -14,18 +14,8 @@ from caprl_jax.config.schema import did_you_mean
 from caprl_jax.data.question_texts import open_text, question_text, speaks_of_options
 from caprl_jax.data.readers.caprl_json import read_items
 from caprl_jax.data.readers.qa_sources import parse_mixture, read_parts
-from caprl_jax.data.rows import (
-  BadRow,
-  BadRows,
-  ImageSource,
-  QARow,
-  Question,
-  RowKeeper,
-  good_rows,
-)
-from caprl_jax.data.rows import (
-  kinds as kinds_of,
-)
+from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, Question, RowKeeper, good_rows
+from caprl_jax.data.rows import kinds as kinds_of
 
 log = logging.getLogger("caprl_jax.data")
 

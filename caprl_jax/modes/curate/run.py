@@ -22,7 +22,6 @@ import logging
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ import jax
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json, write_text
 from caprl_jax.config import schema as configuration
+from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.readers.jsonl import plain_questions
 from caprl_jax.data.readers.qa_sources import read_qa_rows
@@ -37,10 +37,9 @@ from caprl_jax.data.rows import (
   CaptionRow,
   QARow,
   Question,
-  failure_reason,
   image_bytes,
-  read_image,
 )
+from caprl_jax.data.usable_rows import fits
 from caprl_jax.harness.row_shards import RowResult, ShardedJob, manifest
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.inference.captioner import (
@@ -51,16 +50,14 @@ from caprl_jax.inference.captioner import (
 )
 from caprl_jax.inference.endpoint import Endpoint, EndpointConfig
 from caprl_jax.inference.vqa import Answerer
-from caprl_jax.modes.curate import generated, perceptual_hash
+from caprl_jax.modes.curate import generated
+from caprl_jax.modes.curate.images import Numbered, benchmark_signatures, choose_images, look
 from caprl_jax.modes.curate.page import write_page
 from caprl_jax.modes.curate.section import CurateConfig
 from caprl_jax.modes.curate.selection import funnel, funnel_text, select
 from caprl_jax.modes.dataset.run import check_output, write_rows
 
 log = logging.getLogger("caprl_jax.modes.curate.run")
-
-LOOKED_AT_ONCE = 256  # images that a kill may lose the work on
-Numbered = Sequence[tuple[int, CaptionRow | QARow]]
 
 
 @dataclasses.dataclass
@@ -97,61 +94,6 @@ class Stages:
     parts.run(open_worker, work, what=name[2:])
     parts.wait()
     return parts
-
-
-# ---- 1: images ----
-
-
-def look_at(numbered: tuple[int, CaptionRow | QARow]) -> RowResult:
-  """An image's size and perceptual signature, or why it cannot be read."""
-  number, row = numbered
-  try:
-    image = read_image(row)
-  except ValueError as error:
-    about = {"reason": failure_reason(error)}
-    return RowResult(number, row, {"image": row.name, "error": str(error)}, about)
-  signature = perceptual_hash.to_json(perceptual_hash.signature_of(image))
-  found = {"image": row.name, "size": list(image.size), "signature": signature}
-  return RowResult(number, row, found, {})
-
-
-def _look(_, rows: Numbered) -> Iterator[list[RowResult]]:
-  with futures.ThreadPoolExecutor() as pool:
-    for start in range(0, len(rows), LOOKED_AT_ONCE):
-      yield list(pool.map(look_at, rows[start : start + LOOKED_AT_ONCE]))
-
-
-def choose_images(
-  parts: ShardedJob, benchmark: Sequence[Any], cfg: CurateConfig
-) -> tuple[list[CaptionRow | QARow], Counter, list[dict]]:
-  """The rows to go on with; counts of the others by reason; each of the others with its reason."""
-  rows, signatures, out = [], [], []
-  for item in parts.read():
-    row = item.row
-    if "error" in row:
-      out.append({"image": row["image"], "reason": "unreadable", "why": row["error"]})
-    elif min(row["size"]) < cfg.min_side:
-      out.append(
-        {
-          "image": row["image"],
-          "reason": "too small",
-          "why": f"{row['size'][0]}x{row['size'][1]} pixels",
-        }
-      )
-    else:
-      rows.append(item.source)
-      signatures.append(perceptual_hash.from_json(row["signature"]))
-  gone: dict[int, tuple[str, str]] = {}
-  if cfg.similar_bits is not None:
-    for i, first in perceptual_hash.near_duplicates(signatures, cfg.similar_bits):
-      gone[i] = "repeated", f"like {rows[first].name}"
-    for i, which in perceptual_hash.like_benchmark(signatures, benchmark, cfg.similar_bits):
-      gone[i] = "like a benchmark's", f"like its image number {which}"
-  out += [
-    {"image": rows[i].name, "reason": reason, "why": why} for i, (reason, why) in gone.items()
-  ]
-  kept = [row for i, row in enumerate(rows) if i not in gone]
-  return kept, Counter(item["reason"] for item in out), out
 
 
 # ---- 2: questions ----
@@ -259,19 +201,16 @@ def run(config, workdir: pathlib.Path) -> None:
     ("curate.answers.batch_size", cfg.answers.batch_size),
   ):
     sharding.check_batch_size(size, mesh, name)
-  rows: Sequence[CaptionRow | QARow] = (
-    read_qa_rows(cfg.input, seed, bad_rows=cfg.bad_rows)
-    if cfg.questions == "given"
-    else find_images(cfg.input, "curate.input")
-  )
+  bad = BadRowList(cfg.bad_rows_rule, workdir / "bad_rows.jsonl", "--config.curate.bad_rows")
+  rows = _read(cfg, seed, bad)
+  shown = [answerer_section]
+  if cfg.questions == "generator":
+    shown.append(configuration.load_section(config, "generator", PolicySection))
+  checks = [fits(section.pixels()) for section in shown]
   stages = Stages(workdir / "stages", jax.process_index(), jax.process_count(), cfg.shard_rows)
-  looked = stages.run("1_images", {}, rows, contextlib.nullcontext, _look)
-  benchmark = [
-    perceptual_hash.signature_of(read_image(row))
-    for source in cfg.benchmarks
-    for row in find_images(source, "curate.benchmarks")
-  ]
-  kept, gone, out = choose_images(looked, benchmark, cfg)
+  looked = stages.run("1_images", {}, rows, contextlib.nullcontext, look)
+  benchmark = benchmark_signatures(cfg, bad)
+  kept, gone, out = choose_images(looked, benchmark, cfg, checks, bad)
   log.info(
     "%d images: %d go on, %s",
     len(rows),
@@ -293,6 +232,15 @@ def run(config, workdir: pathlib.Path) -> None:
     log.info(
       "host %d of %d: its shards are done; host 0 writes the output", stages.host, stages.hosts
     )
+
+
+def _read(cfg: CurateConfig, seed: int, bad: BadRowList) -> Sequence[CaptionRow | QARow]:
+  """The images, or the rows that are given. Raises ValueError for bad ones that are refused."""
+  if cfg.questions != "given":
+    return find_images(cfg.input, "curate.input")
+  rows = read_qa_rows(cfg.input, seed, bad_rows=bad)
+  bad.settle()
+  return rows
 
 
 def _questions_stage(

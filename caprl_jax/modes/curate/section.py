@@ -30,7 +30,9 @@ class CurateConfig:
   similar_questions: of an image's questions that share more than this part of their words, one
     stays.
   shard_rows: images that are one host's work at a time.
-  bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it.
+  bad_rows: "refuse" to go on while an image or a given row cannot be used (it cannot be decoded, or
+    is too narrow for the models), or "drop" and list it. None: given rows are refused; images that
+    were found are dropped, as there are always some.
   """
 
   input: str
@@ -50,7 +52,12 @@ class CurateConfig:
   benchmarks: tuple[str, ...] = ()
   similar_questions: float = 0.8
   shard_rows: int = 1000
-  bad_rows: BadRows = "refuse"
+  bad_rows: BadRows | None = None
+
+  @property
+  def bad_rows_rule(self) -> BadRows:
+    """What `bad_rows` comes to."""
+    return self.bad_rows or ("refuse" if self.questions == "given" else "drop")
 
   def __post_init__(self):
     if not all(share is None or 0 <= share <= 1 for share in (self.min_visual, self.max_blind)):

@@ -419,3 +419,28 @@ def test_settings_are_refused_before_anything_runs(tmp_path, checkpoint, images,
     and "curate.output" in shown
     and not (tmp_path / "work" / "stages").exists()
   )
+
+
+def test_images_that_cannot_be_used_are_refused_where_the_config_says_so(
+  tmp_path, checkpoint, images, monkeypatch, capsys
+):
+  """All at once, before a model is loaded; and looked at again when they were mended."""
+  picture(9, (6400, 30)).save(images / "narrow.png")
+  more = [f"--config.generator.checkpoint={checkpoint}", "--config.curate.bad_rows=refuse"]
+  reached = []
+
+  def questions(stages, config, cfg, rows, *rest):
+    reached.append(rows)
+    raise ValueError("far enough")
+
+  monkeypatch.setattr(curation, "_questions_stage", questions)
+  assert run(tmp_path, checkpoint, images, *more) == 2
+  said = capsys.readouterr().err
+  assert "2 bad images of 11" in said and "torn.png" in said and "over 200 times" in said
+  picture(11).save(images / "torn.png")
+  assert run(tmp_path, checkpoint, images, *more) == 2 and not reached
+  assert "torn.png" not in capsys.readouterr().err
+  more[-1] = "--config.curate.bad_rows=drop"
+  assert run(tmp_path, checkpoint, images, *more) == 2
+  (rows,) = reached
+  assert len(rows) == 7 and "dropped 2 of 11 images (" in capsys.readouterr().err
