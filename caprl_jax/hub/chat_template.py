@@ -1,9 +1,12 @@
 """A checkpoint's chat template, an instruction -> token ids before and after the image."""
 
-import json
 from collections.abc import Mapping
+from typing import Any
 
+from caprl_jax.hub.folders.notices import warn_once
+from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.tokenizer import Tokenizer
+from caprl_jax.json_files import shown
 from caprl_jax.models.family import Family
 
 # ChatML with one image, as Qwen's and InternVL's templates write it when no system message is
@@ -24,9 +27,13 @@ def default_template(family: Family) -> str:
 def find_template(files: Mapping[str, bytes]) -> str | None:
   """The chat template among a checkpoint's small files; None if absent.
 
-  Where there are several, the one that transformers' processors take; a tokenizer's own only where
-  there is no other.
+  Where there are several, the one that transformers' processors take, and a warning names the
+  others; a tokenizer's own only where there is no other.
+
+  Raises:
+    ValueError: a file that may hold one is damaged, or it is no text.
   """
+  found: dict[str, str] = {}
   for name in (
     "processor_config.json",
     "chat_template.json",
@@ -35,14 +42,34 @@ def find_template(files: Mapping[str, bytes]) -> str | None:
   ):
     if name not in files:
       continue
-    template = files[name].decode("utf-8")
-    if not name.endswith(".jinja"):
-      template = json.loads(template).get("chat_template")
-    if isinstance(template, list):  # several, by name
-      template = {t["name"]: t["template"] for t in template}.get("default")
+    if name.endswith(".jinja"):
+      template = files[name].decode("utf-8")
+    else:
+      template = _default_of(json_of(files, name).get("chat_template"), name)
     if template:
-      return template
-  return None
+      found[name] = template
+  taken = next(iter(found), None)
+  if taken is None:
+    return None
+  # Jinja drops one line break at a template's end.
+  others = [n for n in found if found[n].removesuffix("\n") != found[taken].removesuffix("\n")]
+  if others:
+    warn_once(
+      f"the checkpoint has more than one chat template: that of {taken} is taken, as transformers' "
+      f"processors do, and that of {' and '.join(others)} differs from it; remove what is old"
+    )
+  return found[taken]
+
+
+def _default_of(said: Any, name: str) -> str | None:
+  """The template of a JSON file's `chat_template`: a text, or one of several by name."""
+  if isinstance(said, list):
+    said = {t.get("name"): t.get("template") for t in said if isinstance(t, dict)}
+  if isinstance(said, dict):
+    said = said.get("default")
+  if said is not None and not isinstance(said, str):
+    raise ValueError(f"{name}: chat_template = {shown(said)} is no text; take the model's own file")
+  return said
 
 
 def prompt_pieces(

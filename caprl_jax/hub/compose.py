@@ -7,7 +7,6 @@ Qwen2.5-VL's tower before Qwen2.5, for example.
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,11 +19,12 @@ import tokenizers
 from caprl_jax import sharding
 from caprl_jax.hub import hub_files, weights
 from caprl_jax.hub.chat_template import default_template, find_template
+from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.load import Loaded, init_policy, new_policy_files
+from caprl_jax.hub.opened import open_captioner, open_decoder
 from caprl_jax.hub.tokenizer import CHAT_SPECIALS, Tokenizer, check_tokenizer, load_tokenizer
 from caprl_jax.models.decoder import DecoderConfig
-from caprl_jax.models.families import family_of, is_vision_language
-from caprl_jax.models.family import DECODER_KEYS, Family, Keys
+from caprl_jax.models.family import Family
 from caprl_jax.models.policy import Policy, PolicyConfig
 from caprl_jax.models.trainable import merge_trees, split_params, trainable_filter
 from caprl_jax.types import Params
@@ -94,17 +94,15 @@ def compose_policy(
     ValueError: as `load.load_policy`; a language model that does not fit the family; or one whose
       vocabulary lacks the tokens that stand for images, and whose embedding has no room for them.
   """
-  path = hub_files.resolve_model(vision)
-  config, tensors = hub_files.read_directory(path)
-  family = family_of(config)
-  config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
-  preprocessor, small = hub_files.read_preprocessor(path), hub_files.read_small_files(path)
-  language_path = hub_files.resolve_model(language)
-  text, text_tensors, text_keys = _language(language_path)
+  seeing, speaking = open_captioner(vision), open_decoder(language)
+  config, tensors, family = seeing.config, seeing.tensors, seeing.captioner
+  path, preprocessor = seeing.path, seeing.preprocessor()
+  small = hub_files.read_small_files(path)
+  text, text_tensors, text_keys = speaking.text, speaking.tensors, speaking.keys
   tokenizer, small = _vocabulary(
     load_tokenizer(path),
     small,
-    load_tokenizer(language_path),
+    load_tokenizer(speaking.path),
     text["vocab_size"],
     config,
     family,
@@ -159,14 +157,13 @@ def with_tower(policy: Loaded, vision: str) -> Loaded:
   """The same model with the tower of the captioner `vision` in place of its own; its projector
   stays. Raises ValueError as `load.load_policy`, and for a tower of another family, architecture or
   way of reading pixels."""
-  path, family = hub_files.resolve_model(vision), policy.model.cfg.family
-  config, tensors = hub_files.read_directory(path)
-  if family_of(config) is not family:
+  found, family = open_captioner(vision), policy.model.cfg.family
+  if found.captioner is not family:
     raise ValueError(
-      f"{vision} is a {family_of(config).model_type}, whose tower a {family.model_type} cannot have"
+      f"{vision} is a {found.captioner.model_type}, whose tower a {family.model_type} cannot have"
     )
-  config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
-  theirs = _tower_fields(family.vision(config, hub_files.read_preprocessor(path)))
+  tensors = found.tensors
+  theirs = _tower_fields(family.vision(found.config, found.preprocessor()))
   own = _tower_fields(policy.model.cfg.vision)
   differing = [
     f"{name} ({theirs[name]} there, {own[name]} here)" for name in own if theirs[name] != own[name]
@@ -227,18 +224,6 @@ def _tower_params(
   )
 
 
-def _language(path: pathlib.Path) -> tuple[dict[str, Any], Mapping, Keys]:
-  """config.json of a language model, its tensors and their names; of a captioner, those of its
-  decoder.
-  """
-  config, tensors = hub_files.read_model(path)
-  if not is_vision_language(config):
-    return config, tensors, DECODER_KEYS
-  family = family_of(config)
-  config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
-  return family.text(config), tensors, family.decoder_keys
-
-
 def _token_keys(config: dict, tokenizer: Tokenizer) -> dict[str, str]:
   """The tokens for images that config.json names by id: key -> token."""
   text = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -289,7 +274,7 @@ def _vocabulary(
   made = new_policy_files(tokenizer, family)
   settings = json.loads(made["tokenizer_config.json"])
   settings["chat_template"] = find_template(small) or default_template(family)
-  extra = json.loads(small.get("tokenizer_config.json", b"{}")).get("extra_special_tokens")
+  extra = json_of(small, "tokenizer_config.json").get("extra_special_tokens")
   settings |= {"extra_special_tokens": extra} if isinstance(extra, dict) else {}
   made["tokenizer_config.json"] = json.dumps(settings, indent=2).encode()
   return tokenizer, {**{k: v for k, v in small.items() if k in _PIXEL_FILES}, **made}

@@ -1,6 +1,5 @@
 """Name of a model -> its files; Hugging Face directories in and out."""
 
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -14,16 +13,39 @@ from concurrent import futures
 from typing import Any
 
 import huggingface_hub
-import ml_dtypes  # noqa: F401  safetensors finds NumPy's bfloat16 only once this is imported
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from caprl_jax.hub import gguf
+from caprl_jax.hub.folders.adapters import Adapter, merge_adapter, read_adapter
+from caprl_jax.hub.folders.kinds import (
+  ADAPTER_CONFIG,
+  ADAPTER_WEIGHTS,
+  INDEX,
+  WEIGHTS,
+  check_state,
+  folder_message,
+)
+from caprl_jax.hub.folders.notices import warn_once
+from caprl_jax.hub.folders.pixels import PREPROCESSOR, PROCESSOR, says_another
+from caprl_jax.hub.folders.tensors import open_tensors
+from caprl_jax.hub.folders.text_files import json_of, read_bytes, read_json
+from caprl_jax.models.families import family_of, is_vision_language
+from caprl_jax.models.family import DECODER_KEYS
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer*"]
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
+# Small files that go together: adapters' own take the place of all of the base's of the same use.
+_TOKENIZER_FILES = (
+  "tokenizer.json",
+  "vocab.json",
+  "merges.txt",
+  "added_tokens.json",
+  "special_tokens_map.json",
+  "tokenizer_config.json",
+  "chat_template.json",
+  "chat_template.jinja",
+)
+_PIXEL_FILES = (PREPROCESSOR, PROCESSOR, "video_preprocessor_config.json")
 
 
 def resolve_model(source: str | os.PathLike) -> pathlib.Path:
@@ -93,15 +115,29 @@ def fingerprint(source: str | os.PathLike) -> str:
     ValueError: as `resolve_model` and `read_directory`.
   """
   path = resolve_model(source)
-  found = [path]
-  if path.is_dir():
-    _, tensors = read_directory(path)
-    weights = sorted({tensors.place_of(name) for name in tensors})
-    found = [path / "config.json", *_small_files(path), *(path / name for name in weights)]
+  found = _loaded_files(path) if path.is_dir() else [path]
   with futures.ThreadPoolExecutor() as pool:
     digests = pool.map(_sha256, found)
     names = [[file.name, digest] for file, digest in zip(found, digests)]
   return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def _loaded_files(path: pathlib.Path) -> list[pathlib.Path]:
+  """All files of a folder that loading it reads, and of its base where it holds adapters."""
+  adapter = _adapter_in(path)
+  if adapter is not None and not (path / "config.json").exists():
+    small = sorted(_files(path).values())
+    return [
+      *(file for file in _loaded_files(_base_of(adapter)) if file not in small),
+      *small,
+      path / ADAPTER_CONFIG,
+      path / ADAPTER_WEIGHTS,
+    ]
+  tensors = open_tensors(path, read_config(path))
+  weights = sorted({tensors.place_of(name) for name in tensors})
+  more = [] if adapter is None else [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+  own = [path / "config.json", *_files(path).values()]
+  return own + [path / name for name in [*weights, *more]]
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -126,51 +162,101 @@ def read_model(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str, np
 def read_directory(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
   """Reads a Hugging Face directory: `config.json` and `model.safetensors`, whole or in shards.
 
-  Every file is opened, which proves its size, but no tensor is read before it is asked for.
+  Every file is opened, which proves its size, but no tensor is read before it is asked for. A
+  folder of PEFT adapters is their base with the adapters merged in.
 
   Raises:
-    ValueError: a file is missing or truncated, or the index names a tensor that its shard lacks.
+    ValueError: a file is missing or truncated, the index names a tensor that its shard lacks, or
+      the folder is something else, which the message names.
   """
   path = pathlib.Path(path)
-  config = read_json(path / "config.json")
-  if not (path / INDEX).exists():
-    with _open(path / WEIGHTS) as file:
-      return config, _Tensors(path, {name: WEIGHTS for name in file.keys()})
-  names = read_json(path / INDEX)["weight_map"]
-  held = {}
-  for shard in sorted(set(names.values())):
-    with _open(path / shard) as file:
-      held[shard] = frozenset(file.keys())
-  absent = [name for name, shard in names.items() if name not in held[shard]]
-  if absent:
-    raise ValueError(
-      f"{path / names[absent[0]]}: {len(absent)} tensors that {INDEX} promises are "
-      f"absent, first {absent[0]!r}. The files are of different versions: download "
-      "the model again."
+  config = read_config(path)
+  adapter = _adapter_in(path)
+  if adapter is None:
+    tensors = open_tensors(path, config)
+    check_state(path, config, tensors, tensors.dtype_of)
+    return config, tensors
+  if not (path / "config.json").exists():
+    _, base = read_directory(_base_of(adapter))
+  else:
+    base = open_tensors(path, config)
+    check_state(path, config, base, base.dtype_of)
+    warn_once(
+      f"{path}: holds {WEIGHTS} and {ADAPTER_WEIGHTS}; the adapters are merged into the weights "
+      f"beside them, as transformers does. Remove {ADAPTER_CONFIG} if they hold them already"
     )
-  return config, _Tensors(path, names)
+  return config, merge_adapter(adapter, base, functools.partial(_spellings, config))
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  """config.json of a folder; of adapters, their base's.
+
+  Raises:
+    ValueError: there is none, and what the folder is instead; or it is no JSON.
+  """
+  if not (path / "config.json").exists():
+    adapter = _adapter_in(path)
+    if adapter is not None:
+      return read_config(_base_of(adapter))
+    message = folder_message(path)
+    if message:
+      raise ValueError(message)
+  return read_json(path / "config.json")
+
+
+def _adapter_in(path: pathlib.Path) -> Adapter | None:
+  """The adapters that loading a folder reads."""
+  held = [(path / name).exists() for name in ("config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+  if held == [True, True, False]:
+    warn_once(f"{path}: {ADAPTER_CONFIG} without {ADAPTER_WEIGHTS}; it is passed over")
+    return None
+  return read_adapter(path)
+
+
+def _base_of(adapter: Adapter) -> pathlib.Path:
+  """Where the base of adapters lies; a relative name may be one beside the adapters."""
+  beside = adapter.folder / adapter.base
+  given = pathlib.Path(adapter.base).expanduser()
+  source = beside if not given.exists() and beside.is_dir() else given
+  if source.is_dir():
+    if source.resolve() == adapter.folder.resolve():
+      raise ValueError(
+        f"{adapter.folder / ADAPTER_CONFIG}: base_model_name_or_path = {adapter.base!r} is this "
+        "folder itself; write there where the base model lies"
+      )
+    return source
+  try:
+    return resolve_model(adapter.base)
+  except ValueError as error:
+    raise ValueError(
+      f"{adapter.folder} holds adapters for the base model {adapter.base!r}, which was not found: "
+      f"{error} Or write where it lies as base_model_name_or_path in {ADAPTER_CONFIG}."
+    ) from error
+
+
+def _spellings(config: dict[str, Any], name: str) -> Iterator[str]:
+  """A tensor's name as transformers' module has it -> that, and what checkpoints call it."""
+  keys = family_of(config).keys if is_vision_language(config) else DECODER_KEYS
+  yield name
+  for _, theirs in keys.prefixes:
+    for prefix in theirs:
+      if name.startswith(prefix):
+        yield from (other + name.removeprefix(prefix) for other in theirs)
 
 
 def read_preprocessor(path: pathlib.Path) -> dict[str, Any]:
-  """What a checkpoint says of its image processor: preprocessor_config.json, or a part of
-  processor_config.json.
+  """What a checkpoint says of its image processor: processor_config.json's part where there is one,
+  else preprocessor_config.json, as transformers takes them; {} where neither says anything.
   """
-  found = {}
-  # transformers prefers the latter
-  for name in ("preprocessor_config.json", "processor_config.json"):
-    if (path / name).exists():
-      held = read_json(path / name)
-      found = held if name == "preprocessor_config.json" else held.get("image_processor") or found
-  changed = {
-    k: found[k] for k in ("do_resize", "do_rescale", "do_normalize") if found.get(k) is False
-  }
-  if found.get("resample", 3) != 3:
-    changed["resample"] = found["resample"]
-  if changed:
-    raise ValueError(
-      f"{path}: the image processor has {changed}; only bicubic resizing, rescaling "
-      "and normalising are supported"
-    )
+  files = {name: read_bytes(file) for name, file in files_of(path).items() if name in _PIXEL_FILES}
+  found, other = json_of(files, PREPROCESSOR), json_of(files, PROCESSOR).get("image_processor")
+  if isinstance(other, dict):
+    if found and says_another(found, other):
+      warn_once(
+        f"{path}: {PROCESSOR} and {PREPROCESSOR} say different things of the image processor; "
+        f"that of {PROCESSOR} is taken, as transformers does"
+      )
+    return other
   return found
 
 
@@ -181,7 +267,7 @@ def change_preprocessor(small: Mapping[str, bytes], values: Mapping[str, Any]) -
     ("preprocessor_config.json", None),
     ("processor_config.json", "image_processor"),
   ):
-    held = json.loads(small.get(name, b"{}"))
+    held = json_of(small, name)
     processor = held.get(part) if part else held
     if processor:
       processor.update(values)
@@ -191,99 +277,33 @@ def change_preprocessor(small: Mapping[str, bytes], values: Mapping[str, Any]) -
 
 def read_small_files(path: pathlib.Path) -> dict[str, bytes]:
   """All that a checkpoint needs besides config.json and weights, as it stands: tokenizer, template,
-  processor.
+  processor. Text is in UTF-8 without a byte order mark.
   """
-  return {file.name: file.read_bytes() for file in _small_files(path)}
+  return {name: read_bytes(file) for name, file in files_of(path).items()}
 
 
-def _small_files(path: pathlib.Path) -> list[pathlib.Path]:
-  skip = {"config.json", INDEX, "recognition.json", "adapter_config.json"}
+def files_of(path: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Name -> place of a checkpoint's small files; adapters have their base's, but for their own."""
+  own = _files(path)
+  if (path / "config.json").exists() or not (path / ADAPTER_CONFIG).exists():
+    return own
+  adapter = _adapter_in(path)
+  assert adapter is not None
+  base = files_of(_base_of(adapter))
+  for use, marks in ((_TOKENIZER_FILES, ("tokenizer.json", "vocab.json")), (_PIXEL_FILES,) * 2):
+    if any(name in own for name in marks):
+      base = {name: file for name, file in base.items() if name not in use}
+  return dict(sorted({**base, **own}.items()))
+
+
+def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
+  skip = {"config.json", INDEX, "recognition.json", ADAPTER_CONFIG}
   kinds = (".json", ".jinja", ".txt", ".model")
-  return [
-    file
+  return {
+    file.name: file
     for file in sorted(path.iterdir())
-    if file.is_file() and file.suffix in kinds and file.name not in skip
-  ]
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The contents of a JSON file; a ValueError says where it is missing or broken."""
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    present = sorted(file.name for file in path.parent.glob("*"))[:20]
-    raise ValueError(
-      f"{path}: no such file; the directory holds {present or 'nothing'}. Download "
-      "the model again, or name the .gguf file if there is one."
-    ) from error
-  except ValueError as error:  # neither JSON nor UTF-8
-    raise ValueError(
-      f"{path} ({path.stat().st_size:,} bytes) is not valid JSON: {error}. Download it again."
-    ) from error
-
-
-def _open(path: pathlib.Path):
-  try:
-    return safetensors.safe_open(path, framework="numpy")
-  except FileNotFoundError as error:
-    raise ValueError(
-      f"{path}: no such file. Download it, or convert the model's weights to safetensors."
-    ) from error
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f"{path} ({path.stat().st_size:,} bytes) is truncated or not a safetensors "
-      f"file: {error}. Download it again; if it is a git-lfs pointer of about 130 "
-      "bytes: git lfs pull"
-    ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensors(Mapping):
-  """Tensor name -> array, read when asked for. A file is open while a tensor of it is read and no
-  longer: what is read of an open one counts as the process's memory."""
-
-  path: pathlib.Path
-  places: dict[str, str]  # tensor name -> name of its file
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    with _open(self.path / self.places[name]) as file:
-      try:
-        return file.get_tensor(name)
-      except AttributeError as error:  # safetensors looks for a NumPy type of this name
-        raise ValueError(
-          f"{self.path}: tensor {name!r} is stored as "
-          f"{file.get_slice(name).get_dtype()}, which NumPy lacks. Use the "
-          "checkpoint in bfloat16, float16 or float32."
-        ) from error
-
-  def shape_of(self, name: str) -> tuple[int, ...]:
-    """Shape of a tensor that is not read."""
-    return self._shapes[name]
-
-  @functools.cached_property
-  def _shapes(self) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for place in sorted(set(self.places.values())):
-      with _open(self.path / place) as file:
-        shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    return shapes
-
-  def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of a tensor; no more of it is read."""
-    if all(not s.start and s.stop in (None, n) for s, n in zip(index, self.shape_of(name))):
-      return self[name]
-    with _open(self.path / self.places[name]) as file:
-      return file.get_slice(name)[index]
-
-  def place_of(self, name: str) -> str:
-    """The file that holds a tensor."""
-    return self.places[name]
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self.places)
-
-  def __len__(self) -> int:
-    return len(self.places)
+    if file.suffix in kinds and file.name not in skip and file.is_file()
+  }
 
 
 def write_directory(

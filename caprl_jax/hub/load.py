@@ -17,11 +17,13 @@ import numpy as np
 from caprl_jax import sharding
 from caprl_jax.hub import hub_files, weights
 from caprl_jax.hub.chat_template import default_template, find_template, prompt_pieces, text_prompt
+from caprl_jax.hub.folders.pixels import PREPROCESSOR, PROCESSOR, processor_of
+from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.lora import merge_lora, new_lora
+from caprl_jax.hub.opened import open_captioner, open_decoder
 from caprl_jax.hub.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
 from caprl_jax.models.decoder import Decoder, DecoderConfig
-from caprl_jax.models.families import family_of, is_vision_language
-from caprl_jax.models.family import DECODER_KEYS, Keys
+from caprl_jax.models.family import Keys
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
 from caprl_jax.models.trainable import merge_trees, split_lora
@@ -60,17 +62,27 @@ class Loaded:
     return text_prompt(template, self.tokenizer, instruction, special, system)
 
   def chat_template(self) -> tuple[str, dict[str, str]]:
-    """The checkpoint's own template, its family's where it has none, and the special tokens by the
+    """The checkpoint's own template (a new model's is its family's), and the special tokens by the
     names that templates use (`bos_token`, ...).
+
+    Raises:
+      ValueError: a checkpoint without one, which transformers refuses too.
     """
-    settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+    settings = json_of(self.files, "tokenizer_config.json")
     text = lambda token: token["content"] if isinstance(token, dict) else token
     special = {
       k: text(settings[k])
       for k in ("bos_token", "eos_token", "pad_token", "unk_token")
       if settings.get(k)
     }
-    return find_template(self.files) or default_template(self.model.cfg.family), special
+    template = find_template(self.files)
+    if template is None and self.files:
+      raise ValueError(
+        "the checkpoint has no chat template (chat_template.jinja, chat_template.json, or "
+        "chat_template in tokenizer_config.json): how to ask it is not known, and transformers "
+        "refuses it too. Copy the file from the checkpoint that this one was made from"
+      )
+    return template or default_template(self.model.cfg.family), special
 
 
 def init_policy(cfg: PolicyConfig) -> Callable[[jax.Array], Any]:
@@ -119,18 +131,24 @@ def load_judge(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32) -> Loade
   """Loads a text-only language model, or the decoder of a vision-language one, from whatever
   `hub_files.resolve_model` accepts. Raises ValueError for a checkpoint that is missing, damaged, of
   another family, or whose tokenizer has more ids than it has rows."""
-  path = hub_files.resolve_model(source)
-  config, tensors = hub_files.read_model(path)
-  keys = DECODER_KEYS
-  if is_vision_language(config):
-    family = family_of(config)
-    config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
-    keys, config = family.decoder_keys, family.text(config)
-  cfg = DecoderConfig.from_hf(config, dtype=dtype)
-  tokenizer = load_tokenizer(path)
+  found = open_decoder(source)
+  cfg = decoder_config(found.text, source, dtype=dtype)
+  tokenizer = load_tokenizer(found.path)
   check_tokenizer(tokenizer, cfg.vocab_size, source)
-  params, shardings = _fill(init_decoder(cfg), keys, tensors, source, mesh, dtype)
-  return Loaded(Decoder(cfg), params, tokenizer, config, {}, shardings)
+  params, shardings = _fill(init_decoder(cfg), found.keys, found.tensors, source, mesh, dtype)
+  return Loaded(Decoder(cfg), params, tokenizer, found.text, {}, shardings)
+
+
+def decoder_config(text: dict, source: str, **overrides: Any) -> DecoderConfig:
+  """Reads a decoder's settings. Raises ValueError where they lack one or are of an unknown
+  kind."""
+  try:
+    return DecoderConfig.from_hf(text, **overrides)
+  except KeyError as error:
+    raise ValueError(
+      f"{source}: config.json (model_type {text.get('model_type')!r}) lacks the key {error}; take "
+      "the whole file of the checkpoint"
+    ) from error
 
 
 def load_policy(
@@ -149,20 +167,16 @@ def load_policy(
   `min_pixels` and `max_pixels` take the place of the preprocessor's, and are written with the
   captioner: what sees smaller images while it is trained and asked is given them afterwards, too.
   """
-  path = hub_files.resolve_model(source)
-  config, tensors = hub_files.read_directory(path)
-  family = family_of(config)
-  config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
-  preprocessor = hub_files.read_preprocessor(path)
-  cfg = PolicyConfig.from_hf(config, preprocessor, dtype=dtype, remat=remat, lora=lora)
-  tokenizer = load_tokenizer(path)
+  found = open_captioner(source)
+  preprocessor = found.preprocessor()
+  cfg = PolicyConfig.from_hf(found.config, preprocessor, dtype=dtype, remat=remat, lora=lora)
+  tokenizer = load_tokenizer(found.path)
   check_tokenizer(tokenizer, cfg.text.vocab_size, source)
-  empty = Loaded(
-    Policy(cfg), {}, tokenizer, config, preprocessor, {}, hub_files.read_small_files(path)
-  )
+  small = hub_files.read_small_files(found.path)
+  empty = Loaded(Policy(cfg), {}, tokenizer, found.config, preprocessor, {}, small)
   empty = with_pixel_limits(empty, min_pixels, max_pixels)
   params, shardings = _fill(
-    init_policy(empty.model.cfg), family.keys, tensors, source, mesh, param_dtype
+    init_policy(empty.model.cfg), found.keys, found.tensors, source, mesh, param_dtype
   )
   return dataclasses.replace(empty, params=params, shardings=shardings)
 
@@ -264,12 +278,9 @@ def save_policy(
   config.pop("torch_dtype", None)  # the same under its old name
   small = loaded.files or new_policy_files(loaded.tokenizer, family)
   small = {**small, **({"README.md": card.encode()} if card else {})}
-  if (
-    "preprocessor_config.json" not in small
-    and loaded.preprocessor
-    and "processor_config.json" not in small
-  ):
-    small["preprocessor_config.json"] = json.dumps(loaded.preprocessor, indent=2).encode()
+  if not json_of(small, PREPROCESSOR) and not json_of(small, PROCESSOR).get("image_processor"):
+    said = {**processor_of(loaded.model.cfg.vision), **loaded.preprocessor}
+    small[PREPROCESSOR] = json.dumps(said, indent=2).encode()
   hub_files.write_directory(
     path, config, tensors, tokenizer_files=small, max_shard_bytes=max_shard_bytes
   )

@@ -6,13 +6,17 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
 from caprl_jax.hub import gguf, hub_files
+from caprl_jax.hub.folders.kinds import ADAPTER_CONFIG
+from caprl_jax.hub.folders.notices import warn_once
+from caprl_jax.hub.folders.text_files import read_bytes, read_json
+from caprl_jax.json_files import shown
 
 CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_ENDS = ("<|im_end|>", "<|endoftext|>")
@@ -119,24 +123,42 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   if not path.is_dir():
     config, _ = gguf.read_gguf(path)
     return Tokenizer(gguf.gguf_tokenizer(path), _eos_ids([config]))
-  if (path / "tokenizer.json").exists():
-    file = path / "tokenizer.json"
+  places = hub_files.files_of(path)
+  if "tokenizer.json" in places:
+    file = places["tokenizer.json"]
+    text = read_bytes(file).decode("utf-8", "replace")
     try:
-      backend = tokenizers.Tokenizer.from_file(str(file))
+      backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
       raise ValueError(
         f"{file} ({file.stat().st_size:,} bytes) is not a tokenizer: {error}. "
         "Download it again or update tokenizers."
       ) from error
+    _compare_vocabulary(backend, places)
   else:
-    backend = _from_vocab_and_merges(path)
+    backend = _from_vocab_and_merges(path, places)
   # Some files ask for a length; ours is the caller's business.
   backend.no_truncation()
   backend.no_padding()
-  configs = [path / name for name in ("config.json", "generation_config.json")]
-  return Tokenizer(
-    backend, _eos_ids(hub_files.read_json(file) for file in configs if file.exists())
-  )
+  has_config = (path / "config.json").exists() or (path / ADAPTER_CONFIG).exists()
+  configs = [hub_files.read_config(path)] if has_config else []
+  if "generation_config.json" in places:
+    configs.append(read_json(places["generation_config.json"]))
+  return Tokenizer(backend, _eos_ids(configs))
+
+
+def _compare_vocabulary(backend: tokenizers.Tokenizer, places: Mapping[str, pathlib.Path]) -> None:
+  """Warns where the older vocab.json lies beside tokenizer.json and says something else."""
+  if "vocab.json" not in places:
+    return
+  ours = backend.get_vocab()
+  other = next((t for t, i in read_json(places["vocab.json"]).items() if ours.get(t) != i), None)
+  if other is not None:
+    file = places["tokenizer.json"]
+    warn_once(
+      f"{file.parent}: tokenizer.json is read, as transformers does; vocab.json beside it gives "
+      f"{shown(other)} another id. Remove what is old"
+    )
 
 
 def _eos_ids(configs: Iterable[dict[str, Any]]) -> tuple[int, ...]:
@@ -150,20 +172,22 @@ def _eos_ids(configs: Iterable[dict[str, Any]]) -> tuple[int, ...]:
   return tuple(dict.fromkeys(ids))
 
 
-def _from_vocab_and_merges(path: pathlib.Path) -> tokenizers.Tokenizer:
-  absent = [name for name in ("vocab.json", "merges.txt") if not (path / name).exists()]
+def _from_vocab_and_merges(
+  path: pathlib.Path, places: Mapping[str, pathlib.Path]
+) -> tokenizers.Tokenizer:
+  absent = [name for name in ("vocab.json", "merges.txt") if name not in places]
   if absent:
     raise ValueError(
       f"{path}: no tokenizer.json, nor {' and '.join(absent)} to build one "
       "from. Copy the tokenizer's files there."
     )
-  lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+  lines = read_bytes(places["merges.txt"]).decode("utf-8").split("\n")
   # A header line starts with "#version"; a merge may start with "#".
   merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-  vocab = hub_files.read_json(path / "vocab.json")
+  vocab = read_json(places["vocab.json"])
   backend = gguf.byte_level_bpe(vocab, merges, "qwen2")
-  if (path / "tokenizer_config.json").exists():
-    added = hub_files.read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
+  if "tokenizer_config.json" in places:
+    added = read_json(places["tokenizer_config.json"]).get("added_tokens_decoder", {})
     for token_id, token in sorted((int(token_id), token) for token_id, token in added.items()):
       backend.add_tokens([tokenizers.AddedToken(**token)])
       actual = backend.token_to_id(token["content"])

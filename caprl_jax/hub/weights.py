@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from caprl_jax import sharding
+from caprl_jax.hub.folders.notices import warn_once
+from caprl_jax.hub.folders.tensors import ChangedTensors
 from caprl_jax.models.family import Keys
 from caprl_jax.types import Params
 
@@ -61,6 +63,69 @@ def _shape(tensors: Mapping, name: str) -> tuple[int, ...]:
   return tuple(of(name)) if of else np.shape(tensors[name])
 
 
+def settle_tie(
+  says: bool, hint: bool, tensors: Mapping, keys: Keys, source: str
+) -> tuple[bool, Mapping]:
+  """Whether a decoder's head is its embedding, by config.json and by what the tensors are.
+
+  As transformers has it: a head of its own that differs is read, whatever config.json says; an
+  embedding that is absent is the tied head.
+
+  Args:
+    says: what transformers makes of config.json; hint: whether any spelling in it says tied.
+    source: names the checkpoint in messages.
+
+  Returns:
+    Whether it is tied, and the tensors without a head that is the embedding once more.
+
+  Raises:
+    ValueError: there is no head and config.json says that there is.
+  """
+  ours = "language_model." if any(p.startswith("language_model.") for p, _ in keys.prefixes) else ""
+  heads, _ = keys.candidates(f"{ours}lm_head")
+  embeddings, _ = keys.candidates(f"{ours}embed_tokens.embedding")
+  head = next((name for name in heads if name in tensors), None)
+  embedding = next((name for name in embeddings if name in tensors), None)
+  if head is None:
+    if not says and not hint:
+      raise ValueError(
+        f"{source}: tie_word_embeddings is false in config.json (or absent, which is the same "
+        f"there), but the weights have no {heads[0]}; transformers would draw a random one. Set it "
+        "to true if the embedding is the head, or else download the weights again"
+      )
+    if not says:
+      warn_once(
+        f"{source}: the weights have no {heads[0]}, and only a part of config.json that "
+        "transformers does not look at says tie_word_embeddings: true; the embedding is taken as "
+        "the head"
+      )
+    return True, tensors
+  if not says:
+    return False, tensors
+  if embedding is None:
+    made = {embeddings[0]: (_shape(tensors, head), lambda: np.asarray(tensors[head]))}
+    return True, ChangedTensors(tensors, made, frozenset({head}))
+  if _equal(tensors, head, embedding):
+    return True, ChangedTensors(tensors, {}, frozenset({head}))
+  warn_once(
+    f"{source}: config.json ties {head} to the embedding, but the file has another one, as PEFT's "
+    "merging leaves it; that is read, as transformers does, and written untied"
+  )
+  return False, tensors
+
+
+def _equal(tensors: Mapping, one: str, other: str) -> bool:
+  """Whether two matrices hold the same numbers; read a few rows at a time."""
+  shape = _shape(tensors, one)
+  if shape != _shape(tensors, other) or len(shape) != 2:
+    return False
+  rows = max(1, 2**24 // shape[1])
+  read = lambda name, at: _Leaf(tensors, [name], False, False, np.float32).read(
+    (slice(at, min(at + rows, shape[0])), slice(None))
+  )
+  return all(np.array_equal(read(one, at), read(other, at)) for at in range(0, shape[0], rows))
+
+
 def params_from_tensors(
   abstract: Params, tensors: Mapping, keys: Keys, source: str, shardings: Any = None
 ) -> Params:
@@ -101,12 +166,11 @@ def params_from_tensors(
     leaves.append(_Leaf(tensors, found, stacked, transposed, leaf.dtype))
   if missing:
     raise ValueError(f"{source}: {len(missing)} tensors are missing, for example {missing[:5]}")
-  # A tied head may be written out too; it is the embedding once more.
-  extra = [
-    k
-    for k in tensors
-    if k not in used and not re.fullmatch(rf"(language_model\.)?lm_head\.weight|{keys.unused}", k)
-  ]
+  embedding = next((k for k in used if k.endswith("embed_tokens.weight")), None)
+  # A tied head may be written out too: it is the embedding once more.
+  again = lambda k: k.endswith("lm_head.weight") and embedding and _equal(tensors, k, embedding)
+  extra = [k for k in tensors if k not in used and not re.fullmatch(keys.unused, k)]
+  extra = [k for k in extra if not again(k)]
   if extra:
     raise ValueError(
       f"{source}: {len(extra)} tensors fit no parameter, for example "

@@ -5,11 +5,10 @@ template, end tokens and repetition penalty.
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +17,8 @@ import numpy as np
 from caprl_jax import sharding
 from caprl_jax.data.batches import ImagePrompt, ImageShape, stack
 from caprl_jax.data.rows import CaptionRow, QARow, failure_reason
+from caprl_jax.hub.folders.notices import warn_once
+from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.inference.host_batches import HostBatch, HostPipeline, NumberedRow, one_ahead
@@ -27,6 +28,7 @@ from caprl_jax.types import Batch, Vocabulary
 
 log = logging.getLogger("caprl_jax.inference.captioner")
 
+GENERATION = "generation_config.json"
 SHOWN_FAILURES = 20
 # PIL's name for an image in memory: another every time
 _ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
@@ -197,7 +199,8 @@ class Captioner:
 
 
 def _sampling(loaded: Loaded, cfg: CaptionerConfig) -> SamplingConfig:
-  generation = json.loads(loaded.files.get("generation_config.json", b"{}"))
+  # Older checkpoints say it in config.json, which transformers reads where there is no other file.
+  generation = json_of(loaded.files, GENERATION) if GENERATION in loaded.files else loaded.config
   penalty = cfg.repetition_penalty
   if penalty is None:
     penalty = generation.get("repetition_penalty")
@@ -208,14 +211,28 @@ def end_ids(loaded: Loaded) -> tuple[int, ...]:
   """What ends a text, as transformers' `generate` has it: generation_config.json, config.json where
   there is none.
   """
-  configs = [loaded.config, loaded.config.get("text_config") or {}]
-  if "generation_config.json" in loaded.files:
-    configs = [json.loads(loaded.files["generation_config.json"])]
-  for config in configs:
-    end = config.get("eos_token_id")
-    if end is not None:
-      return tuple(end) if isinstance(end, list) else (end,)
-  return ()
+  said = [_ends_in(loaded.config), _ends_in(loaded.config.get("text_config") or {})]
+  ends = next(filter(None, said), ())
+  if GENERATION in loaded.files:
+    ours, ends = ends, _ends_in(json_of(loaded.files, GENERATION))
+    if set(ours) - set(ends):
+      warn_once(
+        f"{GENERATION} says that {ends or 'nothing'} ends a text and config.json that {ours} does; "
+        f"{GENERATION} is taken, as transformers does"
+      )
+  elif not ends:
+    warn_once(
+      f"the checkpoint has no {GENERATION} and no eos_token_id in config.json: as in transformers, "
+      "nothing ends a caption but max_tokens"
+    )
+  return ends
+
+
+def _ends_in(config: Mapping[str, Any]) -> tuple[int, ...]:
+  end = config.get("eos_token_id")
+  if end is None:
+    return ()
+  return tuple(end) if isinstance(end, list) else (end,)
 
 
 def caption_vocabulary(loaded: Loaded) -> Vocabulary:

@@ -56,7 +56,8 @@ class DecoderConfig:
       raise ValueError(
         f"model_type {kind!r} is not a decoder this version knows; it knows {sorted(DECODERS)}"
       )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Where a file has both, transformers takes the older one.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope", "llama3"):
       raise ValueError(
@@ -71,7 +72,8 @@ class DecoderConfig:
     heads = config["num_attention_heads"]
     sections = rope.get("mrope_section")
     qkv_bias, qk_norm = DECODERS[kind]
-    bias = bool(config.get("attention_bias", False))
+    # transformers' Qwen2 does not read it: its three maps have biases and its output none.
+    bias = bool(config.get("attention_bias", False)) and not qkv_bias
     return cls(
       **{
         **dict(

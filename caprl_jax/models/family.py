@@ -58,7 +58,7 @@ class Keys:
   renames: tuple[tuple[str, str], ...] = ()  # regular expression on our path -> replacement
   stacks: tuple[str, ...] = ("layers", "blocks")
   # Tensors that a checkpoint may hold and no parameter needs: buffers that old writers saved.
-  unused: str = r".*rotary_emb\.inv_freq|.*rotary_pos_emb\.inv_freq"
+  unused: str = r".*(rotary_emb|rotary_pos_emb)\.inv_freq|(.*\.)?position_ids"
 
   def candidates(self, path: str) -> tuple[list[str], bool]:
     """A parameter's checkpoint keys, `{}` standing for its number in a stack, and whether it is

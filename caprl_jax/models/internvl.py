@@ -271,11 +271,9 @@ class VisionTower(nn.Module):
 
 def text_config(config: dict) -> dict:
   """The decoder's part of config.json; a Qwen2, Qwen3 or Llama model."""
-  text = dict(config["text_config"])
-  # transformers ties by the outer word where it is said.
-  if "tie_word_embeddings" in config:
-    text["tie_word_embeddings"] = config["tie_word_embeddings"]
-  return text
+  # transformers ties by the outer word alone, and where nothing is said.
+  tied = config.get("tie_word_embeddings")
+  return {**config["text_config"], "tie_word_embeddings": True if tied is None else bool(tied)}
 
 
 # The published files of the models' own repository ("internvl_chat") -> transformers' names.

@@ -256,11 +256,9 @@ class VisionTower(nn.Module):
 
 def text_config(config: dict) -> dict:
   """The decoder's part of config.json."""
-  text = {**config["text_config"], "model_type": "qwen3_vl_text"}
-  text["tie_word_embeddings"] = bool(
-    config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-  )
-  return text
+  # transformers ties by the outer word alone.
+  tied = bool(config.get("tie_word_embeddings"))
+  return {**config["text_config"], "model_type": "qwen3_vl_text", "tie_word_embeddings": tied}
 
 
 FAMILY = Family(

@@ -86,7 +86,8 @@ def read_config(source: str) -> dict:
   where there is none."""
   path = pathlib.Path(source).expanduser()
   if path.exists() or source.startswith("package:"):
-    return hub_files.read_model(hub_files.resolve_model(source))[0]
+    found = hub_files.resolve_model(source)
+    return hub_files.read_config(found) if found.is_dir() else hub_files.read_model(found)[0]
   if source in CONFIGS:
     return CONFIGS[source]
   try:

@@ -60,6 +60,7 @@ def base(tmp_path_factory):
   pair = oracle.make_pair("qwen2_5_vl")
   folder = tmp_path_factory.mktemp("base")
   pair.theirs.save_pretrained(folder)
+  pair.processor.save_pretrained(folder)
   vocab = {chr(ord("a") + i): i for i in range(26)}
   import tokenizers
 

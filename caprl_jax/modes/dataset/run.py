@@ -26,7 +26,7 @@ from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.readers.qa_sources import parse_mixture, scan_qa_rows
 from caprl_jax.data.rows import BadRow, BadRows, QARow, image_bytes
 from caprl_jax.data.usable_rows import ImageFacts, fits, usable
-from caprl_jax.hub.hub_files import read_json, read_preprocessor, resolve_model
+from caprl_jax.hub.opened import read_processor
 from caprl_jax.models.image_processor import SmartResize
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.pages import cards
@@ -336,10 +336,7 @@ def check_output(output: str, key: str) -> None:
 def _processor(checkpoint: str | None):
   if checkpoint is None:
     return QWEN25_VL
-  path = resolve_model(checkpoint)
-  return PolicyConfig.from_hf(
-    read_json(path / "config.json"), read_preprocessor(path)
-  ).vision.pixels
+  return PolicyConfig.from_hf(*read_processor(checkpoint)).vision.pixels
 
 
 def run(config, workdir: pathlib.Path) -> None:
