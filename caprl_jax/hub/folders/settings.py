@@ -146,7 +146,7 @@ def _integers(values: Any) -> bool:
 
 
 def _check_activation(name: Any, where: str | pathlib.Path) -> None:
-  if name not in ACTIVATIONS:
+  if not isinstance(name, str) or name not in ACTIVATIONS:
     raise ValueError(
       f"{where}: activation {shown(name)} in config.json is not supported; supported: "
       f"{', '.join(ACTIVATIONS)}"
