@@ -20,7 +20,7 @@ from caprl_jax.hub.chat_template import default_template, find_template, prompt_
 from caprl_jax.hub.folders.pixels import PREPROCESSOR, PROCESSOR, processor_of
 from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.lora import merge_lora, new_lora
-from caprl_jax.hub.opened import open_captioner, open_decoder
+from caprl_jax.hub.opened import open_captioner, open_decoder, read_processor
 from caprl_jax.hub.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.family import Keys
@@ -184,11 +184,7 @@ def load_policy(
 def load_pixels(source: str, min_pixels: int | None = None, max_pixels: int | None = None):
   """How a captioner cuts images into patches, `PolicyConfig.vision.pixels`, without its weights.
   Raises ValueError as `load_policy`."""
-  path = hub_files.resolve_model(source)
-  config, tensors = hub_files.read_directory(path)
-  family = family_of(config)
-  config, _ = family.adapt(config, tensors) if family.adapt else (config, tensors)
-  cfg = PolicyConfig.from_hf(config, hub_files.read_preprocessor(path))
+  cfg = PolicyConfig.from_hf(*read_processor(source))
   return limit_pixels(cfg, min_pixels, max_pixels)[0].vision.pixels
 
 
