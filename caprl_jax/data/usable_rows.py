@@ -154,6 +154,8 @@ class NextUsable:
     rows: that the indices are of.
     bad: what is told of each row that fails; raises ValueError where bad rows are refused.
     mark: what is made of an example that stands in for another; None takes it as it is.
+    places: what the indices are of, where that is not `rows`: the row in each place, -1 for one
+      that is not there any more (`row_places.py`).
   """
 
   def __init__(
@@ -162,16 +164,20 @@ class NextUsable:
     rows: Sequence[HasImage],
     bad: BadRowList,
     mark: Callable[[Any], Any] | None = None,
+    places: Sequence[int] | None = None,
   ):
     self.example, self.rows, self.bad, self.mark = example, rows, bad, mark
+    self.places = range(len(rows)) if places is None else places
 
   def __call__(self, index: int, rng: np.random.Generator) -> Any:
-    for further in range(len(self.rows)):
-      place = (index + further) % len(self.rows)
+    for further in range(len(self.places)):
+      number = self.places[(index + further) % len(self.places)]
+      if number < 0:
+        continue
       try:
-        made = self.example(place, rng)
+        made = self.example(number, rng)
       except ValueError as error:
-        self.bad.late(bad_row(self.rows[place], error))
+        self.bad.late(bad_row(self.rows[number], error))
         continue
       return self.mark(made) if self.mark and further else made
     raise ValueError(f"none of {len(self.rows)} rows can be read any more; see the log for why")

@@ -41,6 +41,7 @@ from caprl_jax.data.usable_rows import (
 )
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import run_loop
+from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import make_state
 from caprl_jax.hub.load import Loaded, load_policy, save_policy
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
@@ -388,9 +389,11 @@ def _train_phase(
   )
   place.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=1))
+  parts, goes_on = [(len(example.rows), None)], bool(checkpoints.latest_step())
+  places = row_places(place / "train_rows.json", example.rows, parts, goes_on)
   iterator = train_iterator(
-    NextUsable(example, example.rows, bad),
-    len(example.rows),
+    NextUsable(example, example.rows, bad, places=places.rows),
+    places.parts,
     cfg.batch_size,
     config.seed + number,
     sharding.batch_share(mesh, cfg.batch_size),

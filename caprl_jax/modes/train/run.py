@@ -23,6 +23,7 @@ from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.harness.setup import Run, set_up
 from caprl_jax.harness.trackers import Tracker, open_trackers
 from caprl_jax.harness.training.programs import build_step
+from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import (
   abstract_state,
   make_optimizer,
@@ -54,9 +55,15 @@ def train(
   params, shardings = split_params(made.policy.params, kind)[0], policy_shardings(made)
   images = rollout_images(settings)
   share = sharding.batch_share(made.mesh, images)
-  example = NextUsable(made.train.example, made.train_rows, made.bad)
-  iterator = train_iterator(example, made.mixture, images, settings.seed, share)
   checkpoints = Checkpoints(workdir, settings.checkpoint)
+  places = row_places(
+    workdir / "train_rows.json",
+    made.train_rows,
+    made.mixture,
+    goes_on=checkpoints.latest_step() is not None,
+  )
+  example = NextUsable(made.train.example, made.train_rows, made.bad, places=places.rows)
+  iterator = train_iterator(example, places.parts, images, settings.seed, share)
   if checkpoints.latest_step() is not None:
     state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))
     iterator.set_state(position)
@@ -164,7 +171,6 @@ def run(config, workdir: pathlib.Path) -> None:
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
     with clock("setup"):
       made = set_up(settings, workdir=workdir)
-      _warn_of_other_rows(summary, made)
     with clock("gate"):
       figures = gate(made)
     summary.put(
@@ -206,19 +212,6 @@ def _check_same_run(summary: Summary, config: dict, workdir: pathlib.Path) -> No
     raise ValueError(
       f"{workdir} holds a run of another config (differing: {changed}); use another "
       "--workdir, or delete it"
-    )
-
-
-def _warn_of_other_rows(summary: Summary, made: Run) -> None:
-  """Logs where a run that was begun has other rows now: a bad one was mended, or has gone bad."""
-  name = "train_rows"
-  before, now = summary.values.get("counts", {}).get(name), made.counts[name]
-  if before is not None and before != now:
-    log.warning(
-      "this run was begun with %d training rows and has %d now: its next batches are others than "
-      "they would have been",
-      before,
-      now,
     )
 
 

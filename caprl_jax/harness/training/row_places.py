@@ -1,0 +1,108 @@
+"""The rows that a run was begun with -> where each of them is now.
+
+Which rows can be used may change while a run is stopped: a file is lost, a bad one is mended. The
+stream of batches is drawn over the rows of the first start, so that a run that goes on makes the
+batches that it would have made: a row that is lost has the next one in its place
+(`usable_rows.NextUsable`), and one that is new is not used.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import pathlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from caprl_jax.atomic_files import write_text
+from caprl_jax.data.usable_rows import HasImage
+from caprl_jax.json_files import read_json
+
+log = logging.getLogger("caprl_jax.harness.training.row_places")
+
+Parts = Sequence[tuple[int, float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlaces:
+  """rows: of each row of the first start its number now, -1 where it cannot be used any more.
+  parts: rows and weight of each source, as `batches.train_iterator` takes them, at the first
+  start.
+  """
+
+  rows: list[int]
+  parts: Parts
+
+
+def row_places(
+  path: pathlib.Path, rows: Sequence[HasImage], parts: Parts, goes_on: bool
+) -> RowPlaces:
+  """The places of a run's rows. All processes call it.
+
+  Args:
+    path: the file that remembers the rows; the first process writes it.
+    goes_on: the run has made steps already, with the rows that the file names. Without the file (of
+      an older version) the rows are taken as they are.
+
+  Raises:
+    ValueError: none of the rows of the first start is left, or the file is damaged.
+  """
+  keys = _keys(rows)
+  begun = _of_first_process(_read(path) if goes_on and path.exists() else None)
+  if begun is None:
+    if jax.process_index() == 0 and not goes_on:
+      write_text(path, json.dumps({"parts": [list(part) for part in parts], "rows": keys}) + "\n")
+    return RowPlaces(list(range(len(rows))), parts)
+  number = {key: i for i, key in enumerate(keys)}
+  found = [number.get(key, -1) for key in begun["rows"]]
+  gone = found.count(-1)
+  new = len(rows) - (len(found) - gone)
+  if gone == len(found):
+    raise ValueError(
+      f"{path}: none of the {gone} rows that this run was begun with is among the {len(rows)} that "
+      "there are now; bring them back, or use another --workdir"
+    )
+  if gone or new:
+    log.warning(
+      "this run was begun with %d rows: %d of them cannot be used any more, and the next ones "
+      "take their places; %d rows are new and not used, which only a new --workdir changes",
+      len(found),
+      gone,
+      new,
+    )
+  return RowPlaces(found, [(count, weight) for count, weight in begun["parts"]])
+
+
+def _keys(rows: Sequence[HasImage]) -> list[str]:
+  """What tells rows apart: place and name, and a number where these are the same."""
+  seen: Counter[str] = Counter()
+  keys = []
+  for row in rows:
+    text = f"{getattr(row, 'where', '')}\0{row.name}"
+    key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+    seen[key] += 1
+    keys.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
+  return keys
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  begun = read_json(path)
+  if not isinstance(begun, dict) or not begun.get("rows") or "parts" not in begun:
+    raise ValueError(f"{path} is damaged: it must name rows and parts; use another --workdir")
+  return begun
+
+
+def _of_first_process(value: Any) -> Any:
+  """What the first process has, which alone may see the file."""
+  if jax.process_count() == 1:
+    return value
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  padded = np.zeros(length, np.uint8)
+  padded[: min(length, len(data))] = data[:length]
+  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
