@@ -5,7 +5,8 @@ import logging
 import os
 import pathlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from caprl_jax.data.readers.image_folders import (
   NO_FILE,
@@ -18,6 +19,8 @@ from caprl_jax.image_files import HEAD_BYTES
 from caprl_jax.json_files import shown
 
 log = logging.getLogger("caprl_jax.data")
+
+Result = TypeVar("Result")
 
 SHOWN_BROKEN = 10
 _BLOCK = 512  # bytes: a tar file is made of such
@@ -96,10 +99,10 @@ def index_tar(path: pathlib.Path, passed: PassedOver) -> Iterator[StoredTarImage
   """
   end = 0
   try:
-    with tarfile.open(path, "r:", encoding="utf-8") as tar:
+    with _named_error(lambda: tarfile.open(path, "r:", encoding="utf-8")) as tar:
       while True:
         end = tar.offset  # of the members read so far
-        member = _next(tar)
+        member = _named_error(tar.next)
         if member is None:
           break
         tar.members.clear()  # it would keep them all
@@ -146,10 +149,11 @@ def index_tar(path: pathlib.Path, passed: PassedOver) -> Iterator[StoredTarImage
     )
 
 
-def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+def _named_error(read: Callable[[], Result]) -> Result:
+  """What `read` gives. Numbers in headers that are none are an error of the tar file's."""
   try:
-    return tar.next()
-  except (ValueError, OverflowError, IndexError, EOFError) as error:  # numbers that are none
+    return read()
+  except (ValueError, OverflowError, IndexError, EOFError) as error:
     raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
 
 

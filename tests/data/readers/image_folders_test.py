@@ -267,3 +267,15 @@ def test_sources_that_are_none(source):
   with pytest.raises(ValueError) as failure:
     find_images(source)
   assert len(str(failure.value)) < 500
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tar_with_numbers_that_are_none_is_named(first, tmp_path):
+  with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+    for name in ("a.png", "b.png"):
+      member = tarfile.TarInfo(name)
+      if first or name == "b.png":
+        member.pax_headers = {"GNU.sparse.map": "0,1,x", "GNU.sparse.size": "9"}
+      tar.addfile(member)
+  with pytest.raises(ValueError, match=r"a\.tar is damaged at byte .*invalid literal"):
+    find_images(str(tmp_path / "a.tar"))
