@@ -94,14 +94,14 @@ class BadRowList:
       return
     if self.rule == "refuse":
       if len(set(self.rows)) == 1:
-        raise ValueError(self.rows[0].message)
+        raise ValueError(f"{self.rows[0].message} ({self.key}=drop leaves it out)")
       bad = f"{len(self.rows)} bad {what} of {of}"
-      raise ValueError(self._listed(f"{bad} ({self.key} = 'drop' leaves them out)"))
+      raise ValueError(self._listed(f"{bad} ({self.key}=drop leaves them out)"))
     for row in [*dict.fromkeys(new)][:SHOWN]:
       log.warning("dropped: %s", row.message)
     listed = f"; all are in {self.path}" if self.path else ""
     log.warning(
-      "dropped %d of %d %s (%s)%s (%s = 'drop')",
+      "dropped %d of %d %s (%s)%s (%s=drop)",
       len(new),
       of,
       what,
@@ -118,7 +118,7 @@ class BadRowList:
       ValueError: it is to be refused.
     """
     if self.rule == "refuse":
-      raise ValueError(f"{row.message} ({self.key} = 'drop' leaves it out)")
+      raise ValueError(f"{row.message} ({self.key}=drop leaves it out)")
     with self._lock:
       if (row.where, row.message) in self._late:
         return

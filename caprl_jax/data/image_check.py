@@ -11,6 +11,7 @@ folder.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from caprl_jax.data.rows import ImageSource
 from caprl_jax.data.usable_rows import HasImage, ImageFacts, look_at, not_there, source_bytes
-from caprl_jax.image_files import openable_suffixes
+from caprl_jax.image_files import open_image, openable_suffixes
 
 log = logging.getLogger("caprl_jax.data.image_check")
 
@@ -38,6 +39,7 @@ AT_ONCE = 1024  # images of which the results wait to be written
 SAY_SECS = 30.0
 # A file written so shortly before it was read may be written again at the same time of its clock.
 YOUNG_SECS = 2.0
+LARGE_PIXELS = 30_000_000
 
 
 class FactsCache:
@@ -147,7 +149,7 @@ class ImageCheck:
     self.threads = threads or min(16, os.cpu_count() or 1)
     self._facts: dict[Hashable, ImageFacts] = {}
     self._running: dict[str, concurrent.futures.Future] = {}
-    self._lock = threading.Lock()
+    self._lock, self._large = threading.Lock(), threading.Lock()
     self.decoded = 0  # by this process
 
   def __call__(self, rows: Sequence[HasImage]) -> list[ImageFacts]:
@@ -228,7 +230,9 @@ class ImageCheck:
     if running is not None:
       return running.result()
     try:
-      facts = look_at(data, digest)
+      # One large picture at a time: each takes gigabytes.
+      with self._large if _pixels(data) > LARGE_PIXELS else contextlib.nullcontext():
+        facts = look_at(data, digest)
       self.cache.put(facts)
       mine.set_result(facts)
     except BaseException as error:
@@ -237,6 +241,15 @@ class ImageCheck:
     with self._lock:
       self.decoded += 1
     return facts
+
+
+def _pixels(data: bytes) -> int:
+  """How many an image has by its header; 0 where that cannot be read."""
+  try:
+    with open_image(data) as image:
+      return image.width * image.height
+  except Exception:  # noqa: BLE001  decoders raise anything, and decoding it will tell
+    return 0
 
 
 def _stamp(source: ImageSource) -> tuple[str, float]:

@@ -26,7 +26,7 @@ def test_dropped_ones_are_counted_by_reason_and_listed(tmp_path, caplog):
   some.settle()
   said = caplog.messages[-1]
   assert said.startswith("dropped 3 of 6 rows (damaged image: 2, too narrow: 1); all are in ")
-  assert said.endswith("bad_rows.jsonl (--config.data.bad_rows = 'drop')")
+  assert said.endswith("bad_rows.jsonl (--config.data.bad_rows=drop)")
   assert caplog.text.count("dropped: rows.jsonl:2: it is bad") == 1
   assert read(path) == [
     {"where": "rows.jsonl:2", "message": "rows.jsonl:2: it is bad", "reason": "damaged image"},
@@ -41,14 +41,14 @@ def test_refused_ones_are_shown_together(tmp_path):
   path = tmp_path / "bad_rows.jsonl"
   some = BadRowList("refuse", path)
   some.keep(["a", *(bad(i) for i in range(SHOWN + 5))])
-  with pytest.raises(ValueError, match=r"25 bad rows of 26 \(bad_rows = 'drop' leaves") as raised:
+  with pytest.raises(ValueError, match=r"25 bad rows of 26 \(bad_rows=drop leaves") as raised:
     some.settle()
   said = str(raised.value)
   assert said.count("it is bad") == SHOWN and "and 5 more" in said and str(path) in said
   assert len(read(path)) == SHOWN + 5
   one = BadRowList("refuse", None)
   one.keep(["a", bad(1)])
-  with pytest.raises(ValueError, match="^rows.jsonl:1: it is bad$"):
+  with pytest.raises(ValueError, match="^rows.jsonl:1: it is bad .bad_rows=drop leaves it out.$"):
     one.settle()
 
 

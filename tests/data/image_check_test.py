@@ -11,7 +11,7 @@ from helpers.bad_images import BAD, encoded, noise
 from caprl_jax.data import image_check, usable_rows
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import caprl_parquet
-from caprl_jax.data.readers.image_sources import index_tar
+from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.rows import CaptionRow, QARow, Question
 
 
@@ -111,8 +111,9 @@ def test_images_inside_larger_files(tmp_path, decoded):
   caprl_parquet.write_parquet(
     tmp_path / "some.parquet", [QARow(data, question, name) for name, data in images.items()]
   )
-  rows = [CaptionRow(image, "", image.member) for image in index_tar(tmp_path / "some.tar")]
-  rows += list(caprl_parquet.scan_parquet(str(tmp_path / "some.parquet")))
+  rows = find_images(str(tmp_path / "some.tar"), "input") + list(
+    caprl_parquet.scan_parquet(str(tmp_path / "some.parquet"))
+  )
   for path in tmp_path.glob("some.*"):
     os.utime(path, (1e9, 1e9))
   facts = ImageCheck(tmp_path / "work")(rows)

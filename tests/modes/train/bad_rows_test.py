@@ -44,7 +44,7 @@ def run(folder, workdir, *flags):
 def test_all_are_refused_before_a_model_is_loaded(folder, tmp_path, capsys):
   assert run(folder, tmp_path, "--config.judge.source=/not/looked/for/yet") == 2
   said = capsys.readouterr().err
-  assert "3 bad rows of 16 (--config.data.bad_rows = 'drop' leaves them out)" in said
+  assert "3 bad rows of 16 (--config.data.bad_rows=drop leaves them out)" in said
   for line, why in {4: "truncated", 6: "a web page", 9: "over 200 times"}.items():
     (one,) = [text for text in said.splitlines() if f"rows.jsonl:{line}:" in text]
     assert why in one
