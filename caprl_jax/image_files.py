@@ -10,6 +10,7 @@ import io
 import logging
 import pathlib
 import re
+import stat
 import struct
 
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -95,7 +96,16 @@ def _opened(source: pathlib.Path | bytes, load: bool) -> Image.Image:
     return _read(_without_texts(data), load)
 
 
+def check_regular(path: pathlib.Path) -> None:
+  """Raises UnidentifiedImageError for a pipe or a device, which could be read for ever."""
+  mode = path.stat().st_mode
+  if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a folder is an error of its own
+    raise UnidentifiedImageError("it is no regular file")
+
+
 def _read(source: pathlib.Path | bytes, load: bool) -> Image.Image:
+  if not isinstance(source, bytes):
+    check_regular(source)
   file = io.BytesIO(source) if isinstance(source, bytes) else source
   try:
     image = Image.open(file, formats=_formats())

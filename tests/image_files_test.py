@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import pathlib
 import struct
 import sys
 import types
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
 from caprl_jax import image_files
-from caprl_jax.data.rows import CaptionRow, read_image
+from caprl_jax.data.rows import CaptionRow, failure_reason, image_bytes, read_image
 from caprl_jax.image_files import load_image, open_image, sniff
 
 
@@ -147,6 +149,17 @@ def test_what_cannot_be_opened_is_named(data, message, tmp_path):
   for source in (data, tmp_path / "a.png"):
     with pytest.raises(UnidentifiedImageError, match=message):
       open_image(source)
+
+
+def test_a_pipe_and_a_device_are_no_images(tmp_path):
+  os.mkfifo(tmp_path / "pipe.png")
+  for path in (tmp_path / "pipe.png", pathlib.Path("/dev/zero")):
+    for read in (read_image, image_bytes):
+      with pytest.raises(ValueError, match="it is no regular file") as failure:
+        read(CaptionRow(path, "", "a"))
+      assert failure_reason(failure.value) == "not an image"
+  with pytest.raises(ValueError, match=r"(?i)is a directory"):
+    read_image(CaptionRow(tmp_path, "", "a"))
 
 
 def test_no_suffix_stands_for_what_is_not_decoded():

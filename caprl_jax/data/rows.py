@@ -180,7 +180,10 @@ def image_bytes(row: QARow | CaptionRow) -> bytes:
   if isinstance(row.image, bytes):
     return row.image
   try:
-    return row.image.read_bytes() if isinstance(row.image, pathlib.Path) else row.image.read()
+    if not isinstance(row.image, pathlib.Path):
+      return row.image.read()
+    image_files.check_regular(row.image)
+    return row.image.read_bytes()
   except OSError as error:
     raise unreadable(row, what_failed(error)) from error
 
