@@ -173,7 +173,8 @@ def folder_files(root: pathlib.Path, passed: PassedOver) -> list[pathlib.Path]:
   """The files below a folder, sorted, but those that `left_out` names.
 
   Linked folders are searched after all others and each folder once, so that no circle of links is
-  walked and no file comes twice; of a linked file that is found by its own name, too, that counts.
+  walked and no file comes twice. Of a linked file that is found by its own name, too, that counts,
+  unless the link alone has the suffix of an image.
 
   Raises:
     ValueError: the folder itself cannot be read.
@@ -186,15 +187,21 @@ def folder_files(root: pathlib.Path, passed: PassedOver) -> list[pathlib.Path]:
       passed.add(LINKED_AGAIN, f"{walk.name(link)}/")
     else:
       walk.search(link)
-  own = {os.path.join(walk.real(file.parent), file.name) for file in walk.files if walk.links}
+  if not walk.links:
+    return sorted(walk.files)
+  names = {os.path.join(walk.real(file.parent), file.name): file for file in walk.files}
   for link in sorted(walk.links):
     target = os.path.realpath(link)
-    if target in own:
+    first = names.setdefault(target, link)
+    if first is not link:
+      if _says_image(link) and not _says_image(first):  # the hub's cache names files by digests
+        names[target], link = link, first
       passed.add(LINKED_AGAIN, walk.name(link))
-    else:
-      own.add(target)
-      walk.files.append(link)
-  return sorted(walk.files)
+  return sorted(names.values())
+
+
+def _says_image(path: pathlib.Path) -> bool:
+  return path.suffix.lower() in openable_suffixes()
 
 
 @dataclasses.dataclass

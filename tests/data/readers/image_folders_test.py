@@ -147,6 +147,17 @@ def test_linked_folders_and_files_are_found_once(tmp_path):
   }
 
 
+def test_the_hub_s_cache_is_named_by_its_links(tmp_path):
+  folder = fill(tmp_path, {"blobs/0a1b": encoded(), "blobs/2c3d": encoded(), "refs/main": b"0a"})
+  for name in ("a.png", "b.png", "b_again.png"):
+    link = folder / "snapshots" / "main" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(f"../../blobs/{'0a1b' if name == 'a.png' else '2c3d'}")
+  names, counts = listed(folder)
+  assert names == ["snapshots/main/a.png", "snapshots/main/b.png"]
+  assert counts == {image_folders.LINKED_AGAIN: 3, "no image (no suffix)": 1}
+
+
 def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
   fill(tmp_path, {"a.png": encoded(), "locked/b.png": encoded()})
   scandir = os.scandir
