@@ -21,12 +21,22 @@ def orders(question: Question, permutations: int, seed: int) -> list[list[int]]:
   """Orders of the options: a random one, which depends on the question and the seed only, then that
   one rotated by one place more each time.
   """
-  digest = hashlib.sha256(f"{seed}/{question.stem}/{'/'.join(question.options)}".encode()).digest()
-  first = (
-    np.random.default_rng(int.from_bytes(digest, "big")).permutation(len(question.options)).tolist()
-  )
+  first = _rng(question, seed).permutation(len(question.options)).tolist()
   starts = [n % len(first) for n in range(permutations)]
   return [first[start:] + first[:start] for start in starts]
+
+
+def shuffled_orders(question: Question, count: int, seed: int) -> list[list[int]]:
+  """Orders of the options, each drawn anew, as the released curation shuffles them: the right one
+  may visit a letter twice and another never."""
+  rng = _rng(question, seed)
+  return [rng.permutation(len(question.options)).tolist() for _ in range(count)]
+
+
+def _rng(question: Question, seed: int) -> np.random.Generator:
+  """Depends on the question and the seed only."""
+  digest = hashlib.sha256(f"{seed}/{question.stem}/{'/'.join(question.options)}".encode()).digest()
+  return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
 def question_text(question: Question, order: Sequence[int], none_of_above: bool) -> str:

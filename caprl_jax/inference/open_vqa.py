@@ -1,5 +1,5 @@
-"""Images with open questions -> a captioner's answers in words, with the image and without: direct
-VQA.
+"""Images with questions -> a captioner's answers in words, with the image and without: direct VQA,
+and the released curation's way of asking for letters.
 
 The image runs once, every question branches from it, and every answer from its question. Letters as
 in vqa.py; T tokens of an answer.
@@ -7,18 +7,26 @@ in vqa.py; T tokens of an answer.
 
 import dataclasses
 import functools
+import string
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax import sharding
-from caprl_jax.data.question_texts import LLAVA, open_text
+from caprl_jax.data.question_texts import LLAVA, open_text, question_text, shuffled_orders
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.hub.vocabulary import own_vocabulary
-from caprl_jax.inference.vqa import AnswerConfig, VqaAnswer, VqaRunner, branch
+from caprl_jax.inference.vqa import (
+  MAX_OPTIONS,
+  AnswerConfig,
+  Answerer,
+  VqaAnswer,
+  VqaRunner,
+  branch,
+)
 from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.policy import Policy
@@ -66,9 +74,10 @@ def write_answers(
   *,
   vocabulary: Vocabulary,
   cfg: SamplingConfig,
+  seed: int = 0,
 ) -> tuple[Array, Array]:
-  """The likeliest tokens after each presentation, and which are valid, [B, M, T] each; the image,
-  if any, runs once.
+  """The tokens written after each presentation, and which are valid, [B, M, T] each; the image, if
+  any, runs once.
   """
   B, M, _ = tokens_BML.shape
   hidden_ND, next_position_N, prefixes = branch(
@@ -87,10 +96,25 @@ def write_answers(
     next_position_N,
     cache=empty_cache(prefixes[-1], B * M, cfg.max_tokens),
     vocabulary=vocabulary,
-    key=jax.random.key(0),
+    key=jax.random.key(seed),
     cfg=cfg,
+    seen_NV=_seen(prompts, tokens_BML, valid_BML, policy.cfg.text.vocab_size)
+    if cfg.repetition_penalty != 1
+    else None,
   )
   return end.tokens_NT.reshape(B, M, -1), end.valid_NT.reshape(B, M, -1)
+
+
+def _seen(prompts: Prompts | None, tokens_BML: Array, valid_BML: Array, size: int) -> Array:
+  """Which tokens stand before each answer, bool [B * M, V]: what a repetition penalty is about."""
+
+  def seen(tokens_L: Array, valid_L: Array) -> Array:  # padding goes to V, which is dropped
+    return jnp.zeros(size, bool).at[jnp.where(valid_L, tokens_L, size)].set(True, mode="drop")
+
+  seen_BMV = jax.vmap(jax.vmap(seen))(tokens_BML, valid_BML)
+  if prompts is not None:
+    seen_BMV |= jax.vmap(seen)(prompts.tokens_BP, prompts.valid_BP)[:, None]
+  return seen_BMV.reshape(-1, size)
 
 
 class OpenAnswerer(VqaRunner):
@@ -107,7 +131,12 @@ class OpenAnswerer(VqaRunner):
     *,
     wording: str = LLAVA,
     max_tokens: int = 16,
+    temperature: float = 0.0,
+    repetition_penalty: float = 1.0,
   ):
+    sampling = SamplingConfig(
+      max_tokens, temperature=temperature, repetition_penalty=repetition_penalty
+    )
     size, tokenizer = loaded.model.cfg.text.vocab_size, loaded.tokenizer
     check_ends(tokenizer)
     # every id, as in `generate`
@@ -118,7 +147,8 @@ class OpenAnswerer(VqaRunner):
         write_answers,
         loaded.model,
         vocabulary=vocabulary,
-        cfg=SamplingConfig(max_tokens, temperature=0.0),
+        cfg=sampling,
+        seed=seed,
       )
     )
     self.wording = wording
@@ -134,10 +164,56 @@ class OpenAnswerer(VqaRunner):
     tokens, valid = self._write(self.loaded.params, images, prompts, tokens_BML, valid_BML)
     return jnp.where(valid, tokens, -1)
 
-  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> OpenVqaAnswer:
-    written, blind_written = (
-      self.loaded.tokenizer.decode_written([t for t in tokens[0].tolist() if t >= 0]).strip()
-      for tokens in (visual, blind)
-    )
+  def _text(self, tokens_T: np.ndarray) -> str:
+    return self.loaded.tokenizer.decode_written([t for t in tokens_T.tolist() if t >= 0]).strip()
+
+  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> VqaAnswer:
+    written, blind_written = self._text(visual[0]), self._text(blind[0])
     right = [float(is_right(text, question)) for text in (written, blind_written)]
     return OpenVqaAnswer(*right, written=written, blind_written=blind_written)
+
+
+class OfficialAnswerer(OpenAnswerer):
+  """A model that is asked for letters as in the released curation (`AnswerConfig.protocol`): there
+  are no probabilities. Raises ValueError as `check_ends`."""
+
+  temperature = 0.1
+
+  def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int):
+    super().__init__(
+      loaded,
+      cfg,
+      mesh,
+      seed,
+      max_tokens=4,
+      temperature=self.temperature,
+      repetition_penalty=1.05,
+    )
+    self.presentations = cfg.permutations
+
+  def texts(self, question: Question, with_image: bool) -> list[str]:
+    return [
+      question_text(question, order, with_image and self.cfg.none_of_above)
+      for order in shuffled_orders(question, self.cfg.permutations, self.seed)
+    ]
+
+  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> VqaAnswer:
+    if len(question.options) > MAX_OPTIONS:
+      return VqaAnswer(error=f"{len(question.options)} options, more than {MAX_OPTIONS}")
+    gold = [
+      string.ascii_uppercase[order.index(question.gold)]
+      for order in shuffled_orders(question, self.cfg.permutations, self.seed)
+    ]
+    shares = [
+      float(np.mean([letter in self._text(tokens) for letter, tokens in zip(gold, written)]))
+      for written in (visual, blind)
+    ]
+    return VqaAnswer(*shares)
+
+
+def letter_answerer(
+  loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int
+) -> VqaRunner:
+  """Who asks for letters by `cfg.protocol`. Raises ValueError as `letter_ids` or `check_ends`."""
+  kind = OfficialAnswerer if cfg.protocol == "official" else Answerer
+  return kind(loaded, cfg, mesh, seed)

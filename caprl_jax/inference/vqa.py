@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import string
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +37,19 @@ TOKENS_STEP = 32  # presentations are padded to a multiple of this
 class AnswerConfig:
   """How multiple-choice questions are asked about images.
 
-  permutations: orders in which each question's options are shown, each rotated by one place, so
-    that the right one visits different letters.
+  protocol: `letters`: the likeliest letter is the answer, read from logits; `official`, the
+    released curation's: the options are shuffled anew each time, up to 4 tokens are sampled at
+    temperature 0.1 with a repetition penalty of 1.05, and the answer is right if the right letter
+    is anywhere in them.
+  permutations: orders in which each question's options are shown; with `letters` each is rotated by
+    one place, so that the right one visits different letters.
   none_of_above: one more option where the image is shown, as released.
   questions_per_row: questions that share one run of an image; an image with more is run several
     times.
   batch_size: images per program.
   """
 
+  protocol: Literal["letters", "official"] = "letters"
   permutations: int = 4
   none_of_above: bool = True
   questions_per_row: int = 5

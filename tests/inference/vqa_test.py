@@ -14,9 +14,10 @@ from helpers.captioner_directory import make_folder
 from PIL import Image
 
 from caprl_jax import sharding
-from caprl_jax.data.question_texts import NONE, orders, question_text
+from caprl_jax.data.question_texts import NONE, orders, question_text, shuffled_orders
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.hub.load import load_policy
+from caprl_jax.inference.open_vqa import OfficialAnswerer, letter_answerer
 from caprl_jax.inference.vqa import AnswerConfig, Answerer, VqaAnswer
 
 QUESTIONS = (
@@ -36,14 +37,41 @@ def load(folder):
   return load_policy(str(folder / "qwen"), mesh), mesh
 
 
-def theirs(folder, image, questions, cfg, seed):
-  """Verdicts by transformers, a whole prompt at a time."""
+def whole_prompts(folder):
+  """transformers' model, and (text, image or None) -> what it is given: ids, and the pixels."""
   model = transformers.AutoModelForImageTextToText.from_pretrained(
     folder / "qwen", dtype=torch.float32
   ).eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "qwen")
   processor = transformers.AutoImageProcessor.from_pretrained(folder / "qwen", backend="pil")
   template = (folder / "qwen" / "chat_template.jinja").read_text()
+
+  def prompt(text, image):
+    content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": text}]
+    text = tokenizer.apply_chat_template(
+      [{"role": "user", "content": content}],
+      chat_template=template,
+      add_generation_prompt=True,
+      tokenize=False,
+    )
+    extra = {}
+    if image is not None:
+      extra = dict(processor([Image.open(image).convert("RGB")], return_tensors="pt"))
+      text = text.replace(
+        "<|image_pad|>", "<|image_pad|>" * int(extra["image_grid_thw"].prod() // 4)
+      )
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    if image is not None:
+      extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    return ids, extra
+
+  return model, prompt
+
+
+def theirs(folder, image, questions, cfg, seed):
+  """Verdicts by transformers, a whole prompt at a time."""
+  model, prompt = whole_prompts(folder)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "qwen")
   letters = [
     tokenizer.encode(letter, add_special_tokens=False)[0] for letter in string.ascii_uppercase[:11]
   ]
@@ -53,24 +81,7 @@ def theirs(folder, image, questions, cfg, seed):
     for order in orders(question, cfg.permutations, seed):
       for with_image in (True, False):
         text = question_text(question, order, with_image and cfg.none_of_above)
-        turn = [
-          {
-            "role": "user",
-            "content": [{"type": "image"}] * with_image + [{"type": "text", "text": text}],
-          }
-        ]
-        text = tokenizer.apply_chat_template(
-          turn, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-        extra = {}
-        if with_image:
-          extra = dict(processor([Image.open(image).convert("RGB")], return_tensors="pt"))
-          text = text.replace(
-            "<|image_pad|>", "<|image_pad|>" * int(extra["image_grid_thw"].prod() // 4)
-          )
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        if with_image:
-          extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        ids, extra = prompt(text, image if with_image else None)
         with torch.no_grad():
           logits = model(input_ids=ids, **extra).logits[
             0, -1, letters[: len(order) + (with_image and cfg.none_of_above)]
@@ -97,6 +108,69 @@ def test_verdicts_are_transformers_own(folder, none_of_above):
     )
   shares = {verdict.visual for verdicts in got.values() for verdict in verdicts}
   assert len(shares) > 1  # the test could tell
+
+
+class Recorder(OfficialAnswerer):
+  """The released way of asking, but greedily; keeps what is written."""
+
+  temperature = 0.0
+  written: dict = {}
+
+  def verdict(self, question, visual, blind):
+    self.written[question] = [[self._text(tokens) for tokens in side] for side in (visual, blind)]
+    return super().verdict(question, visual, blind)
+
+
+def test_the_released_way_of_asking_is_transformers_own(folder):
+  cfg = AnswerConfig(protocol="official", permutations=2, questions_per_row=2, batch_size=1)
+  loaded, mesh = load(folder)
+  row = QARow(folder / "0.png", QUESTIONS[:2], "0")
+  with jax.set_mesh(mesh), Recorder(loaded, cfg, mesh, seed=5) as answerer:
+    [[result]] = list(answerer([(0, row)]))
+  model, prompt = whole_prompts(folder)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "qwen")
+  for question, answer in zip(row.questions, result.answers, strict=True):
+    shares = []
+    for side, image in enumerate((row.image, None)):
+      right = []
+      for n, order in enumerate(shuffled_orders(question, 2, 5)):
+        ids, extra = prompt(question_text(question, order, image is not None), image)
+        with torch.no_grad():
+          made = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=4,
+            do_sample=False,
+            repetition_penalty=1.05,
+            **extra,
+          )
+        text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert answerer.written[question][side][n] == text
+        right.append(string.ascii_uppercase[order.index(question.gold)] in text)
+      shares.append(np.mean(right))
+    assert (answer.visual, answer.blind) == tuple(shares) and not answer.error
+
+
+def test_a_letter_anywhere_counts_in_the_released_way(folder):
+  loaded, mesh = load(folder)
+  cfg = AnswerConfig(protocol="official", permutations=4)
+  question = QUESTIONS[0]
+  gold = ["ABCD"[order.index(question.gold)] for order in shuffled_orders(question, 4, 0)]
+  assert len({tuple(order) for order in shuffled_orders(question, 4, 0)}) > 1
+
+  def written(*texts):
+    ids = [loaded.tokenizer.encode_plain(text) for text in texts]
+    width = max(map(len, ids))
+    return np.array([[*i, *[-1] * (width - len(i))] for i in ids])
+
+  with jax.set_mesh(mesh), letter_answerer(loaded, cfg, mesh, 0) as answerer:
+    assert isinstance(answerer, OfficialAnswerer)
+    got = answerer.verdict(
+      question,
+      written(gold[0], f"x{gold[1]}x", gold[2].lower(), f"the {gold[3]}"),
+      written("", "", "", gold[3]),
+    )
+  assert (got.visual, got.blind) == (0.75, 0.25)
 
 
 def test_what_cannot_be_asked(folder):

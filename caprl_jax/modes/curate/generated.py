@@ -13,43 +13,6 @@ from collections.abc import Sequence
 from caprl_jax.data.readers.caprl_json import question_of
 from caprl_jax.data.rows import Question, folded
 
-# Of the official prompt we know a description, not the bytes: exactly five challenging questions on
-# the image's content, four options, this layout, two worked examples of it, no other text. The
-# wording is ours.
-GENERATION_SYSTEM = """\
-You will be shown an image. Write exactly five challenging multiple-choice questions about its \
-content.
-
-- Every question must be answerable from the image alone, and must not be answerable without it: \
-do not ask for common
-  knowledge, and let neither the question nor the options give the answer away.
-- Ask about different things: objects and their attributes, counts, positions and relations, text \
-and numbers in the
-  image, actions, and conclusions that need several details.
-- Every question has exactly four options, A to D. One is correct; the other three are plausible \
-and wrong.
-- Put the correct options at different letters.
-
-Use exactly this format. Two examples:
-
-#### 1. **What is the woman in the red coat holding in her left hand?**
-   - A) A closed umbrella
-   - B) A paper bag
-   - C) A dog's leash
-   - D) A telephone
-**Answer:** C) A dog's leash
-------
-#### 2. **According to the chart, in which year were sales of bicycles highest?**
-   - A) 2016
-   - B) 2018
-   - C) 2019
-   - D) 2021
-**Answer:** B) 2018
-------
-
-Write all five questions, numbered 1 to 5, in this format, and no other text."""
-GENERATION_USER = "Here is the image"
-
 _LETTERS = "ABCDEFGHIJ"
 _BOLD = re.compile(  # not x**2
   r"(?<![0-9A-Za-z_)\]])\*\*(?=\S)(.+?)(?:(?<=[:：.)）?？])\*\*|\*\*(?![0-9A-Za-z_(]))"
@@ -117,9 +80,10 @@ class _Block:
 def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
   """Reads the questions of a model's reply, in their order.
 
-  Understood besides the layout that GENERATION_SYSTEM asks for: any of the headers `#### 1.`, `1.`,
-  `Q1:`, `Question 1:`, `问题1：` or none, the question on its line or below; options `A)`, `A.`,
-  `(A)`, `a)`, with bullets or bold; options in a row where their letters leave no doubt; answers by
+  Understood besides the layout that `prompts.GENERATION_SYSTEM` asks for: any of the headers
+  `#### 1.`, `1.`, `Q1:`, `Question 1:`, `问题1：` or none, the question on its line or below;
+  options `A)`, `A.`, `(A)`, `a)`, with bullets or bold; options in a row where their letters leave
+  no doubt; answers by
   letter, by letter and text, or by the text of exactly one option (`Answer:`, `Correct answer:`,
   `The answer is`, `答案：`). Text before, between and after the questions is ignored, as are
   reasoning in `<think>` and separators. Options "Can not answer ..." are left out, as in
@@ -155,8 +119,8 @@ def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
 
 
 def format_questions(questions: Sequence[Question]) -> str:
-  """Questions in the layout that GENERATION_SYSTEM asks for; `kind` and `provenance` have no place
-  in it.
+  """Questions in the layout that `prompts.GENERATION_SYSTEM` asks for; `kind` and `provenance` have
+  no place in it.
 
   Raises:
     ValueError: a question that `parse_generated` would not read back the same from this layout.

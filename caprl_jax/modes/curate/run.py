@@ -49,10 +49,12 @@ from caprl_jax.inference.captioner import (
   open_captioner,
 )
 from caprl_jax.inference.endpoint import Endpoint, EndpointConfig
-from caprl_jax.inference.vqa import Answerer
+from caprl_jax.inference.open_vqa import letter_answerer
+from caprl_jax.inference.vqa import VqaRunner
 from caprl_jax.modes.curate import generated
 from caprl_jax.modes.curate.images import Numbered, benchmark_signatures, choose_images, look
 from caprl_jax.modes.curate.page import write_page
+from caprl_jax.modes.curate.prompts import GenerationPrompt, read_prompt
 from caprl_jax.modes.curate.section import CurateConfig
 from caprl_jax.modes.curate.selection import funnel, funnel_text, select
 from caprl_jax.modes.dataset.run import check_output, write_rows
@@ -112,12 +114,9 @@ def _reply(output: CaptionerOutput) -> dict[str, Any]:
   return reply | {"text": written.text, "finish": written.finish}
 
 
-def _ask(endpoint: Endpoint, rows: Numbered) -> Iterator[list[RowResult]]:
+def _ask(endpoint: Endpoint, prompt: GenerationPrompt, rows: Numbered) -> Iterator[list[RowResult]]:
   row_of = dict(rows)  # replies come in any order, with the number that was asked
-  requests = (
-    (number, generated.GENERATION_SYSTEM, generated.GENERATION_USER, image_bytes(row))
-    for number, row in rows
-  )
+  requests = ((number, prompt.system, prompt.user, image_bytes(row)) for number, row in rows)
 
   # kept only when a later request gets through: a server that died has refused no image
   failed: list[RowResult] = []
@@ -162,7 +161,7 @@ def parse(item: RowResult, provenance: str) -> tuple[list[Question], list[dict[s
 
 
 def _answer(
-  answerer: Answerer, rows: Numbered, failures: dict[int, list]
+  answerer: VqaRunner, rows: Numbered, failures: dict[int, list]
 ) -> Iterator[list[RowResult]]:
   for batch in answerer(rows):
     yield [
@@ -247,7 +246,8 @@ def _questions_stage(
   stages: Stages, config, cfg: CurateConfig, rows, mesh, seed
 ) -> tuple[ShardedJob, str]:
   sampling = {key: getattr(cfg, key) for key in ("max_tokens", "temperature", "repetition_penalty")}
-  settings = {"system": generated.GENERATION_SYSTEM, "user": generated.GENERATION_USER}
+  prompt = read_prompt(cfg.prompt)
+  settings = prompt._asdict()
   if cfg.questions == "endpoint":
     endpoint_cfg = configuration.load_section(config, "endpoint", EndpointConfig)
     settings |= {
@@ -262,12 +262,15 @@ def _questions_stage(
       endpoint.check()
       return endpoint
 
-    return stages.run("2_questions", settings, rows, make, _ask), endpoint_cfg.model
+    def ask(endpoint: Endpoint, left: Numbered) -> Iterator[list[RowResult]]:
+      return _ask(endpoint, prompt, left)
+
+    return stages.run("2_questions", settings, rows, make, ask), endpoint_cfg.model
   section = configuration.load_section(config, "generator", PolicySection)
   settings |= sampling | section.identity() | {"seed": seed}
   captioner_cfg = CaptionerConfig(
-    generated.GENERATION_USER,
-    generated.GENERATION_SYSTEM,
+    prompt.user,
+    prompt.system,
     batch_size=cfg.batch_size,
     **sampling,
   )
@@ -307,7 +310,7 @@ def _answers_stage(
       "3_answers",
       settings,
       asked,
-      lambda: Answerer(section.load(mesh), cfg.answers, mesh, seed),
+      lambda: letter_answerer(section.load(mesh), cfg.answers, mesh, seed),
       lambda answerer, left: _answer(answerer, left, failures),
     )
 

@@ -17,6 +17,8 @@ class CurateConfig:
   output: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER.
   split, name: of the dataset, where the output has them.
   questions: from the model of section `generator`, from an `endpoint`, or `given` in the input.
+  prompt: what the generator is told; None: our words. A .py file: the SYS_PROMPT that it assigns,
+    which makes CapRL's gen_qa.py the released prompt to the byte. Another file: its text.
   max_tokens, temperature, repetition_penalty, batch_size: of the generator; CapRL's own by
     default.
   answers: how the questions are asked.
@@ -40,6 +42,7 @@ class CurateConfig:
   split: str = "train"
   name: str = "curated"
   questions: Literal["generator", "endpoint", "given"] = "generator"
+  prompt: str | None = None
   max_tokens: int = 2048
   temperature: float = 0.1
   repetition_penalty: float = 1.05

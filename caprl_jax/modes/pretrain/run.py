@@ -156,6 +156,10 @@ class PretrainConfig:
           f"{', '.join(self.stages)})"
         )
     check_open_question(self.eval_open_question)
+    if self.answer.protocol != "letters":
+      raise ValueError(
+        f"answer.protocol = {self.answer.protocol!r} is for mode curate; use 'letters' here"
+      )
     if self.eval_max_tokens < 1:
       raise ValueError(f"eval_max_tokens = {self.eval_max_tokens} must be at least 1")
     if not self.order or len(set(self.order)) < len(self.order) or TRAINING in self.order:

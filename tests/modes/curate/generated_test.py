@@ -9,13 +9,13 @@ import pytest
 
 from caprl_jax.data.rows import Question
 from caprl_jax.modes.curate.generated import (
-  GENERATION_SYSTEM,
   Failure,
   drop_similar_questions,
   format_questions,
   parse_generated,
   question_key,
 )
+from caprl_jax.modes.curate.prompts import GENERATION_SYSTEM
 
 COLORS = Question("What colour is the dog?", ("Brown", "White", "Black", "Gray"), 3)
 SHAPES = Question("Which shape is largest?", ("The circle", "A square", "x**2", "3. of May"), 0)

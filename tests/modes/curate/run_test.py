@@ -21,7 +21,7 @@ from caprl_jax.data.rows import QARow, Question
 from caprl_jax.harness.row_shards import RowResult
 from caprl_jax.hub.load import load_policy
 from caprl_jax.inference import vqa as answering
-from caprl_jax.modes.curate import generated
+from caprl_jax.modes.curate import generated, prompts
 from caprl_jax.modes.curate import run as curation
 from caprl_jax.modes.curate.section import CurateConfig
 from caprl_jax.modes.curate.selection import select
@@ -148,7 +148,7 @@ def test_other_thresholds_ask_no_model(tmp_path, checkpoint, given, monkeypatch)
   assert run(tmp_path, checkpoint, given, *GIVEN) == 0
   read = lambda: json.loads((tmp_path / "work" / "funnel.json").read_text())
   first = read()
-  monkeypatch.setattr(curation, "Answerer", None)  # what would be called
+  monkeypatch.setattr(curation, "letter_answerer", None)  # what would be called
   counts = set()
   for visual, blind in ((0.0, 1.0), (0.3, 1.0), (0.0, 0.3), (0.9, 0.1), (None, None)):
     status = run(
@@ -327,7 +327,7 @@ def test_images_to_questions_through_an_endpoint(tmp_path, checkpoint, images, s
   assert run(tmp_path, checkpoint, images, *more) == 0
   assert len(server.asked) == 6  # once an image that is left
   system, user = server.asked[0]["messages"]
-  assert system["content"] == generated.GENERATION_SYSTEM and server.asked[0]["temperature"] == 0.1
+  assert system["content"] == prompts.GENERATION_SYSTEM and server.asked[0]["temperature"] == 0.1
   figures = json.loads((tmp_path / "work" / "funnel.json").read_text())
   assert (
     figures["images"]["found"] == 10

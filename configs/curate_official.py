@@ -1,0 +1,34 @@
+"""Questions as the release made them: its prompt, its way of asking and its thresholds, and none of
+our filters.
+
+  python -m caprl_jax.main --config=configs/curate_official.py --workdir=runs/curate \\
+    --config.curate.input=IMAGES --config.curate.output=qa.json \\
+    --config.curate.prompt=CapRL/QA_data_curation/1_generate_qa/gen_qa.py
+
+The prompt is read from a clone of github.com/InternLM/CapRL; the log says whether it is the
+released one to the byte. Qwen2.5-VL-72B writes five questions per image at temperature 0.1
+(repetition penalty 1.05, 2,048 tokens). Qwen2.5-VL-3B answers each four times with the image and
+four times without, over options that are shuffled anew each time; an answer of up to 4 tokens is
+right if the right letter is anywhere in it. With the image one option more is shown. Kept are
+questions answered right more than 3 times in 4 with the image and less than once in 4 without. No
+limit of pixels but the checkpoint's; no image and no question is left out because it is like
+another. docs/faithful.md has what is not known of the release; configs/curate.py has our defaults.
+
+Not run yet with these checkpoints; tests run it with tiny ones.
+"""
+
+import pathlib
+
+from caprl_jax.config.loading import load_config
+
+
+def get_config():
+  config = load_config(str(pathlib.Path(__file__).with_name("curate.py"))).unlock()
+  config.generator.checkpoint = "Qwen/Qwen2.5-VL-72B-Instruct"
+  del config.generator.max_pixels
+  del config.answerer.max_pixels
+  config.curate.prompt = "CapRL/QA_data_curation/1_generate_qa/gen_qa.py"
+  config.curate.answers = dict(protocol="official", permutations=4, none_of_above=True)
+  config.curate.similar_bits = None
+  config.curate.similar_questions = 1.0
+  return config
