@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib
 import os
 import signal
 import tempfile
@@ -40,6 +41,15 @@ def pytest_terminal_summary(terminalreporter) -> None:
     f"compiled programs were {kept} between tests; {os.cpu_count()} cores, load "
     f"{', '.join(f'{load:.1f}' for load in os.getloadavg())}"
   )
+
+
+def pytest_collection_modifyitems(items) -> None:
+  """Stops tests that compare with another transformers than they hold for."""
+  if any(hasattr(getattr(item, "module", None), "transformers") for item in items):
+    try:
+      importlib.import_module("helpers.oracle")
+    except RuntimeError as error:
+      raise pytest.UsageError(str(error)) from error
 
 
 def _programs_come_back() -> bool:

@@ -31,6 +31,18 @@ def test_pre_commit_runs_the_ruff_of_the_tests(setup):
     assert hook["entry"].split()[:2] == hook["name"].split()
 
 
+def test_the_oracle_is_pinned_to_the_version_that_the_tests_hold_for(setup):
+  oracle = pytest.importorskip("helpers.oracle")  # it needs torch
+  test, needed = setup["options.extras_require"]["test"], setup["options"]["install_requires"]
+  assert re.findall(r"^transformers==(.*)$", test, re.MULTILINE) == [oracle.TRANSFORMERS]
+  assert f"transformers {oracle.TRANSFORMERS}" in (ROOT / "docs" / "models.md").read_text()
+  [least] = re.findall(r"^transformers>=(.*)$", needed, re.MULTILINE)
+  numbers = lambda version: [int(part) for part in version.split(".")]
+  assert numbers(least) <= numbers(oracle.TRANSFORMERS)
+  with pytest.raises(RuntimeError, match=f"hold for transformers {oracle.TRANSFORMERS}, and 5.3.0"):
+    oracle.check_version("5.3.0")
+
+
 def test_the_workflow_runs_everything_on_the_oldest_and_the_newest(setup):
   job = read_yaml(".github/workflows/tests.yml")["jobs"]["tests"]
   oldest, newest = job["strategy"]["matrix"]["include"]

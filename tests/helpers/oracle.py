@@ -20,6 +20,22 @@ from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import Policy, PolicyConfig
 from caprl_jax.types import Images
 
+# What the parity tests hold for: positions, processors and ties have moved within 5.x. To go on to
+# another version, change it here and in setup.cfg's extra `test`, and run every test.
+TRANSFORMERS = "5.24.0"
+
+
+def check_version(installed: str = transformers.__version__) -> None:
+  """Raises RuntimeError where another transformers than the tests hold for is installed."""
+  if installed != TRANSFORMERS:
+    raise RuntimeError(
+      f"the parity tests hold for transformers {TRANSFORMERS}, and {installed} is installed: "
+      f"pip install transformers=={TRANSFORMERS}"
+    )
+
+
+check_version()
+
 SIZES = [(56, 56), (120, 84), (200, 60), (31, 170), (196, 196)]  # width, height
 IMAGE, VOCAB = 120, 128
 TEXT = dict(
