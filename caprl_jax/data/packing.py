@@ -125,7 +125,7 @@ class Packer:
     self.render, self.cfg, self.pack, self.seed, self.bad = render, cfg, pack, seed, bad
     self.lock, self.plans, self.starts, self.dropped = threading.Lock(), {}, [0], set()
     examples, shapes = self._checked(examples, images) if images else self._readable(examples)
-    own = [render(conversation_of(example)) for example in examples]
+    examples, shapes, own = self._rendered(examples, shapes)
     counts = np.array([shape.tokens for shape in shapes])
     keep = self._short(examples, np.array([len(r.tokens_L) for r in own]) + counts)
     self.examples, self.own = [examples[i] for i in keep], [own[i] for i in keep]
@@ -145,6 +145,24 @@ class Packer:
     found = usable(examples, images(examples), [fits(pixels)])
     good = self.bad.check(found) if self.bad else good_rows(found, self.pack.bad_rows)
     return good, [shape_of([facts], pixels) for facts in images(good)]
+
+  def _rendered(
+    self, examples: Sequence[Example], shapes: Sequence[ImageShape]
+  ) -> tuple[list[Example], list[ImageShape], list[Rendered]]:
+    """The examples that the chat template can say (one without system turns refuses such), with
+    their shapes."""
+
+    def said(example: Example, shape: ImageShape) -> tuple | BadRow:
+      try:
+        return example, shape, self.render(conversation_of(example))
+      except ValueError as error:
+        if self.bad is None:
+          raise
+        return bad_row(example, error, "refused by the chat template")
+
+    found = map(said, examples, shapes)
+    good = self.bad.check(found) if self.bad else list(found)
+    return tuple(map(list, zip(*good, strict=True))) or ([], [], [])
 
   def _readable(self, examples: Sequence[Example]) -> tuple[list[Example], list[ImageShape]]:
     """The examples whose image's size can be read, and what it takes; headers only."""

@@ -463,3 +463,20 @@ def test_images_are_decoded_before_the_first_row(tiny_folder, policy, tmp_path, 
   rows = [packer(n) for n in range(packer.rows_until(2))]
   assert sum(int(row.dropped_B) for row in rows) == 2
   assert caplog.text.count("dropped, though it could be read when the run began") == 1
+
+
+def test_turns_that_the_chat_template_refuses_are_bad_rows(policy, tiny_folder):
+  template, special = policy.chat_template()
+  template = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    + template
+  )
+  render = ChatRenderer(template, policy.model.cfg.family, policy.tokenizer, special)
+  some = talks(tiny_folder)[-2:]
+  with_system = dataclasses.replace(some[0], turns=(Turn("system", "be kind"), *some[0].turns))
+  bad = BadRowList("drop", None)
+  found = (ImageCheck(None), bad)
+  packer = Packer([*some, with_system], render, policy.model.cfg, PackConfig(200), 0, *found)
+  assert packer.examples == some
+  (row,) = bad.rows
+  assert row.reason == "refused by the chat template" and "no system" in row.message

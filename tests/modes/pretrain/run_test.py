@@ -391,6 +391,7 @@ def test_another_config_is_refused(folder, whole_run):
 def test_rows_and_steps(folder, tmp_path, caplog):
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   policy, source = load(folder / "policy"), str(folder / "data" / "rows.jsonl")
+  caplog.clear()  # what loading has to say
   packer = Packer(
     read_examples(source, "", questions=1),
     pretrain._renderer(policy),
