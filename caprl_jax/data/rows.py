@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from caprl_jax import image_files
+from caprl_jax.data.option_letters import MAX_OPTIONS, check_letters, folded
+from caprl_jax.json_files import shown
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -129,15 +131,23 @@ def kinds(rows: Iterable[QARow]) -> list[str]:
 def check_question(question: Question, where: str) -> None:
   """Raises ValueError, starting with `where`, for a question that no judge could answer fairly.
 
-  That is: no text, fewer than two options, an empty option, two options that differ at most in
-  case and outer spaces, or a gold index that is no option's.
+  That is: no text, fewer than two options or more than there are letters, an empty option, two
+  options that differ at most in case and outer spaces, options with letters of their own
+  (`option_letters.check_letters`), half a surrogate pair, which no file can hold, or a gold index
+  that is no option's.
   """
   if not question.stem.strip():
     raise ValueError(f"{where}: the question has no text; write its stem or drop it")
-  where = f"{where}: question {question.stem!r}"
+  where = f"{where}: question {shown(question.stem)}"
   if len(question.options) < 2:
     raise ValueError(
-      f"{where} has {len(question.options)} option(s) {list(question.options)}; give it at least 2"
+      f"{where} has {len(question.options)} option(s) {shown(list(question.options))}; give it at "
+      "least 2"
+    )
+  if len(question.options) > MAX_OPTIONS:
+    raise ValueError(
+      f"{where} has {len(question.options)} options; there are letters for {MAX_OPTIONS}, so leave "
+      "some out or drop the question"
     )
   first: dict[str, str] = {}
   for i, option in enumerate(question.options):
@@ -145,13 +155,16 @@ def check_question(question: Question, where: str) -> None:
       raise ValueError(f"{where}: option {i} is empty; write its text or remove it")
     if folded(option) in first:
       raise ValueError(
-        f"{where} has the options {first[folded(option)]!r} and {option!r}, which differ at most "
-        "in case and outer spaces; keep one of them"
+        f"{where} has the options {shown(first[folded(option)])} and {shown(option)}, which differ "
+        "at most in case and outer spaces; keep one of them"
       )
     first[folded(option)] = option
+  check_letters(question.options, where)
+  for text in (question.stem, *question.options, question.kind, question.provenance):
+    check_unicode(text, where)
   gold = question.gold
   if isinstance(gold, bool) or not isinstance(gold, int):
-    raise ValueError(f"{where} has gold {gold!r}; it must be the index of the right option")
+    raise ValueError(f"{where} has gold {shown(gold)}; it must be the index of the right option")
   if not 0 <= gold < len(question.options):
     raise ValueError(
       f"{where} has gold {gold}, but its {len(question.options)} options are numbered from 0 to "
@@ -160,19 +173,34 @@ def check_question(question: Question, where: str) -> None:
 
 
 def check_rows(rows: Sequence[QARow], where: str) -> None:
-  """Raises ValueError, starting with `where`, for no rows, a row without questions or a bad one."""
+  """Raises ValueError, starting with `where`, for no rows, a row without questions or a bad one,
+  and facts that are not texts.
+  """
   if not rows:
     raise ValueError(f"{where}: no rows; check the path and any filter before it")
   for row in rows:
+    at = f"{where}: row {shown(row.name)}"
+    check_unicode(row.name, at)
     if not row.questions:
-      raise ValueError(f"{where}: row {row.name!r} has no questions; add some or drop the row")
+      raise ValueError(f"{at} has no questions; add some or drop the row")
     for question in row.questions:
-      check_question(question, f"{where}: row {row.name!r}")
+      check_question(question, at)
+    for part in (part for fact in (row.facts or {}).items() for part in fact):
+      if not isinstance(part, str):
+        raise ValueError(
+          f"{at}: facts are texts by name, but one has {shown(part)}; make it a text"
+        )
+      check_unicode(part, at)
 
 
-def folded(option: str) -> str:
-  """What two options must differ in: the text without case and outer spaces."""
-  return option.strip().casefold()
+def check_unicode(text: str, where: str) -> None:
+  """Raises ValueError, starting with `where`, for half of a surrogate pair in a text."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{where}: {shown(text)} has half of a surrogate pair, {text[error.start]!r}; correct it"
+    ) from None
 
 
 def image_bytes(row: QARow | CaptionRow) -> bytes:
@@ -238,7 +266,7 @@ def unreadable(row: QARow | CaptionRow, why: str) -> ValueError:
   """The error of a row whose image cannot be read. why: as `what_failed` has it."""
   place = image_place(row)
   return ValueError(
-    f"row {row.name!r}: cannot read its image ({place}): {why.removeprefix(f'{place}: ')}; "
+    f"row {shown(row.name)}: cannot read its image ({place}): {why.removeprefix(f'{place}: ')}; "
     "replace the image or drop the row"
   )
 

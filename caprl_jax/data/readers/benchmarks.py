@@ -11,7 +11,6 @@ number or a list of such.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 import string
@@ -20,9 +19,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from caprl_jax.data.json_rows import read_items
 from caprl_jax.data.readers.caprl_json import choices_of
-from caprl_jax.data.readers.jsonl import read_lines
 from caprl_jax.data.rows import BadRow, ImageSource, QARow
+from caprl_jax.json_files import shown
 
 # What a file holds, by its name without the suffix: the name that its figures are published under.
 BENCHMARKS = {
@@ -140,7 +140,7 @@ def read_benchmark(path: pathlib.Path, image_root: pathlib.Path) -> Iterator[Ben
   benchmark = benchmark_of(path)
   find = _finder(image_root)
   number = -1
-  for number, (where, item) in enumerate(_items(path)):
+  for number, (where, item) in enumerate(read_items(path)):
     if isinstance(item, BadRow):
       yield item
       continue
@@ -164,7 +164,7 @@ def from_qa_rows(rows: Iterable[QARow]) -> list[BenchmarkRow]:
     for i, question in enumerate(row.questions):
       prompt = "\n".join([PLACEHOLDERS[1], question.stem, *choices_of(question)])
       name = row.name if len(row.questions) == 1 else f"{row.name}, question {i}"
-      split_at_placeholder(prompt, f"row {name!r}")
+      split_at_placeholder(prompt, f"row {shown(name)}")
       gold = string.ascii_uppercase[question.gold]
       found.append(
         BenchmarkRow(
@@ -193,7 +193,7 @@ def split_prompt(row: BenchmarkRow) -> tuple[str, str]:
 
   Who tokenises the parts apart, with special tokens in these and without in the caption, lets no
   caption that spells `<|im_end|>` steer the answering model."""
-  before, after = split_at_placeholder(row.prompt, f"row {row.name!r}")
+  before, after = split_at_placeholder(row.prompt, f"row {shown(row.name)}")
   return before + BEFORE_CAPTION, AFTER_CAPTION + after
 
 
@@ -211,11 +211,11 @@ def user_text(row: BenchmarkRow) -> str:
   """The benchmark's own question: the user's turn that holds the placeholder, without it and
   without chat tokens.
   """
-  split_at_placeholder(row.prompt, f"row {row.name!r}")
+  split_at_placeholder(row.prompt, f"row {shown(row.name)}")
   turns = [
     turn for turn in _USER_TURN.findall(row.prompt) if any(one in turn for one in PLACEHOLDERS)
   ] or [row.prompt]
-  before, after = split_at_placeholder(turns[0], f"row {row.name!r}")
+  before, after = split_at_placeholder(turns[0], f"row {shown(row.name)}")
   return (before + after).strip()
 
 
@@ -272,14 +272,14 @@ def _inline_options(text: str) -> tuple[str, ...]:
 def _row(item: Any, find: "_Finder", benchmark: str, name: str, where: str) -> BenchmarkRow:
   if not isinstance(item, dict):
     raise ValueError(
-      f"{where} is {item!r:.80}, but it must be an object with image, prompt and answer"
+      f"{where} is {shown(item)}, but it must be an object with image, prompt and answer"
     )
   missing = [key for key in ("image", "prompt", "answer") if key not in item]
   if missing:
-    raise ValueError(f"{where}: no {' and no '.join(missing)}; it has {sorted(item)}")
+    raise ValueError(f"{where}: no {' and no '.join(missing)}; it has {shown(sorted(item))}")
   prompt = item["prompt"]
   if not isinstance(prompt, str):
-    raise ValueError(f"{where}: the prompt is {prompt!r:.80}, but it must be a text in ChatML")
+    raise ValueError(f"{where}: the prompt is {shown(prompt)}, but it must be a text in ChatML")
   split_at_placeholder(prompt, where)
   gold = _gold(item["answer"], where)
   image = find(_image_path(item["image"], where), where)
@@ -301,7 +301,8 @@ def _gold(answer: Any, where: str) -> str | tuple[str, ...]:
   for gold in golds:
     if isinstance(gold, bool) or not isinstance(gold, (str, int, float)) or not str(gold).strip():
       raise ValueError(
-        f"{where}: the answer is {answer!r:.80}, but it must be a text, a number, or a list of them"
+        f"{where}: the answer is {shown(answer)}, but it must be a text, a number, or a list of "
+        "them"
       )
   if not golds:
     raise ValueError(f"{where}: the list of answers is empty; give one or drop the row")
@@ -315,7 +316,7 @@ def _image_path(image: Any, where: str) -> str:
   found = list(_image_paths(image))
   if len(found) != 1 or not found[0]:
     raise ValueError(
-      f"{where}: image is {image!r:.120}, with {len(found)} image paths, but it must have one"
+      f"{where}: image is {shown(image)}, with {len(found)} image paths, but it must have one"
     )
   return found[0].removeprefix("file://")
 
@@ -346,7 +347,7 @@ class _Finder:
       if found is not None:
         return found
     raise ValueError(
-      f"{where}: image {image!r} is not in {self.root}; correct it, or pass the "
+      f"{where}: image {shown(image)} is not in {self.root}; correct it, or pass the "
       "folder or zip file that the paths are relative to"
     )
 
@@ -400,20 +401,3 @@ def _finder(root: pathlib.Path) -> _Finder:
     raise ValueError(
       f"image_root = {str(root)!r}: not a zip file that can be read ({error}); fetch it again"
     ) from error
-
-
-def _items(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """(place, JSON value or BadRow) of a list, or of lines."""
-  if path.suffix == ".jsonl":
-    yield from read_lines(path)
-    return
-  try:
-    items = json.loads(path.read_bytes())
-  except OSError as error:
-    raise ValueError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-  except ValueError as error:
-    raise ValueError(f"{path}: not JSON ({error})") from error
-  if not isinstance(items, list):
-    raise ValueError(f"{path}: holds {type(items).__name__}, but it must be a list of rows")
-  for number, item in enumerate(items):
-    yield f"{path}, item {number}", item

@@ -5,73 +5,19 @@ import itertools
 import logging
 import pathlib
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from caprl_jax.config.schema import did_you_mean
+from caprl_jax.data.json_rows import read_items
 from caprl_jax.data.question_texts import open_text, question_text, speaks_of_options
-from caprl_jax.data.readers.caprl_json import read_items
-from caprl_jax.data.readers.qa_sources import parse_mixture, read_parts
-from caprl_jax.data.rows import BadRow, BadRows, ImageSource, QARow, Question, RowKeeper, good_rows
+from caprl_jax.data.readers.conversation_rows import Conversation, Turn, scan_conversations
+from caprl_jax.data.readers.qa_sources import JSON_SUFFIXES, parse_mixture, read_parts
+from caprl_jax.data.rows import BadRows, ImageSource, QARow, Question, RowKeeper, good_rows
 from caprl_jax.data.rows import kinds as kinds_of
 
 log = logging.getLogger("caprl_jax.data")
-
-Role = Literal["system", "user", "assistant"]
-PLACE = "<image>"  # what LLaVA's data writes where the image goes
-_ROLES = {
-  "human": "user",
-  "user": "user",
-  "gpt": "assistant",
-  "assistant": "assistant",
-  "system": "system",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-  """What one side says; the image stands before `text[image_at:]`, where this turn has it."""
-
-  role: Role
-  text: str
-  image_at: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-  """Turns with at most one image. `ended`: False for a last answer that was cut, after which no end
-  is to be learnt.
-  """
-
-  image: ImageSource | None
-  turns: tuple[Turn, ...]
-  name: str
-  ended: bool = True
-  where: str = dataclasses.field(default="", compare=False)
-
-  def __post_init__(self):
-    """Raises ValueError, which names no row, for turns that are not user, assistant, user, ...
-    after a system's.
-    """
-    roles = [turn.role for turn in self.turns]
-    asked = roles[1:] if roles[:1] == ["system"] else roles
-    if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
-      raise ValueError(
-        f"its turns are of {', '.join(roles) or 'nobody'}; after an optional system turn they "
-        "must be user and assistant in turn, the assistant last"
-      )
-    if any(turn.role == "assistant" and not turn.text.strip() for turn in self.turns):
-      raise ValueError("an assistant's turn is empty")
-    places = sum(turn.image_at is not None for turn in self.turns)
-    if places != (self.image is not None) or any(
-      turn.image_at is not None and turn.role != "user" for turn in self.turns
-    ):
-      raise ValueError(
-        f"it has {int(self.image is not None)} image(s) and {places} place(s) for one in the "
-        "user's turns"
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +35,7 @@ class Asked:
 
 
 Example = Conversation | Asked
-_QA_KEYS = {"questions", "message", "qa_list"}  # of rows that `qa_sources.py` reads
+_QA_KEYS = {"questions", "message", "qa_list", "image_path"}  # of rows that `qa_sources.py` reads
 
 
 def read_examples(
@@ -109,9 +55,9 @@ def read_examples(
   A .jsonl file holds on each line, or a .json file in a list, {"image", "caption", "name"?, ...}:
     captions, of mode `caption` too; its rows with `error` are left out, with a
       count;
-    {"conversations": [{"from": "human"|"gpt"|"system", "value"}], "image"?, "id"?}: LLaVA's layout,
-      in which `<image>` in a human's text is where the image goes (before the first text if it is
-      nowhere);
+    {"conversations": [{"from": "human"|"gpt"|"system", "value"}], "image"?, "id"?, "system"?}:
+      LLaVA's layout, in which `<image>` in a human's text is where the image goes (before the first
+      text if it is nowhere); an empty image is none;
     {"messages": [{"role", "content"}], "image"? or "images"?, "id"?}: OpenAI's, the content a text
       like LLaVA's or a list of {"type": "text", "text"} and {"type": "image"};
     {"image", "questions"}, {"image_path", "qa_list"}, {"message"}: multiple choice, as every other
@@ -148,7 +94,7 @@ def read_examples(
   read: list[tuple[str, list[Conversation] | list[QARow]]] = []
   for part in parts:
     path = pathlib.Path(part.source).expanduser()
-    if path.suffix in (".jsonl", ".json") and not _QA_KEYS & _first(path).keys():
+    if path.suffix.lower() in JSON_SUFFIXES and not _QA_KEYS & _first(path).keys():
       scanned = itertools.islice(scan_conversations(path, instruction, image_root), max_rows)
       read.append((part.source, good_rows(scanned, bad_rows)))
     else:
@@ -300,146 +246,3 @@ def conversation_of(example: Example, rng: np.random.Generator | None = None) ->
       Turn("assistant", answer),
     ]
   return Conversation(example.image, tuple(turns), example.name)
-
-
-def scan_conversations(
-  path: pathlib.Path, instruction: str, image_root: str | None = None
-) -> Iterator[Conversation | BadRow]:
-  """The captions and conversations of a file (`read_examples`), with a BadRow for each row that is
-  neither.
-  """
-  failed, empty = 0, True
-  for where, item in read_items(path):
-    empty = False
-    if isinstance(item, BadRow):
-      yield item
-    elif isinstance(item, dict) and "error" in item and "caption" not in item:
-      failed += 1
-    else:
-      try:
-        made = _parse(item, instruction, path.parent, image_root)
-        yield dataclasses.replace(made, where=where)
-      except ValueError as error:
-        yield BadRow(where, f"{where}: {error}")
-  if empty:
-    raise ValueError(f"{path}: no rows; write one JSON object a line")
-  if failed:
-    log.warning("%s: left out %d rows that have an error in place of a caption", path, failed)
-
-
-def _parse(
-  item: Any, instruction: str, folder: pathlib.Path, image_root: str | None
-) -> Conversation:
-  if not isinstance(item, dict):
-    raise ValueError(f"{item!r:.80} is no JSON object")
-  images = item.get("images")
-  images = (
-    [item["image"]] if item.get("image") is not None else images if images is not None else []
-  )
-  if isinstance(images, str):
-    images = [images]
-  if not isinstance(images, list) or any(not isinstance(image, str) for image in images):
-    raise ValueError(f"image {images!r:.80} must be a path, images a list of them")
-  if "caption" in item:
-    turns = [Turn("user", instruction, 0), Turn("assistant", _text(item["caption"], "caption"))]
-  elif "conversations" in item:
-    turns = [_turn(turn, "from", "value") for turn in _list(item["conversations"], "conversations")]
-  elif "messages" in item:
-    messages = _list(item["messages"], "messages")
-    turns = [_turn(turn, "role", "content") for turn in messages]
-    images = images or _image_parts(messages)
-  else:
-    raise ValueError(
-      f"it has the keys {sorted(item)}; one of caption, conversations and messages must be there"
-    )
-  if len(images) > 1:
-    raise ValueError(
-      f"it has {len(images)} images; conversations with one image at most are supported"
-    )
-  # nowhere said: before the user's first words
-  if images and all(turn.image_at is None for turn in turns):
-    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
-    turns[first : first + 1] = [
-      dataclasses.replace(turn, image_at=0) for turn in turns[first : first + 1]
-    ]
-  image = _image_file(images[0], folder, image_root) if images else None
-  name = item.get("name", item.get("id", images[0] if images else ""))
-  return Conversation(image, tuple(turns), str(name), item.get("finish") != "length")
-
-
-def _image_file(name: str, folder: pathlib.Path, image_root: str | None) -> pathlib.Path:
-  roots = [pathlib.Path(image_root).expanduser()] if image_root else [folder, pathlib.Path()]
-  for root in roots:
-    if (root / name).is_file():
-      return root / name
-  raise ValueError(
-    f"image {name!r} is not a file in {' or '.join(str(root.absolute()) for root in roots)}; "
-    "correct it or set image_root to the folder that the paths are relative to"
-  )
-
-
-def _turn(turn: Any, role_key: str, text_key: str) -> Turn:
-  """One turn of either layout; an image that it holds is placed, and its sign taken out of the
-  text.
-  """
-  if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str):
-    raise ValueError(f"{turn!r:.80} is no turn with {role_key!r} and {text_key!r}")
-  if turn[role_key] not in _ROLES:
-    raise ValueError(f"{role_key} {turn[role_key]!r} is not one of {', '.join(_ROLES)}")
-  role, content = _ROLES[turn[role_key]], turn.get(text_key)
-  if isinstance(content, list):  # there, `<image>` is text
-    texts, at = [], None
-    for part in content:
-      if _is_image(part):
-        if at is not None:
-          raise ValueError(
-            "a turn has two images; conversations with one image at most are supported"
-          )
-        at = sum(map(len, texts))
-      else:
-        texts.append(
-          _text(part.get("text") if isinstance(part, dict) else None, "a part of the content")
-        )
-    return Turn(role, "".join(texts), at)
-  text = _text(content, text_key)
-  if role != "user" or PLACE not in text:
-    return Turn(role, text)
-  before, _, after = text.partition(PLACE)
-  if PLACE in after:
-    raise ValueError(
-      f"a turn has {PLACE} {text.count(PLACE)} times; conversations with one image at most are "
-      "supported"
-    )
-  # the template puts its own around the image
-  before, after = before.removesuffix("\n"), after.removeprefix("\n")
-  return Turn(role, before + after, len(before))
-
-
-def _is_image(part: Any) -> bool:
-  return isinstance(part, dict) and part.get("type") in ("image", "image_url")
-
-
-def _image_parts(messages: list) -> list[str]:
-  """Paths that the content's own parts give."""
-  found = []
-  for part in (
-    p for m in messages if isinstance(m.get("content"), list) for p in m["content"] if _is_image(p)
-  ):
-    value = part.get("image", part.get("image_url", part.get("path")))
-    value = value.get("url") if isinstance(value, dict) else value
-    if not isinstance(value, str) or value.startswith(("http:", "https:", "data:")):
-      raise ValueError(f"image {value!r:.60} is no path of a file; save it as one")
-    found.append(value.removeprefix("file://"))
-  return found
-
-
-def _list(value: Any, key: str) -> list:
-  if not isinstance(value, list) or not value:
-    raise ValueError(f"{key} is {value!r:.80}, but it must be a list of turns")
-  return value
-
-
-def _text(value: Any, key: str) -> str:
-  if not isinstance(value, str):
-    raise ValueError(f"{key} is {value!r:.80}, but it must be a text")
-  return value

@@ -6,12 +6,12 @@ chosen from 4 options, a shape from 3, and yes or no from both.
 
 import hashlib
 import importlib.util
-import json
 import pathlib
 
 import numpy as np
 
 from caprl_jax.data import rows
+from caprl_jax.json_files import read_json, shown
 
 SPLITS = ("train", "test")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -51,10 +51,10 @@ def read_easy_vqa(split: str, seed: int) -> list[rows.QARow]:
     raise ValueError(f"easy-VQA has no split {split!r}; use one of {', '.join(SPLITS)}")
   folder = easy_vqa_root() / split
   asked: dict[int, dict[str, str]] = {}  # answers by image and stem
-  for stem, answer, image in json.loads((folder / "questions.json").read_text("utf-8")):
+  for stem, answer, image in read_json(folder / "questions.json"):
     if asked.setdefault(image, {}).setdefault(stem, answer) != answer:
       raise ValueError(
-        f"{folder}: image {image} has two answers to {stem!r}; reinstall with `pip install "
+        f"{folder}: image {image} has two answers to {shown(stem)}; reinstall with `pip install "
         "--force-reinstall easy-vqa`"
       )
   result = []

@@ -12,9 +12,10 @@ import hashlib
 import pathlib
 import re
 import urllib.parse
+from collections.abc import Sequence
 from typing import Any
 
-from caprl_jax.image_files import HEAD_BYTES, sniff
+from caprl_jax.image_files import HEAD_BYTES, open_image, sniff
 from caprl_jax.json_files import shown
 
 MAX_IMAGE_BYTES = 256 << 20  # of an encoded image that stands in a row
@@ -75,6 +76,78 @@ def spelled_image(value: Any, root: pathlib.Path, where: str) -> SpelledImage:
   if len(data) > MAX_IMAGE_BYTES:
     raise _too_large(len(data), where)
   return SpelledImage(data, name or f"sha256-{hashlib.sha256(data).hexdigest()[:16]}")
+
+
+def find_image(
+  value: Any, roots: Sequence[pathlib.Path], where: str, remedy: str = "correct it"
+) -> SpelledImage:
+  """The file or the encoded image of `spelled_image`.
+
+  Besides, a path that is no file is tried with slashes for its backslashes, and `file://a.png` as
+  a relative path.
+
+  Args:
+    value: what the row says.
+    roots: folders of relative paths, tried in this order.
+    where: the row's place; begins every message, if it is not "".
+    remedy: ends the message of a path that is no file.
+
+  Raises:
+    ValueError: as `spelled_image`; a file that is not there; an encoded image in no known format.
+  """
+  try:
+    return _find_image(value, roots, where, remedy)
+  except ValueError as error:
+    if where:
+      raise
+    raise ValueError(str(error).removeprefix(": ")) from error
+
+
+def _find_image(value: Any, roots: Sequence[pathlib.Path], where: str, remedy: str) -> SpelledImage:
+  if isinstance(value, str) and not value.strip():
+    raise ValueError(f"{where}: image {shown(value)} is not a file; name one or drop the row")
+  # Looked for now: otherwise a wrong root would show after the compile, in the middle of training.
+  for text in _texts(value):
+    for root in roots:
+      if is_file(root / text):
+        return SpelledImage(root / text, value if isinstance(value, str) else text)
+  found: list[SpelledImage] = []
+  for root in roots:
+    found.append(spelled_image(value, root, where))
+    image = found[-1].image
+    if isinstance(image, bytes):
+      _check_opens(image, where)
+      return found[-1]
+    for path in (image, root / str(image).replace("\\", "/")):
+      if is_file(path):
+        return dataclasses.replace(found[-1], image=path)
+  places = " or ".join(str(root.absolute()) for root in roots)
+  raise ValueError(f"{where}: image {shown(found[0].name)} is not a file in {places}; {remedy}")
+
+
+def _texts(value: Any) -> list[str]:
+  """Names of files that would be read in another way, if they were not there."""
+  if not isinstance(value, str) or not 0 < len(value) <= LONGEST_PATH:
+    return []
+  return [value, value.removeprefix("file://")] if value.startswith("file://") else [value]
+
+
+def is_file(path: pathlib.Path) -> bool:
+  """As `Path.is_file`; False for what no file can be called."""
+  try:
+    return path.is_file()
+  except (OSError, ValueError):
+    return False
+
+
+def _check_opens(data: bytes, where: str) -> None:
+  try:
+    open_image(data).close()
+  except Exception as error:  # decoders raise whatever they stumble over
+    raise ValueError(
+      f"{where}: its image ({len(data):,} bytes) cannot be opened: {str(error):.200}; replace it "
+      "or drop the row"
+    ) from error
 
 
 def _only(values: list | tuple, where: str) -> Any:

@@ -5,26 +5,30 @@ import hashlib
 import json
 import os
 import pathlib
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from caprl_jax.atomic_files import write_bytes
 from caprl_jax.config import schema as configuration
+from caprl_jax.data.json_rows import read_items
+from caprl_jax.data.option_letters import gold_index, without_letters
+from caprl_jax.data.readers.image_spellings import find_image, spelled_image
 from caprl_jax.data.rows import (
   BadRow,
   CaptionRow,
+  ImageSource,
   QARow,
   Question,
   Row,
   check_question,
   check_rows,
-  folded,
+  check_unicode,
   good_rows,
   image_bytes,
   image_place,
 )
 from caprl_jax.image_files import open_image
+from caprl_jax.json_files import shown
 
 PathLike = str | os.PathLike[str]
 
@@ -33,21 +37,23 @@ def read_jsonl(path: PathLike, image_root: PathLike | None = None) -> list[QARow
   """Reads questions, one image a line.
 
   A line is {"image": path, "questions": [{"stem", "options", "gold", "kind"?, "provenance"?}],
-  "name"?, "facts"?}.
-  Image paths are relative to `image_root`, by default the file's folder; a row without a name is
-  named after that path. `gold` is the right option's index, letter ("B") or text.
+  "name"?, "facts"?}. Other layouts of the file: `json_rows.read_items`.
+  Image paths are relative to `image_root`, by default the file's folder; `row_images.find_image`
+  says how else an image may be written. A row without a name is named after the path. `gold` is the
+  right option's index, letter or text (`option_letters.gold_index`); letters that the options carry
+  are taken off (`option_letters.without_letters`).
 
   Raises:
     ValueError: an unreadable or empty file; or, with the file and line, an unknown, missing or
       ill-typed key, a gold that fits no option or two, a question that `check_question` refuses,
-      or an image file that is not there.
+      or an image that is not there.
   """
   return good_rows(scan_jsonl(path, image_root))
 
 
 def scan_jsonl(path: PathLike, image_root: PathLike | None = None) -> Iterator[QARow | BadRow]:
   """As `read_jsonl`, with a BadRow for each line it would refuse."""
-  return _scan_rows(path, image_root, _parse_qa_row)
+  return _scan_rows(path, image_root, parse_row)
 
 
 def write_jsonl(
@@ -93,66 +99,49 @@ def write_caption_jsonl(
   if not rows:
     raise ValueError(f"{path}: no rows to write")
   for row in rows:
-    _check_caption(row.caption, f"{path}: row {row.name!r}")
+    where = f"{path}: row {shown(row.name)}"
+    _check_caption(row.caption, where)
+    check_unicode(row.caption, where)
+    check_unicode(row.name, where)
   _write_rows(path, rows, image_root, None, lambda row: {"caption": row.caption})
 
 
 # What a line may hold, by JSON type.
-_QA_KEYS = {"image": str, "questions": list, "name": str, "facts": dict}
-_QUESTION_KEYS = {"stem": str, "options": list, "gold": int | str, "kind": str, "provenance": str}
+_QA_KEYS = {"image": object, "questions": list, "name": str, "facts": dict}
+_QUESTION_KEYS = {"stem": str, "options": list, "gold": object, "kind": str, "provenance": str}
 # of mode `caption`, too
-_CAPTION_KEYS = {"image": str, "caption": str, "name": str, "tokens": list, "finish": str}
-_TYPE_NAMES = {
-  str: "a string",
-  list: "a list",
-  dict: "an object",
-  int | str: "an index, a letter or a text",
-}
+_CAPTION_KEYS = {"image": object, "caption": str, "name": str, "tokens": list, "finish": str}
+_TYPE_NAMES = {str: "a string", list: "a list", dict: "an object"}
 
 
-def _parse_qa_row(item: Any, image_root: pathlib.Path, where: str) -> QARow:
+def parse_row(item: Any, image_root: pathlib.Path, where: str) -> QARow:
+  """A line of `read_jsonl`. Raises ValueError, starting with `where`."""
   _check_object(item, _QA_KEYS, ("image", "questions"), where)
   facts = item.get("facts")
   for key, value in (facts or {}).items():
-    _check_type(value, str, f"{where}: facts.{key}")
+    _check_type(value, str, f"{where}: facts.{key:.40}")
   questions = parse_questions(item["questions"], f"{where}: questions")
-  return QARow(_image_file(item, image_root, where), questions, _name(item), facts, where)
+  image, name = _image(item, image_root, where)
+  return QARow(image, questions, name, facts, where)
 
 
 def parse_question(item: Any, where: str) -> Question:
+  """One of `plain_questions`, or as people write them. Raises ValueError, starting with `where`."""
   _check_object(item, _QUESTION_KEYS, ("stem", "options", "gold"), where)
   for i, option in enumerate(item["options"]):
     _check_type(option, str, f"{where}: options[{i}]")
-  options = tuple(item["options"])
-  gold = item["gold"]
-  if isinstance(gold, str):
-    gold = _find_option(gold, options, where)
-  question = Question(item["stem"], options, gold, item.get("kind", ""), item.get("provenance", ""))
+  options = without_letters(item["options"], where)
+  gold = gold_index(item["gold"], options, where)
+  kind, provenance = item.get("kind") or "", item.get("provenance") or ""
+  question = Question(item["stem"], options, gold, kind, provenance)
   check_question(question, where)
   return question
-
-
-def _find_option(gold: str, options: Sequence[str], where: str) -> int:
-  """The index of the option whose letter or text is `gold`, if there is exactly one."""
-  letters = dict(enumerate(string.ascii_uppercase))
-  found = [
-    i
-    for i, option in enumerate(options)
-    if folded(option) == folded(gold) or letters.get(i) == gold.strip()
-  ]
-  if len(found) != 1:
-    fits = " and ".join(repr(options[i]) for i in found) or "none"
-    raise ValueError(
-      f"{where}: gold {gold!r} fits {fits} of the options {list(options)}; it must be the letter "
-      "(A for the first) or the text of exactly one, or an index from 0"
-    )
-  return found[0]
 
 
 def _parse_caption_row(item: Any, image_root: pathlib.Path, where: str) -> CaptionRow:
   if isinstance(item, dict) and "error" in item:
     raise ValueError(
-      f"{where}: an error stands in the caption's place ({item['error']}); caption "
+      f"{where}: an error stands in the caption's place ({str(item['error']):.80}); caption "
       "it anew or drop it"
     )
   _check_object(item, _CAPTION_KEYS, ("image", "caption"), where)
@@ -161,7 +150,8 @@ def _parse_caption_row(item: Any, image_root: pathlib.Path, where: str) -> Capti
       f"{where}: the caption was cut at max_tokens; caption it with more or drop the row"
     )
   _check_caption(item["caption"], where)
-  return CaptionRow(_image_file(item, image_root, where), item["caption"], _name(item), where)
+  image, name = _image(item, image_root, where)
+  return CaptionRow(image, item["caption"], name, where)
 
 
 def _check_caption(caption: str, where: str) -> None:
@@ -193,30 +183,27 @@ def parse_questions(items: Any, where: str) -> tuple[Question, ...]:
   return tuple(parse_question(item, f"{where}[{i}]") for i, item in enumerate(items))
 
 
-def _name(item: Mapping[str, Any]) -> str:
-  return item.get("name", item["image"])
-
-
-def _image_file(item: Mapping[str, Any], image_root: pathlib.Path, where: str) -> pathlib.Path:
-  # Looked for now: otherwise a wrong root would show after the compile, in the middle of training.
-  file = image_root / item["image"]
-  if not file.is_file():
-    raise ValueError(
-      f"{where}: image {item['image']!r} is not a file in {image_root}; correct it or pass the "
-      "image_root that the paths are relative to"
-    )
-  return file
+def _image(
+  item: Mapping[str, Any], image_root: pathlib.Path, where: str
+) -> tuple[ImageSource, str]:
+  """The row's image, and the name of the row."""
+  remedy = "correct it or pass the image_root that the paths are relative to"
+  found = find_image(item["image"], [image_root], where, remedy)
+  return found.image, found.name if item.get("name") is None else item["name"]
 
 
 def _check_object(item: Any, types: Mapping[str, Any], required: Iterable[str], where: str) -> None:
-  """Raises ValueError unless `item` is an object of `types`' keys and types, all `required` in."""
+  """Raises ValueError unless `item` is an object of `types`' keys and types, all `required` in;
+  null stands for a key that is not there.
+  """
   _check_type(item, dict, where)
   listed = ", ".join(types)
   for key, value in item.items():
     if key not in types:
       hint = configuration.did_you_mean(key, types)
-      raise ValueError(f"{where}: {key!r} is not a known key{hint} (known keys: {listed})")
-    _check_type(value, types[key], f"{where}: {key}")
+      raise ValueError(f"{where}: {shown(key)} is not a known key{hint} (known keys: {listed})")
+    if types[key] is not object and (value is not None or key in required):
+      _check_type(value, types[key], f"{where}: {key}")
   for key in required:
     if key not in item:
       raise ValueError(f"{where}: the key {key!r} is missing (known keys: {listed})")
@@ -224,7 +211,7 @@ def _check_object(item: Any, types: Mapping[str, Any], required: Iterable[str], 
 
 def _check_type(value: Any, expected: Any, where: str) -> None:
   if isinstance(value, bool) or not isinstance(value, expected):  # a bool is an int to Python
-    raise ValueError(f"{where} is {value!r:.80}, but it must be {_TYPE_NAMES[expected]}")
+    raise ValueError(f"{where} is {shown(value)}, but it must be {_TYPE_NAMES[expected]}")
 
 
 def _scan_rows(
@@ -235,7 +222,7 @@ def _scan_rows(
   path = pathlib.Path(path)
   image_root = path.parent if image_root is None else pathlib.Path(image_root)
   empty = True
-  for where, item in read_lines(path):
+  for where, item in read_items(path):
     empty = False
     if isinstance(item, BadRow):
       yield item
@@ -246,28 +233,6 @@ def _scan_rows(
       yield BadRow(where, str(error))
   if empty:
     raise ValueError(f"{path}: no rows; write one JSON object a line")
-
-
-def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Yields `file:line` and the line's JSON value, or a BadRow; blank lines count but are
-  skipped.
-  """
-  try:
-    file = path.open("rb")
-  except OSError as error:
-    raise ValueError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-  with file:
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        item = json.loads(line)
-      except ValueError as error:  # bad JSON and bad UTF-8 alike
-        item = BadRow(
-          f"{path}:{number}",
-          f"{path}:{number}: not JSON ({error}); write one whole JSON object a line, in UTF-8",
-        )
-      yield f"{path}:{number}", item
 
 
 def _write_rows(
@@ -302,7 +267,8 @@ def save_image(row: Row, folder: pathlib.Path, copy: bool = False) -> Row:
   if isinstance(row.image, pathlib.Path) and not copy:
     return row
   data = image_bytes(row)
-  file = folder / (hashlib.sha256(data).hexdigest()[:24] + image_suffix(data, f"row {row.name!r}"))
+  suffix = image_suffix(data, f"row {shown(row.name)}")
+  file = folder / (hashlib.sha256(data).hexdigest()[:24] + suffix)
   if not file.exists():
     write_bytes(file, data)
   return dataclasses.replace(row, image=file)
@@ -317,21 +283,38 @@ def image_suffix(data: bytes, where: str) -> str:
   """
   try:
     with open_image(data) as image:
-      return _SUFFIXES.get(image.format, f".{image.format.lower()}")
-  except Exception as error:
+      return _SUFFIXES.get(image.format or "", f".{image.format}".lower())
+  except Exception as error:  # decoders raise whatever they stumble over
     raise ValueError(
-      f"{where}: its image ({len(data)} bytes) is in no known format: {error}; "
+      f"{where}: its image ({len(data)} bytes) is in no known format: {str(error):.200}; "
       "replace it or drop the row"
     ) from error
 
 
 def relative_image(row: QARow | CaptionRow, image_root: pathlib.Path) -> str:
-  """The image's path from `image_root`; absolute for an image outside it."""
-  image_root = pathlib.Path(os.path.abspath(image_root))
+  """The image's path from `image_root`, as `find_image` reads it; absolute for an image outside.
+
+  Raises ValueError for an image that is no file, and a file's name that is not UTF-8.
+  """
+  where = f"row {shown(row.name)}"
   if not isinstance(row.image, pathlib.Path):
     raise ValueError(
-      f"row {row.name!r} has its image in memory or in an archive ({image_place(row)}), but JSON "
+      f"{where} has its image in memory or in an archive ({image_place(row)}), but JSON "
       "lines hold paths; pass an image_folder to save it in"
     )
+  image_root = pathlib.Path(os.path.abspath(image_root))
   file = pathlib.Path(os.path.abspath(row.image))
-  return (file.relative_to(image_root) if file.is_relative_to(image_root) else file).as_posix()
+  followed = row.image.resolve()
+  same = not followed.exists() or (file.exists() and file.samefile(followed))
+  if ".." in row.image.parts and not same:
+    file = followed  # there is a link before the two dots
+  check_unicode(str(file), f"{where}: its image's path")
+  relative = file.relative_to(image_root) if file.is_relative_to(image_root) else file
+  text = relative.as_posix()
+  for spelled in (text, f"./{text}"):
+    try:
+      if spelled_image(spelled, image_root, "").image == image_root / relative:
+        return spelled
+    except ValueError:
+      continue
+  return text

@@ -5,20 +5,26 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+from caprl_jax.data import json_rows
 from caprl_jax.data import rows as rows_lib
 from caprl_jax.data.charts import rows as charts
 from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.readers.easy_vqa import read_easy_vqa
+from caprl_jax.json_files import shown
 
 SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
   charts:train, charts:test        charts drawn from the package vega_datasets;
                                    charts:train:5000 says how many, charts:train:5000:96x72
                                    how large (small ones have no text)
-  FILE.jsonl                       one row per line (docs: data/readers/jsonl.py)
-  FILE.json                        the JSON of CapRL's first release
+  FILE.jsonl, FILE.json            rows of our own (docs: data/readers/jsonl.py) or of CapRL's
+                                   first release, in lines or a list
   FILE.parquet, a folder, "*"      CapRL-QA-75K's layout
   tfds:FOLDER:SPLIT                a TFDS dataset in ArrayRecord (mode dataset writes one)
   0.7*SOURCE + 0.3*SOURCE          a mixture, by weight; without weights, every row alike"""
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
+RELEASED_KEYS = {"message", "image_path", "qa_list"}  # of a row of CapRL's first release
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,7 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
     ValueError: an unknown source, or a file that cannot be read at all.
   """
   kind, _, rest = source.partition(":")
-  suffix = pathlib.Path(source).suffix
+  suffix = pathlib.Path(source).suffix.lower()
   if kind == "easy_vqa":
     yield from read_easy_vqa(rest, seed)
   elif kind == "charts":
@@ -87,14 +93,31 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
         "tfds:data/caprl_qa/default/1.0.0:train"
       )
     yield from tfds.scan_tfds(folder, split)
-  elif suffix == ".jsonl":
-    yield from jsonl.scan_jsonl(source)
-  elif suffix == ".json":
-    yield from caprl_json.scan_json(pathlib.Path(source).expanduser())
+  elif suffix in JSON_SUFFIXES:
+    yield from _scan_json(pathlib.Path(source).expanduser())
   elif suffix == ".parquet" or pathlib.Path(source).expanduser().is_dir():
     yield from caprl_parquet.scan_parquet(source)
   else:
-    raise ValueError(f"data source {source!r} is not known; it may be\n{SOURCES}")
+    if suffix in PACKED_SUFFIXES and pathlib.Path(source).expanduser().is_file():
+      json_rows.check_unpacked(pathlib.Path(source).expanduser())
+    raise ValueError(f"data source {shown(source)} is not known; it may be\n{SOURCES}")
+
+
+def _scan_json(path: pathlib.Path) -> Iterator[rows_lib.QARow | rows_lib.BadRow]:
+  """The rows of a JSON file, each in our own layout or in one of the first release, by its keys."""
+  empty = True
+  for where, item in json_rows.read_items(path):
+    empty = False
+    if isinstance(item, rows_lib.BadRow):
+      yield item
+      continue
+    released = isinstance(item, dict) and RELEASED_KEYS & item.keys()
+    try:
+      yield (caprl_json if released else jsonl).parse_row(item, path.parent, where)
+    except ValueError as error:
+      yield rows_lib.BadRow(where, str(error))
+  if empty:
+    raise ValueError(f"{path}: no rows; write one JSON object a line, or a list of them")
 
 
 def read_parts(
@@ -136,10 +159,10 @@ def read_qa_rows(
 def read_caption_rows(
   source: str, bad_rows: rows_lib.BadRows | rows_lib.RowKeeper = "refuse"
 ) -> list[rows_lib.CaptionRow]:
-  """Reads images with captions from a .jsonl file (`jsonl.read_caption_jsonl`). bad_rows: as
-  `read_parts`."""
-  if not source.endswith(".jsonl"):
+  """Reads images with captions from a .jsonl or .json file (`jsonl.read_caption_jsonl`).
+  bad_rows: as `read_parts`."""
+  if pathlib.Path(source).suffix.lower() not in JSON_SUFFIXES:
     raise ValueError(
-      f"caption source {source!r} is not known; use a .jsonl file of image and caption"
+      f"caption source {shown(source)} is not known; use a .jsonl file of image and caption"
     )
-  return rows_lib.good_rows(jsonl.scan_caption_jsonl(pathlib.Path(source)), bad_rows)
+  return rows_lib.good_rows(jsonl.scan_caption_jsonl(pathlib.Path(source).expanduser()), bad_rows)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from caprl_jax.data.readers.jsonl import image_suffix, parse_questions, plain_questions
 from caprl_jax.data.rows import BadRow, CaptionRow, QARow, check_rows, image_bytes
+from caprl_jax.json_files import parse_json, shown
 
 
 class CaprlQa(tfds.core.GeneratorBasedBuilder):
@@ -71,7 +72,7 @@ class CaprlQa(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, rows: Sequence[QARow]) -> Iterator[tuple[int, dict[str, Any]]]:
     for i, row in enumerate(rows):
       data = image_bytes(row)
-      image_suffix(data, f"row {row.name!r}")
+      image_suffix(data, f"row {shown(row.name)}")
       qa = {"questions": plain_questions(row)} | ({} if row.facts is None else {"facts": row.facts})
       yield i, {"image": data, "name": row.name, "qa": json.dumps(qa, ensure_ascii=False)}
 
@@ -115,7 +116,7 @@ def scan_tfds(folder: str, split: str) -> Iterator[QARow | BadRow]:
     where = f"{folder}:{split}, record {i}"
     try:
       record = source[i]
-      qa = json.loads(record["qa"])
+      qa = parse_json(record["qa"], f"{where}: qa")
       row = QARow(
         RecordImage(folder, split, i),
         parse_questions(qa["questions"], f"{where}: questions"),
@@ -127,7 +128,9 @@ def scan_tfds(folder: str, split: str) -> Iterator[QARow | BadRow]:
       message = str(error)
       row = BadRow(
         where,
-        message if message.startswith(where) else f"{where}: {type(error).__name__}: {message}",
+        message
+        if message.startswith(where)
+        else f"{where}: {type(error).__name__}: {message:.200}",
       )
     yield row
 

@@ -135,6 +135,29 @@ def test_the_first_release_there_and_back(folder):
   assert read.image.parent == folder / "pictures" and read.questions == row.questions
 
 
+def test_what_the_release_has_no_keys_for_is_kept(folder):
+  question = Question("Q?", ("x", "y"), 1, "kind", "who")
+  row = QARow(folder / "a.png", (question, WANT), "name", {"color": "red"})
+  write_json(folder / "b.json", [row])
+  assert list(scan_json(folder / "b.json")) == [row]
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "What?\n   - A) x = 1\nprint(x)\n   - B) print(2)\n   - C) nothing",
+    "What?\n   - A) x\n   - C) y",
+  ],
+)
+def test_options_that_leave_a_letter_out_are_refused(text):
+  with pytest.raises(ValueError, match="have the letters .*an option must stand on one line"):
+    parse_question(text, "C")
+
+
+def test_a_stem_keeps_its_blank_lines():
+  assert parse_question("a\n\nb\n\n- A) x\r\n\n- B) y\n", "B") == Question("a\n\nb", ("x", "y"), 1)
+
+
 def test_files_that_are_no_json_of_rows(folder):
   with pytest.raises(ValueError, match="a.json: cannot be read"):
     list(scan_json(folder / "a.json"))

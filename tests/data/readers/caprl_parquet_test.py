@@ -1,6 +1,8 @@
 """Parquet in the release's layout: there and back, the release's rows, refusals, lazy images."""
 
+import base64
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +10,7 @@ import pytest
 from helpers.qa_rows import ROWS, plain, png
 
 from caprl_jax.data.readers import caprl_parquet
-from caprl_jax.data.rows import BadRow, QARow, Question, read_image
+from caprl_jax.data.rows import BadRow, QARow, Question, image_bytes, read_image
 
 # One row exactly as the release's card describes it.
 RELEASED = {
@@ -108,6 +110,99 @@ def test_images_of_any_parquet(tmp_path):
     read_image(none)
 
 
+def test_spellings_of_choices_and_answers(tmp_path):
+  forms = [
+    (["(A) red", "(B) blue"], "(B)"),
+    (["a) red", "b) blue"], "b"),
+    (["A.red", "B.blue"], "B."),
+    (["A: red", "B: blue"], "B"),
+    (["A、red", "B、blue"], "B"),
+    (["Ａ． red", "Ｂ． blue"], "Ｂ"),
+    (["red", "blue"], "B"),
+    (["A) red", "B) blue"], "B) blue"),
+    (["A) red", "B) blue"], "blue"),
+    (["A) red", "B) blue"], "1"),
+    (["B) blue", "A) red"], "B"),
+    (["A) red", "B) blue", "F) Can not answer based on the caption"], "B"),
+  ]
+  bad = [
+    (["red", "b) blue"], "A", "'red' of 'color.' has no letter; write it as 'A. red'"),
+    (["B) red", "C) blue"], "B", "have the letters B, C, not A, B, C"),
+    (["A) red", "B) blue"], "A) blue", "is none of its options"),
+  ]
+  item = lambda choices, answer: {"question": "color?", "choices": choices, "answer": answer}
+  made = [
+    RELEASED | {"reward_model": {"ground_truth": [item(choices, answer)]}}
+    for choices, answer, *_ in [*forms, *bad]
+  ]
+  pq.write_table(pa.Table.from_pylist(made), tmp_path / "a.parquet")
+  read = list(caprl_parquet.scan_parquet(tmp_path / "a.parquet"))
+  for form, row in zip(forms, read, strict=False):
+    assert isinstance(row, QARow), row
+    [question] = row.questions
+    assert sorted(question.options) == ["blue", "red"], form
+    assert question.options[question.gold] == "blue", form
+  for (*_, message), row in zip(bad, read[len(forms) :], strict=True):
+    assert isinstance(row, BadRow) and re.search(message, row.message), row
+
+
+def test_paths_without_bytes_are_files_beside_the_parquet(tmp_path):
+  (tmp_path / "images").mkdir()
+  (tmp_path / "images" / "a b.png").write_bytes(png("red"))
+  question = RELEASED["reward_model"]
+  images = [
+    {"bytes": None, "path": "images/a b.png"},
+    {"bytes": png("blue"), "path": "images/a b.png"},
+    {"bytes": None, "path": f"file://{tmp_path}/images/a%20b.png"},
+    {"bytes": None, "path": "images/none.png"},
+    {"bytes": None, "path": None},
+    None,
+  ]
+  table = pa.table({"image": images, "reward_model": [question] * len(images)})
+  for rows_per_group in (1, 2, 10):
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows_per_group)
+    first, bytes_first, url, *bad = caprl_parquet.scan_parquet(tmp_path / "a.parquet")
+    assert first.image == url.image == tmp_path / "images" / "a b.png"
+    assert first.name == "images/a b.png" and bytes_first.image.read() == png("blue")
+    assert [row.where for row in bad] == [f"{tmp_path / 'a.parquet'}, row {i}" for i in (3, 4, 5)]
+    assert "image 'images/none.png' is not a file in" in bad[0].message
+    assert all(row.message.count("a.parquet") == 1 for row in bad)
+  *good, _, _, _ = caprl_parquet.scan_images(tmp_path / "a.parquet")
+  assert [image_bytes(row) for row in good] == [png("red"), png("blue"), png("red")]
+
+
+def test_columns_of_paths_and_lists_of_one(tmp_path):
+  (tmp_path / "a.png").write_bytes(png("red"))
+  uri = "data:image/png;base64," + base64.b64encode(png("red")).decode()
+  for name, column in (
+    ("image", ["a.png", uri]),
+    ("images", [["a.png"], [uri]]),
+    ("images", [[{"bytes": png("red"), "path": "x.png"}]] * 2),
+    ("image", [{"path": "a.png"}] * 2),
+  ):
+    table = pa.table({name: column, "reward_model": [RELEASED["reward_model"]] * 2})
+    pq.write_table(table, tmp_path / "a.parquet")
+    for scan in (caprl_parquet.scan_parquet, caprl_parquet.scan_images):
+      assert [image_bytes(row) for row in scan(tmp_path / "a.parquet")] == [png("red")] * 2
+  pq.write_table(pa.table({"image": [["a.png", "a.png"]]}), tmp_path / "a.parquet")
+  [row] = caprl_parquet.scan_images(tmp_path / "a.parquet")
+  with pytest.raises(ValueError, match="2 images, but a row has one"):
+    image_bytes(row)
+
+
+def test_ground_truth_of_other_shapes_is_a_bad_row(tmp_path):
+  for model in (
+    {"ground_truth": [{"question": "a"}]},
+    {"ground_truth": "no JSON"},
+    {"ground_truth": 3},
+    "text",
+  ):
+    table = pa.table({"image": [png("red")], "reward_model": [model]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    [row] = caprl_parquet.scan_parquet(tmp_path / "a.parquet")
+    assert isinstance(row, BadRow) and row.message.startswith(f"{tmp_path / 'a.parquet'}, row 0")
+
+
 def test_refusals(tmp_path):
   with pytest.raises(ValueError, match="no parquet file there; name"):
     list(caprl_parquet.scan_parquet(tmp_path))
@@ -119,9 +214,9 @@ def test_refusals(tmp_path):
     ValueError, match="columns .'image', 'reward_model'. are missing .videos are not supported"
   ):
     list(caprl_parquet.scan_parquet(tmp_path / "video.parquet"))
-  pq.write_table(pa.table({"image": ["a.png"]}), tmp_path / "text.parquet")
-  with pytest.raises(ValueError, match="'image' is string; it must be bytes"):
-    list(caprl_parquet.scan_images(tmp_path / "text.parquet"))
+  pq.write_table(pa.table({"image": [1]}), tmp_path / "number.parquet")
+  with pytest.raises(ValueError, match="'image' is int64; it must be bytes, paths, or"):
+    list(caprl_parquet.scan_images(tmp_path / "number.parquet"))
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

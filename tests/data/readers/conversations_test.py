@@ -1,5 +1,6 @@
 """Captions, talks and questions of every layout -> token ids with the assistant's wanted."""
 
+import base64
 import json
 
 import jax
@@ -149,6 +150,52 @@ def test_bad_rows_are_refused_or_dropped(folder, row, message):
   with pytest.raises(ValueError, match=message):
     read_examples(path, ASK)
   assert len(read_examples(path, ASK, bad_rows="drop")) == 1
+
+
+def test_other_spellings_of_conversations(folder):
+  image = "images/0.png"
+  uri = "data:image/png;base64," + base64.b64encode((folder / "data" / image).read_bytes()).decode()
+  turns = llava("<image>\nWhat?", "A circle.")
+  path = write(
+    folder,
+    {"image": [image], "conversations": turns},
+    {"image": "", "conversations": llava("hello", "hi")},
+    {"image": None, "images": [], "conversations": llava("hello", "hi")},
+    {"image": image, "system": "Be brief.", "conversations": turns},
+    {"image": image, "system": "", "conversations": turns, "tools": [], "videos": None},
+    {"image": {"path": image, "bytes": None}, "conversations": openai("<image>What?", "It.")},
+    {"image": uri, "id": 3, "conversations": turns},
+    {"image": uri, "caption": "A circle."},
+    {"messages": openai([{"type": "image_url", "image_url": {"url": uri}}], "It.")},
+    {"messages": openai([{"type": "image", "path": image}], "It.")},
+  )
+  got = read_examples(path, ASK)
+  file = folder / "data" / image
+  data = file.read_bytes()
+  assert [c.image for c in got] == [file, None, None, file, file, file, data, data, data, file]
+  assert [c.turns[0].role for c in got] == ["user"] * 3 + ["system"] + ["user"] * 6
+  assert got[6].name == "3" and all(len(c.name) < 40 for c in got)
+
+
+@pytest.mark.parametrize(
+  "row, message",
+  [
+    ({"image": ["images/0.png"] * 2, "conversations": llava("a", "b")}, "2 images"),
+    ({"image": "", "conversations": llava("<image>a", "b")}, r"0 image\(s\) and 1 place"),
+    (
+      {"system": "x", "conversations": [{"from": "system", "value": "y"}, *llava("a", "b")]},
+      "a key 'system' and a turn of the system",
+    ),
+    ({"videos": ["a.mp4"], "conversations": llava("a", "b")}, "videos = .'a.mp4'., which are not"),
+    ({"image": "data:image/png;base64,$", "caption": "a"}, "no base64"),
+    ({"image": "x" * 9999, "caption": "a" * 9999}, "image 'xxx.*neither a path nor"),
+  ],
+)
+def test_spellings_that_are_refused_in_one_short_message(folder, row, message):
+  path = write(folder, row)
+  with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{message}") as failure:
+    read_examples(path, ASK)
+  assert str(failure.value).count("rows.jsonl") == 1 and len(str(failure.value)) < 400
 
 
 def test_other_refusals(folder):

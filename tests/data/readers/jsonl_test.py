@@ -1,5 +1,6 @@
 """JSON lines: what is refused and in what words, there and back, images in memory or archives."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -8,6 +9,7 @@ import pathlib
 import re
 
 import pytest
+from helpers.qa_rows import png
 from PIL import Image
 
 from caprl_jax.data import rows
@@ -115,6 +117,63 @@ def test_refusals_name_file_and_line(item, message, picture, tmp_path):
   path = write_lines(tmp_path / "a.jsonl", line(), "", item)
   with pytest.raises(ValueError, match=re.escape(f"{path}:3") + ":? " + f".*{message}"):
     jsonl.read_jsonl(path)
+
+
+PNG = png("red", (64, 48))
+TEXT = base64.b64encode(PNG).decode()
+
+
+@pytest.mark.parametrize(
+  "image, name",
+  [
+    (["images/1.png"], "images/1.png"),
+    ({"path": "images/1.png", "bytes": None}, "images/1.png"),
+    ("images\\1.png", "images\\1.png"),
+    ("file://images/1.png", "file://images/1.png"),
+    (f"data:image/png;base64,{TEXT}", None),
+    (TEXT, None),
+    ({"path": "x.png", "bytes": TEXT}, "x.png"),
+  ],
+)
+def test_spellings_of_images(image, name, picture, tmp_path):
+  picture.write_bytes(PNG)
+  [row] = jsonl.read_jsonl(write_lines(tmp_path / "a.jsonl", line() | {"image": image}))
+  assert rows.image_bytes(row) == PNG and len(row.name) < 30
+  assert name is None or row.name == name
+
+
+@pytest.mark.parametrize(
+  "image, message",
+  [
+    (["images/1.png"] * 2, "2 images, but a row has one"),
+    ("data:image/png;base64,iVBORw0KGgo$", "no base64"),
+    (f"data:image/png;base64,{'QUJD' * 999}", "cannot be opened"),
+    ("https://x.org/a.png", "download it first"),
+    ("x" * 999, "not a file"),
+    ("y" * 99_999, "neither a path nor"),
+  ],
+)
+def test_images_that_cannot_be_read_are_one_short_bad_row(image, message, picture, tmp_path):
+  path = write_lines(tmp_path / "a.jsonl", line(), line() | {"image": image}, line())
+  good, bad, other = jsonl.scan_jsonl(path)
+  assert isinstance(bad, rows.BadRow) and re.search(message, bad.message) and good == other
+  assert bad.message.startswith(f"{path}:2: ") and bad.message.count(str(path)) == 1
+  assert len(bad.message) < 400 + len(str(tmp_path))
+
+
+def test_options_with_letters_and_too_many(picture, tmp_path):
+  path = write_lines(
+    tmp_path / "a.jsonl",
+    line(options=["A. red", "B. blue"], gold="B"),
+    line(options=["a man", "a woman", "(C) nobody"]),
+    line(options=[f"option {i}" for i in range(30)], gold=28),
+    line() | {"name": None, "facts": None},
+  )
+  labelled, some, many, nulls = jsonl.scan_jsonl(path)
+  assert labelled.questions[0] == rows.Question("What color is it?", ("red", "blue"), 1)
+  assert "questions[0]: option 2, '(C) nobody', carries a letter" in some.message
+  assert "has 30 options; there are letters for 26" in many.message
+  assert nulls.name == "images/1.png" and nulls.facts is None
 
 
 @pytest.mark.parametrize(

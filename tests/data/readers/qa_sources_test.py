@@ -1,5 +1,6 @@
 """Names of datasets and mixtures."""
 
+import gzip
 import json
 
 import numpy as np
@@ -44,6 +45,20 @@ def test_every_format_reads_the_same_rows(rows, tmp_path):
   assert len(read_qa_rows("easy_vqa:test", 0, max_rows=3)) == 3
   charts = read_qa_rows("charts:test:2:96x72", 0)
   assert len(charts) == 2 and read_image(charts[0]).size == (96, 72)
+
+
+def test_json_rows_are_known_by_their_keys_not_by_the_suffix(rows, tmp_path):
+  jsonl.write_jsonl(tmp_path / "ours.jsonl", rows)
+  caprl_json.write_json(tmp_path / "released.json", rows)
+  ours = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
+  released = json.loads((tmp_path / "released.json").read_text())
+  mixed = {"data": ours + released}
+  for name in ("a.json", "a.jsonl", "a.JSON"):
+    (tmp_path / name).write_text(json.dumps(mixed, indent=1))
+    assert [row.questions for row in read_qa_rows(str(tmp_path / name), 0)] == [QUESTIONS] * 8
+  (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+  with pytest.raises(ValueError, match="is compressed; unpack it first"):
+    read_qa_rows(str(tmp_path / "a.jsonl.gz"), 0)
 
 
 @pytest.mark.parametrize(

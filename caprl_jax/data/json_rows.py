@@ -1,0 +1,84 @@
+"""JSON files of rows, however they are laid out -> the rows' values with their places."""
+
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from caprl_jax import json_files
+from caprl_jax.data.rows import BadRow
+
+_WRAPPERS = ("data", "rows", "examples")  # {"data": [rows]}
+_PACKED = {
+  b"\x1f\x8b": "gunzip",
+  b"BZh": "bunzip2",
+  b"\xfd7zXZ": "unxz",
+  b"\x28\xb5\x2f\xfd": "unzstd",
+  b"PK\x03\x04": "unzip",
+}
+
+
+def read_items(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+  """Yields the place and the value of each row, or a BadRow in the place of a line that is no JSON.
+
+  The file holds, whatever its suffix, one row per line; a list of rows; an object with such a list
+  under "data", "rows" or "examples"; or one row alone. Blank lines count but are skipped.
+
+  Raises:
+    ValueError: the file cannot be read, is compressed, or holds none of these.
+  """
+  path = pathlib.Path(path)
+  check_unpacked(path)
+  start = json_files.starts_with(path)
+  if start == "[":
+    yield from _of_list(json_files.read_json(path), str(path))
+    return
+  lines = json_files.json_lines(path)
+  first = next(lines, None)
+  if first is None:
+    return
+  where, value = first
+  if value == {}:
+    raise ValueError(f"{path}: holds dict, but it must be a list of rows, or one row per line")
+  if start == "{" and (isinstance(value, ValueError) or _wrapped(value)):
+    # an object on several lines, or one that holds all rows
+    try:
+      whole = json_files.read_json(path)
+    except ValueError:
+      whole = None  # lines, the first of them bad
+    if isinstance(whole, dict):
+      key = _wrapped(whole)
+      yield from _of_list(whole[key], f"{path}, {key}") if key else [(str(path), whole)]
+      return
+  yield where, _or_bad(where, value)
+  for where, value in lines:
+    yield where, _or_bad(where, value)
+
+
+def check_unpacked(path: pathlib.Path) -> None:
+  """Raises ValueError for a compressed file, with the command that unpacks it."""
+  try:
+    with path.open("rb") as file:
+      start = file.read(6)
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+  for magic, command in _PACKED.items():
+    if start.startswith(magic):
+      raise ValueError(f"{path} is compressed; unpack it first ({command} {path.name})")
+
+
+def _of_list(items: list, place: str) -> Iterator[tuple[str, Any]]:
+  for number, item in enumerate(items):
+    yield f"{place}, item {number}", item
+
+
+def _wrapped(value: Any) -> str:
+  """The key that a file's one object holds its rows under, or ""."""
+  held = [key for key in _WRAPPERS if isinstance(value, dict) and isinstance(value.get(key), list)]
+  return held[0] if len(held) == 1 else ""
+
+
+def _or_bad(where: str, value: Any) -> Any:
+  if isinstance(value, ValueError):
+    return BadRow(where, f"{value}; write one whole JSON object a line, in UTF-8")
+  return value

@@ -1,0 +1,157 @@
+"""The letters that options and answers are written with -> options without them, the right one's
+index.
+"""
+
+import re
+import string
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from caprl_jax.json_files import shown
+
+MAX_OPTIONS = len(string.ascii_uppercase)
+
+_ONE = "([A-Za-zＡ-Ｚａ-ｚ])"
+# "(A) red", "A) red", "A. red", "A: red", "A、red", "A.red", "- A) red", "Option A: red"; no "A.D."
+_LABEL = re.compile(
+  rf"\s*(?:[-*•]\s+)?(?:option\s+)?"
+  rf"(?:[(\[（【]{_ONE}[)\]）】]|{_ONE}(?:[)）、．：]|[.:](?:(?=\s)|(?=[^\W_]{{2}}))))",
+  re.IGNORECASE,
+)
+_LETTER = re.compile(rf"\s*(?:option\s+)?[(\[]?{_ONE}[)\].:、]*\s*", re.IGNORECASE)
+_INITIALS = re.compile(r"\s*(?:[A-Z]\.\s*)+[A-Z][^\W\d_][\w'’-]*.*", re.DOTALL)
+_NAME = re.compile(r"\s*(?:[A-Z][\w'’-]*\.?\s+)+[A-Z][\w'’-]*\.?\s*")
+
+
+def folded(option: str) -> str:
+  """What two options must differ in: the text without case and outer spaces."""
+  return option.strip().casefold()
+
+
+def labelled(option: str) -> tuple[str, str] | None:
+  """The letter that an option is written with, a capital, and the text behind it: "b) red" -> B and
+  red. None where there is no letter, or no text behind it.
+  """
+  match = _LABEL.match(option)
+  text = option[match.end() :].strip() if match else ""
+  if not match or not text:
+    return None
+  return unicodedata.normalize("NFKC", match.group(1) or match.group(2)).upper(), text
+
+
+def without_letters(options: Sequence[str], where: str) -> tuple[str, ...]:
+  """The options, without the letters A, B, C ... where all of them carry theirs, in this order.
+
+  Raises ValueError, starting with `where`, as `check_letters` does of what is left.
+  """
+  texts = tuple(options)
+  while (found := _letters_of(texts)) and found == string.ascii_uppercase[: len(texts)]:
+    texts = tuple(part[1] for part in map(labelled, texts) if part)
+  check_letters(texts, where)
+  return texts
+
+
+def check_letters(options: Sequence[str], where: str) -> None:
+  """Raises ValueError, starting with `where`, for options that would be shown with two letters.
+
+  That is: all carry the first letters of the alphabet, in any order; or all carry letters that are
+  no initials; or some do, one of them that of its own place, as in ("red", "blue", "(C) green").
+  Taken for text: a letter at another place ("red", "A) blue"), for texts may begin so, and names
+  with initials ("A. Lincoln") among names.
+  """
+  found = [labelled(option) for option in options]
+  letters = [part[0] if part else "" for part in found]
+  if not any(letters):
+    return
+  if all(letters):
+    first = sorted(letters) == list(string.ascii_uppercase[: len(letters)])
+    if first and "".join(letters) == string.ascii_uppercase[: len(letters)]:
+      raise ValueError(f"{where}: its options carry letters of their own; write them without")
+    if first or not are_names(options):
+      raise ValueError(
+        f"{where}: its options carry the letters {', '.join(letters)}, which are not A, B, C ... "
+        "in order; write them without letters"
+      )
+    return
+  own = [
+    i for i, letter in enumerate(letters) if letter and letter == string.ascii_uppercase[i : i + 1]
+  ]
+  if not own or all(
+    _INITIALS.fullmatch(option) if letter else _NAME.fullmatch(option)
+    for option, letter in zip(options, letters)
+  ):
+    return
+  raise ValueError(
+    f"{where}: option {own[0]}, {shown(options[own[0]])}, carries a letter and others carry none; "
+    "give letters to all of them or to none"
+  )
+
+
+def are_names(options: Sequence[str]) -> bool:
+  """Whether all options begin with initials, "G. Washington", which are not A, B, C ... in some
+  order.
+  """
+  letters = sorted(part[0] for part in map(labelled, options) if part)
+  return letters != list(string.ascii_uppercase[: len(options)]) and all(
+    map(_INITIALS.fullmatch, options)
+  )
+
+
+def gold_index(gold: Any, options: Sequence[str], where: str, letters: str = "") -> int:
+  """The index of the option that `gold` says is right.
+
+  Args:
+    gold: an index from 0 (also 1.0, which pandas makes of 1); or a letter ("B", "b", "(B)", "B.",
+      "option B"), a letter with the option's text ("B) red"), the text, or an index in digits. A
+      small letter or digits that are an option's text are that option. A list of one such is read
+      too.
+    options: without letters.
+    letters: of the options, in their order; "" for A, B, C ...
+
+  Raises:
+    ValueError, starting with `where`: no option fits, or several do, such as "A" for ("B", "A"). An
+    index that is too large is returned as it is (`rows.check_question` refuses it).
+  """
+  if isinstance(gold, list) and len(gold) == 1:
+    gold = gold[0]
+  if isinstance(gold, float) and gold.is_integer():
+    gold = int(gold)
+  if isinstance(gold, bool) or not isinstance(gold, (int, str)):
+    several = "; one option must be right" if isinstance(gold, list) else ""
+    raise ValueError(
+      f"{where}: gold is {shown(gold)}, but it must be an index, a letter or a text{several}"
+    )
+  if isinstance(gold, int):
+    return gold
+  found = _fitting(gold, options, letters or string.ascii_uppercase[: len(options)])
+  if len(found) != 1:
+    fits = " and ".join(shown(options[i], 40) for i in sorted(found)) or "none"
+    raise ValueError(
+      f"{where}: gold {shown(gold)} fits {fits} of the options {shown(list(options))}; it must be "
+      "the letter (A for the first) or the text of exactly one, or an index from 0"
+    )
+  return found.pop()
+
+
+def _fitting(gold: str, options: Sequence[str], letters: str) -> set[int]:
+  by_text = {i for i, option in enumerate(options) if folded(option) == folded(gold)}
+  plain = unicodedata.normalize("NFKC", gold).strip()
+  if match := _LETTER.fullmatch(plain):
+    place = letters.find(match.group(1).upper())
+    if place < 0 or (by_text and plain == plain.lower()):
+      return by_text
+    return by_text | {place}
+  if part := labelled(gold):
+    place = letters.find(part[0])
+    agrees = place >= 0 and folded(options[place]) == folded(part[1])
+    return by_text | {place} if agrees else by_text
+  if not by_text and plain.isascii() and plain.isdigit() and int(plain[:9]) < len(options):
+    return {int(plain[:9])}
+  return by_text
+
+
+def _letters_of(options: Sequence[str]) -> str:
+  """The letters that all options carry, or "" where one carries none."""
+  found = [labelled(option) for option in options]
+  return "".join(part[0] for part in found if part) if all(found) else ""
