@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from caprl_jax.data.readers.conversations import Conversation, Turn
+from caprl_jax.hub.chat_template import render
 from caprl_jax.hub.tokenizer import Tokenizer
+from caprl_jax.json_files import shown
 from caprl_jax.models.family import Family
 
 _MARK = "\ue000{}\ue001"  # private characters: no template tests for them or trims them
@@ -117,7 +119,7 @@ class ChatRenderer:
       str(i) for i in range(sum(kind == "text" for _, kinds in shape for kind in kinds))
     ]:
       raise ValueError(
-        f"the checkpoint's chat template writes {text!r:.200} for turns of "
+        f"the checkpoint's chat template writes {shown(text, 200)} for turns of "
         f"{[role for role, _ in shape]}: not every text once and in order"
       )
     pieces: list[_Piece] = []
@@ -129,7 +131,7 @@ class ChatRenderer:
     images = sum(piece.kind == "image" for piece in pieces)
     if images != sum(kind == "image" for _, kinds in shape for kind in kinds):
       raise ValueError(
-        f"the checkpoint's chat template writes {text!r:.200}: {images} times "
+        f"the checkpoint's chat template writes {shown(text, 200)}: {images} times "
         f"{self.family.marker!r}. Is it of the text-only model?"
       )
     return self._mark_ends(pieces)
@@ -176,20 +178,17 @@ class ChatRenderer:
 
   def _render(self, turns: Sequence[tuple[str, list[str | None]]]) -> str:
     """turns: (role, texts, None for the image)."""
-    # late: it takes a second
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     part_of = lambda text: {"type": "image"} if text is None else {"type": "text", "text": text}
     listed = [{"role": role, "content": [part_of(text) for text in parts]} for role, parts in turns]
     plain = [
       {"role": role, "content": "".join(parts) if None not in parts else content["content"]}
       for (role, parts), content in zip(turns, listed)
     ]
-    failure: Exception | None = None
+    failure: ValueError | None = None
     for messages in (listed, plain):  # some templates take lists of parts, some texts only
       try:
-        (text,), _ = render_jinja_template([messages], chat_template=self.template, **self.special)
-      except Exception as error:  # noqa: BLE001  a template is a program: it may raise anything
+        text = render(self.template, messages, self.special)
+      except ValueError as error:
         failure = error
         continue
       # A template for texts only may print the list itself.
@@ -197,11 +196,10 @@ class ChatRenderer:
         part is None or part.strip() in text for _, parts in turns for part in parts
       ):
         return text
-    what = (
-      f"failed ({type(failure).__name__}: {failure})" if failure else "does not write what is said"
-    )
+    if failure:
+      raise failure
     raise ValueError(
-      f"the checkpoint's chat template {what}, of turns of "
+      "the checkpoint's chat template does not write what is said, of turns of "
       f"{[role for role, _ in turns]}; mend chat_template.jinja"
     )
 
@@ -225,7 +223,8 @@ class ChatRenderer:
         break
     else:
       raise ValueError(
-        f"the checkpoint's chat template changes what is said: it makes {whole!r:.300} of {texts}"
+        "the checkpoint's chat template changes what is said: it makes "
+        f"{shown(whole, 300)} of {texts}"
       )
     ids = self(Conversation(None, turns[2:], "")).tokens_L.tolist()
     want = self.tokenizer.encode(self._render([(turn.role, [turn.text]) for turn in turns[2:]]))[

@@ -5,8 +5,9 @@ from typing import Any
 
 from caprl_jax.hub.folders.notices import warn_once
 from caprl_jax.hub.folders.text_files import json_of
+from caprl_jax.hub.template_limits import check_limits
 from caprl_jax.hub.tokenizer import Tokenizer
-from caprl_jax.json_files import shown
+from caprl_jax.json_files import cut, decode, shown
 from caprl_jax.models.family import Family
 
 # ChatML with one image, as Qwen's and InternVL's templates write it when no system message is
@@ -22,6 +23,13 @@ DEFAULT_TEMPLATE = (
 def default_template(family: Family) -> str:
   """What a new model of the family is given."""
   return DEFAULT_TEMPLATE.replace("IMAGE", family.marker + family.after_marker)
+
+
+def _is_default(template: str) -> bool:
+  """Whether it is ours, of any family: `default_template` differs between them in IMAGE only."""
+  before, _, after = DEFAULT_TEMPLATE.partition("IMAGE")
+  image = template.removeprefix(before).removesuffix(after)
+  return template == before + image + after and "{" not in image
 
 
 def find_template(files: Mapping[str, bytes]) -> str | None:
@@ -43,7 +51,7 @@ def find_template(files: Mapping[str, bytes]) -> str | None:
     if name not in files:
       continue
     if name.endswith(".jinja"):
-      template = files[name].decode("utf-8")
+      template = _text_of(files[name], name)
     else:
       template = _default_of(json_of(files, name).get("chat_template"), name)
     if template:
@@ -59,6 +67,13 @@ def find_template(files: Mapping[str, bytes]) -> str | None:
       f"processors do, and that of {' and '.join(others)} differs from it; remove what is old"
     )
   return found[taken]
+
+
+def _text_of(data: bytes, name: str) -> str:
+  try:
+    return decode(data)
+  except UnicodeError as error:
+    raise ValueError(f"{name}: no text ({error}); take the model's own file") from error
 
 
 def _default_of(said: Any, name: str) -> str | None:
@@ -90,16 +105,15 @@ def prompt_pieces(
   image = family.marker.removeprefix(family.open).removesuffix(family.close)
   if image in instruction:  # it would be one more image token than there are image features
     raise ValueError(
-      f"the instruction {instruction!r} holds {image!r}, which stands for an image; "
+      f"the instruction {shown(instruction)} holds {image!r}, which stands for an image; "
       "the chat template writes it where it belongs: take it out of the instruction"
     )
-  text = _render(
-    template, [{"type": "image"}, {"type": "text", "text": instruction}], special, system
-  )
+  content = [{"type": "image"}, {"type": "text", "text": instruction}]
+  text = _render(template, content, special, system)
   before, found, after = text.partition(family.marker)
   if not found or text.count(image) != 1:
     raise ValueError(
-      f"the checkpoint's chat template writes {text!r} for an image and an "
+      f"the checkpoint's chat template writes {shown(text, 300)} for an image and an "
       f"instruction; it must hold {family.marker!r} once. Is it of the text-only "
       "model?"
     )
@@ -122,20 +136,41 @@ def text_prompt(
 def _render(
   template: str, content: list[dict], special: Mapping[str, str] | None, system: str | None
 ) -> str:
-  # late: it takes a second
-  from transformers.utils.chat_template_utils import render_jinja_template
-
   turns = [{"role": "user", "content": content}]
   if system is not None:
     turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+  return render(template, turns, special, add_generation_prompt=True)
+
+
+def render(
+  template: str,
+  turns: list[dict],
+  special: Mapping[str, str] | None = None,
+  *,
+  add_generation_prompt: bool = False,
+) -> str:
+  """What a chat template makes of turns of `role` and `content`, by transformers' own renderer.
+
+  Raises:
+    ValueError: it fails on them, does not end, or writes what is no text.
+  """
+  # late: it takes a second
+  from transformers.utils.chat_template_utils import render_jinja_template
+
+  if not _is_default(template):
+    check_limits(template)
   try:
     (text,), _ = render_jinja_template(
-      [turns], chat_template=template, add_generation_prompt=True, **(special or {})
+      [turns],
+      chat_template=template,
+      add_generation_prompt=add_generation_prompt,
+      **(special or {}),
     )
+    text.encode("utf-8")
   except Exception as error:  # a template is a program: it may raise anything
+    roles = [turn["role"] for turn in turns]
     raise ValueError(
-      "the checkpoint's chat template failed on a turn of "
-      f"{[part['type'] for part in content]}: {type(error).__name__}: {error}; mend "
-      "chat_template.jinja"
+      f"the checkpoint's chat template failed on turns of {roles}: {type(error).__name__}: "
+      f"{cut(error, 300)}; mend chat_template.jinja"
     ) from error
   return text

@@ -22,6 +22,7 @@ from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.lora import merge_lora, new_lora
 from caprl_jax.hub.opened import open_captioner, open_decoder, read_processor
 from caprl_jax.hub.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
+from caprl_jax.json_files import cut
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.family import Keys
 from caprl_jax.models.layers import LoraConfig
@@ -118,7 +119,15 @@ def init_decoder(cfg: DecoderConfig) -> Callable[[jax.Array], Any]:
 
 
 def _fill(init, keys: Keys, tensors, source, mesh, dtype) -> tuple[Params, Any]:
-  boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
+  try:
+    boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
+  # Sizes that contradict each other show as whatever the layers stumble over.
+  except (ArithmeticError, AssertionError, IndexError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{source}: the sizes in config.json contradict each other "
+      f"({type(error).__name__}: {cut(error, 200)}); take the file of the checkpoint that this one "
+      "was made from"
+    ) from error
   shardings = sharding.param_shardings(boxed, mesh)
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
   base, adapters = split_lora(abstract)
@@ -149,6 +158,8 @@ def decoder_config(text: dict, source: str, **overrides: Any) -> DecoderConfig:
       f"{source}: config.json (model_type {text.get('model_type')!r}) lacks the key {error}; take "
       "the whole file of the checkpoint"
     ) from error
+  except (ArithmeticError, TypeError, ValueError) as error:
+    raise ValueError(f"{source}: config.json: {cut(error, 300)}") from error
 
 
 def load_policy(
@@ -169,7 +180,13 @@ def load_policy(
   """
   found = open_captioner(source)
   preprocessor = found.preprocessor()
-  cfg = PolicyConfig.from_hf(found.config, preprocessor, dtype=dtype, remat=remat, lora=lora)
+  try:
+    cfg = PolicyConfig.from_hf(found.config, preprocessor, dtype=dtype, remat=remat, lora=lora)
+  except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{source}: config.json or preprocessor_config.json: {cut(error, 300)}; take the files of "
+      "the checkpoint that this one was made from"
+    ) from error
   tokenizer = load_tokenizer(found.path)
   check_tokenizer(tokenizer, cfg.text.vocab_size, source)
   small = hub_files.read_small_files(found.path)

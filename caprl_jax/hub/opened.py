@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from caprl_jax.hub import hub_files, weights
+from caprl_jax.hub.folders.numbers import check_numbers
 from caprl_jax.hub.folders.pixels import complete_processor
 from caprl_jax.hub.folders.settings import complete_text, complete_vision
 from caprl_jax.models.families import family_of, is_vision_language
@@ -48,7 +49,7 @@ def open_captioner(source: str) -> Opened:
   """
   path = hub_files.resolve_model(source)
   config, tensors = hub_files.read_directory(path)
-  config, tensors, family = _adapted(config, tensors)
+  config, tensors, family = _adapted(config, tensors, path)
   return _settled(path, config, tensors, family.keys, family)
 
 
@@ -59,8 +60,9 @@ def open_decoder(source: str) -> Opened:
   path = hub_files.resolve_model(source)
   config, tensors = hub_files.read_model(path)
   if not is_vision_language(config):
+    check_numbers(config, path)
     return _settled(path, config, tensors, DECODER_KEYS, None)
-  config, tensors, family = _adapted(config, tensors)
+  config, tensors, family = _adapted(config, tensors, path)
   return _settled(path, config, tensors, family.decoder_keys, family)
 
 
@@ -69,13 +71,19 @@ def read_processor(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
   Raises ValueError as `open_captioner`.
   """
   path = hub_files.resolve_model(source)
-  config, _, family = _adapted(hub_files.read_config(path), {})
+  config, _, family = _adapted(hub_files.read_config(path), {}, path)
   config = complete_vision(_completed(config, family, path), path)
   return config, complete_processor(hub_files.read_preprocessor(path), config, path)
 
 
-def _adapted(config: dict[str, Any], tensors: Mapping) -> tuple[dict[str, Any], Mapping, Family]:
-  family = family_of(config)
+def _adapted(
+  config: dict[str, Any], tensors: Mapping, path: pathlib.Path
+) -> tuple[dict[str, Any], Mapping, Family]:
+  try:
+    family = family_of(config)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  check_numbers(config, path)
   config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
   return config, tensors, family
 

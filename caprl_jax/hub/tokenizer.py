@@ -16,7 +16,7 @@ from caprl_jax.hub import gguf, hub_files
 from caprl_jax.hub.folders.kinds import ADAPTER_CONFIG
 from caprl_jax.hub.folders.notices import warn_once
 from caprl_jax.hub.folders.text_files import read_bytes, read_json
-from caprl_jax.json_files import shown
+from caprl_jax.json_files import cut, shown
 
 CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_ENDS = ("<|im_end|>", "<|endoftext|>")
@@ -122,7 +122,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   path = pathlib.Path(path)
   if not path.is_dir():
     config, _ = gguf.read_gguf(path)
-    return Tokenizer(gguf.gguf_tokenizer(path), _eos_ids([config]))
+    return Tokenizer(gguf.gguf_tokenizer(path), _eos_ids([config], path))
   places = hub_files.files_of(path)
   if "tokenizer.json" in places:
     file = places["tokenizer.json"]
@@ -131,7 +131,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
       backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
       raise ValueError(
-        f"{file} ({file.stat().st_size:,} bytes) is not a tokenizer: {error}. "
+        f"{file} ({file.stat().st_size:,} bytes) is not a tokenizer: {cut(error, 300)}. "
         "Download it again or update tokenizers."
       ) from error
     _compare_vocabulary(backend, places)
@@ -144,7 +144,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   configs = [hub_files.read_config(path)] if has_config else []
   if "generation_config.json" in places:
     configs.append(read_json(places["generation_config.json"]))
-  return Tokenizer(backend, _eos_ids(configs))
+  return Tokenizer(backend, _eos_ids(configs, path))
 
 
 def _compare_vocabulary(backend: tokenizers.Tokenizer, places: Mapping[str, pathlib.Path]) -> None:
@@ -161,14 +161,20 @@ def _compare_vocabulary(backend: tokenizers.Tokenizer, places: Mapping[str, path
     )
 
 
-def _eos_ids(configs: Iterable[dict[str, Any]]) -> tuple[int, ...]:
+def _eos_ids(configs: Iterable[dict[str, Any]], path: pathlib.Path) -> tuple[int, ...]:
   ids: list[int] = []
   for config in configs:
     # Vision-language models may keep the language model's settings one level down.
-    for section in (config, config.get("text_config") or {}):
+    inner = config.get("text_config")
+    for section in (config, inner if isinstance(inner, dict) else {}):
       eos = section.get("eos_token_id")
-      if eos is not None:
-        ids += eos if isinstance(eos, list) else [eos]
+      for token_id in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+          raise ValueError(
+            f"{path}: eos_token_id = {shown(eos)} in config.json or generation_config.json must be "
+            "the id of a token, or a list of such"
+          )
+        ids.append(token_id)
   return tuple(dict.fromkeys(ids))
 
 
@@ -185,19 +191,52 @@ def _from_vocab_and_merges(
   # A header line starts with "#version"; a merge may start with "#".
   merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
   vocab = read_json(places["vocab.json"])
-  backend = gguf.byte_level_bpe(vocab, merges, "qwen2")
+  ids = [token_id for token_id in vocab.values() if type(token_id) is int]
+  if len(set(ids)) < len(vocab):
+    raise ValueError(
+      f"{places['vocab.json']}: must give each of its {len(vocab)} tokens an id of its own. "
+      "Download it again."
+    )
+  try:
+    backend = gguf.byte_level_bpe(vocab, merges, "qwen2")
+  except Exception as error:  # the library raises nothing narrower
+    raise ValueError(
+      f"{path}: vocab.json and merges.txt do not fit each other: {cut(error, 200)}. Download both "
+      "again."
+    ) from error
   if "tokenizer_config.json" in places:
-    added = read_json(places["tokenizer_config.json"]).get("added_tokens_decoder", {})
-    for token_id, token in sorted((int(token_id), token) for token_id, token in added.items()):
+    for token_id, token in _added_tokens(places["tokenizer_config.json"]):
       backend.add_tokens([tokenizers.AddedToken(**token)])
       actual = backend.token_to_id(token["content"])
       if actual != token_id:
         raise ValueError(
-          f"{path}: tokenizer_config.json gives {token['content']!r} the id "
+          f"{path}: tokenizer_config.json gives {shown(token['content'])} the id "
           f"{token_id}, but after vocab.json ({len(vocab)} tokens) it is {actual}. "
           "Use the model's tokenizer.json."
         )
   return backend
+
+
+_ADDED = dict(content=str, special=bool, normalized=bool)
+_ADDED |= dict(single_word=bool, lstrip=bool, rstrip=bool)
+
+
+def _added_tokens(file: pathlib.Path) -> list[tuple[int, dict[str, Any]]]:
+  """The ids and settings in a tokenizer_config.json's `added_tokens_decoder`, in order."""
+  added = read_json(file).get("added_tokens_decoder", {})
+  good = isinstance(added, dict) and all(
+    token_id.isdecimal()
+    and isinstance(token, dict)
+    and "content" in token
+    and all(isinstance(value, _ADDED.get(key, ())) for key, value in token.items())
+    for token_id, token in added.items()
+  )
+  if not good:
+    raise ValueError(
+      f"{file}: added_tokens_decoder = {shown(added)} must give ids, each with the content of a "
+      "token and whether it is special, normalized and so on. Download it again."
+    )
+  return sorted((int(token_id), token) for token_id, token in added.items())
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, source: str | os.PathLike) -> None:
@@ -211,6 +250,12 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, source: str | os.Path
       f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1} "
       f"({last!r}), but the embedding only {vocab_size} rows (vocab_size in "
       "config.json). Use the tokenizer and the weights of one model."
+    )
+  beyond = [token_id for token_id in tokenizer.end_ids if token_id >= vocab_size]
+  if beyond:
+    raise ValueError(
+      f"{source}: eos_token_id in config.json or generation_config.json names {shown(beyond)}, but "
+      f"the embedding has {vocab_size} rows. Use the files of one model."
     )
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from caprl_jax.json_files import shown
 from caprl_jax.models.attention import Prefix, attend, causal_mask
 from caprl_jax.models.layers import GatedMLP, LoraConfig, RMSNorm, linear, rotary_tables, rotate
 
@@ -52,16 +53,16 @@ class DecoderConfig:
   def from_hf(cls, config: dict, **overrides) -> "DecoderConfig":
     """Reads a config.json dict of a text model in `DECODERS`. Raises ValueError for others."""
     kind = config.get("model_type", "")
-    if kind not in DECODERS:
+    if not isinstance(kind, str) or kind not in DECODERS:
       raise ValueError(
-        f"model_type {kind!r} is not a decoder this version knows; it knows {sorted(DECODERS)}"
+        f"model_type {shown(kind)} is not a decoder this version knows; it knows {sorted(DECODERS)}"
       )
     # Where a file has both, transformers takes the older one.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope", "llama3"):
       raise ValueError(
-        f"rope type {rope_type!r} of model_type {kind!r} is not supported; "
+        f"rope type {shown(rope_type)} of model_type {kind!r} is not supported; "
         "supported: default, mrope, llama3"
       )
     if config.get("use_sliding_window"):

@@ -2,6 +2,7 @@
 here.
 """
 
+from caprl_jax.json_files import shown
 from caprl_jax.models import internvl, qwen3_vl, qwen25_vl
 from caprl_jax.models.family import Family
 
@@ -20,4 +21,4 @@ def family_of(config: dict) -> Family:
     if kind in (family.model_type, *family.aliases):
       return family
   known = ", ".join(f.model_type for f in FAMILIES)
-  raise ValueError(f"policy model_type {kind!r} is not supported; supported: {known}")
+  raise ValueError(f"policy model_type {shown(kind)} is not supported; supported: {known}")

@@ -14,7 +14,7 @@ from fuzz import kinds, limits
 from fuzz.cases import Case
 
 COUNT = 1200  # about half a minute on two cores
-TRIED = ["configs", "flags", "gguf", "metrics"]
+TRIED = "configs flags captioner judge adapters gguf tokenizers templates metrics".split()
 
 
 def fuzz(*arguments: str) -> subprocess.CompletedProcess:

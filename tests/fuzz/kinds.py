@@ -67,7 +67,7 @@ KINDS: dict[str, Kind] = {
   "adapters": Kind(bases.adapters, _CHECKPOINT, targets.captioner, 0.5),
   "gguf": Kind(bases.gguf_file, {".gguf": mutate_bytes}, targets.gguf, 0.5),
   "tokenizers": Kind(bases.old_tokenizer, _CHECKPOINT, targets.tokenizers, 1),
-  "templates": Kind(bases.templates, {".jinja": programs.template}, targets.templates, 1),
+  "templates": Kind(bases.templates, {".jinja": programs.template}, targets.templates, 0.5),
   "metrics": Kind(bases.metrics, {"s.jsonl": json_lines, ".json": json_file}, targets.metrics, 1),
 }
 

@@ -261,7 +261,7 @@ def _fault_of(message: str, case: Case, folder: str) -> str:
     places = re.findall(rf"{re.escape(folder)}/[\w./-]*\w(?::\d+|, (?:row|item) \d+)?", line)
     if len(places) > len(set(places)):
       return "names a place twice"
-    if re.search(r"(\S[^:]{3,}?): \1:", line):
+    if re.search(r"([\w./ -]{4,}): \1:", line):
       return "repeats itself"
   names = [name.rpartition("/")[2] for name in case.files] + list(case.arguments)
   names += [folder, "--", "config.", "chat template"]

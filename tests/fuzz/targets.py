@@ -181,12 +181,13 @@ def tokenizers(folder: pathlib.Path, arguments: Arguments) -> list[str]:
 def templates(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   from caprl_jax.data.chat_rendering import ChatRenderer
   from caprl_jax.hub import chat_template
+  from caprl_jax.hub.hub_files import read_small_files
   from caprl_jax.hub.tokenizer import load_tokenizer
   from caprl_jax.models import families
   from fuzz.bases import WARM_START
 
   tokenizer = load_tokenizer(WARM_START)
-  files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+  files = read_small_files(folder)
   template = chat_template.find_template(files)
   if template is None:
     return []

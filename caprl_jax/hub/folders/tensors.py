@@ -211,7 +211,7 @@ def _sharded(path: pathlib.Path, index: str) -> StoredTensors:
   if lost:
     raise ValueError(
       f"{path / listed[lost[0]]}: {len(lost)} tensors that {index} promises are "
-      f"absent, first {lost[0]!r}. The files are of different versions: download "
+      f"absent, first {shown(lost[0])}. The files are of different versions: download "
       "the model again."
     )
   return StoredTensors(path, places)

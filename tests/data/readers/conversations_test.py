@@ -437,7 +437,7 @@ def test_the_published_vocabulary_and_templates(name):
       "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_end|>{% endfor %}",
       "does not write what is said",
     ),
-    ("{{ messages[0].nothing.at_all }}", "failed .UndefinedError"),
+    ("{{ messages[0].nothing.at_all }}", "failed on turns of .*: UndefinedError"),
   ],
 )
 def test_templates_that_cannot_be_used(policy, template, message):
