@@ -245,6 +245,15 @@ def plan_stage(
       steps,
     )
   figures = {k: round(v, 4) for k, v in packer.figures().items()}
+  before, now = begun.get("packing", figures)["examples"], figures["examples"]
+  if before != now:
+    log.warning(
+      "stage %s was begun with %d examples that can be used and has %d now: its next batches are "
+      "others than they would have been",
+      name,
+      before,
+      now,
+    )
   log.info(
     "stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images per row; %d steps of "
     "%d rows (%.0f examples)",
