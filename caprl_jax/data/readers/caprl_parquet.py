@@ -72,10 +72,15 @@ ROWS_PER_GROUP = 100  # a row group is read as a whole: small ones make single i
 KEPT_BYTES = 1 << 30  # of decoded row groups
 
 
-def parquet_files(source: str | os.PathLike[str]) -> list[pathlib.Path]:
-  """The files of a .parquet path, a pattern ("train-*.parquet") or a folder, sorted. Raises
-  ValueError for none.
+Source = str | os.PathLike[str] | Sequence[pathlib.Path]
+
+
+def parquet_files(source: Source) -> list[pathlib.Path]:
+  """The files of a .parquet path, a pattern ("train-*.parquet"), a folder, sorted, or a list of
+  files. Raises ValueError for none.
   """
+  if not isinstance(source, (str, os.PathLike)):
+    return list(source)
   path = pathlib.Path(source).expanduser()
   if path.is_dir():
     found = sorted(path.rglob("*.parquet"))
@@ -89,7 +94,7 @@ def parquet_files(source: str | os.PathLike[str]) -> list[pathlib.Path]:
   return found
 
 
-def scan_parquet(source: str | os.PathLike[str]) -> Iterator[QARow | BadRow]:
+def scan_parquet(source: Source) -> Iterator[QARow | BadRow]:
   """Questions and where their images lie; the images themselves are read when they are needed.
 
   Raises ValueError for files that are no parquet or of another layout; a row that cannot be used is
@@ -113,7 +118,7 @@ def scan_parquet(source: str | os.PathLike[str]) -> Iterator[QARow | BadRow]:
           yield BadRow(where, str(error))
 
 
-def scan_images(source: str | os.PathLike[str]) -> Iterator[CaptionRow]:
+def scan_images(source: Source) -> Iterator[CaptionRow]:
   """The images of any parquet with a column `image` (or `images`), without captions.
 
   A row is named after the image's path in it, its id, or its file and number.

@@ -10,6 +10,7 @@ from caprl_jax.data import rows as rows_lib
 from caprl_jax.data.charts import rows as charts
 from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.readers.easy_vqa import read_easy_vqa
+from caprl_jax.hub import hub_datasets
 from caprl_jax.json_files import shown
 
 SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
@@ -19,6 +20,9 @@ SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
   FILE.jsonl, FILE.json            rows of our own (docs: data/readers/jsonl.py) or of CapRL's
                                    first release, in lines or a list
   FILE.parquet, a folder, "*"      CapRL-QA-75K's layout
+  hf:OWNER/NAME:SPLIT              a dataset of such parquet files on the Hugging Face hub;
+                                   hf:OWNER/NAME is its only split, or train, and @REVISION
+                                   may follow the name
   tfds:FOLDER:SPLIT                a TFDS dataset in ArrayRecord (mode dataset writes one)
   0.7*SOURCE + 0.3*SOURCE          a mixture, by weight; without weights, every row alike"""
 
@@ -85,6 +89,8 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
     yield from charts.read_charts(
       split, seed, **asked, **({"pixels": (int(width), int(height))} if width else {})
     )
+  elif kind == "hf":
+    yield from caprl_parquet.scan_parquet(hub_datasets.split_files(source))
   elif kind == "tfds":
     folder, _, split = rest.rpartition(":")
     if not folder:
