@@ -11,7 +11,9 @@ from helpers.qa_rows import ROWS, plain
 from huggingface_hub import constants, errors
 
 from caprl_jax.data.readers import caprl_parquet
+from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.readers.qa_sources import read_qa_rows
+from caprl_jax.data.rows import image_bytes
 from caprl_jax.hub.hub_datasets import HubDataset, parse_source, split_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -65,6 +67,12 @@ def test_a_source_of_questions(tmp_path):
   [row] = read_qa_rows("hf:owner/qa:test", 0)
   assert plain(row) == plain(ROWS[2])
   assert len(read_qa_rows("0.5*hf:owner/qa@main:test + 0.5*hf:owner/qa", 0)) == 3
+
+
+def test_a_source_of_images(tmp_path):
+  lay_out(tmp_path / "cache", *SHARDS)
+  found = find_images("hf:owner/qa")
+  assert [image_bytes(row) for row in found] == [row.image for row in ROWS[:2]]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def list_images(source: str, key: str = "caption.input") -> ImageListing:
                                                        two alike
     tfds:FOLDER:SPLIT, a prepared TFDS dataset         as `tfds.scan_images` says, else
                                                        "SPLIT/record"
+    hf:OWNER/NAME:SPLIT, a dataset on the hub          as a .parquet file
     a pattern of any of these files: shards/*.tar      as one file; tars by their path from the
                                                        pattern's fixed part; folders that fit are
                                                        searched whole
@@ -88,6 +89,8 @@ def _find(source: str, key: str, passed: PassedOver) -> Iterable[CaptionRow]:
   said = f"{key} = {shown(source)}"
   if source.startswith("tfds:"):
     return _tfds(source, said)
+  if source.startswith("hf:"):
+    return _hub(source)
   if not source.strip():
     raise ValueError(
       f"{said} is empty; name a folder of images, a list, or a .tar or .parquet file"
@@ -103,8 +106,8 @@ def _find(source: str, key: str, passed: PassedOver) -> Iterable[CaptionRow]:
     return _rows_of(_fitting(source, base, said, passed), base, passed)
   raise ValueError(
     f"{said}: no such file or folder; name a folder of images, a list "
-    f"({', '.join(LIST_SUFFIXES)}), a .tar or .parquet file, a pattern such as 'shards/*.tar', or "
-    "tfds:FOLDER:SPLIT"
+    f"({', '.join(LIST_SUFFIXES)}), a .tar or .parquet file, a pattern such as 'shards/*.tar', "
+    "tfds:FOLDER:SPLIT, or hf:OWNER/NAME:SPLIT"
   )
 
 
@@ -316,6 +319,17 @@ def _tfds(source: str, said: str) -> Iterable[CaptionRow]:
 
   return _told_apart(
     (row, f"{split}/{number}") for number, row in enumerate(tfds.scan_images(folder, split))
+  )
+
+
+def _hub(source: str) -> Iterable[CaptionRow]:
+  from caprl_jax.data.readers import caprl_parquet  # only here: it brings pyarrow
+  from caprl_jax.hub import hub_datasets
+
+  return _told_apart(
+    (row, f"{file.name}/{number}")
+    for file in hub_datasets.split_files(source)
+    for number, row in enumerate(caprl_parquet.scan_images([file]))
   )
 
 
