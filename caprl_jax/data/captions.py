@@ -50,9 +50,13 @@ def captions_fit(
 ) -> Check:
   """A check that all that any phase, with its templates, may teach of a row is short enough."""
 
+  short: set[str] = set()  # texts of templates come again and again
+
   def check(row: Any, _: ImageFacts) -> None:
-    for caption in sorted({text for templates in phases for text in taught(templates, row)}):
+    texts = {text for templates in phases for text in taught(templates, row)}
+    for caption in sorted(texts - short):
       caption_ids(tokenizer, row, caption, max_tokens)
+      short.add(caption)
 
   return check
 
@@ -63,11 +67,15 @@ def recognition_fits(
   """A check that all that is asked about a row is short enough: each text before a fact, with each
   value that the fact takes among the rows."""
   before = stems(template)
-  values = {place: sorted({row.facts[place] for row in rows}) for place in before}
+  values = {place: {row.facts[place] for row in rows} for place in before}
+  short: set[str] = set()
 
   def check(row: QARow, _: ImageFacts) -> None:
-    for place, stem in before.items():
-      for value in values[place]:
-        caption_ids(tokenizer, row, stem.format(**row.facts) + value, max_tokens)
+    texts = {
+      stem.format(**row.facts) + value for place, stem in before.items() for value in values[place]
+    }
+    for text in sorted(texts - short):
+      caption_ids(tokenizer, row, text, max_tokens)
+      short.add(text)
 
   return check
