@@ -8,7 +8,7 @@ import codecs
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _MARKS = {  # the longest first: UTF-32's begins as UTF-16's does
@@ -37,6 +37,23 @@ def cut(text: Any, limit: int = 80) -> str:
   in the middle to `limit` characters."""
   text = str(text)
   return text if len(text) <= limit else f"{text[: limit - 20]} ... {text[-15:]}"
+
+
+def listed(messages: Sequence[str], most: int = 10, room: int = 1200) -> str:
+  """The first of several messages, an indented line each, and how many more there are.
+
+  Args:
+    most: messages that are shown, where they fit into `room` characters.
+  """
+  shown_ones: list[str] = []
+  for message in messages[:most]:
+    message = cut(message, 400)
+    room -= len(message)
+    if shown_ones and room < 0:
+      break
+    shown_ones.append(message)
+  left = len(messages) - len(shown_ones)
+  return "\n  ".join(["", *shown_ones, *([f"and {left} more"] if left else [])])
 
 
 def parse_json(data: bytes | str, where: str, *, halves: bool = False) -> Any:

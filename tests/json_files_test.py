@@ -5,6 +5,7 @@ import json
 import pytest
 
 from caprl_jax import json_files
+from caprl_jax.json_files import cut, listed
 
 VALUE = {"image": "a.png", "text": 'größer "\u4e2d"\u2028'}
 
@@ -66,3 +67,15 @@ def test_values_are_cut_for_messages():
   assert json_files.shown("a") == "'a'"
   for value in ("x" * 10**7, b"x" * 10**7, list(range(1000)), {"a": "b" * 1000}):
     assert len(json_files.shown(value)) <= 90, json_files.shown(value)
+
+
+def test_texts_are_cut_in_the_middle():
+  assert cut("short") == "short" and cut(ValueError("why")) == "why"
+  assert cut("a" * 60 + "b" * 60) == "a" * 60 + " ... " + "b" * 15
+
+
+def test_messages_are_listed_as_far_as_there_is_room():
+  assert listed(["one", "two"]) == "\n  one\n  two"
+  assert listed(["one", "two", "three"], most=1) == "\n  one\n  and 2 more"
+  assert listed(["x" * 500] * 5) == "\n  " + "\n  ".join([cut("x" * 500, 400)] * 2 + ["and 3 more"])
+  assert len(listed(["x" * 9999] * 9999)) < 1500

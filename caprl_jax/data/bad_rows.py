@@ -13,6 +13,7 @@ import jax
 
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.rows import BadRow, BadRows
+from caprl_jax.json_files import listed
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -131,11 +132,9 @@ class BadRowList:
   def _listed(self, first: str) -> str:
     """The first of the bad rows below a line that says what is wrong."""
     rows = [*dict.fromkeys(self.rows)]
-    shown = "\n  ".join(row.message for row in rows[:SHOWN])
-    left = len(rows) - SHOWN
-    more = f"\n  and {left} more" if left > 0 else ""
-    more += f"\n  all of them are in {self.path}" if left > 0 and self.path else ""
-    return f"{first}: {reasons_text(self.rows)}\n  {shown}{more}"
+    shown = listed([row.message for row in rows], SHOWN)
+    every = f"\n  all of them are in {self.path}" if len(rows) > 1 and self.path else ""
+    return f"{first}: {reasons_text(self.rows)}{shown}{every}"
 
   def _write(self) -> None:
     if self.path is None or jax.process_index() > 0:

@@ -11,12 +11,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from caprl_jax import image_files
 from caprl_jax.data.option_letters import MAX_OPTIONS, check_letters, folded
-from caprl_jax.json_files import shown
+from caprl_jax.json_files import listed, shown
 
 log = logging.getLogger("caprl_jax.data")
 
 BadRows = Literal["refuse", "drop"]
-SHOWN_BAD_ROWS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +114,9 @@ def good_rows(found: Iterable[Row | BadRow], bad_rows: BadRows | RowKeeper = "re
     return good
   if len(bad) == 1:
     raise ValueError(bad[0].message)
-  shown = "\n  ".join(row.message for row in bad[:SHOWN_BAD_ROWS])
-  more = f"\n  and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
   raise ValueError(
-    f"{len(bad)} bad rows of {len(good) + len(bad)} (bad_rows = 'drop' leaves them "
-    f"out):\n  {shown}{more}"
+    f"{len(bad)} bad rows of {len(good) + len(bad)} (bad_rows = 'drop' leaves them out):"
+    f"{listed([row.message for row in bad])}"
   )
 
 

@@ -16,8 +16,8 @@ MEMORY_BYTES = 1 << 30
 TEXT_CHARACTERS = 1_000_000
 _WALL_SECS = 120  # where the processor is others' most of the time
 
-# Its own process, because what runs in C (10 ** (10 ** 10)) cannot be stopped from within. Only time
-# and memory matter here: any other error comes again where the template is used.
+# Its own process, because what runs in C (10 ** (10 ** 10)) cannot be stopped from within. Only
+# time and memory matter here: any other error comes again where the template is used.
 _PROGRAM = """
 import json, re, resource, sys
 import jinja2.sandbox, jinja2.ext

@@ -37,7 +37,7 @@ from caprl_jax.data.rows import (
   check_rows,
   image_bytes,
 )
-from caprl_jax.json_files import parse_json, shown
+from caprl_jax.json_files import cut, parse_json, shown
 
 INSTRUCTION = "Please describe this image in detail."  # what the release asks the captioner
 SCHEMA = pa.schema(
@@ -224,8 +224,9 @@ def _open(path: pathlib.Path) -> pq.ParquetFile:
   try:
     return pq.ParquetFile(path)
   except (OSError, pa.ArrowException) as error:
+    why = cut(str(error).replace(f"'{path}'", "it"), 300)  # which is named already
     raise ValueError(
-      f"{path}: cannot be read as parquet ({error}); check the path, or fetch the file again"
+      f"{path}: cannot be read as parquet ({why}); check the path, or fetch the file again"
     ) from error
 
 

@@ -16,13 +16,12 @@ from caprl_jax.data.readers.image_folders import (
 )
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.image_files import HEAD_BYTES
-from caprl_jax.json_files import shown
+from caprl_jax.json_files import listed, shown
 
 log = logging.getLogger("caprl_jax.data")
 
 Result = TypeVar("Result")
 
-SHOWN_BROKEN = 10
 _BLOCK = 512  # bytes: a tar file is made of such
 
 
@@ -75,8 +74,7 @@ def scan_tars(
     if members == before:
       passed.add("tar file without an image", name)
   if broken:
-    more = f"\n  and {len(broken) - SHOWN_BROKEN} more" if len(broken) > SHOWN_BROKEN else ""
-    raise ValueError("\n  ".join(broken[:SHOWN_BROKEN]) + more)
+    raise ValueError(listed(broken).strip())
   if not members:
     raise ValueError(
       f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: no "
