@@ -16,6 +16,7 @@ ORDER = [
   "atomic_files",
   "json_files",
   "image_files",
+  "hub_datasets",
   "config",
   "scoring",
   "pages",

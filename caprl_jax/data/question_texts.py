@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from caprl_jax.data.option_letters import folded
 from caprl_jax.data.rows import Question
 
 # the released curation's own, to the byte
@@ -40,8 +41,12 @@ def _rng(question: Question, seed: int) -> np.random.Generator:
 
 
 def question_text(question: Question, order: Sequence[int], none_of_above: bool) -> str:
-  """The user's text: stem and options in this order, as the released curation writes them."""
-  shown = [question.options[i] for i in order] + [NONE] * none_of_above
+  """The user's text: stem and options in this order, as the released curation writes them.
+
+  none_of_above: adds that option, if it is none of the question's own.
+  """
+  own = any(folded(option).rstrip(".") == folded(NONE) for option in question.options)
+  shown = [question.options[i] for i in order] + [NONE] * (none_of_above and not own)
   lines = [
     question.stem,
     *(f"   - {letter}) {option}" for letter, option in zip(string.ascii_uppercase, shown)),

@@ -24,6 +24,7 @@ from caprl_jax.data.rows import (
   unreadable,
   what_failed,
 )
+from caprl_jax.json_files import shown
 
 
 class RowError(ValueError):
@@ -109,13 +110,13 @@ def usable(
 def bad_row(row: HasImage, error: ValueError, reason: str = "") -> BadRow:
   """The BadRow of a row that an error tells of: its place, and the row named once."""
   said = str(error)
-  if repr(row.name) not in said:
-    said = f"row {row.name!r}: {said}"
+  if shown(row.name) not in said:
+    said = f"row {shown(row.name)}: {said}"
   where = getattr(row, "where", "")
   if where and not said.startswith(where):
     said = f"{where}: {said}"
   reason = reason or getattr(error, "reason", "") or failure_reason(error)
-  return BadRow(where or f"row {row.name!r}", said, reason)
+  return BadRow(where or f"row {shown(row.name)}", said, reason)
 
 
 def fits(pixels) -> Check:
@@ -127,7 +128,8 @@ def fits(pixels) -> Check:
     try:
       pixels.shape(facts.height, facts.width)
     except ValueError as error:
-      raise ValueError(f"row {row.name!r} ({image_place(row)}): {error} or drop the row") from error
+      where = f"row {shown(row.name)} ({image_place(row)})"
+      raise ValueError(f"{where}: {error} or drop the row") from error
 
   return check
 

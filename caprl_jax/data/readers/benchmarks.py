@@ -21,6 +21,7 @@ from typing import Any
 
 from caprl_jax.data.json_rows import read_items
 from caprl_jax.data.readers.caprl_json import choices_of
+from caprl_jax.data.readers.image_spellings import find_image, spelled_image
 from caprl_jax.data.rows import BadRow, ImageSource, QARow
 from caprl_jax.json_files import shown
 
@@ -282,7 +283,7 @@ def _row(item: Any, find: "_Finder", benchmark: str, name: str, where: str) -> B
     raise ValueError(f"{where}: the prompt is {shown(prompt)}, but it must be a text in ChatML")
   split_at_placeholder(prompt, where)
   gold = _gold(item["answer"], where)
-  image = find(_image_path(item["image"], where), where)
+  image = _image(item["image"], find, where)
   row = BenchmarkRow(image, prompt, gold, (), benchmark, name)
   whole = user_text(row)
   stem, options = split_options(whole)
@@ -309,23 +310,31 @@ def _gold(answer: Any, where: str) -> str | tuple[str, ...]:
   return tuple(str(gold) for gold in golds) if isinstance(answer, list) else str(answer)
 
 
-def _image_path(image: Any, where: str) -> str:
-  """The one path in `image`: a text, {"image": path}, or a list of such or of messages whose
-  content has one.
+def _image(image: Any, find: "_Finder", where: str) -> ImageSource:
+  """The one image in `image`: a text or an object as `image_spellings` reads them, {"image": such},
+  or a list of such or of messages whose content has one.
   """
   found = list(_image_paths(image))
   if len(found) != 1 or not found[0]:
     raise ValueError(
       f"{where}: image is {shown(image)}, with {len(found)} image paths, but it must have one"
     )
-  return found[0].removeprefix("file://")
+  [said] = found
+  if isinstance(said, str) and said.startswith("file://") and not said.startswith("file:///"):
+    said = said.removeprefix("file://")  # a relative path, as some tools write it
+  spelled = spelled_image(said, pathlib.Path(), where)
+  if isinstance(spelled.image, bytes):
+    return find_image(spelled.image, [pathlib.Path()], where).image  # which opens it
+  return find(str(spelled.image), where)
 
 
-def _image_paths(image: Any) -> Iterator[str]:
+def _image_paths(image: Any) -> Iterator[str | dict]:
   if isinstance(image, str):
     yield image
   elif isinstance(image, dict):
-    if "image" in image:
+    if image.get("bytes") or image.get("path"):
+      yield image
+    elif "image" in image:
       yield from _image_paths(image["image"])
     # a content that is a text is a turn without an image
     elif isinstance(image.get("content"), (list, dict)):

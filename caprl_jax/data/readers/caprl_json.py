@@ -150,14 +150,22 @@ def write_json(
   The file appears whole or not at all. Raises ValueError as `jsonl.write_jsonl`, and for a question
   that would not read back equal: one with an option of several lines, or with outer spaces."""
   check_rows(rows, str(path))
+  check_questions(rows, str(path))
   items = []
   for row in rows if image_folder is None else (save_image(row, image_folder) for row in rows):
     image = relative_image(row, path.parent)
-    asked = [_format_question(q, f"{path}: row {shown(row.name)}") for q in row.questions]
+    asked = [_format_question(q, str(path)) for q in row.questions]
     added = {} if row.name == image else {"name": row.name}
     added |= {} if row.facts is None else {"facts": row.facts}
     items.append({"image_path": image, "qa_list": asked} | added)
   write_text(path, json.dumps(items, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_questions(rows: Sequence[QARow], where: str) -> None:
+  """Raises ValueError, starting with `where`, for a question that `write_json` cannot write."""
+  for row in rows:
+    for question in row.questions:
+      _format_question(question, f"{where}: row {shown(row.name)}")
 
 
 def _format_question(question: Question, where: str) -> dict[str, str]:

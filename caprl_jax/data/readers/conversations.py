@@ -16,6 +16,7 @@ from caprl_jax.data.readers.conversation_rows import Conversation, Turn, scan_co
 from caprl_jax.data.readers.qa_sources import JSON_SUFFIXES, parse_mixture, read_parts
 from caprl_jax.data.rows import BadRows, ImageSource, QARow, Question, RowKeeper, good_rows
 from caprl_jax.data.rows import kinds as kinds_of
+from caprl_jax.json_files import shown
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -88,7 +89,7 @@ def read_examples(
   parts = parse_mixture(source)
   if any(part.weight for part in parts):
     raise ValueError(
-      f"{source!r}: weights are not supported here, every example is used once an "
+      f"{shown(source)}: weights are not supported here, every example is used once an "
       "epoch; leave them out"
     )
   read: list[tuple[str, list[Conversation] | list[QARow]]] = []
@@ -103,7 +104,7 @@ def read_examples(
   if asked:
     check_kinds(asked, kinds)
     _check_known(
-      f"told = {told!r}", facts, {fact for row in asked for fact in row.facts or ()}, "facts"
+      f"told = {shown(told)}", facts, {fact for row in asked for fact in row.facts or ()}, "facts"
     )
   found: list[Example] = []
   for name, rows in read:
@@ -131,9 +132,9 @@ def told_facts(told: str | None) -> set[str]:
   try:
     places = [rest for _, *rest in string.Formatter().parse(told or "") if rest[0] is not None]
   except ValueError as error:
-    raise ValueError(f"told = {told!r}: {error}; {remedy}") from error
+    raise ValueError(f"told = {shown(told)}: {error}; {remedy}") from error
   if any(not name or spec or conversion for name, spec, conversion in places):
-    raise ValueError(f"told = {told!r}: {remedy}")
+    raise ValueError(f"told = {shown(told)}: {remedy}")
   return {name for name, _, _ in places}
 
 
@@ -148,8 +149,8 @@ def _check_known(setting: str, wanted: Iterable[str], known: Iterable[str], what
   for name in wanted:
     if name not in known:
       raise ValueError(
-        f"{setting}: no row has {name!r}{did_you_mean(name, known)} ({what}: "
-        f"{', '.join(map(repr, known)) or 'none'})"
+        f"{setting}: no row has {shown(name)}{did_you_mean(name, known)} ({what}: "
+        f"{', '.join(map(shown, known)) or 'none'})"
       )
 
 
@@ -194,7 +195,7 @@ def _pieces(
   knowing = [row for row in some if facts <= (row.facts or {}).keys()]
   for setting, before, after in (
     (f"kinds = {kinds}", rows, some),
-    (f"told = {told!r}", some, knowing),
+    (f"told = {shown(told)}", some, knowing),
   ):
     if len(after) < len(before):
       log.info(

@@ -323,8 +323,8 @@ def _tfds(source: str, said: str) -> Iterable[CaptionRow]:
 
 
 def _hub(source: str) -> Iterable[CaptionRow]:
+  from caprl_jax import hub_datasets
   from caprl_jax.data.readers import caprl_parquet  # only here: it brings pyarrow
-  from caprl_jax.hub import hub_datasets
 
   return _told_apart(
     (row, f"{file.name}/{number}")

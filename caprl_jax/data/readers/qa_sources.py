@@ -5,12 +5,12 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+from caprl_jax import hub_datasets
 from caprl_jax.data import json_rows
 from caprl_jax.data import rows as rows_lib
 from caprl_jax.data.charts import rows as charts
 from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.readers.easy_vqa import read_easy_vqa
-from caprl_jax.hub import hub_datasets
 from caprl_jax.json_files import shown
 
 SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
@@ -48,19 +48,19 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
   for piece in re.split(r"\s\+\s", text):
     match = re.fullmatch(r"\s*(?:([0-9.eE+-]+)\s*\*(?!\.))?\s*(\S.*?)\s*", piece)
     if not match:
-      raise ValueError(f"data source {text!r}: a source between two '+' is empty")
+      raise ValueError(f"data source {shown(text)}: a source between two '+' is empty")
     weight, source = match.groups()
     try:
       parts.append(Part(source, None if weight is None else float(weight)))
     except ValueError as error:
       raise ValueError(
-        f"data source {piece!r}: {weight!r} is no weight; write 0.7*{source}"
+        f"data source {shown(piece)}: {shown(weight)} is no weight; write 0.7*{source}"
       ) from error
   weights = [part.weight for part in parts]
   if any(w is None for w in weights) and any(w is not None for w in weights):
-    raise ValueError(f"data source {text!r}: give every source of a mixture a weight, or none")
+    raise ValueError(f"data source {shown(text)}: give every source of a mixture a weight, or none")
   if any(w is not None and not 0 < w < float("inf") for w in weights):
-    raise ValueError(f"data source {text!r}: weights must be greater than 0")
+    raise ValueError(f"data source {shown(text)}: weights must be greater than 0")
   return tuple(parts)
 
 
@@ -81,7 +81,7 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
     match = re.fullmatch(r"([^:]*)(?::(\d+)(?::(\d+)x(\d+))?)?", rest)
     if not match:
       raise ValueError(
-        f"data source {source!r}: write charts:SPLIT, charts:SPLIT:NUMBER or "
+        f"data source {shown(source)}: write charts:SPLIT, charts:SPLIT:NUMBER or "
         "charts:SPLIT:NUMBER:WIDTHxHEIGHT"
       )
     split, count, width, height = match.groups()
@@ -95,7 +95,7 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
     folder, _, split = rest.rpartition(":")
     if not folder:
       raise ValueError(
-        f"data source {source!r}: write tfds:FOLDER:SPLIT, e.g. "
+        f"data source {shown(source)}: write tfds:FOLDER:SPLIT, e.g. "
         "tfds:data/caprl_qa/default/1.0.0:train"
       )
     yield from tfds.scan_tfds(folder, split)

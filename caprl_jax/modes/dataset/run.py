@@ -308,6 +308,8 @@ def write_rows(rows: Sequence[QARow], output: str, split: str, name: str) -> pat
   if path.suffix == ".parquet":
     caprl_parquet.write_parquet(path, rows)
     return path
+  if path.suffix == ".json":
+    caprl_json.check_questions(rows, str(path))  # before images are copied
   # Copied even where they are files: the dataset is then one folder that can be moved.
   folder = path.with_name(f"{path.stem}_images")
   rows = [

@@ -1,5 +1,6 @@
 """Evaluation files, by their description: no released file lies here."""
 
+import base64
 import json
 import pathlib
 import pickle
@@ -67,6 +68,20 @@ def test_a_row(tmp_path, images):
       stem="What colour is the dog?\nAnswer with the letter.",
     )
   ]
+
+
+def test_images_that_stand_in_the_row(tmp_path, images):
+  data = (images / "charts/a.png").read_bytes()
+  text = base64.b64encode(data).decode()
+  uri = f"data:image/png;base64,{text}"
+  spelled = [uri, [uri], {"bytes": text, "path": "x.png"}, {"path": "charts/a.png", "bytes": None}]
+  path = write(tmp_path, [item(image=image) for image in spelled])
+  first, second, third, by_path = read_benchmark(path, images)
+  assert first.image == second.image == third.image == data
+  assert by_path.image.resolve() == images / "charts/a.png"
+  path = write(tmp_path, [item(image="data:image/png;base64,$"), item(image="https://x.org/a.png")])
+  for row, message in zip(read_benchmark(path, images), ("no base64", "download it"), strict=True):
+    assert isinstance(row, BadRow) and message in row.message and len(row.message) < 400
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from caprl_jax.data.readers import caprl_parquet
 from caprl_jax.data.readers.image_sources import find_images
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import image_bytes
-from caprl_jax.hub.hub_datasets import HubDataset, parse_source, split_files
+from caprl_jax.hub_datasets import HubDataset, parse_source, split_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CARD = """---
