@@ -77,5 +77,5 @@ def test_texts_are_cut_in_the_middle():
 def test_messages_are_listed_as_far_as_there_is_room():
   assert listed(["one", "two"]) == "\n  one\n  two"
   assert listed(["one", "two", "three"], most=1) == "\n  one\n  and 2 more"
-  assert listed(["x" * 500] * 5) == "\n  " + "\n  ".join([cut("x" * 500, 400)] * 2 + ["and 3 more"])
+  assert listed(["x" * 500] * 5) == "\n  " + "\n  ".join([cut("x" * 500, 400)] * 3 + ["and 2 more"])
   assert len(listed(["x" * 9999] * 9999)) < 1500
