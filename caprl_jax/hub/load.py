@@ -22,7 +22,7 @@ from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.lora import merge_lora, new_lora
 from caprl_jax.hub.opened import open_captioner, open_decoder, read_processor
 from caprl_jax.hub.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
-from caprl_jax.json_files import cut
+from caprl_jax.json_files import cut, shown
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.family import Keys
 from caprl_jax.models.layers import LoraConfig
@@ -70,12 +70,10 @@ class Loaded:
       ValueError: a checkpoint without one, which transformers refuses too.
     """
     settings = json_of(self.files, "tokenizer_config.json")
-    text = lambda token: token["content"] if isinstance(token, dict) else token
-    special = {
-      k: text(settings[k])
-      for k in ("bos_token", "eos_token", "pad_token", "unk_token")
-      if settings.get(k)
-    }
+    text = lambda token: token.get("content") if isinstance(token, dict) else token
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    said = {k: text(settings.get(k)) for k in names}
+    special = {k: token for k, token in said.items() if token and isinstance(token, str)}
     template = find_template(self.files)
     if template is None and self.files:
       raise ValueError(
@@ -324,7 +322,11 @@ def relate_vocabularies(
   text[[i for i in policy.backend.get_vocab().values() if i not in policy.special_ids]] = True
   absent = int((text & (table < 0)).sum())
   allowed = text.copy()
-  allowed[list(policy.end_ids)] = True
-  return Vocabulary(
-    jnp.asarray(allowed), jnp.asarray(table), tuple(policy.end_ids), policy.end_ids[-1]
-  ), absent
+  ends = tuple(end for end in policy.end_ids if end < vocab_size)
+  if not ends:
+    raise ValueError(
+      f"the policy's end tokens {shown(policy.end_ids)} are beyond its {vocab_size} tokens; take "
+      "config.json, generation_config.json and the tokenizer of one model"
+    )
+  allowed[list(ends)] = True
+  return Vocabulary(jnp.asarray(allowed), jnp.asarray(table), ends, ends[-1]), absent

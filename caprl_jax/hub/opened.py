@@ -109,6 +109,18 @@ def _text(config: dict[str, Any], family: Family, path: pathlib.Path) -> dict[st
     ) from error
 
 
+def _check_widths(config: dict[str, Any], family: Family | None, path: pathlib.Path) -> None:
+  """Raises ValueError for a tower whose features do not fit the decoder."""
+  if family is None or config["vision_config"].get("out_hidden_size") is None:
+    return
+  out, width = config["vision_config"]["out_hidden_size"], family.text(config).get("hidden_size")
+  if out != width:
+    raise ValueError(
+      f"{path}: out_hidden_size = {out} in vision_config of config.json, but the decoder's "
+      f"hidden_size is {width}; take the whole file of one checkpoint"
+    )
+
+
 def _settled(
   path: pathlib.Path,
   config: dict[str, Any],
@@ -119,6 +131,7 @@ def _settled(
   config = _completed(config, family, path)
   config = complete_vision(config, path) if family else config
   inner = config.get("text_config")
+  _check_widths(config, family, path)
   hint = bool(isinstance(inner, Mapping) and inner.get("tie_word_embeddings"))
   text = family.text(config) if family else config
   says = bool(text.get("tie_word_embeddings"))

@@ -99,6 +99,11 @@ class Tokenizer:
     texts = [b""] * rows
     for token, token_id in self.backend.get_vocab().items():
       if token_id not in self.special_ids:
+        if not byte_of.keys() >= set(token):
+          raise ValueError(
+            f"the tokenizer's token {shown(token)} spells no bytes: it is not a byte-level "
+            "tokenizer, as those of Qwen and Llama 3 are"
+          )
         texts[token_id] = bytes(byte_of[character] for character in token)
     return texts
 
@@ -135,6 +140,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         "Download it again or update tokenizers."
       ) from error
     _compare_vocabulary(backend, places)
+    _add_the_lacking(backend, places)
   else:
     backend = _from_vocab_and_merges(path, places)
   # Some files ask for a length; ours is the caller's business.
@@ -161,21 +167,41 @@ def _compare_vocabulary(backend: tokenizers.Tokenizer, places: Mapping[str, path
     )
 
 
+def _add_the_lacking(backend: tokenizers.Tokenizer, places: Mapping[str, pathlib.Path]) -> None:
+  """Adds what tokenizer_config.json lists and tokenizer.json lacks, as transformers does."""
+  if "tokenizer_config.json" not in places:
+    return
+  listed = [token for _, token in _added_tokens(places["tokenizer_config.json"])]
+  lacking = [token for token in listed if backend.token_to_id(token["content"]) is None]
+  if lacking:
+    backend.add_tokens([tokenizers.AddedToken(**token) for token in lacking])
+    warn_once(
+      f"{places['tokenizer.json'].parent}: tokenizer_config.json lists "
+      f"{shown([token['content'] for token in lacking])}, which tokenizer.json lacks; added at its "
+      "end, as transformers does"
+    )
+
+
 def _eos_ids(configs: Iterable[dict[str, Any]], path: pathlib.Path) -> tuple[int, ...]:
   ids: list[int] = []
   for config in configs:
     # Vision-language models may keep the language model's settings one level down.
-    inner = config.get("text_config")
-    for section in (config, inner if isinstance(inner, dict) else {}):
-      eos = section.get("eos_token_id")
-      for token_id in eos if isinstance(eos, list) else [] if eos is None else [eos]:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-          raise ValueError(
-            f"{path}: eos_token_id = {shown(eos)} in config.json or generation_config.json must be "
-            "the id of a token, or a list of such"
-          )
-        ids.append(token_id)
+    for section in (config, config.get("text_config")):
+      ids += said_ends(section, path)
   return tuple(dict.fromkeys(ids))
+
+
+def said_ends(section: Any, where: str | pathlib.Path = "the checkpoint") -> tuple[int, ...]:
+  """The ids of `eos_token_id` in a config; none where it says none. Raises ValueError for what is
+  no id."""
+  end = section.get("eos_token_id") if isinstance(section, dict) else None
+  ends = end if isinstance(end, list) else [] if end is None else [end]
+  if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ends):
+    raise ValueError(
+      f"{where}: eos_token_id = {shown(end)} in config.json or generation_config.json must be "
+      "the id of a token, or a list of such"
+    )
+  return tuple(ends)
 
 
 def _from_vocab_and_merges(

@@ -13,8 +13,14 @@ import numpy as np
 from caprl_jax import sharding
 from caprl_jax.hub.folders.notices import warn_once
 from caprl_jax.hub.folders.tensors import ChangedTensors
+from caprl_jax.json_files import shown
 from caprl_jax.models.family import Keys
 from caprl_jax.types import Params
+
+_EMPTY = (
+  ". Empty tensors are what DeepSpeed's ZeRO-3 saves without gathering: `python zero_to_fp32.py . "
+  "OUT --safe_serialization` in the checkpoint's folder writes the whole ones"
+)
 
 
 def _entries(params: Params, keys: Keys) -> Iterator[tuple[tuple, str, list[str], bool, Any]]:
@@ -159,13 +165,15 @@ def params_from_tensors(
         place = getattr(tensors, "place_of", lambda _: "")(there)
         raise ValueError(
           f"{source}: tensor {there}{place and f' in {place}'} has shape {shape}, "
-          f"but config.json asks for {want} ({name})"
+          f"but config.json asks for {want} ({name})" + (_EMPTY if 0 in shape else "")
         )
       used.add(there)
       found.append(there)
     leaves.append(_Leaf(tensors, found, stacked, transposed, leaf.dtype))
   if missing:
-    raise ValueError(f"{source}: {len(missing)} tensors are missing, for example {missing[:5]}")
+    raise ValueError(
+      f"{source}: {len(missing)} tensors are missing, for example {shown(missing[:5], 300)}"
+    )
   embedding = next((k for k in used if k.endswith("embed_tokens.weight")), None)
   # A tied head may be written out too: it is the embedding once more.
   again = lambda k: k.endswith("lm_head.weight") and embedding and _equal(tensors, k, embedding)
@@ -174,7 +182,7 @@ def params_from_tensors(
   if extra:
     raise ValueError(
       f"{source}: {len(extra)} tensors fit no parameter, for example "
-      f"{sorted(extra)[:5]}; is config.json of another model?"
+      f"{shown(sorted(extra)[:5], 300)}; is config.json of another model?"
     )
   structure = jax.tree_util.tree_structure(abstract)
   shapes = jax.tree.leaves(abstract)

@@ -8,7 +8,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from caprl_jax.data.rows import CaptionRow, QARow, failure_reason
 from caprl_jax.hub.folders.notices import warn_once
 from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.load import Loaded
+from caprl_jax.hub.tokenizer import said_ends
 from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.inference.host_batches import HostBatch, HostPipeline, NumberedRow, one_ahead
 from caprl_jax.rl.rollout import RolloutConfig, sample_captions
@@ -211,10 +212,10 @@ def end_ids(loaded: Loaded) -> tuple[int, ...]:
   """What ends a text, as transformers' `generate` has it: generation_config.json, config.json where
   there is none.
   """
-  said = [_ends_in(loaded.config), _ends_in(loaded.config.get("text_config") or {})]
+  said = [said_ends(loaded.config), said_ends(loaded.config.get("text_config"))]
   ends = next(filter(None, said), ())
   if GENERATION in loaded.files:
-    ours, ends = ends, _ends_in(json_of(loaded.files, GENERATION))
+    ours, ends = ends, said_ends(json_of(loaded.files, GENERATION))
     if set(ours) - set(ends):
       warn_once(
         f"{GENERATION} says that {ends or 'nothing'} ends a text and config.json that {ours} does; "
@@ -226,13 +227,6 @@ def end_ids(loaded: Loaded) -> tuple[int, ...]:
       "nothing ends a caption but max_tokens"
     )
   return ends
-
-
-def _ends_in(config: Mapping[str, Any]) -> tuple[int, ...]:
-  end = config.get("eos_token_id")
-  if end is None:
-    return ()
-  return tuple(end) if isinstance(end, list) else (end,)
 
 
 def caption_vocabulary(loaded: Loaded) -> Vocabulary:

@@ -53,6 +53,11 @@ class PolicyConfig:
         f"config.json (model_type {family.model_type!r}) lacks the key {error}; "
         "take the whole file of the checkpoint"
       ) from error
+    except (AttributeError, TypeError, ZeroDivisionError, OverflowError) as error:
+      raise ValueError(
+        f"config.json (model_type {family.model_type!r}) has a value of another kind than is "
+        f"needed ({str(error)[:80]}); take the whole file of the checkpoint"
+      ) from error
 
 
 def limit_pixels(

@@ -150,6 +150,9 @@ def _is_model(folder: pathlib.Path) -> bool:
 def no_weights_message(path: pathlib.Path, config: Mapping[str, Any]) -> str:
   """What to say of a folder with config.json that holds no weights to read."""
   names = sorted(file.name for file in path.iterdir())
+  training = _training_state(path, set(names))
+  if training:
+    return f"{path} {training}"
   made = config.get("architectures")
   known = isinstance(made, list) and made and str(made[0]).isidentifier()
   convert = _CONVERT.replace("CLASS", made[0] if known else "AutoModelForImageTextToText").replace(
@@ -184,6 +187,11 @@ def no_weights_message(path: pathlib.Path, config: Mapping[str, Any]) -> str:
   ]
   if onnx:
     return f"{path}: a model exported as {onnx[0]}. Use the checkpoint that it was made from"
+  if any((path / ".cache" / "huggingface").rglob("*.incomplete")):
+    return f"{path}: no {WEIGHTS}; its download was not finished. Run the same `hf download` again"
+  broken = [name for name in names if (path / name).is_symlink() and not (path / name).exists()]
+  if broken:
+    return f"{path / broken[0]} is a link to a file that is gone. Download the model again"
   other = [name for name in names if name.endswith(".safetensors")]
   if other:
     return (

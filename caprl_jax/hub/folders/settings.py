@@ -46,6 +46,7 @@ _VISION = {
     "patch_size": [14, 14],
   },
 }
+_ROPE = ("default", "mrope", "llama3")
 # Settings that change what a decoder computes and that ours does not have: key -> what is harmless.
 _PLAIN = {
   "use_sliding_window": (False,),
@@ -69,6 +70,10 @@ def complete_text(config: Mapping[str, Any], where: str | pathlib.Path) -> dict[
   text, filled = dict(config), {}
   if kind not in _TEXT:
     return text  # `DecoderConfig.from_hf` says which are known
+  if _half_head(text) == 0:
+    raise ValueError(
+      f"{where}: config.json has more num_attention_heads than its hidden_size can be cut into"
+    )
   for key, harmless in _PLAIN.items():
     if text.get(key) is not None and text[key] not in harmless:
       raise ValueError(f"{where}: {key} = {shown(text[key])} in config.json is not supported")
@@ -78,11 +83,10 @@ def complete_text(config: Mapping[str, Any], where: str | pathlib.Path) -> dict[
       f"{where}: layer_types = {shown(layers)} in config.json: only full_attention is supported"
     )
   one, other = text.get("rope_scaling"), text.get("rope_parameters")
-  for value in (one, other):
-    if value is not None and not isinstance(value, Mapping):
-      raise ValueError(f"{where}: rope settings {shown(value)} in config.json must be an object")
+  _check_rope(one or other, where)
   rope = one or other or {}
-  if one and other and any(one.get(k) != other[k] for k in other if k in one):
+  both = isinstance(one, Mapping) and isinstance(other, Mapping)
+  if both and any(one.get(k) != other[k] for k in other if k in one):
     warn_once(
       f"{where}: config.json has rope_scaling = {shown(one)} and rope_parameters = {shown(other)}; "
       "rope_scaling is taken, as transformers does"
@@ -105,6 +109,17 @@ def complete_text(config: Mapping[str, Any], where: str | pathlib.Path) -> dict[
   text |= {key: value for key, value in filled.items() if key != "mrope_section"}
   _check_activation(text["hidden_act"], where)
   return text
+
+
+def _check_rope(rope: Any, where: str | pathlib.Path) -> None:
+  if rope is not None and not isinstance(rope, Mapping):
+    raise ValueError(f"{where}: rope settings {shown(rope)} in config.json must be an object")
+  kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+  if kind not in _ROPE:
+    raise ValueError(
+      f"{where}: rope type {shown(kind)} in config.json is not supported; supported: "
+      f"{', '.join(_ROPE)}. Use the checkpoint without it"
+    )
 
 
 def complete_vision(config: Mapping[str, Any], where: str | pathlib.Path) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def read_bytes(path: pathlib.Path) -> bytes:
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
   """The object in a JSON file of a checkpoint; a ValueError says where it is missing or broken."""
   path = pathlib.Path(path)
+  if path.is_symlink() and not path.exists():
+    raise ValueError(f"{path} is a link to a file that is gone. Download the model again")
   if not path.exists():
     present = sorted(file.name for file in path.parent.glob("*"))[:20]
     raise ValueError(
