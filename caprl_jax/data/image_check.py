@@ -50,7 +50,7 @@ class FactsCache:
   what another one found is forgotten. A line that a kill has torn is cut off.
   """
 
-  def __init__(self, folder: pathlib.Path | None, process: int = 0):
+  def __init__(self, folder: pathlib.Path | None, name: str = "", process: int = 0):
     self._images: dict[str, ImageFacts] = {}
     self._files: dict[str, str] = {}
     self._new: list[list] = []
@@ -58,8 +58,8 @@ class FactsCache:
     self.path = None
     if folder is None:
       return
-    own = f"{FILE}.{process}.jsonl" if process else f"{FILE}.jsonl"
-    self.path = folder / own
+    parts = [FILE, name, str(process) if process else "", "jsonl"]
+    self.path = folder / ".".join(filter(None, parts))
     for path in sorted(folder.glob(f"{FILE}*.jsonl")):
       if path != self.path:
         self._read(path)
@@ -141,11 +141,13 @@ class ImageCheck:
 
   Args:
     folder: where what is found is kept; None keeps nothing.
+    name: of who keeps it, where others may be at work in the folder: their files are read and stay
+      as they are.
   """
 
-  def __init__(self, folder: pathlib.Path | None, threads: int | None = None):
+  def __init__(self, folder: pathlib.Path | None, name: str = "", threads: int | None = None):
     self.processes, self.process = jax.process_count(), jax.process_index()
-    self.cache = FactsCache(folder, self.process)
+    self.cache = FactsCache(folder, name, self.process)
     self.threads = threads or min(16, os.cpu_count() or 1)
     self._facts: dict[Hashable, ImageFacts] = {}
     self._running: dict[str, concurrent.futures.Future] = {}

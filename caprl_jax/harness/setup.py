@@ -107,7 +107,7 @@ def set_up(settings: Settings, training: bool = True, workdir: pathlib.Path | No
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
   listed = "bad_rows.jsonl" if training else "evaluation_bad_rows.jsonl"
   bad = BadRowList(settings.data.bad_rows, workdir and workdir / listed, "--config.data.bad_rows")
-  images = ImageCheck(workdir)
+  images = ImageCheck(workdir, "" if training else "evaluation")
   read = _read_data(settings, training, bad)
   data = read.checked(bad, images, fits(settings.policy.pixels()))
   bad.settle()

@@ -58,6 +58,14 @@ def test_a_content_is_decoded_once_and_never_again(tmp_path, rows, decoded, monk
   assert len(decoded) == 4 and read == [rows[4].image]  # what lies in memory has no time stamp
 
 
+def test_another_at_work_in_the_folder_reads_and_does_not_write(tmp_path, rows, decoded):
+  facts = ImageCheck(tmp_path)(rows[:3])
+  before, kept = len(decoded), (tmp_path / "row_check.jsonl").read_bytes()
+  assert ImageCheck(tmp_path, "evaluation")(rows)[:3] == facts and len(decoded) == before + 2
+  assert (tmp_path / "row_check.jsonl").read_bytes() == kept
+  assert (tmp_path / "row_check.evaluation.jsonl").exists()
+
+
 def test_a_file_that_changes_is_looked_at_again(tmp_path, rows, decoded):
   work, path = tmp_path / "work", rows[3].image
   assert ImageCheck(work)(rows)[3].problem
