@@ -15,13 +15,16 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file so that a crash leaves the old one or the new one."""
+  """Writes a file so that a crash, of the machine too, leaves the old one or the new one."""
   path.parent.mkdir(parents=True, exist_ok=True)
   name = path.name
   if len(os.fsencode(name)) > _LONG_NAME:
     name = hashlib.sha256(os.fsencode(name)).hexdigest()
   temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-  temporary.write_bytes(data)
+  with open(temporary, "wb") as file:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())  # or the name could reach the disk before the bytes do
   os.replace(temporary, path)
 
 

@@ -19,12 +19,15 @@ from tqdm import auto as tqdm
 
 import caprl_jax
 from caprl_jax.config import loading, registry, schema
+from caprl_jax.harness import signals
 from caprl_jax.json_files import cut, shown
 
 # Named in full, because this module is `__main__` when it is run.
 log = logging.getLogger("caprl_jax.main")
 
-OK, FAILED, BAD_INPUT, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
+# Exit codes. 71, 74 and 75 are those of sysexits.h: system, input or output, temporary failure.
+OK, FAILED, BAD_INPUT, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130
+MEMORY_FULL, DISK_FULL, RUN_AGAIN = 71, 74, 75
 
 
 def main(argv: list[str]) -> int:
@@ -66,19 +69,28 @@ def _run(
     log.debug("config: %s", schema.to_plain(config))
     # All of them first, so that what the last mode lacks shows before the first has run.
     modules = {name: importlib.import_module(mode.module) for name, mode in modes.items()}
-    for i, (name, module) in enumerate(modules.items()):
-      which = f" ({i + 1} of {len(modules)})" if len(modules) > 1 else ""
-      log.info("caprl_jax %s, mode %s%s, in %s", caprl_jax.__version__, name, which, workdir)
-      module.run(config, workdir)
+    with _notices():
+      for i, (name, module) in enumerate(modules.items()):
+        which = f" ({i + 1} of {len(modules)})" if len(modules) > 1 else ""
+        log.info("caprl_jax %s, mode %s%s, in %s", caprl_jax.__version__, name, which, workdir)
+        module.run(config, workdir)
   except (ValueError, FloatingPointError, OSError, MemoryError) as error:
     log.debug("error: %s", error, exc_info=True)  # DEBUG goes to the file and not to the terminal
     _complain(error, trace, note=f"(the traceback is in {log_file})")
     return _code_of(error)
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as error:
     # Said after the mode has unwound, which is when it has written what it wants to keep.
+    if error.args:  # `signals.Preempted`, with the signal's name
+      log.warning("stopped by %s; run the same command again, it goes on", error)
+      return RUN_AGAIN
     log.warning("interrupted; the last checkpoint is usable, run the same command to go on")
     return INTERRUPTED
-  except Exception:  # not the user's doing: all of it, on the terminal and in the file
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" in str(error):  # XLA's, at compile or run time
+      log.debug("error: %s", error, exc_info=True)
+      _complain(MemoryError(_device_memory(error)), trace, note=f"(the traceback is in {log_file})")
+      return MEMORY_FULL
+    # not the user's doing: all of it, on the terminal and in the file
     log.exception("caprl_jax failed; this looks like a fault in it or in its installation")
     return FAILED
   return OK
@@ -89,10 +101,34 @@ def _code_of(error: Exception) -> int:
   bad input, unless it is the disk or the memory that is full or broken."""
   if isinstance(error, FloatingPointError):
     return NOT_FINITE
-  full = isinstance(error, MemoryError) or (
-    isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+  if isinstance(error, MemoryError):
+    return MEMORY_FULL
+  full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+  return DISK_FULL if full else BAD_INPUT
+
+
+@contextlib.contextmanager
+def _notices() -> Iterator[None]:
+  """SIGTERM and SIGHUP stop the run so that its work is saved. In several processes they are left
+  to jax, which tells all of them of a preemption."""
+  import jax
+
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    yield
+    return
+  with signals.notices():
+    yield
+
+
+def _device_memory(error: Exception) -> str:
+  """What is said where a program does not fit a device."""
+  first = str(error).partition("\n")[0]
+  return (
+    f"an accelerator's memory does not suffice ({cut(first, 300)}). What takes less: more "
+    "policy_update.microbatches and judge.microbatches, policy.remat=True, a smaller "
+    "data.batch_size, rollout.sampling.max_tokens or policy.max_pixels, "
+    "policy.trainable=lora, or more chips; --config.mode=plan says before a run what fits"
   )
-  return FAILED if full else BAD_INPUT
 
 
 def _complain(error: Exception, trace: bool, note: str = "(--traceback shows where)") -> None:
@@ -103,7 +139,7 @@ def _complain(error: Exception, trace: bool, note: str = "(--traceback shows whe
   if isinstance(error, OSError) and error.strerror:  # without its number
     place = f"{error.filename}: " if error.filename is not None else ""
     message = f"{place}{error.strerror}"
-  elif isinstance(error, MemoryError):
+  elif isinstance(error, MemoryError) and not message.startswith("an accelerator's"):
     message = f"this machine's memory is full ({message or 'no more could be had'})"
   print(f"error: {message}", file=sys.stderr)
   if not trace:

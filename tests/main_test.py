@@ -239,10 +239,10 @@ def test_errors_of_a_run(cli, tmp_path, error, code):
   [
     (PermissionError(13, "Permission denied", "/data/x.png"), 2, "/data/x.png: Permission denied"),
     (IsADirectoryError(21, "Is a directory", "a.jsonl"), 2, "a.jsonl: Is a directory"),
-    (OSError(28, "No space left on device", "out/b"), 1, "out/b: No space left on device"),
-    (OSError(28, "No space left on device"), 1, "No space left on device"),
+    (OSError(28, "No space left on device", "out/b"), 74, "out/b: No space left on device"),
+    (OSError(28, "No space left on device"), 74, "No space left on device"),
     (OSError("a message of its own"), 2, "a message of its own"),
-    (MemoryError(), 1, "this machine's memory is full (no more could be had)"),
+    (MemoryError(), 71, "this machine's memory is full (no more could be had)"),
   ],
 )
 def test_files_and_machines_are_no_fault_of_ours(cli, tmp_path, error, code, message):
@@ -250,6 +250,38 @@ def test_files_and_machines_are_no_fault_of_ours(cli, tmp_path, error, code, mes
   assert got == code
   note = f"(the traceback is in {tmp_path / 'run' / 'log.txt'})"
   assert err.splitlines()[1:] == [f"error: {message}", note]
+
+
+def test_a_program_that_does_not_fit_says_what_takes_less(cli):
+  error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: 1, 2, 3")
+  code, _, err = cli(run=_fail(error))
+  assert code == 71 and "Traceback" not in err and "Buffers" not in err
+  assert "error: an accelerator's memory does not suffice (RESOURCE_EXHAUSTED: Out of" in err
+  assert "policy_update.microbatches" in err and "--config.mode=plan" in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_notice_of_preemption_asks_to_be_started_again(cli, name, monkeypatch):
+  before = signal.getsignal(signal.Signals[name])
+  monkeypatch.setattr(signal, "getsignal", _unless_ignored(signal.getsignal))
+  saved = []
+
+  def run(config, workdir):
+    try:
+      signal.raise_signal(signal.Signals[name])
+    except KeyboardInterrupt:  # what saves on Ctrl-C saves now
+      saved.append(workdir)
+      raise
+
+  code, _, err = cli(run=run)
+  assert code == 75 and saved
+  assert err.splitlines()[-1].endswith(f"stopped by {name}; run the same command again, it goes on")
+  assert signal.getsignal(signal.Signals[name]) == before
+
+
+def _unless_ignored(getsignal):
+  """Tests may be run under nohup, where SIGHUP is ignored."""
+  return lambda number: signal.SIG_DFL if getsignal(number) is signal.SIG_IGN else getsignal(number)
 
 
 def test_a_name_that_is_no_utf_8_can_be_logged(cli, tmp_path):
@@ -367,7 +399,20 @@ def test_help_is_a_page_about_this_program_only():
   assert "verbosity" not in out and len(out.splitlines()) < 50
 
 
-def test_a_real_process_joins_itself_is_interrupted_and_says_what_to_do(tmp_path, interruptible):
+@pytest.mark.parametrize(
+  "sent, code, said",
+  [
+    (
+      signal.SIGINT,
+      130,
+      "interrupted; the last checkpoint is usable, run the same command to go on",
+    ),
+    (signal.SIGTERM, 75, "stopped by SIGTERM; run the same command again, it goes on"),
+  ],
+)
+def test_a_real_process_joins_itself_is_interrupted_and_says_what_to_do(
+  tmp_path, interruptible, sent, code, said
+):
   """Real signal, real jax.distributed with one process, and no device in use before it."""
   (tmp_path / "config.py").write_text(CONFIG)
   (tmp_path / "fake_mode.py").write_text(
@@ -403,11 +448,9 @@ def test_a_real_process_joins_itself_is_interrupted_and_says_what_to_do(tmp_path
     JAX_PROCESS_ID="0",
   )
   assert process.stdout.readline() == "running\n", process.communicate(timeout=60)
-  process.send_signal(signal.SIGINT)
+  process.send_signal(sent)
   _, err = process.communicate(timeout=60)
-  assert process.returncode == 130, err
+  assert process.returncode == code, err
   assert "Traceback" not in err
-  assert err.splitlines()[-1].endswith(
-    "warning: interrupted; the last checkpoint is usable, run the same command to go on"
-  ), err
+  assert err.splitlines()[-1].endswith(f"warning: {said}"), err
   assert (tmp_path / "run" / "unwound").exists()

@@ -3,11 +3,15 @@
 import dataclasses
 import logging
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from caprl_jax.json_files import cut
 from caprl_jax.types import TrainState
 
 log = logging.getLogger("caprl_jax.harness.checkpoints")
@@ -69,9 +73,36 @@ class Checkpoints:
     return self.manager.latest_step()
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict]:
-    """The newest state, in the shapes and shardings of `like`, and the iterator's state. Raises
-    ValueError where the checkpoint is of another model or optimizer."""
-    step = self.manager.latest_step()
+    """The newest state that is whole, in the shapes and shardings of `like`, and the iterator's.
+
+    A newer one that cannot be read is moved to `checkpoints/damaged/` with a warning. All processes
+    call it, and what one of them cannot read, none uses.
+
+    Raises:
+      ValueError: none can be read: they are of another model or optimizer, or all damaged.
+    """
+    failed: list[tuple[int, Exception | None]] = []
+    for step in sorted(self.manager.all_steps(), reverse=True):
+      found, error = self._try(step, like)
+      if _all_processes(found is not None):
+        for damaged, why in failed:
+          self._move_aside(damaged, step, why)
+        if failed:
+          self.manager.reload()
+        return found
+      failed.append((step, error))
+    step, error = failed[0]
+    others = f", nor does any older one ({[s for s, _ in failed[1:]]})" if failed[1:] else ""
+    raise ValueError(
+      f"checkpoint {self.manager.directory / str(step)} does not fit this "
+      f"config's model or optimizer, or is damaged{others}; use another --workdir or the config it "
+      f"was made with. Orbax says: {cut(error, 500)}"
+    ) from error
+
+  def _try(
+    self, step: int, like: TrainState
+  ) -> tuple[tuple[TrainState, dict] | None, Exception | None]:
+    """What a checkpoint holds, or why it cannot be read."""
     is_key = jnp.issubdtype(like.key.dtype, jax.dtypes.prng_key)
     data = jax.random.key_data(like.key) if is_key else like.key
     packed = dataclasses.replace(like, key=data)
@@ -83,17 +114,36 @@ class Checkpoints:
           state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         ),
       )
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(
-        f"checkpoint {self.manager.directory / str(step)} does not fit this "
-        "config's model or optimizer; use another --workdir or the config it was "
-        f"made with. Orbax says: {error}"
-      ) from error
-    state = found["state"]
-    # Fresh buffers: donating memory that the restore still refers to would copy on every backend
-    # anyway.
-    state = state.replace(key=jax.random.wrap_key_data(state.key))
-    return state, found["data"]
+      state, position = found["state"], found["data"]
+      if state is None or position is None:
+        raise ValueError("a part of it is missing")
+      # Fresh buffers: donating memory that the restore still refers to would copy on every backend
+      # anyway.
+      return (state.replace(key=jax.random.wrap_key_data(state.key)), position), None
+    except Exception as error:  # noqa: BLE001  a damaged file may raise anything below Orbax
+      return None, error
+
+  def _move_aside(self, step: int, used: int, why: Exception | None) -> None:
+    place = pathlib.Path(self.manager.directory)
+    log.warning(
+      "checkpoint of step %d cannot be read (%s): it is moved to %s, and the run goes on from step "
+      "%d",
+      step,
+      cut(why, 300) if why else "another process could not",
+      place / "damaged",
+      used,
+    )
+    if jax.process_index() == 0:
+      (place / "damaged").mkdir(exist_ok=True)
+      target = place / "damaged" / str(step)
+      shutil.rmtree(target, ignore_errors=True)
+      shutil.move(place / str(step), target)
 
   def close(self) -> None:
     self.manager.close()
+
+
+def _all_processes(here: bool) -> bool:
+  if jax.process_count() == 1:
+    return here
+  return bool(multihost_utils.process_allgather(np.array(here)).all())

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from caprl_jax import sharding
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.metrics import MetricsWriter, Progress
+from caprl_jax.harness.signals import Deferred
 from caprl_jax.harness.trackers import Tracker
 from caprl_jax.types import TrainState
 
@@ -43,7 +44,8 @@ class CompileCounter:
 
 
 class Interrupts:
-  """Ctrl-C while it is entered. One process: KeyboardInterrupt at once, as ever.
+  """Ctrl-C and notices of preemption while it is entered. One process: their exception at once, but
+  for a step that has the state: that ends first.
 
   Several must stop after the same step, or their checkpoint is none. SIGINT becomes SIGTERM, which
   jax takes as a notice of preemption and tells all processes; `check` then raises in all of them
@@ -52,15 +54,20 @@ class Interrupts:
 
   def __init__(self):
     self.asked, self.several = False, jax.process_count() > 1
+    self.deferred = Deferred()
 
   def __enter__(self) -> "Interrupts":
     if self.several:
       self.previous = signal.signal(signal.SIGINT, self._pass_on)
+    else:
+      self.deferred.__enter__()
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *failure) -> None:
     if self.several:
       signal.signal(signal.SIGINT, self.previous)
+    else:
+      self.deferred.__exit__(*failure)
 
   def _pass_on(self, *_) -> None:
     signal.signal(signal.SIGINT, self.previous)  # a second one ends this process at once
@@ -198,9 +205,11 @@ def run_loop(
         # This copy runs beside step n - 1, whose numbers are read below.
         on_device = sharding.put_batch(batch, mesh)
         data_secs = time.perf_counter() - began
-        state, metrics, samples = step_fn(state, on_device)
-        position = iterator.get_state()
-        reports.add(step, metrics, batch, samples, data_secs)
+        with interrupts.deferred.held():  # the step has the state, which a checkpoint would want
+          state, metrics, samples = step_fn(state, on_device)
+          position = iterator.get_state()
+          reports.add(step, metrics, batch, samples, data_secs)
+        interrupts.deferred.release()
         reports.read(most_pending=1)  # step n - 1, while the devices work on step n
         if step == start + 1:
           jax.block_until_ready(metrics)

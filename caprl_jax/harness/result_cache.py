@@ -2,18 +2,26 @@
 goes on.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import logging
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
+
+log = logging.getLogger("caprl_jax.harness.result_cache")
 
 
 class ResultCache(Mapping):
   """key -> JSON value, for one kind of work under given settings: other settings have a file of
   their own.
 
-  A line is [key, value]; the first line says the settings. A line that a kill has torn is dropped.
+  A line is [key, value]; the first line says the settings. A line that a kill has torn, or a disk
+  has spoilt, is passed over with a warning; what stands behind it is not. Several processes may add
+  to one file.
   """
 
   def __init__(self, folder: pathlib.Path, kind: str, settings: dict[str, Any]):
@@ -21,23 +29,37 @@ class ResultCache(Mapping):
     self.path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
     self._values: dict[str, Any] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    end = 0
-    with open(self.path, "a+b") as file:
+    with self._locked() as file:
       file.seek(0)
-      for number, line in enumerate(file):
-        try:
-          item = json.loads(line)
-          if not line.endswith(b"\n"):
-            break
-          if number:
-            key, value = item
-            self._values[key] = value
-        except ValueError:
-          break
-        end += len(line)
-      file.truncate(end)
-      if end == 0:
+      lines = file.read().splitlines(keepends=True)
+      if len(lines) < 2 and not b"".join(lines).endswith(b"\n"):  # none, or torn by a kill
+        file.truncate(0)
         file.write((text + "\n").encode())
+    bad = [number for number, line in enumerate(lines, 1) if number > 1 and not self._take(line)]
+    if bad:
+      log.warning(
+        "%s: %d lines that cannot be read are passed over, the first is line %d; their work is "
+        "done again",
+        self.path,
+        len(bad),
+        bad[0],
+      )
+
+  def _take(self, line: bytes) -> bool:
+    """Takes over what a line says; False where it cannot be read."""
+    try:
+      key, value = json.loads(line)
+      self._values[key] = value
+    except (ValueError, TypeError):  # no JSON, or no pair, or a key that is no text
+      return False
+    return True
+
+  @contextlib.contextmanager
+  def _locked(self) -> Iterator[IO[bytes]]:
+    """The file, open to read and to add to, while no other process writes."""
+    with open(self.path, "a+b") as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      yield file
 
   def __getitem__(self, key: str) -> Any:
     return self._values[key]
@@ -54,5 +76,11 @@ class ResultCache(Mapping):
   def put(self, found: Mapping[str, Any]) -> None:
     """Adds values; a kill after this does not lose them."""
     self._values.update(found)
-    with open(self.path, "ab") as file:
-      file.write("".join(json.dumps([key, value]) + "\n" for key, value in found.items()).encode())
+    lines = "".join(json.dumps([key, value]) + "\n" for key, value in found.items()).encode()
+    with self._locked() as file:
+      size = file.seek(0, os.SEEK_END)
+      if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":  # a kill tore the last line, which must not spoil this one
+          lines = b"\n" + lines
+      file.write(lines)

@@ -43,6 +43,7 @@ from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import make_state
+from caprl_jax.harness.workdir_lock import only_run
 from caprl_jax.hub.load import Loaded, load_policy, save_policy
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.hub.tokenizer import Tokenizer
@@ -251,7 +252,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   bad = BadRowList(cfg.bad_rows, workdir / "bad_rows.jsonl", "--config.sft.bad_rows")
   rows = _rows(cfg, config.seed, bad)
   eval_rows = _eval_rows(cfg, config.seed, bad)
-  with jax.set_mesh(mesh):
+  with only_run(workdir), jax.set_mesh(mesh):
     policy = begin_policy(section, cfg.phases, rows, seed=config.seed, mesh=mesh)
     made = _check_rows(policy, rows, eval_rows, cfg, bad, workdir)
     _train_phases(policy, made, section, cfg, config, workdir, bad)
@@ -388,7 +389,7 @@ def _train_phase(
     out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None),
   )
   place.mkdir(parents=True, exist_ok=True)
-  checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=1))
+  checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=2))
   parts, goes_on = [(len(example.rows), None)], bool(checkpoints.latest_step())
   places = row_places(place / "train_rows.json", example.rows, parts, goes_on)
   iterator = train_iterator(

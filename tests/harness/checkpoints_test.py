@@ -1,5 +1,8 @@
 """Checkpoints: what comes back, which steps are written and kept, what does not fit."""
 
+import pathlib
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -73,3 +76,67 @@ def test_a_checkpoint_of_another_model_is_refused(open_in):
   checkpoints.save(state, position, {}, force=True)
   with pytest.raises(ValueError, match="does not fit this config's model or optimizer"):
     checkpoints.restore(counting.new_state(size=5))
+
+
+def _files(step: pathlib.Path):
+  return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def _truncate(step):
+  big = max(_files(step / "state"), key=lambda path: path.stat().st_size)
+  big.write_bytes(big.read_bytes()[: big.stat().st_size // 2])
+
+
+def _spoil(step):
+  for path in _files(step / "state" / "d"):
+    path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
+
+
+DAMAGES = {
+  "everything but the folder is gone": lambda step: [path.unlink() for path in _files(step)],
+  "the state is gone": lambda step: shutil.rmtree(step / "state"),
+  "the position is gone": lambda step: shutil.rmtree(step / "data"),
+  "the state's data are gone": lambda step: shutil.rmtree(step / "state" / "d"),
+  "a file is cut": _truncate,
+  "bytes are turned": _spoil,
+  "the position is no JSON": lambda step: [path.write_text("{") for path in _files(step / "data")],
+  "the metadata are cut": lambda step: [
+    path.write_bytes(path.read_bytes()[:20]) for path in step.rglob("_METADATA")
+  ],
+  "a half-renamed folder": lambda step: [
+    shutil.rmtree(step),
+    (step / "state").mkdir(parents=True),
+  ],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_moved_aside(damage, open_in, tmp_path, caplog):
+  (first, position), (second, later) = states(2)
+  writer = open_in(every_steps=1)
+  writer.save(first, position, {})
+  writer.save(second, later, {})
+  DAMAGES[damage](tmp_path / "checkpoints" / "2")
+  checkpoints = open_in(every_steps=1)
+  state, found = checkpoints.restore(counting.new_state())
+  assert_same(state, first)
+  assert found == position
+  assert (
+    "checkpoint of step 2 cannot be read" in caplog.text and "goes on from step 1" in caplog.text
+  )
+  assert saved_steps(tmp_path) == [1] == [checkpoints.latest_step()]
+  assert (tmp_path / "checkpoints" / "damaged" / "2").is_dir()
+  checkpoints.save(second, later, {})  # the step is made and written again
+  assert_same(open_in().restore(counting.new_state())[0], second)
+
+
+def test_where_all_are_damaged_none_is_moved(open_in, tmp_path):
+  (first, position), (second, later) = states(2)
+  writer = open_in(every_steps=1)
+  writer.save(first, position, {})
+  writer.save(second, later, {})
+  for step in ("1", "2"):
+    shutil.rmtree(tmp_path / "checkpoints" / step / "state" / "d")
+  with pytest.raises(ValueError, match=r"or is damaged, nor does any older one \(\[1\]\)"):
+    open_in().restore(counting.new_state())
+  assert saved_steps(tmp_path) == [1, 2]

@@ -1,5 +1,7 @@
 """The loop on steps that cost nothing: numbers, samples, checkpoints, stops and going on."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from caprl_jax import sharding
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.harness.loop import CompileCounter, run_loop
 from caprl_jax.harness.metrics import read_metrics
+from caprl_jax.harness.signals import Preempted, notices
 
 
 def run(workdir, steps, step=counting.step, every_steps=100, **more):
@@ -87,6 +90,38 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
   cut = run(tmp_path / "cut", 5)
   np.testing.assert_array_equal(cut.params["w"], whole.params["w"])
   assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_a_step_waits_until_the_state_is_back(tmp_path, sent, interruptible):
+  """The step has been given the state's memory, as a step in three programs has for seconds."""
+
+  def step(state, batch):
+    made = counting.step(state, batch)
+    if int(made[0].step) == 3:
+      jax.tree.map(lambda x: x.delete(), state.params)
+      signal.raise_signal(sent)
+      jax.block_until_ready(made)
+    return made
+
+  whole = run(tmp_path / "whole", 5)
+  with notices(), pytest.raises(KeyboardInterrupt) as raised:
+    run(tmp_path / "cut", 5, step)
+  assert isinstance(raised.value, Preempted) == (sent == signal.SIGTERM)
+  assert saved_steps(tmp_path / "cut") == [3]
+  np.testing.assert_array_equal(run(tmp_path / "cut", 5).params["w"], whole.params["w"])
+  assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+def test_a_second_signal_does_not_wait(tmp_path, interruptible):
+  def step(state, batch):
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    raise AssertionError
+
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, 5, step)
+  assert saved_steps(tmp_path) == [0]  # of the state as it was before the step
 
 
 def test_an_error_of_the_step_saves_nothing_and_is_passed_on(tmp_path):

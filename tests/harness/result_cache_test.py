@@ -31,16 +31,33 @@ def test_the_order_of_the_settings_does_not_matter_but_their_values_do(tmp_path)
   assert not opened(tmp_path, max_tokens=5) and not opened(tmp_path, kind="answers")
 
 
-@pytest.mark.parametrize("tail", [b'["y", {"te', b'["y", 2]', b"\0\0\0\n", b"[3]\n"])
-def test_a_line_that_a_kill_has_torn_is_dropped(tail, tmp_path):
+@pytest.mark.parametrize("tail", [b'["y", {"te', b"\0\0\0\n", b"[3]\n", b'["y", 2]\xff'])
+def test_a_line_that_a_kill_has_torn_is_passed_over(tail, tmp_path, caplog):
   cache = opened(tmp_path)
   cache.put({"x": 1})
-  whole = cache.path.read_bytes()
-  cache.path.write_bytes(whole + tail)
+  cache.path.write_bytes(cache.path.read_bytes() + tail)
   again = opened(tmp_path)
-  assert dict(again) == {"x": 1} and cache.path.read_bytes() == whole
+  assert dict(again) == {"x": 1} and "1 lines that cannot be read" in caplog.text
   again.put({"y": 2})
   assert dict(opened(tmp_path)) == {"x": 1, "y": 2}
+
+
+def test_a_line_that_is_spoilt_takes_no_other_with_it(tmp_path, caplog):
+  cache = opened(tmp_path)
+  for name in "abcde":
+    cache.put({name: name * 9})
+  lines = cache.path.read_bytes().splitlines(keepends=True)
+  lines[3] = b"\xff" * len(lines[3])  # its line break is gone, too: the next line is part of it
+  cache.path.write_bytes(b"".join(lines))
+  assert dict(opened(tmp_path)) == {name: name * 9 for name in "abe"}
+  assert "the first is line 4" in caplog.text
+
+
+def test_two_processes_add_to_one_file(tmp_path):
+  first, second = opened(tmp_path), opened(tmp_path)
+  for i in range(20):
+    (first if i % 2 else second).put({str(i): "x" * i})
+  assert dict(opened(tmp_path)) == {str(i): "x" * i for i in range(20)}
 
 
 def test_a_kill_while_the_settings_were_written(tmp_path):

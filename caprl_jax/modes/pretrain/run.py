@@ -39,6 +39,7 @@ from caprl_jax.data.rows import BadRows, QARow
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.training.state import abstract_state, make_state
+from caprl_jax.harness.workdir_lock import only_run
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.inference.vqa import AnswerConfig
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
@@ -299,7 +300,7 @@ def train_stage(
   tx, schedule = build_optimizer(stage.optimizer, steps)
   place = workdir / TRAINING / name
   place.mkdir(parents=True, exist_ok=True)
-  checkpoints = Checkpoints(place, CheckpointConfig(cfg.checkpoint_every_steps, keep=1))
+  checkpoints = Checkpoints(place, CheckpointConfig(cfg.checkpoint_every_steps, keep=2))
   iterator = packed_batches(packer, batch_size, steps, sharding.batch_share(mesh, batch_size))
   if checkpoints.latest_step() is not None:
     like = abstract_state(params, tx, shardings, mesh)
@@ -339,6 +340,11 @@ def run(config, workdir: pathlib.Path) -> None:
   """Runs the stages that `pretrain.json` does not call finished, and asks the last model about
   images (`vqa.json`).
   """
+  with only_run(workdir):
+    _run(config, workdir)
+
+
+def _run(config, workdir: pathlib.Path) -> None:
   cfg = configuration.load_section(config, "pretrain", PretrainConfig)
   section = configuration.load_section(config, "pretrain_policy", PretrainPolicyConfig)
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))

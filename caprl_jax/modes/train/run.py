@@ -33,6 +33,7 @@ from caprl_jax.harness.training.state import (
   rollout_images,
 )
 from caprl_jax.harness.training.summary import Best, Summary, versions
+from caprl_jax.harness.workdir_lock import only_run
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
@@ -153,7 +154,11 @@ def run(config, workdir: pathlib.Path) -> None:
   """All stages. What a kill left undone is done by the same command; a finished run is left as it
   is, but for what is missing of what it left, unless `train.steps` was raised: then it goes on."""
   settings = read_settings(config)
-  plain = configuration.to_plain(config)
+  with only_run(workdir):
+    _run(settings, configuration.to_plain(config), workdir)
+
+
+def _run(settings: Settings, plain: dict, workdir: pathlib.Path) -> None:
   summary = Summary(workdir)
   _check_same_run(summary, plain, workdir)
   if summary.complete_step >= settings.train.steps:

@@ -1,0 +1,49 @@
+"""A workdir -> the right to write there, which one run has at a time."""
+
+import contextlib
+import datetime
+import fcntl
+import logging
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+
+import jax
+
+log = logging.getLogger("caprl_jax.harness.workdir_lock")
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def only_run(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the workdir while it is entered; of several processes of one run the first does.
+
+  The lock is the operating system's and ends with the process, however it ends: no lock of a run
+  that was killed has to be removed. On a file system without locks there is none, and the log says
+  so.
+
+  Raises:
+    ValueError: another run holds it; with that run's machine, process and start.
+  """
+  if jax.process_index() > 0:
+    yield
+    return
+  with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise ValueError(
+        f"{workdir} is in use by {file.read().strip() or 'another run'}; wait for it to end, stop "
+        "it, or use another --workdir"
+      ) from error
+    except OSError as error:
+      log.warning("%s: locks do not work here (%s); see that no other run writes", workdir, error)
+    file.truncate(0)
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
+    file.flush()
+    yield
+    file.truncate(0)
