@@ -19,7 +19,7 @@ from tqdm import auto as tqdm
 
 import caprl_jax
 from caprl_jax.config import loading, registry, schema
-from caprl_jax.harness import signals
+from caprl_jax.harness.process import signals
 from caprl_jax.json_files import cut, shown
 
 # Named in full, because this module is `__main__` when it is run.

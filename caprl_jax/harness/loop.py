@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from caprl_jax import sharding
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.metrics import MetricsWriter, Progress
-from caprl_jax.harness.signals import Deferred
+from caprl_jax.harness.process.signals import Deferred
 from caprl_jax.harness.trackers import Tracker
 from caprl_jax.types import TrainState
 
@@ -158,6 +158,14 @@ class StepReports:
       self.writer.close()
 
 
+def _next_batch(iterator: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, float]:
+  """A batch on the host, the same on the devices, and the seconds that both took."""
+  began = time.perf_counter()
+  batch = next(iterator)
+  on_device = sharding.put_batch(batch, mesh)
+  return batch, on_device, time.perf_counter() - began
+
+
 def run_loop(
   step_fn: Callable[[TrainState, Any], tuple[TrainState, dict, Any]],
   state: TrainState,
@@ -200,11 +208,8 @@ def run_loop(
     with CompileCounter() as compiles, Interrupts() as interrupts:
       for step in range(start + 1, steps + 1):
         interrupts.check(step)
-        began = time.perf_counter()
-        batch = next(iterator)
-        # This copy runs beside step n - 1, whose numbers are read below.
-        on_device = sharding.put_batch(batch, mesh)
-        data_secs = time.perf_counter() - began
+        # The copy to the devices runs beside step n - 1, whose numbers are read below.
+        batch, on_device, data_secs = _next_batch(iterator, mesh)
         with interrupts.deferred.held():  # the step has the state, which a checkpoint would want
           state, metrics, samples = step_fn(state, on_device)
           position = iterator.get_state()

@@ -41,9 +41,9 @@ from caprl_jax.data.usable_rows import (
 )
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import run_loop
+from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import make_state
-from caprl_jax.harness.workdir_lock import only_run
 from caprl_jax.hub.load import Loaded, load_policy, save_policy
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.hub.tokenizer import Tokenizer

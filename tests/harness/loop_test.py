@@ -12,7 +12,7 @@ from caprl_jax import sharding
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.harness.loop import CompileCounter, run_loop
 from caprl_jax.harness.metrics import read_metrics
-from caprl_jax.harness.signals import Preempted, notices
+from caprl_jax.harness.process.signals import Preempted, notices
 
 
 def run(workdir, steps, step=counting.step, every_steps=100, **more):

@@ -38,8 +38,8 @@ from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import BadRows, QARow
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.harness.loop import run_loop
+from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.training.state import abstract_state, make_state
-from caprl_jax.harness.workdir_lock import only_run
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.inference.vqa import AnswerConfig
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter

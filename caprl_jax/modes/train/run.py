@@ -18,6 +18,7 @@ from caprl_jax.harness.extras import extra
 from caprl_jax.harness.gate import gate
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.metrics import StageClock
+from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.harness.setup import Run, set_up
@@ -33,7 +34,6 @@ from caprl_jax.harness.training.state import (
   rollout_images,
 )
 from caprl_jax.harness.training.summary import Best, Summary, versions
-from caprl_jax.harness.workdir_lock import only_run
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter

@@ -9,11 +9,11 @@ import textwrap
 import pytest
 from helpers.paths import ROOT
 
-from caprl_jax.harness.workdir_lock import LOCK, only_run
+from caprl_jax.harness.process.workdir_lock import LOCK, only_run
 
 HOLDER = """
 import pathlib, sys, time
-from caprl_jax.harness.workdir_lock import only_run
+from caprl_jax.harness.process.workdir_lock import only_run
 with only_run(pathlib.Path(sys.argv[1])):
   print("held", flush=True)
   time.sleep(600)

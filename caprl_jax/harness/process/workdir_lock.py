@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
-log = logging.getLogger("caprl_jax.harness.workdir_lock")
+log = logging.getLogger("caprl_jax.harness.process.workdir_lock")
 
 LOCK = ".lock"
 
