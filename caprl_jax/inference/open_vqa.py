@@ -31,7 +31,7 @@ from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.policy import Policy
 from caprl_jax.rl.sampling import SamplingConfig, decode
-from caprl_jax.scoring.answers import exact
+from caprl_jax.scoring.metrics import exact
 from caprl_jax.types import Array, Images, Params, Prompts, Vocabulary
 
 

@@ -4,29 +4,44 @@ Two protocols, as in `answers.py`: "ours" reads as a careful reader would, "offi
 released scorer of CapRL does, defects included.
 """
 
+import ast
+import json
 import re
-import string
-import unicodedata
-from typing import Literal
+from typing import Any, Literal
+
+from caprl_jax.scoring.statements import (
+  DENIES,
+  IF,
+  IS,
+  NOUN,
+  implied_letter,
+  label_of,
+  stated_letter,
+)
 
 Protocol = Literal["ours", "official"]
 
-_THINK, _END_THINK, _ANSWER, _END_ANSWER = "<think>", "</think>", "<answer>", "</answer>"
-LETTER = re.compile(r"[A-Z]")
+# Of a text that is tried as JSON, in characters.
+_LONGEST_OBJECT = 20_000
+_ANSWER_KEYS = ("answer", "finalanswer", "correctanswer", "choice", "option", "prediction", "答案")
+_THOUGHTS = [
+  (f"<{name}>", f"</{name}>")
+  for name in ("think", "thinking", "thought", "reasoning", "seed:think")
+] + [("◁think▷", "◁/think▷"), ("<|begin_of_thought|>", "<|end_of_thought|>")]
+_ANSWER, _END_ANSWER = "<answer>", "</answer>"
 _SAID = re.compile(
-  r"(?i:\b(?:answer|(?:correct|right|best)\s+(?:option|choice))"
-  r"\**\s*(?:(?:is|(?:w|sh)ould\s+be|must\s+be)\b|[:：])"
-  r"|答案(?:是|为|[:：]))[:：]?[ \t]*\**[ \t]*(?:\n+[ \t]*)?"
-)
-# A letter with what may follow it in an answer: nothing, ")", ".", ":" or ",", a reason. Not "A red
-# dog".
-_LABEL = re.compile(
-  r"[\s*_(\[\"'`$]*(?:option\s+|choice\s+)?[(\[*]*([A-Z])"
-  r"(?:[*)\]\"'`$]*[\s.]*$|\*\*|\**[)\].:：](?!\d)|\**[,，、](?!\s*(?-i:[A-HJ-Z])\b)|\s+[-–—]\s"
-  r"|\s+(?:because|since|as)\b)",
-  re.IGNORECASE,
+  rf"(?i:(?<![A-Za-z]){NOUN}(?:\s(?:to|for)\b[^.:\n]{{0,80}}?)?\**\"?\s?(?:{IS}|[：＝])"
+  r"|(?:correct|right|best)\s(?:option|choice)\**\s?(?:is\b|[:：])"
+  r"|^\W{0,6}(?:final\s)?answer\W{0,6}$)[:：]?[ \t]*\**[ \t]*(?:\n+[ \t]*)?",
+  re.MULTILINE,
 )
 _REASON = re.compile(r"(?<=\S)[,;]?\s+(?:because|since)\s.*$", re.IGNORECASE)
+# "The answer is clear" says no answer.
+_NO_ANSWER = re.compile(
+  r"(?:\w+ly\s)?(?:correct|clear|obvious|evident|wrong|incorrect|as follows|given|based|found|in the|straightforward|"
+  r"simple|determined|supported|shown|provided|consistent|therefore|not)\b",
+  re.IGNORECASE,
+)
 # Words that a full stop shortens: as they are spelt ("12 ms." has none of "Ms."), and in any case
 # before a number.
 _ABBREVIATIONS = frozenset(
@@ -47,18 +62,18 @@ def extract_answer(output: str, options: int | None, protocol: Protocol) -> str 
   nested braces are kept, and so is all that stands between two boxes.
 
   ours: what stands before the last `</think>` is dropped; None if a `<think>` is still open (the
-  thought was cut off). Then the first of these that is there and not empty:
-    1. the last `\\boxed{X}` in the last `<answer>`, braces balanced;
-    2. the text of the last `<answer>` (its end tag may be missing, as when the end of the turn took
-       its place);
-    3. the last `\\boxed{X}` anywhere;
-    4. the sentence after the last "answer is", "correct option is", "Answer:", "答案是" and the
-       like, without a reason ("because …") and the full stop;
-    5. multiple choice: a letter that is all the text, or begins its last line with ")", "." or ":"
-       behind it, or so begins its first one where no other line begins with another option's;
-    6. the last line that holds letters or digits.
-  With options, a letter that begins any of these ("B) red", "(B).", "B, because …") stands for all
-  of it.
+  thought was cut off). Only the last `<answer>` is read, if it is not empty (its end tag may be
+  missing, as when the end of the turn took its place); in a JSON object, the value of "answer".
+
+  With options, the first of these that is there:
+    1. the letter of the last clear statement (`statements.stated_letter`), a box among them;
+    2. what the last `\\boxed{X}` holds;
+    3. a letter that begins a line, or that the text implies (`statements.implied_letter`);
+    4. the sentence after the last "answer is", "Answer:", "答案是" and the like, without a reason
+       ("because …") and the full stop;
+    5. the last line that holds letters or digits.
+  Without, the last of 2 and 4, then 5. A phrase that is negated, conditional or says no answer ("The
+  answer is clear") is passed over.
   """
   if protocol not in ("ours", "official"):
     raise ValueError(f"protocol = {protocol!r}; use 'ours' or 'official'")
@@ -68,32 +83,87 @@ def extract_answer(output: str, options: int | None, protocol: Protocol) -> str 
     )
   if protocol == "official":
     return _official_answer(output)
-  text = output[output.rfind(_END_THINK) + len(_END_THINK) :] if _END_THINK in output else output
-  if _THINK in text:
+  text = _behind_thought(output)
+  if text is None:
     return None
-  found = None
   if _ANSWER in text:
-    inner = text[text.rindex(_ANSWER) + len(_ANSWER) :].partition(_END_ANSWER)[0]
-    found = _last_boxed(inner) or inner.strip()
-  found = found or _last_boxed(text)
-  if not found:
-    said = [text[match.end() :].partition("\n")[0] for match in _SAID.finditer(text)]
-    said = [line for line in said if re.search(r"\w", line)]
-    found = _first_sentence(_REASON.sub("", said[-1].strip())).strip().strip("*") if said else None
-  if found:
-    return letter_of(found, options) or found
+    inner = text[text.rindex(_ANSWER) + len(_ANSWER) :].partition(_END_ANSWER)[0].strip()
+    if inner:
+      return _read(inner, options, whole=True)
+  return _read(text, options, whole=False)
+
+
+def _behind_thought(output: str) -> str | None:
+  text = output
+  for begin, end in _THOUGHTS:
+    text = text[text.rfind(end) + len(end) :] if end in text else text
+    if begin in text:
+      return None
+  return text
+
+
+def _read(text: str, options: int | None, *, whole: bool) -> str | None:
+  """The answer in a text without thoughts and tags; `whole`: that is all of it where nothing marks
+  a part.
+  """
   lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
   if not lines:
+    return text if whole else None
+  value = _value_of_answer(text)
+  if value is not None:
+    return (value if options is None else _read(value, options, whole=True)) or value
+  boxed, box_at = _last_boxed(text)
+  letter = None
+  if options is not None:
+    letter = stated_letter(text, options)
+    letter = label_of(boxed, options) if letter is None and boxed else letter
+    if not letter and letter != "" and not boxed:
+      letter = implied_letter(text, options)
+  if letter:
+    return letter
+  said, said_at = _last_said(text)
+  if boxed and not (said and said_at > box_at and options is None):
+    return boxed
+  return said or (text.strip() if whole else lines[-1])
+
+
+def _value_of_answer(text: str) -> str | None:
+  """The value of "answer" or the like, where a text is a JSON object; None elsewhere."""
+  text = re.sub(r"^\s*```\w*|```\s*$", "", text).strip()
+  if not (text.startswith("{") and text.endswith("}")) or len(text) > _LONGEST_OBJECT:
     return None
-  last, first = letter_of(lines[-1], options), letter_of(lines[0], options)
-  # One that goes through the options begins a line with each.
-  if not last and first and {letter_of(line, options) for line in lines} - {first, None}:
-    first = None
-  return last or first or lines[-1]
+  found: Any = None
+  for read in (json.loads, ast.literal_eval):
+    try:
+      found = read(text)
+      break
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+      continue  # not of this kind
+  if not isinstance(found, dict):
+    return None
+  values = {re.sub(r"[\W_]", "", str(key)).casefold(): value for key, value in found.items()}
+  value = next((values[key] for key in _ANSWER_KEYS if key in values), None)
+  if isinstance(value, list) and len(value) == 1:
+    value = value[0]
+  return str(value) if isinstance(value, (str, int, float, list)) and value != "" else None
+
+
+def _last_said(text: str) -> tuple[str | None, int]:
+  """The sentence behind the last phrase that says an answer, and where it begins."""
+  # Of a looping output, the end is enough.
+  for match in reversed(list(_SAID.finditer(text))[-50:]):
+    line = text[match.end() : match.end() + 5000].partition("\n")[0]
+    before = re.split(r"[.!?;\n]", text[max(0, match.start() - 160) : match.start()])[-1]
+    if not re.search(r"\w", line) or IF.search(before) or DENIES.search(before):
+      continue
+    found = _first_sentence(_REASON.sub("", line.strip())).strip().strip("*")
+    if re.search(r"\w", found) and not _NO_ANSWER.match(found):
+      return found, match.end()
+  return None, -1
 
 
 _REFUSAL = re.compile(
-  r"\b(?:can(?:no|')t|can not|could not|couldn't|unable to|impossible to|not possible to)\b[^.\n]*"
+  r"\b(?:can(?:no|')t|can not|could not|couldn't|unable to|impossible to|not possible to)\b[^.\n]{0,200}?"
   r"\b(?:answer|determin\w+|tell|say|know|infer\w*|identif\w+|find)\b"
   r"|(?:\bnot|n't)(?: \w+){0,2}"
   r" (?:mention\w*|specif\w+|provide\w*|state\w*|given|enough|sufficient)\b"
@@ -121,17 +191,20 @@ def _official_answer(output: str) -> str | None:
   return output[begin:end] if box >= 0 and end >= begin else None
 
 
-def _last_boxed(text: str) -> str | None:
-  """What the last closed `\\boxed{…}` holds; None without one or if it is empty."""
+def _last_boxed(text: str) -> tuple[str | None, int]:
+  """What the last closed `\\boxed{…}` holds, and where it ends; None without one or if it is
+  empty.
+  """
+  text = text.replace("<|begin_of_box|>", "\\boxed{").replace("<|end_of_box|>", "}")
   last = (-1, -1)
   opened: list[tuple[int, bool]] = []  # where the text in braces begins, and whether it is a box's
-  for match in re.finditer(r"(\\boxed\s*)?\{|\}", text):
+  for match in re.finditer(r"(\\f?boxed\s?)?\{|\}", text):
     if match.group() != "}":
       opened.append((match.end(), match.group(1) is not None))
     elif opened:
       begin, boxed = opened.pop()
       last = max(last, (begin, match.start())) if boxed else last
-  return text[last[0] : last[1]].strip() or None if last[0] >= 0 else None
+  return (text[last[0] : last[1]].strip() or None if last[0] >= 0 else None), last[1]
 
 
 def _first_sentence(text: str) -> str:
@@ -155,43 +228,3 @@ def _ends_a_sentence(word: str, following: str) -> bool:
   return not (
     not word or word.endswith(".") or initials or short or number or word in _ABBREVIATIONS
   )
-
-
-def letter_of(text: str, options: int | None) -> str | None:
-  """The option's letter that `text` begins with as an answer; a small letter only when alone. None
-  without options.
-  """
-  if options is None:
-    return None
-  text = without_markup(text)
-  match = _LABEL.match(text)
-  if not match or index_of(match.group(1).upper()) >= options:
-    return None
-  alone = not re.search(r"\w", text[match.end(1) :])
-  return match.group(1).upper() if match.group(1).isupper() or alone else None
-
-
-def index_of(letter: str) -> int:
-  return string.ascii_uppercase.index(letter)
-
-
-_DASHES = str.maketrans("–—−⁄", "---/")
-
-
-def without_markup(text: str) -> str:
-  """A text without LaTeX's and Markdown's signs around it or its words; fractions and powers
-  stay.
-  """
-  text = (
-    unicodedata.normalize("NFKC", text.replace("²", "^2").replace("³", "^3"))
-    .translate(_DASHES)
-    .strip()
-  )
-  text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|textrm)\s*\{([^{}]*)\}", r"\1", text)
-  text = re.sub(r"\\([%$#&_])", r"\1", text).replace("{,}", ",")
-  text = re.sub(r"\\[,;!:]|\\(?:left|right)(?![a-zA-Z])", "", text)
-  text = re.sub(r"\^\s*\{?\\circ\}?|\\degree", "°", text)
-  for around in (r"\$\$?(.+?)\$\$?", r"\\\((.+)\\\)", r"\\\[(.+)\\\]", r"\*\*(.+)\*\*", r"`(.+)`"):
-    match = re.fullmatch(around, text, re.DOTALL)
-    text = match.group(1).strip() if match else text
-  return text

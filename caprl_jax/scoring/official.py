@@ -5,7 +5,8 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
-from caprl_jax.scoring.answers import edit_distance, math_verify_package
+from caprl_jax.scoring.mathematics import math_verify_package
+from caprl_jax.scoring.metrics import edit_distance
 
 
 def official_score(prediction: str | None, gold: str | Sequence[str], benchmark: str) -> float:

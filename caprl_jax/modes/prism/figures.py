@@ -16,6 +16,7 @@ from caprl_jax.data.readers.benchmarks import QUESTIONS, BenchmarkRow
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.scoring import answers as scoring
 from caprl_jax.scoring import extraction, intervals
+from caprl_jax.scoring.mathematics import has_math_verify
 from caprl_jax.scoring.official import official_score
 
 BLIND = "blind"
@@ -40,7 +41,7 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
   found: dict[str, list[list[float]]] = {name: [] for name in ("ours", "abstained", "official")}
   written = answers.dtype == object
   official = (
-    written and scoring.has_math_verify() and all(row.benchmark != QUESTIONS for row in rows)
+    written and has_math_verify() and all(row.benchmark != QUESTIONS for row in rows)
   )
   for row, given in zip(rows, answers, strict=True):
     ours, none, theirs = [], [], []

@@ -1,0 +1,107 @@
+"""An answer to a multiple-choice question, the right letter -> 1 or 0."""
+
+import re
+import string
+from collections.abc import Sequence
+
+from caprl_jax.scoring.extraction import refuses
+from caprl_jax.scoring.metrics import NEGATES, normal_words, plain_words, words_of
+from caprl_jax.scoring.plain_text import without_markup
+from caprl_jax.scoring.statements import implied_letter, label_of, stated_letter
+
+LETTER = re.compile(r"[A-Z]")
+
+
+def multiple_choice(prediction: str | None, gold_letter: str, options: Sequence[str] = ()) -> float:
+  """1 if the prediction is the gold's letter, or the text of exactly one option and that is the
+  gold's; else 0.
+
+  A letter counts alone ("B", "b", "(B)"), with a text behind it ("B) red"), or as a sentence states
+  it. In a sentence that states none, the only option whose words are in it counts ("The dog.").
+  Options may be unknown: then letters only. Raises ValueError for a gold that is no capital letter
+  or no option's.
+  """
+  if not LETTER.fullmatch(gold_letter) or (options and index_of(gold_letter) >= len(options)):
+    raise ValueError(
+      f"gold {gold_letter!r} must be the letter of one of the {len(options) or 26} "
+      f"options, A to {string.ascii_uppercase[(len(options) or 26) - 1]}"
+    )
+  if prediction is None:
+    return 0.0
+  count = len(options) or 26
+  alone = re.fullmatch(
+    r"[\s(\[{*\"'`]*([A-Za-z])[\s)\]}.:*\"'`。]*", without_markup(prediction)[:100]
+  )
+  if alone:
+    return float(alone.group(1).upper() == gold_letter)
+  for normal in (plain_words, normal_words):  # to the second "A) blue" is "blue"
+    equal = [i for i, option in enumerate(options) if normal(option) == normal(prediction)]
+    if equal:
+      return float(equal == [index_of(gold_letter)])
+    letter = label_of(prediction, count)
+    if letter:
+      return float(letter == gold_letter)
+  letter = stated_letter(prediction, count)
+  if letter is None:
+    letter = _labelled_option(prediction, options) or implied_letter(prediction, count)
+  if letter is None:
+    mentioned = _mentioned(prediction, options)
+    return float(mentioned == index_of(gold_letter))
+  return float(letter == gold_letter)
+
+
+def _labelled_option(prediction: str, options: Sequence[str]) -> str | None:
+  """The letter before its own option's text, or before a few words of no option ("B dog")."""
+  match = re.fullmatch(r"[\s(\[*\"']*([A-Z])\s+(\S.*)", without_markup(prediction[:500]), re.DOTALL)
+  if not match or index_of(match[1]) >= (len(options) or 26):
+    return None
+  rest = match[2]
+  same_text = options and words_of(rest).startswith(words_of(options[index_of(match[1])]))
+  few = match[1] not in "AI" and len(rest.split()) <= 5 and rest[0].islower()
+  joined = re.match(r"(?:and|or|not|is|are|was)\b", rest)
+  return match[1] if same_text or (few and not joined and options) else None
+
+
+def _mentioned(prediction: str, options: Sequence[str]) -> int | None:
+  """The only option whose words are in a text and not denied; None for none, or several."""
+  refused = refuses(prediction[:2000])
+  text = words_of(prediction[:20_000])
+  spans: list[tuple[int, int, int]] = []
+  for index, option in enumerate(options):
+    words = words_of(option)
+    if not re.search(r"\w", words) or len(words.strip()) < 2 and not words.strip().isdigit():
+      continue
+    if refused and not refuses(option):
+      continue
+    short = words.strip() in ("yes", "no", "true", "false")
+    at = text.find(words)
+    while at >= 0:
+      if short and at > 0:
+        break
+      if not NEGATES.search(text[max(0, at - 60) : at + 1]):
+        spans.append((at, at + len(words), index))
+      at = text.find(words, at + 1)
+  kept = {
+    index
+    for begin, end, index in spans[:200]
+    if not any(
+      a <= begin and end <= b and (b - a) > (end - begin)
+      for a, b, other in spans[:200]
+      if other != index
+    )
+  }
+  return kept.pop() if len(kept) == 1 else None
+
+
+def index_of(letter: str) -> int:
+  """A is 0."""
+  return string.ascii_uppercase.index(letter)
+
+
+def option_of(text: str, options: Sequence[str]) -> int | None:
+  """The option whose text it is; None for none, or for several."""
+  for normal in (plain_words, normal_words):
+    same = [i for i, option in enumerate(options) if normal(option) == normal(text)]
+    if same:
+      return same[0] if len(same) == 1 else None
+  return None
