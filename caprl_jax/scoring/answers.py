@@ -125,6 +125,7 @@ _VERB = re.compile(
 _ADDED = re.compile(
   r"[,;]?\s(?:in|for|during|by|at|on|as\sof|from|since|because|which|according|based|\()\s?[^\s].*$"
 )
+_AT = re.compile(r"^(?:in|at|on|by|during|from)\s", re.IGNORECASE)
 _YES_NO = re.compile(r"(yes|no|true|false|是|否)\b\s?[,.;:!-]", re.IGNORECASE)
 
 
@@ -147,7 +148,7 @@ def _readings(prediction: str | None) -> tuple[str | None, ...]:
     sentence = bool(re.search(r"\b(?:is|are|was|were|has|have|had|equals?)\b|[:=≈→是为]", last))
     for verb in verbs[-4:] if sentence else ():
       said = tidied(last[verb.end() :])
-      found += [said, tidied(_ADDED.sub("", said))]
+      found += [said, tidied(_ADDED.sub("", said)), _AT.sub("", said)]
     if not sentence:
       found.append(tidied(_ADDED.sub("", text)))
   return tuple(dict.fromkeys(found))

@@ -56,9 +56,14 @@ def _labelled_option(prediction: str, options: Sequence[str]) -> str | None:
   if not match or index_of(match[1]) >= (len(options) or 26):
     return None
   rest = match[2]
-  same_text = options and words_of(rest).startswith(words_of(options[index_of(match[1])]))
+  own = words_of(options[index_of(match[1])]) if options else ""
+  same_text = options and words_of(rest).startswith(own)
+  if match[1] in "AI":  # an article, a pronoun
+    same_text = options and words_of(rest) == own
   few = match[1] not in "AI" and len(rest.split()) <= 5 and rest[0].islower()
-  joined = re.match(r"(?:and|or|not|is|are|was)\b", rest)
+  joined = re.match(
+    r"(?:and|or|not|is|are|was|if|unless|would|could|might|may|can|than|in|of|on)\b", rest
+  )
   return match[1] if same_text or (few and not joined and options) else None
 
 

@@ -9,6 +9,7 @@ import json
 import re
 from typing import Any, Literal
 
+from caprl_jax.scoring.plain_text import normal_form
 from caprl_jax.scoring.statements import (
   DENIES,
   IF,
@@ -106,7 +107,7 @@ def _read(text: str, options: int | None, *, whole: bool) -> str | None:
   """The answer in a text without thoughts and tags; `whole`: that is all of it where nothing marks
   a part.
   """
-  lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
+  lines = [line.strip() for line in text.splitlines() if re.search(r"\w", normal_form(line))]
   if not lines:
     return text if whole else None
   value = _value_of_answer(text)
@@ -124,7 +125,11 @@ def _read(text: str, options: int | None, *, whole: bool) -> str | None:
   said, said_at = _last_said(text)
   if boxed and not (said and said_at > box_at and options is None):
     return boxed
-  return said or (text.strip() if whole else lines[-1])
+  if said or whole:
+    return said or text.strip()
+  # the last line of a list of the options is no answer
+  listed = options and len(lines) > 1 and label_of(lines[-1], options)
+  return None if listed else lines[-1]
 
 
 def _value_of_answer(text: str) -> str | None:

@@ -41,7 +41,7 @@ def same(prediction: str | None, gold: str) -> float:
 
 def compared(prediction: str, gold: str, tolerance: float, *, lists: bool = True) -> float:
   """`relaxed_accuracy`; `lists`: in any order."""
-  if spaced(tidied(prediction)) == spaced(tidied(gold)):
+  if _close_set(prediction) == _close_set(gold):
     return 1.0
   moments = read_moment(prediction), read_moment(gold)
   if all(moments):
@@ -49,11 +49,17 @@ def compared(prediction: str, gold: str, tolerance: float, *, lists: bool = True
   found, wanted = read_quantity(prediction), read_quantity(gold)
   if found is not None and wanted is not None:
     return float(_close(found, wanted, tolerance))
-  if lists and (found is None or wanted is None):
-    ours, golds = _items(prediction), _items(gold)
+  if lists:
+    golds = _items(gold)
+    ours = _items(prediction, tight=gold.strip().startswith("["))
     if len(ours) == len(golds) >= 2:
       return float(_same_items(ours, golds, tolerance))
   return float(plain_words(prediction) == plain_words(gold))
+
+
+def _close_set(text: str) -> str:
+  """Without case and markup, and without spaces around a ratio's or a fraction's sign."""
+  return re.sub(r"\s?([:/])\s?", r"\1", spaced(tidied(text)))
 
 
 def _close(found: Quantity, wanted: Quantity, tolerance: float) -> bool:
@@ -72,13 +78,16 @@ def _close(found: Quantity, wanted: Quantity, tolerance: float) -> bool:
   return any(abs(one - other) <= relative * abs(other) for one, other in pairs)
 
 
-def _items(text: str) -> list[str]:
-  """The items of a text that is a list of them, else the text alone."""
+def _items(text: str, *, tight: bool = False) -> list[str]:
+  """The items of a text that is a list of them, else the text alone; `tight`: commas without a
+  space part them too, as they do in brackets.
+  """
   text = tidied(text[:2000])
   bracketed = re.fullmatch(r"[\[({](.*)[\])}]", text, re.DOTALL)
   inner = bracketed[1] if bracketed else text
   parts = re.split(
-    r",\s+and\s|[,;]\s|\s(?:and|&)\s|[、;\n]" + (r"|,(?!\d{3}\b)" if bracketed else ""), inner
+    r",\s+and\s|[,;]\s|\s(?:and|&)\s|[、;\n]" + (r"|,(?!\d{3}\b)" if bracketed or tight else ""),
+    inner,
   )
   return [tidied(part) for part in parts if part.strip()]
 
@@ -109,7 +118,7 @@ def chartqapro(prediction: str | None, gold: str, years: Sequence[bool] | None =
     return 0.0
   bracketed = re.fullmatch(r"\s*\[.*\][\s.]*", gold, re.DOTALL)
   golds = _items(gold) if bracketed else [gold]
-  ours = _items(prediction) if bracketed else [prediction]
+  ours = _items(prediction, tight=True) if bracketed else [prediction]
   if bracketed and len(golds) == 1 and not re.match(r"\s*\[", prediction):
     ours = [prediction]
   found = 0.0

@@ -118,6 +118,7 @@ def read_quantity(text: str) -> Quantity | None:
     lambda match: f" {match[1] or match[3]}/{match[2] or match[4]}",
     text,
   ).strip()
+  text = re.sub(r"^10\s?\^\s?\{?(-?\d{1,2})\}?$", r"1e\1", text)
   mixed = re.fullmatch(r"(-?)(\d{1,9})\s(\d{1,9})\s?/\s?(\d{1,9})(?=\D|$)(.*)", text)
   whole = Fraction(0)
   if mixed and int(mixed[4]):

@@ -7,6 +7,7 @@ states no answer. The last statement counts.
 """
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from caprl_jax.scoring.plain_text import normal_form
@@ -77,7 +78,7 @@ def readable(text: str) -> str:
 
 
 # Sentences end at these; not at the stops of "i.e." and the like, which are taken out before.
-_SHORTENED = re.compile(r"\b(i\.e|e\.g|vs|etc|approx|Fig|No)\.(?=[\s,(])", re.IGNORECASE)
+_SHORTENED = re.compile(r"\b(i\.e|e\.g|vs|etc|approx|Fig)\.(?=[\s,(])", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s|(?<=。)|\n")
 
 
@@ -97,7 +98,7 @@ _MENTION = re.compile(
 )
 # What may follow a letter that is no word. Not a verb, of which it would be the subject.
 _FOLLOWS = re.compile(
-  rf"\s?$|\s?[,;!?。、…{_CLOSES}]|\s?[.:](?!\w\b)(?!\d)|\s-|\s?[/&→]|,?\s(?:because|since|as|and|or|not|"
+  rf"\s?$|\s?[,;!?。、…{_CLOSES}]|\s?[.:](?![A-Za-z]\b)(?!\d)|\s-|\s?[/&→]|,?\s(?:because|since|as|and|or|not|"
   r"but|rather|instead|over|which|where|with|in|on|for|based|due|given|here|too|the|this|that|est|"
   r"porque|weil|car|perché)\b|\s?(?![型级班组点座栋])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]",
   re.IGNORECASE,
@@ -185,12 +186,16 @@ IS = (
 _MAY_BE = r"(?:(?:could|might|may|can|possibly|perhaps|maybe)(?:\s(?:well|[a-z]+ly))?\sbe)"
 _GAP = (
   r"(?:\s(?:to|for|of|here|among|in|from|based|that|which|on|with|i|we|would|according|choice|option|"
-  r"letter|number|correct[ae]?|exacte|richtige|corretta|à|a|zur|auf)\b[^.:;,]{0,80}?)?"
+  r"letter|number|correct[ae]?|exacte|richtige|corretta|à|a|zur|auf)\b[^.:;,]{0,80}?|,\s[^.:;,]{1,60},)?"
 )
 # Only phrases that end in one of these are followed by any letter; the others need it at once.
 _STATES = re.compile(
-  rf"(?<![A-Za-z]){NOUN}{_GAP}[\"'”’)]{{0,2}}\s?(?:(?P<may>{_MAY_BE})|{IS})|(?P<box>{_BOX})|"
-  rf"(?:^|(?<=\s))(?:(?:so|the|my|final|correct|right|best)\s){{0,3}}(?:answer|réponse|respuesta|antwort)(?=\s\S)|"
+  rf"(?<![A-Za-z]){NOUN}{_GAP}[\"'”’)]{{0,2}}\s?(?:(?P<may>{_MAY_BE})|{IS})|(?P<box>{_BOX})",
+  re.IGNORECASE,
+)
+# "Answer B", at the beginning of a sentence
+_ANSWER = re.compile(
+  r"^(?:(?:so|the|my|final|correct|right|best)\s){0,3}(?:answer|réponse|respuesta|antwort)(?=\s\S)|"
   r"(?:答案|정답|正解)(?=\s?[(A-Z])",
   re.IGNORECASE,
 )
@@ -203,10 +208,10 @@ _LEADS = re.compile(
   r"consistent\swith|align(?:s|ed)?\swith|lean(?:ing)?\stowards?|"
   r"(?:it|this|that)(?:['’]s|\sis|\swas|\s(?:must|should|would|will|has\sto)(?:\s[a-z]+ly)?\sbe)|"
   r"which\sis|so|thus|therefore|hence|consequently|accordingly|definitely|clearly|finally|"
-  r"in\sconclusion|ultimately|overall|(?:no|wait|sorry|hmm|actually|correction|i\smean|rather|nein|non)\s?"
+  r"in\sconclusion|ultimately|overall|probably|presumably|likely|(?:no|wait|sorry|hmm|actually|correction|i\smean|rather|nein|non)\s?"
   r"(?:[,:.…-]|\.\.\.)+|elijo|escojo|elegir|je\schoisis|c['’]est|ich\swähle|wähle)"
   r"(?![A-Za-z'’])|"
-  r"(?:选择?(?![项項])|選擇?(?![項択])|选项[是为]|应该?是|应当是|就是|是|为|因此|所以|故|即|選択)",
+  r"->|=>|→|⇒|(?:选择?(?![项項])|選擇?(?![項択])|选项[是为]|应该?是|应当是|就是|是|为|因此|所以|故|即|選択)",
   re.IGNORECASE,
 )
 _MAYBE = re.compile(
@@ -258,7 +263,7 @@ _BREAK = re.compile(
   r"\b(?:so|thus|therefore|hence|but|however|then)\b|->|因此|所以|故|但", re.IGNORECASE
 )
 IF = re.compile(
-  r"(?<!even )\b(?:if|unless|suppose|supposing|assuming|whether|imagine|sofern|wenn)\b"
+  r"(?<!even )\b(?:if|unless|otherwise|suppose|supposing|assuming|whether|imagine|sofern|wenn)\b"
   r"(?!\s(?:we|you|one|i|i'm)\b(?!\s(?:were|assume|choose|chose|pick|had)))|^(?:were|had)\b|如果|假如|假设|若",
   re.IGNORECASE,
 )
@@ -317,74 +322,89 @@ _RIGHT_CJK = re.compile(
 _ANY_MENTION = re.compile(
   rf"(?<![A-Za-z0-9\\'’])(?:{_NAME}\s?)?[{_OPENS}]{{0,3}}[A-Z](?![A-Za-z0-9])"
 )
-_JOINED_BEFORE = re.compile(rf"(?<![A-Za-z0-9])[A-Z][{_CLOSES}]?,?\s?(?:and|or|&|/|,|和|与|或)\s?$")
+_JOINED_BEFORE = re.compile(
+  rf"(?<![A-Za-z0-9])([A-Z])[{_CLOSES}]?,?\s?(and|or|&|/|,|和|与|或)\s?(?:option\s|choice\s)?$"
+)
 
 
 def _statements(text: str, count: int) -> tuple[list[Statement], list[Statement], list[Statement]]:
   """(clear, weak, taken back), each in no order."""
-  clear: list[Statement] = []
-  weak: list[Statement] = []
-  taken_back: list[Statement] = []
   segments = _segments(text)
+  found: dict[str, list[Statement]] = {"clear": [], "weak": [], "taken": []}
   for number, segment in enumerate(segments):
-    asked = segment.endswith("?")
+    following = segments[number + 1] if number + 1 < len(segments) else ""
+    for force, letter, at in (
+      *_behind_phrases(segment, following, count),
+      *_with_verdicts(segment, count),
+      *_named(segment, count),
+    ):
+      if segment.endswith("?") and force != "taken":
+        force = "weak" if force == "clear" else ""
+      if force:
+        found[force].append(Statement(letter, number, at))
+  return found["clear"], found["weak"], found["taken"]
 
-    def add(force: str, mention: _Mention, at: int) -> None:
-      if _REJECTS.match(segment, mention.end) or _IF_BEHIND.match(segment, mention.end):
-        return
-      several = _joined(segment, mention, count)
-      target = clear if force == "clear" and not asked else weak
-      target.append(Statement("" if several else mention.letter, number, at))
 
-    for phrase in _STATES.finditer(segment):
-      reach = segment
-      if phrase.end() >= len(segment) - 1 and number + 1 < len(segments):
-        # "Answer:" and the letter in the next line
-        following = segments[number + 1]
-        mention = _mention_at(following, 0, count, small=True)
-        if mention and not phrase["may"] and _force(segment, phrase.start()) == "clear":
-          several = _joined(following, mention, count)
-          clear.append(Statement("" if several else mention.letter, number + 1, 0))
-        continue
-      named = _named_behind(reach, phrase.end(), count, small=True)
-      force = _force(segment, phrase.start())
+_Found = tuple[str, str, int]  # force, letter, place in the sentence
+
+
+def _behind_phrases(segment: str, following: str, count: int) -> Iterator[_Found]:
+  """The letters behind "the answer is", "I choose" and the like."""
+  for pattern in (_STATES, _ANSWER, _LEADS, _MAYBE):
+    for phrase in pattern.finditer(segment):
+      begin = phrase.end() if _BREAK.match(phrase[0]) else phrase.start()
+      force = _force(segment, begin)
+      if pattern is _MAYBE or phrase.groupdict().get("may"):
+        force = force and "weak"
+      text, at = segment, phrase.end()
+      if at >= len(segment) - 1 and pattern is _STATES:  # "Answer:" and the letter in the next line
+        text, at = following, 0
+      named = _named_behind(text, at, count, small=pattern in (_STATES, _ANSWER))
       if named and force:
-        add("weak" if phrase["may"] else force, *named)
-    for phrase in _LEADS.finditer(segment):
-      named = _named_behind(segment, phrase.end(), count, small=False)
-      force = _force(segment, phrase.start())
-      if named and force:
-        add(force, *named)
-    for phrase in _MAYBE.finditer(segment):
-      named = _named_behind(segment, phrase.end(), count, small=False)
-      if named and _force(segment, phrase.start()):
-        add("weak", *named)
-    for found in _ANY_MENTION.finditer(segment):
-      letter = found[0][-1]
-      if ord(letter) - 65 >= count:
-        continue
-      close = re.compile(rf"[{_CLOSES}.:]{{0,3}}").match(segment, found.end())
-      end = close.end() if close else found.end()
-      explicit = len(found[0]) > 1 or segment[found.end() : end].startswith((")", "]", ".", ":"))
-      at = found.start()
-      if _REJECTS.match(segment, end):
-        taken_back.append(Statement(letter, number, at))
-        continue
-      right = _RIGHT.match(segment, end)
-      good = _RIGHT_CJK.match(segment, end) or (right and (explicit or not right["gap"]))
-      force = _force(segment, at)
-      if good and force and not (right and _ANY_MENTION.search(right["gap"] or "")):
-        several = _JOINED_BEFORE.search(segment[max(0, at - 12) : at]) is not None
-        target = clear if force == "clear" and not asked else weak
-        target.append(Statement("" if several else letter, number, at))
-      elif force and not asked and segment[at : at + 1] in '(["“「【' and len(found[0]) == 2:
-        mention = _mention_at(segment, at, count)
-        if mention and mention.explicit:
-          add("weak", mention, at)
-    tail = re.search(r"[,:;-]\s(?:option\s)?[(\[\"]?([A-Z])[)\]\"]?[.!。]?$", segment)
-    if tail and ord(tail[1]) - 65 < count and _force(segment, tail.start()) and not asked:
-      weak.append(Statement(tail[1], number, tail.start()))
-  return clear, weak, taken_back
+        mention, place = named
+        if not (_REJECTS.match(text, mention.end) or _IF_BEHIND.match(text, mention.end)):
+          several = _joined(text, mention, count)
+          yield force, "" if several else mention.letter, place if text is segment else at
+
+
+def _with_verdicts(segment: str, count: int) -> Iterator[_Found]:
+  """The letters before "is correct" and "is wrong"."""
+  for found in _ANY_MENTION.finditer(segment):
+    letter, at = found[0][-1], found.start()
+    if ord(letter) - 65 >= count:
+      continue
+    close = re.compile(rf"[{_CLOSES}.:]{{0,3}}").match(segment, found.end())
+    end = close.end() if close else found.end()
+    if _REJECTS.match(segment, end):
+      yield "taken", letter, at
+      continue
+    explicit = len(found[0]) > 1 or segment[found.end() : end].startswith((")", "]", ".", ":"))
+    right = _RIGHT.match(segment, end)
+    if right and (not explicit and right["gap"] or _ANY_MENTION.search(right["gap"] or "")):
+      right = None
+    if right or _RIGHT_CJK.match(segment, end):
+      joined = _JOINED_BEFORE.search(segment[max(0, at - 12) : at])
+      several = (
+        joined and joined[1] != letter and (joined[2] != "," or " are " in segment[end:][:6])
+      )
+      yield _force(segment, at), "" if several else letter, at
+
+
+def _named(segment: str, count: int) -> Iterator[_Found]:
+  """Weakly: the letter that is all of a sentence, stands in brackets, or at the end."""
+  alone = _mention_at(segment, 0, count)
+  if alone and not re.search(r"\w", segment[alone.end :]):
+    yield "weak", alone.letter, 0
+  for found in re.finditer(r"[(\[\"“「【]\s?[A-Z](?![A-Za-z0-9])", segment):
+    mention = _mention_at(segment, found.start(), count)
+    ends = mention and (_REJECTS, _IF_BEHIND)
+    if mention and mention.explicit and not any(end.match(segment, mention.end) for end in ends):
+      letter = "" if _joined(segment, mention, count) else mention.letter
+      yield _force(segment, found.start()) and "weak", letter, found.start()
+  tail = re.search(r"[,:;-]\s(?:option\s)?[(\[\"]?([A-Z])[)\]\"]?[.!。]?$", segment)
+  if tail and ord(tail[1]) - 65 < count:
+    listed = re.search(rf"(?<![A-Za-z])[A-Z][{_CLOSES}]?$", segment[: tail.start()])
+    yield _force(segment, tail.start()) and "weak", "" if listed else tail[1], tail.start()
 
 
 # Lines that begin with a letter.
@@ -395,7 +415,7 @@ _LABEL = re.compile(
   re.IGNORECASE | re.DOTALL,
 )
 _AFTER_LABEL = re.compile(
-  r"[.:)。、](?!\w\b)(?!\d)(?!\w\.)|[,](?!\s?[A-HJ-Z]\b)|\s-+\s|\s(?:because|since|as)\b|\s?->"
+  r"[.:)。、](?![A-Za-z]\b)(?!\d)(?![A-Za-z]\.)|[,](?!\s?[A-HJ-Z]\b)|\s-+\s|\s(?:because|since|as)\b|\s?->|\sI\s(?:guess|think|believe|suppose|would|am)\b|\s?(?:选项|選項|项|です)"
 )
 
 
@@ -408,17 +428,18 @@ def label_of(line: str, count: int) -> str | None:
   if not match or ord(match["letter"].upper()) - 65 >= count:
     return None
   letter, close, rest = match["letter"].upper(), match["close"].strip(), match["rest"]
+  end = match.start("close") + len(match["close"].rstrip())
   if not re.search(r"\w", rest):
     return letter
-  if _REJECTS.match(line, match.end("close")):
+  if _REJECTS.match(line, end):
     return None
   wrapped = bool(match["open"] and close) or close.startswith(")")
-  behind = wrapped or _AFTER_LABEL.match(line, match.end("close"))
+  behind = wrapped or _AFTER_LABEL.match(line, end)
   if match["letter"].isupper():
-    second = _JOIN.match(line, match.end("close"))
+    second = _JOIN.match(line, end)
     other = second and _mention_at(line, second.end(), count)
     return letter if behind and not other else None
-  spaced = wrapped or re.compile(r"[.:]\s").match(line, match.end("close"))
+  spaced = wrapped or re.compile(r"[.:]\s").match(line, end)
   return letter if spaced and not rest.startswith("(") else None
 
 

@@ -546,7 +546,6 @@ SAYS_NOTHING = [
   "U.S.",
   "The vitamin D level and B-flat",
   "{}",
-  '{"reason": "B"}',
 ]
 
 
