@@ -38,6 +38,10 @@ METRICS: dict[str, Metric] = {
 }
 
 
+# Of an answer that is read, in characters, from its end: longer ones are a looping model's.
+_LONGEST = 10_000
+
+
 class Score(NamedTuple):
   """`value` in 0..1, and the `rule` that gave it: a metric's name, or for mathematics one of
   `maths`'s rules.
@@ -69,6 +73,8 @@ def score(
   golds = (gold,) if isinstance(gold, str) else tuple(gold)
   if not golds:
     raise ValueError(f"{benchmark}: no gold answer; give one or drop the row")
+  if prediction is not None:
+    prediction = prediction[-_LONGEST:]
   metric = METRICS[benchmark]
   if metric == "anls":
     return Score(max(anls(one, golds) for one in _readings(prediction)), "anls")
@@ -116,7 +122,7 @@ def _by_metric(
   return Score(max(open_answer(one, gold) for one in readings), "open")
 
 
-# In the last clause of a sentence, what is behind its verb or its colon: "The value was 45 in 2015".
+# What is behind it is what a sentence says: "The value was 45 in 2015".
 _VERB = re.compile(
   r"(?:\b(?:is|are|was|were|be|equals?|equal\sto|has|have|had|approximately|about|of|answer|totals?|"
   r"reached|shows|to)\b|[:=≈→是为])\s?(?=\S)",

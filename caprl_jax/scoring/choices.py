@@ -10,6 +10,7 @@ from caprl_jax.scoring.plain_text import without_markup
 from caprl_jax.scoring.statements import implied_letter, label_of, stated_letter
 
 LETTER = re.compile(r"[A-Z]")
+_LONGEST = 4000  # of an answer that is read, in characters
 
 
 def multiple_choice(prediction: str | None, gold_letter: str, options: Sequence[str] = ()) -> float:
@@ -28,6 +29,7 @@ def multiple_choice(prediction: str | None, gold_letter: str, options: Sequence[
     )
   if prediction is None:
     return 0.0
+  prediction = prediction if len(prediction) <= _LONGEST else prediction[-_LONGEST:]
   count = len(options) or 26
   alone = re.fullmatch(
     r"[\s(\[{*\"'`]*([A-Za-z])[\s)\]}.:*\"'`。]*", without_markup(prediction)[:100]
@@ -69,8 +71,8 @@ def _labelled_option(prediction: str, options: Sequence[str]) -> str | None:
 
 def _mentioned(prediction: str, options: Sequence[str]) -> int | None:
   """The only option whose words are in a text and not denied; None for none, or several."""
-  refused = refuses(prediction[:2000])
-  text = words_of(prediction[:20_000])
+  refused = refuses(prediction)
+  text = words_of(prediction)
   spans: list[tuple[int, int, int]] = []
   for index, option in enumerate(options):
     words = words_of(option)

@@ -39,8 +39,8 @@ _SAID = re.compile(
 _REASON = re.compile(r"(?<=\S)[,;]?\s+(?:because|since)\s.*$", re.IGNORECASE)
 # "The answer is clear" says no answer.
 _NO_ANSWER = re.compile(
-  r"(?:\w+ly\s)?(?:correct|clear|obvious|evident|wrong|incorrect|as follows|given|based|found|in the|straightforward|"
-  r"simple|determined|supported|shown|provided|consistent|therefore|not)\b",
+  r"(?:\w+ly\s)?(?:correct|clear|obvious|evident|wrong|incorrect|as follows|"
+  r"given|based|found|in the|straightforward|simple|determined|supported|shown|provided|consistent|therefore|not)\b",
   re.IGNORECASE,
 )
 # Words that a full stop shortens: as they are spelt ("12 ms." has none of "Ms."), and in any case
@@ -73,8 +73,8 @@ def extract_answer(output: str, options: int | None, protocol: Protocol) -> str 
     4. the sentence after the last "answer is", "Answer:", "答案是" and the like, without a reason
        ("because …") and the full stop;
     5. the last line that holds letters or digits.
-  Without, the last of 2 and 4, then 5. A phrase that is negated, conditional or says no answer ("The
-  answer is clear") is passed over.
+  Without, the last of 2 and 4, then 5. A phrase that is negated, conditional or says no answer
+  ("The answer is clear") is passed over.
   """
   if protocol not in ("ours", "official"):
     raise ValueError(f"protocol = {protocol!r}; use 'ours' or 'official'")
@@ -168,8 +168,8 @@ def _last_said(text: str) -> tuple[str | None, int]:
 
 
 _REFUSAL = re.compile(
-  r"\b(?:can(?:no|')t|can not|could not|couldn't|unable to|impossible to|not possible to)\b[^.\n]{0,200}?"
-  r"\b(?:answer|determin\w+|tell|say|know|infer\w*|identif\w+|find)\b"
+  r"\b(?:can(?:no|')t|can not|could not|couldn't|unable to|impossible to|"
+  r"not possible to)\b[^.\n]{0,200}?\b(?:answer|determin\w+|tell|say|know|infer\w*|identif\w+|find)\b"
   r"|(?:\bnot|n't)(?: \w+){0,2}"
   r" (?:mention\w*|specif\w+|provide\w*|state\w*|given|enough|sufficient)\b"
   r"|\b(?:insufficient|no|not enough) information\b|\bunanswerable\b"

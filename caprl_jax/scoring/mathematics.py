@@ -8,6 +8,7 @@ from typing import Any
 
 from caprl_jax.scoring.metrics import compared, exact
 from caprl_jax.scoring.plain_text import without_markup
+from caprl_jax.scoring.quantities import LONGEST
 
 
 def maths(prediction: str | None, gold: str) -> tuple[float, str]:
@@ -24,6 +25,8 @@ def maths(prediction: str | None, gold: str) -> tuple[float, str]:
   limits its time by a signal.
   """
   package = math_verify_package()
+  if prediction is not None and len(prediction) > LONGEST:
+    return 0.0, "exact" if package else "plain"  # no answer; a looping model's, which takes long
   if package is None:
     return (_exact_or_number(prediction, gold), "plain")
   parsed = None if _haswords_of(gold) else _parse(gold)

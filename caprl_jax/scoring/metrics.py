@@ -1,5 +1,7 @@
-"""An answer, the gold -> 0..1 by a benchmark's published metric; letters are in `choices.py`, mathematics
-in `mathematics.py`."""
+"""An answer, the gold -> 0..1 by a benchmark's published metric.
+
+Letters are in `choices.py`, mathematics in `mathematics.py`.
+"""
 
 import re
 from collections.abc import Sequence
@@ -245,6 +247,6 @@ def words_of(text: str) -> str:
 
 
 NEGATES = re.compile(
-  r" (?:not|no|n't|never|without|neither|nor|isn't|aren't|wasn't|doesn't|don't|cannot|than|instead of|"
-  r"unlike|except)(?: [^ .;]+){0,3} $"
+  r" (?:not|no|n't|never|without|neither|nor|isn't|aren't|wasn't|doesn't|don't|cannot|than|"
+  r"instead of|unlike|except)(?: [^ .;]+){0,3} $"
 )

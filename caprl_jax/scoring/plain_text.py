@@ -1,4 +1,4 @@
-"""A written text -> the same without the signs that only set it: Markdown, LaTeX, Unicode's forms."""
+"""A written text -> the same without the signs that only set it: Markdown's, LaTeX's, quotes."""
 
 import re
 import unicodedata

@@ -26,8 +26,8 @@ class Quantity(NamedTuple):
 # 1,234.5 | 1 234,5 | 1'234 | 1.234.567 or 1.234,5 | 12,34,567 | 12,5 | 1234.5; a group of three
 # behind a comma is thousands, one behind a single point is a fraction.
 _DIGITS = (
-  r"\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,3}(?:[ ']\d{3})+(?:[.,]\d+)?(?!\d)|\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}|"
-  r"\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?|\d+,\d{1,2}(?![\d,])|\d+(?:\.\d*)?|\.\d+"
+  r"\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,3}(?:[ ']\d{3})+(?:[.,]\d+)?(?!\d)|"
+  r"\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?|\d+,\d{1,2}(?![\d,])|\d+(?:\.\d*)?|\.\d+"
 )
 _CURRENCY = r"(?:us|ca|au|nz|hk|c|a)?[$€£¥₹₩₽]|usd|eur|gbp|jpy|cny|rmb|chf|inr|rs\.?"
 _WORD = r"[^\W\d_]+(?:\^[23])?"
@@ -57,9 +57,10 @@ _NUMBER = re.compile(
   rf"(?P<sign>[-+]?)\s*(?P<currency>(?:{_CURRENCY})\s*)?(?P<minus>-?)\s*(?P<number>{_DIGITS})"
   r"(?:e(?P<exponent>[-+]?\d{1,3})|\s*(?:x|×|\*|\\times|\\cdot)\s*10\s*\^\s*\{?(?P<power>[-+]?\d{1,3})\}?)?"
   rf"(?:\s*/\s*(?P<under>{_DIGITS}))?(?:\s?(?P<percent>{_PERCENT}))?"
-  r"(?:[ -]?(?P<scale>hundred|thousand|million|billion|trillion|lakh|crore|mio|[万亿])s?(?![^\W\d_])|"
-  r"(?P<letter>k|mn|bn|tn|m|b|t)(?![^\W\d_]))?"
-  rf"\s*(?P<unit>(?:{_CURRENCY})|°\s*[cf]?|(?:(?<=\s)|(?<=\d)(?=[^\W\d_]{{2}})){_WORD}(?:[ /]{_WORD})?|"
+  r"(?:[ -]?(?P<scale>hundred|thousand|million|billion|trillion|lakh|crore|mio|"
+  r"[万亿])s?(?![^\W\d_])|(?P<letter>k|mn|bn|tn|m|b|t)(?![^\W\d_]))?"
+  rf"\s*(?P<unit>(?:{_CURRENCY})|°\s*[cf]?|(?:(?<=\s)|(?<=\d)(?=[^\W\d_]{{2}}))"
+  rf"{_WORD}(?:[ /]{_WORD})?|"
   r"(?<=\d)[a-z](?![^\W_]))?\.?",
   re.IGNORECASE,
 )
@@ -211,7 +212,10 @@ def _in_words(text: str) -> Quantity | None:
 
 # Dates and times.
 
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_MONTHS = {
+  name: number
+  for number, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), start=1)
+}
 _MONTH = (
   r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
   r"sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
@@ -244,7 +248,7 @@ def read_moment(text: str) -> tuple[int | None, ...] | None:
     if match:
       found = match.groupdict()
       month = found.get("month")
-      number = _MONTHS.index(month[:3].lower()) + 1 if month else int(found["number"])
+      number = _MONTHS[month[:3].lower()] if month else int(found["number"])
       year, day = found.get("year"), found.get("day")
       return (int(year) if year else None, number, int(day) if day else None)
   match = _TIME.fullmatch(text)

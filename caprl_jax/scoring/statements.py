@@ -26,12 +26,22 @@ class Statement(NamedTuple):
   at: int  # in the segment
 
 
+# Of a longer text, its beginning and its end are read: a model that loops says nothing in between.
+_BEGINNING, _END_READ = 2000, 8000
+
+
+def _bounded(text: str) -> str:
+  if len(text) <= _BEGINNING + _END_READ:
+    return text
+  return text[:_BEGINNING] + "\n" + text[-_END_READ:]
+
+
 def stated_letter(text: str, count: int) -> str | None:
   """The letter of the last clear statement; "" if that names several; None if nothing is stated.
 
   A statement that a later sentence takes back ("A is wrong after all") does not count.
   """
-  clear, _, taken_back = _statements(text, count)
+  clear, _, taken_back = _statements(_bounded(text), count)
   clear.sort(key=lambda one: (one.segment, one.at))
   while clear:
     last = clear.pop()
@@ -50,6 +60,7 @@ def implied_letter(text: str, count: int) -> str | None:
   with a good word for it ("B) dog - yes") or without a bad one; the one that a text supposes or
   names at its end ("It could be B", "A dog, so (B)").
   """
+  text = _bounded(text)
   letter = _by_lines(text, count)
   if letter:
     return letter
@@ -84,7 +95,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?;])\s|(?<=。)|\n")
 
 def _segments(text: str) -> list[str]:
   text = _SHORTENED.sub(lambda match: match[1].replace(".", ""), readable(text))
-  parts = (" ".join(part.split()) for part in _SENTENCE_END.split(text))
+  # a character may be eighteen in the compatibility form
+  parts = (" ".join(part.split()) for part in _SENTENCE_END.split(text[-2 * _END_READ :]))
   return [part for part in parts if part]
 
 
@@ -134,17 +146,18 @@ def _mention_at(text: str, at: int, count: int, *, small: bool = False) -> _Ment
     return None
   wrapped = bool(match["open"] and close)
   explicit = wrapped or match["name"] is not None or close.startswith(")")
+  follows = _FOLLOWS.match(text, match.end())
   if letter.islower():
     ends = _END.match(text, match.end())
-    if not (wrapped and (small or not match["open"].strip("\"'“”‘’") == "") or (small and ends)):
+    quoted = not match["open"].strip("\"'“”‘’")
+    if not (wrapped and (small or not quoted) or small and ends):
       return None
     if match["name"] is not None and not wrapped and not ends:
       return None
-  elif not explicit and not _FOLLOWS.match(text, match.end()):
+  elif not explicit and not follows:
     return None
-  elif match["name"] is not None and not wrapped and not _FOLLOWS.match(text, match.end()):
-    if letter in "AI" and not re.compile(r"\s(?:is|was)\b").match(text, match.end()):
-      return None
+  elif match["name"] is not None and not wrapped and not follows and letter in "AI":
+    return None  # "the answer a dog gives"
   return _Mention(letter.upper(), match.end(), explicit)
 
 
@@ -397,8 +410,9 @@ def _named(segment: str, count: int) -> Iterator[_Found]:
     yield "weak", alone.letter, 0
   for found in re.finditer(r"[(\[\"“「【]\s?[A-Z](?![A-Za-z0-9])", segment):
     mention = _mention_at(segment, found.start(), count)
-    ends = mention and (_REJECTS, _IF_BEHIND)
-    if mention and mention.explicit and not any(end.match(segment, mention.end) for end in ends):
+    if not mention or not mention.explicit:
+      continue
+    if not any(pattern.match(segment, mention.end) for pattern in (_REJECTS, _IF_BEHIND)):
       letter = "" if _joined(segment, mention, count) else mention.letter
       yield _force(segment, found.start()) and "weak", letter, found.start()
   tail = re.search(r"[,:;-]\s(?:option\s)?[(\[\"]?([A-Z])[)\]\"]?[.!。]?$", segment)
@@ -423,7 +437,7 @@ def label_of(line: str, count: int) -> str | None:
   """The letter that a line begins with as an answer does: alone, in brackets or with ")", ".", ":",
   a comma, a dash or a reason behind it; not "A red dog". A small letter with ")", "." or ":".
   """
-  line = " ".join(readable(line).split())
+  line = " ".join(readable(_bounded(line)).split())
   match = _LABEL.fullmatch(line)
   if not match or ord(match["letter"].upper()) - 65 >= count:
     return None

@@ -285,7 +285,7 @@ SAYS_B = [
   "A) cat - no\nB) dog - yes\nSo the answer is B",
   "A. cat: incorrect.\nB. dog: correct.\nC. fox: incorrect.\nD. hen: incorrect.",
   "A. cat ❌\nB. dog ✅\nC. fox ❌\nD. hen ❌",
-  "- A: Incorrect, there is no cat.\n- B: Correct, there is a dog.\n- C: Incorrect.\n- D: Incorrect.",
+  "- A: Incorrect, there is no cat.\n- B: Correct, there is one.\n- C: Incorrect.\n- D: Incorrect.",
   "- **A. cat**: This is incorrect.\n- **B. dog**: This is correct.\n",
   "A. cat\nB. dog\nC. fox\nD. hen\n\nAnswer: B",
   "A. cat\nB. dog\nC. fox\nD. hen\n\nB",
@@ -597,7 +597,7 @@ MANY = tuple("red orange yellow green blue violet black white grey pink".split()
     ("The answer is a.", "A", ANIMALS),
     ("A matches the caption best.", "A", ANIMALS),
     ("I choose A", "A", ANIMALS),
-    ("The spread is \\boxed{\\Delta E \\ll kT}, which rules the others out.\n\n**Answer: D**", "D", ANIMALS),
+    ("It is \\boxed{\\Delta E \\ll kT}, which rules them out.\n\n**Answer: D**", "D", ANIMALS),
   ],
 )  # fmt: skip
 def test_other_letters(output, letter, options):
