@@ -40,7 +40,8 @@ _REASON = re.compile(r"(?<=\S)[,;]?\s+(?:because|since)\s.*$", re.IGNORECASE)
 # "The answer is clear" says no answer.
 _NO_ANSWER = re.compile(
   r"(?:\w+ly\s)?(?:correct|clear|obvious|evident|wrong|incorrect|as follows|"
-  r"given|based|found|in the|straightforward|simple|determined|supported|shown|provided|consistent|therefore|not)\b",
+  r"given|based|found|in the|straightforward|simple|determined|supported|shown|provided|"
+  r"consistent|therefore|not)\b",
   re.IGNORECASE,
 )
 # Words that a full stop shortens: as they are spelt ("12 ms." has none of "Ms."), and in any case
@@ -169,7 +170,8 @@ def _last_said(text: str) -> tuple[str | None, int]:
 
 _REFUSAL = re.compile(
   r"\b(?:can(?:no|')t|can not|could not|couldn't|unable to|impossible to|"
-  r"not possible to)\b[^.\n]{0,200}?\b(?:answer|determin\w+|tell|say|know|infer\w*|identif\w+|find)\b"
+  r"not possible to)\b[^.\n]{0,200}?"
+  r"\b(?:answer|determin\w+|tell|say|know|infer\w*|identif\w+|find)\b"
   r"|(?:\bnot|n't)(?: \w+){0,2}"
   r" (?:mention\w*|specif\w+|provide\w*|state\w*|given|enough|sufficient)\b"
   r"|\b(?:insufficient|no|not enough) information\b|\bunanswerable\b"

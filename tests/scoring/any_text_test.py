@@ -14,8 +14,9 @@ from caprl_jax.scoring.extraction import extract_answer, refuses
 ANIMALS = ("cat", "dog", "fox", "hen")
 PIECES = (
   "A B C D I a b answer is the not if or and option ( ) [ ] { } ** \\boxed{ \\text{ } $ <answer> "
-  "</answer> <think> </think> . , : ; ? ! \n - 答案 选 是 不 12 1,200 % million / ^ \\frac{1}{2} cat "
-  "dog correct wrong it would be because could \" ' ` # 2010 [2010, 2012] ½ − \ud800 \x00 🅱️"
+  "</answer> <think> </think> . , : ; ? ! \n - 答案 选 是 不 12 1,200 % million / ^ \\frac{1}{2} "
+  "cat dog correct wrong it would be because could \" ' ` # 2010 [2010, 2012] ½ − \ud800 "
+  "\x00 🅱️"
 ).split(" ")
 texts = st.one_of(
   st.text(max_size=80),

@@ -63,7 +63,8 @@ class BenchmarkRow:
   the caption goes. `gold` is the answer, or several that are all right, as the file writes it.
   `options` are the texts of lettered options that the prompt lists; () where it lists none, or none
   that the gold letter is of. `kind` is a group for metrics. `stem` is the question without these
-  options, for who lists them anew.
+  options, for who lists them anew. `years`: which of ChartQAPro's answers are years, where the row
+  says so.
   """
 
   image: ImageSource
@@ -74,6 +75,7 @@ class BenchmarkRow:
   name: str
   kind: str = ""
   stem: str = ""
+  years: tuple[bool, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -294,7 +296,18 @@ def _row(item: Any, find: "_Finder", benchmark: str, name: str, where: str) -> B
   ]
   if any(letter not in string.ascii_uppercase[: len(options)] for letter in letters):
     stem, options = whole, ()  # not read right; the letter is still a gold
-  return dataclasses.replace(row, options=options, stem=stem)
+  return dataclasses.replace(row, options=options, stem=stem, years=_years(item))
+
+
+def _years(item: dict[str, Any]) -> tuple[bool, ...] | None:
+  """ChartQAPro's column "Year", YES or NO for each answer; of a conversation, the last."""
+  flags = item.get("Year", item.get("year"))
+  flags = [flags] if isinstance(flags, (str, bool)) else flags
+  if not isinstance(flags, list) or not flags:
+    return None
+  if item.get("Question Type") == "Conversational":
+    flags = flags[-1:]
+  return tuple(flag is True or str(flag).strip().casefold() == "yes" for flag in flags)
 
 
 def _gold(answer: Any, where: str) -> str | tuple[str, ...]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,20 @@ BLIND = "blind"
 # CaptionQA (arXiv 2511.21025, section 3.4): "cannot answer" earns this over guessing among the
 # options
 ABSTAIN_CREDIT = 0.05
+# Those of arXiv 2509.22647, table 3, whose average the paper reports; VisuLogic is not among them.
+PAPER_BENCHMARKS = (
+  "ChartQA",
+  "ChartQAPro",
+  "InfoVQA",
+  "MMMU-Pro",
+  "MathVerse",
+  "CharXiv",
+  "WeMath",
+  "MathVision",
+  "MMStar",
+  "SEED",
+  "MMMU",
+)
 
 
 def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str, np.ndarray]:
@@ -40,15 +55,13 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
   """
   found: dict[str, list[list[float]]] = {name: [] for name in ("ours", "abstained", "official")}
   written = answers.dtype == object
-  official = (
-    written and has_math_verify() and all(row.benchmark != QUESTIONS for row in rows)
-  )
+  official = written and has_math_verify() and all(row.benchmark != QUESTIONS for row in rows)
   for row, given in zip(rows, answers, strict=True):
     ours, none, theirs = [], [], []
     for answer in given:
       if written:
-        read = extraction.extract_answer(answer, len(row.options) or None, "ours")
-        ours.append(scoring.score(read, row.gold, row.benchmark, row.options).value)
+        read = extraction.extract_answer(answer, _options_asked(row), "ours")
+        ours.append(scoring.score(read, row.gold, row.benchmark, row.options, row.years).value)
         none.append(float(not ours[-1] and (read is None or extraction.refuses(read))))
         if official:
           theirs.append(
@@ -73,6 +86,15 @@ def score_answers(rows: Sequence[BenchmarkRow], answers: np.ndarray) -> dict[str
     # NaN times 0 is NaN
     made["captionqa"] = made["ours"] + made["abstained"] * np.minimum(credit, 1.0)
   return made
+
+
+def _options_asked(row: BenchmarkRow) -> int | None:
+  """How many letters an answer may be; a letter for a gold without listed options is one of eight,
+  as where the image shows them."""
+  if row.options or scoring.METRICS[row.benchmark] not in ("multiple_choice", "maths"):
+    return len(row.options) or None
+  gold = row.gold.strip() if isinstance(row.gold, str) else ""
+  return (8 if gold <= "H" else 26) if re.fullmatch(r"[A-Z]", gold) else None
 
 
 def per_image(scores: np.ndarray, digests: Sequence[str]) -> np.ndarray:
@@ -163,9 +185,27 @@ def summarise(evaluation: Evaluation, cfg: Any, seed: int) -> dict[str, Any]:
       )
       for key in ("mean", "best", "length_tokens")
     }
+    | official_average(
+      {
+        evaluation.rows[name][0].benchmark: entry["captioners"][who].get("official")
+        for name, entry in result["benchmarks"].items()
+      }
+    )
     for who in names
   }
   return result
+
+
+def official_average(
+  by_benchmark: Mapping[str, Mapping[str, float] | None],
+) -> dict[str, dict[str, float]]:
+  """The released scorer's mean and best by benchmark -> {"official": their averages over those of
+  `PAPER_BENCHMARKS` that were asked, and how many these are}; empty for none."""
+  found = [by_benchmark[name] for name in PAPER_BENCHMARKS if by_benchmark.get(name)]
+  if not found:
+    return {}
+  averages = {key: float(np.mean([one[key] for one in found if one])) for key in ("mean", "best")}
+  return {"official": averages | {"benchmarks": len(found)}}
 
 
 def _mean_and_best(scores: np.ndarray) -> dict[str, float]:
@@ -240,7 +280,7 @@ def table_text(figures: Mapping[str, Any]) -> str:
     lines += [
       f"{'average':<14}{who[:17]:<18}{share(one['mean']):>6}  "
       f"{'':<13}{share(one['best']):>6}"
-      f"{'':>39}{one['length_tokens']:>8.1f}"
+      f"{official_text(one, share):>13}{'':>26}{one['length_tokens']:>8.1f}"
       for who, one in figures["average"].items()
     ]
   lines += [left_out_text(name, entry) for name, entry in figures["benchmarks"].items()]

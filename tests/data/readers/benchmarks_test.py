@@ -166,6 +166,23 @@ def test_bad_rows_stand_in_their_places(tmp_path, images, bad, message):
     rows.good_rows([found])
 
 
+@pytest.mark.parametrize(
+  "columns, years",
+  [
+    ({}, None),
+    ({"Year": []}, None),
+    ({"Year": ["YES"]}, (True,)),
+    ({"Year": ["NO", "yes"], "Question Type": "Factoid"}, (False, True)),
+    ({"Year": ["NO", "YES"], "Question Type": "Conversational"}, (True,)),
+    ({"year": "NO"}, (False,)),
+    ({"Year": 3}, None),
+  ],
+)
+def test_which_answers_are_years(tmp_path, images, columns, years):
+  [row] = read_benchmark(write(tmp_path, [item(**columns)], "lmm_eval_ChartQA_Pro.json"), images)
+  assert isinstance(row, BenchmarkRow) and row.years == years
+
+
 def test_lines(tmp_path, images):
   path = tmp_path / "lmm_eval_Visu.jsonl"
   path.write_text(json.dumps(item()) + "\nnot JSON\n" + json.dumps(item()) + "\n")
