@@ -5,9 +5,10 @@ import string
 from collections.abc import Sequence
 
 from caprl_jax.scoring.extraction import refuses
+from caprl_jax.scoring.labels import label_of
 from caprl_jax.scoring.metrics import NEGATES, normal_words, plain_words, words_of
 from caprl_jax.scoring.plain_text import without_markup
-from caprl_jax.scoring.statements import implied_letter, label_of, stated_letter
+from caprl_jax.scoring.statements import implied_letter, stated_letter
 
 LETTER = re.compile(r"[A-Z]")
 _LONGEST = 4000  # of an answer that is read, in characters

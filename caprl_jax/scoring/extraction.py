@@ -9,6 +9,7 @@ import json
 import re
 from typing import Any, Literal
 
+from caprl_jax.scoring.labels import label_of
 from caprl_jax.scoring.plain_text import normal_form
 from caprl_jax.scoring.statements import (
   DENIES,
@@ -16,7 +17,6 @@ from caprl_jax.scoring.statements import (
   IS,
   NOUN,
   implied_letter,
-  label_of,
   stated_letter,
 )
 

@@ -10,12 +10,20 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from caprl_jax.scoring.plain_text import normal_form
-
-# Stand for the edges of a box.
-_BOX, _END_BOX = "\ue000", "\ue001"
-_OPENS = "\"'“”‘’«「『【《(\\[{<" + _BOX
-_CLOSES = "\"'“”‘’»」』】》)\\]}>" + _END_BOX
+from caprl_jax.scoring.labels import by_lines
+from caprl_jax.scoring.option_names import (
+  BOX,
+  CLOSES,
+  END_READ,
+  NAME,
+  OPENS,
+  REJECTS,
+  Mention,
+  bounded,
+  joined,
+  mention_at,
+  readable,
+)
 
 
 class Statement(NamedTuple):
@@ -26,22 +34,12 @@ class Statement(NamedTuple):
   at: int  # in the segment
 
 
-# Of a longer text, its beginning and its end are read: a model that loops says nothing in between.
-_BEGINNING, _END_READ = 2000, 8000
-
-
-def _bounded(text: str) -> str:
-  if len(text) <= _BEGINNING + _END_READ:
-    return text
-  return text[:_BEGINNING] + "\n" + text[-_END_READ:]
-
-
 def stated_letter(text: str, count: int) -> str | None:
   """The letter of the last clear statement; "" if that names several; None if nothing is stated.
 
   A statement that a later sentence takes back ("A is wrong after all") does not count.
   """
-  clear, _, taken_back = _statements(_bounded(text), count)
+  clear, _, taken_back = _statements(bounded(text), count)
   clear.sort(key=lambda one: (one.segment, one.at))
   while clear:
     last = clear.pop()
@@ -60,32 +58,13 @@ def implied_letter(text: str, count: int) -> str | None:
   with a good word for it ("B) dog - yes") or without a bad one; the one that a text supposes or
   names at its end ("It could be B", "A dog, so (B)").
   """
-  text = _bounded(text)
-  letter = _by_lines(text, count)
+  text = bounded(text)
+  letter = by_lines(text, count)
   if letter:
     return letter
   _, weak, _ = _statements(text, count)
   letters = {one.letter for one in weak}
   return letters.pop() or None if len(letters) == 1 else None
-
-
-def readable(text: str) -> str:
-  """A text without the signs of Markdown, LaTeX and HTML; boxes' edges are private characters."""
-  text = normal_form(text)
-  text = re.sub(r"~~[^~\n]{1,200}~~", " ", text)
-  for _ in range(2):  # one in the other
-    text = re.sub(
-      r"\\(?:text|math|bf|rm|mbox|operatorname)[a-z]{0,6}\s?\{([^{}]{0,200})\}", r"\1", text
-    )
-  text = re.sub(
-    r"\\f?boxed\s?\{([^{}]{0,200})\}",
-    lambda box: f" {_BOX}{' '.join(box[1].split())}{_END_BOX}",
-    text,
-  )
-  text = text.replace("<|begin_of_box|>", _BOX).replace("<|end_of_box|>", _END_BOX)
-  text = re.sub(r"</?[a-zA-Z]{1,10}\s?/?>", " ", text)
-  text = re.sub(r"\\(?:[,;:! ()\[\]]|quad|qquad|left|right)(?![a-zA-Z])", " ", text)
-  return re.sub(r"[*`$]|__", "", text)
 
 
 # Sentences end at these; not at the stops of "i.e." and the like, which are taken out before.
@@ -96,92 +75,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?;])\s|(?<=。)|\n")
 def _segments(text: str) -> list[str]:
   text = _SHORTENED.sub(lambda match: match[1].replace(".", ""), readable(text))
   # a character may be eighteen in the compatibility form
-  parts = (" ".join(part.split()) for part in _SENTENCE_END.split(text[-2 * _END_READ :]))
+  parts = (" ".join(part.split()) for part in _SENTENCE_END.split(text[-2 * END_READ :]))
   return [part for part in parts if part]
-
-
-# A letter as the name of an option.
-
-_NAME = r"(?:options?|choices?|answers?|letter|选项|選項|选择|選択肢|opción|opção|opzione|lettre)"
-_MENTION = re.compile(
-  rf"(?P<name>{_NAME}\s?:?\s?)?(?P<open>[{_OPENS}]{{0,4}})\s?(?P<letter>[A-Za-z])(?![A-Za-z0-9_])"
-  rf"(?!['’][a-z])(?P<close>\s?[{_CLOSES}]{{1,4}})?",
-  re.IGNORECASE,
-)
-# What may follow a letter that is no word. Not a verb, of which it would be the subject.
-_FOLLOWS = re.compile(
-  rf"\s?$|\s?[,;!?。、…{_CLOSES}]|\s?[.:](?![A-Za-z]\b)(?!\d)|\s-|\s?[/&→]|,?\s(?:because|since|as|and|or|not|"
-  r"but|rather|instead|over|which|where|with|in|on|for|based|due|given|here|too|the|this|that|est|"
-  r"porque|weil|car|perché)\b|\s?(?![型级班组点座栋])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]",
-  re.IGNORECASE,
-)
-_END = re.compile(rf"\s?$|\s?[.,;:!)。{_CLOSES}](?:\s|$)")
-_ORDINAL = re.compile(
-  r"(?:the\s)?(first|second|third|fourth|fifth|last|1st|2nd|3rd|4th|5th)\s"
-  r"(?:option|choice|one|answer)\b(?!\s(?:is|was)\s(?:not|wrong|incorrect))",
-  re.IGNORECASE,
-)
-_ORDINALS = ("first", "second", "third", "fourth", "fifth")
-
-
-class _Mention(NamedTuple):
-  letter: str
-  end: int
-  explicit: bool  # in brackets, or called an option
-
-
-def _mention_at(text: str, at: int, count: int, *, small: bool = False) -> _Mention | None:
-  """The option named at `at`; small letters alone only where `small`."""
-  ordinal = _ORDINAL.match(text, at)
-  if ordinal:
-    word = ordinal[1].lower()
-    index = int(word[0]) - 1 if word[0].isdigit() else count - 1
-    index = _ORDINALS.index(word) if word in _ORDINALS else index
-    return _Mention(chr(65 + index), ordinal.end(), True) if index < count else None
-  match = _MENTION.match(text, at)
-  if not match:
-    return None
-  letter, close = match["letter"], (match["close"] or "").strip()
-  if ord(letter.upper()) - 65 >= count:
-    return None
-  wrapped = bool(match["open"] and close)
-  explicit = wrapped or match["name"] is not None or close.startswith(")")
-  follows = _FOLLOWS.match(text, match.end())
-  if letter.islower():
-    ends = _END.match(text, match.end())
-    quoted = not match["open"].strip("\"'“”‘’")
-    if not (wrapped and (small or not quoted) or small and ends):
-      return None
-    if match["name"] is not None and not wrapped and not ends:
-      return None
-  elif not explicit and not follows:
-    return None
-  elif match["name"] is not None and not wrapped and not follows and letter in "AI":
-    return None  # "the answer a dog gives"
-  return _Mention(letter.upper(), match.end(), explicit)
-
-
-# What joins two letters, and what makes the second one the subject of its own clause.
-_JOIN = re.compile(
-  r"\s?(?:,\s?)?(?:(and/or|or|/|或者?|oder|ou)|and|&|plus|as well as|和|与|以及|及|、|,|und|et|y|e)"
-  r"\s?(?:also\s|possibly\s|maybe\s|perhaps\s|even\s)?",
-  re.IGNORECASE,
-)
-_SUBJECT = re.compile(
-  r"\s(?:is|are|was|were|has|have|had|does|do|did|shows?|says?|would|could|can|may|might|seems?|looks?|"
-  r"describes?|mentions?|refers?|matches|fits|cannot|can't|isn't|doesn't|contains?|states?)\b"
-)
-
-
-def _joined(text: str, mention: _Mention, count: int) -> bool:
-  """Whether another letter is named together with it, as in "B or C"."""
-  join = _JOIN.match(text, mention.end)
-  if not join:
-    return False
-  other = _mention_at(text, join.end(), count)
-  if other is None or other.letter == mention.letter:
-    return False
-  return join[1] is not None or not _SUBJECT.match(text, other.end)
 
 
 # Phrases that a letter follows.
@@ -203,7 +98,7 @@ _GAP = (
 )
 # Only phrases that end in one of these are followed by any letter; the others need it at once.
 _STATES = re.compile(
-  rf"(?<![A-Za-z]){NOUN}{_GAP}[\"'”’)]{{0,2}}\s?(?:(?P<may>{_MAY_BE})|{IS})|(?P<box>{_BOX})",
+  rf"(?<![A-Za-z]){NOUN}{_GAP}[\"'”’)]{{0,2}}\s?(?:(?P<may>{_MAY_BE})|{IS})|(?P<box>{BOX})",
   re.IGNORECASE,
 )
 # "Answer B", at the beginning of a sentence
@@ -249,10 +144,10 @@ _INSTEAD = re.compile(
 )
 
 
-def _named_behind(text: str, at: int, count: int, *, small: bool) -> tuple[_Mention, int] | None:
+def _named_behind(text: str, at: int, count: int, *, small: bool) -> tuple[Mention, int] | None:
   """The letter behind a phrase, and where it stands; a negated one is skipped for "but B"."""
   for _ in range(16):
-    mention = _mention_at(text, at, count, small=small)
+    mention = mention_at(text, at, count, small=small)
     if mention:
       return mention, at
     negation = _NOT.match(text, at)
@@ -296,13 +191,6 @@ _TENTATIVE = re.compile(
   r"to\s(?:check|see|test|verify))\b[^;]*$",
   re.IGNORECASE,
 )
-_REJECTS = re.compile(
-  r"\s?(?:\([^()]{0,60}\)\s?|[-:,]\s?\w{1,20}\s?)?,?\s?(?:option\s|choice\s)?(?:(?:is|are|was|were|seems|would\sbe|must\sbe|can\sbe|has\sbeen|"
-  r"can)\s(?:also\s|thus\s|therefore\s|[a-z]+ly\s){0,3}(?:not\b(?!\sonly)|n't|wrong|incorrect|false|ruled|"
-  r"eliminated|excluded|impossible|out\b|inaccurate|invalid|unlikely)|(?:isn|aren|wasn|can|doesn|won|couldn|wouldn)['’]t\b|"
-  r"cannot\b|does\snot\b)|\s?[,-]?\s?(?:incorrect|wrong|no longer)\b|(?:选项|项)?(?:是)?(?:不|错)",
-  re.IGNORECASE,
-)
 
 
 def _force(text: str, start: int) -> str:
@@ -333,10 +221,10 @@ _RIGHT_CJK = re.compile(
   r"\s?(?:选项|項|项)?\s?(?:是|为|才是|最|が|は)?\s?(?:正确|正確|对的|正解|正しい|答案|答え|最?符合|最?合适|恰当|です$|입니다)"
 )
 _ANY_MENTION = re.compile(
-  rf"(?<![A-Za-z0-9\\'’])(?:{_NAME}\s?)?[{_OPENS}]{{0,3}}[A-Z](?![A-Za-z0-9])"
+  rf"(?<![A-Za-z0-9\\'’])(?:{NAME}\s?)?[{OPENS}]{{0,3}}[A-Z](?![A-Za-z0-9])"
 )
 _JOINED_BEFORE = re.compile(
-  rf"(?<![A-Za-z0-9])([A-Z])[{_CLOSES}]?,?\s?(and|or|&|/|,|和|与|或)\s?(?:option\s|choice\s)?$"
+  rf"(?<![A-Za-z0-9])([A-Z])[{CLOSES}]?,?\s?(and|or|&|/|,|和|与|或)\s?(?:option\s|choice\s)?$"
 )
 
 
@@ -375,8 +263,8 @@ def _behind_phrases(segment: str, following: str, count: int) -> Iterator[_Found
       named = _named_behind(text, at, count, small=pattern in (_STATES, _ANSWER))
       if named and force:
         mention, place = named
-        if not (_REJECTS.match(text, mention.end) or _IF_BEHIND.match(text, mention.end)):
-          several = _joined(text, mention, count)
+        if not (REJECTS.match(text, mention.end) or _IF_BEHIND.match(text, mention.end)):
+          several = joined(text, mention, count)
           yield force, "" if several else mention.letter, place if text is segment else at
 
 
@@ -386,9 +274,9 @@ def _with_verdicts(segment: str, count: int) -> Iterator[_Found]:
     letter, at = found[0][-1], found.start()
     if ord(letter) - 65 >= count:
       continue
-    close = re.compile(rf"[{_CLOSES}.:]{{0,3}}").match(segment, found.end())
+    close = re.compile(rf"[{CLOSES}.:]{{0,3}}").match(segment, found.end())
     end = close.end() if close else found.end()
-    if _REJECTS.match(segment, end):
+    if REJECTS.match(segment, end):
       yield "taken", letter, at
       continue
     explicit = len(found[0]) > 1 or segment[found.end() : end].startswith((")", "]", ".", ":"))
@@ -405,86 +293,17 @@ def _with_verdicts(segment: str, count: int) -> Iterator[_Found]:
 
 def _named(segment: str, count: int) -> Iterator[_Found]:
   """Weakly: the letter that is all of a sentence, stands in brackets, or at the end."""
-  alone = _mention_at(segment, 0, count)
+  alone = mention_at(segment, 0, count)
   if alone and not re.search(r"\w", segment[alone.end :]):
     yield "weak", alone.letter, 0
   for found in re.finditer(r"[(\[\"“「【]\s?[A-Z](?![A-Za-z0-9])", segment):
-    mention = _mention_at(segment, found.start(), count)
+    mention = mention_at(segment, found.start(), count)
     if not mention or not mention.explicit:
       continue
-    if not any(pattern.match(segment, mention.end) for pattern in (_REJECTS, _IF_BEHIND)):
-      letter = "" if _joined(segment, mention, count) else mention.letter
+    if not any(pattern.match(segment, mention.end) for pattern in (REJECTS, _IF_BEHIND)):
+      letter = "" if joined(segment, mention, count) else mention.letter
       yield _force(segment, found.start()) and "weak", letter, found.start()
   tail = re.search(r"[,:;-]\s(?:option\s)?[(\[\"]?([A-Z])[)\]\"]?[.!。]?$", segment)
   if tail and ord(tail[1]) - 65 < count:
-    listed = re.search(rf"(?<![A-Za-z])[A-Z][{_CLOSES}]?$", segment[: tail.start()])
+    listed = re.search(rf"(?<![A-Za-z])[A-Z][{CLOSES}]?$", segment[: tail.start()])
     yield _force(segment, tail.start()) and "weak", "" if listed else tail[1], tail.start()
-
-
-# Lines that begin with a letter.
-
-_LABEL = re.compile(
-  rf"[\s>#•·–→\u2600-\u27bf\U0001f300-\U0001faff-]{{0,8}}(?:{_NAME}\s?:?\s?)?(?P<open>[{_OPENS}]{{0,3}})\s?"
-  rf"(?P<letter>[A-Za-z])(?![A-Za-z0-9_])(?!['’][a-z])(?P<close>\s?[{_CLOSES}]{{0,3}})(?P<rest>.*)",
-  re.IGNORECASE | re.DOTALL,
-)
-_AFTER_LABEL = re.compile(
-  r"[.:)。、](?![A-Za-z]\b)(?!\d)(?![A-Za-z]\.)|[,](?!\s?[A-HJ-Z]\b)|\s-+\s|\s(?:because|since|as)\b|\s?->|\sI\s(?:guess|think|believe|suppose|would|am)\b|\s?(?:选项|選項|项|です)"
-)
-
-
-def label_of(line: str, count: int) -> str | None:
-  """The letter that a line begins with as an answer does: alone, in brackets or with ")", ".", ":",
-  a comma, a dash or a reason behind it; not "A red dog". A small letter with ")", "." or ":".
-  """
-  line = " ".join(readable(_bounded(line)).split())
-  match = _LABEL.fullmatch(line)
-  if not match or ord(match["letter"].upper()) - 65 >= count:
-    return None
-  letter, close, rest = match["letter"].upper(), match["close"].strip(), match["rest"]
-  end = match.start("close") + len(match["close"].rstrip())
-  if not re.search(r"\w", rest):
-    return letter
-  if _REJECTS.match(line, end):
-    return None
-  wrapped = bool(match["open"] and close) or close.startswith(")")
-  behind = wrapped or _AFTER_LABEL.match(line, end)
-  if match["letter"].isupper():
-    second = _JOIN.match(line, end)
-    other = second and _mention_at(line, second.end(), count)
-    return letter if behind and not other else None
-  spaced = wrapped or re.compile(r"[.:]\s").match(line, end)
-  return letter if spaced and not rest.startswith("(") else None
-
-
-_BAD = re.compile(
-  r"[-:(,=]\s?(?:this\sis\s|it\sis\s|it's\s)?(?:also\s)?(?:no\b|not\b|wrong|incorrect|false|inaccurate|unlikely|implausible|"
-  r"irrelevant)|^[.):]\s?(?:wrong|incorrect)\b|\b(?:is|are|was|does|do|did|has|have|can)(?:\snot\b|n['’]t)|cannot|"
-  r"\b(?:is|are)\s(?:\w+\s)?(?:wrong|incorrect|false|ruled|eliminated)|[✗✘❌×]|错|不(?:对|正确|符合|是)",
-  re.IGNORECASE,
-)
-_GOOD = re.compile(
-  r"[-:(,=]\s?(?:this\sis\s|it\sis\s)?(?:the\s)?(?:yes|correct|right|true|matches|supported|plausible|answer)\b|"
-  r"^[.):]\s?correct\b|\b(?:is|are)\s(?:the\s)?(?:\w+ly\s)?(?:correct|right|true|supported|mentioned|answer)|"
-  r"\b(?:matches|fits)\b|[✓✔✅]|(?<!不)(?:正确|对的|符合)",
-  re.IGNORECASE,
-)
-
-
-def _by_lines(text: str, count: int) -> str | None:
-  lines = [line for line in text.splitlines() if re.search(r"\w", line)]
-  labels = [(label_of(line[:2000], count), line[:2000]) for line in lines]
-  named = [(letter, line) for letter, line in labels if letter]
-  letters = list(dict.fromkeys(letter for letter, _ in named))
-  if len(letters) < 2:
-    return letters[0] if letters else None
-  rests = [(letter, _LABEL.fullmatch(" ".join(readable(line).split()))) for letter, line in named]
-  judged = [(letter, (match["close"] + match["rest"]).strip()) for letter, match in rests if match]
-  bad = {letter for letter, rest in judged if _BAD.search(rest)}
-  good = {letter for letter, rest in judged if _GOOD.search(rest) and not _BAD.search(rest)}
-  for chosen in (good, set(letters) - bad if bad else set()):
-    if len(chosen) == 1:
-      return chosen.pop()
-  # one said again behind the list
-  last = labels[-1][0]
-  return last if last and sum(letter == last for letter, _ in named) > 1 else None
