@@ -90,7 +90,8 @@ def complete_processor(
 def _check_kind(said: Mapping[str, Any], family: str, where: pathlib.Path) -> None:
   kind = said.get("image_processor_type")
   known = _CLASSES.get(family, ())
-  if isinstance(kind, str) and kind.removesuffix("Fast").removesuffix("Pil") not in known:
+  plain = str(kind).removesuffix("Fast").removesuffix("Pil")
+  if known and kind is not None and plain not in known:
     raise ValueError(
       f"{where}: image_processor_type = {kind!r}, but {family} has a {known[0]}. Copy "
       f"{PREPROCESSOR} from the checkpoint that this one was made from"
