@@ -48,9 +48,11 @@ class ResultCache(Mapping):
   def _take(self, line: bytes) -> bool:
     """Takes over what a line says; False where it cannot be read."""
     try:
-      key, value = json.loads(line)
+      [key, value] = item = json.loads(line)
+      if not isinstance(item, list):  # an object of two keys
+        return False
       self._values[key] = value
-    except (ValueError, TypeError):  # no JSON, or no pair, or a key that is no text
+    except (ValueError, TypeError, RecursionError):  # no JSON, or no pair, or a key that is no text
       return False
     return True
 

@@ -19,6 +19,8 @@ from typing import IO, Any, Generic, TypeVar
 
 from tqdm import tqdm
 
+from caprl_jax.json_files import cut, read_json
+
 log = logging.getLogger("caprl_jax.harness.row_shards")
 
 Source = TypeVar("Source")  # an input row
@@ -91,11 +93,13 @@ class ShardedJob(Generic[Source]):
     path = self.folder / SETTINGS
     if not path.exists():
       _write_once(path, json.dumps(self.manifest, indent=1))
-    found = json.loads(path.read_text("utf-8"))
+    found = read_json(path)
+    if not isinstance(found, dict):
+      raise ValueError(f"{path}: not what a job writes; delete the folder to begin again")
     if found != self.manifest:
       raise ValueError(
         f"{self.folder} is left from a job with other settings: "
-        f"{differences(found, self.manifest)}. Run it with those, delete the folder "
+        f"{cut(differences(found, self.manifest), 600)}. Run it with those, delete the folder "
         "to begin again, or name another output"
       )
 

@@ -3,7 +3,6 @@ vLLM load.
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 
@@ -18,7 +17,7 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.training.state import newest_captioner
-from caprl_jax.harness.training.summary import summary_path
+from caprl_jax.harness.training.summary import read_summary, summary_path
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
 from caprl_jax.types import Params
@@ -99,8 +98,8 @@ def trained_params(workdir: pathlib.Path, mesh) -> tuple[Loaded, Params, dict]:
     raise ValueError(
       f"export.run = {str(workdir)!r} holds no summary.json; name the --workdir of a training run"
     )
-  summary = json.loads(file.read_text())
-  if "config" not in summary:
+  summary = read_summary(file)
+  if not isinstance(summary.get("config"), dict):
     raise ValueError(f"{file} is not a training run's; name the --workdir of a training run")
   config = registry.with_new_names(summary["config"])
   settings = read_settings(ml_collections.ConfigDict(config))

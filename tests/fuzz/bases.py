@@ -151,6 +151,15 @@ def metrics() -> Files:
   return files | {"samples/images/a.png": PICTURES["a.png"]}
 
 
+def records() -> Files:
+  """What modes leave in their workdirs to go on from, beside metrics."""
+  stage = {"finished": True, "config": {"data": "a", "steps": 3}}
+  pretrain = {"seed": 0, "pretrain_policy": {"vision": "v"}, "stages": {"first": stage}}
+  job = {"version": 1, "settings": {"prompt": "p"}, "rows": "abc", "shard_rows": 2}
+  files = {"best/best.json": {"step": 3, "accuracy": 0.5}, "pretrain.json": pretrain}
+  return {name: _json(value) for name, value in (files | {"shards/settings.json": job}).items()}
+
+
 @functools.cache
 def parquet() -> Files:
   from caprl_jax.data.readers import caprl_parquet, jsonl

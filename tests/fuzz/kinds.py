@@ -68,6 +68,7 @@ KINDS: dict[str, Kind] = {
   "gguf": Kind(bases.gguf_file, {".gguf": mutate_bytes}, targets.gguf, 0.5),
   "tokenizers": Kind(bases.old_tokenizer, _CHECKPOINT, targets.tokenizers, 1),
   "templates": Kind(bases.templates, {".jinja": programs.template}, targets.templates, 0.5),
+  "records": Kind(bases.records, {".json": json_file}, targets.records, 0.5),
   "metrics": Kind(bases.metrics, {"s.jsonl": json_lines, ".json": json_file}, targets.metrics, 1),
 }
 

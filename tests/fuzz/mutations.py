@@ -395,11 +395,12 @@ def _other_row(data: bytes, table, rng: random.Random) -> tuple[bytes, str]:
   text = rng.choice((None, *(s for s in values.STRINGS if "\ud800" not in s)))
   way = rng.choice("question choice choices answer truth image id extra".split())
   truth = (row["reward_model"] or {}).get("ground_truth")
-  if not truth or not truth[0] or not truth[0]["choices"]:  # a change before this one
+  first = truth[0] if isinstance(truth, list) and truth else None
+  if not isinstance(first, dict) or not isinstance(first.get("choices"), list):  # changed before
     row["reward_model"] = {"ground_truth": [{"question": "Q?", "choices": ["A) a", "B) b"]}]}
     truth = row["reward_model"]["ground_truth"]
   if way == "choice":
-    truth[0]["choices"][0] = text
+    truth[0]["choices"][:1] = [text]
   elif way == "choices":
     truth[0]["choices"] = rng.choice((None, [], [None], ["A) a"] * 40))
   elif way in ("question", "answer"):

@@ -10,6 +10,8 @@ import io
 import os
 import pathlib
 
+from fuzz import bases
+
 Arguments = tuple[str, ...]
 
 
@@ -195,6 +197,38 @@ def templates(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   chat_template.prompt_pieces(template, family, tokenizer, "Describe.", {}, "You see.")
   chat_template.text_prompt(template, tokenizer, "Describe.")
   ChatRenderer(template, family, tokenizer)
+  return []
+
+
+def records(folder: pathlib.Path, arguments: Arguments) -> list[str]:
+  import json
+
+  from caprl_jax.harness import result_cache, row_shards
+  from caprl_jax.harness.training.summary import Best
+  from caprl_jax.modes.pretrain.record import Record
+
+  errors = []
+  stages = {"first": {"data": "a", "steps": 3}}
+  config = {"seed": 0, "pretrain_policy": {"vision": "v"}, "pretrain": {"stages": stages}}
+  job = json.loads(bases.records()["shards/settings.json"])
+  # A cache begins again behind what is damaged.
+  cache = result_cache.ResultCache(folder / "cache", "kind", {"a": 1})
+  cache.put({"x": 1})
+  damaged = folder / "pretrain.json"
+  if damaged.is_file():
+    cache.path.write_bytes(cache.path.read_bytes() + damaged.read_bytes() + b"\n")
+  assert dict(result_cache.ResultCache(folder / "cache", "kind", {"a": 1})) == {"x": 1}
+  for read in (
+    lambda: Best(None, folder),
+    lambda: Record(folder, config, ["first"]),
+    lambda: row_shards.ShardedJob(folder / "shards", ["a"] * 3, job, host=0, hosts=1).open(),
+  ):
+    try:
+      read()
+    except ValueError as error:
+      errors.append(error)
+  if errors:
+    raise errors[-1]
   return []
 
 

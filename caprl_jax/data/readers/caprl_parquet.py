@@ -223,7 +223,7 @@ _groups = _Groups()
 def _open(path: pathlib.Path) -> pq.ParquetFile:
   try:
     return pq.ParquetFile(path)
-  except (OSError, pa.ArrowException) as error:
+  except (OSError, pa.ArrowException, UnicodeError) as error:
     why = cut(str(error).replace(f"'{path}'", "it"), 300)  # which is named already
     raise ValueError(
       f"{path}: cannot be read as parquet ({why}); check the path, or fetch the file again"

@@ -95,6 +95,16 @@ def versions() -> dict[str, str]:
   }
 
 
+def _accuracy(path: pathlib.Path) -> float:
+  held = read_json(path)
+  accuracy = held.get("accuracy") if isinstance(held, dict) else None
+  if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)):
+    raise ValueError(
+      f"{path}: holds {shown(held)}, without an accuracy; delete the folder {path.parent}"
+    )
+  return float(accuracy)
+
+
 class Best:
   """The best captioner so far by held-out accuracy, in workdir/best, with its figures in
   best.json.
@@ -111,9 +121,7 @@ class Best:
       ):
         (workdir / name).rename(self.folder)
     figures = self.folder / "best.json"
-    self.accuracy = (
-      json.loads(figures.read_text())["accuracy"] if figures.exists() else float("-inf")
-    )
+    self.accuracy = _accuracy(figures) if figures.exists() else float("-inf")
 
   def keep(self, step: int, params: Params, accuracy: float) -> None:
     """Writes the captioner where it is the best. A kill leaves the old one or the new one."""

@@ -3,7 +3,6 @@ go on with it.
 """
 
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 from caprl_jax.atomic_files import write_json
 from caprl_jax.harness.checkpoints import saved_steps
 from caprl_jax.hub.tokenizer import Tokenizer
+from caprl_jax.json_files import cut, read_json
 
 TRAINING = "training"  # folder in the workdir for metrics and checkpoints
 
@@ -26,6 +26,18 @@ def _differing(held: Any, wanted: Any, place: str) -> Iterator[str]:
       yield from _differing(held.get(key), wanted.get(key), f"{place}.{key}")
   elif held != wanted:
     yield place
+
+
+def _is_record(held: Any) -> bool:
+  stages = held.get("stages") if isinstance(held, dict) else None
+  return (
+    isinstance(stages, dict)
+    and {"seed", "pretrain_policy"} <= held.keys()
+    and all(
+      isinstance(stage, dict) and {"finished", "config"} <= stage.keys()
+      for stage in stages.values()
+    )
+  )
 
 
 class Record:
@@ -43,7 +55,11 @@ class Record:
     self.wanted = {name: config["pretrain"]["stages"][name] for name in order}
     self.stages: dict[str, dict] = {}
     if self.path.exists():
-      held = json.loads(self.path.read_text())
+      held = read_json(self.path)
+      if not _is_record(held):
+        raise ValueError(
+          f"{self.path}: not what mode pretrain writes; restore it, or begin in another workdir"
+        )
       self.stages = {
         name: stage
         for name, stage in held["stages"].items()
@@ -69,7 +85,7 @@ class Record:
     if not differing:
       return
     *done, last = self.stages
-    what = f"another config (differing: {', '.join(differing)})"
+    what = f"another config (differing: {cut(', '.join(differing), 500)})"
     if self.stages[last]["finished"] or not all(
       d.startswith(f"pretrain.stages.{last}.") for d in differing
     ):
