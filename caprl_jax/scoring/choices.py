@@ -8,7 +8,7 @@ from caprl_jax.scoring.extraction import refuses
 from caprl_jax.scoring.labels import label_of
 from caprl_jax.scoring.metrics import NEGATES, normal_words, plain_words, words_of
 from caprl_jax.scoring.plain_text import without_markup
-from caprl_jax.scoring.statements import implied_letter, stated_letter
+from caprl_jax.scoring.statements import IF, implied_letter, stated_letter
 
 LETTER = re.compile(r"[A-Z]")
 _LONGEST = 4000  # of an answer that is read, in characters
@@ -72,6 +72,8 @@ def _labelled_option(prediction: str, options: Sequence[str]) -> str | None:
 
 def _mentioned(prediction: str, options: Sequence[str]) -> int | None:
   """The only option whose words are in a text and not denied; None for none, or several."""
+  if IF.search(prediction):
+    return None
   refused = refuses(prediction)
   text = words_of(prediction)
   spans: list[tuple[int, int, int]] = []

@@ -19,7 +19,7 @@ _LABEL = re.compile(
   re.IGNORECASE | re.DOTALL,
 )
 _AFTER_LABEL = re.compile(
-  r"[.:)。、](?![A-Za-z]\b)(?!\d)(?![A-Za-z]\.)|[,](?!\s?[A-HJ-Z]\b)|\s-+\s|\s(?:because|since|as)\b|\s?->|\sI\s(?:guess|think|believe|suppose|would|am)\b|\s?(?:选项|選項|项|です)"
+  r"[.:)。、](?![A-Za-z]\b)(?!\d)(?![A-Za-z]\.)|[,](?!\s?[A-HJ-Z]\b)|\s-+\s|\s(?:because|since|as)\b|\s?->|\sI\s(?:guess|think|believe|suppose|would|am)\b|\s(?:and\s)?not\b|\s?(?:选项|選項|项|です|吧|对)"
 )
 
 

@@ -24,7 +24,7 @@ def bounded(text: str) -> str:
 
 def readable(text: str) -> str:
   """A text without the signs of Markdown, LaTeX and HTML; boxes' edges are private characters."""
-  text = normal_form(text)
+  text = re.sub(r"<\|(?:im_end|endoftext|eot_id|end)\|>|</s>", " ", normal_form(text))
   text = re.sub(r"~~[^~\n]{1,200}~~", " ", text)
   for _ in range(2):  # one in the other
     text = re.sub(

@@ -82,7 +82,7 @@ def _segments(text: str) -> list[str]:
 # Phrases that a letter follows.
 
 NOUN = (
-  r"(?:answers?|option|choice|selection|pick|response|solution|conclusion|guess|letter|decision|"
+  r"(?:answers?|ans|option|choice|selection|pick|response|solution|conclusion|guess|letter|decision|"
   r"prediction|label|réponse|respuesta|resposta|risposta|antwort|lösung|ответ|đáp án|opción|opção|"
   r"答案|正解|答え|回答|解答|正确选项|正确的选项|选项|答|정답은|정답|답)"
 )
