@@ -327,9 +327,9 @@ def _read(block: _Block, numbered: bool) -> Question:
   if len(letters) > 1:
     raise ValueError(f"there are {len(block.answers)} answers: {', '.join(block.answers)}")
   choices = [f"{letter}) {option}" for letter, option in texts]
-  return question_of(
-    "\n".join(stem).strip(), choices, letters.pop(), where="a question of the reply"
-  )
+  letter = letters.pop()  # with its text: a letter alone may be another option's text
+  answer = next((choice for choice in choices if choice.startswith(f"{letter}) ")), letter)
+  return question_of("\n".join(stem).strip(), choices, answer, where="a question of the reply")
 
 
 def _options_in_stem(line: str) -> tuple[str, list[tuple[str, str, str]]]:
