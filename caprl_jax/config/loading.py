@@ -63,7 +63,7 @@ def _check_tree(section: ml_collections.ConfigDict, place: str, above: tuple[int
     if not isinstance(key, str):
       raise ValueError(f"{place}: a section has a key that is no text; write it in quotes")
     try:
-      value = section[key]
+      value: Any = section[key]
     except config_dict.RequiredValueError as error:
       raise ValueError(
         f"{place}: {cut(key)} is a required value that is not set; set it, or make it None where "

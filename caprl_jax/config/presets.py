@@ -185,7 +185,7 @@ def expand(config: ml_collections.ConfigDict) -> None:
     raise ValueError(f"config.preset = {shown(name)} is none of {sorted(PRESETS)}")
   kept: list[str] = []
   values = dict(PRESETS[name])
-  own = config.get("optimizer", {})
+  own: Any = config.get("optimizer", {})
   if "learning_rate" in own:
     preset = values.pop("optimizer")
     if any(own.get(key) != value for key, value in preset.items()):
