@@ -55,8 +55,14 @@ class ImageFacts:
 class HasImage(Protocol):
   """A row of any kind."""
 
-  image: ImageSource | None
-  name: str
+  @property
+  def image(self) -> ImageSource | None:
+    """Where its image is; None for a row of text."""
+
+  @property
+  def name(self) -> str:
+    """What messages call it."""
+    ...
 
 
 Row = TypeVar("Row", bound=HasImage)

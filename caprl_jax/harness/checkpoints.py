@@ -84,7 +84,7 @@ class Checkpoints:
     failed: list[tuple[int, Exception | None]] = []
     for step in sorted(self.manager.all_steps(), reverse=True):
       found, error = self._try(step, like)
-      if _all_processes(found is not None):
+      if _all_processes(found is not None) and found is not None:
         for damaged, why in failed:
           self._move_aside(damaged, step, why)
         if failed:

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -41,7 +41,11 @@ class Deferred:
 
   def __enter__(self) -> "Deferred":
     self._stack = contextlib.ExitStack()
-    old = {number: signal.getsignal(number) for number in ASKING}
+    old: dict[int, Callable[[int, Any], Any]] = {}
+    for number in ASKING:
+      handler = signal.getsignal(number)
+      if callable(handler):
+        old[number] = handler
 
     def pass_on(number: int, frame: Any) -> None:
       if self._holding and self._waiting is None:
@@ -49,9 +53,7 @@ class Deferred:
         return
       old[number](number, frame)
 
-    self._stack.enter_context(
-      _handlers({number: pass_on for number, handler in old.items() if callable(handler)})
-    )
+    self._stack.enter_context(_handlers(dict.fromkeys(old, pass_on)))
     return self
 
   def __exit__(self, *_) -> None:
@@ -75,7 +77,7 @@ class Deferred:
 
 
 @contextlib.contextmanager
-def _handlers(wanted: dict[signal.Signals, Any]) -> Iterator[None]:
+def _handlers(wanted: dict[int, Any]) -> Iterator[None]:
   """Sets handlers, and the old ones again; not those of signals that are ignored, and none outside
   the main thread, where Python has no signals."""
   old = {}
