@@ -10,9 +10,10 @@ ChartQA, ChartQAPro, CharXiv, InfoVQA, MMMU, MMMU-Pro, SEED, MathVerse, MathVisi
 VisuLogic; their images in bench_image_folder.zip, prism.image_root). A QA source of
 configs/dataset.py may take the place of a file. Writes prism.json, answers.jsonl and prism.html,
 with our scores and, if math-verify is installed, the released scorer's beside them. All captioners
-are compared with the first one. An interrupted evaluation goes on from cache/. A captioner is asked
-with its checkpoint's own chat template, system turn included ("You are a helpful assistant." in
-Qwen2.5-VL's); the released prompt has a user's turn alone.
+are compared with the first one. An interrupted evaluation goes on from cache/. As released, a
+captioner is asked in a user's turn alone, without the system turn that Qwen2.5-VL's template would
+add, and its images have no limit of pixels but the checkpoint's (12.8 million, 16,384 tokens);
+--config.policy.max_pixels=1000000 takes much less memory.
 
 Not run yet.
 """
@@ -31,9 +32,9 @@ def get_config():
   config.policy = dict(
     checkpoint="unused",  # prism.captioners names them
     instruction="Please describe this image in detail",
+    template="bare",
     dtype="bfloat16",
     param_dtype="bfloat16",
-    max_pixels=1_000_000,
   )
   config.judge = dict(source="internlm/CapRL-Eval-3B", dtype="bfloat16")
   config.prism = dict(

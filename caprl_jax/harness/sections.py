@@ -20,6 +20,9 @@ class PolicySection:
 
   checkpoint: directory or hub name.
   instruction: what the captioner is asked; CapRL's own by default.
+  template: how the prompt is written: by the `checkpoint`'s own chat template, or `bare`, in ChatML
+    with the user's turn alone, as the released Prism has it (Qwen2.5-VL's template adds a system
+    turn).
   dtype: of activations.
   param_dtype: of parameters. float32 parameters with bfloat16 activations are master weights.
   remat: compute activations again in the backward pass, which saves memory and costs time.
@@ -33,6 +36,7 @@ class PolicySection:
 
   checkpoint: str
   instruction: str = "Please describe this image in detail."
+  template: Literal["checkpoint", "bare"] = "checkpoint"
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: bool = False
@@ -46,7 +50,7 @@ class PolicySection:
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
     """The captioner. Raises ValueError as `load_policy`."""
-    return load_policy(
+    loaded = load_policy(
       self.checkpoint,
       mesh,
       jnp.dtype(self.dtype),
@@ -56,6 +60,7 @@ class PolicySection:
       self.min_pixels,
       self.max_pixels,
     )
+    return dataclasses.replace(loaded, bare=self.template == "bare")
 
   def pixels(self):
     """How the captioner cuts images into patches, without its weights. Raises ValueError as
@@ -65,7 +70,8 @@ class PolicySection:
   def identity(self) -> dict[str, Any]:
     """What the captioner's texts depend on but for its instruction: settings of work that is kept.
     A checkpoint trained anew in its place is another one. Raises ValueError as `fingerprint`."""
-    return {
+    said = {} if self.template == "checkpoint" else {"template": self.template}
+    return said | {
       "checkpoint": self.checkpoint,
       "checkpoint_sha256": fingerprint(self.checkpoint),
       "dtype": self.dtype,

@@ -36,7 +36,8 @@ log = logging.getLogger("caprl_jax.hub")
 @dataclasses.dataclass(frozen=True)
 class Loaded:
   """A model with its parameters on the mesh. `config` and `preprocessor` are the checkpoint's JSON
-  files, `files` its other small ones (tokenizer, chat template, ...) as they stand."""
+  files, `files` its other small ones (tokenizer, chat template, ...) as they stand. `bare`: it is
+  asked in ChatML with the turns that are given and no other, whatever its template would add."""
 
   model: Any
   params: Params
@@ -45,6 +46,7 @@ class Loaded:
   preprocessor: dict
   shardings: Any
   files: dict[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
+  bare: bool = False
 
   def prompt_pieces(
     self, instruction: str, system: str | None = None
@@ -74,8 +76,8 @@ class Loaded:
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     said = {k: text(settings.get(k)) for k in names}
     special = {k: token for k, token in said.items() if token and isinstance(token, str)}
-    template = find_template(self.files)
-    if template is None and self.files:
+    template = None if self.bare else find_template(self.files)
+    if template is None and not self.bare and self.files:
       raise ValueError(
         "the checkpoint has no chat template (chat_template.jinja, chat_template.json, or "
         "chat_template in tokenizer_config.json): how to ask it is not known, and transformers "

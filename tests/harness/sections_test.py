@@ -3,6 +3,12 @@
 import subprocess
 import sys
 
+import jax
+from helpers.paths import ROOT
+
+from caprl_jax import sharding
+from caprl_jax.harness.sections import PolicySection
+
 # What only training and its evaluation work with.
 HEAVY = ("setup", "settings", "gate", "question_filter", "trackers", "loop", "metrics")
 
@@ -16,3 +22,18 @@ def test_who_reads_a_section_does_not_load_what_trains():
   assert "caprl_jax.harness.sections" in done.stdout
   for name in [f"caprl_jax.harness.{name}" for name in HEAVY] + ["caprl_jax.rl.update"]:
     assert repr(name) not in done.stdout, name
+
+
+def test_a_bare_prompt_is_the_released_prisms_to_the_byte():
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  checkpoint = str(ROOT / "configs" / "quickstart_policy")
+  own, bare = (
+    PolicySection(checkpoint, template=template).load(mesh) for template in ("checkpoint", "bare")
+  )
+  pieces = bare.prompt_pieces("what shape?")
+  before, after = (bare.tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in pieces)
+  assert before == "<|im_start|>user\n<|vision_start|>"
+  assert after == "<|vision_end|>what shape?<|im_end|>\n<|im_start|>assistant\n"
+  assert own.chat_template() != bare.chat_template() and own.files == bare.files
+  identities = [PolicySection(checkpoint, template=t).identity() for t in ("checkpoint", "bare")]
+  assert identities[1] == identities[0] | {"template": "bare"}
