@@ -20,6 +20,7 @@ from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.metrics import MetricsWriter, Progress
 from caprl_jax.harness.process.signals import Deferred
 from caprl_jax.harness.trackers import Tracker
+from caprl_jax.harness.watch import Heartbeat, StoppedByRuleError, Watch
 from caprl_jax.types import TrainState
 
 log = logging.getLogger("caprl_jax.harness.loop")
@@ -74,6 +75,11 @@ class Interrupts:
     self.asked = True
     os.kill(os.getpid(), signal.SIGTERM)
 
+  def check_late(self) -> None:
+    """Called after the last step: for what came when no step was left to agree before."""
+    if self.asked:
+      raise KeyboardInterrupt
+
   def check(self, step: int) -> None:
     """Called before each step."""
     if self.several and multihost_utils.reached_preemption_sync_point(step):
@@ -93,7 +99,9 @@ class StepReports:
     reward_name: str,
     on_samples: Callable[[int, Any, Any], None] | None,
     trackers: Sequence[Tracker],
+    watch: Watch | None,
   ):
+    self.watch, self.heart = watch or Watch((), ()), Heartbeat()
     self.main = jax.process_index() == 0
     self.reward_name, self.on_samples, self.trackers = reward_name, on_samples, trackers
     self.pending, self.extra = collections.deque(), {}
@@ -110,7 +118,8 @@ class StepReports:
   def read(self, most_pending: int = 0) -> None:
     """Reads the oldest steps, and waits for them, until `most_pending` are left.
 
-    Raises FloatingPointError where loss or gradient were not finite; that step stays pending.
+    Raises FloatingPointError where loss or gradient were not finite; that step stays pending. And
+    where a rule says that the run is to stop.
     """
     while len(self.pending) > most_pending:
       step, metrics, batch, samples = self.pending[0]
@@ -132,8 +141,10 @@ class StepReports:
           "optimizer.learning_rate or look at the batch's rows in samples/"
         )
       self.pending.popleft()
+      self.heart.beat()
       if self.main:
         self._write(step, numbers, batch, samples)
+      self.watch.see(step, numbers)
 
   def _write(self, step: int, numbers: dict[str, float], batch: Any, samples: Any) -> None:
     self.writer.write(step, numbers)
@@ -148,11 +159,13 @@ class StepReports:
   ) -> None:
     """Evaluates after a step; the figures join its numbers, the seconds are no step's."""
     jax.block_until_ready(self.pending[-1][1])
+    self.heart.pause()
     began = time.perf_counter()
     self.extra.setdefault(step, {}).update(evaluate(step, state))
     self.before += time.perf_counter() - began
 
   def close(self) -> None:
+    self.heart.close()
     if self.main:
       self.progress.close()
       self.writer.close()
@@ -182,6 +195,7 @@ def run_loop(
   evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
   evaluate_every: int = 0,
   trackers: Sequence[Tracker] = (),
+  watch: Watch | None = None,
 ) -> TrainState:
   """Runs `step_fn(state, batch) -> (state, metrics, samples)` up to step `steps`.
 
@@ -194,14 +208,17 @@ def run_loop(
     evaluate: called as (step, state) after every `evaluate_every`-th step, in all processes; its
       numbers join the step's.
     trackers: get every number that metrics.jsonl gets.
+    watch: its rules warn, or end the run.
 
   Raises:
     FloatingPointError: loss or gradient not finite; that update changed no parameters, and they are
-    saved first.
+    saved first. Or a rule of `watch` says so.
     KeyboardInterrupt: passed on after a checkpoint of the last finished step.
   """
   start = int(state.step)
-  reports = StepReports(workdir, start, steps, what, reward_name, on_samples, trackers)
+  reports = StepReports(
+    workdir, start, steps, what, reward_name, on_samples, trackers, watch or Watch((), ())
+  )
   position = iterator.get_state()  # after the batch of the last step
   save = lambda force=False: checkpoints.save(state, position, config, force=force)
   try:
@@ -224,8 +241,7 @@ def run_loop(
         if evaluate and evaluate_every and step % evaluate_every == 0:
           reports.evaluate(step, state, evaluate)
         if step % checkpoints.cfg.every_steps == 0:
-          # before the checkpoint: a kill after it must leave no gap in metrics.jsonl
-          reports.read()
+          reports.read()  # first: a kill after the checkpoint must leave no gap in metrics.jsonl
           save()
         after_first += compiles.count - known
       reports.read()
@@ -233,12 +249,11 @@ def run_loop(
         log.info("%s: %d compilations after the first step", what, compiles.count - after_first)
   except (KeyboardInterrupt, FloatingPointError) as error:
     save(force=True)
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, (KeyboardInterrupt, StoppedByRuleError)):
       reports.read()
     raise
   finally:
     reports.close()
   save(force=True)
-  if interrupts.asked:  # too late for a step to be left
-    raise KeyboardInterrupt
+  interrupts.check_late()
   return state

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax.data.rows import BadRows
+from caprl_jax.harness.watch import STOP_IF, WARN_IF, Watch
 from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.load import Loaded, load_pixels, load_policy
 from caprl_jax.models.layers import LoraConfig
@@ -139,6 +140,9 @@ class TrainSection:
     (`time/...`), more slowly.
   trackers: where the metrics go besides metrics.jsonl: any of "tensorboard" and "wandb".
   wandb_mode: "offline" needs no account.
+  stop_if: rules over metrics.jsonl, as "reward/unscored > 0.5 for 20" (steps in a row): where one
+    holds, the run saves and ends.
+  warn_if: rules that only warn, each with what to try.
   """
 
   steps: int
@@ -147,6 +151,11 @@ class TrainSection:
   fused: bool = True
   trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
   wandb_mode: Literal["offline", "online"] = "offline"
+  stop_if: tuple[str, ...] = STOP_IF
+  warn_if: tuple[str, ...] = WARN_IF
+
+  def __post_init__(self):
+    Watch(self.stop_if, self.warn_if)  # which refuses what is no rule
 
 
 @dataclasses.dataclass(frozen=True)

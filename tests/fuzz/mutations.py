@@ -205,7 +205,7 @@ def tar(data: bytes, rng: random.Random) -> tuple[bytes, str]:
       blocks[one], blocks[other] = blocks[other], blocks[one]
     return b"".join(blocks), f"tar block {one} {way}"
   if way == "pack":
-    return gzip.compress(data), "tar packed with gzip"
+    return gzip.compress(data, mtime=0), "tar packed with gzip"
   return _member(data, rng) if way == "member" else (tar_of({"in.tar": data, "in.png": data}), way)
 
 

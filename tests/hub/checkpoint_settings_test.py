@@ -27,7 +27,7 @@ from caprl_jax.models.policy import PolicyConfig
 BASE = ROOT / "configs" / "quickstart_policy"
 CONFIG = json.loads((BASE / "config.json").read_text())
 PROCESSOR = json.loads((BASE / "preprocessor_config.json").read_text())
-GONE = object()
+GONE = "taken away"
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ from caprl_jax.harness.training.state import (
   rollout_images,
 )
 from caprl_jax.harness.training.summary import Best, Summary, versions
+from caprl_jax.harness.watch import Watch
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
@@ -97,6 +98,7 @@ def train(
       evaluate=held_out if evaluator else None,
       evaluate_every=settings.evaluate.every_steps,
       trackers=trackers,
+      watch=Watch(settings.train.stop_if, settings.train.warn_if),
     )
   finally:
     checkpoints.close()
