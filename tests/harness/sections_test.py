@@ -1,5 +1,6 @@
 """The sections that all modes share stand alone."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -34,6 +35,11 @@ def test_a_bare_prompt_is_the_released_prisms_to_the_byte():
   before, after = (bare.tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in pieces)
   assert before == "<|im_start|>user\n<|vision_start|>"
   assert after == "<|vision_end|>what shape?<|im_end|>\n<|im_start|>assistant\n"
-  assert own.chat_template() != bare.chat_template() and own.files == bare.files
+  template = own.chat_template()[0]
+  wordy = own.files | {"chat_template.jinja": b"You are helpful.\n" + template.encode()}
+  own, told = (dataclasses.replace(one, files=wordy) for one in (own, bare))
+  assert (
+    own.chat_template()[0].startswith("You are") and told.prompt_pieces("what shape?") == pieces
+  )
   identities = [PolicySection(checkpoint, template=t).identity() for t in ("checkpoint", "bare")]
   assert identities[1] == identities[0] | {"template": "bare"}
