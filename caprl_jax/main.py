@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
 import logging
+import operator
 import os
 import pathlib
+import re
 import sys
 import textwrap
 import traceback
@@ -254,10 +257,27 @@ def _parse(
   loading.apply_overrides(config, overrides, options.config)
   modes = registry.modes_of(config)
   registry.check_top_level(config)
+  _check_addresses(config, options.workdir)
   workdir = options.workdir or next(iter(modes.values())).workdir
   if not workdir:
     raise ValueError("--workdir is missing, e.g. --workdir=runs/quickstart (--help shows examples)")
   return config, _make_workdir(workdir)
+
+
+def _check_addresses(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Raises ValueError where an address stands for a folder or file that is to be written: it would
+  be made here, under the address's name, and be lost with the machine."""
+  written = {"--workdir": workdir}
+  for key in loading.leaves(config):
+    *sections, name = key.split(".")
+    if name == "output":
+      written[f"--config.{key}"] = functools.reduce(operator.getitem, sections, config)[name]
+  for key, value in written.items():
+    if isinstance(value, str) and re.match(r"(gs|s3|file):/|[\w+.-]+://", value):
+      raise ValueError(
+        f"{key}={cut(value)} is an address, and only folders are written to: mount the bucket "
+        "(gcsfuse; launch/tpu_vm.sh does) and name a folder in it"
+      )
 
 
 # ---- the process ----

@@ -260,6 +260,16 @@ def test_a_program_that_does_not_fit_says_what_takes_less(cli):
   assert "policy_update.microbatches" in err and "--config.mode=plan" in err
 
 
+@pytest.mark.parametrize(
+  "value", ["gs://bucket/run", "gs:/bucket/run", "s3://a/b", "file:///tmp/x"]
+)
+def test_an_address_is_no_workdir(cli, value, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  code, _, err = cli(workdir=value)
+  assert code == 2 and not (tmp_path / "gs:").exists() and cli.seen == []
+  assert f"error: --workdir={value} is an address, and only folders are written to" in err
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_notice_of_preemption_asks_to_be_started_again(cli, name, monkeypatch):
   before = signal.getsignal(signal.Signals[name])
