@@ -34,6 +34,17 @@ def pytest_configure() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  """Names of files that are no UTF-8 may be in a test's output; between processes that run tests
+  side by side nothing else can be sent."""
+  report = yield
+  report.sections = [
+    (title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections
+  ]
+  return report
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
   """Says what the tests' time depends on most."""
   kept = "kept" if jax.config.jax_enable_compilation_cache else "not kept (XLA refused its own)"
