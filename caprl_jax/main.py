@@ -2,12 +2,10 @@
 
 import contextlib
 import errno
-import functools
 import importlib
 import importlib.machinery
 import importlib.util
 import logging
-import operator
 import os
 import pathlib
 import re
@@ -15,6 +13,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -269,9 +268,11 @@ def _check_addresses(config: ml_collections.ConfigDict, workdir: str | None) -> 
   be made here, under the address's name, and be lost with the machine."""
   written = {"--workdir": workdir}
   for key in loading.leaves(config):
-    *sections, name = key.split(".")
-    if name == "output":
-      written[f"--config.{key}"] = functools.reduce(operator.getitem, sections, config)[name]
+    if key.endswith(".output"):
+      value: Any = config
+      for name in key.split("."):
+        value = value[name]
+      written[f"--config.{key}"] = value
   for key, value in written.items():
     if isinstance(value, str) and re.match(r"(gs|s3|file):/|[\w+.-]+://", value):
       raise ValueError(

@@ -251,5 +251,5 @@ def test_the_schema_is_whole():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_says_its_command_and_what_to_expect(path):
   text = ast.get_docstring(ast.parse(path.read_text()))
-  assert f"python -m caprl_jax.main --config=configs/{path.name}" in text
+  assert f"python -m caprl_jax.main --config={path.relative_to(ROOT)}" in text
   assert re.search(r"^(Expected|Not run yet)\b", text, re.MULTILINE)

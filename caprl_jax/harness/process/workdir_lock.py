@@ -30,6 +30,7 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
   if jax.process_index() > 0:
     yield
     return
+  workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / LOCK, "a+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

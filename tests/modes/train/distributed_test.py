@@ -139,7 +139,7 @@ def test_the_captioner_is_that_of_one_process(one, two):
 
 
 def test_one_process_writes(one, two):
-  assert files_of(two) == files_of(one) | {"log.1.txt"}
+  assert files_of(two) == files_of(one) | {"log.1.txt", "row_check.1.jsonl"}
   for name in ("before.json", "after.json", "step_000001.json", "step_000004.json"):
     a, b = (tiny.read_back(workdir / "samples" / name)["rows"] for workdir in (one, two))
     texts = [
