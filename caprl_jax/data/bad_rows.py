@@ -18,6 +18,7 @@ from caprl_jax.json_files import listed
 log = logging.getLogger("caprl_jax.data")
 
 SHOWN = 20  # in messages and in the log; the file holds all
+ROOM = 4000  # characters that the shown ones may take
 
 Row = TypeVar("Row")
 
@@ -132,7 +133,7 @@ class BadRowList:
   def _listed(self, first: str) -> str:
     """The first of the bad rows below a line that says what is wrong."""
     rows = [*dict.fromkeys(self.rows)]
-    shown = listed([row.message for row in rows], SHOWN)
+    shown = listed([row.message for row in rows], SHOWN, room=ROOM)
     every = f"\n  all of them are in {self.path}" if len(rows) > 1 and self.path else ""
     return f"{first}: {reasons_text(self.rows)}{shown}{every}"
 
