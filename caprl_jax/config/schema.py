@@ -47,12 +47,19 @@ def check_top_level(config: Any, known: Iterable[str]) -> None:
   _check_keys(config, known, "config")
 
 
+_DEEPEST = 64  # of lists and sections in a config
+
+
 def to_plain(config: Any, place: str = "config") -> Any:
   """The configuration as dicts, lists, strings, numbers and None: what `json.dumps` takes.
 
   Raises:
-    ValueError: a value that JSON has no form for, with its key.
+    ValueError: a value that JSON has no form for, with its key; or one that stands inside itself.
   """
+  if place.count(".") + place.count("[") > _DEEPEST:
+    raise ValueError(
+      f"{cut(place)} is nested more than {_DEEPEST} deep; does a list stand inside itself?"
+    )
   if dataclasses.is_dataclass(config) and not isinstance(config, type):
     config = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   if isinstance(config, MAPPINGS):

@@ -101,7 +101,7 @@ class Tokenizer:
       if token_id not in self.special_ids:
         if not byte_of.keys() >= set(token):
           raise ValueError(
-            f"the tokenizer's token {shown(token)} spells no bytes: it is not a byte-level "
+            f"tokenizer.json: the token {shown(token)} spells no bytes: it is not a byte-level "
             "tokenizer, as those of Qwen and Llama 3 are"
           )
         texts[token_id] = bytes(byte_of[character] for character in token)

@@ -171,3 +171,10 @@ def test_plain_form_refuses_what_json_cannot_hold():
     configuration.to_plain({"a": [1, {2}]})
   with pytest.raises(ValueError, match="config has the key 3; keys must be strings"):
     configuration.to_plain({3: 1})
+
+
+def test_what_stands_inside_itself_is_refused():
+  circle = []
+  circle.append(circle)
+  with pytest.raises(ValueError, match="config.a.* is nested more than 64 deep; does a list"):
+    configuration.to_plain({"a": circle})
