@@ -401,7 +401,8 @@ def _parse_question(item: Any, kind: str, ours: bool, where: str) -> Question:
     raise ValueError(f"{where}: question and choices must be texts, not {shown(item)}")
   marks = [f"{letter}) " for letter in string.ascii_uppercase[: len(choices)]]
   options = tuple(choice[3:] for choice in choices)
-  if ours and answer in string.ascii_uppercase and [choice[:3] for choice in choices] == marks:
+  letter = isinstance(answer, str) and answer in string.ascii_uppercase
+  if ours and letter and [choice[:3] for choice in choices] == marks:
     question = Question(stem, options, string.ascii_uppercase.index(answer), kind)
     check_question(question, where)
     return question
