@@ -4,6 +4,7 @@ transformers reads.
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -188,7 +189,8 @@ def _sharded(path: pathlib.Path, index: str) -> StoredTensors:
       "holds it. Download it again."
     )
   for shard in listed.values():
-    if not isinstance(shard, str) or pathlib.PurePath(shard).is_absolute() or ".." in shard:
+    odd = not isinstance(shard, str) or pathlib.PurePath(shard).is_absolute() or ".." in shard
+    if odd or len(os.fsencode(shard)) > 255 or "\0" in shard:  # no file can have such a name
       raise ValueError(f"{path / index}: {shown(shard)} is no file of this folder")
   shards = sorted(set(listed.values()))
   absent = [shard for shard in shards if not (path / shard).exists()]
