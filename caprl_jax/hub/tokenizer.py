@@ -111,7 +111,13 @@ class Tokenizer:
   def _plain(self) -> tokenizers.Tokenizer:
     # The flag `encode_special_tokens` would spare only tokens that are flagged as special.
     spec = json.loads(self.to_json())
-    return tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+    try:
+      return tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+    except Exception as error:  # the library raises nothing narrower
+      raise ValueError(
+        f"tokenizer.json: without its added tokens it is no tokenizer: {cut(error, 300)}. Download "
+        "it again."
+      ) from error
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -134,7 +140,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     text = read_bytes(file).decode("utf-8", "replace")
     try:
       backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
+    # The library raises nothing narrower, and where its Rust panics no Exception at all.
+    except BaseException as error:
+      if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise
       raise ValueError(
         f"{file} ({file.stat().st_size:,} bytes) is not a tokenizer: {cut(error, 300)}. "
         "Download it again or update tokenizers."
@@ -270,6 +279,8 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, source: str | os.Path
 
   More rows than ids are fine: checkpoints pad them.
   """
+  if not isinstance(vocab_size, int):
+    raise ValueError(f"{source}: vocab_size = {shown(vocab_size)} in config.json is no number")
   if tokenizer.vocab_size > vocab_size:
     last = tokenizer.backend.id_to_token(tokenizer.vocab_size - 1)
     raise ValueError(
