@@ -7,7 +7,6 @@ import codecs
 import json
 import logging
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -31,18 +30,6 @@ TENSORS = safetensors.numpy.load_file(BASE / "model.safetensors")
 EMBEDDING = TENSORS["model.embed_tokens.weight"]
 OTHER_HEAD = np.ascontiguousarray(EMBEDDING[::-1])
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def _every_warning_is_new():
-  warn_once.cache_clear()
-
-
-@pytest.fixture
-def folder(tmp_path):
-  """A copy of the base that a test may change."""
-  shutil.copytree(BASE, tmp_path / "model")
-  return tmp_path / "model"
 
 
 def change(path: pathlib.Path, **values) -> None:

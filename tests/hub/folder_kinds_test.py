@@ -16,7 +16,6 @@ import transformers
 from helpers.paths import ROOT
 
 from caprl_jax.hub import hub_files
-from caprl_jax.hub.folders.notices import warn_once
 from caprl_jax.hub.opened import open_captioner, open_decoder
 from caprl_jax.hub.tokenizer import load_tokenizer
 
@@ -26,18 +25,6 @@ POINTER = (
   b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3357608\n"
 )
 QUERY = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.fixture(autouse=True)
-def _every_warning_is_new():
-  warn_once.cache_clear()
-
-
-@pytest.fixture
-def folder(tmp_path):
-  """A copy of the base that a test may change."""
-  shutil.copytree(BASE, tmp_path / "model")
-  return tmp_path / "model"
 
 
 def change(path: pathlib.Path, **values) -> None:
