@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import pathlib
+from collections.abc import Callable
 
 from fuzz import bases
 
@@ -36,17 +37,10 @@ def conversations(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   return [row.message for row in found if isinstance(row, BadRow)]
 
 
-def captions(folder: pathlib.Path, arguments: Arguments) -> list[str]:
-  from caprl_jax.data.readers import image_sources, qa_sources
-  from caprl_jax.modes.gallery import run as gallery
-
-  path = folder / "captions.jsonl"
+def _read_all(*readers: Callable[[], object]) -> list[str]:
+  """Calls all of them, then raises the last ValueError of those that refused."""
   errors = []
-  for read in (
-    lambda: qa_sources.read_caption_rows(str(path)),
-    lambda: image_sources.find_images(str(path)),
-    lambda: gallery.read_captions(path),
-  ):
+  for read in readers:
     try:
       read()
     except ValueError as error:
@@ -54,6 +48,18 @@ def captions(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   if errors:
     raise errors[-1]
   return []
+
+
+def captions(folder: pathlib.Path, arguments: Arguments) -> list[str]:
+  from caprl_jax.data.readers import image_sources, qa_sources
+  from caprl_jax.modes.gallery import run as gallery
+
+  path = folder / "captions.jsonl"
+  return _read_all(
+    lambda: qa_sources.read_caption_rows(str(path)),
+    lambda: image_sources.find_images(str(path)),
+    lambda: gallery.read_captions(path),
+  )
 
 
 def benchmark(folder: pathlib.Path, arguments: Arguments) -> list[str]:
@@ -207,29 +213,21 @@ def records(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   from caprl_jax.harness.training.summary import Best
   from caprl_jax.modes.pretrain.record import Record
 
-  errors = []
   stages = {"first": {"data": "a", "steps": 3}}
   config = {"seed": 0, "pretrain_policy": {"vision": "v"}, "pretrain": {"stages": stages}}
   job = json.loads(bases.records()["shards/settings.json"])
-  # A cache begins again behind what is damaged.
+  # A cache passes over what is damaged.
   cache = result_cache.ResultCache(folder / "cache", "kind", {"a": 1})
   cache.put({"x": 1})
   damaged = folder / "pretrain.json"
   if damaged.is_file():
     cache.path.write_bytes(cache.path.read_bytes() + damaged.read_bytes() + b"\n")
   assert dict(result_cache.ResultCache(folder / "cache", "kind", {"a": 1})) == {"x": 1}
-  for read in (
+  return _read_all(
     lambda: Best(None, folder),
     lambda: Record(folder, config, ["first"]),
     lambda: row_shards.ShardedJob(folder / "shards", ["a"] * 3, job, host=0, hosts=1).open(),
-  ):
-    try:
-      read()
-    except ValueError as error:
-      errors.append(error)
-  if errors:
-    raise errors[-1]
-  return []
+  )
 
 
 def metrics(folder: pathlib.Path, arguments: Arguments) -> list[str]:
