@@ -12,8 +12,8 @@ configs/dataset.py may take the place of a file. Writes prism.json, answers.json
 with our scores and, if math-verify is installed, the released scorer's beside them. All captioners
 are compared with the first one. An interrupted evaluation goes on from cache/. As released, a
 captioner is asked in a user's turn alone, without the system turn that Qwen2.5-VL's template would
-add, and its images have no limit of pixels but the checkpoint's (12.8 million, 16,384 tokens);
---config.policy.max_pixels=1000000 takes much less memory.
+add, and its images have no limits of pixels but those that a row names and the checkpoint's (12.8
+million, 16,384 tokens); --config.policy.max_pixels=1000000 takes much less memory.
 
 Not run yet.
 """

@@ -34,13 +34,21 @@ class ImageShape:
   tokens: int
 
 
+def pixels_for(pixels: Any, row: Any) -> Any:
+  """A processor (`PolicyConfig.vision.pixels`) within the row's own limits of pixels; itself for a
+  row that has none."""
+  limits = getattr(row, "limits", None)
+  return pixels.within(limits.min_pixels, limits.max_pixels) if limits else pixels
+
+
 def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageShape:
   """The smallest shape that holds every image; reads only the files' headers. Raises ValueError as
   `read_image`, and for an extreme aspect ratio."""
   slots, tokens = 0, 0
-  for (width, height), row in {_header_size(row): row for row in rows}.items():
+  found = {(_header_size(row), getattr(row, "limits", None)): row for row in rows}
+  for ((width, height), _), row in found.items():
     try:
-      shape = cfg.vision.pixels.shape(height, width)
+      shape = pixels_for(cfg.vision.pixels, row).shape(height, width)
     except ValueError as error:
       raise ValueError(f"row {row.name!r} ({image_place(row)}): {error} or drop the row") from error
     slots, tokens = max(slots, shape[0]), max(tokens, shape[1])
@@ -83,7 +91,8 @@ class ImagePrompt:
   ) -> tuple[Images, Prompts]:
     """Arrays without a batch axis. `image` replaces the row's own (an augmented one)."""
     try:
-      patches = self.cfg.vision.pixels.patchify(image or read_image(row))
+      pixels = pixels_for(self.cfg.vision.pixels, row)
+      patches = pixels.patchify(image or read_image(row))
       padded = pad_image(patches, self.shape.slots, self.shape.tokens)
     except ValueError as error:
       raise ValueError(f"row {row.name!r}: {error}") from error

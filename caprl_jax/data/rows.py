@@ -63,13 +63,24 @@ class QARow:
 
 
 @dataclasses.dataclass(frozen=True)
+class PixelLimits:
+  """The least and most pixels that a row wants its image shown with; None: the processor's own."""
+
+  min_pixels: int | None = None
+  max_pixels: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class CaptionRow:
-  """An image and a caption to imitate. `where` is that of `QARow`."""
+  """An image and a caption to imitate. `where` is that of `QARow`. `limits`: those of this image
+  alone.
+  """
 
   image: ImageSource
   caption: str
   name: str
   where: str = dataclasses.field(default="", compare=False)
+  limits: PixelLimits | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from caprl_jax.data.bad_rows import BadRowList
-from caprl_jax.data.batches import ImageShape
+from caprl_jax.data.batches import ImageShape, pixels_for
 from caprl_jax.data.rows import (
   BadRow,
   ImageSource,
@@ -132,7 +132,7 @@ def fits(pixels) -> Check:
     if row.image is None:
       return
     try:
-      pixels.shape(facts.height, facts.width)
+      pixels_for(pixels, row).shape(facts.height, facts.width)
     except ValueError as error:
       where = f"row {shown(row.name)} ({image_place(row)})"
       raise ValueError(f"{where}: {error} or drop the row") from error

@@ -63,6 +63,16 @@ class SmartResize:
       least = most = given
     return dataclasses.replace(self, min_pixels=least, max_pixels=most), notice
 
+  def within(self, min_pixels: int | None, max_pixels: int | None) -> "SmartResize":
+    """For one image that has limits of its own: they hold as far as the processor's allow, as where
+    a tool resizes the image first (qwen_vl_utils) and the processor after it.
+    """
+    least, most = (
+      min(max(pixels, self.min_pixels), self.max_pixels)
+      for pixels in (min_pixels or self.min_pixels, max_pixels or self.max_pixels)
+    )
+    return dataclasses.replace(self, min_pixels=least, max_pixels=most)
+
   def size(self, height: int, width: int) -> tuple[int, int]:
     """Height and width after resizing: multiples of a merge unit, within the pixel limits, aspect
     kept.
@@ -133,6 +143,11 @@ class Tiles:
   crop: bool = True  # False: the whole picture is one tile
   mean: tuple[float, ...] = CLIP_MEAN
   std: tuple[float, ...] = CLIP_STD
+
+  def within(self, min_pixels: int | None, max_pixels: int | None) -> "Tiles":
+    """Itself: tiles have one size, whatever an image asks for."""
+    del min_pixels, max_pixels
+    return self
 
   @property
   def tile_patches(self) -> int:

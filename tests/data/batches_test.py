@@ -1,5 +1,6 @@
 """Batches: deterministic, resumable, complete, of the shape that was measured."""
 
+import dataclasses
 import io
 
 import jax
@@ -16,7 +17,7 @@ from caprl_jax.data.batches import (
   train_iterator,
 )
 from caprl_jax.data.judge_questions import TokenizedQuestion, question_shape
-from caprl_jax.data.rows import QARow
+from caprl_jax.data.rows import CaptionRow, PixelLimits, QARow, read_image
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.types import Batch
 
@@ -84,6 +85,28 @@ def batcher(rows):
   shape = question_shape([q for row in tokenized for q in row])
   prompt = ImagePrompt(CFG, PIECES, image_shape(rows, CFG))
   return QABatcher(rows, tokenized, prompt, 2, shape)
+
+
+@pytest.mark.parametrize(
+  "limits, least, most",
+  [
+    (PixelLimits(None, 32 * 32), 256, 32 * 32),
+    (PixelLimits(60 * 60, None), 60 * 60, 64 * 64),
+    (PixelLimits(1, 10**6), 256, 64 * 64),  # no further than the checkpoint's own
+    (None, 256, 64 * 64),
+  ],
+)
+def test_a_rows_own_limits_of_pixels(limits, least, most):
+  pixels = dataclasses.replace(CFG.vision.pixels, min_pixels=least, max_pixels=most)
+  row = CaptionRow(encoded((48, 40)), "", "limited", limits=limits)
+  shape = image_shape([row], CFG)
+  assert shape == ImageShape(*pixels.shape(40, 48))
+  images, _ = ImagePrompt(CFG, PIECES, shape)(row)
+  want = pixels.patchify(read_image(row))
+  np.testing.assert_array_equal(images.patches_BSE, want.patches_SE)
+  other = CaptionRow(row.image, "", "as it is")
+  free = image_shape([other], CFG)
+  assert image_shape([row, other], CFG).tokens == max(shape.tokens, free.tokens)
 
 
 def light(index, rng):

@@ -6,11 +6,13 @@ bench_image_folder.zip. We have their description and the released code that rea
 files. Known: a list of rows {image, prompt, answer}; `prompt` is a full ChatML text, in whose user
 turn an image placeholder stands first; stage 2 puts a sentence with the caption in its place.
 Assumed, and refused with a message where it does not hold: `image` is a path or a list of messages
-with one image (the code hands it to qwen_vl_utils, which takes messages); `answer` is a text, a
-number or a list of such.
+with one image (the code hands it to qwen_vl_utils, which takes messages, and resizes the image
+within the `min_pixels` and `max_pixels` that stand beside it); `answer` is a text, a number or a
+list of such.
 """
 
 import dataclasses
+import math
 import pathlib
 import re
 import string
@@ -22,7 +24,7 @@ from typing import Any
 from caprl_jax.data.json_rows import read_items
 from caprl_jax.data.readers.caprl_json import choices_of
 from caprl_jax.data.readers.image_spellings import find_image, spelled_image
-from caprl_jax.data.rows import BadRow, ImageSource, QARow
+from caprl_jax.data.rows import BadRow, ImageSource, PixelLimits, QARow
 from caprl_jax.json_files import shown
 
 # What a file holds, by its name without the suffix: the name that its figures are published under.
@@ -64,7 +66,7 @@ class BenchmarkRow:
   `options` are the texts of lettered options that the prompt lists; () where it lists none, or none
   that the gold letter is of. `kind` is a group for metrics. `stem` is the question without these
   options, for who lists them anew. `years`: which of ChartQAPro's answers are years, where the row
-  says so.
+  says so. `limits` are those of this image, where the row names any.
   """
 
   image: ImageSource
@@ -76,6 +78,7 @@ class BenchmarkRow:
   kind: str = ""
   stem: str = ""
   years: tuple[bool, ...] | None = None
+  limits: PixelLimits | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -285,8 +288,10 @@ def _row(item: Any, find: "_Finder", benchmark: str, name: str, where: str) -> B
     raise ValueError(f"{where}: the prompt is {shown(prompt)}, but it must be a text in ChatML")
   split_at_placeholder(prompt, where)
   gold = _gold(item["answer"], where)
-  image = _image(item["image"], find, where)
-  row = BenchmarkRow(image, prompt, gold, (), benchmark, name)
+  parts = list(_image_parts(item["image"], item))
+  image = _image(item["image"], parts, find, where)
+  limits = _limits(parts[0][1], where)
+  row = BenchmarkRow(image, prompt, gold, (), benchmark, name, limits=limits)
   whole = user_text(row)
   stem, options = split_options(whole)
   letters = [
@@ -323,16 +328,15 @@ def _gold(answer: Any, where: str) -> str | tuple[str, ...]:
   return tuple(str(gold) for gold in golds) if isinstance(answer, list) else str(answer)
 
 
-def _image(image: Any, find: "_Finder", where: str) -> ImageSource:
+def _image(image: Any, parts: list[tuple[Any, dict]], find: "_Finder", where: str) -> ImageSource:
   """The one image in `image`: a text or an object as `image_spellings` reads them, {"image": such},
-  or a list of such or of messages whose content has one.
+  or a list of such or of messages whose content has one. parts: as `_image_parts`.
   """
-  found = list(_image_paths(image))
-  if len(found) != 1 or not found[0]:
+  if len(parts) != 1 or not parts[0][0]:
     raise ValueError(
-      f"{where}: image is {shown(image)}, with {len(found)} image paths, but it must have one"
+      f"{where}: image is {shown(image)}, with {len(parts)} image paths, but it must have one"
     )
-  [said] = found
+  [(said, _)] = parts
   if isinstance(said, str) and said.startswith("file://") and not said.startswith("file:///"):
     said = said.removeprefix("file://")  # a relative path, as some tools write it
   spelled = spelled_image(said, pathlib.Path(), where)
@@ -341,20 +345,34 @@ def _image(image: Any, find: "_Finder", where: str) -> ImageSource:
   return find(str(spelled.image), where)
 
 
-def _image_paths(image: Any) -> Iterator[str | dict]:
+def _image_parts(image: Any, around: dict[str, Any]) -> Iterator[tuple[str | dict, dict[str, Any]]]:
+  """Every image in `image`, and what is said of it: by its own object and by those around it."""
   if isinstance(image, str):
-    yield image
+    yield image, around
   elif isinstance(image, dict):
     if image.get("bytes") or image.get("path"):
-      yield image
+      yield image, around | image
     elif "image" in image:
-      yield from _image_paths(image["image"])
+      yield from _image_parts(image["image"], around | image)
     # a content that is a text is a turn without an image
     elif isinstance(image.get("content"), (list, dict)):
-      yield from _image_paths(image["content"])
+      yield from _image_parts(image["content"], around | image)
   elif isinstance(image, list):
     for part in image:
-      yield from _image_paths(part)
+      yield from _image_parts(part, around)
+
+
+def _limits(said: dict[str, Any], where: str) -> PixelLimits | None:
+  """What a row, or the object that its image stands in, says of the image's size in pixels."""
+  found = {key: said[key] for key in ("min_pixels", "max_pixels") if said.get(key) is not None}
+  for key, pixels in found.items():
+    if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 1:
+      raise ValueError(f"{where}: {key} is {shown(pixels)}, but it must be a positive integer")
+  if found.get("min_pixels", 0) > found.get("max_pixels", math.inf):
+    raise ValueError(
+      f"{where}: min_pixels {found['min_pixels']} is more than max_pixels {found['max_pixels']}"
+    )
+  return PixelLimits(**found) if found else None
 
 
 class _Finder:

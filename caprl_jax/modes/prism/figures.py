@@ -112,8 +112,9 @@ class Evaluation:
   """What was asked, from which captions, and what was answered.
 
   rows: benchmark -> its questions. digests: benchmark -> the hash of each question's image.
-  images: hash -> image.
-  captions: captioner -> hash -> what it wrote about the image, each with caption, tokens, finish.
+  shown: benchmark -> the key of what each question's captions were written of.
+  images: such a key -> image.
+  captions: captioner -> key -> what it wrote, each with caption, tokens, finish.
   answered: benchmark -> captioner, and `BLIND` for no caption -> texts, or options as read
     [rows, captions].
   left_out: benchmark -> its questions that could not be asked.
@@ -121,6 +122,7 @@ class Evaluation:
 
   rows: Mapping[str, Sequence[BenchmarkRow]]
   digests: Mapping[str, Sequence[str]]
+  shown: Mapping[str, Sequence[str]]
   images: Mapping[str, CaptionRow]
   captions: Mapping[str, Mapping[str, list]]
   answered: Mapping[str, Mapping[str, np.ndarray]]
@@ -138,7 +140,7 @@ class Evaluation:
     """What an answer was given from; empty without a caption."""
     if who == BLIND:
       return ""
-    return self.captions[who][self.digests[benchmark][row]][number]["caption"]
+    return self.captions[who][self.shown[benchmark][row]][number]["caption"]
 
 
 def summarise(evaluation: Evaluation, cfg: Any, seed: int) -> dict[str, Any]:
@@ -167,7 +169,8 @@ def summarise(evaluation: Evaluation, cfg: Any, seed: int) -> dict[str, Any]:
       entry[BLIND] = {name: float(np.nanmean(found)) for name, found in scores[BLIND].items()}
     for who in names:
       figures = _one(scores[who], values[who], rows, cfg, seed)
-      texts = [one for digest in dict.fromkeys(digests[benchmark]) for one in captions[who][digest]]
+      keys = dict.fromkeys(evaluation.shown[benchmark])
+      texts = [one for key in keys for one in captions[who][key]]
       figures |= {
         "length_tokens": float(np.mean([one["tokens"] for one in texts])),
         "cut": float(np.mean([one["finish"] == "length" for one in texts])),

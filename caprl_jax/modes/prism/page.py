@@ -188,7 +188,7 @@ def _example(evaluation: Evaluation, benchmark: str, i: int) -> str:
         f"class=marks>{cards.answer(verdict, shown[-300:])}</p></div></li>"
       )
   gold = row.gold if isinstance(row.gold, str) else " or ".join(row.gold)
-  image = evaluation.images[evaluation.digests[benchmark][i]]
+  image = evaluation.images[evaluation.shown[benchmark][i]]
   return cards.image_card(
     embedded(image_bytes(image), row.name),
     f"{benchmark}: {row.name}",

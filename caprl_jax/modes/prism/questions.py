@@ -23,28 +23,33 @@ class Questions:
   """What is asked.
 
   rows: benchmark -> its questions. digests: benchmark -> the hash of each question's image.
-  images: hash -> image.
+  shown: benchmark -> the key of what each question's captions are written of: the image, with the
+    limits of pixels that the row names.
+  images: such a key -> image.
   left_out: benchmark -> how many of its questions cannot be asked, because they or their image
     cannot be used.
   """
 
   rows: dict[str, list[BenchmarkRow]]
   digests: dict[str, list[str]]
+  shown: dict[str, list[str]]
   images: dict[str, CaptionRow]
   left_out: dict[str, int]
 
   def without(self, lost: Collection[str]) -> "Questions":
-    """What is left without some images. Raises ValueError for a benchmark of which nothing is."""
-    rows, digests, left_out = {}, {}, {}
+    """What is left without some images, by their keys. Raises ValueError for a benchmark of which
+    nothing is."""
+    rows, digests, shown, left_out = {}, {}, {}, {}
     for name, asked in self.rows.items():
-      kept = [i for i, digest in enumerate(self.digests[name]) if digest not in lost]
+      kept = [i for i, key in enumerate(self.shown[name]) if key not in lost]
       if not kept:
         raise ValueError(f"prism.benchmarks: no image of {name} can be captioned; see the log")
       rows[name] = [asked[i] for i in kept]
       digests[name] = [self.digests[name][i] for i in kept]
+      shown[name] = [self.shown[name][i] for i in kept]
       left_out[name] = self.left_out[name] + len(asked) - len(kept)
-    images = {digest: row for digest, row in self.images.items() if digest not in lost}
-    return Questions(rows, digests, images, left_out)
+    images = {key: row for key, row in self.images.items() if key not in lost}
+    return Questions(rows, digests, shown, images, left_out)
 
 
 def read_questions(
@@ -67,13 +72,14 @@ def read_questions(
       read[name] = _read_rows(name, source, cfg, seed, bad)
       left_out[name] = len(bad.rows) - before
     images([row for rows in read.values() for row in rows])  # in one pass
-    rows, digests, found = {}, {}, {}
+    rows, digests, shown, found = {}, {}, {}, {}
     for name, asked in read.items():
       rows[name] = bad.check(usable(asked, images(asked), checks))
       left_out[name] += len(asked) - len(rows[name])
       digests[name] = [facts.sha256 for facts in images(rows[name])]
-      for digest, row in zip(digests[name], rows[name], strict=True):
-        found[digest] = CaptionRow(row.image, "", row.name)
+      shown[name] = _keys(rows[name], digests[name])
+      for key, row in zip(shown[name], rows[name], strict=True):
+        found[key] = CaptionRow(row.image, "", row.name, limits=row.limits)
     asked = sum(map(len, rows.values())) + sum(left_out.values())
     bad.settle("questions", of=asked)
   except ValueError as error:
@@ -83,7 +89,16 @@ def read_questions(
       f"{error}\n(a question that cannot be asked would count as wrong: mend it, take its rows out "
       f"of prism.benchmarks' file, or set {bad.key}=drop, and the figures say how many are missing)"
     ) from error
-  return Questions(rows, digests, found, left_out)
+  return Questions(rows, digests, shown, found, left_out)
+
+
+def _keys(rows: Sequence[BenchmarkRow], digests: Sequence[str]) -> list[str]:
+  """`Questions.shown` of one benchmark."""
+  keys = []
+  for row, digest in zip(rows, digests, strict=True):
+    limits = row.limits
+    keys.append(f"{digest} {limits.min_pixels}-{limits.max_pixels}" if limits else digest)
+  return keys
 
 
 def _read_rows(name: str, source: str, cfg: Any, seed: int, bad: BadRowList) -> list[BenchmarkRow]:

@@ -154,7 +154,7 @@ def caption_all(
 ) -> set[str]:
   """Captions what `kept` does not hold yet. Returns the images that cannot be read any more; raises
   ValueError where such are refused."""
-  left, lost = [digest for digest in images if digest not in kept], set()
+  left, lost = [key for key in images if key not in kept], set()
   if not left:
     return lost
   settings = CaptionerConfig(
@@ -170,7 +170,7 @@ def caption_all(
     open_captioner(load, settings, mesh=mesh, seed=seed) as captioner,
     tqdm(total=len(left), desc="captions", unit="image", disable=None) as bar,
   ):
-    for found in captioner(enumerate(images[digest] for digest in left)):
+    for found in captioner(enumerate(images[key] for key in left)):
       for item in found:
         if item.error is not None:
           bad.late(bad_row(item.row, item.error))
@@ -213,8 +213,8 @@ class Prompts:
     return encode(before) + plain(caption) + encode(after)
 
 
-# A row, a caption, and what the caption is: the digest of its image and its number among that
-# image's.
+# A row, a caption, and what the caption is: the key of what it was written of and its number among
+# the captions of that.
 Pair = tuple[BenchmarkRow, str, tuple[str, int]]
 
 
@@ -289,7 +289,9 @@ def run(config, workdir: pathlib.Path) -> None:
         name, captioner, identities[name], asked.images, cache, cfg, mesh, seed, bad
       )
       asked = asked.without(lost)
-    evaluation = Evaluation(asked.rows, asked.digests, asked.images, captions, {}, asked.left_out)
+    evaluation = Evaluation(
+      asked.rows, asked.digests, asked.shown, asked.images, captions, {}, asked.left_out
+    )
     answered = _answer_all(evaluation, section, cfg, kept, mesh, seed)
   evaluation = dataclasses.replace(evaluation, answered=answered)
   figures = prism_figures.summarise(evaluation, cfg, seed)
@@ -343,7 +345,7 @@ def _captions_of(
   log.info(
     "captioner %s: %d of %d images are captioned already",
     name,
-    sum(digest in captions for digest in images),
+    sum(key in captions for key in images),
     len(images),
   )
   lost = caption_all(images, captions, captioner.load, cfg, captioner.instruction, mesh, seed, bad)
@@ -383,15 +385,15 @@ def _answer_all(
 
 def _pairs(evaluation: Evaluation, benchmark: str, blind: bool) -> dict[str, list[Pair]]:
   """Captioner -> each question with each of its captions; with `blind`, also with none."""
-  questions = list(zip(evaluation.rows[benchmark], evaluation.digests[benchmark], strict=True))
+  questions = list(zip(evaluation.rows[benchmark], evaluation.shown[benchmark], strict=True))
   pairs: dict[str, list[Pair]] = {
     who: [
-      (row, one["caption"], (digest, n))
-      for row, digest in questions
-      for n, one in enumerate(captions[digest])
+      (row, one["caption"], (key, n))
+      for row, key in questions
+      for n, one in enumerate(captions[key])
     ]
     for who, captions in evaluation.captions.items()
   }
   if blind:
-    pairs[prism_figures.BLIND] = [(row, "", (digest, 0)) for row, digest in questions]
+    pairs[prism_figures.BLIND] = [(row, "", (key, 0)) for row, key in questions]
   return pairs

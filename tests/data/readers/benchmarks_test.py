@@ -23,7 +23,7 @@ from caprl_jax.data.readers.benchmarks import (
   stage2_prompt,
   user_text,
 )
-from caprl_jax.data.rows import BadRow, QARow, Question
+from caprl_jax.data.rows import BadRow, PixelLimits, QARow, Question
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = (
@@ -155,6 +155,9 @@ def test_ways_to_name_an_image(tmp_path, images, image):
       "image 'charts/b.png' is not in .*bench_image_folder; correct it, or pass",
     ),
     (item(image="charts"), "image 'charts' is not in"),
+    (item(max_pixels="many"), "max_pixels is 'many', but it must be a positive integer"),
+    (item(min_pixels=0), "min_pixels is 0, but"),
+    (item(min_pixels=9, max_pixels=4), "min_pixels 9 is more than max_pixels 4"),
   ],
 )
 def test_bad_rows_stand_in_their_places(tmp_path, images, bad, message):
@@ -181,6 +184,25 @@ def test_bad_rows_stand_in_their_places(tmp_path, images, bad, message):
 def test_which_answers_are_years(tmp_path, images, columns, years):
   [row] = read_benchmark(write(tmp_path, [item(**columns)], "lmm_eval_ChartQA_Pro.json"), images)
   assert isinstance(row, BenchmarkRow) and row.years == years
+
+
+MESSAGE = {"role": "user", "content": [{"image": "charts/a.png", "max_pixels": 900}]}
+
+
+@pytest.mark.parametrize(
+  "change, limits",
+  [
+    ({}, None),
+    ({"max_pixels": None}, None),
+    ({"min_pixels": 4, "max_pixels": 9}, PixelLimits(4, 9)),
+    ({"image": {"image": "charts/a.png", "min_pixels": 784}}, PixelLimits(784, None)),
+    ({"image": {"path": "charts/a.png", "max_pixels": 5}}, PixelLimits(None, 5)),
+    ({"image": [MESSAGE], "max_pixels": 4, "min_pixels": 3}, PixelLimits(3, 900)),
+  ],
+)
+def test_limits_of_pixels(tmp_path, images, change, limits):
+  [row] = read_benchmark(write(tmp_path, [item(**change)]), images)
+  assert isinstance(row, BenchmarkRow) and row.limits == limits
 
 
 def test_lines(tmp_path, images):

@@ -14,15 +14,18 @@ from helpers.captioner_directory import write_checkpoint
 from PIL import Image
 
 from caprl_jax import main, sharding
+from caprl_jax.data.bad_rows import BadRowList
+from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import benchmarks, jsonl
 from caprl_jax.data.readers.benchmarks import BenchmarkRow
-from caprl_jax.data.rows import QARow, Question
+from caprl_jax.data.rows import PixelLimits, QARow, Question
 from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import load_judge
 from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism import run as prism
+from caprl_jax.modes.prism.questions import read_questions
 from caprl_jax.rl.sampling import SamplingConfig
 
 COLOR = Question("what color is the shape?", ("red", "green", "blue"), 1, "color")
@@ -181,6 +184,30 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
   )
 
 
+def asked_of(folder, *more):
+  """What is asked of the benchmark `MMStar` in a folder."""
+  cfg = prism.PrismConfig("a=x", f"MMStar={folder / 'lmm_eval_MMStar.json'}", str(folder), *more)
+  bad = BadRowList("refuse", folder / "bad_rows.jsonl", "prism.bad_rows")
+  return read_questions(cfg, 0, bad, ImageCheck(None), ())
+
+
+def test_an_image_is_captioned_under_each_rows_limits(made, tmp_path):
+  shutil.copy(made / "0.png", tmp_path)
+  prompt = "<|im_start|>user\n<image>Which?\nA. x\nB. y<|im_end|>\n<|im_start|>assistant\n"
+  row = {"image": "0.png", "prompt": prompt, "answer": "A"}
+  limited = row | {"image": [{"image": "0.png", "max_pixels": 800}]}
+  (tmp_path / "lmm_eval_MMStar.json").write_text(json.dumps([row, limited, row, limited]))
+  asked = asked_of(tmp_path)
+  whole, small, *again = asked.shown["MMStar"]
+  assert whole != small and again == [whole, small] and len(set(asked.digests["MMStar"])) == 1
+  assert {key: row.limits for key, row in asked.images.items()} == {
+    whole: None,
+    small: PixelLimits(None, 800),
+  }
+  left = asked.without([small])
+  assert left.shown == {"MMStar": [whole] * 2} and left.left_out == {"MMStar": 2}
+
+
 def test_figures_by_hand():
   rows = [
     BenchmarkRow(b"", "<image>Q", "B", ("x", "y", "z"), benchmarks.QUESTIONS, "1"),
@@ -237,7 +264,7 @@ def test_the_summary_by_hand(tmp_path):
     for d in "ij"
   }
   captions = {"old": said(2, 4), "new": said(6, 9)}
-  evaluation = prism_figures.Evaluation(rows, digests, {}, captions, answered)
+  evaluation = prism_figures.Evaluation(rows, digests, digests, {}, captions, answered)
   cfg = prism.PrismConfig("old=a,new=b", "one=c", captions=2)
   found = prism_figures.summarise(evaluation, cfg, 0)
   entry = found["benchmarks"]["one"]
