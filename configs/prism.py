@@ -13,7 +13,9 @@ with our scores and, if math-verify is installed, the released scorer's beside t
 are compared with the first one. An interrupted evaluation goes on from cache/. As released, a
 captioner is asked in a user's turn alone, without the system turn that Qwen2.5-VL's template would
 add, and its images have no limits of pixels but those that a row names and the checkpoint's (12.8
-million, 16,384 tokens); --config.policy.max_pixels=1000000 takes much less memory.
+million, 16,384 tokens); --config.policy.max_pixels=1000000 takes much less memory. Each question is
+answered from four captions of its own, as released; with --config.prism.captions_per=image the
+questions about an image share its captions, which is faster.
 
 Not run yet.
 """
@@ -41,5 +43,6 @@ def get_config():
     captioners="Qwen2.5-VL-3B=Qwen/Qwen2.5-VL-3B-Instruct,CapRL-3B=internlm/CapRL-3B",
     benchmarks=",".join(f"{name}=json_file/{file}.json" for file, name in BENCHMARKS.items()),
     image_root="bench_image_folder.zip",
+    captions_per="question",
   )
   return config

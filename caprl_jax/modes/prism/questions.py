@@ -1,5 +1,6 @@
 """Sources of benchmarks -> the questions that can be asked, and their images, each once."""
 
+import collections
 import dataclasses
 import logging
 import pathlib
@@ -24,7 +25,8 @@ class Questions:
 
   rows: benchmark -> its questions. digests: benchmark -> the hash of each question's image.
   shown: benchmark -> the key of what each question's captions are written of: the image, with the
-    limits of pixels that the row names.
+    limits of pixels that the row names and, where each question has captions of its own, its place
+    among those of the image.
   images: such a key -> image.
   left_out: benchmark -> how many of its questions cannot be asked, because they or their image
     cannot be used.
@@ -77,7 +79,7 @@ def read_questions(
       rows[name] = bad.check(usable(asked, images(asked), checks))
       left_out[name] += len(asked) - len(rows[name])
       digests[name] = [facts.sha256 for facts in images(rows[name])]
-      shown[name] = _keys(rows[name], digests[name])
+      shown[name] = _keys(name, rows[name], digests[name], cfg.captions_per)
       for key, row in zip(shown[name], rows[name], strict=True):
         found[key] = CaptionRow(row.image, "", row.name, limits=row.limits)
     asked = sum(map(len, rows.values())) + sum(left_out.values())
@@ -92,12 +94,17 @@ def read_questions(
   return Questions(rows, digests, shown, found, left_out)
 
 
-def _keys(rows: Sequence[BenchmarkRow], digests: Sequence[str]) -> list[str]:
+def _keys(
+  name: str, rows: Sequence[BenchmarkRow], digests: Sequence[str], captions_per: str
+) -> list[str]:
   """`Questions.shown` of one benchmark."""
-  keys = []
+  keys: list[str] = []
+  asked = collections.Counter[str]()
   for row, digest in zip(rows, digests, strict=True):
     limits = row.limits
-    keys.append(f"{digest} {limits.min_pixels}-{limits.max_pixels}" if limits else digest)
+    key = f"{digest} {limits.min_pixels}-{limits.max_pixels}" if limits else digest
+    keys.append(f"{key} {name} {asked[key]}" if captions_per == "question" else key)
+    asked[key] += 1
   return keys
 
 

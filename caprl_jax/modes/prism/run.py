@@ -59,6 +59,9 @@ class PrismConfig:
   max_rows: of each benchmark.
   captions: captions per image; CapRL takes 4 at temperature 1 and reports their mean. 1 at
     temperature 0 is greedy.
+  captions_per: "image": the questions about an image are answered from the same captions; or
+    "question": each has captions of its own, as released, which takes longer where an image has
+    several questions.
   temperature, top_p: of the captions.
   max_tokens: longest caption.
   batch_size: images that are captioned at once.
@@ -81,6 +84,7 @@ class PrismConfig:
   image_root: str | None = None
   max_rows: int | None = None
   captions: int = 4
+  captions_per: Literal["image", "question"] = "image"
   temperature: float = 1.0
   top_p: float = 1.0
   max_tokens: int = 2048
@@ -140,6 +144,11 @@ class PrismConfig:
         f"prism.captions = {self.captions} greedy captions of an image are all the "
         "same; set captions = 1, or a temperature"
       )
+    if self.captions_per == "question" and self.temperature == 0:
+      raise ValueError(
+        "prism.captions_per = 'question' writes the same greedy caption for each question of an "
+        "image; set captions_per = 'image', or a temperature"
+      )
 
 
 def caption_all(
@@ -154,7 +163,9 @@ def caption_all(
 ) -> set[str]:
   """Captions what `kept` does not hold yet. Returns the images that cannot be read any more; raises
   ValueError where such are refused."""
-  left, lost = [key for key in images if key not in kept], set()
+  keys, lost = list(images), set()
+  # Numbers go into random keys: counted among all, so that those of two interrupted runs differ.
+  left = [(number, images[key]) for number, key in enumerate(keys) if key not in kept]
   if not left:
     return lost
   settings = CaptionerConfig(
@@ -170,14 +181,14 @@ def caption_all(
     open_captioner(load, settings, mesh=mesh, seed=seed) as captioner,
     tqdm(total=len(left), desc="captions", unit="image", disable=None) as bar,
   ):
-    for found in captioner(enumerate(images[key] for key in left)):
+    for found in captioner(left):
       for item in found:
         if item.error is not None:
           bad.late(bad_row(item.row, item.error))
-          lost.add(left[item.number])
+          lost.add(keys[item.number])
       kept.put(
         {
-          left[item.number]: [
+          keys[item.number]: [
             {"caption": one.text, "tokens": len(one.tokens), "finish": one.finish}
             for one in item.captions
           ]

@@ -2,6 +2,7 @@
 kept, the page.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,10 +19,11 @@ from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import benchmarks, jsonl
 from caprl_jax.data.readers.benchmarks import BenchmarkRow
-from caprl_jax.data.rows import PixelLimits, QARow, Question
+from caprl_jax.data.rows import CaptionRow, PixelLimits, QARow, Question
 from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import load_judge
+from caprl_jax.inference.captioner import CaptionerOutput, WrittenCaption
 from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism import run as prism
@@ -157,8 +159,10 @@ def test_written_answers_are_the_judges_own(made, tmp_path):
 
 
 def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
+  """Each of an image's questions has captions of its own here, and keeps them."""
   more = (
     f"--config.prism.benchmarks=qa={made / 'qa.jsonl'}",
+    "--config.prism.captions_per=question",
     "--config.prism.answers=write",
     "--config.prism.answer_tokens=4",
   )
@@ -176,6 +180,8 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
   monkeypatch.setattr(prism, "open_captioner", None)  # every caption is there already
   assert run(made, tmp_path, *more, "--config.prism.answer_batch_size=2") == 0
   assert asked[1] == asked[0] - 2  # less those of the first batch
+  said = [row["caption"] for row in read(tmp_path / "answers.jsonl") if row["caption"]]
+  assert len(set(said)) == len(said) == 4 * 2 * 2  # questions x captioners x captions
   first, done = (tmp_path / "answers.jsonl").read_bytes(), len(asked)
   assert (
     run(made, tmp_path, *more) == 0
@@ -184,9 +190,10 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
   )
 
 
-def asked_of(folder, *more):
+def asked_of(folder, **more):
   """What is asked of the benchmark `MMStar` in a folder."""
-  cfg = prism.PrismConfig("a=x", f"MMStar={folder / 'lmm_eval_MMStar.json'}", str(folder), *more)
+  source = f"MMStar={folder / 'lmm_eval_MMStar.json'}"
+  cfg = prism.PrismConfig("a=x", source, str(folder), **more)
   bad = BadRowList("refuse", folder / "bad_rows.jsonl", "prism.bad_rows")
   return read_questions(cfg, 0, bad, ImageCheck(None), ())
 
@@ -206,6 +213,35 @@ def test_an_image_is_captioned_under_each_rows_limits(made, tmp_path):
   }
   left = asked.without([small])
   assert left.shown == {"MMStar": [whole] * 2} and left.left_out == {"MMStar": 2}
+  own = asked_of(tmp_path, captions_per="question")
+  assert len(set(own.shown["MMStar"])) == len(own.images) == 4
+
+
+def test_captions_after_an_interruption_are_other_draws(tmp_path, monkeypatch):
+  """The number of a batch's first image is its random key: no number comes twice."""
+  images = {key: CaptionRow(b"", "", key) for key in "abcde"}
+  numbers = []
+
+  @contextlib.contextmanager
+  def open_captioner(load, cfg, *, mesh, seed):
+    def captioner(rows):
+      for number, row in rows:
+        if len(numbers) == 2:
+          raise KeyboardInterrupt
+        numbers.append(number)
+        yield [CaptionerOutput(number, row, (WrittenCaption(row.name, [1], "end"),))]
+
+    yield captioner
+
+  monkeypatch.setattr(prism, "open_captioner", open_captioner)
+  cfg = prism.PrismConfig("a=x", "b=y", captions=1)
+  kept = ResultCache(tmp_path, "captions", {})
+  again = lambda: prism.caption_all(images, kept, None, cfg, "Say it.", None, 0, None)
+  with pytest.raises(KeyboardInterrupt):
+    again()
+  numbers.append(-1)
+  assert again() == set() and numbers == [0, 1, -1, 2, 3, 4]
+  assert {key: one["caption"] for key, [one] in kept.items()} == dict(zip("abcde", "abcde"))
 
 
 def test_figures_by_hand():
@@ -323,6 +359,14 @@ def test_what_is_kept_survives_a_torn_line(tmp_path):
     (
       ("--config.prism.captions=2", "--config.prism.temperature=0.0"),
       "2 greedy captions of an image are all the same",
+    ),
+    (
+      (
+        "--config.prism.captions=1",
+        "--config.prism.temperature=0.0",
+        "--config.prism.captions_per=question",
+      ),
+      "writes the same greedy caption for each question",
     ),
     (("--config.prism.captioners=runs/policy",), "'runs/policy' must be name=value"),
     (("--config.prism.captioners=a=x,a=y",), "the name 'a' is given twice"),
