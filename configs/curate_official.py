@@ -10,9 +10,11 @@ released one to the byte. Qwen2.5-VL-72B writes five questions per image at temp
 (repetition penalty 1.05, 2,048 tokens). Qwen2.5-VL-3B answers each four times with the image and
 four times without, over options that are shuffled anew each time; an answer of up to 4 tokens is
 right if the right letter is anywhere in it. With the image one option more is shown. Kept are
-questions answered right more than 3 times in 4 with the image and less than once in 4 without. No
-limit of pixels but the checkpoint's; no image and no question is left out because it is like
-another. docs/faithful.md has what is not known of the release; configs/curate.py has our defaults.
+questions answered right more than 3 times in 4 with the image and less than once in 4 without;
+--config.curate.answers_output=FILE.jsonl writes all questions and answers as the release's third
+step does. No limit of pixels but the checkpoint's; no image and no question is left out because it
+is like another. docs/faithful.md has what is not known of the release; configs/curate.py has our
+defaults.
 
 Not run yet with these checkpoints; tests run it with tiny ones.
 """

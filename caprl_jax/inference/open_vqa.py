@@ -204,11 +204,13 @@ class OfficialAnswerer(OpenAnswerer):
       string.ascii_uppercase[order.index(question.gold)]
       for order in shuffled_orders(question, self.cfg.permutations, self.seed)
     ]
-    shares = [
-      float(np.mean([letter in self._text(tokens) for letter, tokens in zip(gold, written)]))
+    seen, unseen = (
+      tuple(int(letter in self._text(tokens)) for letter, tokens in zip(gold, written))
       for written in (visual, blind)
-    ]
-    return VqaAnswer(*shares)
+    )
+    return VqaAnswer(
+      float(np.mean(seen)), float(np.mean(unseen)), visual_right=seen, blind_right=unseen
+    )
 
 
 def letter_answerer(

@@ -67,7 +67,8 @@ class AnswerConfig:
 @dataclasses.dataclass(frozen=True)
 class VqaAnswer:
   """How one question was answered, over all permutations: shares right with the image and without
-  it, and the mean probabilities of the right letter among those shown. error: why it was not asked.
+  it, and the mean probabilities of the right letter among those shown. visual_right, blind_right: 1
+  or 0 for each permutation. error: why it was not asked.
   """
 
   visual: float = 0.0
@@ -75,6 +76,8 @@ class VqaAnswer:
   visual_prob: float = 0.0
   blind_prob: float = 0.0
   error: str = ""
+  visual_right: Sequence[int] = ()
+  blind_right: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,6 +363,11 @@ class Answerer(VqaRunner):
         )
       p = np.exp(part - part.max(1, keepdims=True))
       p /= p.sum(1, keepdims=True)
-      right[name] = float(np.mean(part.argmax(1) == gold))
+      right[name] = tuple((part.argmax(1) == gold).astype(int).tolist())
       probability[name] = float(np.mean(p[np.arange(len(gold)), gold]))
-    return VqaAnswer(right["visual"], right["blind"], probability["visual"], probability["blind"])
+    return VqaAnswer(
+      *(float(np.mean(right[name])) for name in ("visual", "blind")),
+      *(probability[name] for name in ("visual", "blind")),
+      visual_right=right["visual"],
+      blind_right=right["blind"],
+    )

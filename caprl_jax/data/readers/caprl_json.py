@@ -168,9 +168,14 @@ def check_questions(rows: Sequence[QARow], where: str) -> None:
       _format_question(question, f"{where}: row {shown(row.name)}")
 
 
-def _format_question(question: Question, where: str) -> dict[str, str]:
+def question_pair(question: Question) -> tuple[str, str]:
+  """A question as one text, its options a line each, and the right one's letter."""
   text = "\n".join([question.stem, *(f"   - {choice}" for choice in choices_of(question))])
-  answer = string.ascii_uppercase[question.gold]
+  return text, string.ascii_uppercase[question.gold]
+
+
+def _format_question(question: Question, where: str) -> dict[str, str]:
+  text, answer = question_pair(question)
   try:
     read = parse_question(text, answer)
   except ValueError:

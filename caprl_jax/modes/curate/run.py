@@ -55,6 +55,7 @@ from caprl_jax.modes.curate import generated
 from caprl_jax.modes.curate.images import Numbered, benchmark_signatures, choose_images, look
 from caprl_jax.modes.curate.page import write_page
 from caprl_jax.modes.curate.prompts import GenerationPrompt, read_prompt
+from caprl_jax.modes.curate.released_rows import write_released_rows
 from caprl_jax.modes.curate.section import CurateConfig
 from caprl_jax.modes.curate.selection import funnel, funnel_text, select
 from caprl_jax.modes.dataset.run import check_output, write_rows
@@ -325,6 +326,10 @@ def _write(
   seed,
 ) -> None:
   pairs = [(item, select(item, cfg)) for item in answers.read()]
+  if cfg.answers_output:
+    path = pathlib.Path(cfg.answers_output).expanduser()
+    count = write_released_rows(path, (item for item, _ in pairs), cfg.answers.permutations)
+    log.info("wrote the answers about %d images to %s", count, path)
   figures = funnel(images, gone, pairs, len(pairs))
   write_json(workdir / "funnel.json", figures)
   for item, selected in pairs:

@@ -16,6 +16,8 @@ class CurateConfig:
     (`qa_sources.py`) to be filtered.
   output: FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER.
   split, name: of the dataset, where the output has them.
+  answers_output: FILE.jsonl or FILE.json for every question that was asked, kept or not, with each
+    single answer, in the form of the released curation's third step (`released_rows.py`).
   questions: from the model of section `generator`, from an `endpoint`, or `given` in the input.
   prompt: what the generator is told; None: our words. A .py file: the SYS_PROMPT that it assigns,
     which makes CapRL's gen_qa.py the released prompt to the byte. Another file: its text.
@@ -41,6 +43,7 @@ class CurateConfig:
   output: str
   split: str = "train"
   name: str = "curated"
+  answers_output: str | None = None
   questions: Literal["generator", "endpoint", "given"] = "generator"
   prompt: str | None = None
   max_tokens: int = 2048
@@ -67,6 +70,10 @@ class CurateConfig:
       raise ValueError(
         f"curate.min_visual = {self.min_visual} and max_blind = {self.max_blind} "
         "are shares, from 0 to 1"
+      )
+    if self.answers_output and not self.answers_output.endswith((".jsonl", ".json")):
+      raise ValueError(
+        f"curate.answers_output = {self.answers_output!r}: write FILE.jsonl or FILE.json"
       )
     if self.shard_rows < 1 or self.batch_size < 1:
       raise ValueError(

@@ -84,10 +84,12 @@ def run(tmp_path, checkpoint, source, *more):
   )
 
 
+def read_lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def left_out(tmp_path):
-  return [
-    json.loads(line) for line in (tmp_path / "work" / "left_out.jsonl").read_text().splitlines()
-  ]
+  return read_lines(tmp_path / "work" / "left_out.jsonl")
 
 
 @pytest.fixture
@@ -108,7 +110,8 @@ GIVEN = (
 
 
 def test_given_questions_are_filtered_by_the_models_answers(tmp_path, checkpoint, given, capsys):
-  assert run(tmp_path, checkpoint, given, *GIVEN) == 0
+  flat = f"--config.curate.answers_output={tmp_path / 'answers.jsonl'}"
+  assert run(tmp_path, checkpoint, given, *GIVEN, flat) == 0
   rows = read_qa_rows(str(given), 0)
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   with (
@@ -118,6 +121,12 @@ def test_given_questions_are_filtered_by_the_models_answers(tmp_path, checkpoint
     ) as one,
   ):
     verdicts = {r.number: r.answers for batch in one(enumerate(rows)) for r in batch}
+  lines = read_lines(tmp_path / "answers.jsonl")
+  for n, (row, (sample, visual, blind)) in enumerate(zip(rows, lines, strict=True)):
+    found = verdicts[n]
+    assert sample["image_path"] == str(row.image) and len(visual) == 4 * len(row.questions)
+    assert np.reshape(visual, (-1, 4)).mean(1).tolist() == [v.visual for v in found]
+    assert np.reshape(blind, (-1, 4)).mean(1).tolist() == [v.blind for v in found]
   want = {
     (row.name, q.stem)
     for n, row in enumerate(rows)
