@@ -64,6 +64,14 @@ class Questions:
 
 
 @flax.struct.dataclass
+class Sight:
+  """What a judge that sees the image reads before a caption: the image, and its own prompt."""
+
+  images: Images
+  prompts: Prompts
+
+
+@flax.struct.dataclass
 class Batch:
   """One batch as the step sees it. `row_B` and `question_BK` are for samples and errors."""
 
@@ -72,6 +80,7 @@ class Batch:
   questions: Questions
   row_B: Array  # int32 the dataset row
   question_BK: Array | None = None  # int32 which of the row's questions it is; -1 for none
+  sight: Sight | None = None  # where the judge sees the images
 
 
 @flax.struct.dataclass

@@ -23,7 +23,7 @@ from caprl_jax.data.judge_questions import (
 from caprl_jax.data.rows import CaptionRow, QARow, image_place, open_image, read_image
 from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import PolicyConfig
-from caprl_jax.types import Batch, Images, Prompts
+from caprl_jax.types import Batch, Images, Prompts, Sight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,10 @@ class QABatcher:
     prompt: ImagePrompt,
     questions: int,
     shape: QuestionShape,
+    sight: ImagePrompt | None = None,
   ):
+    """sight: what a judge that sees the image is shown."""
+    self.sight = sight
     self.rows, self.tokenized, self.prompt, self.count, self.shape = (
       rows,
       tokenized,
@@ -127,7 +130,11 @@ class QABatcher:
 
   def example(self, index: int, rng: np.random.Generator) -> Batch:
     """One row's arrays without a batch axis; `rng` picks its questions."""
-    images, prompts = self.prompt(self.rows[index])
+    row, image, sight = self.rows[index], None, None
+    if self.sight is not None:
+      image = read_image(row)  # for both
+      sight = Sight(*self.sight(row, image))
+    images, prompts = self.prompt(row, image)
     picked = pick_questions(self.tokenized[index], self.count, rng)
     questions = [self.tokenized[index][i] for i in picked]
     return Batch(
@@ -136,6 +143,7 @@ class QABatcher:
       pad_questions(questions, self.count, self.shape),
       np.int32(index),
       np.pad(np.asarray(picked, np.int32), (0, self.count - len(picked)), constant_values=-1),
+      sight,
     )
 
 

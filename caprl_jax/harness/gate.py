@@ -17,9 +17,11 @@ def gate(run: Run) -> dict[str, float]:
   if ideal is None:
     log.info("gate skipped: gate.ideal is None, no true captions are known")
     return {}
+  assert run.host_judge is not None, "checked with the settings"
+  host_judge = run.host_judge
   pairs = [(row, q) for row in run.eval_rows for q in row.questions]
   rate = lambda caption: float(
-    run.host_judge.correct([(caption(row), q) for row, q in pairs], "gate").mean()
+    host_judge.correct([(caption(row), q) for row, q in pairs], "gate").mean()
   )
   result = {
     "ideal": rate(lambda row: ideal.format(**row.facts)),

@@ -72,7 +72,7 @@ def _facts(row: QARow) -> dict[str, str]:
 
 def filter_questions(
   splits: Sequence[tuple[str, list[QARow]]],
-  host_judge: HostJudge,
+  host_judge: HostJudge | None,
   cfg: QuestionFilterConfig,
   seed: int,
 ) -> list[tuple[list[QARow], dict[str, int]]]:
@@ -80,6 +80,7 @@ def filter_questions(
 
   Args:
     splits: (where the rows come from, for messages; the rows).
+    host_judge: None only where nothing is asked.
 
   Returns:
     Per split: the rows with the questions kept (rows without any are left out),
@@ -90,6 +91,7 @@ def filter_questions(
   """
   if not cfg.informed:
     return [(rows, {}) for _, rows in splits]
+  assert host_judge is not None, "checked with the settings"
   known = [
     [(row, q) for row in rows for q in row.questions if _knows(row, cfg)] for _, rows in splits
   ]

@@ -96,6 +96,11 @@ def _check_combinations(settings: Settings) -> None:
       f"{settings.data.questions}: raise data.questions, lower judge.draws, or set "
       "judge.replacement"
     )
+  if judge.sees_image and (settings.gate.ideal is not None or settings.question_filter.informed):
+    raise ValueError(
+      "judge.sees_image: such a judge scores captions and answers no questions: set gate.ideal = "
+      "None and question_filter.informed = ()"
+    )
   check_trackers(settings.train.trackers)
   if step.update.steps > 1 and step.update.loss.surrogate == "reinforce":
     raise ValueError(

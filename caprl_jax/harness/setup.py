@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import logging
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from caprl_jax import sharding
 from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.batches import ImagePrompt, QABatcher
 from caprl_jax.data.image_check import ImageCheck
-from caprl_jax.data.judge_questions import QuestionShape, QuestionTokenizer, question_shape
+from caprl_jax.data.judge_questions import QuestionShape, question_shape
 from caprl_jax.data.readers.qa_sources import Part, read_parts, read_qa_rows
 from caprl_jax.data.rows import QARow, kinds
 from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, fits, shape_of, usable
@@ -22,8 +22,10 @@ from caprl_jax.harness.question_filter import filter_questions, fixed_subset
 from caprl_jax.harness.sections import GateSection
 from caprl_jax.harness.settings import Settings
 from caprl_jax.hub.load import Loaded, relate_vocabularies
-from caprl_jax.inference.judge import Ask, HostJudge, open_judge
+from caprl_jax.inference.image_judge import with_score
+from caprl_jax.inference.judge import Ask, HostJudge
 from caprl_jax.inference.retokenise import Translator
+from caprl_jax.inference.run_judge import RunJudge
 from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.rl.caption_form import stamp_table
 from caprl_jax.types import Frozen, Params, Vocabulary
@@ -42,7 +44,7 @@ class Run:
   policy: Loaded
   judge: Loaded
   frozen: Frozen
-  host_judge: HostJudge
+  host_judge: HostJudge | None  # None where the judge sees the images: it answers no questions
   kinds: tuple[str, ...]
   train_rows: list[QARow]
   # rows and weight of each of their sources, in order
@@ -74,6 +76,12 @@ class Data:
   def mixture(self) -> tuple[tuple[int, float | None], ...]:
     """Rows and weight of each source of `train_rows`."""
     return tuple((len(rows), part.weight) for part, rows in self.train)
+
+  def scored(self, scores: Sequence[str]) -> "Data":
+    """With what a caption is worth in the place of each row's questions."""
+    change = lambda rows: [with_score(row, scores) for row in rows]
+    train = [(part, change(rows)) for part, rows in self.train]
+    return dataclasses.replace(self, train=train, eval=change(self.eval))
 
   def checked(self, bad: BadRowList, images: ImageCheck, check: Check) -> "Data":
     """What is left when a check has been asked of every row; `bad` takes note of the others."""
@@ -110,17 +118,19 @@ def set_up(settings: Settings, training: bool = True, workdir: pathlib.Path | No
   images = ImageCheck(workdir, "" if training else "evaluation")
   read = _read_data(settings, training, bad)
   data = read.checked(bad, images, fits(settings.policy.pixels()))
+  if settings.judge.sees_image:
+    data = data.checked(bad, images, fits(settings.judge.pixels())).scored(settings.judge.scores)
   bad.settle()
   policy = settings.policy.load(mesh)
   names = tuple(kinds([*data.train_rows, *data.eval]))
-  host_judge = open_judge(
+  asker = RunJudge.open(
     settings.judge,
     kinds=names,
     mesh=mesh,
     seed=settings.seed,
     compare=asks_to_compare([*data.eval, *data.train_rows], settings.gate),
   )
-  judge = host_judge.judge
+  judge = asker.loaded
   log.info(
     "captioner %.1fM parameters, judge %.1fM, %d + %d images",
     _millions(policy.params),
@@ -128,23 +138,22 @@ def set_up(settings: Settings, training: bool = True, workdir: pathlib.Path | No
     len(data.train_rows),
     len(data.eval),
   )
-  data = data.checked(bad, images, _askable(host_judge, settings))
-  bad.settle()
-  data, filtered = _filter(data, host_judge, settings)
-  train, held_out, shape = _batchers(data, images, host_judge, policy, settings)
+  if asker.host:
+    data = data.checked(bad, images, _askable(asker.host, settings))
+    bad.settle()
+  data, filtered = _filter(data, asker.host, settings)
+  train, held_out, shape = _batchers(data, images, asker, policy, settings)
   vocabulary, translator = _relate(policy, judge, settings)
   counts: dict[str, float] = {**data.counts(), **filtered}
-  if host_judge.int8_differs is not None:
-    counts["int8_differs"] = host_judge.int8_differs
+  if asker.host and asker.host.int8_differs is not None:
+    counts["int8_differs"] = asker.host.int8_differs
   return Run(
     settings=settings,
     mesh=mesh,
     policy=policy,
     judge=judge,
-    frozen=_frozen(
-      settings, policy, judge, host_judge.tokenize, shape, vocabulary, training=training
-    ),
-    host_judge=host_judge,
+    frozen=_frozen(settings, policy, asker, shape, vocabulary, training=training),
+    host_judge=asker.host,
     kinds=names,
     train_rows=data.train_rows,
     mixture=data.mixture,
@@ -190,7 +199,9 @@ def _written(judge: Loaded, settings: Settings) -> int | None:
   return judge.model.cfg.vocab_size if settings.judge.reading == "generate" else None
 
 
-def _filter(data: Data, host_judge: HostJudge, settings: Settings) -> tuple[Data, dict[str, int]]:
+def _filter(
+  data: Data, host_judge: HostJudge | None, settings: Settings
+) -> tuple[Data, dict[str, int]]:
   """The questions that can teach, and how many were kept and dropped of each kind; those of the
   held-out split are counted under eval/."""
   *train, (held_out, held_out_counts) = filter_questions(
@@ -215,22 +226,23 @@ def _filter(data: Data, host_judge: HostJudge, settings: Settings) -> tuple[Data
 
 
 def _batchers(
-  data: Data, images: ImageCheck, host_judge: HostJudge, policy: Loaded, settings: Settings
+  data: Data, images: ImageCheck, asker: RunJudge, policy: Loaded, settings: Settings
 ) -> tuple[QABatcher, QABatcher, QuestionShape]:
   """Of the training and the held-out split; both make batches of one shape, which is the run's."""
   splits = (data.train_rows, data.eval)
   rows = [*itertools.chain(*splits)]
-  host_judge.priors(q for row in rows for q in row.questions)
-  tokenized = [
-    [[host_judge.tokenize(q, host_judge.prior_of(q)) for q in row.questions] for row in split]
-    for split in splits
-  ]
+  asker.learn(q for row in rows for q in row.questions)
+  tokenized = [[[asker.tokens(q) for q in row.questions] for row in split] for split in splits]
   shape = question_shape([q for split in tokenized for questions in split for q in questions])
   cfg = policy.model.cfg
   pieces = policy.prompt_pieces(settings.policy.instruction)
   prompt = ImagePrompt(cfg, pieces, shape_of(images(rows), cfg.vision.pixels))
+  sight = None
+  if asker.score:
+    seeing = asker.loaded.model.cfg
+    sight = ImagePrompt(seeing, asker.score.image, shape_of(images(rows), seeing.vision.pixels))
   train, held_out = (
-    QABatcher(split, tokens, prompt, settings.data.questions, shape)
+    QABatcher(split, tokens, prompt, settings.data.questions, shape, sight)
     for split, tokens in zip(splits, tokenized, strict=True)
   )
   return train, held_out, shape
@@ -264,8 +276,7 @@ def _relate(
 def _frozen(
   settings: Settings,
   policy: Loaded,
-  judge: Loaded,
-  tokenize: QuestionTokenizer,
+  asker: RunJudge,
   shape: QuestionShape,
   vocabulary: Vocabulary,
   *,
@@ -292,8 +303,8 @@ def _frozen(
   options = shape.options if settings.judge.reading != "option_pmi" else 2
   vocabulary = dataclasses.replace(vocabulary, stamp_VX=stamps)
   return Frozen(
-    judge=judge.params,
-    prompt=put(tokenize.prompt(options, _written(judge, settings))),
+    judge=asker.loaded.params,
+    prompt=put(asker.prompt(options, _written(asker.loaded, settings))),
     vocabulary=put(vocabulary),
     reference=reference,
     base=base,

@@ -97,6 +97,21 @@ def prompt_pieces(
 ) -> tuple[list[int], list[int]]:
   """Token ids of a user's turn with one image and an instruction, cut where the image's tokens go.
 
+  Arguments and errors as of `prompt_texts`.
+  """
+  before, after = prompt_texts(template, family, instruction, special, system)
+  return tokenizer.encode(before), tokenizer.encode(after)
+
+
+def prompt_texts(
+  template: str,
+  family: Family,
+  instruction: str,
+  special: Mapping[str, str] | None = None,
+  system: str | None = None,
+) -> tuple[str, str]:
+  """A user's turn with one image and an instruction as text, cut where the image's tokens go.
+
   system: a turn before it; None leaves it to the template, of which some write their own.
 
   Raises ValueError for an instruction that spells the family's image token, and for a template that
@@ -117,7 +132,7 @@ def prompt_pieces(
       f"instruction; it must hold {family.marker!r} once. Is it of the text-only "
       "model?"
     )
-  return tokenizer.encode(before + family.open), tokenizer.encode(family.close + after)
+  return before + family.open, family.close + after
 
 
 def text_prompt(

@@ -16,7 +16,13 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.hub import hub_files, weights
-from caprl_jax.hub.chat_template import default_template, find_template, prompt_pieces, text_prompt
+from caprl_jax.hub.chat_template import (
+  default_template,
+  find_template,
+  prompt_pieces,
+  prompt_texts,
+  text_prompt,
+)
 from caprl_jax.hub.folders.pixels import PREPROCESSOR, PROCESSOR, processor_of
 from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.lora import merge_lora, new_lora
@@ -58,6 +64,11 @@ class Loaded:
     return prompt_pieces(
       template, self.model.cfg.family, self.tokenizer, instruction, special, system
     )
+
+  def prompt_texts(self, instruction: str) -> tuple[str, str]:
+    """What `prompt_pieces` are the token ids of."""
+    template, special = self.chat_template()
+    return prompt_texts(template, self.model.cfg.family, instruction, special)
 
   def text_prompt(self, instruction: str, system: str | None = None) -> list[int]:
     """Token ids of `instruction` without an image, by the checkpoint's own chat template."""

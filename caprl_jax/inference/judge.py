@@ -27,7 +27,15 @@ from caprl_jax.data.judge_questions import (
 )
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.int8 import to_int8
-from caprl_jax.hub.load import Loaded, load_judge
+from caprl_jax.hub.load import Loaded, load_judge, load_pixels, load_policy
+from caprl_jax.inference.image_judge import (
+  CAPTION,
+  SCORE_ANSWER,
+  SCORE_PROMPT,
+  SCORES,
+  ScorePrompt,
+)
+from caprl_jax.json_files import shown
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin, best_and_lead
 
@@ -44,16 +52,46 @@ class JudgeSection(JudgeConfig):
   dtype: of parameters and activations.
   int8: parameters rounded to int8 before anything is asked; the log and summary.json of a training
     run say how often this changes an answer.
+  score_prompt: what a judge with `sees_image` is asked, {caption} where the caption goes; None: our
+    words.
+  score_answer: how its answer begins, up to the score.
+  scores: the scores it may give, the worst first, each one token there.
+  max_pixels: the largest image that it is shown; None: its checkpoint's own limit.
   """
 
   source: str
   dtype: str = "float32"
   int8: bool = False
+  score_prompt: str | None = None
+  score_answer: str = SCORE_ANSWER
+  scores: tuple[str, ...] = SCORES
+  max_pixels: int | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.sees_image and self.int8:
+      raise ValueError("int8 and sees_image: a judge that sees the image is not rounded; drop int8")
+    if len(self.scores) < 2 or len(set(self.scores)) < len(self.scores) or "" in self.scores:
+      raise ValueError(f"scores = {self.scores}: name two or more that differ, the worst first")
+    if self.score_prompt is not None and self.score_prompt.count(CAPTION) != 1:
+      raise ValueError(f"score_prompt = {shown(self.score_prompt)} must hold {CAPTION} once")
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
     """The judge, rounded where `int8` says so. Raises ValueError as `load_judge`."""
+    if self.sees_image:
+      dtype = jnp.dtype(self.dtype)
+      return load_policy(self.source, mesh, dtype, dtype, max_pixels=self.max_pixels)
     judge = load_judge(self.source, mesh, jnp.dtype(self.dtype))
     return _rounded(judge) if self.int8 else judge
+
+  def pixels(self):
+    """How a judge that sees the image cuts it into patches, without its weights. Raises ValueError
+    as `load`."""
+    return load_pixels(self.source, None, self.max_pixels)
+
+  def score_of(self, judge: Loaded) -> ScorePrompt:
+    """The prompt of a judge that sees the image. Raises ValueError as `ScorePrompt.of`."""
+    return ScorePrompt.of(judge, self.score_prompt or SCORE_PROMPT, self.score_answer, self.scores)
 
 
 def _rounded(judge: Loaded) -> Loaded:
@@ -256,6 +294,15 @@ def question_tokenizer(judge: Loaded, cfg: JudgeConfig, kinds: Sequence[str]) ->
   return QuestionTokenizer(judge.tokenizer, template, kinds, cfg.abstain, cfg.abstain_letter)
 
 
+def check_blind(section: JudgeSection) -> None:
+  """Raises ValueError for a judge that sees the image, where questions are to be asked."""
+  if section.sees_image:
+    raise ValueError(
+      "judge.sees_image: such a judge only scores captions, in modes train and evaluate; name a "
+      "language model to answer questions"
+    )
+
+
 def open_judge(
   section: JudgeSection,
   *,
@@ -273,8 +320,9 @@ def open_judge(
       memory.
 
   Raises:
-    ValueError: as `load_judge`; the tokenizer cannot write the section's prompt.
+    ValueError: as `load_judge` and `check_blind`; the tokenizer cannot write the section's prompt.
   """
+  check_blind(section)
   if not section.int8 or not compare:
     return HostJudge(section.load(mesh), section, kinds=kinds, seed=seed)
   loaded = dataclasses.replace(section, int8=False).load(mesh)

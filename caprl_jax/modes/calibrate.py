@@ -26,7 +26,7 @@ from caprl_jax.data.readers.qa_sources import read_caption_rows, read_qa_rows
 from caprl_jax.data.rows import QARow, Question, kinds
 from caprl_jax.harness.sections import DataSection, GateSection
 from caprl_jax.hub.load import Loaded
-from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection
+from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection, check_blind
 from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin
 
 log = logging.getLogger("caprl_jax.modes.calibrate")
@@ -337,6 +337,7 @@ def run(config, workdir: pathlib.Path) -> None:
   """Writes calibration.json and calibration.png, and prints the table."""
   cfg = configuration.load_section(config, "calibrate", CalibrateConfig)
   section = configuration.load_section(config, "judge", JudgeSection)
+  check_blind(section)
   data, gate = (
     configuration.load_section(config, *x) for x in (("data", DataSection), ("gate", GateSection))
   )

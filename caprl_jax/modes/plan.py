@@ -33,11 +33,12 @@ from caprl_jax.harness.training.state import abstract_state, make_optimizer, rol
 from caprl_jax.hub import hub_files
 from caprl_jax.hub.load import init_decoder, init_policy
 from caprl_jax.hub.published_configs import CONFIGS
+from caprl_jax.inference.image_judge import step_prompt
+from caprl_jax.inference.judge import JudgeSection
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
 from caprl_jax.models.trainable import split_params, trainable_filter
-from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.rl.step import train_step
 from caprl_jax.types import (
   Batch,
@@ -46,12 +47,14 @@ from caprl_jax.types import (
   JudgePrompt,
   Prompts,
   Questions,
+  Sight,
   Vocabulary,
 )
 
 log = logging.getLogger("caprl_jax.modes.plan")
 
 GIB = 2**30
+ANSWER_TOKENS = 32  # between a caption and its score, where the judge sees the image
 # Memory of a chip in bytes: cloud.google.com/tpu/docs, "System architecture".
 HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
 
@@ -155,17 +158,31 @@ def _placed(tree: Any, place) -> Any:
   return jax.tree.map(one, tree, place)
 
 
-def abstract_batch(settings: Settings, plan: PlanConfig, cfg: PolicyConfig, mesh) -> Batch:
+def abstract_batch(
+  settings: Settings,
+  plan: PlanConfig,
+  cfg: PolicyConfig,
+  judge_cfg: DecoderConfig | PolicyConfig,
+  mesh: jax.sharding.Mesh,
+) -> Batch:
   """A batch's shapes, split over the mesh."""
   B, K = rollout_images(settings), settings.data.questions
-  S, I = cfg.vision.pixels.shape(*plan.image)
-  P, E = I + plan.prompt_tokens, cfg.vision.in_channels * cfg.vision.pixels.patch_size**2
   A, Q, O = plan.options, plan.stem_tokens, plan.option_tokens
   flag = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bool_)
   i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+
+  def shown(cfg: PolicyConfig, prompt_tokens: int) -> tuple[Images, Prompts]:
+    S, I = cfg.vision.pixels.shape(*plan.image)
+    P, E = I + prompt_tokens, cfg.vision.in_channels * cfg.vision.pixels.patch_size**2
+    patches = jax.ShapeDtypeStruct((B, S, E), jnp.uint8)
+    return (
+      Images(patches, i32(B, S, 2), flag(B, S), i32(B, I)),
+      Prompts(i32(B, P), flag(B, P), i32(B, 3, P), i32(B)),
+    )
+
+  sees = isinstance(judge_cfg, PolicyConfig)
   batch = Batch(
-    Images(jax.ShapeDtypeStruct((B, S, E), jnp.uint8), i32(B, S, 2), flag(B, S), i32(B, I)),
-    Prompts(i32(B, P), flag(B, P), i32(B, 3, P), i32(B)),
+    *shown(cfg, plan.prompt_tokens),
     Questions(
       i32(B, K, Q),
       flag(B, K, Q),
@@ -178,11 +195,14 @@ def abstract_batch(settings: Settings, plan: PlanConfig, cfg: PolicyConfig, mesh
     ),
     i32(B),
     i32(B, K),
+    Sight(*shown(judge_cfg, plan.judge_prompt_tokens)) if sees else None,
   )
   return _placed(batch, sharding.batch_sharding(mesh))
 
 
-def model_configs(settings: Settings, plan: PlanConfig) -> tuple[PolicyConfig, DecoderConfig]:
+def model_configs(
+  settings: Settings, plan: PlanConfig
+) -> tuple[PolicyConfig, DecoderConfig | PolicyConfig]:
   """Architectures of captioner and judge, from their config.json alone."""
   section = settings.policy
   config = shallower(read_config(section.checkpoint), plan.layers)
@@ -197,6 +217,9 @@ def model_configs(settings: Settings, plan: PlanConfig) -> tuple[PolicyConfig, D
   if notice:
     log.warning("%s", notice)
   judge_config = shallower(read_config(settings.judge.source), plan.layers)
+  if settings.judge.sees_image:
+    judge_cfg = PolicyConfig.from_hf(judge_config, {}, dtype=jnp.dtype(settings.judge.dtype))
+    return cfg, limit_pixels(judge_cfg, None, settings.judge.max_pixels)[0]
   if is_vision_language(judge_config):
     judge_config = family_of(judge_config).text(judge_config)
   return cfg, DecoderConfig.from_hf(judge_config, dtype=jnp.dtype(settings.judge.dtype))
@@ -214,10 +237,13 @@ def abstract_parameters(
 
 
 def abstract_prompt(
-  judge: JudgeConfig, judge_rows: int, plan: PlanConfig, place: jax.sharding.Sharding
+  judge: JudgeSection, judge_rows: int, plan: PlanConfig, place: jax.sharding.Sharding
 ) -> JudgePrompt:
   """Shapes of the judge's prompt. `judge_rows`: of the judge's embedding."""
   struct = functools.partial(_struct, place)
+  if judge.sees_image:
+    tail_L, score_A = struct(ANSWER_TOKENS), struct(len(judge.scores))
+    return _placed(step_prompt(tail_L, score_A), place)
   labels = max(plan.options + 1, 6)
   spaced = (struct(judge_rows), struct()) if judge.prompt != "plain" else (None, None)
   writing = (None, None)
@@ -251,7 +277,11 @@ def lower_step(
   section = settings.policy
   cfg, judge_cfg = model_configs(settings, plan)
   policy_params, places = abstract_parameters(init_policy(cfg), section.param_dtype, mesh)
-  judge_params, _ = abstract_parameters(init_decoder(judge_cfg), settings.judge.dtype, mesh)
+  if isinstance(judge_cfg, PolicyConfig):
+    judge, init = Policy(judge_cfg), init_policy(judge_cfg)
+  else:
+    judge, init = Decoder(judge_cfg), init_decoder(judge_cfg)
+  judge_params, _ = abstract_parameters(init, settings.judge.dtype, mesh)
   kind = trainable_filter(section.trainable, cfg.family)
   (chosen, base), chosen_places = split_params(policy_params, kind), split_params(places, kind)[0]
   tx, _ = make_optimizer(settings)
@@ -263,7 +293,8 @@ def lower_step(
 
   whole = sharding.replicated(mesh)
   V, struct = cfg.text.vocab_size, functools.partial(_struct, whole)
-  prompt = abstract_prompt(settings.step.judge, judge_cfg.vocab_size, plan, whole)
+  text = judge_cfg.text if isinstance(judge_cfg, PolicyConfig) else judge_cfg
+  prompt = abstract_prompt(settings.judge, text.vocab_size, plan, whole)
   stamps = struct(V, 3, dtype=jnp.uint8) if settings.step.reward.timestamps else None
   vocabulary = Vocabulary(struct(V, dtype=jnp.bool_), struct(V), (0,), 0, stamps)
   frozen = Frozen(
@@ -273,12 +304,12 @@ def lower_step(
     chosen if settings.step.update.loss.has_kl else None,
     base or None,
   )
-  batch = abstract_batch(settings, plan, cfg, mesh)
+  batch = abstract_batch(settings, plan, cfg, judge_cfg, mesh)
 
   stages = functools.partial(
     train_step,
     policy=Policy(cfg),
-    judge=Decoder(judge_cfg),
+    judge=judge,
     tx=tx,
     cfg=settings.step,
     rollout_shardings=rollout_shardings(places, mesh),

@@ -1,5 +1,7 @@
 """Scored captions -> the groups that are learned from."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,7 @@ def select_groups(
   """All groups, or with `rollout.oversample` those that carry a signal first (DAPO's dynamic
   sampling, arXiv 2503.14476, in a fixed shape), in the order of the batch."""
   flat_B = groups_without_signal(scored, advantage)
+  batch = dataclasses.replace(batch, sight=None)  # the judge's, which the update does not read
   if rollout.oversample == 1:
     return Groups(batch, captions, scored, flat_B)
   image_b = jnp.argsort(flat_B, stable=True)[: flat_B.shape[0] // rollout.oversample]

@@ -6,6 +6,7 @@ nobody, and counts for no position. Letters as in `types.py`; where "can not ans
 counts it and it is the last.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -102,6 +103,22 @@ def judge_ids(
 ) -> Answers:
   """Asks every caption about its image, in `cfg.microbatches` pieces of the batch. With `cfg.blind`
   an empty caption is asked too."""
+
+  def ask(captions: JudgeIds, questions: Questions, key: Array) -> Answers:
+    return answer_questions(judge, captions, questions, key, cfg)
+
+  return in_pieces(ask, captions, questions, key, cfg)
+
+
+def in_pieces(
+  ask: Callable[[JudgeIds, Any, Array], Answers],
+  captions: JudgeIds,
+  asked: Any,
+  key: Array,
+  cfg: JudgeConfig,
+) -> Answers:
+  """`ask` of captions, what is asked and a key, in `cfg.microbatches` pieces of the batch; with
+  `cfg.blind`, of an empty caption too. asked: arrays of the batch's images."""
   if cfg.blind:  # the empty caption is one more member of each group
 
     def with_empty(x_BGT: Array) -> Array:
@@ -109,14 +126,14 @@ def judge_ids(
 
     captions = jax.tree.map(with_empty, captions)
   if cfg.microbatches == 1:
-    answers = answer_questions(judge, captions, questions, key, cfg)
+    answers = ask(captions, asked, key)
   else:
 
-    def of_piece(piece: tuple[Array, JudgeIds, Questions]) -> Answers:
-      number, captions, questions = piece
-      return answer_questions(judge, captions, questions, jax.random.fold_in(key, number), cfg)
+    def of_piece(piece: tuple[Array, JudgeIds, Any]) -> Answers:
+      number, captions, asked = piece
+      return ask(captions, asked, jax.random.fold_in(key, number))
 
-    pieces = microbatches((captions, questions), cfg.microbatches)
+    pieces = microbatches((captions, asked), cfg.microbatches)
     answers = join_microbatches(jax.lax.map(of_piece, (jnp.arange(cfg.microbatches), *pieces)))
   if not cfg.blind:
     return answers

@@ -17,6 +17,7 @@ from caprl_jax.types import Array, JudgePrompt, Questions
 Scores = TypeVar("Scores", Array, np.ndarray)
 
 MARGIN_READINGS = ("option_pmi", "letter_argmax")  # those that compare scores with each other
+IMAGE_READINGS = ("letter_prob", "letter_argmax", "letter_sample")  # of a judge that sees the image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,11 @@ class JudgeConfig:
     group.
   chunk_tokens: tokens whose logits exist at once.
   microbatches: pieces of the batch that are judged one after the other, to save memory.
+  sees_image: the judge is a vision-language model, which scores each caption beside its image in
+    place of answering questions (the paper's Table 3 compares with such judges): `letter_prob`
+    takes the expected score, `letter_argmax` the likeliest, `letter_sample` a draw. The reward's
+    term `accuracy` is the score, from 0 for the worst to 1 for the best, which alone counts as
+    right in `judge/accuracy`.
   """
 
   reading: Literal["option_pmi", "letter_argmax", "letter_prob", "letter_sample", "generate"] = (
@@ -70,8 +76,19 @@ class JudgeConfig:
   blind: bool = True
   chunk_tokens: int = 1024
   microbatches: int = 1
+  sees_image: bool = False
 
   def __post_init__(self):
+    if self.sees_image and (
+      self.reading not in IMAGE_READINGS
+      or (self.prompt, self.abstain, self.permutations, self.draws) != ("plain", "none", 1, 0)
+    ):
+      raise ValueError(
+        f"sees_image: the judge gives each caption one score: set reading to one of "
+        f"{IMAGE_READINGS}, prompt = 'plain', abstain = 'none', permutations = 1 and draws = 0, "
+        f"not {self.reading!r}, {self.prompt!r}, {self.abstain!r}, {self.permutations} and "
+        f"{self.draws}"
+      )
     if self.temperature <= 0 or self.margin < 0:
       raise ValueError(
         f"temperature = {self.temperature} must be > 0 and margin = {self.margin} >= 0"

@@ -13,6 +13,7 @@ from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.rl.advantages import AdvantageConfig
 from caprl_jax.rl.groups import advantages, select_groups
+from caprl_jax.rl.image_judge.scores import ImageJudge, score_with_images
 from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.rl.reward import RewardConfig, score_captions
@@ -55,7 +56,7 @@ def train_step(
   answers: Answers | None = None,
   *,
   policy: Policy,
-  judge: Decoder,
+  judge: Decoder | Policy,
   tx: optax.GradientTransformation,
   cfg: StepConfig,
   kinds: tuple[str, ...] = (),
@@ -111,7 +112,7 @@ def ask_judge(
   captions: Captions,
   retokenised: JudgeIds | None = None,
   *,
-  judge: Decoder,
+  judge: Decoder | Policy,
   cfg: StepConfig,
 ) -> Answers:
   """The judge's answers from the captions.
@@ -120,9 +121,11 @@ def ask_judge(
     retokenised: the captions in the judge's ids, where no table relates the vocabularies
       (`inference/retokenise.py`).
   """
-  model = Judge(judge, frozen.judge, frozen.prompt)
   key = stage_keys(state.key, state.step).judge
-  if retokenised is not None:
-    return judge_ids(model, retokenised, batch.questions, key, cfg.judge)
-  ids = JudgeIds.of(captions, frozen.vocabulary)
-  return judge_ids(model, ids, batch.questions, key, cfg.judge)
+  ids = JudgeIds.of(captions, frozen.vocabulary) if retokenised is None else retokenised
+  if isinstance(judge, Decoder):
+    model = Judge(judge, frozen.judge, frozen.prompt)
+    return judge_ids(model, ids, batch.questions, key, cfg.judge)
+  assert batch.sight is not None, "made without the judge's images"
+  seeing = ImageJudge(judge, frozen.judge, frozen.prompt)
+  return score_with_images(seeing, ids, batch.sight, batch.questions.valid_BK, key, cfg.judge)

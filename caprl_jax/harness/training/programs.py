@@ -104,7 +104,7 @@ def caption_and_judge(
   answers: Answers | None = None,
   *,
   policy: Policy,
-  judge: Decoder,
+  judge: Decoder | Policy,
   cfg: StepConfig,
 ) -> tuple[Batch, Samples]:
   """As `train_step`, but without an update: the batch without its images, and samples."""
@@ -112,7 +112,7 @@ def caption_and_judge(
   answers = answers or ask_judge(state, frozen, batch, captions, judge=judge, cfg=cfg)
   scored = score_captions(answers, captions, frozen.vocabulary, cfg.reward)
   samples = Samples(captions, answers, scored.reward_BG, scored.scored_BG)
-  return dataclasses.replace(batch, images=None, prompts=None), samples
+  return dataclasses.replace(batch, images=None, prompts=None, sight=None), samples
 
 
 def _stages_before(
