@@ -262,6 +262,15 @@ def abstract_prompt(
   )
 
 
+def _judge_of(
+  cfg: DecoderConfig | PolicyConfig,
+) -> tuple[Decoder | Policy, DecoderConfig, Callable[[jax.Array], Any]]:
+  """The judge's model, the settings of its decoder, and what makes its parameters."""
+  if isinstance(cfg, PolicyConfig):
+    return Policy(cfg), cfg.text, init_policy(cfg)
+  return Decoder(cfg), cfg, init_decoder(cfg)
+
+
 def _struct(place: jax.sharding.Sharding, *shape: int, dtype: Any = jnp.int32):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
@@ -277,10 +286,7 @@ def lower_step(
   section = settings.policy
   cfg, judge_cfg = model_configs(settings, plan)
   policy_params, places = abstract_parameters(init_policy(cfg), section.param_dtype, mesh)
-  if isinstance(judge_cfg, PolicyConfig):
-    judge, init = Policy(judge_cfg), init_policy(judge_cfg)
-  else:
-    judge, init = Decoder(judge_cfg), init_decoder(judge_cfg)
+  judge, text, init = _judge_of(judge_cfg)
   judge_params, _ = abstract_parameters(init, settings.judge.dtype, mesh)
   kind = trainable_filter(section.trainable, cfg.family)
   (chosen, base), chosen_places = split_params(policy_params, kind), split_params(places, kind)[0]
@@ -293,7 +299,6 @@ def lower_step(
 
   whole = sharding.replicated(mesh)
   V, struct = cfg.text.vocab_size, functools.partial(_struct, whole)
-  text = judge_cfg.text if isinstance(judge_cfg, PolicyConfig) else judge_cfg
   prompt = abstract_prompt(settings.judge, text.vocab_size, plan, whole)
   stamps = struct(V, 3, dtype=jnp.uint8) if settings.step.reward.timestamps else None
   vocabulary = Vocabulary(struct(V, dtype=jnp.bool_), struct(V), (0,), 0, stamps)

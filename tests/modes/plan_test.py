@@ -14,6 +14,7 @@ from helpers.paths import ROOT
 
 from caprl_jax import sharding
 from caprl_jax.config import loading as config_file
+from caprl_jax.harness.settings import read_settings
 from caprl_jax.hub.load import init_decoder, init_policy
 from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.models.decoder import DecoderConfig
@@ -111,6 +112,21 @@ def command(tmp_path, *more, config="colab_lora"):
     text=True,
     timeout=1100,
   )
+
+
+def test_a_judge_that_sees_the_image_is_planned_with_its_tower():
+  """Lowered for this machine, of reduced depth."""
+  path = ROOT / "configs" / "ablations" / "judge_sees_image.py"
+  config = config_file.load_config(str(path)).unlock()
+  config.data.update(batch_size=2)
+  config.rollout = dict(group_size=2, sampling=dict(max_tokens=8))
+  config.policy_update.microbatches = config.judge.microbatches = 1
+  settings = read_settings(config)
+  small = plan.PlanConfig(None, (56, 84), judge_prompt_tokens=16, layers=1)
+  lowered, sizes = plan.lower_step(settings, small, jax.devices()[:1])
+  judge = plan.shallower(CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"], 1)
+  assert sizes["judge"] == 2 * parameter_count(judge)  # bytes in bfloat16
+  assert "while" in lowered.as_text()  # the rollout's loop: it is the whole step
 
 
 @pytest.mark.slow
