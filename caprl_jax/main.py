@@ -1,7 +1,6 @@
 """Flags -> jax.distributed -> the run of each mode."""
 
 import contextlib
-import errno
 import importlib
 import importlib.machinery
 import importlib.util
@@ -21,15 +20,12 @@ from tqdm import auto as tqdm
 
 import caprl_jax
 from caprl_jax.config import loading, registry, schema
-from caprl_jax.harness.process import signals
+from caprl_jax.errors import BAD_INPUT, FAILED, INTERRUPTED, MEMORY_FULL, OK, RUN_AGAIN, code_of
+from caprl_jax.harness.process import peers, signals
 from caprl_jax.json_files import cut, shown
 
 # Named in full, because this module is `__main__` when it is run.
 log = logging.getLogger("caprl_jax.main")
-
-# Exit codes. 71, 74 and 75 are those of sysexits.h: system, input or output, temporary failure.
-OK, FAILED, BAD_INPUT, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130
-MEMORY_FULL, DISK_FULL, RUN_AGAIN = 71, 74, 75
 
 
 def main(argv: list[str]) -> int:
@@ -66,60 +62,61 @@ def _run(
   trace: bool,
 ) -> int:
   """Runs the modes in a row. What ends one of them early is put into words here, once."""
-  log_file = workdir / "log.txt"
+  group = peers.current()
   try:
     log.debug("config: %s", schema.to_plain(config))
     # All of them first, so that what the last mode lacks shows before the first has run.
     modules = {name: importlib.import_module(mode.module) for name, mode in modes.items()}
-    with _notices():
+    with _whole_tracebacks(), signals.notices(instead=group.told_exception if group else None):
       for i, (name, module) in enumerate(modules.items()):
         which = f" ({i + 1} of {len(modules)})" if len(modules) > 1 else ""
         log.info("caprl_jax %s, mode %s%s, in %s", caprl_jax.__version__, name, which, workdir)
         module.run(config, workdir)
-  except (ValueError, FloatingPointError, OSError, MemoryError) as error:
-    log.debug("error: %s", error, exc_info=True)  # DEBUG goes to the file and not to the terminal
-    _complain(error, trace, note=f"(the traceback is in {log_file})")
-    return _code_of(error)
-  except KeyboardInterrupt as error:
-    # Said after the mode has unwound, which is when it has written what it wants to keep.
-    if error.args:  # `signals.Preempted`, with the signal's name
-      log.warning("stopped by %s; run the same command again, it goes on", error)
-      return RUN_AGAIN
-    log.warning("interrupted; the last checkpoint is usable, run the same command to go on")
-    return INTERRUPTED
-  except Exception as error:
-    if "RESOURCE_EXHAUSTED" in str(error):  # XLA's, at compile or run time
-      log.debug("error: %s", error, exc_info=True)
-      _complain(MemoryError(_device_memory(error)), trace, note=f"(the traceback is in {log_file})")
-      return MEMORY_FULL
-    # not the user's doing: all of it, on the terminal and in the file
-    log.exception("caprl_jax failed; this looks like a fault in it or in its installation")
-    return FAILED
+      if group:
+        group.finish()
+  except (Exception, KeyboardInterrupt) as raised:  # noqa: BLE001  all of them are said
+    error = group.cause_of(raised) if group else raised
+    code = _say(error, workdir / "log.txt", trace)
+    if group:
+      group.leave(group.stop_of(error))
+    return code
   return OK
 
 
-def _code_of(error: Exception) -> int:
-  """The exit code of an error that is no fault of ours. A file that cannot be read or written is
-  bad input, unless it is the disk or the memory that is full or broken."""
-  if isinstance(error, FloatingPointError):
-    return NOT_FINITE
-  if isinstance(error, MemoryError):
-    return MEMORY_FULL
-  full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-  return DISK_FULL if full else BAD_INPUT
+def _say(error: BaseException, log_file: pathlib.Path, trace: bool) -> int:
+  """Puts into words what ended a run, after the mode has unwound, which is when it has written what
+  it wants to keep. Returns the exit code."""
+  code, note = code_of(error), f"(the traceback is in {log_file})"
+  if code == RUN_AGAIN:
+    said = f"stopped by {error}" if isinstance(error, signals.Preempted) else str(error)
+    log.warning("%s; run the same command again, it goes on", said)
+  elif code == INTERRUPTED:
+    said = f": {error}" if error.args else ""  # of another process
+    log.warning("interrupted%s; the last checkpoint is usable, run the same command to go on", said)
+  elif code == FAILED and not isinstance(error, peers.PeerStopped):
+    # not the user's doing: all of it, on the terminal and in the file
+    message = "caprl_jax failed; this looks like a fault in it or in its installation"
+    log.error(message, exc_info=error)
+  else:
+    log.debug("error: %s", error, exc_info=error)  # DEBUG goes to the file and not to the terminal
+    if code == MEMORY_FULL and not isinstance(error, MemoryError):  # XLA's, at compile or run time
+      error = MemoryError(_device_memory(error))
+    _complain(error, trace, note=note)
+  return code
 
 
 @contextlib.contextmanager
-def _notices() -> Iterator[None]:
-  """SIGTERM and SIGHUP stop the run so that its work is saved. In several processes they are left
-  to jax, which tells all of them of a preemption."""
-  import jax
+def _whole_tracebacks() -> Iterator[None]:
+  """jax leaves its own frames in tracebacks: whose fault an error is shows by where it was
+  raised."""
+  import jax  # here and below: --help and a mistyped flag need not wait for it
 
-  if jax.distributed.is_initialized() and jax.process_count() > 1:
+  before = jax.config.jax_traceback_filtering
+  jax.config.update("jax_traceback_filtering", "off")
+  try:
     yield
-    return
-  with signals.notices():
-    yield
+  finally:
+    jax.config.update("jax_traceback_filtering", before)
 
 
 def _device_memory(error: Exception) -> str:
@@ -311,8 +308,6 @@ def _start_distributed(asked: bool | None) -> int:
   )
   if not (several if asked is None else asked):
     return 0
-  import jax  # here and below: --help and a mistyped flag need not wait for it
-
   known = {}  # jax reads the address from the environment, but not these two
   for argument in ("num_processes", "process_id"):
     value = os.environ.get(f"JAX_{argument.upper()}")
@@ -321,14 +316,13 @@ def _start_distributed(asked: bool | None) -> int:
         raise ValueError(f"JAX_{argument.upper()}={value!r} must be a whole number")
       known[argument] = int(value)
   try:
-    jax.distributed.initialize(**known)
+    return peers.join(known)
   except (ValueError, RuntimeError) as error:
     raise ValueError(
       f"could not join the other hosts: {error} Off TPU slices, Slurm and MPI set "
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; on one host leave out "
       "--distributed"
     ) from error
-  return jax.process_index()
 
 
 def _set_compilation_cache() -> None:

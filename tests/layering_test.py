@@ -11,6 +11,8 @@ PACKAGE = ROOT / "caprl_jax"
 # Inside a folder, imports make no circle.
 ORDER = [
   "types",
+  "errors",
+  "progress",
   "masked",
   "sharding",
   "atomic_files",

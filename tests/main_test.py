@@ -307,6 +307,13 @@ def test_a_fault_of_ours_shows_its_traceback(cli, tmp_path):
   assert "ZeroDivisionError: oops" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_what_jax_refuses_is_a_fault_and_no_bad_input(cli):
+  import jax.numpy as jnp
+
+  code, _, err = cli(run=lambda config, workdir: jnp.concatenate([]))
+  assert code == 1 and "error: caprl_jax failed" in err and "Traceback" in err
+
+
 def test_a_mode_that_cannot_be_imported_shows_before_the_first_runs(cli, monkeypatch):
   monkeypatch.setitem(registry.MODES, "gone", registry.Mode("fake_gone", "", "", {}))
   code, _, err = cli("--config.mode=fake,gone")
@@ -359,15 +366,12 @@ def test_the_cache_is_the_user_s_on_an_accelerator(monkeypatch, tmp_path):
 
 def test_distributed_is_tried_only_where_there_are_hosts(monkeypatch):
   joined = []
-  fake_jax = types.SimpleNamespace(
-    distributed=types.SimpleNamespace(initialize=lambda **known: joined.append(known)),
-    process_index=lambda: 1,
-  )
-  monkeypatch.setitem(sys.modules, "jax", fake_jax)
+  monkeypatch.setattr(main_module.peers, "join", lambda known: joined.append(known) or 1)
   for name in (
     "TPU_PROCESS_ADDRESSES",
     "MEGASCALE_COORDINATOR_ADDRESS",
     "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
   ):
     monkeypatch.delenv(name, raising=False)
@@ -378,7 +382,8 @@ def test_distributed_is_tried_only_where_there_are_hosts(monkeypatch):
   assert main_module._start_distributed(None) == 1 and joined == [{}]
   monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:1")
-  assert main_module._start_distributed(None) == 1 and joined == [{}, {}]
+  monkeypatch.setenv("JAX_PROCESS_ID", "3")
+  assert main_module._start_distributed(None) == 1 and joined == [{}, {"process_id": 3}]
   monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
   with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' must be a whole number"):
     main_module._start_distributed(True)

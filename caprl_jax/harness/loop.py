@@ -5,22 +5,22 @@
 import collections
 import logging
 import math
-import os
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from caprl_jax import sharding
+from caprl_jax.errors import of_runtime
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.metrics import MetricsWriter, Progress
+from caprl_jax.harness.process import peers
 from caprl_jax.harness.process.signals import Deferred
 from caprl_jax.harness.trackers import Tracker
 from caprl_jax.harness.watch import Heartbeat, StoppedByRuleError, Watch
+from caprl_jax.progress import saying_first
 from caprl_jax.types import TrainState
 
 log = logging.getLogger("caprl_jax.harness.loop")
@@ -45,45 +45,35 @@ class CompileCounter:
 
 
 class Interrupts:
-  """Ctrl-C and notices of preemption while it is entered. One process: their exception at once, but
-  for a step that has the state: that ends first.
+  """What ends the loop early, while it is entered. One process: signals raise at once, but for a
+  step that has the state, which ends first.
 
-  Several must stop after the same step, or their checkpoint is none. SIGINT becomes SIGTERM, which
-  jax takes as a notice of preemption and tells all processes; `check` then raises in all of them
-  before the same step.
+  Several must stop after the same step, or their checkpoint is none. Before each step they agree,
+  while the devices are at the one before: a signal or an error of one raises in all of them there.
   """
 
   def __init__(self):
-    self.asked, self.several = False, jax.process_count() > 1
-    self.deferred = Deferred()
+    self.deferred, self.peers = Deferred(), peers.current()
 
   def __enter__(self) -> "Interrupts":
-    if self.several:
-      self.previous = signal.signal(signal.SIGINT, self._pass_on)
-    else:
-      self.deferred.__enter__()
+    self._entered = self.peers.deferred() if self.peers else self.deferred
+    self._entered.__enter__()
     return self
 
   def __exit__(self, *failure) -> None:
-    if self.several:
-      signal.signal(signal.SIGINT, self.previous)
-    else:
-      self.deferred.__exit__(*failure)
+    self._entered.__exit__(*failure)
 
-  def _pass_on(self, *_) -> None:
-    signal.signal(signal.SIGINT, self.previous)  # a second one ends this process at once
-    self.asked = True
-    os.kill(os.getpid(), signal.SIGTERM)
+  def check(self) -> None:
+    """Called before each step, and after the last one."""
+    if self.peers:
+      self.peers.agree()
 
-  def check_late(self) -> None:
-    """Called after the last step: for what came when no step was left to agree before."""
-    if self.asked:
-      raise KeyboardInterrupt
-
-  def check(self, step: int) -> None:
-    """Called before each step."""
-    if self.several and multihost_utils.reached_preemption_sync_point(step):
-      raise KeyboardInterrupt
+  def can_save(self, error: BaseException, state: TrainState) -> bool:
+    """Whether there is a state to write (a step that fails has it used up), and all processes are
+    here to do it."""
+    if of_runtime(error) or any(x.is_deleted() for x in jax.tree.leaves(state)):
+      return False
+    return self.peers is None or self.peers.failed(error)
 
 
 class StepReports:
@@ -213,7 +203,8 @@ def run_loop(
   Raises:
     FloatingPointError: loss or gradient not finite; that update changed no parameters, and they are
     saved first. Or a rule of `watch` says so.
-    KeyboardInterrupt: passed on after a checkpoint of the last finished step.
+    KeyboardInterrupt: passed on after a checkpoint of the last finished step; as is every other
+    error that leaves a state to save. In several processes all raise after the same step.
   """
   start = int(state.step)
   reports = StepReports(
@@ -221,12 +212,13 @@ def run_loop(
   )
   position = iterator.get_state()  # after the batch of the last step
   save = lambda force=False: checkpoints.save(state, position, config, force=force)
-  try:
-    with CompileCounter() as compiles, Interrupts() as interrupts:
+  step_fn = saying_first(step_fn, f"{what}: compiling the step")
+  with CompileCounter() as compiles, Interrupts() as interrupts:
+    try:
       for step in range(start + 1, steps + 1):
-        interrupts.check(step)
         # The copy to the devices runs beside step n - 1, whose numbers are read below.
         batch, on_device, data_secs = _next_batch(iterator, mesh)
+        interrupts.check()
         with interrupts.deferred.held():  # the step has the state, which a checkpoint would want
           state, metrics, samples = step_fn(state, on_device)
           position = iterator.get_state()
@@ -245,15 +237,26 @@ def run_loop(
           save()
         after_first += compiles.count - known
       reports.read()
+      interrupts.check()
       if start < steps:
         log.info("%s: %d compilations after the first step", what, compiles.count - after_first)
-  except (KeyboardInterrupt, FloatingPointError) as error:
+    except BaseException as error:
+      if interrupts.can_save(error, state):
+        _keep(error, save, reports)
+      raise
+    finally:
+      reports.close()
     save(force=True)
-    if isinstance(error, (KeyboardInterrupt, StoppedByRuleError)):
-      reports.read()
-    raise
-  finally:
-    reports.close()
-  save(force=True)
-  interrupts.check_late()
   return state
+
+
+def _keep(error: BaseException, save: Callable[[bool], None], reports: StepReports) -> None:
+  """Saves what an error leaves, with the numbers of its last step. Where that fails too, the first
+  error is what is told."""
+  try:
+    save(True)
+    if not isinstance(error, FloatingPointError) or isinstance(error, StoppedByRuleError):
+      reports.read()
+  except Exception as another:
+    log.warning("the last steps could not be saved: %s", another)
+    log.debug("after %r", error, exc_info=True)

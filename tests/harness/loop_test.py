@@ -124,10 +124,26 @@ def test_a_second_signal_does_not_wait(tmp_path, interruptible):
   assert saved_steps(tmp_path) == [0]  # of the state as it was before the step
 
 
-def test_an_error_of_the_step_saves_nothing_and_is_passed_on(tmp_path):
+def test_an_error_saves_the_steps_before_it_and_is_passed_on(tmp_path):
+  whole = run(tmp_path / "whole", 5)
   with pytest.raises(RuntimeError, match="broken"):
-    run(tmp_path, 5, stop_at(3, RuntimeError("broken")))
-  assert saved_steps(tmp_path) == [] and [row["step"] for row in rows_of(tmp_path)] == [1]
+    run(tmp_path / "cut", 5, stop_at(3, RuntimeError("broken")))
+  assert saved_steps(tmp_path / "cut") == [2]
+  assert [row["step"] for row in rows_of(tmp_path / "cut")] == [1, 2]
+  np.testing.assert_array_equal(run(tmp_path / "cut", 5).params["w"], whole.params["w"])
+  assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+def test_an_error_that_leaves_no_state_saves_nothing(tmp_path):
+  def used_up(state, batch):
+    jax.tree.map(lambda x: x.delete(), state.params)
+    raise RuntimeError("broken")
+
+  with pytest.raises(RuntimeError, match="broken"):
+    run(tmp_path, 5, used_up)
+  with pytest.raises(RuntimeError, match="UNKNOWN: a device"):
+    run(tmp_path, 5, stop_at(3, RuntimeError("UNKNOWN: a device is broken")))
+  assert saved_steps(tmp_path) == []
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_are_not_written(tmp_path):

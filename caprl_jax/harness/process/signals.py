@@ -15,17 +15,35 @@ class Preempted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def notices() -> Iterator[None]:
+def notices(instead: Callable[[], BaseException | None] | None = None) -> Iterator[None]:
   """While it is entered SIGTERM and SIGHUP raise `Preempted` in the main thread, wherever it is.
 
   A signal that is ignored (SIGHUP under nohup) stays ignored.
+
+  Args:
+    instead: what is raised in its place, where that is known.
   """
 
   def raise_preempted(number: int, _: Any) -> None:
-    raise Preempted(signal.Signals(number).name)
+    raise (instead and instead()) or _exception(number)
 
   with _handlers({signal.SIGTERM: raise_preempted, signal.SIGHUP: raise_preempted}):
     yield
+
+
+@contextlib.contextmanager
+def noted(note: Callable[[BaseException], None]) -> Iterator[None]:
+  """While it is entered signals that ask to stop raise nothing: `note` gets what they would."""
+
+  def pass_on(number: int, _: Any) -> None:
+    note(_exception(number))
+
+  with _handlers(dict.fromkeys(ASKING, pass_on)):
+    yield
+
+
+def _exception(number: int) -> BaseException:
+  return KeyboardInterrupt() if number == signal.SIGINT else Preempted(signal.Signals(number).name)
 
 
 class Deferred:
