@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.json_files import cut
 from caprl_jax.types import TrainState
 
@@ -54,7 +55,9 @@ class Checkpoints:
     """Writes a checkpoint named after the state's step when one is due or `force` asks for it. All
     processes call it, with the same iterator state."""
     step = int(state.step)
-    if (not force and step % self.cfg.every_steps) or step in self.manager.all_steps():
+    if not force and step % self.cfg.every_steps:
+      return
+    if step in self._steps():
       return
     packed = dataclasses.replace(state, key=jax.random.key_data(state.key))
     self.manager.save(
@@ -70,7 +73,12 @@ class Checkpoints:
     log.info("checkpoint of step %d written", step)
 
   def latest_step(self) -> int | None:
-    return self.manager.latest_step()
+    """The newest step, as all processes call it."""
+    return max(self._steps(), default=None)
+
+  def _steps(self) -> list[int]:
+    """As the first process sees them: a shared folder may show others another list."""
+    return from_first(lambda: [int(step) for step in self.manager.all_steps()])
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict]:
     """The newest state that is whole, in the shapes and shardings of `like`, and the iterator's.
@@ -82,7 +90,7 @@ class Checkpoints:
       ValueError: none can be read: they are of another model or optimizer, or all damaged.
     """
     failed: list[tuple[int, Exception | None]] = []
-    for step in sorted(self.manager.all_steps(), reverse=True):
+    for step in sorted(self._steps(), reverse=True):
       found, error = self._try(step, like)
       if _all_processes(found is not None) and found is not None:
         for damaged, why in failed:

@@ -138,4 +138,5 @@ def run(config, workdir: pathlib.Path) -> None:
         int(cfg.shard_gb * 1e9),
         model_card(base, summary, cfg.dtype),
       )
-  log.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in output.iterdir())))
+  if jax.process_index() == 0:  # alone has written, and may be the one that sees the folder
+    log.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in output.iterdir())))

@@ -9,7 +9,8 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-import jax
+from caprl_jax.errors import UserError
+from caprl_jax.harness.process.first import from_first
 
 log = logging.getLogger("caprl_jax.harness.process.workdir_lock")
 
@@ -18,25 +19,30 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def only_run(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds the workdir while it is entered; of several processes of one run the first does.
+  """Holds the workdir while it is entered; of several processes of one run the first does, for
+  which the others wait.
 
   The lock is the operating system's and ends with the process, however it ends: no lock of a run
   that was killed has to be removed. On a file system without locks there is none, and the log says
   so.
 
   Raises:
-    ValueError: another run holds it; with that run's machine, process and start.
+    UserError: another run holds it; with that run's machine, process and start.
   """
-  if jax.process_index() > 0:
+  with contextlib.ExitStack() as held:
+    from_first(lambda: held.enter_context(_lock(workdir)))
     yield
-    return
+
+
+@contextlib.contextmanager
+def _lock(workdir: pathlib.Path) -> Iterator[None]:
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / LOCK, "a+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      raise ValueError(
+      raise UserError(
         f"{workdir} is in use by {file.read().strip() or 'another run'}; wait for it to end, stop "
         "it, or use another --workdir"
       ) from error

@@ -17,6 +17,7 @@ from caprl_jax.harness.training.state import abstract_state, policy_shardings
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import split_params, trainable_filter
+from caprl_jax.progress import saying_first
 from caprl_jax.rl.judge import JudgeIds
 from caprl_jax.rl.reward import score_captions
 from caprl_jax.rl.step import StepConfig, ask_judge, train_step, write_captions
@@ -86,6 +87,7 @@ def build_evaluation(
     # every process reads the whole batch's figures
     out_shardings=sharding.replicated(made.mesh),
   )
+  judged = saying_first(judged, "compiling the evaluation")
   before = _stages_before(made, cfg, None) if made.translator else None
 
   def evaluate(params: Any, batch: Batch, key: jax.Array) -> tuple[Batch, Samples]:

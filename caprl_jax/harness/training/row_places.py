@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.usable_rows import HasImage
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.json_files import read_json
 
 log = logging.getLogger("caprl_jax.harness.training.row_places")
@@ -53,7 +52,7 @@ def row_places(
     ValueError: none of the rows of the first start is left, or the file is damaged.
   """
   keys = _keys(rows)
-  begun = _of_first_process(_read(path) if goes_on and path.exists() else None)
+  begun = from_first(lambda: _read(path) if goes_on and path.exists() else None)
   if begun is None:
     if jax.process_index() == 0 and not goes_on:
       write_text(path, json.dumps({"parts": [list(part) for part in parts], "rows": keys}) + "\n")
@@ -95,14 +94,3 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(begun, dict) or not begun.get("rows") or "parts" not in begun:
     raise ValueError(f"{path} is damaged: it must name rows and parts; use another --workdir")
   return begun
-
-
-def _of_first_process(value: Any) -> Any:
-  """What the first process has, which alone may see the file."""
-  if jax.process_count() == 1:
-    return value
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-  padded = np.zeros(length, np.uint8)
-  padded[: min(length, len(data))] = data[:length]
-  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())

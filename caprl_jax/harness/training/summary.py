@@ -12,6 +12,7 @@ import optax
 
 from caprl_jax import __version__
 from caprl_jax.atomic_files import write_json
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.json_files import cut, read_json, shown
 from caprl_jax.types import Params
@@ -59,7 +60,7 @@ class Summary:
 
   def __init__(self, workdir: pathlib.Path):
     self.path = summary_path(workdir)
-    self.values = read_summary(self.path) if self.path.exists() else {}
+    self.values = from_first(lambda: read_summary(self.path) if self.path.exists() else {})
 
   def put(self, **values) -> None:
     """Adds stages, or replaces them."""
@@ -112,16 +113,17 @@ class Best:
 
   def __init__(self, policy: Loaded, workdir: pathlib.Path):
     self.policy, self.folder = policy, workdir / "best"
+    self.accuracy = from_first(self._found)
+
+  def _found(self) -> float:
+    """The accuracy of the one that is there."""
     # a kill came between two renames: the newer one, if it was finished
     for name in ("best.new", "best.old"):
-      if (
-        not self.folder.exists()
-        and (workdir / name / "best.json").exists()
-        and jax.process_index() == 0
-      ):
-        (workdir / name).rename(self.folder)
+      there = self.folder.with_name(name)
+      if not self.folder.exists() and (there / "best.json").exists():
+        there.rename(self.folder)
     figures = self.folder / "best.json"
-    self.accuracy = _accuracy(figures) if figures.exists() else float("-inf")
+    return _accuracy(figures) if figures.exists() else float("-inf")
 
   def keep(self, step: int, params: Params, accuracy: float) -> None:
     """Writes the captioner where it is the best. A kill leaves the old one or the new one."""

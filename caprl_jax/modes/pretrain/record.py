@@ -11,6 +11,7 @@ import jax
 
 from caprl_jax.atomic_files import write_json
 from caprl_jax.harness.checkpoints import saved_steps
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.json_files import cut, read_json
 
@@ -54,19 +55,27 @@ class Record:
     self.config = {"seed": config["seed"], "pretrain_policy": config["pretrain_policy"]}
     self.wanted = {name: config["pretrain"]["stages"][name] for name in order}
     self.stages: dict[str, dict] = {}
-    if self.path.exists():
-      held = read_json(self.path)
-      if not _is_record(held):
-        raise ValueError(
-          f"{self.path}: not what mode pretrain writes; restore it, or begin in another workdir"
-        )
-      self.stages = {
-        name: stage
-        for name, stage in held["stages"].items()
-        if stage["finished"] or saved_steps(workdir / TRAINING / name)
-      }
+    held = from_first(lambda: self._held(workdir))
+    if held is not None:
+      self.stages = held["stages"]
       if self.stages:
         self._check(held, workdir)
+
+  def _held(self, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The record that is there, with those of its stages that have left something."""
+    if not self.path.exists():
+      return None
+    held = read_json(self.path)
+    if not _is_record(held):
+      raise ValueError(
+        f"{self.path}: not what mode pretrain writes; restore it, or begin in another workdir"
+      )
+    stages = {
+      name: stage
+      for name, stage in held["stages"].items()
+      if stage["finished"] or saved_steps(workdir / TRAINING / name)
+    }
+    return {**held, "stages": stages}
 
   def _check(self, held: Mapping, workdir: pathlib.Path) -> None:
     differing = [

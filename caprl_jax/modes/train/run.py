@@ -5,8 +5,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from caprl_jax import sharding
 from caprl_jax.config import registry
@@ -18,6 +16,7 @@ from caprl_jax.harness.extras import extra
 from caprl_jax.harness.gate import gate
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.metrics import StageClock
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import Settings, read_settings
@@ -233,9 +232,7 @@ def _make_again(settings: Settings, workdir: pathlib.Path) -> None:
   if settings.policy.trainable != "lora":
     del files["adapters"]
   # the first process decides for all: it may write while others still look
-  flags = np.array([not path.exists() for path in files.values()])
-  flags = multihost_utils.broadcast_one_to_all(flags)
-  missing = [name for name, flag in zip(files, flags, strict=True) if flag]
+  missing = from_first(lambda: [name for name, path in files.items() if not path.exists()])
   if {"policy", "adapters"} & {*missing}:
     with jax.set_mesh(sharding.make_mesh(settings.mesh)):
       loaded, params = newest_captioner(workdir, settings, jax.sharding.get_mesh())
