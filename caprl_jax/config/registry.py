@@ -148,10 +148,10 @@ MODES: dict[str, Mode] = {
     workdir="runs/gallery",
   ),
   "demo": Mode(
-    "caprl_jax.modes.demo",
+    "caprl_jax.modes.demo.run",
     "a local page: drop an image in, read its caption, watch the judge answer from the words",
     "--config=configs/demo.py --config.policy.checkpoint=runs/quickstart/policy",
-    {"demo": "modes.demo:DemoConfig", **_POLICY, **_JUDGE, **_MESH},
+    {"demo": "modes.demo.section:DemoConfig", **_POLICY, **_JUDGE, **_MESH},
     workdir="runs/demo",
   ),
   "plan": Mode(

@@ -77,6 +77,11 @@ class CaprlQa(tfds.core.GeneratorBasedBuilder):
       yield i, {"image": data, "name": row.name, "qa": json.dumps(qa, ensure_ascii=False)}
 
 
+def dataset_folder(folder: str | os.PathLike[str], dataset: str = "default") -> pathlib.Path:
+  """Where `write_tfds` puts a dataset."""
+  return pathlib.Path(CaprlQa(dataset=dataset, data_dir=os.fspath(folder)).data_path)
+
+
 def write_tfds(
   folder: str | os.PathLike[str], rows: Mapping[str, Sequence[QARow]], dataset: str = "default"
 ) -> pathlib.Path:

@@ -58,7 +58,7 @@ from caprl_jax.modes.curate.prompts import GenerationPrompt, read_prompt
 from caprl_jax.modes.curate.released_rows import write_released_rows
 from caprl_jax.modes.curate.section import CurateConfig
 from caprl_jax.modes.curate.selection import funnel, funnel_text, select
-from caprl_jax.modes.dataset.run import check_output, write_rows
+from caprl_jax.modes.dataset.outputs import check_output, write_output
 
 log = logging.getLogger("caprl_jax.modes.curate.run")
 
@@ -190,7 +190,7 @@ def run(config, workdir: pathlib.Path) -> None:
   the workdir.
   """
   cfg = configuration.load_section(config, "curate", CurateConfig)
-  check_output(cfg.output, "curate.output")
+  check_output(cfg.output, "curate.output", cfg.name, workdir)
   answerer_section = configuration.load_section(config, "answerer", PolicySection)
   seed = config.get("seed", 0)
   mesh = sharding.make_mesh(
@@ -358,4 +358,5 @@ def _write(
       f"{workdir / 'left_out.jsonl'} and the thresholds curate.min_visual = "
       f"{cfg.min_visual} and max_blind = {cfg.max_blind}"
     )
-  log.info("wrote %d rows to %s", len(left), write_rows(left, cfg.output, cfg.split, cfg.name))
+  path = write_output(left, cfg.output, cfg.split, cfg.name, workdir)
+  log.info("wrote %d rows to %s", len(left), path)

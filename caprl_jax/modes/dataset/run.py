@@ -15,22 +15,23 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from caprl_jax.atomic_files import write_json, write_text
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.bad_rows import reasons_text
 from caprl_jax.data.batches import ImageShape, shape_bucket
 from caprl_jax.data.image_check import ImageCheck
-from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.readers.qa_sources import parse_mixture, scan_qa_rows
 from caprl_jax.data.rows import BadRow, BadRows, QARow, image_bytes
 from caprl_jax.data.usable_rows import ImageFacts, fits, usable
+from caprl_jax.harness.process.first import one_process_only
 from caprl_jax.hub.opened import read_processor
 from caprl_jax.models.image_processor import SmartResize
 from caprl_jax.models.policy import PolicyConfig
+from caprl_jax.modes.dataset.outputs import check_output, write_output
 from caprl_jax.pages import cards
 from caprl_jax.pages.markup import card, embedded, page, percent, table, text
+from caprl_jax.progress import counted
 
 log = logging.getLogger("caprl_jax.modes.dataset.run")
 
@@ -81,7 +82,7 @@ def read_all(
   bad: list[BadRow] = []
   for part in parse_mixture(cfg.input):
     first = itertools.islice(scan_qa_rows(part.source, seed), cfg.max_rows)
-    for row in tqdm(first, desc="rows", unit="row", leave=False, delay=2, disable=None):
+    for row in counted(first, "reading", "row"):
       problem = row if isinstance(row, BadRow) else _problem(row)
       found.append(row) if problem is None else bad.append(problem)
   rows, facts, known = [], [], ImageCheck(workdir)(found)
@@ -297,44 +298,6 @@ def _sample(row: QARow) -> str:
   return cards.image_card(embedded(image_bytes(row), row.name), row.name, listed + more + facts)
 
 
-def write_rows(rows: Sequence[QARow], output: str, split: str, name: str) -> pathlib.Path:
-  """Writes an output of `DatasetConfig`, whole or not at all, and returns its path. Raises
-  ValueError for an image that cannot be read and for a TFDS dataset that is there already."""
-  if output.startswith("tfds:"):
-    return tfds.write_tfds(
-      pathlib.Path(output.removeprefix("tfds:")).expanduser(), {split: rows}, name
-    )
-  path = pathlib.Path(output).expanduser()
-  if path.suffix == ".parquet":
-    caprl_parquet.write_parquet(path, rows)
-    return path
-  if path.suffix == ".json":
-    caprl_json.check_questions(rows, str(path))  # before images are copied
-  # Copied even where they are files: the dataset is then one folder that can be moved.
-  folder = path.with_name(f"{path.stem}_images")
-  rows = [
-    jsonl.save_image(row, folder, copy=True)
-    for row in tqdm(rows, desc="saving images", leave=False, delay=2, disable=None)
-  ]
-  if path.suffix == ".json":
-    caprl_json.write_json(path, rows)
-  else:
-    jsonl.write_jsonl(path, rows)
-  return path
-
-
-def check_output(output: str, key: str) -> None:
-  """Raises ValueError, with the config's key, for an output in no known format."""
-  if not output.startswith("tfds:") and pathlib.Path(output).suffix not in (
-    ".jsonl",
-    ".json",
-    ".parquet",
-  ):
-    raise ValueError(
-      f"{key} = {output!r}: write FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER"
-    )
-
-
 def _processor(checkpoint: str | None):
   if checkpoint is None:
     return QWEN25_VL
@@ -346,8 +309,9 @@ def run(config, workdir: pathlib.Path) -> None:
   `dataset.output`."""
   cfg = configuration.load_section(config, "dataset", DatasetConfig)
   seed = config.get("seed", 0)
+  one_process_only("dataset")
   if cfg.output is not None:
-    check_output(cfg.output, "dataset.output")
+    check_output(cfg.output, "dataset.output", cfg.name, workdir)
   pixels = _processor(cfg.checkpoint)
   rows, facts, bad = read_all(cfg, seed, pixels, workdir)
   figures = survey(rows, facts, bad, pixels)
@@ -381,5 +345,5 @@ def run(config, workdir: pathlib.Path) -> None:
       raise ValueError(f"{cfg.input}: no good row is left to write")
     if cfg.repeated_images == "merge":
       rows, facts = merge_repeated(rows, facts)
-    path = write_rows(rows, cfg.output, cfg.split, cfg.name)
+    path = write_output(rows, cfg.output, cfg.split, cfg.name, workdir)
     log.info("wrote %d rows to %s", len(rows), path)

@@ -155,6 +155,19 @@ def test_copies_hold_the_good_rows(folder, mixed, output):
     assert all(row.image.parent == folder / "new" / "out_images" for row in rows)
 
 
+@pytest.mark.parametrize("output", ["out.jsonl", "tfds"])
+def test_an_output_takes_nobody_s_place(folder, output, capsys):
+  target = f"tfds:{folder / 'tfds'}" if output == "tfds" else folder / output
+  options = [folder / "good.jsonl", f"--config.dataset.output={target}"]
+  assert run(folder, *options) == 0 and run(folder, *options) == 0
+  assert "is there, with these rows" in capsys.readouterr().err
+  other = run(folder, *options, "--config.dataset.max_rows=2")  # its own, with other rows
+  assert other == (2 if output == "tfds" else 0)
+  (folder / "work" / "outputs.json").unlink()
+  assert run(folder, "nowhere.jsonl", options[1]) == 2
+  assert "is there already, and was not written from the workdir" in capsys.readouterr().err
+
+
 def test_repeated_images_are_merged(folder):
   assert (
     run(

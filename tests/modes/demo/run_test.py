@@ -28,7 +28,7 @@ from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import load_judge
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 from caprl_jax.inference.judge import HostJudge, JudgeSection
-from caprl_jax.modes import demo
+from caprl_jax.modes.demo import run as demo
 
 QUESTIONS = [
   Question("what color is the shape?", tiny.COLORS, 0),
@@ -50,6 +50,21 @@ CAPTIONS = ["The image shows a red circle.", "", "The image shows a blue rectang
 def test_a_question_is_read_as_it_was_typed(lines, options, gold):
   question, marked = demo.read_question(" What? ", lines)
   assert (question.stem, question.options, marked) == ("What?", options, gold)
+
+
+def test_others_reach_the_page_with_a_password_only(monkeypatch):
+  monkeypatch.delenv("CAPRL_JAX_DEMO_PASSWORD", raising=False)
+  assert demo.password_for(demo.DemoConfig()) is None
+  for cfg in (
+    demo.DemoConfig(host="0.0.0.0"),
+    demo.DemoConfig(host="::"),
+    demo.DemoConfig(share=True),
+  ):
+    with pytest.raises(ValueError, match="demo.(host|share) = .* CAPRL_JAX_DEMO_PASSWORD"):
+      demo.password_for(cfg)
+  monkeypatch.setenv("CAPRL_JAX_DEMO_PASSWORD", "secret")
+  assert demo.password_for(demo.DemoConfig(share=True)) == "secret"
+  assert demo.password_for(demo.DemoConfig()) == "secret"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +258,7 @@ BROWSER = next(
 SERVE = """
 import pathlib, sys
 from caprl_jax.config import loading as config_file
-from caprl_jax.modes import demo
+from caprl_jax.modes.demo import run as demo
 config = config_file.load_config("configs/demo.py")
 config.demo.port, config.demo.max_examples = int(sys.argv[1]), 3
 demo.run(config, pathlib.Path(sys.argv[2]))

@@ -9,9 +9,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
 import pathlib
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -26,60 +24,31 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.data.judge_questions import QuestionShape, pad_questions
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, Question, check_question, read_image
+from caprl_jax.harness.process.first import one_process_only
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import Loaded
 from caprl_jax.image_files import openable_suffixes
 from caprl_jax.inference.captioner import Captioner, CaptionerConfig, open_captioner
 from caprl_jax.inference.judge import JudgeSection, question_tokenizer
+from caprl_jax.modes.demo.section import (
+  PASSWORD,
+  USER,
+  DemoConfig,
+  check_port,
+  import_gradio,
+  password_for,
+)
 from caprl_jax.pages.markup import text
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import answer_by_margin, best_and_lead
 
-log = logging.getLogger("caprl_jax.modes.demo")
+log = logging.getLogger("caprl_jax.modes.demo.run")
 
 # What a question may have, and what it is padded to: the first of these that holds it.
 OPTIONS, STEM_TOKENS, OPTION_TOKENS = (4, 8), (32, 128), (1, 4, 16)
 FIRST_CAPTION_TOKENS = 32  # captions are padded to this, doubled until it holds them
 REMEMBERED = 10_000  # answers
 WARM_UP = Question("What color is the shape?", ("red", "green", "blue"), 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class DemoConfig:
-  """The section `demo`.
-
-  port, host: the page's address; 127.0.0.1 can be reached from this machine only.
-  share: the page can be reached through gradio's servers, by anyone who has the link.
-  examples: a source of questions (`qa_sources.py`) whose images can be clicked; None: none.
-  max_examples: images of `examples` that can be clicked.
-  max_tokens: longest caption.
-  temperature: of captions; 0 is greedy.
-  caption_tokens: tokens that the judge reads of a caption, which people may make longer than the
-    captioner did.
-  """
-
-  port: int = 7860
-  host: str = "127.0.0.1"
-  share: bool = False
-  examples: str | None = None
-  max_examples: int = 8
-  max_tokens: int = 256
-  temperature: float = 0.0
-  caption_tokens: int = 512
-
-  def __post_init__(self):
-    if self.max_tokens < 1 or self.caption_tokens < self.max_tokens:
-      raise ValueError(
-        f"max_tokens = {self.max_tokens} must be at least 1, and caption_tokens = "
-        f"{self.caption_tokens} at least as many"
-      )
-    if self.temperature < 0 or self.max_examples < 0:
-      raise ValueError(
-        f"temperature = {self.temperature} and max_examples = {self.max_examples} "
-        "must be at least 0"
-      )
-    if not 0 < self.port < 65536:
-      raise ValueError(f"port = {self.port} must be from 1 to 65535")
 
 
 def read_question(stem: str, lines: str) -> tuple[Question, int | None]:
@@ -321,23 +290,6 @@ border:1px solid var(--border-color-primary)}
 """
 
 
-def import_gradio() -> Any:
-  """gradio, told to stay at home. Raises ValueError where it is not installed."""
-  os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import
-  try:
-    import gradio
-  except ImportError as error:
-    raise ValueError(
-      f"mode demo needs gradio, which cannot be imported ({error}); pip install -e "
-      "'.[demo]', or gradio by itself"
-    ) from error
-  if int(gradio.__version__.partition(".")[0]) < 6:
-    raise ValueError(
-      f"mode demo needs gradio 6 or newer, not {gradio.__version__}; pip install -U gradio"
-    )
-  return gradio
-
-
 def build(demo: Demo, examples: Sequence[tuple[str, str, str]]) -> Any:
   """The page. Long because it is all of it. examples: (image file, question, options by line)."""
   gr = import_gradio()
@@ -428,26 +380,16 @@ def make_examples(
   return examples
 
 
-def _check_port(cfg: DemoConfig) -> None:
-  with socket.socket(socket.AF_INET6 if ":" in cfg.host else socket.AF_INET) as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-      probe.bind((cfg.host, cfg.port))
-    except OSError as error:
-      raise ValueError(
-        f"cannot listen at {cfg.host}:{cfg.port}: {error.strerror}; choose another "
-        "--config.demo.port"
-      ) from error
-
-
 def run(config, workdir: pathlib.Path) -> None:
   """Serves the page until it is interrupted."""
   cfg = configuration.load_section(config, "demo", DemoConfig)
   policy_section = configuration.load_section(config, "policy", PolicySection)
   section = configuration.load_section(config, "judge", JudgeSection)
   seed = config.get("seed", 0)
+  one_process_only("demo")
+  password = password_for(cfg)
   gr = import_gradio()
-  _check_port(cfg)  # before the models, which take their time
+  check_port(cfg)  # before the models, which take their time
   examples = (
     make_examples(cfg.examples, cfg.max_examples, workdir / "examples", seed)
     if cfg.examples
@@ -480,6 +422,7 @@ def run(config, workdir: pathlib.Path) -> None:
       server_name=cfg.host,
       server_port=cfg.port,
       share=cfg.share,
+      auth=(USER, password) if password else None,
       quiet=True,
       prevent_thread_lock=True,
       show_error=True,
@@ -493,6 +436,7 @@ def run(config, workdir: pathlib.Path) -> None:
       css=_CSS,
       theme=gr.themes.Default(font=fonts, font_mono=[gr.themes.Font("monospace")]),
     )
-    log.info("open http://%s:%d   (Ctrl-C ends it)", cfg.host, cfg.port)
+    login = f" as {USER!r}, with the password of {PASSWORD}" if password else ""
+    log.info("open http://%s:%d%s   (Ctrl-C ends it)", cfg.host, cfg.port, login)
     page.block_thread()
     demo.close()
