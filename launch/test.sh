@@ -58,5 +58,8 @@ make_environment .venv-test "test${CAPRL_JAX_EXTRAS:+,$CAPRL_JAX_EXTRAS}" torch=
 } || echo "warning: gradio could not be installed; the demo's browser test will be skipped" >&2
 install_tpu_compiler
 install_browser
+if (($# == 0)); then
+  bash launch/audit.sh .venv-test # printed for whoever reads the log; no reason to fail
+fi
 # Two at a time, file by file: most of the time goes into compiling, which takes one core.
 exec .venv-test/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 --timeout=1200 "$@"

@@ -19,6 +19,7 @@ from typing import IO, Any, Generic, TypeVar
 
 from tqdm import tqdm
 
+from caprl_jax.errors import UserError
 from caprl_jax.json_files import cut, read_json
 
 log = logging.getLogger("caprl_jax.harness.row_shards")
@@ -28,6 +29,9 @@ Worker = TypeVar("Worker")
 
 SETTINGS = "settings.json"
 POLL_SECS, SAY_SECS = 2.0, 60.0
+STILL_SECS = (
+  1800.0  # more than loading a model and compiling take: a host that keeps no row is gone
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +119,12 @@ class ShardedJob(Generic[Source]):
     partial = self.path(shard).with_name(self.path(shard).name + ".partial")
     return partial.read_bytes().count(b"\n") if partial.exists() else 0
 
+  def _kept_bytes(self, shard: int) -> int:
+    try:
+      return self.path(shard).with_name(self.path(shard).name + ".partial").stat().st_size
+    except FileNotFoundError:
+      return 0
+
   def missing(self) -> list[int]:
     """Shards, of all hosts, that are not whole."""
     names = set(os.listdir(self.folder))
@@ -153,19 +163,27 @@ class ShardedJob(Generic[Source]):
     rate.end()
 
   def wait(self) -> None:
-    """Returns when all shards of all hosts are whole; says once a minute whose are not."""
-    said = -SAY_SECS
+    """Returns when all shards of all hosts are whole; says once a minute whose are not.
+
+    Raises:
+      UserError: for half an hour no row was added to any of them.
+    """
+    said, moved, before = -SAY_SECS, time.monotonic(), None
     while missing := self.missing():
-      if time.monotonic() - said >= SAY_SECS:
-        said = time.monotonic()
-        late = sorted({shard % self.hosts for shard in missing})
-        log.info(
-          "waiting for %d of %d shards, of host%s %s",
-          len(missing),
-          self.shards,
-          "s" if len(late) > 1 else "",
-          ", ".join(map(str, late)),
+      now, kept = time.monotonic(), [self._kept_bytes(shard) for shard in missing]
+      late = sorted({shard % self.hosts for shard in missing})
+      of = f"of host{'s' if len(late) > 1 else ''} {', '.join(map(str, late))}"
+      if kept != before:
+        moved, before = now, kept
+      if now - moved > STILL_SECS:
+        raise UserError(
+          f"{len(missing)} of {self.shards} shards are missing, {of}, and no row was added to them "
+          f"for {STILL_SECS / 60:.0f} minutes: see whether these hosts are alive, and start the "
+          "same command again on them and here, which goes on"
         )
+      if now - said >= SAY_SECS:
+        said = now
+        log.info("waiting for %d of %d shards, %s", len(missing), self.shards, of)
       time.sleep(POLL_SECS)
 
   def wait_until_removed(self) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+import time
 
 import pytest
 
@@ -126,6 +127,27 @@ def test_other_settings_and_missing_rows_are_refused(tmp_path):
   parts.path(1).write_bytes(b"".join(parts.path(1).read_bytes().splitlines(True)[1:]))
   with pytest.raises(ValueError, match="has 3 rows, not the 4"):
     list(parts.read())
+
+
+def test_nobody_waits_for_ever_for_a_host_that_keeps_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(row_shards, "POLL_SECS", 0.05)
+  monkeypatch.setattr(row_shards, "STILL_SECS", 0.4)
+  parts, other = make(tmp_path / "parts", hosts=2), make(tmp_path / "parts", host=1, hosts=2)
+  parts.open()
+  fill(parts, 0)
+  fill(parts, 2)
+  began = time.monotonic()
+
+  def keep_one():  # a row counts as life
+    with Shard(other, 1) as kept:
+      kept.put([finished(4)])
+
+  later = threading.Timer(0.3, keep_one)
+  later.start()
+  with pytest.raises(ValueError, match="1 of 3 shards are missing, of host 1, and no row was"):
+    parts.wait()
+  assert time.monotonic() - began > 0.6
+  later.join()
 
 
 def test_waiting_names_the_hosts_that_are_late(tmp_path, monkeypatch, caplog):

@@ -166,7 +166,7 @@ def names(calls: list[list[str]]) -> list[str]:
 # ---- all of the scripts ----
 
 
-@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh", "tpu_vm.sh"])
+@pytest.mark.parametrize("name", ["audit.sh", "quickstart.sh", "test.sh", "tpu_vm.sh"])
 def test_bash_reads_the_script(name):
   assert subprocess.run(["bash", "-n", str(ROOT / "launch" / name)]).returncode == 0
 

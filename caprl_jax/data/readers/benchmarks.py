@@ -23,7 +23,7 @@ from typing import Any
 
 from caprl_jax.data.json_rows import read_items
 from caprl_jax.data.readers.caprl_json import choices_of
-from caprl_jax.data.readers.image_spellings import find_image, spelled_image
+from caprl_jax.data.readers.image_spellings import MAX_IMAGE_BYTES, find_image, spelled_image
 from caprl_jax.data.rows import BadRow, ImageSource, PixelLimits, QARow
 from caprl_jax.json_files import shown
 
@@ -84,13 +84,14 @@ class BenchmarkRow:
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredZipImage:
   """A member of a zip file: `packed` bytes, stored or deflated, behind the member's header at byte
-  `offset`.
+  `offset`; `size` bytes when they are unpacked.
   """
 
   path: pathlib.Path
   member: str
   offset: int
   packed: int
+  size: int
   deflated: bool
   crc: int
 
@@ -99,7 +100,13 @@ class StoredZipImage:
     return f"{self.path}, member {self.member!r}"
 
   def read(self) -> bytes:
-    """Raises ValueError, with `where`, for a file that is gone, cut off or damaged."""
+    """Raises ValueError, with `where`, for a file that is gone, cut off or damaged, and for one
+    that is larger than an image may be, or than its zip file says."""
+    if max(self.size, self.packed) > MAX_IMAGE_BYTES:
+      raise ValueError(
+        f"{self.where}: {self.size >> 20:,} MiB, and an image may have {MAX_IMAGE_BYTES >> 20}; "
+        "pack a smaller one"
+      )
     # Not by zipfile, which would read the list of all members again for every image, and in every
     # process.
     try:
@@ -113,10 +120,11 @@ class StoredZipImage:
     except OSError as error:
       raise ValueError(f"{self.where}: {error.strerror}; put the zip file back") from error
     try:
-      data = zlib.decompress(data, -15) if self.deflated else data
+      # A megabyte may be packed zeros that fill the memory.
+      data = zlib.decompressobj(-15).decompress(data, self.size + 1) if self.deflated else data
     except zlib.error as error:
       raise ValueError(f"{self.where}: damaged ({error}); fetch the zip file again") from error
-    if zlib.crc32(data) != self.crc:
+    if len(data) != self.size or zlib.crc32(data) != self.crc:
       raise ValueError(f"{self.where}: damaged (its checksum differs); fetch the zip file again")
     return data
 
@@ -421,6 +429,7 @@ class _Finder:
       candidate,
       info.header_offset,
       info.compress_size,
+      info.file_size,
       info.compress_type == zipfile.ZIP_DEFLATED,
       info.CRC,
     )

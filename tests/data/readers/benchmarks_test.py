@@ -1,11 +1,13 @@
 """Evaluation files, by their description: no released file lies here."""
 
 import base64
+import dataclasses
 import json
 import pathlib
 import pickle
 import string
 import zipfile
+import zlib
 
 import pytest
 from PIL import Image
@@ -301,6 +303,15 @@ def test_images_in_a_zip_file(tmp_path, packed, images):
   assert pickle.loads(pickle.dumps(row)) == row  # loaders send rows to other processes
   deflated = read(tmp_path, packed, "charts/b.png").image
   assert deflated.packed < 5000 and deflated.read() == b"0" * 5000
+
+
+def test_a_member_unpacks_to_no_more_than_its_zip_file_says_and_an_image_may_have(tmp_path, packed):
+  """A few bytes can be zeros that fill the memory."""
+  image = read(tmp_path, packed, "charts/b.png").image
+  with pytest.raises(ValueError, match="member 'charts/b.png': damaged"):
+    dataclasses.replace(image, size=4000, crc=zlib.crc32(b"0" * 4000)).read()
+  with pytest.raises(ValueError, match="member 'charts/b.png': 1,024 MiB, and an image may have"):
+    dataclasses.replace(image, size=1 << 30).read()
 
 
 @pytest.mark.parametrize(
