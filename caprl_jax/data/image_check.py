@@ -26,11 +26,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from PIL import __version__ as pillow_version
-from tqdm import tqdm
 
 from caprl_jax.data.rows import ImageSource
 from caprl_jax.data.usable_rows import HasImage, ImageFacts, look_at, not_there, source_bytes
 from caprl_jax.image_files import open_image, openable_suffixes
+from caprl_jax.progress import Bar
 
 log = logging.getLogger("caprl_jax.data.image_check")
 
@@ -177,15 +177,8 @@ class ImageCheck:
     return dict(zip(sources, facts, strict=True))
 
   def _pass(self, sources: list[ImageSource]) -> Iterator[ImageFacts]:
-    bar = tqdm(
-      total=len(sources),
-      desc="checking images",
-      unit="image",
-      leave=False,
-      delay=2,
-      disable=self.process > 0 or None,  # None: hidden where there is no terminal
-    )
-    said, done = time.monotonic(), 0
+    bar = Bar(len(sources), "checking images", "image", shown=self.process == 0)
+    said = time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(self.threads, "checks")
     try:
       # a piece at a time: what is decoded is written, and does not pile up
@@ -193,17 +186,14 @@ class ImageCheck:
         for facts in pool.map(self._one, sources[start : start + AT_ONCE]):
           yield facts
           bar.update()
-          done += 1
           if time.monotonic() - said > SAY_SECS:
             self.cache.write()
             said = time.monotonic()
-            if bar.disable:
-              log.info("checked %d of %d images", done, len(sources))
         self.cache.write()
     finally:
       pool.shutdown(cancel_futures=True)
       self.cache.write()
-      bar.close()
+      bar.__exit__()
 
   def _one(self, source: ImageSource) -> ImageFacts:
     stamp, modified = _stamp(source)

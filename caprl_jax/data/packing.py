@@ -27,6 +27,7 @@ from caprl_jax.data.rows import BadRow, BadRows, good_rows, read_image
 from caprl_jax.data.usable_rows import RowError, bad_row, fits, shape_of, usable
 from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import PolicyConfig
+from caprl_jax.progress import counted
 from caprl_jax.types import Images, Packed, Prompts
 
 log = logging.getLogger("caprl_jax.data")
@@ -221,7 +222,8 @@ class Packer:
       return self.plans[epoch]
 
   def _make_plan(self, epoch: int) -> Plan:
-    rendered = [self._visit(i, epoch) for i in range(len(self.examples))]
+    numbers = counted(range(len(self.examples)), "packing", "example")
+    rendered = [self._visit(i, epoch) for i in numbers]
     lengths, images = self._lengths(rendered), (self.counts > 0).astype(int)
     rng = np.random.default_rng([self.seed, epoch])
     order = rng.permutation(len(lengths))

@@ -25,6 +25,7 @@ from caprl_jax.data.rows import (
   what_failed,
 )
 from caprl_jax.json_files import shown
+from caprl_jax.progress import counted
 
 
 class RowError(ValueError):
@@ -101,7 +102,7 @@ def usable(
     facts: of each row's image; those of a row without one are not looked at.
     checks: asked in order, of rows whose image can be decoded.
   """
-  for row, fact in zip(rows, facts, strict=True):
+  for row, fact in counted(zip(rows, facts, strict=True), "checking rows", "row"):
     if row.image is not None and fact.problem:
       yield bad_row(row, unreadable(row, fact.problem), fact.reason)
       continue

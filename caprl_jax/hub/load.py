@@ -34,6 +34,7 @@ from caprl_jax.models.family import Keys
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
 from caprl_jax.models.trainable import merge_trees, split_lora
+from caprl_jax.progress import going_on
 from caprl_jax.types import Images, Params, Prompts, Vocabulary
 
 log = logging.getLogger("caprl_jax.hub")
@@ -143,7 +144,8 @@ def _fill(init, keys: Keys, tensors, source, mesh, dtype) -> tuple[Params, Any]:
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
   base, adapters = split_lora(abstract)
   base_shardings, adapter_shardings = split_lora(shardings)
-  params = weights.params_from_tensors(base, tensors, keys, source, base_shardings)
+  with going_on(f"loading {cut(source, 100)}"):
+    params = weights.params_from_tensors(base, tensors, keys, source, base_shardings)
   return merge_trees(params, new_lora(adapters, adapter_shardings)), shardings
 
 
@@ -305,9 +307,10 @@ def save_policy(
   if not json_of(small, PREPROCESSOR) and not json_of(small, PROCESSOR).get("image_processor"):
     said = {**processor_of(loaded.model.cfg.vision), **loaded.preprocessor}
     small[PREPROCESSOR] = json.dumps(said, indent=2).encode()
-  hub_files.write_directory(
-    path, config, tensors, tokenizer_files=small, max_shard_bytes=max_shard_bytes
-  )
+  with going_on(f"writing {path}"):
+    hub_files.write_directory(
+      path, config, tensors, tokenizer_files=small, max_shard_bytes=max_shard_bytes
+    )
 
 
 def relate_vocabularies(

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
@@ -36,6 +35,7 @@ from caprl_jax.inference.image_judge import (
   ScorePrompt,
 )
 from caprl_jax.json_files import shown
+from caprl_jax.progress import counted
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin, best_and_lead
 
@@ -247,9 +247,7 @@ class HostJudge:
     option_tokens = question_shape(tokenized).option_tokens
     prompt = self.tokenize.prompt(options if self.cfg.reading != "option_pmi" else 2, self._written)
     answers: list = [None] * len(asks)
-    for start in tqdm(
-      range(0, len(rows), self.rows), desc=what, unit="batch", leave=False, delay=5, disable=None
-    ):
+    for start in counted(range(0, len(rows), self.rows), what, "batch"):
       part = rows[start : start + self.rows]
       part = part + [part[-1]] * (self.rows - len(part))
       # ... and lengths are rounded up, so that few programs are compiled.

@@ -9,17 +9,18 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.data.batches import eval_batches
 from caprl_jax.data.usable_rows import NextUsable
 from caprl_jax.harness.extras import extra
+from caprl_jax.harness.process import peers
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.harness.setup import Run, set_up
 from caprl_jax.harness.training.programs import build_evaluation
+from caprl_jax.progress import counted
 from caprl_jax.rl.advantages import flat_groups
 from caprl_jax.rl.rollout import RolloutConfig
 from caprl_jax.rl.step import StepConfig
@@ -55,11 +56,18 @@ class Evaluator:
   ) -> dict[str, float]:
     """Evaluates on all held-out rows and writes example captions; figures by name."""
     run, cfg = self.run, self.run.settings.evaluate
-    parts = [*self._parts(self._single, params, len(run.eval_rows), cfg.batch_size, stage)]
-    figures = figures_of(parts, run.kinds) | self._flat_groups(params)
+    tallies, shown, left = [], [], cfg.samples
+    for batch, samples in self._parts(
+      self._single, params, len(run.eval_rows), cfg.batch_size, stage
+    ):
+      tallies.append(Tally.of(batch, samples))
+      if left > 0:  # captions and answers of all rows would fill the memory
+        shown.append((batch, samples))
+        left -= len(batch.row_B)
+    figures = figures_of(tallies, run.kinds) | self._flat_groups(params)
     if jax.process_index() == 0:
       with extra("samples", samples_path):
-        save_samples(samples_path, stage, step, parts, run.eval, run.policy.tokenizer, cfg.samples)
+        save_samples(samples_path, stage, step, shown, run.eval, run.policy.tokenizer, cfg.samples)
     known = [name for name in run.kinds if f"accuracy/{name}" in figures]
     by_kind = [f"{name} {figures[f'accuracy/{name}']:.3f}" for name in known]
     log.info(
@@ -94,29 +102,46 @@ class Evaluator:
     absent = lambda batch: dataclasses.replace(batch, row_B=np.int32(-1))
     example = NextUsable(run.eval.example, run.eval_rows, run.bad, absent)
     batches = eval_batches(example, rows, size, seed, share)
-    bar = tqdm(
-      batches,
-      total=-(-rows // size),
-      desc=what,
-      unit="batch",
-      leave=False,
-      disable=jax.process_index() > 0 or None,  # None: hidden where there is no terminal
-    )
+    bar = counted(batches, what, "batch", -(-rows // size), shown=jax.process_index() == 0)
     for number, (batch, real) in enumerate(bar):
+      peers.check()
       key = jax.random.fold_in(jax.random.key(seed), first_key + number)
       made = jax.device_get(program(params, sharding.put_batch(batch, run.mesh), key))
       there = np.flatnonzero(made[0].row_B[:real] >= 0)
       yield jax.tree.map(lambda x, there=there: x[there], made)
 
 
-def figures_of(parts: list[tuple[Batch, Samples]], kinds: tuple[str, ...]) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Tally:
+  """What the figures need of a batch with one caption per image. Of each question that was
+  answered: correct, abstained, kind; of each image: length_tokens, ended, scored."""
+
+  correct: np.ndarray
+  abstained: np.ndarray
+  kind: np.ndarray
+  length_tokens: np.ndarray
+  ended: np.ndarray
+  scored: np.ndarray
+
+  @classmethod
+  def of(cls, batch: Batch, samples: Samples) -> "Tally":
+    """Args: of numpy arrays."""
+    answers, captions = samples.answers, samples.captions
+    valid = answers.valid_BGK[:, 0]
+    return cls(
+      correct=answers.correct_BGK[:, 0][valid],
+      abstained=answers.choice_BGK[:, 0][valid] < 0,
+      kind=batch.questions.kind_BK[valid],
+      length_tokens=captions.valid_BGT[:, 0].sum(-1),
+      ended=captions.ended_BG[:, 0].copy(),  # not a view, which would keep the batch
+      scored=samples.scored_BG.copy(),
+    )
+
+
+def figures_of(tallies: list[Tally], kinds: tuple[str, ...]) -> dict[str, float]:
   """The held-out figures of batches with one caption per image."""
-  of = lambda pick: np.concatenate([pick(batch, samples) for batch, samples in parts])
-  valid = of(lambda _, samples: samples.answers.valid_BGK[:, 0])
-  correct = of(lambda _, samples: samples.answers.correct_BGK[:, 0])[valid]
-  abstained = of(lambda _, samples: samples.answers.choice_BGK[:, 0] < 0)[valid]
-  kind = of(lambda batch, _: batch.questions.kind_BK)[valid]
-  length = of(lambda _, samples: samples.captions.valid_BGT[:, 0].sum(-1))
+  of = lambda name: np.concatenate([getattr(tally, name) for tally in tallies])
+  correct, abstained, kind, length = map(of, ("correct", "abstained", "kind", "length_tokens"))
   figures = {
     "accuracy": float(correct.mean()),
     "abstained": float(abstained.mean()),
@@ -124,8 +149,8 @@ def figures_of(parts: list[tuple[Batch, Samples]], kinds: tuple[str, ...]) -> di
     "questions": len(correct),
     "images": len(length),
     "length_tokens": float(length.mean()),
-    "truncated": float(1 - of(lambda _, samples: samples.captions.ended_BG[:, 0]).mean()),
-    "unscored": int((~of(lambda _, samples: samples.scored_BG)).sum()),
+    "truncated": float(1 - of("ended").mean()),
+    "unscored": int((~of("scored")).sum()),
   }
   return figures | {
     f"accuracy/{name}": float(correct[kind == i].mean())

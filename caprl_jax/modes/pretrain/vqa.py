@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
@@ -18,6 +17,7 @@ from caprl_jax.data.rows import QARow
 from caprl_jax.hub.load import Loaded
 from caprl_jax.inference.open_vqa import OpenAnswerer, OpenVqaAnswer, check_ends
 from caprl_jax.inference.vqa import AnswerConfig, Answerer, VqaAnswer, VqaResult, letter_ids
+from caprl_jax.progress import Bar
 from caprl_jax.scoring.intervals import bootstrap_interval
 
 log = logging.getLogger("caprl_jax.modes.pretrain.vqa")
@@ -111,7 +111,7 @@ def ask(
     if open_question
     else Answerer(policy, cfg, mesh, seed)
   )
-  with made as answerer, tqdm(total=len(rows), desc="questions", unit="image", disable=None) as bar:
+  with made as answerer, Bar(len(rows), "questions", "image") as bar:
     for found in answerer(enumerate(rows)):
       results += found
       bar.update(len(found))

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
@@ -40,6 +39,7 @@ from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism.figures import Evaluation
 from caprl_jax.modes.prism.page import write_page
 from caprl_jax.modes.prism.questions import gold_index, read_questions
+from caprl_jax.progress import Bar
 from caprl_jax.rl.sampling import SamplingConfig
 
 log = logging.getLogger("caprl_jax.modes.prism.run")
@@ -179,7 +179,7 @@ def caption_all(
   )
   with (
     open_captioner(load, settings, mesh=mesh, seed=seed) as captioner,
-    tqdm(total=len(left), desc="captions", unit="image", disable=None) as bar,
+    Bar(len(left), "captions", "image") as bar,
   ):
     for found in captioner(left):
       for item in found:
@@ -244,7 +244,7 @@ def write_answers(
   left = {key: one for key, one in zip(keys, ids) if key not in kept}
   if left:
     names = list(left)
-    with tqdm(total=len(left), desc="answers", unit="answer", disable=None) as bar:
+    with Bar(len(left), "answers", "answer") as bar:
       for found in writer(list(left.values())):
         kept.put(
           {names[number]: {"text": text.text, "finish": text.finish} for number, text in found}
