@@ -100,13 +100,10 @@ class StoredZipImage:
     return f"{self.path}, member {self.member!r}"
 
   def read(self) -> bytes:
-    """Raises ValueError, with `where`, for a file that is gone, cut off or damaged, and for one
-    that is larger than an image may be, or than its zip file says."""
+    """Raises ValueError, with `where`, for a file that is gone, damaged, or too large."""
     if max(self.size, self.packed) > MAX_IMAGE_BYTES:
-      raise ValueError(
-        f"{self.where}: {self.size >> 20:,} MiB, and an image may have {MAX_IMAGE_BYTES >> 20}; "
-        "pack a smaller one"
-      )
+      most = f"an image may have {MAX_IMAGE_BYTES >> 20}; pack a smaller one"
+      raise ValueError(f"{self.where}: {self.size >> 20:,} MiB, and {most}")
     # Not by zipfile, which would read the list of all members again for every image, and in every
     # process.
     try:
