@@ -111,7 +111,7 @@ def _whole_tracebacks() -> Iterator[None]:
   raised."""
   import jax  # here and below: --help and a mistyped flag need not wait for it
 
-  before = jax.config.jax_traceback_filtering
+  before = getattr(jax.config, "jax_traceback_filtering")  # noqa: B009  not known to type checkers
   jax.config.update("jax_traceback_filtering", "off")
   try:
     yield
@@ -119,7 +119,7 @@ def _whole_tracebacks() -> Iterator[None]:
     jax.config.update("jax_traceback_filtering", before)
 
 
-def _device_memory(error: Exception) -> str:
+def _device_memory(error: BaseException) -> str:
   """What is said where a program does not fit a device."""
   first = str(error).partition("\n")[0]
   return (
@@ -130,7 +130,7 @@ def _device_memory(error: Exception) -> str:
   )
 
 
-def _complain(error: Exception, trace: bool, note: str = "(--traceback shows where)") -> None:
+def _complain(error: BaseException, trace: bool, note: str = "(--traceback shows where)") -> None:
   """Says on stderr what went wrong: its traceback where `trace` asks for it, else a note."""
   if trace:
     traceback.print_exception(error)

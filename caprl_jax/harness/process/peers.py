@@ -71,7 +71,8 @@ def join(known: Mapping[str, int]) -> int:
   import jax  # not above: --help does not wait for it
   from jax._src import distributed
 
-  jax.distributed.initialize(**known, heartbeat_timeout_seconds=HEARTBEAT_SECS)
+  arguments: dict[str, Any] = dict(known)
+  jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECS)
   state = distributed.global_state  # jax has no public name for the client; Orbax takes the same
   if state.num_processes > 1:
     _current = Peers(state.client, state.process_id, state.num_processes)

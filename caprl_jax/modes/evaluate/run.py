@@ -36,6 +36,9 @@ def evaluation_config(settings: Settings, rollout: RolloutConfig, images: int) -
   return dataclasses.replace(settings.step, judge=judge.each_once(pieces), rollout=rollout)
 
 
+Array = np.ndarray | jax.Array
+
+
 class Evaluator:
   """Compiles once; `__call__` evaluates any parameters of the run's captioner."""
 
@@ -116,12 +119,12 @@ class Tally:
   """What the figures need of a batch with one caption per image. Of each question that was
   answered: correct, abstained, kind; of each image: length_tokens, ended, scored."""
 
-  correct: np.ndarray
-  abstained: np.ndarray
-  kind: np.ndarray
-  length_tokens: np.ndarray
-  ended: np.ndarray
-  scored: np.ndarray
+  correct: Array
+  abstained: Array
+  kind: Array
+  length_tokens: Array
+  ended: Array
+  scored: Array
 
   @classmethod
   def of(cls, batch: Batch, samples: Samples) -> "Tally":
