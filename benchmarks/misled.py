@@ -35,8 +35,8 @@ from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.harness.training.programs import build_step
 from caprl_jax.harness.training.state import make_optimizer, make_state, policy_shardings
-from caprl_jax.modes import sft
 from caprl_jax.modes.evaluate.run import Evaluator
+from caprl_jax.modes.sft import run as sft
 
 UNKNOWN = "circle"  # the shape that the warm start has no true word for
 REWARDS = {"accuracy": dict(accuracy=1.0), "accuracy - 2 misled": dict(accuracy=1.0, misled=2.0)}

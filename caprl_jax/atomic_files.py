@@ -1,9 +1,12 @@
-"""Atomic writes of small files."""
+"""Atomic writes of small files, and of folders; what a kill leaves of them."""
 
+import ctypes
 import hashlib
 import json
 import os
 import pathlib
+import re
+import shutil
 from typing import Any
 
 _LONG_NAME = 200  # bytes: file systems have 255, and the temporary name is longer
@@ -31,3 +34,64 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON with `write_text`. Numbers that are not finite are a ValueError: JSON has none."""
   write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+# ---- folders ----
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<what>partial|replaced)-(?P<process>\d+)")
+_LEFT_FILE = re.compile(r"\..+\.\d+\.tmp")
+
+
+def partial_folder(path: pathlib.Path) -> pathlib.Path:
+  """Where this process makes a folder that is to take the place of `path`; empty."""
+  partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+  shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
+  partial.mkdir()
+  return partial
+
+
+def replace_folder(path: pathlib.Path, new: pathlib.Path) -> None:
+  """Puts `new`, of `partial_folder` and whole, in the place of `path`.
+
+  A kill leaves the old one or the new one: at once where the system can exchange two names (Linux),
+  elsewhere after `mend_folders`.
+  """
+  if path.exists() and _exchange(path, new):
+    shutil.rmtree(new, ignore_errors=True)  # the old one now
+    return
+  old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+  if path.exists():
+    path.rename(old)
+  new.rename(path)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
+  """Gives two paths each other's name; False where the system or its file system cannot."""
+  rename = getattr(ctypes.CDLL(None), "renameat2", None)
+  if rename is None:
+    return False
+  here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+  return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def mend_folders(parent: pathlib.Path) -> list[str]:
+  """Takes away what killed processes left of folders and files that they were writing in `parent`,
+  and puts a folder in its place where a kill came between two renames. Nobody may be writing there.
+
+  Returns:
+    The names of what was found.
+  """
+  found = [(path, match) for path in parent.glob(".*") if (match := _LEFT.fullmatch(path.name))]
+  for path, match in found:
+    target = parent / match["name"]
+    if match["what"] == "replaced" and not target.exists():
+      # the new one was whole before the old one was moved
+      new = parent / f".{match['name']}.partial-{match['process']}"
+      (new if new.exists() else path).rename(target)
+  for path, _ in found:
+    shutil.rmtree(path, ignore_errors=True)
+  files = [path for path in parent.glob(".*.tmp") if _LEFT_FILE.fullmatch(path.name)]
+  for path in files:
+    path.unlink(missing_ok=True)
+  return [path.name for path in [*(path for path, _ in found), *files]]

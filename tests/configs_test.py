@@ -14,10 +14,11 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers import benchmarks
 from caprl_jax.harness.sections import TrainSection
 from caprl_jax.harness.settings import read_settings
-from caprl_jax.modes import plan, sft
+from caprl_jax.modes import plan
 from caprl_jax.modes.gallery import run as gallery
 from caprl_jax.modes.pretrain import run as pretrain
 from caprl_jax.modes.prism import run as prism
+from caprl_jax.modes.sft import run as sft
 from caprl_jax.rl import optimizer
 from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.scoring import answers as scoring

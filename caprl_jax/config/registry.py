@@ -45,6 +45,7 @@ _POLICY = {"policy": "harness.sections:PolicySection"}
 _JUDGE = {"judge": "inference.judge:JudgeSection"}
 _DATA = {"data": "harness.sections:DataSection"}
 _GATE = {"gate": "harness.sections:GateSection"}
+_CHECKPOINT = {"checkpoint": "harness.checkpoints:CheckpointConfig"}
 _TRAINING = {
   **_MESH,
   **_POLICY,
@@ -59,7 +60,7 @@ _TRAINING = {
   "optimizer": "rl.optimizer:OptimizerConfig",
   "train": "harness.sections:TrainSection",
   "evaluate": "harness.sections:EvaluateSection",
-  "checkpoint": "harness.checkpoints:CheckpointConfig",
+  **_CHECKPOINT,
 }
 
 MODES: dict[str, Mode] = {
@@ -70,10 +71,15 @@ MODES: dict[str, Mode] = {
     _TRAINING,
   ),
   "sft": Mode(
-    "caprl_jax.modes.sft",
+    "caprl_jax.modes.sft.run",
     "teach a policy to see and to speak from given captions, before CapRL",
     "--config=configs/quickstart_sft.py --workdir=runs/quickstart_sft",
-    {"sft": "modes.sft:SFTConfig", "policy": "modes.sft:NewPolicyConfig", **_MESH},
+    {
+      "sft": "modes.sft.section:SFTConfig",
+      "policy": "modes.sft.section:NewPolicyConfig",
+      **_CHECKPOINT,
+      **_MESH,
+    },
   ),
   "pretrain": Mode(
     "caprl_jax.modes.pretrain.run",
@@ -81,7 +87,7 @@ MODES: dict[str, Mode] = {
     "it about images",
     "--config=configs/pretrain_language.py --workdir=runs/pretrain_language",
     {
-      "pretrain": "modes.pretrain.run:PretrainConfig",
+      "pretrain": "modes.pretrain.section:PretrainConfig",
       "pretrain_policy": "modes.pretrain.policy:PretrainPolicyConfig",
       **_MESH,
     },

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from caprl_jax.harness.process.first import from_first
+from caprl_jax.harness.process.wall_time import WallTime
 from caprl_jax.json_files import cut
 from caprl_jax.types import TrainState
 
@@ -23,11 +24,24 @@ class CheckpointConfig:
   """When a checkpoint is written; after the last step it always is.
 
   every_steps: steps from one to the next.
+  every_minutes: a checkpoint is also written when so many minutes are over since the last one;
+    None: only by steps.
   keep: checkpoints that are kept.
   """
 
   every_steps: int = 50
+  every_minutes: float | None = None
   keep: int = 2
+
+  def __post_init__(self):
+    if self.every_steps < 1 or self.keep < 1:
+      raise ValueError(
+        f"checkpoint.every_steps = {self.every_steps} and keep = {self.keep} must be at least 1"
+      )
+    if self.every_minutes is not None and not self.every_minutes > 0:
+      raise ValueError(
+        f"checkpoint.every_minutes = {self.every_minutes} must be above 0; None: only by steps"
+      )
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
@@ -39,21 +53,31 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 class Checkpoints:
   """The checkpoints under `workdir/checkpoints`. A checkpoint that was not finished is not one:
-  Orbax renames it into place when all items are written."""
+  Orbax renames it into place when all items are written, in the background."""
 
   def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig):
     self.cfg = cfg
+    self._wall_time = WallTime(cfg.every_minutes)
     self.manager = ocp.CheckpointManager(
       (workdir / "checkpoints").absolute(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, enable_async_checkpointing=False),
+      options=ocp.CheckpointManagerOptions(max_to_keep=cfg.keep),
       item_names=("state", "data", "config"),
     )
+
+  def due(self, step: int) -> bool:
+    """Whether a checkpoint is to be written after this step. All processes call it after every
+    step."""
+    return self._wall_time.over(step) or step % self.cfg.every_steps == 0
 
   def save(
     self, state: TrainState, iterator_state: dict, config: dict, *, force: bool = False
   ) -> None:
-    """Writes a checkpoint named after the state's step when one is due or `force` asks for it. All
-    processes call it, with the same iterator state."""
+    """Writes a checkpoint named after the state's step when one is due by steps or `force` asks for
+    it. All processes call it, with the same iterator state.
+
+    It returns when the state is copied to the host, and may be donated; `wait` returns when the
+    checkpoint is on the disk.
+    """
     step = int(state.step)
     if not force and step % self.cfg.every_steps:
       return
@@ -69,8 +93,12 @@ class Checkpoints:
       ),
       force=True,
     )
+    self._wall_time.begin(step)
+    log.info("checkpoint of step %d: its state is copied, and is written in the background", step)
+
+  def wait(self) -> None:
+    """Returns when all that was saved is on the disk. Raises what went wrong with it."""
     self.manager.wait_until_finished()
-    log.info("checkpoint of step %d written", step)
 
   def latest_step(self) -> int | None:
     """The newest step, as all processes call it."""

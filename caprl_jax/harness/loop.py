@@ -3,11 +3,12 @@
 """
 
 import collections
+import contextlib
 import logging
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ from caprl_jax.errors import of_runtime
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.metrics import MetricsWriter, Progress
 from caprl_jax.harness.process import peers
+from caprl_jax.harness.process.log_files import settle_log_files
 from caprl_jax.harness.process.signals import Deferred
 from caprl_jax.harness.trackers import Tracker
-from caprl_jax.harness.watch import Heartbeat, StoppedByRuleError, Watch
+from caprl_jax.harness.watch import Heartbeat, Watch
 from caprl_jax.progress import saying_first
 from caprl_jax.types import TrainState
 
@@ -35,6 +37,14 @@ class CompileCounter:
   def _on_event(self, event: str, *_, **__) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
       self.count += 1
+
+  @contextlib.contextmanager
+  def excused(self) -> Iterator[None]:
+    """What is compiled meanwhile does not count: evaluation and Orbax, which cuts what has copies,
+    have programs of their own."""
+    known = self.count
+    yield
+    self.count = known
 
   def __enter__(self) -> "CompileCounter":
     jax.monitoring.register_event_duration_secs_listener(self._on_event)
@@ -90,8 +100,10 @@ class StepReports:
     on_samples: Callable[[int, Any, Any], None] | None,
     trackers: Sequence[Tracker],
     watch: Watch | None,
+    skip_nonfinite: int = 0,
   ):
     self.watch, self.heart = watch or Watch((), ()), Heartbeat()
+    self.skip_nonfinite, self.nonfinite = skip_nonfinite, 0
     self.main = jax.process_index() == 0
     self.reward_name, self.on_samples, self.trackers = reward_name, on_samples, trackers
     self.pending, self.extra = collections.deque(), {}
@@ -105,14 +117,18 @@ class StepReports:
     self.pending.append((step, metrics, batch, samples))
     self.extra[step] = {"time/data_secs": data_secs}
 
-  def read(self, most_pending: int = 0) -> None:
+  def read(self, most_pending: int = 0, stopping: bool = False) -> None:
     """Reads the oldest steps, and waits for them, until `most_pending` are left.
 
-    Raises FloatingPointError where loss or gradient were not finite; that step stays pending. And
-    where a rule says that the run is to stop.
+    Args:
+      stopping: the run ends already, and only its lines are to be written.
+
+    Raises FloatingPointError where loss or gradient were not finite in more steps than may be
+    passed over, and where a rule says that the run is to stop.
     """
     while len(self.pending) > most_pending:
       step, metrics, batch, samples = self.pending[0]
+      newest = self.pending[-1][0]
       numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
       # a kind that the batch does not ask about has none
       numbers = {
@@ -123,18 +139,36 @@ class StepReports:
       now = time.perf_counter()
       numbers["time/step_secs"], self.before = now - self.before, now
       numbers |= self.extra.pop(step, {})
-      if numbers.get("update/nonfinite"):
-        raise FloatingPointError(
-          f"step {step}: loss {numbers['update/loss']} or gradient norm "
-          f"{numbers['update/grad_norm']} is not finite; such an update changes no parameters, "
-          f"and the checkpoint of step {self.pending[-1][0]} holds finite ones. Lower "
-          "optimizer.learning_rate or look at the batch's rows in samples/"
-        )
+      if self.main and step > self.writer.last_step:  # else a signal came before it was taken away
+        self._write(step, numbers, batch, samples)
       self.pending.popleft()
       self.heart.beat()
-      if self.main:
-        self._write(step, numbers, batch, samples)
+      if stopping:
+        continue
+      if numbers.get("update/nonfinite"):
+        self._pass_over(step, numbers, newest)
       self.watch.see(step, numbers)
+
+  def _pass_over(self, step: int, numbers: dict[str, float], newest: int) -> None:
+    """Counts a step that was not finite; raises FloatingPointError where it is one too many."""
+    self.nonfinite += 1
+    said = (
+      f"step {step}: loss {numbers['update/loss']} or gradient norm {numbers['update/grad_norm']} "
+      "is not finite; such an update changes no parameters"
+    )
+    if self.nonfinite <= self.skip_nonfinite:
+      log.warning(
+        "%s, and the run goes on (%d of %d that train.skip_nonfinite allows)",
+        said,
+        self.nonfinite,
+        self.skip_nonfinite,
+      )
+      return
+    raise FloatingPointError(
+      f"{said}, and the checkpoint of step {newest} holds finite ones. Lower "
+      "optimizer.learning_rate, look at the batch's rows in samples/, or set train.skip_nonfinite "
+      "to go on after a few such steps"
+    )
 
   def _write(self, step: int, numbers: dict[str, float], batch: Any, samples: Any) -> None:
     self.writer.write(step, numbers)
@@ -143,6 +177,16 @@ class StepReports:
     self.progress.update(numbers.get(self.reward_name))
     if self.on_samples:
       self.on_samples(step, batch, samples)
+
+  def save(self, checkpoints: Checkpoints, *saved: Any, last: bool = False) -> None:
+    """Writes a checkpoint, `saved` as `Checkpoints.save` takes it; first all that was written is on
+    the disk, also where that is a bucket. The last one is waited for."""
+    if self.main:
+      self.writer.settle()
+    settle_log_files()
+    checkpoints.save(*saved, force=True)
+    if last:
+      checkpoints.wait()
 
   def evaluate(
     self, step: int, state: TrainState, evaluate: Callable[[int, TrainState], dict[str, float]]
@@ -186,6 +230,7 @@ def run_loop(
   evaluate_every: int = 0,
   trackers: Sequence[Tracker] = (),
   watch: Watch | None = None,
+  skip_nonfinite: int = 0,
 ) -> TrainState:
   """Runs `step_fn(state, batch) -> (state, metrics, samples)` up to step `steps`.
 
@@ -199,19 +244,20 @@ def run_loop(
       numbers join the step's.
     trackers: get every number that metrics.jsonl gets.
     watch: its rules warn, or end the run.
+    skip_nonfinite: steps, since this start, that may be not finite before the run ends.
 
   Raises:
-    FloatingPointError: loss or gradient not finite; that update changed no parameters, and they are
-    saved first. Or a rule of `watch` says so.
+    FloatingPointError: loss or gradient not finite once too often; such an update changes no
+    parameters, and they are saved first. Or a rule of `watch` says so.
     KeyboardInterrupt: passed on after a checkpoint of the last finished step; as is every other
     error that leaves a state to save. In several processes all raise after the same step.
   """
   start = int(state.step)
   reports = StepReports(
-    workdir, start, steps, what, reward_name, on_samples, trackers, watch or Watch((), ())
+    workdir, start, steps, what, reward_name, on_samples, trackers, watch, skip_nonfinite
   )
   position = iterator.get_state()  # after the batch of the last step
-  save = lambda force=False: checkpoints.save(state, position, config, force=force)
+  save = lambda last=False: reports.save(checkpoints, state, position, config, last=last)
   step_fn = saying_first(step_fn, f"{what}: compiling the step")
   with CompileCounter() as compiles, Interrupts() as interrupts:
     try:
@@ -227,26 +273,24 @@ def run_loop(
         reports.read(most_pending=1)  # step n - 1, while the devices work on step n
         if step == start + 1:
           jax.block_until_ready(metrics)
-          after_first = compiles.count
-        # evaluation and Orbax, which cuts what has copies, have programs of their own
-        known = compiles.count
-        if evaluate and evaluate_every and step % evaluate_every == 0:
-          reports.evaluate(step, state, evaluate)
-        if step % checkpoints.cfg.every_steps == 0:
-          reports.read()  # first: a kill after the checkpoint must leave no gap in metrics.jsonl
-          save()
-        after_first += compiles.count - known
+          compiles.count = 0
+        with compiles.excused():
+          if evaluate and evaluate_every and step % evaluate_every == 0:
+            reports.evaluate(step, state, evaluate)
+          if checkpoints.due(step):
+            reports.read()  # first: a kill after the checkpoint must leave no gap in metrics.jsonl
+            save()
       reports.read()
       interrupts.check()
       if start < steps:
-        log.info("%s: %d compilations after the first step", what, compiles.count - after_first)
+        log.info("%s: %d compilations after the first step", what, compiles.count)
     except BaseException as error:
       if interrupts.can_save(error, state):
         _keep(error, save, reports)
       raise
     finally:
       reports.close()
-    save(force=True)
+    save(last=True)
   return state
 
 
@@ -254,9 +298,10 @@ def _keep(error: BaseException, save: Callable[[bool], None], reports: StepRepor
   """Saves what an error leaves, with the numbers of its last step. Where that fails too, the first
   error is what is told."""
   try:
-    save(True)
-    if not isinstance(error, FloatingPointError) or isinstance(error, StoppedByRuleError):
-      reports.read()
+    try:
+      reports.read(stopping=True)  # first: the checkpoint must leave no gap in metrics.jsonl
+    finally:
+      save(True)
   except Exception as another:
     log.warning("the last steps could not be saved: %s", another)
     log.debug("after %r", error, exc_info=True)

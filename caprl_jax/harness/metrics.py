@@ -67,6 +67,20 @@ class MetricsWriter:
     self._file.write(json.dumps(row, allow_nan=False) + "\n")
     self._last_step = step
 
+  @property
+  def last_step(self) -> int:
+    """The last step that has a line; 0 where none has."""
+    return self._last_step or 0
+
+  def settle(self) -> None:
+    """Closes the file and opens it again: a bucket that is mounted as a folder (gcsfuse) keeps what
+    was written when a file is closed. One that is closed stays so."""
+    if self._file.closed:
+      return
+    os.fsync(self._file.fileno())
+    self._file.close()
+    self._open()
+
   def close(self) -> None:
     self._file.close()
 

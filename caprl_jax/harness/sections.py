@@ -143,6 +143,8 @@ class TrainSection:
   stop_if: rules over metrics.jsonl, as "reward/unscored > 0.5 for 20" (steps in a row): where one
     holds, the run saves and ends.
   warn_if: rules that only warn, each with what to try.
+  skip_nonfinite: go on after so many steps whose loss or gradient was not finite, which change no
+    parameters (counted anew at each start); after one more the run saves and ends.
   """
 
   steps: int
@@ -153,8 +155,11 @@ class TrainSection:
   wandb_mode: Literal["offline", "online"] = "offline"
   stop_if: tuple[str, ...] = STOP_IF
   warn_if: tuple[str, ...] = WARN_IF
+  skip_nonfinite: int = 0
 
   def __post_init__(self):
+    if self.skip_nonfinite < 0:
+      raise ValueError(f"train.skip_nonfinite = {self.skip_nonfinite} must be at least 0")
     Watch(self.stop_if, self.warn_if)  # which refuses what is no rule
 
 

@@ -45,6 +45,17 @@ class Settings:
   checkpoint: CheckpointConfig
   step: StepConfig
 
+  def sections(self) -> dict[str, Any]:
+    """The sections, and the seed, by the names that a config has for them."""
+    found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    step = found.pop("step")
+    return found | {
+      "rollout": step.rollout,
+      "reward": step.reward,
+      "advantage": step.advantage,
+      "policy_update": step.update,
+    }
+
 
 def read_settings(config: Any) -> Settings:
   """Reads and checks a config before anything is loaded or compiled. Raises ValueError with key and

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax import sharding
+from caprl_jax.config.schema import to_plain
 from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.batches import ImagePrompt, QABatcher
 from caprl_jax.data.image_check import ImageCheck
@@ -18,9 +19,14 @@ from caprl_jax.data.judge_questions import QuestionShape, question_shape
 from caprl_jax.data.readers.qa_sources import Part, read_parts, read_qa_rows
 from caprl_jax.data.rows import QARow, kinds
 from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, fits, shape_of, usable
+from caprl_jax.harness.checkpoints import saved_steps
+from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.question_filter import filter_questions, fixed_subset
 from caprl_jax.harness.sections import GateSection
 from caprl_jax.harness.settings import Settings
+from caprl_jax.harness.training.kept_questions import KeptQuestions, Split
+from caprl_jax.harness.training.made_of import bind_held_out_rows, bind_models
+from caprl_jax.harness.training.row_digests import row_digests
 from caprl_jax.hub.load import Loaded, relate_vocabularies
 from caprl_jax.inference.image_judge import with_score
 from caprl_jax.inference.judge import Ask, HostJudge
@@ -36,7 +42,7 @@ log = logging.getLogger("caprl_jax.harness.setup")
 @dataclasses.dataclass(frozen=True)
 class Run:
   """What train and evaluate work with. Rows hold curated questions only; batchers make device
-  batches of them.
+  batches of them. digests: of the training rows (`row_digests`).
   """
 
   settings: Settings
@@ -54,6 +60,7 @@ class Run:
   eval: QABatcher
   counts: dict[str, float]
   bad: BadRowList  # what could not be used, and what is done with what fails later
+  digests: Sequence[str] = ()
   translator: Translator | None = None  # where captioner and judge have different vocabularies
 
 
@@ -98,29 +105,31 @@ class Data:
     return rows | {name: number for name, number in bad.items() if number}
 
 
-def set_up(settings: Settings, training: bool = True, workdir: pathlib.Path | None = None) -> Run:
+def set_up(
+  settings: Settings,
+  training: bool = True,
+  workdir: pathlib.Path | None = None,
+  record: RunRecord | None = None,
+) -> Run:
   """Reads and checks the data, loads both models, curates, tokenises the questions. Call under
   `jax.set_mesh`.
 
   Args:
     training: False leaves out what only training needs: `data.train` and the reference.
     workdir: where the list of bad rows goes, and what was found about images is kept.
+    record: of the run in `workdir`, which is compared with its checkpoints and held-out rows, and
+      gets them; with it, questions that were chosen before are taken again.
 
   Raises:
     ValueError: rows that cannot be used and are to be refused; none that is left; a model that
-    cannot be loaded; values that do not go together.
+    cannot be loaded, or is not that of the record; values that do not go together.
   """
   mesh = jax.sharding.get_mesh()
   sharding.check_batch_size(settings.data.batch_size, mesh, "data.batch_size")
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
-  listed = "bad_rows.jsonl" if training else "evaluation_bad_rows.jsonl"
-  bad = BadRowList(settings.data.bad_rows, workdir and workdir / listed, "--config.data.bad_rows")
-  images = ImageCheck(workdir, "" if training else "evaluation")
-  read = _read_data(settings, training, bad)
-  data = read.checked(bad, images, fits(settings.policy.pixels()))
-  if settings.judge.sees_image:
-    data = data.checked(bad, images, fits(settings.judge.pixels())).scored(settings.judge.scores)
-  bad.settle()
+  data, images, bad = _usable_data(settings, training, workdir)
+  if record is not None:
+    bind_models(record, settings, goes_on=_goes_on(workdir))
   policy = settings.policy.load(mesh)
   names = tuple(kinds([*data.train_rows, *data.eval]))
   asker = RunJudge.open(
@@ -141,7 +150,7 @@ def set_up(settings: Settings, training: bool = True, workdir: pathlib.Path | No
   if asker.host:
     data = data.checked(bad, images, _askable(asker.host, settings))
     bad.settle()
-  data, filtered = _filter(data, asker.host, settings)
+  data, filtered = _choose_questions(data, images, asker.host, settings, record, workdir)
   train, held_out, shape = _batchers(data, images, asker, policy, settings)
   vocabulary, translator = _relate(policy, judge, settings)
   counts: dict[str, float] = {**data.counts(), **filtered}
@@ -162,8 +171,88 @@ def set_up(settings: Settings, training: bool = True, workdir: pathlib.Path | No
     eval=held_out,
     counts=counts,
     bad=bad,
+    digests=row_digests(data.train_rows, images(data.train_rows)),
     translator=translator,
   )
+
+
+def _goes_on(workdir: pathlib.Path | None) -> bool:
+  return workdir is not None and bool(saved_steps(workdir))
+
+
+def _kept_questions(
+  record: RunRecord, settings: Settings, workdir: pathlib.Path | None
+) -> KeptQuestions | None:
+  """The questions that the run has chosen; None where it chooses none."""
+  chooses = settings.question_filter.informed or settings.data.questions_per_image is not None
+  if workdir is None or not chooses:
+    return None
+  speed = ("source", "microbatches", "chunk_tokens")  # and a place: none of them decides
+  decides = {
+    "filter": settings.question_filter,
+    "questions_per_image": settings.data.questions_per_image,
+    "judge": {key: value for key, value in to_plain(settings.judge).items() if key not in speed},
+    "judge_sha256": record.digest("judge.source"),
+    "seed": settings.seed,
+  }
+  return KeptQuestions(workdir, decides, goes_on=_goes_on(workdir))
+
+
+def _choose_questions(
+  data: Data,
+  images: ImageCheck,
+  host_judge: HostJudge | None,
+  settings: Settings,
+  record: RunRecord | None,
+  workdir: pathlib.Path | None,
+) -> tuple[Data, dict[str, int]]:
+  """As `_filter`; what was chosen at an earlier start of the run is chosen again, and the record
+  gets the held-out rows."""
+  if record is None:
+    return _filter(data, host_judge, settings)
+  kept = _kept_questions(record, settings, workdir)
+  chosen, counts = _chosen_once(data, images, host_judge, settings, kept)
+  bind_held_out_rows(record, chosen.eval, images(chosen.eval))
+  return chosen, counts
+
+
+def _chosen_once(
+  data: Data,
+  images: ImageCheck,
+  host_judge: HostJudge | None,
+  settings: Settings,
+  kept: KeptQuestions | None,
+) -> tuple[Data, dict[str, int]]:
+  """As `_filter`, or as `kept` remembers."""
+  if kept is None:
+    return _filter(data, host_judge, settings)
+  splits = [
+    Split(rows, row_digests(rows, images(rows)))
+    for rows in [*(rows for _, rows in data.train), data.eval]
+  ]
+  known = kept.recall(splits)
+  if known is None:
+    chosen, counts = _filter(data, host_judge, settings)
+    kept.keep(splits, [*(rows for _, rows in chosen.train), chosen.eval], counts)
+    return chosen, counts
+  (*train, held_out), counts = known
+  parts = [(part, rows) for (part, _), rows in zip(data.train, train, strict=True)]
+  return dataclasses.replace(data, train=parts, eval=held_out), counts
+
+
+def _usable_data(
+  settings: Settings, training: bool, workdir: pathlib.Path | None
+) -> tuple[Data, ImageCheck, BadRowList]:
+  """Both splits without the rows that cannot be used. Raises ValueError where such are refused."""
+  listed = "bad_rows.jsonl" if training else "evaluation_bad_rows.jsonl"
+  bad = BadRowList(settings.data.bad_rows, workdir and workdir / listed, "--config.data.bad_rows")
+  images = ImageCheck(workdir, "" if training else "evaluation")
+  read = _read_data(settings, training, bad)
+  data = read.checked(bad, images, fits(settings.policy.pixels()))
+  if settings.judge.sees_image:
+    data = data.checked(bad, images, fits(settings.judge.pixels())).scored(settings.judge.scores)
+  bad.settle()
+  return data, images, bad
 
 
 def _read_data(settings: Settings, training: bool, bad: BadRowList) -> Data:

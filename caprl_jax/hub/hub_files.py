@@ -16,6 +16,7 @@ import huggingface_hub
 import numpy as np
 import safetensors.numpy
 
+from caprl_jax.atomic_files import partial_folder, replace_folder
 from caprl_jax.hub import gguf
 from caprl_jax.hub.folders.adapters import Adapter, merge_adapter, read_adapter
 from caprl_jax.hub.folders.kinds import (
@@ -342,9 +343,7 @@ def write_directory(
   if not tensors:
     raise ValueError(f"{path}: no tensors to write.")
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-  shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
-  partial.mkdir()
+  partial = partial_folder(path)
   try:
     for name, contents in {"config.json": config, **json_files}.items():
       _write_json(partial / name, contents)
@@ -352,18 +351,9 @@ def write_directory(
       contents = contents.encode("utf-8") if isinstance(contents, str) else contents
       (partial / name).write_bytes(contents)
     _write_tensors(partial, tensors, max_shard_bytes)
-    _replace(path, partial)
+    replace_folder(path, partial)
   finally:
     shutil.rmtree(partial, ignore_errors=True)  # gone already unless writing failed
-
-
-def _replace(path: pathlib.Path, new: pathlib.Path) -> None:
-  """Puts `new` in the place of `path`; a kill between the two renames leaves both of them."""
-  old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-  if path.exists():
-    path.rename(old)
-  new.rename(path)
-  shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(path: pathlib.Path, contents: dict[str, Any]) -> None:

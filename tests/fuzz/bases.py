@@ -144,7 +144,6 @@ def metrics() -> Files:
     "counts": {"kept/colour": 3, "dropped/colour": 1, "images": 4},
     "config": {"mode": "train"},
     "versions": {"jax": "0"},
-    "complete": {"step": 2},
   }
   files = {"metrics.jsonl": _lines(lines), "summary.json": _json(summary)}
   files |= {f"samples/{name}.json": samples for name in ("before", "after", "step_000001")}
@@ -157,6 +156,11 @@ def records() -> Files:
   pretrain = {"seed": 0, "pretrain_policy": {"vision": "v"}, "stages": {"first": stage}}
   job = {"version": 1, "settings": {"prompt": "p"}, "rows": "abc", "shard_rows": 2}
   files = {"best/best.json": {"step": 3, "accuracy": 0.5}, "pretrain.json": pretrain}
+  start = {"at": "2026", "versions": {"jax": "0"}}
+  record = {"config": {"seed": 0}, "made_of": {"a": "b"}, "starts": [start]}
+  files["record_train.json"] = record | {"complete": {"step": 3}}
+  kept = {"settings": {"seed": 0}, "counts": {"kept/a": 1}, "splits": [{"a": [0, 1]}]}
+  files["kept_questions.json"] = kept
   return {name: _json(value) for name, value in (files | {"shards/settings.json": job}).items()}
 
 

@@ -210,6 +210,8 @@ def records(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   import json
 
   from caprl_jax.harness import result_cache, row_shards
+  from caprl_jax.harness.process.run_record import RunRecord
+  from caprl_jax.harness.training.kept_questions import KeptQuestions, Split
   from caprl_jax.harness.training.summary import Best
   from caprl_jax.modes.pretrain.record import Record
 
@@ -226,6 +228,8 @@ def records(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   return _read_all(
     lambda: Best(None, folder),
     lambda: Record(folder, config, ["first"]),
+    lambda: RunRecord(folder, "train").begin({"seed": 0}, ()),
+    lambda: KeptQuestions(folder, {"seed": 0}, goes_on=True).recall([Split([], [])]),
     lambda: row_shards.ShardedJob(folder / "shards", ["a"] * 3, job, host=0, hosts=1).open(),
   )
 
@@ -237,7 +241,6 @@ def metrics(folder: pathlib.Path, arguments: Arguments) -> list[str]:
 
   report.write_report(folder)
   summary = Summary(folder)
-  assert summary.complete_step >= 0
   summary.put(after={})
   with metrics_lib.MetricsWriter(folder) as writer:
     writer.truncate_after(1)

@@ -4,11 +4,21 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import counting
 
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
+from caprl_jax.types import TrainState
+
+
+class Waiting(Checkpoints):
+  """What is saved is on the disk when `save` returns."""
+
+  def save(self, *saved, **more):
+    super().save(*saved, **more)
+    self.wait()
 
 
 @pytest.fixture
@@ -17,7 +27,7 @@ def open_in(tmp_path):
   opened = []
 
   def open_with(**settings) -> Checkpoints:
-    opened.append(Checkpoints(tmp_path, CheckpointConfig(**settings)))
+    opened.append(Waiting(tmp_path, CheckpointConfig(**settings)))
     return opened[-1]
 
   yield open_with
@@ -61,6 +71,27 @@ def test_steps_that_are_due_or_forced_are_written_once_and_the_newest_kept(open_
   checkpoints.save(state, position, {}, force=True)
   checkpoints.save(state, position, {}, force=True)  # as at the end of a run, where it may be due
   assert saved_steps(tmp_path) == [6, 7] == sorted(open_in().manager.all_steps())
+
+
+def test_a_state_that_is_donated_while_it_is_written_is_saved_as_it_was(tmp_path):
+  """Large enough to be still in writing when the next steps reuse its memory."""
+  more = jax.jit(
+    lambda state: state.replace(step=state.step + 1, params=state.params + 1), donate_argnums=0
+  )
+  state = TrainState(jnp.int32(0), jnp.zeros(10_000_000), (), jax.random.key(0))
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=1, keep=9))
+  for _ in range(3):
+    state = more(state)
+    checkpoints.save(state, {}, {})
+    state = more(more(state))
+  checkpoints.wait()
+  like = TrainState(jnp.int32(0), jnp.zeros(10_000_000), (), jax.random.key(0))
+  for step in saved_steps(tmp_path):
+    found, _ = checkpoints._try(step, like)
+    assert found is not None and int(found[0].step) == step
+    np.testing.assert_array_equal(found[0].params, np.full(10_000_000, step, np.float32))
+  checkpoints.close()
+  assert saved_steps(tmp_path) == [1, 4, 7]
 
 
 def test_a_checkpoint_that_was_not_finished_is_none(open_in, tmp_path):

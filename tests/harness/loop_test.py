@@ -1,5 +1,6 @@
 """The loop on steps that cost nothing: numbers, samples, checkpoints, stops and going on."""
 
+import logging
 import signal
 
 import jax
@@ -11,7 +12,7 @@ from helpers import counting
 from caprl_jax import sharding
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.harness.loop import CompileCounter, run_loop
-from caprl_jax.harness.metrics import read_metrics
+from caprl_jax.harness.metrics import MetricsWriter, read_metrics
 from caprl_jax.harness.process.signals import Preempted, notices
 
 
@@ -146,16 +147,59 @@ def test_an_error_that_leaves_no_state_saves_nothing(tmp_path):
   assert saved_steps(tmp_path) == []
 
 
-def test_numbers_that_are_not_finite_stop_the_run_and_are_not_written(tmp_path):
+def broken_in(*steps):
+  """The step, whose loss is not finite in these."""
+
   def step(state, batch):
     state, metrics, samples = counting.step(state, batch)
-    bad = jnp.where(state.step == 2, 1.0, 0.0)
-    more = {"update/nonfinite": bad, "update/loss": bad, "update/grad_norm": bad}
+    bad = jnp.isin(state.step, jnp.array(steps))
+    loss = jnp.where(bad, jnp.nan, 1.0)
+    more = {"update/nonfinite": bad * 1.0, "update/loss": loss, "update/grad_norm": loss}
     return state, metrics | more, samples
 
+  return step
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_are_written(tmp_path):
   with pytest.raises(FloatingPointError, match="step 2: .*the checkpoint of step 3 holds"):
-    run(tmp_path, 5, step)
-  assert [row["step"] for row in rows_of(tmp_path)] == [1] and saved_steps(tmp_path) == [3]
+    run(tmp_path, 5, broken_in(2))
+  found = [(row["step"], row["update/loss"]) for row in rows_of(tmp_path)]
+  assert found == [(1, 1.0), (2, None), (3, 1.0)] and saved_steps(tmp_path) == [3]
+  run(tmp_path, 5)  # the same command goes on, and leaves no gap
+  assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_few_of_them_can_be_passed_over(tmp_path, caplog):
+  with pytest.raises(FloatingPointError, match="step 4: .*the checkpoint of step 5 holds"):
+    run(tmp_path / "stopped", 6, broken_in(2, 3, 4), skip_nonfinite=2)
+  assert "step 3: loss nan" in caplog.text and "(2 of 2 that train.skip_nonfinite" in caplog.text
+  run(tmp_path / "whole", 6, broken_in(2, 3, 4), skip_nonfinite=3)
+  assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")[:5]
+
+
+def test_a_checkpoint_leaves_metrics_and_log_closed_on_the_disk(tmp_path, monkeypatch):
+  """As a bucket needs it, before the checkpoint is begun."""
+  log_file = logging.FileHandler(tmp_path / "log.txt")
+  opened, seen = [], []
+  opening = MetricsWriter._open
+  monkeypatch.setattr(MetricsWriter, "_open", lambda self: (opened.append(1), opening(self)))
+  saving = Checkpoints.save
+
+  def save(self, state, *args, **more):
+    seen.append((int(state.step), len(opened), log_file.stream))
+    logging.getLogger("caprl_jax").warning("saved")
+    assert log_file.stream is not None  # opened again
+    saving(self, state, *args, **more)
+
+  monkeypatch.setattr(Checkpoints, "save", save)
+  logging.root.addHandler(log_file)
+  try:
+    run(tmp_path, 4, every_steps=2)
+  finally:
+    logging.root.removeHandler(log_file)
+    log_file.close()
+  assert seen == [(2, 3, None), (4, 4, None), (4, 4, None)]
+  assert (tmp_path / "log.txt").read_text().count("saved") == 3
 
 
 def test_figures_of_an_evaluation_join_the_step_that_they_belong_to(tmp_path):

@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_good_parameters(tiny_run, 
       reward_name="reward/mean",
     )
   assert f"checkpoint of step {checkpoints.latest_step()} " in str(caught.value)
-  assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+  assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
   state, _ = checkpoints.restore(fresh_state(tiny_run, tx))
   checkpoints.close()
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from caprl_jax.errors import UserError
 from caprl_jax.harness.process.first import from_first
+from caprl_jax.harness.process.leftovers import sweep
 
 log = logging.getLogger("caprl_jax.harness.process.workdir_lock")
 
@@ -23,8 +24,8 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
   which the others wait.
 
   The lock is the operating system's and ends with the process, however it ends: no lock of a run
-  that was killed has to be removed. On a file system without locks there is none, and the log says
-  so.
+  that was killed has to be removed, but what it left unfinished is swept. On a file system without
+  locks there is none, and the log says so.
 
   Raises:
     UserError: another run holds it; with that run's machine, process and start.
@@ -38,8 +39,10 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
 def _lock(workdir: pathlib.Path) -> Iterator[None]:
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+    held = False
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      held = True
     except BlockingIOError as error:
       file.seek(0)
       raise UserError(
@@ -52,5 +55,7 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
     file.flush()
+    if held:
+      sweep(workdir)
     yield
     file.truncate(0)

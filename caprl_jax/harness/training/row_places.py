@@ -20,7 +20,7 @@ import jax
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.usable_rows import HasImage
 from caprl_jax.harness.process.first import from_first
-from caprl_jax.json_files import read_json
+from caprl_jax.json_files import read_json, shown
 
 log = logging.getLogger("caprl_jax.harness.training.row_places")
 
@@ -39,7 +39,11 @@ class RowPlaces:
 
 
 def row_places(
-  path: pathlib.Path, rows: Sequence[HasImage], parts: Parts, goes_on: bool
+  path: pathlib.Path,
+  rows: Sequence[HasImage],
+  parts: Parts,
+  goes_on: bool,
+  digests: Sequence[str] = (),
 ) -> RowPlaces:
   """The places of a run's rows. All processes call it.
 
@@ -47,18 +51,24 @@ def row_places(
     path: the file that remembers the rows; the first process writes it.
     goes_on: the run has made steps already, with the rows that the file names. Without the file (of
       an older version) the rows are taken as they are.
+    digests: of the rows' contents (`row_digests`): then a row is known by these, wherever it lies.
 
   Raises:
-    ValueError: none of the rows of the first start is left, or the file is damaged.
+    ValueError: none of the rows of the first start is left, some have other contents, or the file
+      is damaged.
   """
   keys = _keys(rows)
+  first = jax.process_index() == 0
   begun = from_first(lambda: _read(path) if goes_on and path.exists() else None)
   if begun is None:
-    if jax.process_index() == 0 and not goes_on:
-      write_text(path, json.dumps({"parts": [list(part) for part in parts], "rows": keys}) + "\n")
+    if first and not goes_on:
+      held = {"parts": [list(part) for part in parts], "rows": keys, "digests": list(digests)}
+      write_text(path, json.dumps(held) + "\n")
     return RowPlaces(list(range(len(rows))), parts)
   number = {key: i for i, key in enumerate(keys)}
   found = [number.get(key, -1) for key in begun["rows"]]
+  if digests and begun.get("digests"):
+    found = _by_contents(path, rows, digests, begun["digests"], found)
   gone = found.count(-1)
   new = len(rows) - (len(found) - gone)
   if gone == len(found):
@@ -77,6 +87,40 @@ def row_places(
   return RowPlaces(found, [(count, weight) for count, weight in begun["parts"]])
 
 
+def _by_contents(
+  path: pathlib.Path,
+  rows: Sequence[HasImage],
+  digests: Sequence[str],
+  begun: Sequence[str],
+  named: Sequence[int],
+) -> list[int]:
+  """The number of each row of the first start, by contents.
+
+  Args:
+    begun: digests of the rows of the first start.
+    named: the numbers that these have by place and name.
+
+  Raises:
+    ValueError: a row is there by name, but its contents are nowhere.
+  """
+  left: dict[str, list[int]] = {}
+  for i, digest in enumerate(digests):
+    left.setdefault(digest, []).append(i)
+  for numbers in left.values():
+    numbers.reverse()  # the first ones go first
+  found = [left[digest].pop() if left.get(digest) else -1 for digest in begun]
+  taken = {*found}
+  changed = [i for i, j in zip(named, found, strict=True) if j < 0 <= i and i not in taken]
+  if changed:
+    raise ValueError(
+      f"{path}: {len(changed)} of the {len(begun)} rows have other questions, captions or another "
+      f"image than when this run was begun, such as row {shown(rows[changed[0]].name)}; bring them "
+      "back as they were, or use another --workdir (its policy.checkpoint may be what this run has "
+      "learnt, which mode export writes)"
+    )
+  return found
+
+
 def _keys(rows: Sequence[HasImage]) -> list[str]:
   """What tells rows apart: place and name, and a number where these are the same."""
   seen: Counter[str] = Counter()
@@ -91,6 +135,7 @@ def _keys(rows: Sequence[HasImage]) -> list[str]:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   begun = read_json(path)
-  if not isinstance(begun, dict) or not begun.get("rows") or "parts" not in begun:
+  whole = isinstance(begun, dict) and begun.get("rows") and "parts" in begun
+  if not whole or len(begun.get("digests") or begun["rows"]) != len(begun["rows"]):
     raise ValueError(f"{path} is damaged: it must name rows and parts; use another --workdir")
   return begun

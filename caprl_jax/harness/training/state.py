@@ -1,5 +1,6 @@
 """The optimizer and the state of training: made anew, described, and read from a checkpoint."""
 
+import dataclasses
 import logging
 import pathlib
 from typing import Any
@@ -14,7 +15,7 @@ from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.setup import Run
 from caprl_jax.hub.load import Loaded
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
-from caprl_jax.rl.optimizer import build_optimizer
+from caprl_jax.rl.optimizer import build_optimizer, learning_rate_schedule
 from caprl_jax.types import Params, TrainState
 
 log = logging.getLogger("caprl_jax.harness.training.state")
@@ -30,6 +31,34 @@ def make_optimizer(settings: Settings) -> tuple[optax.GradientTransformation, op
   several.
   """
   return build_optimizer(settings.optimizer, settings.train.steps * settings.step.update.steps)
+
+
+def rate_change(
+  settings: Settings, then_steps: int, then_schedule_steps: int | None, step: int
+) -> str | None:
+  """What becomes of the learning rate where a run goes on with another length; None where it stays
+  what it would have been.
+
+  Args:
+    then_steps, then_schedule_steps: `train.steps` and `optimizer.schedule_steps` up to now.
+    step: the last step that was made.
+  """
+  per_step, cfg = settings.step.update.steps, settings.optimizer
+  old_cfg = dataclasses.replace(cfg, schedule_steps=then_schedule_steps)
+  old = learning_rate_schedule(old_cfg, cfg.learning_rate, then_steps * per_step)
+  new = learning_rate_schedule(cfg, cfg.learning_rate, settings.train.steps * per_step)
+  rates = lambda of: [float(of(count * per_step)) for count in (step, settings.train.steps - 1)]
+  was, now = rates(old), rates(new)
+  if was == now:
+    return None
+  before = then_schedule_steps or then_steps * per_step
+  after = cfg.schedule_steps or settings.train.steps * per_step
+  return (
+    f"the learning rate's schedule had {before} optimizer steps and has {after} now: the rate is "
+    f"{now[0]:.3g} in step {step + 1} and {now[1]:.3g} in the last one, where it would have been "
+    f"{was[0]:.3g} and {was[1]:.3g}; --config.optimizer.schedule_steps={before} keeps the old "
+    "schedule"
+  )
 
 
 def policy_shardings(made: Run):

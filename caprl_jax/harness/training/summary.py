@@ -3,14 +3,11 @@
 import json
 import logging
 import pathlib
-import platform
 import shutil
 from typing import Any
 
 import jax
-import optax
 
-from caprl_jax import __version__
 from caprl_jax.atomic_files import write_json
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.hub.load import Loaded, save_policy
@@ -31,7 +28,7 @@ def read_summary(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(values, dict):
     raise ValueError(f"{path}: holds {shown(values)}, not an object; restore or delete the file")
   remedy = "restore the file, or delete it and start again"
-  for name in ("gate", "before", "after", "wall_secs", "counts", "complete"):
+  for name in ("gate", "before", "after", "wall_secs", "counts"):
     if not isinstance(values.get(name, {}), dict | None):
       raise ValueError(f"{path}: {name} is {shown(values[name])}, not an object; {remedy}")
   numbers = {
@@ -42,8 +39,6 @@ def read_summary(path: pathlib.Path) -> dict[str, Any]:
   for name, value in numbers.items():
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       raise ValueError(f"{path}: {cut(name)} is {shown(value)}, not a number; {remedy}")
-  if type((values.get("complete") or {}).get("step", 0)) is not int:
-    raise ValueError(f"{path}: complete.step is no integer; {remedy}")
   try:
     json.dumps(values, allow_nan=False)
   except ValueError as error:
@@ -52,11 +47,7 @@ def read_summary(path: pathlib.Path) -> dict[str, Any]:
 
 
 class Summary:
-  """summary.json: written after each stage, read when a run resumes.
-
-  `complete` is a record of its own, `{"step": N}`. It is written last, when all that a run leaves
-  is on the disk, and taken away when the run goes on.
-  """
+  """summary.json: written after each stage, read when a run resumes."""
 
   def __init__(self, workdir: pathlib.Path):
     self.path = summary_path(workdir)
@@ -74,26 +65,9 @@ class Summary:
       self.values = kept
       self._write()
 
-  @property
-  def complete_step(self) -> int:
-    """The step after which the run was complete; 0 where it is not."""
-    return (self.values.get("complete") or {}).get("step", 0)
-
   def _write(self) -> None:
     if jax.process_index() == 0:
       write_json(self.path, self.values)
-
-
-def versions() -> dict[str, str]:
-  """What the run ran on."""
-  device = jax.devices()[0]
-  return {
-    "caprl_jax": __version__,
-    "python": platform.python_version(),
-    "jax": jax.__version__,
-    "optax": optax.__version__,
-    "device": f"{len(jax.devices())} x {device.device_kind}",
-  }
 
 
 def _accuracy(path: pathlib.Path) -> float:

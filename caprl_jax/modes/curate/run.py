@@ -40,6 +40,7 @@ from caprl_jax.data.rows import (
   image_bytes,
 )
 from caprl_jax.data.usable_rows import fits
+from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.row_shards import RowResult, ShardedJob, manifest
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.inference.captioner import (
@@ -193,9 +194,8 @@ def run(config, workdir: pathlib.Path) -> None:
   check_output(cfg.output, "curate.output", cfg.name, workdir)
   answerer_section = configuration.load_section(config, "answerer", PolicySection)
   seed = config.get("seed", 0)
-  mesh = sharding.make_mesh(
-    configuration.load_section(config, "mesh", sharding.MeshConfig), jax.local_devices()
-  )
+  mesh_section = configuration.load_section(config, "mesh", sharding.MeshConfig)
+  mesh = sharding.make_mesh(mesh_section, jax.local_devices())
   for name, size in (
     ("curate.batch_size", cfg.batch_size),
     ("curate.answers.batch_size", cfg.answers.batch_size),
@@ -227,11 +227,33 @@ def run(config, workdir: pathlib.Path) -> None:
   answers = _answers_stage(stages, cfg, answerer_section, kept, written, provenance, mesh, seed)
   if stages.host == 0:
     with answers.lock("output"):
+      sections = {"seed": seed, "mesh": mesh_section, "curate": cfg, "answerer": answerer_section}
+      record = _begin_record(workdir, sections, looked, written, answers)
       _write(answers, cfg, looked.count, gone, out, workdir, seed)
+      record.finish(looked.count)
   else:
     log.info(
       "host %d of %d: its shards are done; host 0 writes the output", stages.host, stages.hosts
     )
+
+
+def _begin_record(
+  workdir: pathlib.Path,
+  sections: dict[str, Any],
+  looked: ShardedJob,
+  written: ShardedJob | None,
+  answers: ShardedJob,
+) -> RunRecord:
+  """The run's record, with what the output will be made of. What must not change, the stages'
+  manifests have compared; selection is always done anew."""
+  record = RunRecord(workdir, "curate", alone=True)
+  record.begin(sections, ("*",))
+  record.reopen()
+  found = {"curate.input": looked.manifest["names_sha256"]}
+  if written is not None and "checkpoint_sha256" in written.manifest:
+    found["generator.checkpoint"] = written.manifest["checkpoint_sha256"]
+  record.renew({**found, "answerer.checkpoint": answers.manifest["checkpoint_sha256"]})
+  return record
 
 
 def _read(cfg: CurateConfig, seed: int, bad: BadRowList) -> Sequence[CaptionRow | QARow]:

@@ -13,6 +13,7 @@ from caprl_jax.data.packing import PackConfig, Packer
 from caprl_jax.data.readers.conversations import Conversation, Example
 from caprl_jax.data.rows import BadRows, QARow
 from caprl_jax.data.usable_rows import fits, usable
+from caprl_jax.harness.training.row_digests import digest_of_all, row_digests
 from caprl_jax.models.policy import PolicyConfig
 
 
@@ -43,8 +44,9 @@ def pack_usable(
   seeds: Mapping[str, int],
   rules: Rules,
   workdir: pathlib.Path,
-) -> tuple[dict[str, Packer], list[QARow]]:
-  """Decodes every image once. Raises ValueError for what cannot be used and is to be refused.
+) -> tuple[dict[str, Packer], dict[str, str], list[QARow]]:
+  """Decodes every image once: the packer of each stage, the digest of its examples, and the rows
+  to ask about. Raises ValueError for what cannot be used and is to be refused.
 
   Args:
     data: the examples of each stage. packs, seeds: of each stage's packer.
@@ -53,9 +55,11 @@ def pack_usable(
   images([*itertools.chain(*data.values(), asked)])  # all in one pass
   kept = rules.asked.check(usable(asked, images(asked), [fits(cfg.vision.pixels)]))
   rules.asked.settle("rows of pretrain.eval")
-  packers = {}
+  packers, digests = {}, {}
   for name, examples in data.items():
     bad = rules.stages[name]
     packers[name] = Packer(examples, render, cfg, packs[name], seeds[name], images, bad)
     bad.settle(f"examples of stage {name}")
-  return packers, kept
+    left = packers[name].examples
+    digests[name] = digest_of_all(row_digests(left, images(left)))
+  return packers, digests, kept

@@ -13,7 +13,6 @@ import logging
 import math
 import pathlib
 import shutil
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,7 @@ from caprl_jax import sharding
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.chat_rendering import ChatRenderer
-from caprl_jax.data.packing import PackConfig, Packer, packed_batches
-from caprl_jax.data.question_texts import check_open_question
+from caprl_jax.data.packing import Packer, packed_batches
 from caprl_jax.data.readers.conversations import (
   Asked,
   Example,
@@ -35,138 +33,26 @@ from caprl_jax.data.readers.conversations import (
   warn_of_options,
 )
 from caprl_jax.data.readers.qa_sources import read_qa_rows
-from caprl_jax.data.rows import BadRows, QARow
+from caprl_jax.data.rows import QARow
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.harness.loop import run_loop
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.training.state import abstract_state, make_state
 from caprl_jax.hub.load import Loaded, save_policy
-from caprl_jax.inference.vqa import AnswerConfig
 from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
 from caprl_jax.modes.pretrain.checked import pack_usable, rules_of
 from caprl_jax.modes.pretrain.policy import PretrainPolicyConfig, begin
-from caprl_jax.modes.pretrain.record import TRAINING, Record
+from caprl_jax.modes.pretrain.record import TRAINING, Record, begin_run
+from caprl_jax.modes.pretrain.section import PretrainConfig, StageConfig
 from caprl_jax.modes.pretrain.vqa import ask, check_model
-from caprl_jax.rl.optimizer import OptimizerConfig, build_optimizer, warmup
+from caprl_jax.rl.optimizer import build_optimizer, warmup
 from caprl_jax.supervised.next_token import pretrain_step
 from caprl_jax.types import Packed, Params, TrainState
 
 log = logging.getLogger("caprl_jax.modes.pretrain.run")
 
 FAR = 0.15  # relative difference of examples per step from those asked for that is worth a warning
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
-  """One stage of training.
-
-  data: see `conversations.read_examples`; None skips the stage.
-  optimizer: as the section `optimizer`.
-  pack: how examples share rows.
-  trained: which parameters are trained; the others have no gradient.
-  steps, epochs: the length of the stage; set one of the two.
-  batch_size, examples: rows per step, or examples per step; set one of the two. With `examples`, a
-    step has as many rows as hold that many on average, rounded to a multiple of devices x
-    microbatches: close to a published batch size where rows are packed.
-  microbatches: parts that a batch is cut into, to save memory; the gradient is the same. It
-    may be changed when a run goes on.
-  instruction: what the user says where a row has a caption only.
-  image_root: what images' paths are relative to; None: the file's folder or, where they are not
-    there, the current one.
-  max_rows: the first rows only, of each source.
-  questions: questions about one image in one conversation; None: all of them.
-  told: a template of facts: questions are asked after this text and without the image.
-  kinds: kinds of questions that are asked; None: all.
-  open_question: a wording in which no options are shown and the assistant says the right one;
-    None: it says a letter.
-  """
-
-  data: str | None
-  optimizer: OptimizerConfig
-  pack: PackConfig
-  trained: Literal["projector", "decoder", "full"] = "full"
-  steps: int | None = None
-  epochs: float | None = None
-  batch_size: int | None = None
-  examples: int | None = None
-  microbatches: int = 1
-  instruction: str = "Please describe this image in detail."
-  image_root: str | None = None
-  max_rows: int | None = None
-  questions: int | None = None
-  told: str | None = None
-  kinds: tuple[str, ...] | None = None
-  open_question: str | None = None
-
-  def __post_init__(self):
-    for first, second in (("steps", "epochs"), ("batch_size", "examples")):
-      given = [getattr(self, name) for name in (first, second) if getattr(self, name) is not None]
-      if len(given) != 1 or given[0] <= 0:
-        raise ValueError(
-          f"{first} = {getattr(self, first)}, {second} = {getattr(self, second)}: set one of "
-          "them, to more than 0"
-        )
-    if self.microbatches < 1:
-      raise ValueError(f"microbatches = {self.microbatches} must be at least 1")
-    check_open_question(self.open_question)
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-  """The section `pretrain`.
-
-  stages: by name. Each one's model is written to `workdir/<name>`, in output_dtype, and the next
-    one begins with what is written; its metrics are in `workdir/training/<name>`. If no stage has
-    data, the model is not trained and only answers `eval`.
-  order: which stages are run, one after the other.
-  eval: multiple-choice questions (`qa_sources.py`) that the last model is asked, with the image
-    and without, as `answer` says; None asks nothing.
-  eval_rows: the first images only.
-  eval_bad_rows: "refuse" to start while one of them cannot be used, or "drop" and log it; as
-    `data.bad_rows`.
-  eval_kinds: kinds of questions that are asked; None: all.
-  eval_open_question: asks without showing the options, as a stage's `open_question`; what is
-    written is right where it is the right option but for case, articles and punctuation. None: by
-    letter.
-  eval_max_tokens: longest answer to an open question.
-  answer: how questions are asked by letter.
-  output_dtype: of the models that are written.
-  checkpoint_every_steps: steps from one checkpoint inside a stage to the next.
-  chunk_tokens: tokens whose logits exist at once.
-  """
-
-  stages: dict[str, StageConfig]
-  order: tuple[str, ...]
-  eval: str | None = None
-  eval_rows: int = 500
-  eval_bad_rows: BadRows = "refuse"
-  eval_kinds: tuple[str, ...] | None = None
-  eval_open_question: str | None = None
-  eval_max_tokens: int = 16
-  answer: AnswerConfig = AnswerConfig(none_of_above=False)
-  output_dtype: str = "float32"
-  checkpoint_every_steps: int = 200
-  chunk_tokens: int = 1024  # tokens whose logits exist at once
-
-  def __post_init__(self):
-    for name in self.order:
-      if name not in self.stages:
-        raise ValueError(
-          f"order names {name!r}, which is no "
-          f"stage{configuration.did_you_mean(name, self.stages)} (stages: "
-          f"{', '.join(self.stages)})"
-        )
-    check_open_question(self.eval_open_question)
-    if self.answer.protocol != "letters":
-      raise ValueError(
-        f"answer.protocol = {self.answer.protocol!r} is for mode curate; use 'letters' here"
-      )
-    if self.eval_max_tokens < 1:
-      raise ValueError(f"eval_max_tokens = {self.eval_max_tokens} must be at least 1")
-    if not self.order or len(set(self.order)) < len(self.order) or TRAINING in self.order:
-      raise ValueError(
-        f"order = {self.order}: name each stage once; none may be called {TRAINING!r}"
-      )
 
 
 def rows_a_step(
@@ -246,15 +132,6 @@ def plan_stage(
       steps,
     )
   figures = {k: round(v, 4) for k, v in packer.figures().items()}
-  before, now = begun.get("packing", figures)["examples"], figures["examples"]
-  if before != now:
-    log.warning(
-      "stage %s was begun with %d examples that can be used and has %d now: its next batches are "
-      "others than they would have been",
-      name,
-      before,
-      now,
-    )
   log.info(
     "stage %s: %d examples in %d rows of %d tokens, %.1f%% filled, %d images per row; %d steps of "
     "%d rows (%.0f examples)",
@@ -283,6 +160,7 @@ def train_stage(
   stage: StageConfig,
   policy: Loaded,
   packer: Packer,
+  examples_digest: str,
   cfg: PretrainConfig,
   seed: int,
   mesh: jax.sharding.Mesh,
@@ -295,6 +173,7 @@ def train_stage(
   family = policy.model.cfg.family
   batch_size, steps = plan_stage(name, stage, packer, mesh, record)
   record.check_vocabulary(name, policy.tokenizer)
+  record.check_examples(name, len(packer.examples), examples_digest)
   params, base = split_params(policy.params, trainable_filter(stage.trained, family))
   shardings = split_params(policy.shardings, trainable_filter(stage.trained, family))[0]
   tx, schedule = build_optimizer(stage.optimizer, steps)
@@ -347,15 +226,18 @@ def run(config, workdir: pathlib.Path) -> None:
 def _run(config, workdir: pathlib.Path) -> None:
   cfg = configuration.load_section(config, "pretrain", PretrainConfig)
   section = configuration.load_section(config, "pretrain_policy", PretrainPolicyConfig)
-  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
+  mesh_section = configuration.load_section(config, "mesh", sharding.MeshConfig)
+  mesh = sharding.make_mesh(mesh_section)
   seed = config.get("seed", 0)
   plain = configuration.to_plain({"seed": seed, "pretrain": cfg, "pretrain_policy": section})
-  order = [name for name in cfg.order if cfg.stages[name].data is not None]
-  for name in cfg.order:
-    if name not in order:
-      log.info("stage %s is skipped: it has no data", name)
+  order = _order(cfg)
   record = Record(workdir, plain, order)
   done = record.finished()
+  whole, left = begin_run(workdir, {**plain, "mesh": mesh_section}, section, record)
+  if not left and done == order and from_first(lambda: _answers_are_there(cfg, workdir)):
+    log.info("this run is complete: its stages are %s", ", ".join(done) or "none")
+    return
+  whole.reopen()
   # All of them first: what a later stage's data lack should show before an earlier stage has run.
   packs = {name: cfg.stages[name].pack for name in order if name not in done}
   seeds = {name: seed + number for number, name in enumerate(packs, len(done))}
@@ -370,23 +252,24 @@ def _run(config, workdir: pathlib.Path) -> None:
     policy = begin(section, data, questions, seed, mesh, workdir / done[-1] if done else None)
     if asked:
       check_model(policy, cfg.eval_open_question)
-    packers, asked = pack_usable(
+    packers, digests, asked = pack_usable(
       data, asked, _renderer(policy), policy.model.cfg, packs, seeds, rules, workdir
     )
-    dtype = ml_dtypes.bfloat16 if cfg.output_dtype == "bfloat16" else np.dtype(cfg.output_dtype)
     for name in packs:
-      packer = packers.pop(name)
       params = train_stage(
-        name, cfg.stages[name], policy, packer, cfg, seeds[name], mesh, workdir, plain, record
+        name,
+        cfg.stages[name],
+        policy,
+        packers.pop(name),
+        digests[name],
+        cfg,
+        seeds[name],
+        mesh,
+        workdir,
+        plain,
+        record,
       )
-      save_policy(workdir / name, policy, params, dtype)
-      # The next stage begins with what was written, as it would in another process.
-      params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
-      policy = dataclasses.replace(policy, params=params)
-      record.put(name, finished=True)
-      if jax.process_index() == 0:
-        shutil.rmtree(workdir / TRAINING / name / "checkpoints")
-        log.info("stage %s: wrote %s", name, workdir / name)
+      policy = _written(name, policy, params, cfg.output_dtype, workdir, record)
     if cfg.eval is not None:
       ask(
         policy,
@@ -399,6 +282,40 @@ def _run(config, workdir: pathlib.Path) -> None:
         cfg.eval_open_question,
         cfg.eval_max_tokens,
       )
+  whole.finish(sum(record.stages[name]["steps"] for name in order))
+
+
+def _order(cfg: PretrainConfig) -> list[str]:
+  """The stages that have data, in order."""
+  for name in cfg.order:
+    if cfg.stages[name].data is None:
+      log.info("stage %s is skipped: it has no data", name)
+  return [name for name in cfg.order if cfg.stages[name].data is not None]
+
+
+def _answers_are_there(cfg: PretrainConfig, workdir: pathlib.Path) -> bool:
+  return cfg.eval is None or (workdir / "vqa.json").exists()
+
+
+def _written(
+  name: str,
+  policy: Loaded,
+  params: Params,
+  output_dtype: str,
+  workdir: pathlib.Path,
+  record: Record,
+) -> Loaded:
+  """Writes a stage's model, says that the stage is finished, and gives what the next one begins
+  with: what was written, as it would in another process."""
+  dtype = ml_dtypes.bfloat16 if output_dtype == "bfloat16" else np.dtype(output_dtype)
+  save_policy(workdir / name, policy, params, dtype)
+  record.put(name, finished=True)
+  if jax.process_index() == 0:
+    for done in record.finished():  # of earlier ones too: a kill may have come before
+      shutil.rmtree(workdir / TRAINING / done / "checkpoints", ignore_errors=True)
+    log.info("stage %s: wrote %s", name, workdir / name)
+  params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
+  return dataclasses.replace(policy, params=params)
 
 
 def _read(name: str, stage: StageConfig, seed: int, bad: BadRowList) -> list[Example]:

@@ -27,9 +27,11 @@ from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import benchmarks
 from caprl_jax.data.readers.benchmarks import BenchmarkRow
 from caprl_jax.data.rows import BadRows, CaptionRow, Question
-from caprl_jax.data.usable_rows import bad_row, fits
+from caprl_jax.data.usable_rows import ImageFacts, bad_row, fits
+from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
+from caprl_jax.harness.training.row_digests import digest_of_all, row_digests
 from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.load import Loaded
 from caprl_jax.inference.captioner import CaptionerConfig, open_captioner
@@ -38,7 +40,7 @@ from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism.figures import Evaluation
 from caprl_jax.modes.prism.page import write_page
-from caprl_jax.modes.prism.questions import gold_index, read_questions
+from caprl_jax.modes.prism.questions import Questions, gold_index, read_questions
 from caprl_jax.progress import Bar
 from caprl_jax.rl.sampling import SamplingConfig
 
@@ -270,7 +272,8 @@ def run(config, workdir: pathlib.Path) -> None:
       "Prism runs in one process; name fewer benchmarks or captioners in each of several runs"
     )
   seed = config.get("seed", 0)
-  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
+  mesh_section = configuration.load_section(config, "mesh", sharding.MeshConfig)
+  mesh = sharding.make_mesh(mesh_section)
   for name, size in (
     ("prism.batch_size", cfg.batch_size),
     ("prism.answer_batch_size", cfg.answer_batch_size),
@@ -288,11 +291,8 @@ def run(config, workdir: pathlib.Path) -> None:
   bad = BadRowList(cfg.bad_rows, workdir / "bad_rows.jsonl", "--config.prism.bad_rows")
   checks = [fits(captioner.pixels()) for captioner in captioners.values()]
   asked = read_questions(cfg, seed, bad, ImageCheck(workdir), checks)
-  log.info(
-    "%d images, %s",
-    len(asked.images),
-    ", ".join(f"{name}: {len(rows)} questions" for name, rows in asked.rows.items()),
-  )
+  sections = {"seed": seed, "mesh": mesh_section, "policy": policy, "judge": section, "prism": cfg}
+  record = _begin_record(workdir, sections, identities, judge, asked)
   with jax.set_mesh(mesh):
     captions = {}
     for name, captioner in captioners.items():
@@ -311,7 +311,37 @@ def run(config, workdir: pathlib.Path) -> None:
   log.info("\n%s", prism_figures.table_text(figures))
   page = workdir / "prism.html"
   write_page(page, figures, evaluation, examples=cfg.examples, seed=seed)
+  record.finish(sum(map(len, asked.rows.values())))
   log.info("page: %s", page)
+
+
+def _begin_record(
+  workdir: pathlib.Path,
+  sections: dict[str, Any],
+  captioners: dict[str, dict[str, Any]],
+  judge: dict[str, Any],
+  asked: Questions,
+) -> RunRecord:
+  """The run's record, with what the figures will be made of. What was kept of earlier runs is kept
+  by its contents, so all of it may change.
+
+  Args:
+    captioners, judge: their identities.
+  """
+  log.info(
+    "%d images, %s",
+    len(asked.images),
+    ", ".join(f"{name}: {len(rows)} questions" for name, rows in asked.rows.items()),
+  )
+  record = RunRecord(workdir, "prism")
+  record.begin(sections, ("*",))
+  record.reopen()
+  found = {f"captioner {name}": one["checkpoint_sha256"] for name, one in captioners.items()}
+  for name, rows in asked.rows.items():
+    facts = [ImageFacts(sha256=digest) for digest in asked.digests[name]]
+    found[f"benchmark {name}"] = digest_of_all(row_digests(rows, facts))
+  record.renew({"judge.source": judge["judge_sha256"], **found})
+  return record
 
 
 def _answers_identity(section: JudgeSection, cfg: PrismConfig, seed: int) -> dict[str, Any]:

@@ -5,23 +5,27 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
+import ml_collections
 
 from caprl_jax import sharding
 from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.data.usable_rows import NextUsable
-from caprl_jax.harness.checkpoints import Checkpoints
+from caprl_jax.harness.checkpoints import Checkpoints, saved_steps
 from caprl_jax.harness.extras import extra
 from caprl_jax.harness.gate import gate
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.metrics import StageClock
 from caprl_jax.harness.process.first import from_first
+from caprl_jax.harness.process.run_record import RunRecord
+from caprl_jax.harness.process.versions import versions
 from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.harness.setup import Run, set_up
 from caprl_jax.harness.trackers import Tracker, open_trackers
+from caprl_jax.harness.training.made_of import bind_models
 from caprl_jax.harness.training.programs import build_step
 from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import (
@@ -30,9 +34,10 @@ from caprl_jax.harness.training.state import (
   make_state,
   newest_captioner,
   policy_shardings,
+  rate_change,
   rollout_images,
 )
-from caprl_jax.harness.training.summary import Best, Summary, versions
+from caprl_jax.harness.training.summary import Best, Summary
 from caprl_jax.harness.watch import Watch
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
@@ -42,6 +47,27 @@ from caprl_jax.modes.train.report import write_report
 from caprl_jax.types import Batch, Params, Samples, TrainState
 
 log = logging.getLogger("caprl_jax.modes.train.run")
+
+# What may change when a run goes on: it changes no step, or is said (`_begin_record`). Checkpoint
+# and judge are bound by what their files hold, not by where they lie.
+FREE = (
+  "train.*",
+  "checkpoint.*",
+  "mesh.*",
+  "gate.*",
+  "optimizer.schedule_steps",
+  "policy.checkpoint",
+  "policy.remat",
+  "judge.source",
+  "judge.microbatches",
+  "judge.chunk_tokens",
+  "policy_update.microbatches",
+  "policy_update.chunk_tokens",
+  "data.bad_rows",
+  "evaluate.batch_size",
+  "evaluate.every_steps",
+  "evaluate.samples",
+)
 
 
 def train(
@@ -62,6 +88,7 @@ def train(
     made.train_rows,
     made.mixture,
     goes_on=checkpoints.latest_step() is not None,
+    digests=made.digests,
   )
   example = NextUsable(made.train.example, made.train_rows, made.bad, places=places.rows)
   iterator = train_iterator(example, places.parts, images, settings.seed, share)
@@ -98,6 +125,7 @@ def train(
       evaluate_every=settings.evaluate.every_steps,
       trackers=trackers,
       watch=Watch(settings.train.stop_if, settings.train.warn_if),
+      skip_nonfinite=settings.train.skip_nonfinite,
     )
   finally:
     checkpoints.close()
@@ -161,22 +189,24 @@ def run(config, workdir: pathlib.Path) -> None:
 
 def _run(settings: Settings, plain: dict, workdir: pathlib.Path) -> None:
   summary = Summary(workdir)
-  _check_same_run(summary, plain, workdir)
-  if summary.complete_step >= settings.train.steps:
-    _make_again(settings, workdir)
+  record = _begin_record(summary, settings, workdir)
+  done = record.complete_step
+  if done is not None and done >= settings.train.steps:
+    _make_again(settings, workdir, record)
     log.info(
       "this run is complete after step %d: accuracy %.3f -> %.3f; see %s",
-      summary.complete_step,
+      done,
       summary.values["before"]["accuracy"],
       summary.values["after"]["accuracy"],
       workdir / "report.html",
     )
     return
-  summary.drop("complete", "after")
+  record.reopen()
+  summary.drop("complete", "after")  # a run of an older version may have `complete` here
   clock = StageClock(summary.values.get("wall_secs"))
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
     with clock("setup"):
-      made = set_up(settings, workdir=workdir)
+      made = set_up(settings, workdir=workdir, record=record)
     with clock("gate"):
       figures = gate(made)
     summary.put(
@@ -201,29 +231,37 @@ def _run(settings: Settings, plain: dict, workdir: pathlib.Path) -> None:
     summary.put(after=after, wall_secs=clock.secs)
     save_captioner(settings, workdir, made.policy, params, ("policy", "adapters"))
   report(workdir)
-  summary.put(complete={"step": step})
+  record.finish(step)
   log.info("report: %s   captioner: %s", workdir / "report.html", workdir / "policy")
 
 
-def _check_same_run(summary: Summary, config: dict, workdir: pathlib.Path) -> None:
-  """Raises ValueError where the workdir holds another mode's summary, or a run of another config;
-  section `train` may differ."""
-  if not summary.values:
-    return
-  if "config" not in summary.values:
+def _begin_record(summary: Summary, settings: Settings, workdir: pathlib.Path) -> RunRecord:
+  """The run's record. Raises ValueError where the workdir holds another mode's summary, or a run of
+  another config."""
+  if summary.values and "config" not in summary.values:
     raise ValueError(f"{summary.path} is not a training run's; use another --workdir")
-  old = registry.with_new_names(summary.values["config"])
-  if {**old, "train": None} != {**config, "train": None}:
-    changed = [k for k in config if old.get(k) != config[k]]
-    raise ValueError(
-      f"{workdir} holds a run of another config (differing: {changed}); use another "
-      "--workdir, or delete it"
+  record, older = RunRecord(workdir, "train"), None
+  if summary.values and not record.values:  # of a version that kept no record
+    config = registry.with_new_names(summary.values["config"])
+    older = configuration.to_plain(read_settings(ml_collections.ConfigDict(config)).sections())
+  goes_on = bool(summary.values)
+  changed = record.begin(settings.sections(), FREE, goes_on=goes_on, older=older)
+  then = {one.key: one.then for one in changed}
+  if steps := saved_steps(workdir):
+    said = rate_change(
+      settings,
+      then.get("train.steps", settings.train.steps),
+      then.get("optimizer.schedule_steps", settings.optimizer.schedule_steps),
+      steps[-1],
     )
+    if said:
+      log.warning("%s", said)
+  return record
 
 
-def _make_again(settings: Settings, workdir: pathlib.Path) -> None:
+def _make_again(settings: Settings, workdir: pathlib.Path, record: RunRecord) -> None:
   """Makes what is missing of what a finished run leaves, from its last checkpoint. Raises
-  ValueError where the checkpoint is missing too."""
+  ValueError where the checkpoint is missing too, or what it was trained from is another one."""
   files = {
     "policy": workdir / "policy" / "config.json",
     "adapters": workdir / "adapters" / "adapter_config.json",
@@ -234,6 +272,7 @@ def _make_again(settings: Settings, workdir: pathlib.Path) -> None:
   # the first process decides for all: it may write while others still look
   missing = from_first(lambda: [name for name, path in files.items() if not path.exists()])
   if {"policy", "adapters"} & {*missing}:
+    bind_models(record, settings, goes_on=True)
     with jax.set_mesh(sharding.make_mesh(settings.mesh)):
       loaded, params = newest_captioner(workdir, settings, jax.sharding.get_mesh())
       save_captioner(settings, workdir, loaded, params, missing)

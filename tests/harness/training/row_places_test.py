@@ -75,3 +75,17 @@ def test_a_new_run_forgets_and_an_old_one_without_the_file_goes_on(tmp_path):
   path.write_text("[]")
   with pytest.raises(ValueError, match="is damaged"):
     row_places(path, rows("a"), [(1, None)], goes_on=True)
+
+
+def test_rows_are_known_by_their_contents_wherever_they_lie(tmp_path):
+  path, some = tmp_path / "train_rows.json", rows("a", "b", "c", "b")
+  places = lambda rows, digests: row_places(path, rows, [(4, None)], True, digests).rows
+  row_places(path, some, [(4, None)], False, ["1", "2", "3", "2"])
+  moved = [QARow(b"", (), row.name, where="elsewhere:1") for row in some]
+  assert places(moved[::-1], ["2", "3", "2", "1"]) == [3, 0, 1, 2]
+  assert places(moved[1:], ["2", "3", "2"]) == [-1, 0, 1, 2]  # lost
+  with pytest.raises(ValueError, match="1 of the 4 rows have other questions.*such as row 'c'"):
+    places(some, ["1", "2", "4", "2"])
+  with pytest.raises(ValueError, match="is damaged"):
+    path.write_text('{"parts": [[4, null]], "rows": ["x"], "digests": ["1", "2"]}')
+    places(some, ["1", "2", "3", "2"])

@@ -29,7 +29,7 @@ from caprl_jax.hub.compose import compose_policy, with_tower
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import Loaded, load_judge, load_policy, save_policy
 from caprl_jax.hub.tokenizer import load_tokenizer
-from caprl_jax.inference.vqa import VqaAnswer, VqaResult
+from caprl_jax.inference.vqa import AnswerConfig, VqaAnswer, VqaResult
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import split_params, trainable_filter
@@ -312,7 +312,7 @@ def test_new_stages_are_run_and_may_change_until_they_have_a_checkpoint(
   assert saved_steps(tmp_path / "training" / "instruct") == [2]
   way_out = (
     r"training/instruct holds a checkpoint of another config "
-    r"\(differing: pretrain.stages.instruct.optimizer.learning_rate\)"
+    r"\(differing: pretrain.stages.instruct.optimizer.learning_rate was 0.01 and is 5.0\)"
     r".*remove that folder .*pretrain_policy.checkpoint = '.*/align' and pretrain.order = "
     r"\('instruct',\)"
   )
@@ -377,7 +377,7 @@ def test_another_config_is_refused(folder, whole_run):
   changed = config(folder, ("align", "instruct"))
   changed.pretrain.stages.align.steps = 4
   with pytest.raises(
-    ValueError, match=r"another config \(differing: pretrain.stages.align.steps\); use another"
+    ValueError, match=r"differing: pretrain.stages.align.steps was 3 and is 4\); use another"
   ):
     pretrain.run(changed, whole_run)
   with pytest.raises(ValueError, match=r"differing: pretrain.order"):
@@ -508,7 +508,7 @@ def test_questions_are_asked_in_batches_that_the_mesh_can_split(folder, caplog):
   mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
   cfg = lambda batch_size, **settings: dataclasses.replace(
     configuration.load_section(config(folder), "pretrain", pretrain.PretrainConfig),
-    answer=pretrain.AnswerConfig(batch_size=batch_size),
+    answer=AnswerConfig(batch_size=batch_size),
     **settings,
   )
   with pytest.raises(ValueError, match="pretrain.answer.batch_size = 3 images cannot be split"):

@@ -1,5 +1,6 @@
 """Mode `train` end to end on tiny real models: outputs, resuming bit for bit, stopping it."""
 
+import hashlib
 import json
 import logging
 import os
@@ -10,14 +11,18 @@ import sys
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import tiny
 from helpers.paths import ROOT
 
 from caprl_jax import sharding
+from caprl_jax.data.readers.jsonl import read_jsonl
 from caprl_jax.harness import metrics
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.metrics import read_metrics
+from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.load import load_policy
@@ -37,6 +42,7 @@ save = Checkpoints.save
 def save_and_die(self, state, *args, **kwargs):
   save(self, state, *args, **kwargs)
   if int(state.step) == 2:
+    self.wait()
     os.kill(os.getpid(), signal.SIGKILL)
 
 Checkpoints.save = save_and_die
@@ -122,7 +128,11 @@ def test_a_run_leaves_all_its_outputs(finished, config):
   summary = tiny.read_back(finished / "summary.json")
   assert summary.keys() >= {"gate", "before", "after", "counts", "versions", "config", "wall_secs"}
   assert summary["gate"] == {}  # skipped by this config
-  assert summary["complete"] == {"step": 4}
+  record = tiny.read_back(finished / "record_train.json")
+  assert record["complete"]["step"] == 4
+  assert record["made_of"].keys() == {"policy.checkpoint", "judge.source", "data.eval"}
+  (start,) = record["starts"]
+  assert start["versions"] == summary["versions"]
   for stage in ("before", "after"):
     figures = summary[stage]
     assert 0 <= figures["accuracy"] <= 1 and figures["questions"] == 24 and figures["images"] == 12
@@ -199,7 +209,8 @@ def test_what_is_missing_of_a_finished_run_is_made_again(finished, config, tmp_p
   assert_same_policy(workdir, finished)
   page = (finished / "report.html").read_text()
   assert (workdir / "report.html").read_text() == page.replace(finished.name, workdir.name)
-  assert (workdir / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
+  for name in ("summary.json", "record_train.json"):
+    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_a_kill_before_the_captioner_is_written_is_healed_by_the_same_command(
@@ -226,14 +237,14 @@ def test_a_kill_before_the_captioner_is_written_is_healed_by_the_same_command(
     patch.setattr(evaluate, "save_samples", fails)
     with pytest.raises(SystemExit):
       train.run(longer, workdir)
-  summary = tiny.read_back(workdir / "summary.json")
-  assert "after" in summary and "complete" not in summary
+  assert "after" in tiny.read_back(workdir / "summary.json")
+  assert "complete" not in tiny.read_back(workdir / "record_train.json")
   assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4, 5]
   assert_same_policy(workdir, finished)  # still the old one
 
   train.run(longer, workdir)
   summary = tiny.read_back(workdir / "summary.json")
-  assert summary["complete"] == {"step": 5}
+  assert tiny.read_back(workdir / "record_train.json")["complete"]["step"] == 5
   assert tiny.read_back(workdir / "samples" / "after.json")["step"] == 5
   with pytest.raises(AssertionError):
     assert_same_policy(workdir, finished)
@@ -253,9 +264,9 @@ def test_a_summary_of_something_else_is_left_alone(config, tmp_path):
 def test_a_workdir_of_another_config_is_refused(finished, config):
   other = config.copy_and_resolve_references()
   other.optimizer.learning_rate = 0.5
-  with pytest.raises(
-    ValueError, match=r"another config \(differing: \['optimizer'\]\); use another --workdir"
-  ):
+  other.seed = 1
+  both = r"\(differing: seed was 0 and is 1; optimizer.learning_rate was 0.001 and is 0.5\)"
+  with pytest.raises(ValueError, match=f"another config {both}; use another --workdir"):
     train.run(other, finished)
 
 
@@ -282,6 +293,50 @@ def test_a_killed_run_resumes_bit_for_bit(finished, config, tmp_path):
   assert_same_policy(workdir, finished)
   a, b = (tiny.read_back(path / "summary.json") for path in (workdir, finished))
   assert a["before"] == b["before"] and a["after"] == b["after"]
+
+
+def test_the_releases_parquet_is_trained_on_from_start_to_report(config, tmp_path):
+  """CapRL-QA-75K's own columns; its rows are named by an md5 without a suffix."""
+  rows = read_jsonl(config.data.train)
+  names = [hashlib.md5(row.name.encode()).hexdigest() for row in rows]
+  asked = lambda q: {
+    "question": q.stem,
+    "choices": [f"{letter}) {option}" for letter, option in zip("ABC", q.options)],
+    "answer": "ABC"[q.gold],
+  }
+  released = [
+    {
+      "id": name,
+      "image": {"bytes": row.image.read_bytes(), "path": None},
+      "prompt": [{"role": "user", "content": "<image> Please describe this image in detail."}],
+      "data_source": "image_caption_rl",
+      "reward_model": {"ground_truth": [asked(q) for q in row.questions]},
+    }
+    for name, row in zip(names, rows, strict=True)
+  ]
+  for part in range(2):
+    path = tmp_path / f"train-{part:05d}-of-00002.parquet"
+    pq.write_table(pa.Table.from_pylist(released[part::2]), path)
+  on_parquet = config.copy_and_resolve_references()
+  on_parquet.data.train = on_parquet.data.eval = str(tmp_path / "train-*.parquet")
+  on_parquet.train = dict(steps=2, sample_every=1)
+  on_parquet.evaluate = dict(batch_size=8, group_images=0)
+  workdir = tmp_path / "run"
+  train.run(on_parquet, workdir)
+  assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == [1, 2]
+  summary = tiny.read_back(workdir / "summary.json")
+  assert summary["counts"] == {"train_rows": 12, "eval_rows": 12}
+  assert summary["after"]["questions"] == 24
+  shown = {
+    row["name"]: workdir / "samples" / row["image"]
+    for path in (workdir / "samples").glob("*.json")
+    for row in tiny.read_back(path)["rows"]
+  }
+  assert set(shown) == set(names) and all(path.is_file() for path in shown.values())
+  report = (workdir / "report.html").read_text()
+  assert any(name in report for name in names) and "Not there yet: the gate." in report
+  assert (workdir / "policy" / "config.json").exists()
+  assert RunRecord(workdir, "train").complete_step == 2
 
 
 def test_an_interrupted_run_keeps_its_last_step(

@@ -18,7 +18,7 @@ from caprl_jax.data.rows import CaptionRow
 from caprl_jax.data.usable_rows import NextUsable
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.hub.load import load_policy
-from caprl_jax.modes import sft
+from caprl_jax.modes.sft import run as sft
 
 FULL = "The image shows a {color} {shape}."
 
@@ -213,7 +213,7 @@ def test_dropped_ones_are_in_no_batch(folder, mixed, tmp_path, monkeypatch, capl
     bad_rows="drop",
   )
   sft.run(made, tmp_path / "work")
-  ((policy, made, (section, cfg, _, _, bad)),) = taken
+  ((policy, made, (section, cfg, _, _, bad, _)),) = taken
   numbers = [int(pathlib.Path(row.image).stem) for row in made.train]
   assert numbers == [0, 2, 3, 5, 7, 10, 11]
   assert "dropped 5 of 12 rows (" in caplog.text and "too narrow: 1" in caplog.text

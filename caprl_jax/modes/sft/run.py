@@ -7,6 +7,7 @@ is made). Phases follow one another, each with its own captions and learning-rat
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -32,95 +33,32 @@ from caprl_jax.data.captions import (
 )
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers.qa_sources import read_caption_rows, read_qa_rows
-from caprl_jax.data.rows import BadRows, QARow, read_image
+from caprl_jax.data.rows import QARow, read_image
 from caprl_jax.data.usable_rows import (
   NextUsable,
   fits,
   shape_of,
   usable,
 )
-from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
+from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.harness.loop import run_loop
+from caprl_jax.harness.process.first import from_first
+from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.process.workdir_lock import only_run
+from caprl_jax.harness.training.row_digests import row_digests
 from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import make_state
+from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.load import Loaded, load_policy, save_policy
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.hub.vocabulary import own_vocabulary
-from caprl_jax.rl.optimizer import OptimizerConfig, build_optimizer
+from caprl_jax.modes.sft.section import FREE, NewPolicyConfig, PhaseConfig, SFTConfig
+from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.supervised.caption_step import SFTExample, caption_scores, sft_step
 from caprl_jax.types import Array, Batch, Params, Vocabulary
 
-log = logging.getLogger("caprl_jax.modes.sft")
-
-
-@dataclasses.dataclass(frozen=True)
-class PhaseConfig:
-  """Steps on one set of captions.
-
-  steps: optimizer steps.
-  optimizer: as the section `optimizer`.
-  templates: (weight, text with {fact} places), of which one is drawn per row; none: the rows'
-    captions.
-  """
-
-  steps: int
-  optimizer: OptimizerConfig
-  templates: tuple[tuple[float, str], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class SFTConfig:
-  """The section `sft`.
-
-  train: a source of `qa_sources.py`, whose facts fill the templates, or a .jsonl of captions.
-  phases: trained one after the other.
-  eval: rows whose facts measure recognition; None measures nothing.
-  eval_rows: the first rows of `eval` only.
-  recognition: template whose places are measured, each given the true text before it.
-  batch_size: captions per step.
-  max_tokens: longest caption.
-  augment: shift images by up to an eighth and mirror them, which keeps the facts of easy-vqa
-    true.
-  bad_rows: "refuse" to start while a row cannot be used (its image cannot be decoded or is too
-    narrow, its caption is too long), or "drop" and log it; as `data.bad_rows`.
-  output: folder of the captioner, below the workdir.
-  output_dtype: of the written checkpoint.
-  """
-
-  train: str
-  phases: tuple[PhaseConfig, ...]
-  eval: str | None = None
-  eval_rows: int = 1000
-  recognition: str | None = None
-  batch_size: int = 64
-  max_tokens: int = 32
-  augment: bool = False
-  bad_rows: BadRows = "refuse"
-  output: str = "policy"
-  output_dtype: str = "bfloat16"
-
-
-@dataclasses.dataclass(frozen=True)
-class NewPolicyConfig:
-  """The section `policy` of this mode: a checkpoint, or config.json and preprocessor_config.json
-  of a new model.
-
-  instruction: what the captioner is asked.
-  checkpoint: the captioner to begin with; None makes a new one.
-  architecture: config.json of a new one.
-  preprocessor: preprocessor_config.json of a new one.
-  tokenizer: model whose tokens a new one shares.
-  compact: a new one keeps only the tokens that its captions need.
-  """
-
-  instruction: str = "Please describe this image in detail."
-  checkpoint: str | None = None
-  architecture: dict | None = None
-  preprocessor: dict | None = None
-  tokenizer: str | None = None
-  compact: bool = True
+log = logging.getLogger("caprl_jax.modes.sft.run")
 
 
 class CaptionExample:
@@ -247,15 +185,59 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """
   cfg = configuration.load_section(config, "sft", SFTConfig)
   section = configuration.load_section(config, "policy", NewPolicyConfig)
-  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
+  mesh_section = configuration.load_section(config, "mesh", sharding.MeshConfig)
+  checkpoint = configuration.load_section(config, "checkpoint", CheckpointConfig)
+  mesh = sharding.make_mesh(mesh_section)
   sharding.check_batch_size(cfg.batch_size, mesh, "sft.batch_size")
-  bad = BadRowList(cfg.bad_rows, workdir / "bad_rows.jsonl", "--config.sft.bad_rows")
-  rows = _rows(cfg, config.seed, bad)
-  eval_rows = _eval_rows(cfg, config.seed, bad)
-  with only_run(workdir), jax.set_mesh(mesh):
-    policy = begin_policy(section, cfg.phases, rows, seed=config.seed, mesh=mesh)
-    made = _check_rows(policy, rows, eval_rows, cfg, bad, workdir)
-    _train_phases(policy, made, section, cfg, config, workdir, bad)
+  sections = {
+    "seed": config.seed,
+    "mesh": mesh_section,
+    "policy": section,
+    "sft": cfg,
+    "checkpoint": checkpoint,
+  }
+  with only_run(workdir):
+    record = RunRecord(workdir, "sft")
+    begun = any(saved_steps(_place(workdir, i)) for i in range(len(cfg.phases)))
+    changed = record.begin(sections, FREE, goes_on=begun or record.complete_step is not None)
+    if record.complete_step is not None and not changed and _left(cfg, workdir):
+      log.info("this run is complete: see %s", workdir / cfg.output)
+      return
+    record.reopen()
+    bad = BadRowList(cfg.bad_rows, workdir / "bad_rows.jsonl", "--config.sft.bad_rows")
+    rows = _rows(cfg, config.seed, bad)
+    eval_rows = _eval_rows(cfg, config.seed, bad)
+    with jax.set_mesh(mesh):
+      policy = begin_policy(section, cfg.phases, rows, seed=config.seed, mesh=mesh)
+      made = _check_rows(policy, rows, eval_rows, cfg, bad, workdir)
+      _bind(record, section, policy)
+      _train_phases(policy, made, section, cfg, config, workdir, bad, checkpoint)
+    record.finish(sum(phase.steps for phase in cfg.phases))
+
+
+def _place(workdir: pathlib.Path, number: int) -> pathlib.Path:
+  """The folder of a phase."""
+  return workdir / f"phase_{number}"
+
+
+def _left(cfg: SFTConfig, workdir: pathlib.Path) -> bool:
+  """Whether all that a complete run leaves is there; the first process decides for all."""
+  files = (workdir / cfg.output / "config.json", workdir / "recognition.json")
+  return from_first(lambda: all(path.exists() for path in files))
+
+
+def _bind(record: RunRecord, section: NewPolicyConfig, policy: Loaded) -> None:
+  """Compares what the run begins with with the record's. Raises ValueError where it is another
+  one."""
+  others = "bring it back as it was, or use another --workdir"
+  refused = {
+    "policy.checkpoint": f"a phase's checkpoints go on from it; {others}",
+    "vocabulary": f"its ids would mean others (a compact one has what captions need); {others}",
+  }
+  found = {"vocabulary": hashlib.sha256(policy.tokenizer.to_json().encode()).hexdigest()}
+  if section.checkpoint:
+    found["policy.checkpoint"] = from_first(lambda: fingerprint(section.checkpoint))
+  record.bind(found, refused, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +247,7 @@ class CheckedRows:
   train: list
   eval: list[QARow]
   shape: ImageShape
+  digests: list[str]  # of `train`
 
 
 def _check_rows(
@@ -285,7 +268,8 @@ def _check_rows(
   recognised = recognition_fits(cfg.recognition or "", eval_rows, tokenizer, most)
   held_out = left(eval_rows, recognised)
   bad.settle()
-  return CheckedRows(train, held_out, shape_of(images([*train, *held_out]), pixels))
+  shape = shape_of(images([*train, *held_out]), pixels)
+  return CheckedRows(train, held_out, shape, row_digests(train, images(train)))
 
 
 def _rows(cfg: SFTConfig, seed: int, bad: BadRowList) -> list:
@@ -324,6 +308,7 @@ def _train_phases(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   bad: BadRowList,
+  checkpoint: CheckpointConfig,
 ) -> None:
   """Trains phase after phase, measures after each, and writes the captioner."""
   vocabulary = text_vocabulary(policy.tokenizer, policy.model.cfg.text.vocab_size)
@@ -345,8 +330,10 @@ def _train_phases(
       example,
       number=number,
       config=config,
-      place=workdir / f"phase_{number}",
+      place=_place(workdir, number),
       bad=bad,
+      checkpoint=checkpoint,
+      digests=made.digests,
     )
     steps += phase.steps
     if eval_rows and cfg.recognition:
@@ -376,6 +363,8 @@ def _train_phase(
   config: ml_collections.ConfigDict,
   place: pathlib.Path,
   bad: BadRowList,
+  checkpoint: CheckpointConfig,
+  digests: Sequence[str],
 ) -> Params:
   """Trains `policy.params`, which are used up, for one phase, from its newest checkpoint in `place`
   if there is one; returns the new ones."""
@@ -389,9 +378,9 @@ def _train_phase(
     out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh), None),
   )
   place.mkdir(parents=True, exist_ok=True)
-  checkpoints = Checkpoints(place, CheckpointConfig(every_steps=200, keep=2))
+  checkpoints = Checkpoints(place, checkpoint)
   parts, goes_on = [(len(example.rows), None)], bool(checkpoints.latest_step())
-  places = row_places(place / "train_rows.json", example.rows, parts, goes_on)
+  places = row_places(place / "train_rows.json", example.rows, parts, goes_on, digests)
   iterator = train_iterator(
     NextUsable(example, example.rows, bad, places=places.rows),
     places.parts,
@@ -402,17 +391,19 @@ def _train_phase(
   if checkpoints.latest_step():
     state, position = checkpoints.restore(state)
     iterator.set_state(position)
-  state = run_loop(
-    step,
-    state,
-    iterator,
-    steps=phase.steps,
-    mesh=mesh,
-    checkpoints=checkpoints,
-    config=configuration.to_plain(config),
-    workdir=place,
-    what=f"phase {number}",
-    reward_name="update/none",
-  )
-  checkpoints.close()
+  try:
+    state = run_loop(
+      step,
+      state,
+      iterator,
+      steps=phase.steps,
+      mesh=mesh,
+      checkpoints=checkpoints,
+      config=configuration.to_plain(config),
+      workdir=place,
+      what=f"phase {number}",
+      reward_name="update/none",
+    )
+  finally:
+    checkpoints.close()
   return state.params
