@@ -27,7 +27,6 @@ from caprl_jax.inference.vqa import (
   VqaRunner,
   branch,
 )
-from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.policy import Policy
 from caprl_jax.rl.sampling import SamplingConfig, decode
@@ -84,17 +83,15 @@ def write_answers(
     policy, params, images, prompts, tokens_BML, valid_BML
   )
 
-  def extend(tokens, position, valid, cache):
-    return policy.apply(
-      {"params": params}, tokens, position, valid, (*prefixes, cache), method="extend"
-    )
+  def extend(tokens, position, valid, prefixes):
+    return policy.apply({"params": params}, tokens, position, valid, prefixes, method="extend")
 
   end = decode(
     extend,
     head_matrix(policy.cfg.text, params["language_model"]),
     hidden_ND,
     next_position_N,
-    cache=empty_cache(prefixes[-1], B * M, cfg.max_tokens),
+    prefixes=prefixes,
     vocabulary=vocabulary,
     key=jax.random.key(seed),
     cfg=cfg,

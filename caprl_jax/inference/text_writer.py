@@ -13,7 +13,6 @@ from caprl_jax import sharding
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.inference.host_batches import one_ahead
-from caprl_jax.models.attention import empty_cache
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.policy import last_hidden
 from caprl_jax.rl.sampling import SamplingConfig, decode
@@ -49,13 +48,12 @@ def write_texts(
   )
   position = jnp.broadcast_to(jnp.arange(L), (N, L))
   hidden_NLD, prefix = run(tokens_NL, position, valid_NL, ())
-  extend = lambda tokens, position, valid, cache: run(tokens, position, valid, (prefix, cache))
   end = decode(
-    extend,
+    run,
     head_matrix(model.cfg, params),
     last_hidden(hidden_NLD, valid_NL),
     valid_NL.sum(1),
-    cache=empty_cache(prefix, N, cfg.max_tokens),
+    prefixes=(prefix,),
     vocabulary=vocabulary,
     key=key,
     cfg=cfg,

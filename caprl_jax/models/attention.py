@@ -110,10 +110,33 @@ def causal_mask(valid_NL: Array, segment_NL: Array | None = None) -> Array:
   )
 
 
+@flax.struct.dataclass
+class OwnTokens:
+  """Which of one another new tokens see: valid ones of their own segment that do not come later.
+
+  causal: False: later ones too, as in a vision tower.
+  reach: how many slots back a token of the same segment may stand, at most; None: anywhere. Long
+    rows of many segments cost as much as their segments do.
+  """
+
+  valid_NL: Array  # bool
+  segment_NL: Array | None = None  # int; None: all tokens of a row are one segment
+  causal: bool = flax.struct.field(pytree_node=False, default=True)
+  reach: int | None = flax.struct.field(pytree_node=False, default=None)
+
+  def mask(self) -> Array:
+    """bool [N, L, L]."""
+    if self.causal:
+      return causal_mask(self.valid_NL, self.segment_NL)
+    assert self.segment_NL is None and self.reach is None, "segments are for causal attention"
+    N, L = self.valid_NL.shape
+    return jnp.broadcast_to(self.valid_NL[:, None], (N, L, L))
+
+
 def attend(
   q_NLHh: Array,
   own: tuple[Array, Array],
-  own_mask_NLL: Array,
+  tokens: OwnTokens,
   prefixes: tuple[tuple[Array, Array, Array], ...] = (),
 ) -> Array:
   """Attention of new tokens over prefixes, each (key_RSJh, value_RSJh, valid_RS), and over
@@ -125,20 +148,39 @@ def attend(
   Returns [N, L, H, h] in the queries' dtype.
   """
 
-  def some(q_NCHh: Array, mask_NCL: Array) -> Array:
+  def some(q_NCHh: Array, own: tuple[Array, Array], mask_NCL: Array) -> Array:
     parts = [attend_part(q_NCHh, key, value, valid) for key, value, valid in prefixes]
     parts.append(attend_part(q_NCHh, *own, mask_NCL))
     return merge_parts(parts).astype(q_NCHh.dtype)
 
   N, L, H, h = q_NLHh.shape
   if L <= 2 * QUERY_CHUNK:
-    return some(q_NLHh, own_mask_NLL)
+    return some(q_NLHh, own, tokens.mask())
   chunks = -(-L // QUERY_CHUNK)
-  pad = chunks * QUERY_CHUNK - L
+  length = chunks * QUERY_CHUNK
+  segment_NL = tokens.segment_NL
+  if segment_NL is None:
+    segment_NL = jnp.zeros((N, L), jnp.int32)
+  # Keys that a chunk's queries can see: its own and those `reach` slots back.
+  seen = length if tokens.reach is None else min(length, QUERY_CHUNK + tokens.reach)
 
-  def split(x: Array) -> Array:  # [N, L, ...] -> [chunks, N, QUERY_CHUNK, ...]
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(N, chunks, QUERY_CHUNK, *x.shape[2:]), 1, 0)
+  def padded(x: Array) -> Array:
+    return jnp.pad(x, [(0, 0), (0, length - L)] + [(0, 0)] * (x.ndim - 2))
 
-  out = jax.lax.map(lambda x: jax.checkpoint(some)(*x), (split(q_NLHh), split(own_mask_NLL)))
+  queries, keys = padded(q_NLHh), (*map(padded, own), padded(tokens.valid_NL), padded(segment_NL))
+
+  def chunk(number: Array) -> Array:
+    first = number * QUERY_CHUNK
+    begin = jnp.clip(first + QUERY_CHUNK - seen, 0, length - seen)
+
+    def cut(x: Array, begin: Array, size: int) -> Array:
+      return jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
+
+    key, value, valid, segment = (cut(x, begin, seen) for x in keys)
+    same = cut(keys[-1], first, QUERY_CHUNK)[:, :, None] == segment[:, None]
+    if tokens.causal:
+      same &= begin + jnp.arange(seen) <= first + jnp.arange(QUERY_CHUNK)[:, None]
+    return some(cut(queries, first, QUERY_CHUNK), (key, value), same & valid[:, None, :])
+
+  out = jax.lax.map(jax.checkpoint(chunk), jnp.arange(chunks))
   return jnp.moveaxis(out, 0, 1).reshape(N, -1, H, h)[:, :L]

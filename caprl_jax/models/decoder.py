@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.json_files import shown
-from caprl_jax.models.attention import Prefix, attend, causal_mask
+from caprl_jax.models.attention import OwnTokens, Prefix, attend
 from caprl_jax.models.layers import GatedMLP, LoraConfig, RMSNorm, linear, rotary_tables, rotate
 
 Array = jax.Array
@@ -154,7 +154,7 @@ class Attention(nn.Module):
   cfg: DecoderConfig
 
   @nn.compact
-  def __call__(self, x_NLD, cos_NLh, sin_NLh, own_mask_NLL, prefixes):
+  def __call__(self, x_NLD, cos_NLh, sin_NLh, tokens: OwnTokens, prefixes):
     cfg = self.cfg
     N, L, _ = x_NLD.shape
     options = dict(use_bias=cfg.qkv_bias, init_std=cfg.init_std, dtype=cfg.dtype, lora=cfg.lora)
@@ -172,7 +172,7 @@ class Attention(nn.Module):
       )
     q_NLHh, k_NLJh = rotate(q, cos_NLh, sin_NLh), rotate(k, cos_NLh, sin_NLh)
     v_NLJh = v.reshape(N, L, cfg.num_kv_heads, cfg.head_dim)
-    out = attend(q_NLHh, (k_NLJh, v_NLJh), own_mask_NLL, prefixes).reshape(N, L, -1)
+    out = attend(q_NLHh, (k_NLJh, v_NLJh), tokens, prefixes).reshape(N, L, -1)
     out = linear(
       cfg.hidden_size,
       ("heads", "embed"),
@@ -196,7 +196,7 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_NLD, prefix_keys_values, number, prefix_valid, cos_NLh, sin_NLh, own_mask_NLL, deep_XNLD
+    self, x_NLD, prefix_keys_values, number, prefix_valid, cos_NLh, sin_NLh, tokens, deep_XNLD
   ):
     cfg = self.cfg
     prefixes = tuple((k, v, valid) for (k, v), valid in zip(prefix_keys_values, prefix_valid))
@@ -204,7 +204,7 @@ class DecoderLayer(nn.Module):
       RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x_NLD),
       cos_NLh,
       sin_NLh,
-      own_mask_NLL,
+      tokens,
       prefixes,
     )
     x_NLD = x_NLD + out
@@ -259,10 +259,17 @@ class Decoder(nn.Module):
     return self.embed_tokens(tokens_NL)
 
   def extend(
-    self, tokens_NL: Array, position: Array, valid_NL: Array, prefixes: tuple[Prefix, ...] = ()
+    self,
+    tokens_NL: Array,
+    position: Array,
+    valid_NL: Array,
+    prefixes: tuple[Prefix, ...] = (),
+    segment_NL: Array | None = None,
+    reach: int | None = None,
   ) -> tuple[Array, Prefix]:
     """`embed`, then `__call__`: runs new tokens, given as ids, after their prefixes."""
-    return self(self.embed(tokens_NL), position, valid_NL, prefixes)
+    x_NLD = self.embed(tokens_NL)
+    return self(x_NLD, position, valid_NL, prefixes, None, segment_NL, reach)
 
   def __call__(
     self,
@@ -272,6 +279,7 @@ class Decoder(nn.Module):
     prefixes: tuple[Prefix, ...] = (),
     deep_XNLD: Array | None = None,
     segment_NL: Array | None = None,
+    reach: int | None = None,
   ) -> tuple[Array, Prefix]:
     """Runs new tokens after their prefixes.
 
@@ -284,6 +292,7 @@ class Decoder(nn.Module):
         with DeepStack.
       segment_NL: int; among themselves, new tokens see only those of their own segment. None: all
         tokens of a row are one segment.
+      reach: slots between the first and the last token of any segment, at most (`OwnTokens`).
 
     Returns:
       Hidden states after the final norm [N, L, D], and the new tokens' keys and values as a Prefix
@@ -303,7 +312,7 @@ class Decoder(nn.Module):
       tuple(p.valid_RS for p in prefixes),
       cos,
       sin,
-      causal_mask(valid_NL, segment_NL),
+      OwnTokens(valid_NL, segment_NL, reach=reach),
       None if deep_XNLD is None else deep_XNLD.astype(x_NLD.dtype),
     )
     return self.norm(x_NLD), Prefix(key, value, valid_NL)

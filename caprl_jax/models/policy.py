@@ -157,12 +157,18 @@ class Policy(nn.Module):
     return self.language_model(x_BPD, position, prompts.valid_BP, (), deep_XBPD, segment_BP)
 
   def extend(
-    self, tokens_NL: Array, position_NL: Array, valid_NL: Array, prefixes: tuple[Prefix, ...]
+    self,
+    tokens_NL: Array,
+    position_NL: Array,
+    valid_NL: Array,
+    prefixes: tuple[Prefix, ...],
+    segment_NL: Array | None = None,
+    reach: int | None = None,
   ) -> tuple[Array, Prefix]:
     """Runs caption tokens after their prefixes: hidden [N, L, D] and the tokens' own keys and
-    values.
+    values. `segment_NL` and `reach`: as of `Decoder`.
     """
-    return self.language_model.extend(tokens_NL, position_NL, valid_NL, prefixes)
+    return self.language_model.extend(tokens_NL, position_NL, valid_NL, prefixes, segment_NL, reach)
 
   def __call__(self, images: Images, prompts: Prompts) -> Array:
     """Creates all parameters when initialised."""

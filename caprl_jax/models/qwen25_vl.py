@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.attention import attend
+from caprl_jax.models.attention import OwnTokens, attend
 from caprl_jax.models.family import Family, Features, Keys
 from caprl_jax.models.image_processor import CLIP_MEAN, CLIP_STD, SmartResize
 from caprl_jax.models.layers import GatedMLP, PatchEmbed, RMSNorm, axial_tables, linear, rotate
@@ -151,10 +151,8 @@ class VisionAttention(nn.Module):
     def within(slots: int):
       def run(q, k, v, valid):
         q, k, v = (x.reshape(-1, slots, cfg.num_heads, cfg.head_dim) for x in (q, k, v))
-        valid = valid.reshape(-1, 1, slots)
-        return attend(q, (k, v), jnp.broadcast_to(valid, (q.shape[0], slots, slots))).reshape(
-          B, S, D
-        )
+        own = OwnTokens(valid.reshape(-1, slots), causal=False)
+        return attend(q, (k, v), own).reshape(B, S, D)
 
       return run
 

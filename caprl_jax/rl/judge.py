@@ -13,8 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from caprl_jax import rungs
 from caprl_jax.masked import NEGATIVE, masked_sum
-from caprl_jax.models.attention import Prefix, empty_cache
+from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.head import token_logprobs
 from caprl_jax.models.policy import last_hidden
@@ -28,8 +29,11 @@ from caprl_jax.rl.judge_protocol import (
   take_questions,
 )
 from caprl_jax.rl.sampling import SamplingConfig, decode
-from caprl_jax.sharding import join_microbatches, microbatches
+from caprl_jax.sharding import batch_shards, join_microbatches, microbatches
 from caprl_jax.types import Answers, Array, Captions, JudgePrompt, Params, Questions, Vocabulary
+
+SMALLEST_CAPTION = 64  # slots; shorter ones save less than compiling them costs
+SMALLEST_PIECE = 16  # captions
 
 
 @flax.struct.dataclass
@@ -101,42 +105,19 @@ class Branches:
 def judge_ids(
   judge: Judge, captions: JudgeIds, questions: Questions, key: Array, cfg: JudgeConfig
 ) -> Answers:
-  """Asks every caption about its image, in `cfg.microbatches` pieces of the batch. With `cfg.blind`
-  an empty caption is asked too."""
-
-  def ask(captions: JudgeIds, questions: Questions, key: Array) -> Answers:
-    return answer_questions(judge, captions, questions, key, cfg)
-
-  return in_pieces(ask, captions, questions, key, cfg)
+  """Asks every caption about its image. With `cfg.blind` an empty caption is asked too."""
+  return with_blind(lambda ids: answer_questions(judge, ids, questions, key, cfg), captions, cfg)
 
 
-def in_pieces(
-  ask: Callable[[JudgeIds, Any, Array], Answers],
-  captions: JudgeIds,
-  asked: Any,
-  key: Array,
-  cfg: JudgeConfig,
-) -> Answers:
-  """`ask` of captions, what is asked and a key, in `cfg.microbatches` pieces of the batch; with
-  `cfg.blind`, of an empty caption too. asked: arrays of the batch's images."""
-  if cfg.blind:  # the empty caption is one more member of each group
-
-    def with_empty(x_BGT: Array) -> Array:
-      return jnp.pad(x_BGT, ((0, 0), (0, 1), (0, 0)))
-
-    captions = jax.tree.map(with_empty, captions)
-  if cfg.microbatches == 1:
-    answers = ask(captions, asked, key)
-  else:
-
-    def of_piece(piece: tuple[Array, JudgeIds, Any]) -> Answers:
-      number, captions, asked = piece
-      return ask(captions, asked, jax.random.fold_in(key, number))
-
-    pieces = microbatches((captions, asked), cfg.microbatches)
-    answers = join_microbatches(jax.lax.map(of_piece, (jnp.arange(cfg.microbatches), *pieces)))
+def with_blind(ask: Callable[[JudgeIds], Answers], captions: JudgeIds, cfg: JudgeConfig) -> Answers:
+  """`ask` of captions; with `cfg.blind`, of an empty caption for each image too."""
   if not cfg.blind:
-    return answers
+    return ask(captions)
+
+  def with_empty(x_BGT: Array) -> Array:  # the empty caption is one more member of each group
+    return jnp.pad(x_BGT, ((0, 0), (0, 1), (0, 0)))
+
+  answers = ask(jax.tree.map(with_empty, captions))
   blind = jax.tree.map(lambda x: x[:, -1:], answers)
   return jax.tree.map(lambda x: x[:, :-1], answers).replace(blind=blind)
 
@@ -164,17 +145,12 @@ def answer_questions(
   # run once.
   run_once = cfg.reading == "option_pmi" or (not cfg.shuffle and cfg.reading != "generate")
   presented = questions if run_once or not cfg.draws else take_questions(questions, index_BK)
-  branches = _caption_branches(judge, captions)
-
+  shown = (
+    presented if cfg.reading == "option_pmi" else Sheet.of(judge.prompt, presented, order_key, cfg)
+  )
+  score_BGKA, choice_BGK = _ask(judge, captions, shown, sample_key, cfg)
   if cfg.reading == "option_pmi":
-    scores_BGKA = _option_scores(judge, presented, branches, cfg)
-    score_BGKA = scores_BGKA - presented.prior_BKA[:, None]
-  else:
-    sheet = Sheet.of(judge.prompt, presented, order_key, cfg)
-    if cfg.reading == "generate":
-      choice_BGK, score_BGKA = _generated_letters(judge, sheet, branches, sample_key, cfg)
-    else:
-      score_BGKA = _letter_logprobs(judge, sheet, branches, cfg)
+    score_BGKA = score_BGKA - presented.prior_BKA[:, None]
   if run_once and cfg.draws:
     score_BGKA = jnp.take_along_axis(score_BGKA, index_BK[:, None, :, None], axis=2)
     presented = take_questions(questions, index_BK)
@@ -198,6 +174,79 @@ def answer_questions(
     index_BGK=index_BGK,
     cfg=cfg,
   )
+
+
+@flax.struct.dataclass
+class _Asked:
+  """Captions and what is asked about each: N = B * G rows. They share nothing but the prompt's
+  head, so they can be taken in any order and any pieces."""
+
+  captions: JudgeIds  # [N, 1, T]
+  shown: Questions | Sheet  # of each caption's image
+  row_N: Array  # int32, its place in the batch, for its random key
+
+  def slots(self) -> Array:
+    """Slots up to the last token that the judge is shown, int32 [N]."""
+    keep_NT = self.captions.keep_BGT[:, 0]
+    return jnp.where(keep_NT, jnp.arange(keep_NT.shape[1]) + 1, 0).max(1)
+
+  def cut(self, slots: int) -> "_Asked":
+    """With captions of so many slots."""
+    return self.replace(captions=jax.tree.map(lambda x: x[..., :slots], self.captions))
+
+
+def _ask(
+  judge: Judge, captions: JudgeIds, shown: Questions | Sheet, key: Array, cfg: JudgeConfig
+) -> tuple[Array, Array]:
+  """The scores of every option [B, G, K, A] and, where the judge writes its answers, what it chose,
+  int32 [B, G, K].
+
+  Captions of like lengths are taken together, whatever their image, and each piece computes for its
+  longest one.
+  """
+  B, G, T = captions.tokens_BGT.shape
+  asked = _Asked(
+    jax.tree.map(lambda x: x.reshape(B * G, 1, T), captions),
+    jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), shown),
+    jnp.arange(B * G),
+  )
+  sizes = rungs.ladder(T, SMALLEST_CAPTION)
+
+  def of_size(slots: int, piece: _Asked) -> tuple[Array, Array]:
+    piece = piece.cut(slots)
+    branches = _caption_branches(judge, piece.captions)
+    if isinstance(piece.shown, Sheet):
+      if cfg.reading == "generate":
+        choice, score = _generated_letters(judge, piece.shown, branches, piece.row_N, key, cfg)
+        return score, choice
+      score = _letter_logprobs(judge, piece.shown, branches, cfg)
+    else:
+      score = _option_scores(judge, piece.shown, branches, cfg)
+    return score, jnp.zeros(score.shape[:-1], jnp.int32)
+
+  def of_piece(piece: _Asked) -> tuple[Array, Array]:
+    return rungs.on_rung(of_size, sizes, piece.slots(), piece)
+
+  count = _pieces(B * G, cfg.microbatches, len(sizes))
+  if count == 1:
+    found = of_piece(asked)
+  else:
+    order_N = rungs.like_sizes(asked.slots(), count)
+    pieces = microbatches(rungs.reorder(asked, order_N), count)
+    found = join_microbatches(jax.lax.map(of_piece, pieces))
+    found = rungs.reorder(found, rungs.back(order_N))
+  return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[2:]), found)
+
+
+def _pieces(captions: int, microbatches: int, sizes: int) -> int:
+  """Into how many pieces captions are cut: `microbatches`, or more where each can take a size of
+  its own and is not too small to be worth it."""
+  share = captions // batch_shards()
+  for times in (8, 4, 2) if sizes > 1 else ():
+    count = microbatches * times
+    if captions % batch_shards() == 0 and share % count == 0 and share // count >= SMALLEST_PIECE:
+      return count
+  return microbatches
 
 
 def _answers(
@@ -313,27 +362,25 @@ def _letter_logprobs(judge: Judge, sheet: Sheet, branches: Branches, cfg: JudgeC
 
 
 def _generated_letters(
-  judge: Judge, sheet: Sheet, branches: Branches, key: Array, cfg: JudgeConfig
+  judge: Judge, sheet: Sheet, branches: Branches, row_N: Array, key: Array, cfg: JudgeConfig
 ) -> tuple[Array, Array]:
   """Samples an answer and parses it: the option whose letter is the first of A to I in it, -1 where
   that is no option's; int32 [B, G, K]. The scores are 0, or nan where the judge was not finite."""
   (B, K, _), G = sheet.order_BKA.shape, branches.group
   tokens, valid = branches.per_caption(sheet.tokens_BKL), branches.per_caption(sheet.valid_BKL)
   start = jnp.repeat(branches.start_N, K)
+  place_N = (row_N[:, None] * K + jnp.arange(K)).reshape(-1)
   hidden, sheet_prefix = judge.run(tokens, valid, start, branches.prefixes)
-
-  def extend(tokens: Array, position: Array, valid: Array, cache: Prefix) -> tuple[Array, Prefix]:
-    return judge.extend(tokens, position, valid, (*branches.prefixes, sheet_prefix, cache))
 
   assert judge.prompt.words is not None and judge.prompt.letter_V is not None, "made without words"
   end = decode(
-    extend,
+    judge.extend,
     judge.head_VD,
     last_hidden(hidden, valid),
     start + valid.sum(1),
-    cache=empty_cache(sheet_prefix, B * G * K, cfg.max_tokens),
+    prefixes=(*branches.prefixes, sheet_prefix),
     vocabulary=judge.prompt.words,
-    key=key,
+    key=jax.vmap(lambda place: jax.random.fold_in(key, place))(place_N),
     cfg=SamplingConfig(max_tokens=cfg.max_tokens, temperature=cfg.temperature),
   )
   letter = jnp.where(end.valid_NT, jnp.asarray(judge.prompt.letter_V)[end.tokens_NT], -1)

@@ -7,6 +7,7 @@ Letters as in `types.py`; where "can not answer" is an option, A counts it and i
 import dataclasses
 from typing import Any, Literal, Self, TypeVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,7 +219,7 @@ def _rotated(order_BKA: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
   return jnp.stack(turns, axis=2).reshape(B, K * cfg.permutations, A)
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Sheet:
   """Questions with their options laid out, as the judge is shown them."""
 

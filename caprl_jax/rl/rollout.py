@@ -1,16 +1,19 @@
-"""Batch, key -> captions: each image is encoded and its prompt prefilled once; G captions branch
-from there.
+"""Batch, key -> captions, and captions -> their log-probabilities: each image is encoded and its
+prompt prefilled once; G captions branch from there.
+
+R: slots of a row in which the captions of a group stand one after the other.
 """
 
 import dataclasses
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.attention import Prefix, empty_cache
+from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import head_matrix
-from caprl_jax.models.head import token_logprobs
+from caprl_jax.models.head import EntropyKind, token_logprobs
 from caprl_jax.models.policy import Policy, last_hidden
 from caprl_jax.rl.sampling import SamplingConfig, decode
 from caprl_jax.types import Array, Batch, Captions, Params, Vocabulary
@@ -56,8 +59,10 @@ def sample_captions(
   key: Array,
   vocabulary: Vocabulary,
   cfg: RolloutConfig,
+  length_BG: Array | None = None,
 ) -> Captions:
-  """Writes `group_size` captions for each image of the batch. The key is consumed."""
+  """Writes `group_size` captions for each image of the batch. The key is consumed. `length_BG`: for
+  measurements, as `length_N` of `decode`."""
   B, G, T = batch.row_B.shape[0], cfg.group_size, cfg.sampling.max_tokens
   hidden_BPD, prefix = _prefill(policy, params, batch)
   hidden_ND = jnp.repeat(last_hidden(hidden_BPD, batch.prompts.valid_BP), G, axis=0)
@@ -72,10 +77,10 @@ def sample_captions(
     seen_BV = jax.vmap(seen_in)(batch.prompts.tokens_BP, batch.prompts.valid_BP)
     seen_NV = jnp.repeat(seen_BV, G, axis=0)
 
-  def extend(tokens: Array, position: Array, valid: Array, cache: Prefix) -> tuple[Array, Prefix]:
-    out: Any = policy.apply(
-      {"params": params}, tokens, position, valid, (prefix, cache), method="extend"
-    )
+  def extend(
+    tokens: Array, position: Array, valid: Array, prefixes: tuple[Prefix, ...]
+  ) -> tuple[Array, Prefix]:
+    out: Any = policy.apply({"params": params}, tokens, position, valid, prefixes, method="extend")
     return out
 
   end = decode(
@@ -83,11 +88,12 @@ def sample_captions(
     head_matrix(policy.cfg.text, params["language_model"]),
     hidden_ND,
     jnp.repeat(batch.prompts.next_position_B, G),
-    cache=empty_cache(prefix, B * G, T),
+    prefixes=(prefix,),
     vocabulary=vocabulary,
     key=key,
     cfg=cfg.sampling,
     seen_NV=seen_NV,
+    length_N=None if length_BG is None else length_BG.reshape(-1),
   )
 
   def grouped(x_N: Array) -> Array:
@@ -102,26 +108,111 @@ def sample_captions(
   )
 
 
-def caption_hidden(policy: Policy, params: Params, batch: Batch, captions: Captions) -> Array:
-  """The hidden state that predicts each token of given captions, [B * G * T, D]; differentiable.
-  Image and prompt run once an image, with gradient; the captions of a group branch from them."""
+@flax.struct.dataclass
+class PackedGroups:
+  """Captions of a group one after the other in one row of R slots, padding at the end.
+
+  A caption's first token is predicted by the prompt and its last one predicts nothing, so a caption
+  of n tokens takes n - 1 slots.
+  """
+
+  tokens_BR: Array  # int32, what stands in each slot
+  step_BR: Array  # int32, its place in its caption
+  caption_BR: Array  # int32, which of the group's captions it belongs to
+  valid_BR: Array  # bool
+  target_BR: Array  # int32 index into the group's G * T tokens of the one that the slot predicts
+  slot_BGT: Array  # int32, the slot that predicts each token but the first
+
+
+def group_slots(captions: Captions) -> Array:
+  """Slots that each image's packed captions take, int32 [B]."""
+  return jnp.maximum(captions.valid_BGT.sum(-1) - 1, 0).sum(-1)
+
+
+def pack_groups(captions: Captions, slots: int) -> PackedGroups:
+  """The captions of each image in a row of `slots`, which must hold them (`group_slots`)."""
+  B, G, T = captions.tokens_BGT.shape
+  length_BG = jnp.maximum(captions.valid_BGT.sum(-1) - 1, 0)
+  end_BG = jnp.cumsum(length_BG, axis=1)
+  start_BG = end_BG - length_BG
+  slot_R = jnp.arange(slots)
+  caption_BR = jnp.minimum((slot_R[None, :, None] >= end_BG[:, None]).sum(-1), G - 1)
+  step_BR = slot_R - jnp.take_along_axis(start_BG, caption_BR, axis=1)
+  valid_BR = slot_R < end_BG[:, -1:]
+  place_BR = jnp.where(valid_BR, caption_BR * T + step_BR, 0)
+  tokens_BR = jnp.take_along_axis(captions.tokens_BGT.reshape(B, G * T), place_BR, axis=1)
+  slot_BGT = jnp.clip(start_BG[..., None] + jnp.arange(T) - 1, 0, slots - 1)
+  step_BR = jnp.where(valid_BR, step_BR, 0)
+  target_BR = jnp.where(valid_BR, place_BR + 1, 0)
+  return PackedGroups(tokens_BR, step_BR, caption_BR, valid_BR, target_BR, slot_BGT)
+
+
+@jax.custom_vjp
+def _by_caption(x_BR: Array, target_BR: Array, slot_BGT: Array, valid_BR: Array) -> Array:
+  """Numbers of slots -> [B, G, T], at the tokens that the slots predict. A gather, and so is its
+  backward pass, which would be a scatter: no two tokens have the same slot."""
+  del target_BR, valid_BR  # for the backward pass
+  B, G, T = slot_BGT.shape
+  return jnp.take_along_axis(x_BR, slot_BGT.reshape(B, G * T), axis=1).reshape(B, G, T)
+
+
+def _by_caption_forward(x_BR, target_BR, slot_BGT, valid_BR):
+  return _by_caption(x_BR, target_BR, slot_BGT, valid_BR), (target_BR, valid_BR)
+
+
+def _by_caption_backward(kept, slope_BGT):
+  target_BR, valid_BR = kept
+  flat = slope_BGT.reshape(slope_BGT.shape[0], -1)
+  return jnp.where(valid_BR, jnp.take_along_axis(flat, target_BR, axis=1), 0.0), None, None, None
+
+
+_by_caption.defvjp(_by_caption_forward, _by_caption_backward)
+
+
+@flax.struct.dataclass
+class CaptionStates:
+  """The hidden states that predict the tokens of given captions."""
+
+  first_BD: Array  # the first token of every caption of the group
+  rest_BRD: Array | None  # the others, in packed rows; None where captions have one token
+  packed: PackedGroups
+
+  def by_caption(self, first_B: Array, rest_BR: Array | None) -> Array:
+    """Numbers of hidden states -> [B, G, T]; `first_B` may be [B, G]. Where there is no token, it
+    holds a number that nobody may read."""
+    B, G, T = self.packed.slot_BGT.shape
+    first_BG = jnp.broadcast_to(first_B.reshape(B, -1), (B, G))
+    if rest_BR is None:
+      return first_BG[..., None]
+    packed = self.packed
+    rest = _by_caption(rest_BR, packed.target_BR, packed.slot_BGT, packed.valid_BR)
+    return jnp.where(jnp.arange(T) == 0, first_BG[..., None], rest)
+
+
+def caption_states(
+  policy: Policy, params: Params, batch: Batch, captions: Captions, slots: int | None = None
+) -> CaptionStates:
+  """The hidden states that predict given captions; differentiable. Image and prompt run once an
+  image, with gradient; the captions of its group follow in one row of `slots` (None: as many as
+  they could need), none of which sees another."""
   B, G, T = captions.tokens_BGT.shape
   hidden_BPD, prefix = _prefill(policy, params, batch)
-  first = jnp.repeat(last_hidden(hidden_BPD, batch.prompts.valid_BP)[:, None], G, axis=0)
-  tokens_NT = captions.tokens_BGT.reshape(B * G, T)
-  hidden_NTD = first
-  if T > 1:
-    position = jnp.repeat(batch.prompts.next_position_B, G)[:, None] + jnp.arange(T - 1)
-    rest: Any = policy.apply(
-      {"params": params},
-      tokens_NT[:, :-1],
-      position,
-      captions.valid_BGT.reshape(B * G, T)[:, :-1],
-      (prefix,),
-      method="extend",
-    )[0]
-    hidden_NTD = jnp.concatenate([first, rest], axis=1)
-  return hidden_NTD.reshape(B * G * T, -1)
+  first_BD = last_hidden(hidden_BPD, batch.prompts.valid_BP)
+  slots = G * (T - 1) if slots is None else slots
+  packed = pack_groups(captions, max(slots, 1))
+  if T == 1:
+    return CaptionStates(first_BD, None, packed)
+  rest: Any = policy.apply(
+    {"params": params},
+    packed.tokens_BR,
+    batch.prompts.next_position_B[:, None] + packed.step_BR,
+    packed.valid_BR,
+    (prefix,),
+    packed.caption_BR if G > 1 else None,
+    T - 1,
+    method="extend",
+  )[0]
+  return CaptionStates(first_BD, rest, packed)
 
 
 def caption_logprobs(
@@ -132,35 +223,55 @@ def caption_logprobs(
   vocabulary: Vocabulary,
   temperature: float,
   chunk_tokens: int = 1024,
+  entropy: EntropyKind = "none",
+  slots: int | None = None,
 ) -> tuple[Array, Array]:
   """Log-probabilities of given captions, and entropies, float32 [B, G, T] each; differentiable.
 
   Under the same parameters this is what `sample_captions` recorded, to rounding. Padding holds
-  numbers that nobody may read.
+  numbers that nobody may read. Arguments as of `caption_states` and `token_logprobs`.
   """
-  hidden_MD = caption_hidden(policy, params, batch, captions)
-  return hidden_logprobs(policy, params, hidden_MD, captions, vocabulary, temperature, chunk_tokens)
+  states = caption_states(policy, params, batch, captions, slots)
+  return states_logprobs(
+    policy, params, states, captions, vocabulary, temperature, chunk_tokens, entropy
+  )
 
 
-def hidden_logprobs(
+def states_logprobs(
   policy: Policy,
   params: Params,
-  hidden_MD: Array,
+  states: CaptionStates,
   captions: Captions,
   vocabulary: Vocabulary,
   temperature: float,
   chunk_tokens: int = 1024,
+  entropy: EntropyKind = "none",
 ) -> tuple[Array, Array]:
-  """`caption_logprobs` from `caption_hidden`."""
-  shape = captions.tokens_BGT.shape
+  """`caption_logprobs` from `caption_states`."""
+  B, G, T = captions.tokens_BGT.shape
   # A pad token may be forbidden: score any allowed one in its place, nobody reads it.
-  target = jnp.where(captions.valid_BGT, captions.tokens_BGT, vocabulary.end_ids[0]).reshape(-1, 1)
-  logp, entropy = token_logprobs(
-    hidden_MD,
-    head_matrix(policy.cfg.text, params["language_model"]),
-    target,
-    allowed_V=vocabulary.allowed_V,
-    temperature=temperature or 1.0,
-    chunk_tokens=chunk_tokens,
+  target_BGT = jnp.where(captions.valid_BGT, captions.tokens_BGT, vocabulary.end_ids[0])
+
+  def score(hidden_MD: Array, target_MX: Array) -> tuple[Array, Array]:
+    return token_logprobs(
+      hidden_MD,
+      head_matrix(policy.cfg.text, params["language_model"]),
+      target_MX,
+      allowed_V=vocabulary.allowed_V,
+      temperature=temperature or 1.0,
+      chunk_tokens=chunk_tokens,
+      entropy=entropy,
+    )
+
+  first_logp_BG, first_entropy_B = score(states.first_BD, target_BGT[..., 0])
+  if states.rest_BRD is None:
+    return states.by_caption(first_logp_BG, None), states.by_caption(first_entropy_B, None)
+  packed = states.packed
+  target_BR = jnp.take_along_axis(target_BGT.reshape(B, G * T), packed.target_BR, axis=1)
+  target_BR = jnp.where(packed.valid_BR, target_BR, vocabulary.end_ids[0])
+  rest = states.rest_BRD.reshape(-1, states.rest_BRD.shape[-1])
+  logp_M1, entropy_M = score(rest, target_BR.reshape(-1, 1))
+  return (
+    states.by_caption(first_logp_BG, logp_M1.reshape(B, -1)),
+    states.by_caption(first_entropy_B, entropy_M.reshape(B, -1)),
   )
-  return logp.reshape(shape), entropy.reshape(shape)

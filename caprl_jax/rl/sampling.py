@@ -1,6 +1,12 @@
 """Prefix, key -> tokens: the decode loop, which ends when every caption has ended.
 
-Letters: N captions, T caption tokens, D width, V vocabulary.
+Its work follows the captions, not their limit. All rows begin on a cache of a few slots that grows
+by stages (the trunk); the rows that are still being written at its end go on in chunks of a quarter
+of the rows, on caches of the whole limit, as many chunks as it takes. So a cache of rows x limit
+never exists. A draw depends on its row's key and the token's number alone: tokens are the same
+whatever the stages.
+
+Letters: N captions, T caption tokens, D width, V vocabulary, C rows of a chunk.
 """
 
 import dataclasses
@@ -10,12 +16,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from caprl_jax import sharding
 from caprl_jax.masked import NEGATIVE
-from caprl_jax.models.attention import Prefix
+from caprl_jax.models.attention import Prefix, empty_cache
 from caprl_jax.models.head import scaled_logits
 from caprl_jax.types import Vocabulary
 
 Array = jax.Array
+Extend = Callable[[Array, Array, Array, tuple[Prefix, ...]], tuple[Array, Prefix]]
+BLOCK = 256  # tokens whose probabilities are added up before one is searched for
+SMALLEST_CACHE = 64  # slots; below, a further stage costs more to compile than it saves
+CHUNKS = 4  # a chunk has this part of a device's rows,
+SMALLEST_CHUNK = 8  # and at least these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +74,31 @@ class DecodeState:
   done_N: Array  # bool, the end token was drawn
   # bool, tokens of prompt and caption, where a repetition penalty asks for them
   seen_NV: Array | None
-  # keys and values of the captions' tokens, T slots; slot t is written when token t has run
-  cache: Prefix
+  # keys and values of the captions' tokens; slot t is written when token t has run
+  cache: Prefix | None
 
 
-def draw(logits_NV: Array, key: Array, cfg: SamplingConfig) -> Array:
-  """One token a row from scaled logits, int32 [N]. The key is consumed."""
+def draw(logits_NV: Array, uniform_N: Array, cfg: SamplingConfig) -> tuple[Array, Array]:
+  """One token a row from scaled logits, int32 [N], and its log-probability before top-k and top-p,
+  float32 [N].
+
+  Args:
+    uniform_N: float32 in [0, 1), the random numbers of the rows.
+  """
+  norm_N = None
   if cfg.temperature == 0:
-    return jnp.argmax(logits_NV, axis=-1).astype(jnp.int32)
+    token_N = jnp.argmax(logits_NV, axis=-1).astype(jnp.int32)
+  elif cfg.top_k or cfg.top_p < 1:
+    token_N = inverse_cdf(_likeliest(logits_NV, cfg), uniform_N)[0]
+  else:
+    token_N, norm_N = inverse_cdf(logits_NV, uniform_N)
+  if norm_N is None:
+    norm_N = jax.nn.logsumexp(logits_NV, axis=-1)
+  return token_N, jnp.take_along_axis(logits_NV, token_N[:, None], axis=1)[:, 0] - norm_N
+
+
+def _likeliest(logits_NV: Array, cfg: SamplingConfig) -> Array:
+  """The logits with what top-k and top-p leave out at `NEGATIVE`."""
   if cfg.top_k:
     floor = jax.lax.top_k(logits_NV, cfg.top_k)[0][:, -1:]
     logits_NV = jnp.where(logits_NV < floor, NEGATIVE, logits_NV)
@@ -80,19 +109,53 @@ def draw(logits_NV: Array, key: Array, cfg: SamplingConfig) -> Array:
     before = jnp.cumsum(share, axis=-1) - share
     floor = jnp.min(jnp.where(before < cfg.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     logits_NV = jnp.where(logits_NV < floor, NEGATIVE, logits_NV)
-  return jax.random.categorical(key, logits_NV).astype(jnp.int32)
+  return logits_NV
+
+
+def inverse_cdf(logits_NV: Array, uniform_N: Array) -> tuple[Array, Array]:
+  """Draws a token a row where the cumulated probabilities pass the row's random number: one number
+  a row, where Gumbel noise takes one for each token of the vocabulary.
+
+  In two steps, over sums of blocks and then within one block, so that the vocabulary is read once.
+  Returns the tokens, int32 [N], and the rows' log-sum-exp, float32 [N].
+  """
+  N, V = logits_NV.shape
+  blocks = -(-V // BLOCK)
+  top_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
+  padded = jnp.pad(logits_NV, ((0, 0), (0, blocks * BLOCK - V)), constant_values=NEGATIVE)
+  cut = padded.reshape(N, blocks, BLOCK)
+  sums = jnp.exp(cut - top_N1[..., None]).sum(-1)
+  mass_N = sums.sum(-1)
+
+  def search(weight: Array, target_N: Array) -> tuple[Array, Array]:
+    """The first place with a weight at which the cumulated weights pass the target (the last with
+    one, where rounding leaves the target above all), and the weight before it."""
+    total = jnp.cumsum(weight, axis=-1)
+    some = weight > 0
+    passed = some & (total > target_N[:, None])
+    last = weight.shape[-1] - 1 - jnp.argmax(some[:, ::-1], axis=-1)
+    place_N = jnp.where(passed.any(-1), jnp.argmax(passed, axis=-1), last)
+    at = jnp.take_along_axis(total - weight, place_N[:, None], axis=-1)[:, 0]
+    return place_N, at
+
+  block_N, before_N = search(sums, uniform_N * mass_N)
+  chosen = jnp.take_along_axis(cut, block_N[:, None, None], axis=1)[:, 0]
+  inside_N, _ = search(jnp.exp(chosen - top_N1), uniform_N * mass_N - before_N)
+  return (block_N * BLOCK + inside_N).astype(jnp.int32), top_N1[:, 0] + jnp.log(mass_N)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-  """What stays the same while decoding; arguments as of `decode`."""
+  """What stays the same while rows are decoded; arguments as of `decode`."""
 
-  extend: Callable[[Array, Array, Array, Prefix], tuple[Array, Prefix]]
+  extend: Extend
   head_VD: Array
-  first_position_N: Array
   vocabulary: Vocabulary
-  key: Array
   cfg: SamplingConfig
+  first_position_N: Array
+  key_N: Array
+  prefixes: tuple[Prefix, ...]
+  length_N: Array | None
 
   def emit(self, state: DecodeState, hidden_ND: Array) -> DecodeState:
     """Draws the next token of each row from the hidden state that predicts it."""
@@ -103,8 +166,11 @@ class _Loop:
     if seen_NV is not None:
       penalty = cfg.repetition_penalty
       logits = jnp.where(seen_NV, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    token_N = draw(logits, jax.random.fold_in(self.key, state.step), cfg)
-    logp_N = jnp.take_along_axis(jax.nn.log_softmax(logits), token_N[:, None], axis=1)[:, 0]
+    uniform_N = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))
+    token_N, logp_N = draw(logits, uniform_N(self.key_N), cfg)
+    if self.length_N is not None:
+      now_N = state.step + 1 >= self.length_N
+      token_N = jnp.where(now_N, self.vocabulary.end_ids[0], token_N)
     live_N = ~state.done_N
     ends_N = jnp.isin(token_N, jnp.asarray(self.vocabulary.end_ids, jnp.int32))
     if seen_NV is not None:
@@ -137,7 +203,7 @@ class _Loop:
       column(state.tokens_NT),
       (self.first_position_N + last)[:, None],
       column(state.valid_NT),
-      state.cache,
+      (*self.prefixes, state.cache),
     )
     cache = Prefix(
       write(state.cache.key_YRSJh, new.key_YRSJh),
@@ -146,37 +212,122 @@ class _Loop:
     )
     return self.emit(dataclasses.replace(state, cache=cache), hidden_N1D[:, 0])
 
+  def run(self, state: DecodeState, stages: tuple[int, ...]) -> DecodeState:
+    """Decodes on caches of as many slots as the stages say, one after the other, until all rows
+    have ended or the last stage is full."""
+    for slots in stages:
+      state = dataclasses.replace(state, cache=_grown(state.cache, slots))
+      state = jax.lax.while_loop(
+        lambda s, slots=slots: (s.step < slots) & ~jnp.all(s.done_N), self.advance, state
+      )
+    return state
+
+  def rows(self, pick: "_Pick") -> "_Loop":
+    """The same for some of the rows."""
+    return dataclasses.replace(
+      self,
+      first_position_N=pick.of(self.first_position_N),
+      key_N=pick.of(self.key_N),
+      prefixes=tuple(map(pick.of_prefix, self.prefixes)),
+      length_N=None if self.length_N is None else pick.of(self.length_N),
+    )
+
+
+def _grown(cache: Prefix, slots: int) -> Prefix:
+  """The cache with empty slots behind its own."""
+
+  def longer(x: Array, axis: int) -> Array:
+    return jnp.pad(x, [(0, slots - x.shape[axis] if a == axis else 0) for a in range(x.ndim)])
+
+  return Prefix(longer(cache.key_YRSJh, 2), longer(cache.value_YRSJh, 2), longer(cache.valid_RS, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pick:
+  """Some rows of each device's share: no row moves between devices.
+
+  place_HC: int32 [shards, rows], places within a share.
+  count: N, rows that are picked from.
+  """
+
+  place_HC: Array
+  count: int
+
+  def of(self, x_N: Array) -> Array:
+    """[N, ...] -> [C, ...]."""
+    shares = x_N.reshape(len(self.place_HC), -1, *x_N.shape[1:])
+    return sharding.split_over_batch(
+      jax.vmap(lambda x, i: x[i])(shares, self.place_HC).reshape(-1, *x_N.shape[1:])
+    )
+
+  def of_prefix(self, prefix: Prefix) -> Prefix:
+    """The rows' own prefixes, each once a row; one that all rows share stays as it is."""
+    R = prefix.valid_RS.shape[0]
+    if R == 1:
+      return prefix
+    place_HC = self.place_HC // (self.count // R)
+
+    def layers(x: Array) -> Array:
+      shares = x.reshape(x.shape[0], len(place_HC), -1, *x.shape[2:])
+      taken = jax.vmap(lambda x, i: x[:, i], in_axes=(1, 0), out_axes=1)(shares, place_HC)
+      return taken.reshape(x.shape[0], -1, *x.shape[2:])
+
+    valid = _Pick(place_HC, R).of(prefix.valid_RS)
+    return Prefix(layers(prefix.key_YRSJh), layers(prefix.value_YRSJh), valid)
+
+  def put(self, x_N: Array, new_C: Array, where_C: Array) -> Array:
+    """`x_N` with the rows picked replaced by `new_C`, those that `where_C` names."""
+    H, C = self.place_HC.shape
+    shares = x_N.reshape(H, -1, *x_N.shape[1:])
+    new = jnp.where(where_C.reshape(-1, *(1,) * (x_N.ndim - 1)), new_C, self.of(x_N))
+    put = jax.vmap(lambda x, i, new: x.at[i].set(new))(
+      shares, self.place_HC, new.reshape(H, C, *x_N.shape[1:])
+    )
+    return sharding.split_over_batch(put.reshape(x_N.shape))
+
+
+def cache_stages(max_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Slots of the caches of the trunk, which all rows have, and of the chunks after it."""
+  trunk = [max_tokens // part for part in (16, 8, 4) if max_tokens // part >= SMALLEST_CACHE]
+  return (tuple(trunk), (max_tokens // 2, max_tokens)) if trunk else ((max_tokens,), ())
+
 
 def decode(
-  extend: Callable[[Array, Array, Array, Prefix], tuple[Array, Prefix]],
+  extend: Extend,
   head_VD: Array,
   first_hidden_ND: Array,
   first_position_N: Array,
   *,
-  cache: Prefix,
+  prefixes: tuple[Prefix, ...],
   vocabulary: Vocabulary,
   key: Array,
   cfg: SamplingConfig,
   seen_NV: Array | None = None,
+  length_N: Array | None = None,
 ) -> DecodeState:
   """Draws up to `max_tokens` tokens per row.
 
   Args:
-    extend: (tokens_N1, position_N1, valid_N1, cache) -> (hidden_N1D, new keys and values as a
-      Prefix).
+    extend: (tokens_N1, position_N1, valid_N1, prefixes) -> (hidden_N1D, new keys and values as a
+      Prefix); the last of the prefixes is the rows' own cache.
     head_VD: unembedding.
     first_hidden_ND: the hidden state that predicts the first token.
     first_position_N: position of the first token.
-    cache: empty Prefix with N rows and T = max_tokens slots.
-    key: folded with the token's number; the same key gives the same captions.
+    prefixes: what the rows branch from, at least one.
+    key: consumed; folded with the row's number and the token's, so the same key gives the same
+      captions. Or one key a row, [N], folded with the token's number.
     seen_NV: bool, the prompt's tokens, for a repetition penalty.
+    length_N: int32, for measurements: a row's token of this number is an end token, whatever was
+      drawn.
 
   Returns:
-    The last state. `logp_NT` is under the temperature and the allowed tokens (1 where greedy),
-    before top-k and top-p.
+    The last state; its cache is that of the trunk. `logp_NT` is under the temperature and the
+    allowed tokens (1 where greedy), before top-k and top-p.
   """
-  loop = _Loop(extend, head_VD, first_position_N, vocabulary, key, cfg)
   N, T = first_hidden_ND.shape[0], cfg.max_tokens
+  key_N = key if key.ndim else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(N))
+  loop = _Loop(extend, head_VD, vocabulary, cfg, first_position_N, key_N, prefixes, length_N)
+  trunk, chunks = cache_stages(T)
   state = DecodeState(
     step=jnp.int32(0),
     tokens_NT=jnp.full((N, T), vocabulary.pad_id, jnp.int32),
@@ -184,7 +335,52 @@ def decode(
     valid_NT=jnp.zeros((N, T), bool),
     done_N=jnp.zeros(N, bool),
     seen_NV=seen_NV,
-    cache=cache,
+    cache=empty_cache(prefixes[-1], N, trunk[0]),
   )
-  state = loop.emit(state, first_hidden_ND)
-  return jax.lax.while_loop(lambda s: (s.step < T) & ~jnp.all(s.done_N), loop.advance, state)
+  state = loop.run(loop.emit(state, first_hidden_ND), trunk)
+  return _finish_in_chunks(loop, state, chunks) if chunks else state
+
+
+def _finish_in_chunks(loop: _Loop, trunk: DecodeState, stages: tuple[int, ...]) -> DecodeState:
+  """Decodes what is unfinished at the trunk's end to its own end, some rows at a time."""
+  N = len(trunk.done_N)
+  shards = sharding.batch_shards()
+  together = [N] + [p.valid_RS.shape[0] for p in loop.prefixes if p.valid_RS.shape[0] > 1]
+  if any(rows % shards for rows in together):
+    shards = 1
+  share = N // shards
+  rows = max(-(-share // CHUNKS), min(share, SMALLEST_CHUNK))
+
+  def chunk(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+    state, todo_N = carry
+    order = jnp.argsort(~todo_N.reshape(shards, -1), axis=1, stable=True)
+    pick = _Pick(order[:, :rows], N)
+    todo_C = pick.of(todo_N)
+    begun = DecodeState(
+      step=trunk.step,
+      tokens_NT=pick.of(state.tokens_NT),
+      logp_NT=pick.of(state.logp_NT),
+      valid_NT=pick.of(state.valid_NT),
+      done_N=~todo_C,  # where fewer rows are left than a chunk has
+      seen_NV=None if trunk.seen_NV is None else pick.of(trunk.seen_NV),
+      cache=pick.of_prefix(trunk.cache),
+    )
+    end = loop.rows(pick).run(begun, stages)
+
+    def put(old_N: Array, new_C: Array) -> Array:
+      return pick.put(old_N, new_C, todo_C)
+
+    state = dataclasses.replace(
+      state,
+      step=jnp.maximum(state.step, end.step),
+      tokens_NT=put(state.tokens_NT, end.tokens_NT),
+      logp_NT=put(state.logp_NT, end.logp_NT),
+      valid_NT=put(state.valid_NT, end.valid_NT),
+      done_N=put(state.done_N, end.done_N),
+    )
+    return state, put(todo_N, jnp.zeros_like(todo_C))
+
+  # The trunk's cache is read by every chunk and changed by none: it stays out of the loop's state.
+  begun = dataclasses.replace(trunk, cache=None, seen_NV=None)
+  end, _ = jax.lax.while_loop(lambda carry: carry[1].any(), chunk, (begun, ~trunk.done_N))
+  return dataclasses.replace(end, cache=trunk.cache, seen_NV=trunk.seen_NV)

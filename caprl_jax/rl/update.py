@@ -12,17 +12,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from caprl_jax import rungs
 from caprl_jax.masked import masked_sum
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_kl
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import merge_params
-from caprl_jax.rl.gradients import LossSum, MeanLoss, guarded_step, mean_gradient
+from caprl_jax.rl.gradients import LossSum, MeanLoss, Sizes, guarded_step, mean_gradient
 from caprl_jax.rl.groups import Groups, Rollout
 from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, policy_loss
-from caprl_jax.rl.rollout import caption_hidden, caption_logprobs, hidden_logprobs
+from caprl_jax.rl.rollout import (
+  CaptionStates,
+  caption_logprobs,
+  caption_states,
+  group_slots,
+  states_logprobs,
+)
 from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import Array, Batch, Captions, Frozen, Params, TrainState
+
+SMALLEST_ROW = 256  # slots of packed captions; shorter rows save less than compiling them costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +126,20 @@ def check_microbatches(batch_size: int, group_size: int, cfg: UpdateConfig) -> N
     )
 
 
+def packed_sizes(captions: Captions) -> tuple[int, ...]:
+  """Slots of the rows in which captions may be packed, ascending; the last holds any."""
+  _, G, T = captions.tokens_BGT.shape
+  return rungs.ladder(max(G * (T - 1), 1), SMALLEST_ROW)
+
+
 def logprobs_in_pieces(
   learner: Learner, params: Params, frozen: Frozen, batch: Batch, captions: Captions
 ) -> Array:
   """Log-probabilities of captions under given parameters, float32 [B, G, T], without gradient, in
   as many pieces as the update has."""
+  sizes = packed_sizes(captions)
 
-  def of_piece(piece: tuple[Batch, Captions]) -> Array:
+  def of_size(slots: int, piece: tuple[Batch, Captions]) -> Array:
     return caption_logprobs(
       learner.policy,
       params,
@@ -131,13 +147,20 @@ def logprobs_in_pieces(
       vocabulary=frozen.vocabulary,
       temperature=learner.temperature,
       chunk_tokens=learner.cfg.chunk_tokens,
+      slots=slots,
     )[0]
+
+  def of_piece(piece: tuple[Batch, Captions]) -> Array:
+    return rungs.on_rung(of_size, sizes, group_slots(piece[1]), piece)
 
   count = learner.cfg.minibatches * learner.cfg.microbatches
   if count == 1:
     return jax.lax.stop_gradient(of_piece((batch, captions)))
-  pieces = jax.lax.map(of_piece, microbatches((batch, captions), count))
-  return jax.lax.stop_gradient(join_microbatches(pieces))
+  order_B = rungs.like_sizes(group_slots(captions), count)
+  sorted_ = rungs.reorder((batch, captions), order_B)
+  pieces = jax.lax.map(of_piece, microbatches(sorted_, count))
+  logp_BGT = rungs.reorder(join_microbatches(pieces), rungs.back(order_B))
+  return jax.lax.stop_gradient(logp_BGT)
 
 
 def penalise_kl(learner: Learner, frozen: Frozen, groups: Groups) -> Groups:
@@ -160,27 +183,31 @@ def penalise_kl(learner: Learner, frozen: Frozen, groups: Groups) -> Groups:
   return dataclasses.replace(groups, scored=scored, reference_logp_BGT=logp_BGT)
 
 
-def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Rollout) -> LossSum:
+def rollout_loss(
+  learner: Learner, params: Params, frozen: Frozen, rollout: Rollout, slots: int | None = None
+) -> LossSum:
   """The summed loss of a rollout or a piece of it, differentiable in the trained `params`; the
-  others (`frozen.base`) have no gradient, nor memory for any."""
+  others (`frozen.base`) have no gradient, nor memory for any. `slots`: of the rows in which
+  captions are packed (`caption_states`)."""
   cfg, captions = learner.cfg, rollout.captions
   everything = merge_params(params, frozen.base)
-  hidden_MD = caption_hidden(learner.policy, everything, rollout.batch, captions)
-  logp_BGT, entropy_BGT = hidden_logprobs(
+  states = caption_states(learner.policy, everything, rollout.batch, captions, slots)
+  logp_BGT, entropy_BGT = states_logprobs(
     learner.policy,
     everything,
-    hidden_MD,
+    states,
     captions,
     vocabulary=frozen.vocabulary,
     temperature=learner.temperature,
     chunk_tokens=cfg.chunk_tokens,
+    entropy="differentiable" if cfg.loss.entropy else "figure",
   )
   counts_BGT = captions.valid_BGT & rollout.scored_BG[..., None]
   if cfg.loss.mask_truncated:
     counts_BGT &= captions.ended_BG[..., None]
   exact_kl_BGT = None
   if cfg.loss.kl_is_exact:
-    exact_kl_BGT = _exact_kl(learner, everything, frozen, rollout, hidden_MD)
+    exact_kl_BGT = _exact_kl(learner, everything, frozen, rollout, states)
   given = LossInputs(
     sampled_logp_BGT=captions.logp_BGT,
     advantage_BG=rollout.advantage_BG,
@@ -193,35 +220,57 @@ def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Roll
 
 
 def _exact_kl(
-  learner: Learner, params: Params, frozen: Frozen, rollout: Rollout, hidden_MD: Array
+  learner: Learner, params: Params, frozen: Frozen, rollout: Rollout, states: CaptionStates
 ) -> Array:
   """KL(policy || reference) of each token's whole distribution, float32 [B, G, T]."""
 
   def head(model: Params) -> Array:
     return head_matrix(learner.policy.cfg.text, model["language_model"])
 
+  slots = states.packed.tokens_BR.shape[1]
   reference = jax.lax.stop_gradient(merge_params(frozen.reference, frozen.base))
-  other_MD = caption_hidden(learner.policy, reference, rollout.batch, rollout.captions)
-  kl_M = token_kl(
-    hidden_MD,
-    head(params),
-    jax.lax.stop_gradient(other_MD),
-    head(reference),
-    allowed_V=frozen.vocabulary.allowed_V,
-    temperature=learner.temperature or 1.0,
-    chunk_tokens=learner.cfg.chunk_tokens,
-  )
-  return kl_M.reshape(rollout.captions.tokens_BGT.shape)
+  others = caption_states(learner.policy, reference, rollout.batch, rollout.captions, slots)
+  others = jax.lax.stop_gradient(others)
+
+  def kl(hidden_MD: Array, other_MD: Array) -> Array:
+    return token_kl(
+      hidden_MD,
+      head(params),
+      other_MD,
+      head(reference),
+      allowed_V=frozen.vocabulary.allowed_V,
+      temperature=learner.temperature or 1.0,
+      chunk_tokens=learner.cfg.chunk_tokens,
+    )
+
+  first_B = kl(states.first_BD, others.first_BD)
+  if states.rest_BRD is None or others.rest_BRD is None:
+    return states.by_caption(first_B, None)
+  B, R, D = states.rest_BRD.shape
+  rest_M = kl(states.rest_BRD.reshape(-1, D), others.rest_BRD.reshape(-1, D))
+  return states.by_caption(first_B, rest_M.reshape(B, R))
 
 
 def loss_gradients(learner: Learner, params: Params, frozen: Frozen, rollout: Rollout) -> MeanLoss:
   """The mean loss over the whole rollout given and its gradient in the trained `params`, whatever
-  the number of microbatches."""
+  the number of microbatches.
 
-  def of_piece(params: Params, piece: Rollout) -> LossSum:
-    return rollout_loss(learner, params, frozen, piece)
+  Each microbatch computes rows as long as its longest group needs, so groups of like lengths go
+  together.
+  """
+  count = learner.cfg.microbatches
 
-  return mean_gradient(of_piece, params, rollout, learner.cfg.microbatches)
+  def of_piece(params: Params, piece: Rollout, slots: int) -> LossSum:
+    return rollout_loss(learner, params, frozen, piece, slots)
+
+  def need(piece: Rollout) -> Array:
+    return group_slots(piece.captions)
+
+  # The sets of `set_token_mean` must stay as they were drawn.
+  if count > 1 and learner.cfg.loss.aggregation != "set_token_mean":
+    rollout = rungs.reorder(rollout, rungs.like_sizes(need(rollout), count))
+  sizes = Sizes(packed_sizes(rollout.captions), need)
+  return mean_gradient(of_piece, params, rollout, count, sizes)
 
 
 def part_norms(policy: Policy, grads: Params) -> dict[str, Array]:

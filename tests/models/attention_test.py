@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from caprl_jax.models import attention
-from caprl_jax.models.attention import attend, attend_part, causal_mask, merge_parts
+from caprl_jax.models.attention import OwnTokens, attend, attend_part, causal_mask, merge_parts
 
 N, L, H, J, h = 12, 5, 4, 2, 8
 # rows, slots
@@ -32,7 +32,7 @@ def case(sizes):
 
 
 def shared(q, own, prefixes, valid, own_valid):
-  return attend(q, own, causal_mask(own_valid), tuple((*kv, v) for kv, v in zip(prefixes, valid)))
+  return attend(q, own, OwnTokens(own_valid), tuple((*kv, v) for kv, v in zip(prefixes, valid)))
 
 
 def plain(q, own, prefixes, valid, own_valid):
@@ -133,17 +133,22 @@ def test_rows_that_do_not_divide_the_branches_are_refused():
     )
 
 
+@pytest.mark.parametrize("kind", ["causal", "both ways", "segments"])
 @pytest.mark.parametrize("length", [9, 12])
-def test_queries_in_chunks_give_the_same(length, monkeypatch):
-  """Values and gradients; the last chunk is not full for one of the lengths."""
+def test_queries_in_chunks_give_the_same(length, kind, monkeypatch):
+  """Values and gradients; the last chunk is not full for one of the lengths. Segments of three
+  tokens reach back two, so most keys are not even looked at."""
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   q, key, value = draw(4, length, 4, 8), draw(4, length, 2, 8), draw(4, length, 2, 8)
-  mask = attention.causal_mask(jnp.asarray(rng.random((4, length)) < 0.8))
+  valid = jnp.asarray(rng.random((4, length)) < 0.8)
+  own = OwnTokens(valid, causal=kind == "causal")
+  if kind == "segments":
+    own = OwnTokens(valid, jnp.broadcast_to(jnp.arange(length) // 3, (4, length)), reach=2)
   prefix = (draw(2, 5, 2, 8), draw(2, 5, 2, 8), jnp.asarray(rng.random((2, 5)) < 0.7))
 
   def run(q, key, value):
-    out = attention.attend(q, (key, value), mask, (prefix,))
+    out = attention.attend(q, (key, value), own, (prefix,))
     return (out * jnp.arange(out.size).reshape(out.shape) / out.size).sum(), out
 
   whole = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(q, key, value)

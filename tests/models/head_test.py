@@ -33,7 +33,13 @@ def by_hand(hidden, head, target, allowed, temperature):
 @pytest.mark.parametrize("chunk", [1, 4, 11, 1024])
 def test_against_numpy_at_every_chunk_size(allowed, temperature, chunk):
   logp, entropy = token_logprobs(
-    HIDDEN, HEAD, TARGET, allowed_V=allowed, temperature=temperature, chunk_tokens=chunk
+    HIDDEN,
+    HEAD,
+    TARGET,
+    allowed_V=allowed,
+    temperature=temperature,
+    chunk_tokens=chunk,
+    entropy="figure",
   )
   want_logp, want_entropy = by_hand(HIDDEN, HEAD, TARGET, allowed, temperature)
   assert (
@@ -47,7 +53,13 @@ def test_against_numpy_at_every_chunk_size(allowed, temperature, chunk):
 def test_gradients_do_not_depend_on_chunks(allowed):
   def f(hidden, head, chunk):
     logp, entropy = token_logprobs(
-      hidden, head, TARGET, allowed_V=allowed, temperature=0.7, chunk_tokens=chunk
+      hidden,
+      head,
+      TARGET,
+      allowed_V=allowed,
+      temperature=0.7,
+      chunk_tokens=chunk,
+      entropy="differentiable",
     )
     return jnp.sum(logp * jnp.arange(1.0, X + 1)) + jnp.sum(entropy * jnp.arange(M))
 
@@ -69,11 +81,25 @@ def test_gradients_do_not_depend_on_chunks(allowed):
     np.testing.assert_array_equal(got[1][~np.asarray(allowed)], 0)
 
 
+def test_an_entropy_that_is_a_figure_has_no_gradient():
+  def f(head, entropy):
+    logp, nats = token_logprobs(HIDDEN, head, TARGET, allowed_V=ALLOWED, entropy=entropy)
+    return logp.sum() + nats.sum()
+
+  figure, none, whole = (jax.grad(f)(HEAD, kind) for kind in ("figure", "none", "differentiable"))
+  np.testing.assert_array_equal(figure, none)
+  assert float(jnp.abs(whole - none).max()) > 0.1
+
+
 def test_entropy_of_a_uniform_and_of_a_certain_distribution():
-  _, entropy = token_logprobs(jnp.zeros((2, D)), HEAD, TARGET[:2], allowed_V=ALLOWED)
+  _, entropy = token_logprobs(
+    jnp.zeros((2, D)), HEAD, TARGET[:2], allowed_V=ALLOWED, entropy="figure"
+  )
   np.testing.assert_allclose(entropy, np.log(int(ALLOWED.sum())), rtol=1e-6)
   only = jnp.arange(V) == 3
-  logp, entropy = token_logprobs(HIDDEN, HEAD, jnp.full((M, 1), 3), allowed_V=only)
+  logp, entropy = token_logprobs(
+    HIDDEN, HEAD, jnp.full((M, 1), 3), allowed_V=only, entropy="figure"
+  )
   np.testing.assert_allclose(logp, 0, atol=1e-6)
   np.testing.assert_allclose(entropy, 0, atol=1e-6)
 
@@ -108,7 +134,9 @@ arrays.append(rng.integers(0, V, (B, L, 1)))
 
 def f(hidden, head, other, target):
   flat = lambda x: x.reshape(-1, x.shape[-1])
-  logp, entropy = token_logprobs(flat(hidden), head, flat(target), chunk_tokens=32)
+  logp, entropy = token_logprobs(
+    flat(hidden), head, flat(target), chunk_tokens=32, entropy="differentiable"
+  )
   kl = token_kl(flat(hidden), head, flat(other), head, chunk_tokens=32)
   return (logp.sum(1) + entropy + kl) @ jnp.arange(B * L)
 

@@ -13,7 +13,14 @@ from caprl_jax.data.image_prompts import build_prompt, stack_prompts
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import Policy, PolicyConfig, merge_image_features
-from caprl_jax.rl.rollout import RolloutConfig, caption_logprobs, sample_captions
+from caprl_jax.rl import sampling
+from caprl_jax.rl.rollout import (
+  RolloutConfig,
+  caption_logprobs,
+  group_slots,
+  pack_groups,
+  sample_captions,
+)
 from caprl_jax.rl.sampling import SamplingConfig
 from caprl_jax.types import Batch, Images, Vocabulary
 
@@ -152,7 +159,9 @@ def unshared(model, captions, temperature):
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def teacher(policy, params, batch, captions, vocabulary, temperature, chunk_tokens=1024):
-  return caption_logprobs(policy, params, batch, captions, vocabulary, temperature, chunk_tokens)
+  return caption_logprobs(
+    policy, params, batch, captions, vocabulary, temperature, chunk_tokens, "figure"
+  )
 
 
 def test_sampled_equals_teacher_forced_equals_unshared(model, captions):
@@ -175,6 +184,38 @@ def test_teacher_forcing_of_one_token_and_in_chunks(model):
   assert one.tokens_BGT.shape == (3, G, 1)
   logp, _ = teacher(policy, params, batch, one, vocabulary, 0.9, 5)
   np.testing.assert_allclose(one.logp_BGT, logp, atol=1e-4)
+
+
+def test_stages_and_chunks_change_nothing(model, monkeypatch):
+  """Caches of 3, 6 and 12 slots for all rows, then of 24 and 48 for one or two rows at a time."""
+  plain = sample(model, group=8, max_tokens=48)
+  monkeypatch.setattr(sampling, "SMALLEST_CACHE", 3)
+  monkeypatch.setattr(sampling, "SMALLEST_CHUNK", 1)
+  monkeypatch.setattr(sampling, "CHUNKS", 12)
+  assert sampling.cache_stages(48) == ((3, 6, 12), (24, 48))
+  staged = sample(model, group=8, max_tokens=48)
+  lengths = plain.valid_BGT.sum(-1)
+  assert (lengths > 12).sum() > 4 and (lengths < 12).any() and (~plain.ended_BG).any(), lengths
+  np.testing.assert_array_equal(plain.tokens_BGT, staged.tokens_BGT)
+  np.testing.assert_allclose(plain.logp_BGT, staged.logp_BGT, atol=1e-5)
+  np.testing.assert_array_equal(plain.valid_BGT, staged.valid_BGT)
+  np.testing.assert_array_equal(plain.ended_BG, staged.ended_BG)
+
+
+@pytest.mark.parametrize("slots", [None, "just enough"])
+def test_packed_rows_hold_each_caption_once(captions, slots):
+  needed = group_slots(captions)
+  R = G * (T - 1) if slots is None else int(needed.max())
+  packed = pack_groups(captions, R)
+  np.testing.assert_array_equal(packed.valid_BR.sum(1), needed)
+  for b, g in np.ndindex(captions.tokens_BGT.shape[:2]):
+    own = np.flatnonzero(np.asarray(packed.valid_BR[b] & (packed.caption_BR[b] == g)))
+    length = int(captions.valid_BGT[b, g].sum())
+    assert len(own) == length - 1
+    np.testing.assert_array_equal(packed.tokens_BR[b, own], captions.tokens_BGT[b, g, : length - 1])
+    np.testing.assert_array_equal(packed.step_BR[b, own], np.arange(length - 1))
+    np.testing.assert_array_equal(packed.target_BR[b, own], g * T + 1 + np.arange(length - 1))
+    np.testing.assert_array_equal(packed.slot_BGT[b, g, 1:length], own)
 
 
 def test_captions_end_at_the_first_end_token_and_are_padded_after(model):

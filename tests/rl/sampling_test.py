@@ -17,19 +17,19 @@ def chain(first, end_ids, T=8, **sampling):
   size, N = 10, len(first)
   vocabulary = Vocabulary(jnp.ones(size, bool), jnp.arange(size), end_ids, 0)
 
-  def extend(tokens, position, valid, cache):
+  def extend(tokens, position, valid, _prefixes):
     record = lambda x: jnp.broadcast_to(
       x.astype(jnp.float32)[None, ..., None, None], (1, N, 1, 1, 2)
     )
     return 5 * jax.nn.one_hot(tokens + 1, size), Prefix(record(position), record(tokens), valid)
 
-  zeros = jnp.zeros((1, N, T, 1, 2))
+  zeros = jnp.zeros((1, N, 1, 1, 2))
   return decode(
     extend,
     jnp.eye(size),
     5 * jax.nn.one_hot(jnp.array(first), size),
     100 + 10 * jnp.arange(N),
-    cache=Prefix(zeros, zeros, jnp.zeros((N, T), bool)),
+    prefixes=(Prefix(zeros, zeros, jnp.zeros((N, 1), bool)),),
     vocabulary=vocabulary,
     key=jax.random.key(0),
     cfg=SamplingConfig(max_tokens=T, **{"temperature": 0.0, **sampling}),
@@ -71,8 +71,10 @@ def drawn(**sampling):
   """Shares of each token among 4000 draws."""
   with np.errstate(divide="ignore"):
     logits = jnp.broadcast_to(jnp.maximum(jnp.log(PROBABILITIES), -1e30), (4000, 6))
-  tokens = draw(logits, jax.random.key(0), SamplingConfig(max_tokens=1, **sampling))
+  uniform = jax.random.uniform(jax.random.key(0), (4000,))
+  tokens, logp = draw(logits, uniform, SamplingConfig(max_tokens=1, **sampling))
   assert tokens.dtype == jnp.int32
+  np.testing.assert_allclose(logp, np.log(PROBABILITIES[np.asarray(tokens)]), atol=1e-6)
   return np.bincount(np.asarray(tokens), minlength=6) / 4000
 
 

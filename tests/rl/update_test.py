@@ -15,10 +15,11 @@ from caprl_jax.harness.training.programs import build_step
 from caprl_jax.harness.training.state import make_state
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_kl
+from caprl_jax.rl import update as update_module
 from caprl_jax.rl.advantages import flat_groups, group_advantages
 from caprl_jax.rl.groups import Rollout
 from caprl_jax.rl.loss import LossConfig
-from caprl_jax.rl.rollout import caption_hidden, caption_logprobs, sample_captions
+from caprl_jax.rl.rollout import caption_logprobs, caption_states, sample_captions
 from caprl_jax.rl.step import train_step
 from caprl_jax.rl.step_metrics import update_metrics
 from caprl_jax.rl.update import (
@@ -26,6 +27,7 @@ from caprl_jax.rl.update import (
   UpdateConfig,
   check_microbatches,
   logprobs_in_pieces,
+  loss_gradients,
   optimizer_step,
   update_policy,
 )
@@ -139,13 +141,50 @@ def test_the_gradient_of_each_part_adds_up(tiny_run, rollout):
   assert min(parts) > 0
 
 
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_rows_of_other_lengths_give_the_same(tiny_run, rollout, aggregation, monkeypatch):
+  """Microbatches of one image each, sorted by length, each on the smallest row that holds it."""
+  loss = LossConfig(aggregation=aggregation, kl=0.1)
+  frozen = tiny_run.frozen.replace(
+    reference=jax.tree.map(lambda x: x * 1.1, tiny_run.policy.params)
+  )
+  B, _, T = rollout.captions.tokens_BGT.shape
+  short = jnp.arange(T) < jnp.minimum(T, 2 + 2 * jnp.arange(B))[:, None, None]
+  captions = rollout.captions.replace(valid_BGT=rollout.captions.valid_BGT & short)
+  rollout = dataclasses.replace(rollout, captions=captions)
+  cfg = UpdateConfig(loss, microbatches=B)
+
+  def gradients():
+    @jax.jit
+    def run(params, frozen, rollout):
+      learner = Learner(tiny_run.policy.model, TX, cfg)
+      logp = logprobs_in_pieces(learner, frozen.reference, frozen, rollout.batch, rollout.captions)
+      given = dataclasses.replace(rollout, reference_logp_BGT=logp)
+      return loss_gradients(learner, params, frozen, given)
+
+    return run(tiny_run.policy.params, frozen, rollout)
+
+  one = gradients()
+  monkeypatch.setattr(update_module, "SMALLEST_ROW", 2)
+  assert len(update_module.packed_sizes(captions)) > 2
+  several = gradients()
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(several), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
+
+
 def test_an_entropy_bonus_raises_entropy(tiny_run, rollout):
   flat = dataclasses.replace(rollout, advantage_BG=jnp.zeros(rollout.scored_BG.shape))
   _, before = update(tiny_run, flat, UpdateConfig(LossConfig()))
   state, _ = update(tiny_run, flat, UpdateConfig(LossConfig(entropy=1.0)))
   score = jax.jit(
     lambda p, r: caption_logprobs(
-      tiny_run.policy.model, p, r.batch, r.captions, tiny_run.frozen.vocabulary, 1.0
+      tiny_run.policy.model,
+      p,
+      r.batch,
+      r.captions,
+      tiny_run.frozen.vocabulary,
+      1.0,
+      entropy="figure",
     )[1]
   )
   counts = rollout.captions.valid_BGT & rollout.scored_BG[..., None]
@@ -158,13 +197,15 @@ def test_exact_kl_is_the_sum_over_the_vocabulary(tiny_run, rollout):
 
   @jax.jit
   def both(p, q, r):
-    hidden, far = (caption_hidden(tiny_run.policy.model, x, r.batch, r.captions) for x in (p, q))
+    states = [caption_states(tiny_run.policy.model, x, r.batch, r.captions) for x in (p, q)]
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    hidden, far = (jnp.concatenate([x.first_BD, flat(x.rest_BRD)]) for x in states)
     head = lambda x: head_matrix(tiny_run.policy.model.cfg.text, x["language_model"])
     allowed = tiny_run.frozen.vocabulary.allowed_V
     logits = [jnp.where(allowed, h @ head(x).T, -1e30) for h, x in ((hidden, p), (far, q))]
-    return (hidden, head(p), far, head(q)), [jax.nn.log_softmax(x) for x in logits]
+    return (hidden, head(p), far, head(q)), [jax.nn.log_softmax(x) for x in logits], states[0]
 
-  arrays, (logp, logq) = both(tiny_run.policy.params, other, rollout)
+  arrays, (logp, logq), states = both(tiny_run.policy.params, other, rollout)
   want = (np.exp(logp) * (logp - logq)).sum(-1)
   for chunk in (1024, 7):
     got = token_kl(*arrays, allowed_V=tiny_run.frozen.vocabulary.allowed_V, chunk_tokens=chunk)
@@ -173,7 +214,11 @@ def test_exact_kl_is_the_sum_over_the_vocabulary(tiny_run, rollout):
   cfg = UpdateConfig(LossConfig(kl=0.5, kl_estimator="full"), microbatches=2)
   _, metrics = update(tiny_run, rollout, cfg, frozen)
   counts = np.asarray(rollout.captions.valid_BGT & rollout.scored_BG[..., None]).ravel()
-  np.testing.assert_allclose(metrics["update/kl"], want[counts].mean(), rtol=1e-3)
+  B, R, _ = states.rest_BRD.shape
+  want_BGT = states.by_caption(jnp.asarray(want[:B]), jnp.asarray(want[B:]).reshape(B, R))
+  np.testing.assert_allclose(
+    metrics["update/kl"], np.asarray(want_BGT).ravel()[counts].mean(), rtol=1e-3
+  )
   assert want.min() > 1e-4
   none = update(
     tiny_run,

@@ -15,8 +15,9 @@ from caprl_jax.masked import NEGATIVE
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_logprobs
 from caprl_jax.models.policy import Policy, last_hidden
-from caprl_jax.rl.judge import JudgeIds, in_pieces
+from caprl_jax.rl.judge import JudgeIds, with_blind
 from caprl_jax.rl.judge_protocol import JudgeConfig
+from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import Answers, Array, JudgePrompt, Params, Sight
 
 
@@ -50,10 +51,17 @@ def score_with_images(
     valid_BK: bool, which of an image's questions exist; each is answered by the same score.
   """
 
-  def ask(captions: JudgeIds, seen: tuple[Sight, Array], key: Array) -> Answers:
-    return _score(judge, captions, *seen, key, cfg)
+  def of_piece(piece: tuple[Array, JudgeIds, Sight, Array]) -> Answers:
+    number, *seen = piece
+    return _score(judge, *seen, jax.random.fold_in(key, number), cfg)
 
-  return in_pieces(ask, captions, (sight, valid_BK), key, cfg)
+  def ask(captions: JudgeIds) -> Answers:
+    if cfg.microbatches == 1:
+      return _score(judge, captions, sight, valid_BK, key, cfg)
+    pieces = microbatches((captions, sight, valid_BK), cfg.microbatches)
+    return join_microbatches(jax.lax.map(of_piece, (jnp.arange(cfg.microbatches), *pieces)))
+
+  return with_blind(ask, captions, cfg)
 
 
 def _score(

@@ -1,0 +1,147 @@
+"""FLOPs of the matrix products that a program really executes: loops as often as they run, of a
+choice the branch that is taken.
+
+XLA's own count takes every loop once and every branch; here the program's outline runs with its
+real values, so what depends on data (captions that end early, rungs) counts as it happens.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Counted = tuple[list[Any], np.ndarray]  # values, and FLOPs and bytes of the products
+
+
+def executed(function: Callable, *arguments: Any) -> tuple[float, float]:
+  """FLOPs of the matrix products and convolutions of function(*arguments), which is run once, and
+  the bytes of what they read and write."""
+  jaxpr = jax.make_jaxpr(function)(*arguments)
+  flops, moved = _run(jaxpr.jaxpr, jaxpr.consts, jax.tree.leaves(arguments))[1]
+  return float(flops), float(moved)
+
+
+def _inner(eqn: Any) -> list[Any]:
+  """The jaxprs inside an equation."""
+  found = []
+  for value in eqn.params.values():
+    for one in value if isinstance(value, (tuple, list)) else [value]:
+      if hasattr(one, "eqns") or hasattr(one, "jaxpr"):
+        found.append(one)
+  return found
+
+
+def _open(jaxpr: Any) -> tuple[Any, list[Any]]:
+  return (jaxpr.jaxpr, list(jaxpr.consts)) if hasattr(jaxpr, "consts") else (jaxpr, [])
+
+
+def _static(jaxpr: Any) -> np.ndarray | None:
+  """FLOPs and bytes of a jaxpr in which nothing depends on data, else None."""
+  total = np.zeros(2)
+  for eqn in _open(jaxpr)[0].eqns:
+    name = eqn.primitive.name
+    if name in ("while", "cond"):
+      return None
+    inner = [_static(one) for one in _inner(eqn)]
+    if any(flops is None for flops in inner):
+      return None
+    if name.startswith("custom_"):  # the function and its rules; the function runs
+      inner = inner[:1]
+    times = eqn.params["length"] if name == "scan" else 1
+    total += _own(eqn) + times * sum(inner)
+  return total
+
+
+def _own(eqn: Any) -> np.ndarray:
+  flops = 0.0
+  if eqn.primitive.name == "dot_general":
+    (left, _), _ = eqn.params["dimension_numbers"]
+    shape = eqn.invars[0].aval.shape
+    flops = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in left)
+  elif eqn.primitive.name == "conv_general_dilated":
+    kernel = eqn.invars[1].aval.shape
+    out = eqn.params["dimension_numbers"].rhs_spec[0]
+    flops = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out]
+  if not flops:
+    return np.zeros(2)
+  arrays = [v.aval for v in [*eqn.invars, *eqn.outvars]]
+  return np.array([flops, sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)])
+
+
+def _run(jaxpr: Any, consts: list[Any], arguments: list[Any]) -> Counted:
+  values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+  total = np.zeros(2)
+  for eqn in jaxpr.eqns:
+    read = [values[v] if not hasattr(v, "val") else v.val for v in eqn.invars]
+    out, flops = _equation(eqn, read)
+    values.update(zip(eqn.outvars, out, strict=True))
+    total += flops
+  return [values[v] if not hasattr(v, "val") else v.val for v in jaxpr.outvars], total
+
+
+def _equation(eqn: Any, read: list[Any]) -> Counted:
+  inner = _inner(eqn)
+  flops = [_static(one) for one in inner]
+  name, params = eqn.primitive.name, eqn.params
+  if name == "while":
+    return _while(params, read)
+  if name == "cond":
+    index = int(jnp.clip(read[0], 0, len(params["branches"]) - 1))
+    jaxpr, consts = _open(params["branches"][index])
+    return _run(jaxpr, consts, read[1:])
+  if all(one is not None for one in flops):
+    if name.startswith("custom_"):
+      flops = flops[:1]
+    times = params["length"] if name == "scan" else 1
+    out = jax.jit(lambda *read: eqn.primitive.bind(*read, **_bindable(eqn)))(*read)
+    out = out if eqn.primitive.multiple_results else [out]
+    return list(out), _own(eqn) + times * sum(flops)
+  if name == "scan":
+    return _scan(params, read)
+  jaxpr, consts = _open(inner[0])
+  return _run(jaxpr, consts, read)
+
+
+def _bindable(eqn: Any) -> dict[str, Any]:
+  functions, params = eqn.primitive.get_bind_params(eqn.params)
+  if functions:
+    raise NotImplementedError(f"{eqn.primitive.name} takes functions")
+  return params
+
+
+def _while(params: dict[str, Any], read: list[Any]) -> Counted:
+  conditions, body = params["cond_nconsts"], params["body_nconsts"]
+  given, own, state = (
+    read[:conditions],
+    read[conditions : conditions + body],
+    read[conditions + body :],
+  )
+  test, test_consts = _open(params["cond_jaxpr"])
+  step, step_consts = _open(params["body_jaxpr"])
+  fixed, total = _static(params["body_jaxpr"]), np.zeros(2)
+  compiled = jax.jit(lambda *x: jax.core.eval_jaxpr(step, step_consts, *x))
+  while bool(_run(test, test_consts, [*given, *state])[0][0]):
+    if fixed is None:
+      state, flops = _run(step, step_consts, [*own, *state])
+    else:
+      state, flops = compiled(*own, *state), fixed
+    total += flops
+  return list(state), total
+
+
+def _scan(params: dict[str, Any], read: list[Any]) -> Counted:
+  consts, carried = params["num_consts"], params["num_carry"]
+  own, state, rows = read[:consts], read[consts : consts + carried], read[consts + carried :]
+  jaxpr, inner = _open(params["jaxpr"])
+  order = range(params["length"])
+  made, total = [], np.zeros(2)
+  for i in reversed(order) if params["reverse"] else order:
+    out, flops = _run(jaxpr, inner, [*own, *state, *(x[i] for x in rows)])
+    state, total = out[:carried], total + flops
+    made.append(out[carried:])
+  if params["reverse"]:
+    made.reverse()
+  return [*state, *(jnp.stack(x) for x in zip(*made, strict=True))], total
