@@ -5,6 +5,7 @@ XLA's own count takes every loop once and every branch; here the program's outli
 real values, so what depends on data (captions that end early, rungs) counts as it happens.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 Counted = tuple[list[Any], np.ndarray]  # values, and FLOPs and bytes of the products
 
@@ -40,19 +42,8 @@ def _open(jaxpr: Any) -> tuple[Any, list[Any]]:
 
 def _static(jaxpr: Any) -> np.ndarray | None:
   """FLOPs and bytes of a jaxpr in which nothing depends on data, else None."""
-  total = np.zeros(2)
-  for eqn in _open(jaxpr)[0].eqns:
-    name = eqn.primitive.name
-    if name in ("while", "cond"):
-      return None
-    inner = [_static(one) for one in _inner(eqn)]
-    if any(flops is None for flops in inner):
-      return None
-    if name.startswith("custom_"):  # the function and its rules; the function runs
-      inner = inner[:1]
-    times = eqn.params["length"] if name == "scan" else 1
-    total += _own(eqn) + times * sum(inner)
-  return total
+  costs = [_cost(eqn) for eqn in _open(jaxpr)[0].eqns]
+  return None if any(cost is None for cost in costs) else sum(costs, np.zeros(2))
 
 
 def _own(eqn: Any) -> np.ndarray:
@@ -74,42 +65,60 @@ def _own(eqn: Any) -> np.ndarray:
 def _run(jaxpr: Any, consts: list[Any], arguments: list[Any]) -> Counted:
   values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
   total = np.zeros(2)
-  for eqn in jaxpr.eqns:
-    read = [values[v] if not hasattr(v, "val") else v.val for v in eqn.invars]
-    out, flops = _equation(eqn, read)
-    values.update(zip(eqn.outvars, out, strict=True))
-    total += flops
-  return [values[v] if not hasattr(v, "val") else v.val for v in jaxpr.outvars], total
+  for static, group in itertools.groupby(jaxpr.eqns, key=lambda eqn: _cost(eqn) is not None):
+    eqns = list(group)
+    if static:
+      total += sum(map(_cost, eqns))
+      _together(eqns, values)
+      continue
+    for eqn in eqns:
+      read = [v.val if isinstance(v, core.Literal) else values[v] for v in eqn.invars]
+      out, cost = _equation(eqn, read)
+      values.update(zip(eqn.outvars, out, strict=True))
+      total += cost
+  return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars], total
+
+
+def _together(eqns: list[Any], values: dict[Any, Any]) -> None:
+  """Runs equations in which nothing depends on data as one program."""
+  made: dict[Any, None] = {}
+  needed: dict[Any, None] = {}
+  for eqn in eqns:
+    for v in eqn.invars:
+      if not isinstance(v, core.Literal) and v not in made:
+        needed[v] = None
+    made.update(dict.fromkeys(v for v in eqn.outvars if type(v).__name__ != "DropVar"))
+  names = jax.core.DebugInfo("group", "", ("",) * len(needed), ("",) * len(made))
+  jaxpr = core.Jaxpr((), list(needed), list(made), eqns, debug_info=names)
+  run = jax.jit(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ())))
+  values.update(zip(made, run(*(values[v] for v in needed)), strict=True))
+
+
+def _cost(eqn: Any) -> np.ndarray | None:
+  """FLOPs and bytes of an equation in which nothing depends on data, else None."""
+  name = eqn.primitive.name
+  if name in ("while", "cond"):
+    return None
+  inner = [_static(one) for one in _inner(eqn)]
+  if name.startswith("custom_"):  # the function and its rules; the function runs
+    inner = inner[:1]
+  if any(cost is None for cost in inner):
+    return None
+  return _own(eqn) + (eqn.params["length"] if name == "scan" else 1) * sum(inner)
 
 
 def _equation(eqn: Any, read: list[Any]) -> Counted:
-  inner = _inner(eqn)
-  flops = [_static(one) for one in inner]
   name, params = eqn.primitive.name, eqn.params
   if name == "while":
     return _while(params, read)
+  if name == "scan":
+    return _scan(params, read)
   if name == "cond":
     index = int(jnp.clip(read[0], 0, len(params["branches"]) - 1))
     jaxpr, consts = _open(params["branches"][index])
     return _run(jaxpr, consts, read[1:])
-  if all(one is not None for one in flops):
-    if name.startswith("custom_"):
-      flops = flops[:1]
-    times = params["length"] if name == "scan" else 1
-    out = jax.jit(lambda *read: eqn.primitive.bind(*read, **_bindable(eqn)))(*read)
-    out = out if eqn.primitive.multiple_results else [out]
-    return list(out), _own(eqn) + times * sum(flops)
-  if name == "scan":
-    return _scan(params, read)
-  jaxpr, consts = _open(inner[0])
+  jaxpr, consts = _open(_inner(eqn)[0])
   return _run(jaxpr, consts, read)
-
-
-def _bindable(eqn: Any) -> dict[str, Any]:
-  functions, params = eqn.primitive.get_bind_params(eqn.params)
-  if functions:
-    raise NotImplementedError(f"{eqn.primitive.name} takes functions")
-  return params
 
 
 def _while(params: dict[str, Any], read: list[Any]) -> Counted:
@@ -122,7 +131,7 @@ def _while(params: dict[str, Any], read: list[Any]) -> Counted:
   test, test_consts = _open(params["cond_jaxpr"])
   step, step_consts = _open(params["body_jaxpr"])
   fixed, total = _static(params["body_jaxpr"]), np.zeros(2)
-  compiled = jax.jit(lambda *x: jax.core.eval_jaxpr(step, step_consts, *x))
+  compiled = jax.jit(core.jaxpr_as_fun(core.ClosedJaxpr(step, step_consts)))
   while bool(_run(test, test_consts, [*given, *state])[0][0]):
     if fixed is None:
       state, flops = _run(step, step_consts, [*own, *state])

@@ -67,7 +67,7 @@ def torch_captioner(folder: pathlib.Path, pixels: int) -> Any:
   gguf = resolve_model(SMOLLM2)
   tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
   tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIALS)})
-  tokenizer.pad_token, tokenizer.padding_side = "<|im_end|>", "left"
+  tokenizer.pad_token, tokenizer.padding_side = "<|endoftext|>", "left"
   tokenizer.chat_template = TEMPLATE
   tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
   ids = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(list(SPECIALS)), strict=True))
@@ -81,6 +81,9 @@ def torch_captioner(folder: pathlib.Path, pixels: int) -> Any:
       num_key_value_heads=2,
       rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]),
       tie_word_embeddings=True,
+      bos_token_id=1,
+      eos_token_id=2,
+      pad_token_id=0,  # torch's embedding has no gradient for it: one that no prompt holds
     ),
     vision_config=dict(
       depth=4,

@@ -40,7 +40,7 @@ def scaled_logits(
 class _Scoring:
   """How log-probabilities are made; fields as of `token_logprobs`.
 
-  keep: the logits are kept for the backward pass, rather than made again.
+  keep: the probabilities are kept for the backward pass, rather than made again.
   """
 
   temperature: float
@@ -70,22 +70,27 @@ def _forward(hidden_MD, head_VD, target_MX, allowed_V, how):
   if how.entropy != "none":
     entropy = norm[:, 0] - (weight * logits).sum(-1) / mass[:, 0]
   out = jnp.take_along_axis(logits, target_MX, axis=1) - norm, entropy
-  kept = (hidden_MD, head_VD, target_MX, allowed_V, norm, entropy, logits if how.keep else None)
-  return out, kept
+  made = None
+  if how.keep:
+    made = weight, mass, logits if how.entropy == "differentiable" else None
+  return out, (hidden_MD, head_VD, target_MX, allowed_V, norm, entropy, made)
 
 
 def _backward(how, kept, cotangents):
-  hidden_MD, head_VD, target_MX, allowed_V, norm, entropy, logits = kept
+  hidden_MD, head_VD, target_MX, allowed_V, norm, entropy, made = kept
   d_logp_MX, d_entropy_M = cotangents
-  if logits is None:
+  if made is None:
     logits = scaled_logits(hidden_MD, head_VD, allowed_V, how.temperature)
-  share = jnp.exp(logits - norm)
+    share = jnp.exp(logits - norm)
+  else:
+    weight, mass, logits = made
+    share = weight / mass
   slope = -d_logp_MX.sum(-1, keepdims=True)
   if how.entropy == "differentiable":
     slope = slope - d_entropy_M[:, None] * (logits - norm + entropy[:, None])
   d_logits = share * slope
   for x in range(target_MX.shape[1]):
-    hit = jnp.arange(logits.shape[1]) == target_MX[:, x : x + 1]
+    hit = jnp.arange(share.shape[1]) == target_MX[:, x : x + 1]
     d_logits = d_logits + jnp.where(hit, d_logp_MX[:, x : x + 1], 0.0)
   if allowed_V is not None:
     d_logits = jnp.where(allowed_V, d_logits, 0.0)
