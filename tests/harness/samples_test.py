@@ -20,7 +20,7 @@ from caprl_jax.types import Answers, Captions, Samples
 class NoPrompt:
   """Stands for `batches.ImagePrompt`: samples need neither images nor prompts."""
 
-  def __call__(self, row):
+  def __call__(self, row, image=None):
     return None, None
 
 
