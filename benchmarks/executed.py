@@ -88,7 +88,7 @@ def _together(eqns: list[Any], values: dict[Any, Any]) -> None:
       if not isinstance(v, core.Literal) and v not in made:
         needed[v] = None
     made.update(dict.fromkeys(v for v in eqn.outvars if type(v).__name__ != "DropVar"))
-  names = jax.core.DebugInfo("group", "", ("",) * len(needed), ("",) * len(made))
+  names = core.DebugInfo("group", "", ("",) * len(needed), ("",) * len(made))
   jaxpr = core.Jaxpr((), list(needed), list(made), eqns, debug_info=names)
   run = jax.jit(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ())))
   values.update(zip(made, run(*(values[v] for v in needed)), strict=True))

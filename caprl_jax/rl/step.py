@@ -97,9 +97,10 @@ def write_captions(
   rollout_shardings: Any = None,
 ) -> Captions:
   """The rollout: G captions per image by the parameters as they stand."""
-  params = merge_params(state.params, frozen.base)
-  if rollout_shardings is not None:  # gathered once, in the dtype that is computed in
-    params = jax.tree.map(lambda x: x.astype(policy.cfg.text.dtype), params)
+  # In the dtype that is computed in, once: decoding reads all of them for every token.
+  dtype = policy.cfg.text.dtype
+  params = jax.tree.map(lambda x: x.astype(dtype), merge_params(state.params, frozen.base))
+  if rollout_shardings is not None:
     params = jax.lax.with_sharding_constraint(params, rollout_shardings)
   key = stage_keys(state.key, state.step).rollout
   return sample_captions(policy, params, batch, key, vocabulary=frozen.vocabulary, cfg=cfg.rollout)
