@@ -284,7 +284,7 @@ def run_loop(
       interrupts.check()
       if start < steps:
         log.info("%s: %d compilations after the first step", what, compiles.count)
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
       if interrupts.can_save(error, state):
         _keep(error, save, reports)
       raise
