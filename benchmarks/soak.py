@@ -31,22 +31,24 @@ MB = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-  """unit: of a value. most: growth per 1,000 steps that is none, in this unit. share: the same as
-  a share of the value, for seconds, which a busy machine moves."""
+  """unit: of a value. most: growth per 1,000 steps that is none, in this unit. slack: growth over
+  the whole run that is none, however short it is. share: the same as a share of the value, for
+  seconds, which a busy machine moves."""
 
   name: str
   unit: str
   most: float
+  slack: float = 0.0
   share: float = 0.0
 
 
 QUANTITIES = (
-  Quantity("host memory", "MB", most=15.0),
-  Quantity("device arrays", "MB", most=0.1),
-  Quantity("threads", "", most=0.5),
-  Quantity("open files", "", most=0.5),
+  Quantity("host memory", "MB", most=15.0, slack=20.0),
+  Quantity("device arrays", "MB", most=0.1, slack=0.1),
+  Quantity("threads", "", most=0.5, slack=2.0),
+  Quantity("open files", "", most=0.5, slack=2.0),
   Quantity("compilations", "", most=0.0),
-  Quantity("step time", "ms", most=1.0, share=0.15),
+  Quantity("step time", "ms", most=1.0, share=0.2),
 )
 
 
@@ -78,28 +80,27 @@ class Probe:
     pass
 
 
-def growth(values: np.ndarray) -> tuple[float, float]:
-  """Per 1,000 steps, from the second fifth to the last one; and the median of the second."""
+def growth(values: np.ndarray) -> tuple[float, float, int]:
+  """From the median of the second fifth to that of the last one; the former; the steps between."""
   fifth = len(values) // 5
   before, after = np.median(values[fifth : 2 * fifth]), np.median(values[-fifth:])
-  return float((after - before) / (3 * fifth + len(values) % 5) * 1000), float(before)
+  return float(after - before), float(before), 3 * fifth + len(values) % 5
 
 
 def judge(rows: np.ndarray) -> list[dict]:
   """Of each quantity how it grows, and whether that is none."""
   found = []
   for quantity, values in zip(QUANTITIES, rows.T, strict=True):
-    slope, level = growth(values)
-    # over the whole run, where that is shorter than 1,000 steps
-    most = max(quantity.most, quantity.share * level) * max(1.0, 1000 / len(rows))
+    change, level, steps = growth(values)
+    most = max(quantity.most * steps / 1000, quantity.slack, quantity.share * level)
     ends = {"first": float(values[0]), "last": float(values[-1])}
     found.append(
       {
         "quantity": quantity.name,
         "unit": quantity.unit,
         "level": level,
-        "per_1000_steps": slope,
-        "flat": bool(slope <= most),
+        "per_1000_steps": change / steps * 1000,
+        "flat": bool(change <= most),
         **ends,
       }
     )
