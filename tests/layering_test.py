@@ -15,6 +15,7 @@ ORDER = [
   "progress",
   "masked",
   "sharding",
+  "rungs",
   "atomic_files",
   "json_files",
   "image_files",

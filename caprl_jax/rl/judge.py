@@ -6,6 +6,7 @@ nobody, and counts for no position. Letters as in `types.py`; where "can not ans
 counts it and it is the last.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -192,7 +193,8 @@ class _Asked:
 
   def cut(self, slots: int) -> "_Asked":
     """With captions of so many slots."""
-    return self.replace(captions=jax.tree.map(lambda x: x[..., :slots], self.captions))
+    captions = jax.tree.map(lambda x: x[..., :slots], self.captions)
+    return dataclasses.replace(self, captions=captions)
 
 
 def _ask(

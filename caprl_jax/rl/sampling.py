@@ -11,6 +11,7 @@ Letters: N captions, T caption tokens, D width, V vocabulary, C rows of a chunk.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -75,7 +76,7 @@ class DecodeState:
   # bool, tokens of prompt and caption, where a repetition penalty asks for them
   seen_NV: Array | None
   # keys and values of the captions' tokens; slot t is written when token t has run
-  cache: Prefix | None
+  cache: Prefix
 
 
 def draw(logits_NV: Array, uniform_N: Array, cfg: SamplingConfig) -> tuple[Array, Array]:
@@ -341,6 +342,21 @@ def decode(
   return _finish_in_chunks(loop, state, chunks) if chunks else state
 
 
+@flax.struct.dataclass
+class _Written:
+  """What chunks change of a `DecodeState`."""
+
+  step: Any  # int32, the largest of the chunks'
+  tokens_NT: Array
+  logp_NT: Array
+  valid_NT: Array
+  done_N: Array
+
+  @classmethod
+  def of(cls, state: DecodeState) -> "_Written":
+    return cls(state.step, state.tokens_NT, state.logp_NT, state.valid_NT, state.done_N)
+
+
 def _finish_in_chunks(loop: _Loop, trunk: DecodeState, stages: tuple[int, ...]) -> DecodeState:
   """Decodes what is unfinished at the trunk's end to its own end, some rows at a time."""
   N = len(trunk.done_N)
@@ -351,16 +367,17 @@ def _finish_in_chunks(loop: _Loop, trunk: DecodeState, stages: tuple[int, ...]) 
   share = N // shards
   rows = max(-(-share // CHUNKS), min(share, SMALLEST_CHUNK))
 
-  def chunk(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
-    state, todo_N = carry
+  # The trunk's cache is read by every chunk and changed by none: it stays out of the loop's state.
+  def chunk(carry: tuple[_Written, Array]) -> tuple[_Written, Array]:
+    written, todo_N = carry
     order = jnp.argsort(~todo_N.reshape(shards, -1), axis=1, stable=True)
     pick = _Pick(order[:, :rows], N)
     todo_C = pick.of(todo_N)
     begun = DecodeState(
       step=trunk.step,
-      tokens_NT=pick.of(state.tokens_NT),
-      logp_NT=pick.of(state.logp_NT),
-      valid_NT=pick.of(state.valid_NT),
+      tokens_NT=pick.of(written.tokens_NT),
+      logp_NT=pick.of(written.logp_NT),
+      valid_NT=pick.of(written.valid_NT),
       done_N=~todo_C,  # where fewer rows are left than a chunk has
       seen_NV=None if trunk.seen_NV is None else pick.of(trunk.seen_NV),
       cache=pick.of_prefix(trunk.cache),
@@ -370,17 +387,23 @@ def _finish_in_chunks(loop: _Loop, trunk: DecodeState, stages: tuple[int, ...]) 
     def put(old_N: Array, new_C: Array) -> Array:
       return pick.put(old_N, new_C, todo_C)
 
-    state = dataclasses.replace(
-      state,
-      step=jnp.maximum(state.step, end.step),
-      tokens_NT=put(state.tokens_NT, end.tokens_NT),
-      logp_NT=put(state.logp_NT, end.logp_NT),
-      valid_NT=put(state.valid_NT, end.valid_NT),
-      done_N=put(state.done_N, end.done_N),
+    new = _Written.of(end)
+    written = dataclasses.replace(
+      jax.tree.map(
+        put, dataclasses.replace(written, step=None), dataclasses.replace(new, step=None)
+      ),
+      step=jnp.maximum(written.step, new.step),
     )
-    return state, put(todo_N, jnp.zeros_like(todo_C))
+    return written, put(todo_N, jnp.zeros_like(todo_C))
 
-  # The trunk's cache is read by every chunk and changed by none: it stays out of the loop's state.
-  begun = dataclasses.replace(trunk, cache=None, seen_NV=None)
-  end, _ = jax.lax.while_loop(lambda carry: carry[1].any(), chunk, (begun, ~trunk.done_N))
-  return dataclasses.replace(end, cache=trunk.cache, seen_NV=trunk.seen_NV)
+  end, _ = jax.lax.while_loop(
+    lambda carry: carry[1].any(), chunk, (_Written.of(trunk), ~trunk.done_N)
+  )
+  return dataclasses.replace(
+    trunk,
+    step=end.step,
+    tokens_NT=end.tokens_NT,
+    logp_NT=end.logp_NT,
+    valid_NT=end.valid_NT,
+    done_N=end.done_N,
+  )

@@ -52,8 +52,8 @@ def score_with_images(
   """
 
   def of_piece(piece: tuple[Array, JudgeIds, Sight, Array]) -> Answers:
-    number, *seen = piece
-    return _score(judge, *seen, jax.random.fold_in(key, number), cfg)
+    number, captions, sight, valid_BK = piece
+    return _score(judge, captions, sight, valid_BK, jax.random.fold_in(key, number), cfg)
 
   def ask(captions: JudgeIds) -> Answers:
     if cfg.microbatches == 1:
