@@ -1,15 +1,17 @@
 """Prefix, key -> tokens: the decode loop, which ends when every caption has ended.
 
 Its work follows the captions, not their limit. All rows begin on a cache of a few slots that grows
-by stages (the trunk); the rows that are still being written at its end go on in chunks of a quarter
-of the rows, on caches of the whole limit, as many chunks as it takes. So a cache of rows x limit
-never exists. A draw depends on its row's key and the token's number alone: tokens are the same
-whatever the stages.
+by stages (the trunk), to a quarter of the limit at most. The rows that are still being written when
+a quarter of them is left, or when the trunk is full, go on in chunks of a quarter of the rows, on
+caches that grow to the limit, as many chunks as it takes. So a cache of rows x limit never exists.
+A draw depends on its row's key and the token's number alone: tokens are the same whatever the
+stages.
 
 Letters: N captions, T caption tokens, D width, V vocabulary, C rows of a chunk.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -213,14 +215,19 @@ class _Loop:
     )
     return self.emit(dataclasses.replace(state, cache=cache), hidden_N1D[:, 0])
 
-  def run(self, state: DecodeState, stages: tuple[int, ...]) -> DecodeState:
-    """Decodes on caches of as many slots as the stages say, one after the other, until all rows
-    have ended or the last stage is full."""
+  def run(
+    self, state: DecodeState, stages: tuple[int, ...], shards: int = 1, leave: int = 0
+  ) -> DecodeState:
+    """Decodes on caches of as many slots as the stages say, one after the other, until no device
+    has more than `leave` rows that have not ended, or the last stage is full."""
+
+    def goes_on(state: DecodeState, slots: int) -> Array:
+      live_H = (~state.done_N).reshape(shards, -1).sum(1)
+      return (state.step < slots) & (live_H.max() > leave)
+
     for slots in stages:
       state = dataclasses.replace(state, cache=_grown(state.cache, slots))
-      state = jax.lax.while_loop(
-        lambda s, slots=slots: (s.step < slots) & ~jnp.all(s.done_N), self.advance, state
-      )
+      state = jax.lax.while_loop(functools.partial(goes_on, slots=slots), self.advance, state)
     return state
 
   def rows(self, pick: "_Pick") -> "_Loop":
@@ -290,7 +297,9 @@ class _Pick:
 def cache_stages(max_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Slots of the caches of the trunk, which all rows have, and of the chunks after it."""
   trunk = [max_tokens // part for part in (16, 8, 4) if max_tokens // part >= SMALLEST_CACHE]
-  return (tuple(trunk), (max_tokens // 2, max_tokens)) if trunk else ((max_tokens,), ())
+  if not trunk:
+    return (max_tokens,), ()
+  return tuple(trunk), (trunk[-1], max_tokens // 2, max_tokens)
 
 
 def decode(
@@ -338,8 +347,22 @@ def decode(
     seen_NV=seen_NV,
     cache=empty_cache(prefixes[-1], N, trunk[0]),
   )
-  state = loop.run(loop.emit(state, first_hidden_ND), trunk)
-  return _finish_in_chunks(loop, state, chunks) if chunks else state
+  state = loop.emit(state, first_hidden_ND)
+  if not chunks:
+    return loop.run(state, trunk)
+  shards, rows = _chunk_size(N, prefixes)
+  state = loop.run(state, trunk, shards, leave=rows)
+  return _finish_in_chunks(loop, state, chunks, shards, rows)
+
+
+def _chunk_size(N: int, prefixes: tuple[Prefix, ...]) -> tuple[int, int]:
+  """The parts that N rows lie in, one a device, and how many rows of each a chunk takes."""
+  shards = sharding.batch_shards()
+  together = [N] + [p.valid_RS.shape[0] for p in prefixes if p.valid_RS.shape[0] > 1]
+  if any(rows % shards for rows in together):
+    shards = 1
+  share = N // shards
+  return shards, max(-(-share // CHUNKS), min(share, SMALLEST_CHUNK))
 
 
 @flax.struct.dataclass
@@ -357,15 +380,11 @@ class _Written:
     return cls(state.step, state.tokens_NT, state.logp_NT, state.valid_NT, state.done_N)
 
 
-def _finish_in_chunks(loop: _Loop, trunk: DecodeState, stages: tuple[int, ...]) -> DecodeState:
+def _finish_in_chunks(
+  loop: _Loop, trunk: DecodeState, stages: tuple[int, ...], shards: int, rows: int
+) -> DecodeState:
   """Decodes what is unfinished at the trunk's end to its own end, some rows at a time."""
   N = len(trunk.done_N)
-  shards = sharding.batch_shards()
-  together = [N] + [p.valid_RS.shape[0] for p in loop.prefixes if p.valid_RS.shape[0] > 1]
-  if any(rows % shards for rows in together):
-    shards = 1
-  share = N // shards
-  rows = max(-(-share // CHUNKS), min(share, SMALLEST_CHUNK))
 
   # The trunk's cache is read by every chunk and changed by none: it stays out of the loop's state.
   def chunk(carry: tuple[_Written, Array]) -> tuple[_Written, Array]:

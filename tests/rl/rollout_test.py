@@ -192,7 +192,7 @@ def test_stages_and_chunks_change_nothing(model, monkeypatch):
   monkeypatch.setattr(sampling, "SMALLEST_CACHE", 3)
   monkeypatch.setattr(sampling, "SMALLEST_CHUNK", 1)
   monkeypatch.setattr(sampling, "CHUNKS", 12)
-  assert sampling.cache_stages(48) == ((3, 6, 12), (24, 48))
+  assert sampling.cache_stages(48) == ((3, 6, 12), (12, 24, 48))
   staged = sample(model, group=8, max_tokens=48)
   lengths = plain.valid_BGT.sum(-1)
   assert (lengths > 12).sum() > 4 and (lengths < 12).any() and (~plain.ended_BG).any(), lengths
