@@ -107,6 +107,8 @@ def check(command: list[str]) -> None:
     case ["python", "-m", "caprl_jax.main", *arguments]:
       if arguments != ["--help"]:
         main._parse(main._define_flags(), ["main", *arguments])  # checks modes and sections too
+    case ["python", "-m", module, *arguments] if module.startswith("benchmarks."):
+      check(["python", f"{module.replace('.', '/')}.py", *arguments])
     case ["python", script, *arguments] if script.startswith("benchmarks/"):
       source = (ROOT / script).read_text()
       for argument in arguments:
