@@ -145,6 +145,8 @@ class TrainSection:
   warn_if: rules that only warn, each with what to try.
   skip_nonfinite: go on after so many steps whose loss or gradient was not finite, which change no
     parameters (counted anew at each start); after one more the run saves and ends.
+  profile_steps: the first and the last step that are traced into the workdir's `profile/`, with a
+    table of where their time went, counted from the start (1 compiles); () traces none.
   """
 
   steps: int
@@ -156,8 +158,14 @@ class TrainSection:
   stop_if: tuple[str, ...] = STOP_IF
   warn_if: tuple[str, ...] = WARN_IF
   skip_nonfinite: int = 0
+  profile_steps: tuple[int, ...] = ()
 
   def __post_init__(self):
+    steps = self.profile_steps
+    if len(steps) > 2 or any(step < 1 for step in steps) or list(steps) != sorted(steps):
+      raise ValueError(
+        f"train.profile_steps = {steps} must be (first, last), counted from 1, e.g. (3, 5)"
+      )
     if self.skip_nonfinite < 0:
       raise ValueError(f"train.skip_nonfinite = {self.skip_nonfinite} must be at least 0")
     Watch(self.stop_if, self.warn_if)  # which refuses what is no rule

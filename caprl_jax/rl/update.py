@@ -101,7 +101,7 @@ def check_microbatches(batch_size: int, group_size: int, cfg: UpdateConfig) -> N
   images, or their captions no whole sets (`set_token_mean`).
   """
   if cfg.epochs < 1:
-    raise ValueError(f"policy_update.epochs = {cfg.epochs} must be at least 1")
+    raise ValueError(f"config.policy_update.epochs = {cfg.epochs} must be at least 1")
   for name, value, total, of in (
     ("minibatches", cfg.minibatches, batch_size, f"data.batch_size = {batch_size}"),
     (
@@ -116,13 +116,13 @@ def check_microbatches(batch_size: int, group_size: int, cfg: UpdateConfig) -> N
     if value < 1 or total % value:
       fitting = [m for m in range(1, total + 1) if total % m == 0]
       raise ValueError(
-        f"policy_update.{name} = {value} does not divide {of} images; use one of {fitting}"
+        f"config.policy_update.{name} = {value} does not divide {of} images; use one of {fitting}"
       )
   captions = batch_size // (cfg.minibatches * cfg.microbatches) * group_size
   if cfg.loss.aggregation == "set_token_mean" and captions % cfg.loss.set_captions:
     raise ValueError(
-      f"policy_update.loss.set_captions = {cfg.loss.set_captions} does not divide the {captions} "
-      "captions of a microbatch; change policy_update.microbatches, or use aggregation 'token_mean'"
+      f"config.policy_update.loss.set_captions = {cfg.loss.set_captions} does not divide the "
+      f"{captions} captions of a microbatch; change policy_update.microbatches, or use aggregation 'token_mean'"
     )
 
 

@@ -26,6 +26,7 @@ from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.harness.setup import Run, set_up
 from caprl_jax.harness.trackers import Tracker, open_trackers
 from caprl_jax.harness.training.made_of import bind_models
+from caprl_jax.harness.training.profile import Profile
 from caprl_jax.harness.training.programs import build_step
 from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import (
@@ -108,9 +109,10 @@ def train(
     best.keep(step, params, figures["accuracy"])
     return {f"eval/{name}": value for name, value in figures.items()}
 
+  profile = Profile(settings.train.profile_steps, workdir / "profile")
   try:
     return run_loop(
-      build_step(made, tx, schedule),
+      profile.of(build_step(made, tx, schedule)),
       state,
       iterator,
       steps=settings.train.steps,
@@ -128,6 +130,7 @@ def train(
       skip_nonfinite=settings.train.skip_nonfinite,
     )
   finally:
+    profile.close()
     checkpoints.close()
     for tracker in trackers:
       tracker.close()
