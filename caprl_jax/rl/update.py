@@ -122,7 +122,8 @@ def check_microbatches(batch_size: int, group_size: int, cfg: UpdateConfig) -> N
   if cfg.loss.aggregation == "set_token_mean" and captions % cfg.loss.set_captions:
     raise ValueError(
       f"config.policy_update.loss.set_captions = {cfg.loss.set_captions} does not divide the "
-      f"{captions} captions of a microbatch; change policy_update.microbatches, or use aggregation 'token_mean'"
+      f"{captions} captions of a microbatch; change policy_update.microbatches, or use aggregation "
+      "'token_mean'"
     )
 
 

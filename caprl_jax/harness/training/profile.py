@@ -41,8 +41,9 @@ class Profile:
         jax.profiler.start_trace(self.folder, profiler_options=options)
         self.begun = self.calls
       out = step_fn(*given)
+      if self.begun:
+        jax.block_until_ready(out)  # a trace ends with what has run
       if self.calls == self.last:
-        jax.block_until_ready(out)
         self.close()
       return out
 
