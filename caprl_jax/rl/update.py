@@ -42,14 +42,17 @@ class UpdateConfig:
   minibatches: optimizer steps per pass over the rollout, each on its own part of the images.
   epochs: passes over the rollout. More than one step in all makes the ratio move away from 1.
   microbatches: pieces of whole groups into which each minibatch is cut, to save memory; the
-    gradient is the same.
+    gradient is the same. Groups of like lengths share a piece, which takes the time of its longest
+    group.
+  chunk_tokens: tokens whose logits exist at once on a device. Where they are all, their
+    probabilities are kept for the backward pass; else each chunk's are made again.
   """
 
   loss: LossConfig = LossConfig()
   minibatches: int = 1
   epochs: int = 1
   microbatches: int = 1
-  chunk_tokens: int = 1024  # tokens whose logits exist at once
+  chunk_tokens: int = 1024
 
   @property
   def steps(self) -> int:
