@@ -140,7 +140,8 @@ def assert_in_force(name, preset, config):
 def test_a_recipe_runs_to_its_end(made, tmp_path, name, preset, policy, judge):
   assert main.main(command(made, tmp_path, name, preset, policy, judge)) == 0
   summary = json.loads((tmp_path / "summary.json").read_text())
-  assert summary["complete"] == {"step": 1} and (tmp_path / "policy" / "config.json").exists()
+  record = json.loads((tmp_path / "record_train.json").read_text())
+  assert record["complete"]["step"] == 1 and (tmp_path / "policy" / "config.json").exists()
   assert_in_force(name, preset, summary["config"])
   [row] = read_metrics(tmp_path / "metrics.jsonl")
   assert np.isfinite(row["update/loss"]) and row["update/nonfinite"] == row["reward/unscored"] == 0
