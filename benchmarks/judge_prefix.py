@@ -1,7 +1,7 @@
 """How much the judge saves by sharing prefixes: one tree per batch against one prompt per question.
 
-  python benchmarks/judge_prefix.py [--captions 8] [--caption_tokens 64] [--questions 8]
-  python benchmarks/judge_prefix.py --prompt official --caption_tokens 400
+  python -m benchmarks.judge_prefix [--captions 8] [--caption_tokens 64] [--questions 8]
+  python -m benchmarks.judge_prefix --prompt official --caption_tokens 400
 
 The second has the released protocol's shape. Both sides use the same model, questions and captions
 in the same process, jitted and warmed up; the joined side runs head + caption + question as one
@@ -10,11 +10,11 @@ scores.
 """
 
 import argparse
-import time
 
 import jax
 import numpy as np
 
+from benchmarks.timing import best_secs
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
 from caprl_jax.data.judge_questions import pad_questions, question_shape
@@ -23,16 +23,6 @@ from caprl_jax.hub.load import load_judge
 from caprl_jax.inference.judge import question_tokenizer
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig
-
-
-def best_secs(run, repeats: int = 3) -> float:
-  jax.block_until_ready(run())
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    times.append(time.perf_counter() - start)
-  return min(times)
 
 
 def main() -> None:

@@ -24,7 +24,9 @@ import numpy as np
 import optax
 from PIL import Image
 
+from benchmarks import tiny_models
 from benchmarks.executed import executed
+from benchmarks.timing import best_secs
 from caprl_jax import sharding
 from caprl_jax.data.batches import ImagePrompt, image_shape, stack
 from caprl_jax.data.rows import QARow
@@ -41,45 +43,6 @@ from caprl_jax.rl.sampling import SamplingConfig
 from caprl_jax.rl.step import StepConfig, ask_judge, train_step
 from caprl_jax.rl.update import Learner, UpdateConfig, update_policy
 from caprl_jax.types import Batch, Frozen, JudgePrompt, Questions, TrainState, Vocabulary
-
-TINY = dict(
-  model_type="qwen2_5_vl",
-  image_token_id=3,
-  tie_word_embeddings=True,
-  text_config=dict(
-    model_type="qwen2_5_vl_text",
-    vocab_size=49_156,
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    rms_norm_eps=1e-6,
-    rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]),
-  ),
-  vision_config=dict(
-    model_type="qwen2_5_vl_vision",
-    depth=4,
-    hidden_size=128,
-    intermediate_size=256,
-    num_heads=4,
-    out_hidden_size=256,
-    patch_size=14,
-    window_size=56,
-    fullatt_block_indexes=[1, 3],
-  ),
-)
-TINY_JUDGE = dict(
-  model_type="llama",
-  vocab_size=49_152,
-  hidden_size=256,
-  intermediate_size=704,
-  num_hidden_layers=4,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  rms_norm_eps=1e-5,
-  tie_word_embeddings=True,
-)
 
 
 def lengths(spec: str, shape: tuple[int, int], limit: int, rng: np.random.Generator) -> np.ndarray:
@@ -116,13 +79,13 @@ class Work:
 def make_work(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Work:
   """Random models of the shapes asked for, drawn images and questions."""
   dtype = jnp.dtype(args.dtype)
-  config = TINY if args.model == "tiny" else CONFIGS[args.model]
+  config = tiny_models.CAPTIONER if args.model == "tiny" else CONFIGS[args.model]
   pixels = args.image**2
   cfg = PolicyConfig.from_hf(
     config, dict(min_pixels=pixels, max_pixels=pixels), dtype=dtype, remat=args.remat
   )
   judge_cfg = DecoderConfig.from_hf(
-    TINY_JUDGE if args.judge == "tiny" else CONFIGS[args.judge], dtype=dtype
+    tiny_models.JUDGE if args.judge == "tiny" else CONFIGS[args.judge], dtype=dtype
   )
   policy, judge = Policy(cfg), Decoder(judge_cfg)
   rng = np.random.default_rng(0)
@@ -287,16 +250,6 @@ def needed_decode_bytes(work: Work, written_BG: np.ndarray) -> float:
   n = written_BG.astype(float)
   P = work.batch.prompts.tokens_BP.shape[1]
   return float(weights * n.max() + slot * P * n.max(1).sum() + slot * (n * (n - 1) / 2).sum())
-
-
-def best_secs(run: Any, repeats: int) -> float:
-  """The fastest of several runs, after one that compiles."""
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    times.append(time.perf_counter() - start)
-  return min(times)
 
 
 def peak_flops(dtype: Any) -> float:

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks import tiny_models
+
 SHAPES = {"a": (56, False), "b": (448, False), "c": (448, True)}
 INSTRUCTION = "Please describe this image in detail."
 TEMPLATE = (
@@ -73,28 +75,14 @@ def torch_captioner(folder: pathlib.Path, pixels: int) -> Any:
   ids = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(list(SPECIALS)), strict=True))
   config = transformers.Qwen2_5_VLConfig(
     text_config=dict(
+      tiny_models.TEXT,
       vocab_size=len(tokenizer),
-      hidden_size=256,
-      intermediate_size=704,
-      num_hidden_layers=4,
-      num_attention_heads=4,
-      num_key_value_heads=2,
-      rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]),
       tie_word_embeddings=True,
       bos_token_id=1,
       eos_token_id=2,
       pad_token_id=0,  # torch's embedding has no gradient for it: one that no prompt holds
     ),
-    vision_config=dict(
-      depth=4,
-      hidden_size=128,
-      intermediate_size=256,
-      num_heads=4,
-      out_hidden_size=256,
-      patch_size=14,
-      window_size=56,
-      fullatt_block_indexes=[1, 3],
-    ),
+    vision_config=tiny_models.VISION,
     image_token_id=ids["<|image_pad|>"],
     video_token_id=ids["<|video_pad|>"],
     vision_start_token_id=ids["<|vision_start|>"],

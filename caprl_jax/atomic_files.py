@@ -1,5 +1,6 @@
 """Atomic writes of small files, and of folders; what a kill leaves of them."""
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -7,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 _LONG_NAME = 200  # bytes: file systems have 255, and the temporary name is longer
@@ -19,16 +21,26 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
   """Writes a file so that a crash, of the machine too, leaves the old one or the new one."""
+  with whole_file(path) as temporary:
+    temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Where to write what is to take the place of `path` once it is whole. A crash, of the machine
+  too, leaves the old file or the new one; an exception leaves the old one."""
   path.parent.mkdir(parents=True, exist_ok=True)
   name = path.name
   if len(os.fsencode(name)) > _LONG_NAME:
     name = hashlib.sha256(os.fsencode(name)).hexdigest()
   temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-  with open(temporary, "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())  # or the name could reach the disk before the bytes do
-  os.replace(temporary, path)
+  try:
+    yield temporary
+    with open(temporary, "rb") as file:
+      os.fsync(file.fileno())  # or the name could reach the disk before the bytes do
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -2,11 +2,11 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from caprl_jax import json_files
-from caprl_jax.data.rows import BadRow
+from caprl_jax.data.rows import BadRow, Row
 
 _WRAPPERS = ("data", "rows", "examples")  # {"data": [rows]}
 _PACKED = {
@@ -53,6 +53,23 @@ def read_items(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
   yield where, _or_bad(where, value)
   for where, value in lines:
     yield where, _or_bad(where, value)
+
+
+def read_rows(path: pathlib.Path, parse: Callable[[Any, str], Row]) -> Iterator[Row | BadRow]:
+  """What `parse` makes of each value and its place in the file, as `read_items` reads it; a BadRow
+  where it raises ValueError. A file without rows is a ValueError itself."""
+  empty = True
+  for where, item in read_items(path):
+    empty = False
+    if isinstance(item, BadRow):
+      yield item
+      continue
+    try:
+      yield parse(item, where)
+    except ValueError as error:
+      yield BadRow(where, str(error))
+  if empty:
+    raise ValueError(f"{path}: no rows; write one JSON object a line, or a list of them")
 
 
 def check_unpacked(path: pathlib.Path) -> None:

@@ -13,7 +13,9 @@ from typing import Any, TextIO
 import numpy as np
 import tqdm
 
+from caprl_jax.atomic_files import write_text
 from caprl_jax.json_files import cut, parse_json, shown
+from caprl_jax.progress import duration
 
 FILE_NAME = "metrics.jsonl"
 
@@ -207,7 +209,7 @@ class Progress:
     if self._step_secs is not None:
       words.append(f"{self._step_secs:.2f} s/step")
       if self.done < self.total:
-        words.append(f"{_duration(self._step_secs * (self.total - self.done))} left")
+        words.append(f"{duration(self._step_secs * (self.total - self.done))} left")
     return ", ".join(words)
 
 
@@ -254,19 +256,8 @@ def _ends_in_newline(path: pathlib.Path) -> bool:
 
 def _replace(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   """Atomic: a crash leaves the old file or the new one."""
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w", encoding="utf-8") as file:
-    file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def _blend(mean: float | None, value: float, weight: float = 0.1) -> float:
   return value if mean is None else (1 - weight) * mean + weight * value
-
-
-def _duration(secs: float) -> str:
-  if secs < 90:
-    return f"{secs:.0f} s"
-  return f"{secs / 60:.0f} min" if secs < 5400 else f"{secs / 3600:.1f} h"

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from caprl_jax import sharding
+from caprl_jax.atomic_files import whole_file
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.trainable import split_lora
 from caprl_jax.types import Params
@@ -83,10 +84,8 @@ def save_adapters(folder: pathlib.Path, params: Params, lora: LoraConfig, base: 
     # every adapter sits in the stack of decoder layers
     for i, layer in enumerate(np.asarray(leaf)):
       tensors[_peft_name(name, i)] = np.ascontiguousarray(layer.T)
-  folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / "adapter_model.partial"
-  safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
-  partial.replace(folder / "adapter_model.safetensors")
+  with whole_file(folder / "adapter_model.safetensors") as partial:
+    safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
   config = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

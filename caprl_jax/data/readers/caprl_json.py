@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from caprl_jax.atomic_files import write_text
-from caprl_jax.data.json_rows import read_items
+from caprl_jax.data.json_rows import read_rows
 from caprl_jax.data.option_letters import are_names, gold_index, labelled, without_letters
 from caprl_jax.data.readers.image_spellings import find_image
 from caprl_jax.data.readers.jsonl import relative_image, save_image
@@ -127,18 +127,7 @@ def scan_json(
   """
   path = pathlib.Path(path)
   root = path.parent if image_root is None else image_root
-  empty = True
-  for where, item in read_items(path):
-    empty = False
-    if isinstance(item, BadRow):
-      yield item
-      continue
-    try:
-      yield parse_row(item, root, where)
-    except ValueError as error:
-      yield BadRow(where, str(error))
-  if empty:
-    raise ValueError(f"{path}: no rows")
+  yield from read_rows(path, lambda item, where: parse_row(item, root, where))
 
 
 def write_json(

@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from caprl_jax.atomic_files import whole_file
 from caprl_jax.data.readers.caprl_json import choices_of, question_of
 from caprl_jax.data.readers.image_spellings import find_image
 from caprl_jax.data.readers.jsonl import image_suffix
@@ -142,19 +143,10 @@ def write_parquet(path: str | os.PathLike[str], rows: Sequence[QARow]) -> None:
   """
   path = pathlib.Path(path)
   check_rows(rows, str(path))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  try:
-    with pq.ParquetWriter(partial, SCHEMA) as writer:
-      for start in range(0, len(rows), ROWS_PER_GROUP):
-        writer.write_table(
-          pa.Table.from_pylist(
-            [_format_row(row) for row in rows[start : start + ROWS_PER_GROUP]], SCHEMA
-          )
-        )
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
+  with whole_file(path) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
+    for start in range(0, len(rows), ROWS_PER_GROUP):
+      group = [_format_row(row) for row in rows[start : start + ROWS_PER_GROUP]]
+      writer.write_table(pa.Table.from_pylist(group, SCHEMA))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from caprl_jax.atomic_files import write_bytes
+from caprl_jax.atomic_files import whole_file, write_bytes
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.json_rows import read_items
+from caprl_jax.data.json_rows import read_rows
 from caprl_jax.data.option_letters import gold_index, without_letters
 from caprl_jax.data.readers.image_spellings import find_image, spelled_image
 from caprl_jax.data.rows import (
@@ -220,19 +220,8 @@ def _scan_rows(
   parse: Callable[[Any, pathlib.Path, str], Row],
 ) -> Iterator[Row | BadRow]:
   path = pathlib.Path(path)
-  image_root = path.parent if image_root is None else pathlib.Path(image_root)
-  empty = True
-  for where, item in read_items(path):
-    empty = False
-    if isinstance(item, BadRow):
-      yield item
-      continue
-    try:
-      yield parse(item, image_root, where)
-    except ValueError as error:
-      yield BadRow(where, str(error))
-  if empty:
-    raise ValueError(f"{path}: no rows; write one JSON object a line")
+  root = path.parent if image_root is None else pathlib.Path(image_root)
+  yield from read_rows(path, lambda item, where: parse(item, root, where))
 
 
 def _write_rows(
@@ -246,16 +235,10 @@ def _write_rows(
   image_root = pathlib.Path(os.path.abspath(path.parent if image_root is None else image_root))
   if image_folder is not None:
     rows = [save_image(row, pathlib.Path(image_folder)) for row in rows]
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  try:
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-      for row in rows:
-        item = {"image": relative_image(row, image_root), "name": row.name} | fields(row)
-        file.write(json.dumps(item, ensure_ascii=False) + "\n")
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
+  with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+    for row in rows:
+      item = {"image": relative_image(row, image_root), "name": row.name} | fields(row)
+      file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
 def save_image(row: Row, folder: pathlib.Path, copy: bool = False) -> Row:

@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+from caprl_jax.atomic_files import write_bytes
 from caprl_jax.harness import metrics as metrics_lib
 from caprl_jax.harness.training.summary import read_summary, summary_path
 from caprl_jax.json_files import read_json, shown
@@ -44,11 +45,10 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
   if not workdir.is_dir():
     raise ValueError(f"workdir {str(workdir)!r} is not a folder; give the folder that a run wrote")
   page = _page(_read_run(workdir))
-  temporary, final = workdir / "report.html.tmp", workdir / "report.html"
+  path = workdir / "report.html"
   # A caption may hold a lone surrogate, which no UTF-8 can: it becomes a reference.
-  temporary.write_bytes(page.encode("utf-8", errors="xmlcharrefreplace"))
-  os.replace(temporary, final)
-  return final
+  write_bytes(path, page.encode("utf-8", errors="xmlcharrefreplace"))
+  return path
 
 
 def _read_run(workdir: pathlib.Path) -> _Run:

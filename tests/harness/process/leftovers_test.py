@@ -6,7 +6,7 @@ import os
 import pytest
 
 from caprl_jax import atomic_files
-from caprl_jax.atomic_files import mend_folders, partial_folder, replace_folder
+from caprl_jax.atomic_files import mend_folders, partial_folder, replace_folder, whole_file
 from caprl_jax.harness.process.leftovers import sweep
 from caprl_jax.harness.process.workdir_lock import only_run
 
@@ -90,3 +90,13 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, e
   mend_folders(tmp_path)
   assert content(path) == ("old" if moment == 0 or (moment == 1 and not exchanges) else "new")
   assert os.listdir(tmp_path) == ["policy"]
+
+
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
+  path = tmp_path / "rows" / "a.jsonl"
+  with whole_file(path) as partial:
+    partial.write_text("old")
+  with pytest.raises(KeyError), whole_file(path) as partial:
+    partial.write_text("half of the ne")
+    raise KeyError
+  assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
