@@ -67,6 +67,14 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh
   return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=kinds)
 
 
+def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+  """A mesh of this process's devices, for work that processes do apart: the same one where there is
+  one process. Parameters are split over all of its devices."""
+  if jax.process_count() == 1:
+    return mesh
+  return make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
+
+
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, P())
 
@@ -249,6 +257,17 @@ def put_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.make_array_from_callback((rows * parts, *x.shape[1:]), batch_sharding(mesh), part)
 
   return jax.tree.map(put, tree)
+
+
+def own_rows(tree: Any) -> Any:
+  """Arrays of a batch on the devices -> this process's share of their rows (`batch_share`), as
+  numpy: the inverse of `put_batch`."""
+
+  def get(x):
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+  return jax.tree.map(get, tree)
 
 
 def to_host(tree: Any) -> Any:

@@ -102,7 +102,7 @@ MODES: dict[str, Mode] = {
     "caprl_jax.modes.prism.run",
     "how much of an image captions carry: a model without eyes answers benchmarks from them",
     "--config=configs/prism_quickstart.py --workdir=runs/prism",
-    {"prism": "modes.prism.run:PrismConfig", **_POLICY, **_JUDGE, **_MESH},
+    {"prism": "modes.prism.section:PrismConfig", **_POLICY, **_JUDGE, **_MESH},
   ),
   "calibrate": Mode(
     "caprl_jax.modes.calibrate",

@@ -340,8 +340,7 @@ def _batchers(
 def _relate(
   policy: Loaded, judge: Loaded, settings: Settings
 ) -> tuple[Vocabulary, Translator | None]:
-  """The captioner's ids in the judge's vocabulary; a translator where no table relates the two.
-  Raises ValueError for a translator in several processes."""
+  """The captioner's ids in the judge's vocabulary; a translator where no table relates the two."""
   vocabulary, absent = relate_vocabularies(
     policy.tokenizer, judge.tokenizer, policy.model.cfg.text.vocab_size
   )
@@ -353,11 +352,6 @@ def _relate(
     "two programs a step",
     absent,
   )
-  if jax.process_count() > 1:
-    raise ValueError(
-      "captioner and judge have different vocabularies, which works in one "
-      "process only; use a captioner and a judge of one family"
-    )
   limit = settings.step.rollout.sampling.max_tokens
   return vocabulary, Translator(policy.tokenizer, judge.tokenizer, limit)
 

@@ -7,7 +7,6 @@ A host hop between two programs, where captioner and judge are not of one family
 import numpy as np
 
 from caprl_jax.hub.tokenizer import Tokenizer
-from caprl_jax.types import Captions
 
 
 class Translator:
@@ -17,17 +16,19 @@ class Translator:
   def __init__(self, policy: Tokenizer, judge: Tokenizer, max_tokens: int):
     self.policy, self.judge, self.slots = policy, judge, 2 * max_tokens
 
-  def __call__(self, captions: Captions) -> tuple[np.ndarray, np.ndarray, float]:
-    """Host arrays -> judge ids int32 [B, G, T], which of them count, and the share of captions that
-    were cut.
+  def __call__(
+    self, tokens_BGT: np.ndarray, valid_BGT: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Captions -> judge ids int32 [B, G, T], which of them count, and which captions were cut,
+    bool [B, G].
     """
-    B, G, _ = captions.tokens_BGT.shape
+    B, G, _ = tokens_BGT.shape
     ids, keep = np.zeros((B, G, self.slots), np.int32), np.zeros((B, G, self.slots), bool)
-    cut = 0
+    cut = np.zeros((B, G), bool)
     for place in np.ndindex(B, G):
-      text = self.policy.decode(captions.tokens_BGT[place][captions.valid_BGT[place]])
+      text = self.policy.decode(tokens_BGT[place][valid_BGT[place]])
       written = self.judge.encode_plain(text)
-      cut += len(written) > self.slots
+      cut[place] = len(written) > self.slots
       written = written[: self.slots]
       ids[place][: len(written)], keep[place][: len(written)] = written, True
-    return ids, keep, cut / (B * G)
+    return ids, keep, cut

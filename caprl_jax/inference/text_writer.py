@@ -72,8 +72,12 @@ class TextWriter:
     batch_size: int,
     mesh: jax.sharding.Mesh,
     seed: int,
+    share: tuple[int, int] = (0, 1),
   ):
+    """share: which of the batches are written, as (first, of): each of several processes, which
+    are asked the same, writes its own."""
     self.loaded, self.batch_size, self.mesh, self.seed = loaded, batch_size, mesh, seed
+    self.share = share
     size, ends = loaded.model.cfg.vocab_size, loaded.tokenizer.end_ids
     if not ends:
       raise ValueError(
@@ -88,9 +92,10 @@ class TextWriter:
   def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, WrittenText]]]:
     """Yields (number of the prompt, its text) batch by batch, prompts of like length together."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    first, of = self.share
     batches = (
       (start, order[start : start + self.batch_size])
-      for start in range(0, len(order), self.batch_size)
+      for start in range(first * self.batch_size, len(order), of * self.batch_size)
     )
     dispatch = lambda batch: self._dispatch(batch[0], [prompts[n] for n in batch[1]])
     for (_, members), texts in one_ahead(batches, dispatch):

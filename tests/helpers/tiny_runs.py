@@ -21,8 +21,8 @@ def get_config():
 """
 
 
-def write(folder: pathlib.Path) -> None:
-  """Models, data and a config file of each mode."""
+def write(folder: pathlib.Path) -> dict[str, dict]:
+  """Models, data and a config file of each mode; the configs by mode."""
   from helpers import tiny  # it needs torch, which takes its time, and nothing else here does
 
   train = tiny.write_all(folder)
@@ -37,6 +37,7 @@ def write(folder: pathlib.Path) -> None:
   for mode, config in configs.items():
     text = _CONFIG.format(text=json.dumps({**config, "mode": mode, "seed": 0}))
     (folder / f"{mode}.py").write_text(text)
+  return configs
 
 
 def _others(folder: pathlib.Path) -> dict[str, dict]:

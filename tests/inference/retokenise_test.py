@@ -22,7 +22,6 @@ from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 from caprl_jax.inference.retokenise import Translator
 from caprl_jax.modes.train import run as train
 from caprl_jax.rl.optimizer import build_optimizer
-from caprl_jax.types import Captions
 
 
 def other_tokenizer() -> Tokenizer:
@@ -43,16 +42,15 @@ def test_captions_are_tokenised_anew_and_cut_where_they_are_too_long():
     for g, text in enumerate(row):
       ids = policy.encode_plain(text) + [policy.id_of("<|im_end|>")]
       tokens[b, g, : len(ids)], valid[b, g, : len(ids)] = ids, True
-  captions = Captions(tokens, None, valid, None)
-  ids, keep, cut = Translator(policy, judge, 15)(captions)
-  assert ids.shape == (2, 2, 30) and cut == 0
+  ids, keep, cut = Translator(policy, judge, 15)(tokens, valid)
+  assert ids.shape == (2, 2, 30) and not cut.any()
   for b, row in enumerate(texts):
     for g, text in enumerate(row):
       assert ids[b, g][keep[b, g]].tolist() == judge.encode_plain(text)
-  ids, keep, cut = Translator(policy, judge, 3)(captions)
+  ids, keep, cut = Translator(policy, judge, 3)(tokens, valid)
   longest = judge.encode_plain("a b c d e f")
   assert len(longest) > 6 and ids[1, 0].tolist() == longest[:6] and keep[1, 0].all()
-  assert cut == sum(len(judge.encode_plain(t)) > 6 for row in texts for t in row) / 4
+  assert cut.tolist() == [[len(judge.encode_plain(t)) > 6 for t in row] for row in texts]
 
 
 def test_two_programs_are_the_one(tmp_path):
@@ -62,9 +60,10 @@ def test_two_programs_are_the_one(tmp_path):
     made = set_up(settings)
     assert made.translator is None
 
-    def by_table(captions):
-      ids = np.asarray(made.frozen.vocabulary.judge_id_V)[captions.tokens_BGT]
-      return np.maximum(ids, 0).astype(np.int32), captions.valid_BGT & (ids >= 0), 0.0
+    def by_table(tokens_BGT, valid_BGT):
+      ids = np.asarray(made.frozen.vocabulary.judge_id_V)[tokens_BGT]
+      cut_BG = np.zeros(ids.shape[:2], bool)
+      return np.maximum(ids, 0).astype(np.int32), valid_BGT & (ids >= 0), cut_BG
 
     tx, _ = build_optimizer(settings.optimizer, 4)
     batch = sharding.put_batch(

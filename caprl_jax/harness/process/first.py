@@ -1,4 +1,4 @@
-"""What the first process of a run finds in shared files -> the same in all processes.
+"""What the first process of a run finds in shared files, or each of them -> the same in all.
 
 Shared folders may show a file to one process and not yet to another, or the first one may write
 while others look: so the first one looks, and tells.
@@ -40,6 +40,22 @@ def from_first(look: Callable[[], Value]) -> Value:
   if "error" in told:
     raise UserError(told["error"])
   return told["value"]
+
+
+def from_all(value: Value) -> list[Value]:
+  """What each process of the run gives, in the order of their numbers; all processes call this,
+  none of them inside a mesh of its own devices.
+
+  Args:
+    value: what JSON can hold.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.array([len(data)], np.int32)).ravel()
+  padded = np.pad(data, (0, int(lengths.max()) - len(data)))
+  every = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+  return [json.loads(row[:n].tobytes()) for row, n in zip(every, lengths, strict=True)]
 
 
 def _broadcast(value: Any) -> Any:

@@ -122,10 +122,13 @@ def _stages_before(
 ) -> Callable[[TrainState, Frozen, Batch, StageClock], tuple[Captions, Answers, Numbers]]:
   """Rollout and judge as programs of their own: `(state, frozen, batch, clock) -> (captions,
   answers, metrics)`. Waits for each; `clock` gets its seconds."""
+  split = sharding.batch_sharding(made.mesh)  # each process reads the captions of its images
   write = jax.jit(
-    functools.partial(write_captions, policy=made.policy.model, cfg=cfg, rollout_shardings=moved)
+    functools.partial(write_captions, policy=made.policy.model, cfg=cfg, rollout_shardings=moved),
+    out_shardings=split,
   )
-  ask = jax.jit(functools.partial(ask_judge, judge=made.judge.model, cfg=cfg))
+  ask = jax.jit(functools.partial(ask_judge, judge=made.judge.model, cfg=cfg), out_shardings=split)
+  mean = jax.jit(jnp.mean, out_shardings=sharding.replicated(made.mesh))
 
   def run(
     state: TrainState, frozen: Frozen, batch: Batch, clock: StageClock
@@ -134,9 +137,10 @@ def _stages_before(
     with clock("rollout"):
       captions = jax.block_until_ready(write(state, frozen, batch))
     if made.translator:
-      ids, keep, cut = made.translator(jax.device_get(captions))
-      retokenised = JudgeIds(*sharding.put_batch((ids, keep), made.mesh))
-      numbers["judge/cut"] = np.float32(cut)
+      mine = sharding.own_rows((captions.tokens_BGT, captions.valid_BGT))
+      ids, keep, cut = sharding.put_batch(made.translator(*mine), made.mesh)
+      retokenised = JudgeIds(ids, keep)
+      numbers["judge/cut"] = mean(cut)
     with clock("judge"):
       answers = jax.block_until_ready(ask(state, frozen, batch, captions, retokenised))
     return captions, answers, numbers

@@ -34,8 +34,9 @@ from caprl_jax.data.readers.conversations import (
 )
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import QARow
-from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
+from caprl_jax.harness.checkpoints import Checkpoints, saved_steps
 from caprl_jax.harness.loop import run_loop
+from caprl_jax.harness.process import peers
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.training.state import abstract_state, make_state
@@ -179,7 +180,7 @@ def train_stage(
   tx, schedule = build_optimizer(stage.optimizer, steps)
   place = workdir / TRAINING / name
   place.mkdir(parents=True, exist_ok=True)
-  checkpoints = Checkpoints(place, CheckpointConfig(cfg.checkpoint_every_steps, keep=2))
+  checkpoints = Checkpoints(place, cfg.checkpoints())
   iterator = packed_batches(packer, batch_size, steps, sharding.batch_share(mesh, batch_size))
   if checkpoints.latest_step() is not None:
     like = abstract_state(params, tx, shardings, mesh)
@@ -270,19 +271,26 @@ def _run(config, workdir: pathlib.Path) -> None:
         record,
       )
       policy = _written(name, policy, params, cfg.output_dtype, workdir, record)
-    if cfg.eval is not None:
-      ask(
-        policy,
-        asked,
-        cfg.eval,
-        cfg.answer,
-        seed,
-        mesh,
-        workdir / "vqa.json",
-        cfg.eval_open_question,
-        cfg.eval_max_tokens,
-      )
+  if cfg.eval is not None:
+    if sharding.local_mesh(mesh) != mesh:  # each process asks its part, with a model of its own
+      del policy
+      peers.check()  # the first one has written it
+      mesh = sharding.local_mesh(mesh)
+      policy = begin(section, {}, questions, seed, mesh, workdir / order[-1] if order else None)
+    _ask(policy, asked, cfg, seed, mesh, workdir)
   whole.finish(sum(record.stages[name]["steps"] for name in order))
+
+
+def _ask(
+  policy: Loaded,
+  rows: list[QARow],
+  cfg: PretrainConfig,
+  seed: int,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+) -> None:
+  path, open_question = workdir / "vqa.json", cfg.eval_open_question
+  ask(policy, rows, cfg.eval, cfg.answer, seed, mesh, path, open_question, cfg.eval_max_tokens)
 
 
 def _order(cfg: PretrainConfig) -> list[str]:
@@ -344,8 +352,8 @@ def _asked(
   """
   if cfg.eval is None:
     return []
-  if jax.process_count() == 1:  # several do not ask
-    sharding.check_batch_size(cfg.answer.batch_size, mesh, "pretrain.answer.batch_size")
+  here = sharding.local_mesh(mesh)
+  sharding.check_batch_size(cfg.answer.batch_size, here, "pretrain.answer.batch_size")
   rows = read_qa_rows(cfg.eval, seed, bad_rows=bad or cfg.eval_bad_rows)[: cfg.eval_rows]
   check_kinds(rows, cfg.eval_kinds, "pretrain.eval_kinds")
   asked = of_kinds(rows, cfg.eval_kinds)

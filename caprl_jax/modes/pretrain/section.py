@@ -7,6 +7,7 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.data.packing import PackConfig
 from caprl_jax.data.question_texts import check_open_question
 from caprl_jax.data.rows import BadRows
+from caprl_jax.harness.checkpoints import CheckpointConfig
 from caprl_jax.inference.vqa import AnswerConfig
 from caprl_jax.modes.pretrain.record import TRAINING
 from caprl_jax.rl.optimizer import OptimizerConfig
@@ -88,6 +89,8 @@ class PretrainConfig:
   answer: how questions are asked by letter.
   output_dtype: of the models that are written.
   checkpoint_every_steps: steps from one checkpoint inside a stage to the next.
+  checkpoint_every_minutes: one is also written when so many minutes are over since the last one;
+    None: only by steps.
   chunk_tokens: tokens whose logits exist at once.
   """
 
@@ -102,6 +105,7 @@ class PretrainConfig:
   answer: AnswerConfig = AnswerConfig(none_of_above=False)
   output_dtype: str = "float32"
   checkpoint_every_steps: int = 200
+  checkpoint_every_minutes: float | None = None
   chunk_tokens: int = 1024  # tokens whose logits exist at once
 
   def __post_init__(self):
@@ -113,6 +117,7 @@ class PretrainConfig:
           f"{', '.join(self.stages)})"
         )
     check_open_question(self.eval_open_question)
+    self.checkpoints()
     if self.answer.protocol != "letters":
       raise ValueError(
         f"answer.protocol = {self.answer.protocol!r} is for mode curate; use 'letters' here"
@@ -123,3 +128,7 @@ class PretrainConfig:
       raise ValueError(
         f"order = {self.order}: name each stage once; none may be called {TRAINING!r}"
       )
+
+  def checkpoints(self) -> CheckpointConfig:
+    """When checkpoints inside stages are written. Raises ValueError as it does."""
+    return CheckpointConfig(self.checkpoint_every_steps, self.checkpoint_every_minutes)

@@ -7,13 +7,15 @@ import itertools
 import logging
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.data.rows import QARow
+from caprl_jax.harness.process import peers
+from caprl_jax.harness.process.first import from_all
 from caprl_jax.hub.load import Loaded
 from caprl_jax.inference.open_vqa import OpenAnswerer, OpenVqaAnswer, check_ends
 from caprl_jax.inference.vqa import AnswerConfig, Answerer, VqaAnswer, VqaResult, letter_ids
@@ -96,25 +98,20 @@ def ask(
   path: pathlib.Path,
   open_question: str | None = None,
   max_tokens: int = 16,
-) -> dict[str, object] | None:
+) -> dict[str, object]:
   """Asks all questions of `rows`, logs and writes the figures: by letter or, with `open_question`,
-  in words. With several processes, only says how to do it: None."""
-  if jax.process_count() > 1:
-    log.warning(
-      "questions about images are asked in one process only: run the same command again in one"
-    )
-    return None
-  sharding.check_batch_size(cfg.batch_size, mesh, "pretrain.answer.batch_size")
-  results: list[VqaResult] = []
-  made = (
-    OpenAnswerer(policy, cfg, mesh, seed, wording=open_question, max_tokens=max_tokens)
-    if open_question
-    else Answerer(policy, cfg, mesh, seed)
-  )
-  with made as answerer, Bar(len(rows), "questions", "image") as bar:
-    for found in answerer(enumerate(rows)):
-      results += found
-      bar.update(len(found))
+  in words. Several processes ask about a part of the images each, and the first one writes.
+
+  Args:
+    policy: the model, on `mesh`, which is of this process's devices.
+  """
+  count = jax.process_count()
+  mine = [(number, rows[number]) for number in range(jax.process_index(), len(rows), count)]
+  with jax.set_mesh(mesh):
+    asked = _ask(policy, mine, cfg, seed, mesh, open_question, max_tokens)
+  peers.check()  # none waits for long in what comes now
+  told = from_all([_told(result) for result in asked])
+  results = [_result(rows, one) for part in told for one in part]
   how = (
     {"open_question": open_question, "max_tokens": max_tokens}
     if open_question
@@ -124,7 +121,8 @@ def ask(
   figures = {"source": source, "answer": how, **summarise(results)}
   if open_question:
     figures["examples"] = examples(results)
-  write_json(path, figures)
+  if jax.process_index() == 0:
+    write_json(path, figures)
   log.info(
     "%s: %d questions about %d images, accuracy %.3f [%.3f, %.3f], without the image %.3f (%s)",
     source,
@@ -138,3 +136,46 @@ def ask(
     ),
   )
   return figures
+
+
+def _ask(
+  policy: Loaded,
+  rows: Sequence[tuple[int, QARow]],
+  cfg: AnswerConfig,
+  seed: int,
+  mesh: jax.sharding.Mesh,
+  open_question: str | None,
+  max_tokens: int,
+) -> list[VqaResult]:
+  """Asks about numbered rows."""
+  results: list[VqaResult] = []
+  made = (
+    OpenAnswerer(policy, cfg, mesh, seed, wording=open_question, max_tokens=max_tokens)
+    if open_question
+    else Answerer(policy, cfg, mesh, seed)
+  )
+  with made as answerer, Bar(len(rows), "questions", "image") as bar:
+    for found in answerer(rows):
+      results += found
+      bar.update(len(found))
+  return results
+
+
+def _told(result: VqaResult) -> dict[str, Any]:
+  """A result for the other processes."""
+  return {
+    "number": result.number,
+    "error": result.error and str(result.error),
+    "answers": [
+      {"in_words": isinstance(answer, OpenVqaAnswer), **dataclasses.asdict(answer)}
+      for answer in result.answers
+    ],
+  }
+
+
+def _result(rows: Sequence[QARow], told: dict[str, Any]) -> VqaResult:
+  answers = [
+    (OpenVqaAnswer if answer.pop("in_words") else VqaAnswer)(**answer) for answer in told["answers"]
+  ]
+  error = None if told["error"] is None else ValueError(told["error"])
+  return VqaResult(told["number"], rows[told["number"]], answers, error)

@@ -145,7 +145,7 @@ class Evaluation:
 
 def summarise(evaluation: Evaluation, cfg: Any, seed: int) -> dict[str, Any]:
   """All figures, by benchmark and captioner, and the average over benchmarks, which weighs them
-  alike. cfg: as `run.PrismConfig`. seed: of the intervals."""
+  alike. cfg: as `section.PrismConfig`. seed: of the intervals."""
   captions, digests = evaluation.captions, evaluation.digests
   names, first = list(captions), next(iter(captions))
   result: dict[str, Any] = {

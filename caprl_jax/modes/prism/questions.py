@@ -60,7 +60,7 @@ def read_questions(
   """Reads all benchmarks, and decodes every image once. `bad` takes note of what cannot be used.
 
   Args:
-    cfg: as `run.PrismConfig`.
+    cfg: as `section.PrismConfig`.
     checks: of the captioners.
 
   Raises:

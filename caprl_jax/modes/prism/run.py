@@ -4,7 +4,8 @@ Prism is CapRL's evaluation (arXiv 2509.22647, section 4.1): a captioner writes 
 benchmark's images, a language model that never sees the images answers the benchmark's questions
 from each caption, the answers are scored. Several captioners are compared on the same images,
 questions and answering model. Captions and answers are kept by content (`ResultCache`), so that an
-interrupted evaluation goes on and a benchmark on the same images costs no caption.
+interrupted evaluation goes on, several processes share the work, and a benchmark on the same
+images costs no caption.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,14 +22,16 @@ import numpy as np
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
-from caprl_jax.config.named_values import parse_named
 from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import benchmarks
 from caprl_jax.data.readers.benchmarks import BenchmarkRow
-from caprl_jax.data.rows import BadRows, CaptionRow, Question
+from caprl_jax.data.rows import CaptionRow, Question
 from caprl_jax.data.usable_rows import ImageFacts, bad_row, fits
+from caprl_jax.harness.process import peers
+from caprl_jax.harness.process.first import from_all, from_first
 from caprl_jax.harness.process.run_record import RunRecord
+from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.training.row_digests import digest_of_all, row_digests
@@ -41,116 +44,13 @@ from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism.figures import Evaluation
 from caprl_jax.modes.prism.page import write_page
 from caprl_jax.modes.prism.questions import Questions, gold_index, read_questions
+from caprl_jax.modes.prism.section import PrismConfig
 from caprl_jax.progress import Bar
 from caprl_jax.rl.sampling import SamplingConfig
 
 log = logging.getLogger("caprl_jax.modes.prism.run")
 
 LETTER_ONLY = "\nAnswer with the letter of the right option only."
-
-
-@dataclasses.dataclass(frozen=True)
-class PrismConfig:
-  """The section `prism`.
-
-  captioners: "name=checkpoint", joined by commas; the other settings are those of section
-    `policy`. The others are compared with the first.
-  benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json),
-    or a QA source (`qa_sources.py`).
-  image_root: folder or .zip with the images of such files.
-  max_rows: of each benchmark.
-  captions: captions per image; CapRL takes 4 at temperature 1 and reports their mean. 1 at
-    temperature 0 is greedy.
-  captions_per: "image": the questions about an image are answered from the same captions; or
-    "question": each has captions of its own, as released, which takes longer where an image has
-    several questions.
-  temperature, top_p: of the captions.
-  max_tokens: longest caption.
-  batch_size: images that are captioned at once.
-  answers: "write", as CapRL: the answering model (section `judge`) writes; or "read": its reading
-    of the options, as in training (rows with lettered options only; the others are left out and
-    counted). Reading also tells a caption that says nothing from one that misleads.
-  answer_tokens: longest written answer.
-  answer_temperature: of written answers.
-  answer_batch_size: answers that are written at once.
-  blind: ask with an empty caption too, for the column `blind`.
-  intervals: level of the confidence intervals.
-  examples: questions on the page.
-  cache: folder of captions and answers; None: in the workdir.
-  bad_rows: "refuse" to start while a question or its image cannot be used, or "drop" and log it;
-    the figures say how many are left out.
-  """
-
-  captioners: str
-  benchmarks: str
-  image_root: str | None = None
-  max_rows: int | None = None
-  captions: int = 4
-  captions_per: Literal["image", "question"] = "image"
-  temperature: float = 1.0
-  top_p: float = 1.0
-  max_tokens: int = 2048
-  batch_size: int = 8
-  answers: Literal["write", "read"] = "write"
-  answer_tokens: int = 2048
-  answer_temperature: float = 1.0
-  answer_batch_size: int = 16
-  blind: bool = True
-  intervals: float = 0.95
-  examples: int = 24
-  cache: str | None = None
-  bad_rows: BadRows = "refuse"
-
-  @property
-  def checkpoints(self) -> dict[str, str]:
-    """Captioner's name -> checkpoint. Raises ValueError for a text that is not `name=value,...`."""
-    example = "before=configs/quickstart_policy,after=runs/quickstart/policy"
-    return parse_named(self.captioners, key="prism.captioners", example=example)
-
-  @property
-  def sources(self) -> dict[str, str]:
-    """Benchmark's name -> source. Raises ValueError for a text that is not `name=value,...`."""
-    return parse_named(self.benchmarks, key="prism.benchmarks", example="easy=easy_vqa:test")
-
-  def __post_init__(self):
-    if not self.checkpoints or not self.sources:
-      raise ValueError(
-        "prism.captioners and prism.benchmarks must name one at least, as name=value"
-      )
-    if prism_figures.BLIND in self.checkpoints:
-      raise ValueError(
-        f"prism.captioners: the name {prism_figures.BLIND!r} stands for no caption; use another"
-      )
-    for key, least in (
-      ("captions", 1),
-      ("batch_size", 1),
-      ("answer_batch_size", 1),
-      ("max_tokens", 1),
-      ("answer_tokens", 1),
-      ("temperature", 0),
-      ("answer_temperature", 0),
-      ("examples", 0),
-    ):
-      if not getattr(self, key) >= least:
-        raise ValueError(f"prism.{key} = {getattr(self, key)} must be at least {least}")
-    if not 0 < self.top_p <= 1:
-      raise ValueError(
-        f"prism.top_p = {self.top_p} must be above 0 and at most 1, which draws from all tokens"
-      )
-    if not 0 < self.intervals < 1:
-      raise ValueError(
-        f"prism.intervals = {self.intervals} must be between 0 and 1, as 0.95 for 95%"
-      )
-    if self.captions > 1 and self.temperature == 0:
-      raise ValueError(
-        f"prism.captions = {self.captions} greedy captions of an image are all the "
-        "same; set captions = 1, or a temperature"
-      )
-    if self.captions_per == "question" and self.temperature == 0:
-      raise ValueError(
-        "prism.captions_per = 'question' writes the same greedy caption for each question of an "
-        "image; set captions_per = 'image', or a temperature"
-      )
 
 
 def caption_all(
@@ -163,13 +63,33 @@ def caption_all(
   seed: int,
   bad: BadRowList,
 ) -> set[str]:
-  """Captions what `kept` does not hold yet. Returns the images that cannot be read any more; raises
-  ValueError where such are refused."""
-  keys, lost = list(images), set()
+  """Captions what `kept` does not hold yet, each process its part. Returns the images that cannot
+  be read any more; raises ValueError where such are refused."""
+  keys = list(images)
   # Numbers go into random keys: counted among all, so that those of two interrupted runs differ.
-  left = [(number, images[key]) for number, key in enumerate(keys) if key not in kept]
-  if not left:
-    return lost
+  # Not of what is left: another process may have kept some of it already.
+  mine = range(jax.process_index(), len(keys), jax.process_count())
+  left = [(number, images[keys[number]]) for number in mine if keys[number] not in kept]
+  lost = _write_captions(left, keys, kept, load, cfg, instruction, mesh, seed, bad) if left else []
+  peers.check()  # none waits for long in what comes now
+  everywhere = {key for some in from_all(lost) for key in some}
+  kept.await_others(key for key in keys if key not in everywhere)
+  return everywhere
+
+
+def _write_captions(
+  left: Sequence[tuple[int, CaptionRow]],
+  keys: Sequence[str],
+  kept: ResultCache,
+  load,
+  cfg: PrismConfig,
+  instruction: str,
+  mesh,
+  seed: int,
+  bad: BadRowList,
+) -> list[str]:
+  """Captions numbered images, whose keys are `keys`; those of them that cannot be read any more."""
+  lost = []
   settings = CaptionerConfig(
     instruction,
     captions=cfg.captions,
@@ -187,7 +107,7 @@ def caption_all(
       for item in found:
         if item.error is not None:
           bad.late(bad_row(item.row, item.error))
-          lost.add(keys[item.number])
+          lost.append(keys[item.number])
       kept.put(
         {
           keys[item.number]: [
@@ -244,14 +164,17 @@ def write_answers(
     for one, (_, _, which) in zip(ids, pairs)
   ]
   left = {key: one for key, one in zip(keys, ids) if key not in kept}
-  if left:
-    names = list(left)
-    with Bar(len(left), "answers", "answer") as bar:
-      for found in writer(list(left.values())):
+  names = from_first(lambda: list(left))  # of which each process writes a part
+  if names:
+    prompt_of = dict(zip(keys, ids))
+    with jax.set_mesh(writer.mesh), Bar(len(left), "answers", "answer") as bar:
+      for found in writer([prompt_of[name] for name in names]):
         kept.put(
           {names[number]: {"text": text.text, "finish": text.finish} for number, text in found}
         )
         bar.update(len(found))
+    peers.check()
+    kept.await_others(keys)
   return [kept[key]["text"] for key in keys]
 
 
@@ -263,17 +186,20 @@ def read_answers(pairs: Sequence[Pair], host_judge: HostJudge) -> np.ndarray:
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Prism: writes prism.json, answers.jsonl and prism.html to the workdir."""
+  """Prism: writes prism.json, answers.jsonl and prism.html to the workdir. Several processes share
+  images and answers, and the first one writes."""
+  with only_run(workdir):
+    _run(config, workdir)
+
+
+def _run(config, workdir: pathlib.Path) -> None:
   cfg = configuration.load_section(config, "prism", PrismConfig)
   policy = configuration.load_section(config, "policy", PolicySection)
   section = configuration.load_section(config, "judge", JudgeSection)
-  if jax.process_count() > 1:
-    raise ValueError(
-      "Prism runs in one process; name fewer benchmarks or captioners in each of several runs"
-    )
   seed = config.get("seed", 0)
   mesh_section = configuration.load_section(config, "mesh", sharding.MeshConfig)
-  mesh = sharding.make_mesh(mesh_section)
+  # Of this process's devices: each captions its images, and writes its answers.
+  mesh = sharding.make_mesh(mesh_section, jax.local_devices())
   for name, size in (
     ("prism.batch_size", cfg.batch_size),
     ("prism.answer_batch_size", cfg.answer_batch_size),
@@ -293,25 +219,29 @@ def run(config, workdir: pathlib.Path) -> None:
   asked = read_questions(cfg, seed, bad, ImageCheck(workdir), checks)
   sections = {"seed": seed, "mesh": mesh_section, "policy": policy, "judge": section, "prism": cfg}
   record = _begin_record(workdir, sections, identities, judge, asked)
-  with jax.set_mesh(mesh):
-    captions = {}
-    for name, captioner in captioners.items():
-      captions[name], lost = _captions_of(
-        name, captioner, identities[name], asked.images, cache, cfg, mesh, seed, bad
-      )
-      asked = asked.without(lost)
-    evaluation = Evaluation(
-      asked.rows, asked.digests, asked.shown, asked.images, captions, {}, asked.left_out
+  captions = {}
+  for name, captioner in captioners.items():
+    captions[name], lost = _captions_of(
+      name, captioner, identities[name], asked.images, cache, cfg, mesh, seed, bad
     )
-    answered = _answer_all(evaluation, section, cfg, kept, mesh, seed)
-  evaluation = dataclasses.replace(evaluation, answered=answered)
+    asked = asked.without(lost)
+  evaluation = Evaluation(
+    asked.rows, asked.digests, asked.shown, asked.images, captions, {}, asked.left_out
+  )
+  answered = _answer_all(evaluation, section, cfg, kept, mesh, seed)
+  if jax.process_index() == 0:
+    _write(dataclasses.replace(evaluation, answered=answered), cfg, seed, workdir)
+  record.finish(sum(map(len, asked.rows.values())))
+
+
+def _write(evaluation: Evaluation, cfg: PrismConfig, seed: int, workdir: pathlib.Path) -> None:
+  """Figures, answers and the page."""
   figures = prism_figures.summarise(evaluation, cfg, seed)
   write_json(workdir / "prism.json", figures)
   prism_figures.write_answers(workdir / "answers.jsonl", evaluation)
   log.info("\n%s", prism_figures.table_text(figures))
   page = workdir / "prism.html"
   write_page(page, figures, evaluation, examples=cfg.examples, seed=seed)
-  record.finish(sum(map(len, asked.rows.values())))
   log.info("page: %s", page)
 
 
@@ -404,22 +334,28 @@ def _answer_all(
   """`Evaluation.answered`. Texts go to `kept`; without one, options are read."""
   # One judge and one writer for all benchmarks: what is compiled for one serves the others.
   kinds = sorted({row.kind for rows in evaluation.rows.values() for row in rows})
-  host_judge = open_judge(section, kinds=kinds, mesh=mesh, seed=seed)
+  with jax.set_mesh(mesh):
+    host_judge = open_judge(section, kinds=kinds, mesh=mesh, seed=seed)
   writer = None
   if kept is not None:
     sampling = SamplingConfig(cfg.answer_tokens, temperature=cfg.answer_temperature)
     writer = TextWriter(
-      host_judge.judge, sampling, batch_size=cfg.answer_batch_size, mesh=mesh, seed=seed
+      host_judge.judge,
+      sampling,
+      batch_size=cfg.answer_batch_size,
+      mesh=mesh,
+      seed=seed,
+      share=(jax.process_index(), jax.process_count()),
     )
   answered: dict[str, dict[str, np.ndarray]] = {}
   for name, rows in evaluation.rows.items():
     answered[name] = {}
     for who, pairs in _pairs(evaluation, name, cfg.blind).items():
-      found = (
-        read_answers(pairs, host_judge)
-        if kept is None
-        else np.array(write_answers(pairs, kept, host_judge.judge, writer, cfg), object)
-      )
+      if kept is None:
+        with jax.set_mesh(mesh):
+          found = read_answers(pairs, host_judge)
+      else:
+        found = np.array(write_answers(pairs, kept, host_judge.judge, writer, cfg), object)
       answered[name][who] = found.reshape(len(rows), -1)
   return answered
 

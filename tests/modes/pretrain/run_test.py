@@ -490,6 +490,10 @@ def test_rows_and_steps(folder, tmp_path, caplog):
       dict(eval_open_question="{question}", eval_max_tokens=0),
       "eval_max_tokens = 0 must be at least 1",
     ),
+    (
+      dict(checkpoint_every_minutes=0.0),
+      "checkpoint.every_minutes = 0.0 must be above 0; None: only by steps",
+    ),
   ],
 )
 def test_what_would_fail_after_training_is_refused_before_it(

@@ -1,5 +1,8 @@
 """Two processes of two fake devices are one process of four: same metrics, same files."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -12,13 +15,16 @@ from caprl_jax.data.batches import eval_batches, train_iterator
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.hub.load import load_policy
 
-# After mode `train`, in the same processes: two steps of LoRA.
+# After mode `train`, in the same processes: two steps of LoRA, with captions that are tokenised
+# anew between rollout and judge, as where the vocabularies differ.
 LORA_MODE = """
+import dataclasses
 import jax, ml_collections
 from caprl_jax import sharding
 from caprl_jax.config import schema as configuration
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
+from caprl_jax.inference.retokenise import Translator
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.modes.train.run import save_captioner, train
 
@@ -28,6 +34,9 @@ def run(config, workdir):
   settings, place = read_settings(config), workdir / "lora"
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
     made = set_up(settings)
+    limit = settings.step.rollout.sampling.max_tokens
+    translator = Translator(made.policy.tokenizer, made.judge.tokenizer, limit)
+    made = dataclasses.replace(made, translator=translator)
     place.mkdir(exist_ok=True)
     state = train(made, configuration.to_plain(config), place)
     params = merge_params(state.params, made.frozen.base)
@@ -71,6 +80,22 @@ def two(folder):
   return folder / "two"
 
 
+@pytest.fixture(scope="module")
+def moved(folder, two):
+  """The run of two processes as a kill after its second step would have left it, taken up by one
+  process with two devices."""
+  workdir = folder / "moved"
+  shutil.copytree(two, workdir, ignore=shutil.ignore_patterns("lora", "policy", "report.html"))
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  for name, keys in (("record_train", ["complete"]), ("summary", ["after"])):
+    path = workdir / f"{name}.json"
+    held = {key: value for key, value in tiny.read_back(path).items() if key not in keys}
+    path.write_text(json.dumps(held))
+  flags = ("--config.mode=train", "--config.mesh.tensor=1")
+  wait(start(folder, workdir, 1, 2, *flags, program=PROGRAM), workdir)
+  return workdir
+
+
 def files_of(workdir):
   found = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()}
   return {name for name in found if not name.startswith(("checkpoints/", "lora/"))}
@@ -108,7 +133,7 @@ def test_the_captioner_is_that_of_one_process(one, two):
 
 def test_adapters_are_those_of_one_process(one, two):
   rows = [read_metrics(workdir / "lora" / "metrics.jsonl") for workdir in (one, two)]
-  assert len(rows[1]) == 2 and rows[1][1]["update/kl"] > 0
+  assert len(rows[1]) == 2 and rows[1][1]["update/kl"] > 0 and "judge/cut" in rows[1][1]
   for a, b in zip(*rows, strict=True):
     assert_close(a, b, f"step {a['step']}")
   a, b = (
@@ -118,6 +143,25 @@ def test_adapters_are_those_of_one_process(one, two):
   assert a.keys() == b.keys() and any(x.any() for name, x in a.items() if "lora_B" in name)
   for name, x in a.items():
     np.testing.assert_allclose(b[name], x, atol=2e-4, err_msg=name)
+
+
+def test_a_run_goes_on_on_another_mesh_and_number_of_processes(two, moved):
+  """Same rows, same schedule, each step once; figures but for the last digits of float32."""
+  rows = [read_metrics(workdir / "metrics.jsonl") for workdir in (two, moved)]
+  assert [row["step"] for row in rows[1]] == [1, 2, 3, 4]
+  assert rows[1][:2] == rows[0][:2]  # made before the kill
+  for a, b in zip(*rows, strict=True):
+    assert_close(a, b, f"step {a['step']}")
+    assert a["update/learning_rate"] == b["update/learning_rate"]
+  drawn = [tiny.read_back(run / "samples" / "step_000004.json")["rows"] for run in (two, moved)]
+  assert [row["row"] for row in drawn[0]] == [row["row"] for row in drawn[1]]
+  a, b = (load_policy(str(workdir / "policy"), one_device()).params for workdir in (two, moved))
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(y, x, atol=2e-4)
+  said = (moved / "log.txt").read_text()
+  assert "resuming after step 2" in said and "mesh.tensor was 2 and is 1" in said
+  assert "with other versions: device was '4 x cpu' and is '2 x cpu'" in said
+  assert tiny.read_back(moved / "record_train.json")["complete"]["step"] == 4
 
 
 def test_one_process_writes(one, two):
