@@ -7,12 +7,10 @@ import importlib.util
 import logging
 import os
 import pathlib
-import re
 import sys
 import textwrap
 import traceback
 from collections.abc import Iterator
-from typing import Any
 
 import ml_collections
 from absl import flags
@@ -21,6 +19,8 @@ from tqdm import auto as tqdm
 import caprl_jax
 from caprl_jax.config import loading, registry, schema
 from caprl_jax.errors import BAD_INPUT, FAILED, INTERRUPTED, MEMORY_FULL, OK, RUN_AGAIN, code_of
+from caprl_jax.harness.buckets.addresses import localise
+from caprl_jax.harness.buckets.mirror import Mirror, mirrored
 from caprl_jax.harness.process import peers, signals
 from caprl_jax.json_files import cut, shown
 
@@ -40,12 +40,17 @@ def main(argv: list[str]) -> int:
     if any(arg in ("-h", "--help", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
       print(_help_page(options))
       return OK
-    config, workdir = _parse(options, argv)
+    config, workdir, mirrors = _parse(options, argv)
     modes = registry.modes_of(config)
     process = _start_distributed(options.distributed)
+    if mirrors and peers.current():
+      raise ValueError(
+        f"{mirrors[0].there}: several processes need a folder that all of them see: mount the "
+        "bucket (gcsfuse; launch/tpu_vm.sh does) and name a folder in it"
+      )
     if options.compilation_cache:
       _set_compilation_cache()
-    with _logging_to(workdir, process):
+    with mirrored(mirrors), _logging_to(workdir, process):
       return _run(modes, config, workdir, show_traceback)
   except ValueError as error:
     _complain(error, show_traceback)
@@ -218,8 +223,9 @@ def _help_page(options: flags.FlagValues) -> str:
 
 def _parse(
   options: flags.FlagValues, argv: list[str]
-) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-  """Parses the flags, applies the overrides, checks modes and sections, and makes the workdir.
+) -> tuple[ml_collections.ConfigDict, pathlib.Path, list[Mirror]]:
+  """Parses the flags, applies the overrides, checks modes and sections, and makes the workdir; what
+  lies in buckets has folders here.
 
   Raises ValueError for what cannot run, with the remedy.
   """
@@ -253,29 +259,11 @@ def _parse(
   loading.apply_overrides(config, overrides, options.config)
   modes = registry.modes_of(config)
   registry.check_top_level(config)
-  _check_addresses(config, options.workdir)
-  workdir = options.workdir or next(iter(modes.values())).workdir
+  local = localise(config, options.workdir)
+  workdir = local.workdir or next(iter(modes.values())).workdir
   if not workdir:
     raise ValueError("--workdir is missing, e.g. --workdir=runs/quickstart (--help shows examples)")
-  return config, _make_workdir(workdir)
-
-
-def _check_addresses(config: ml_collections.ConfigDict, workdir: str | None) -> None:
-  """Raises ValueError where an address stands for a folder or file that is to be written: it would
-  be made here, under the address's name, and be lost with the machine."""
-  written = {"--workdir": workdir}
-  for key in loading.leaves(config):
-    if key.endswith(".output"):
-      value: Any = config
-      for name in key.split("."):
-        value = value[name]
-      written[f"--config.{key}"] = value
-  for key, value in written.items():
-    if isinstance(value, str) and re.match(r"(gs|s3|file):/|[\w+.-]+://", value):
-      raise ValueError(
-        f"{key}={cut(value)} is an address, and only folders are written to: mount the bucket "
-        "(gcsfuse; launch/tpu_vm.sh does) and name a folder in it"
-      )
+  return config, _make_workdir(workdir), local.mirrors
 
 
 # ---- the process ----

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -11,10 +12,12 @@ import textwrap
 import types
 
 import pytest
+from helpers.faults import bucket as buckets
 from helpers.paths import ROOT
 
 from caprl_jax import main as main_module
 from caprl_jax.config import registry
+from caprl_jax.harness.process import signals
 
 CONFIG = """
 from ml_collections import config_dict
@@ -105,7 +108,7 @@ def test_config_takes_an_argument(cli, tmp_path):
     ("--config.policy_update.buckets=[3,4]", "buckets", [3, 4]),
     ("--config.policy_update.buckets=7", "buckets", [7]),
     ("--config.policy_update.reference=0.5", "reference", 0.5),
-    ("--config.policy_update.reference=gs://a/b", "reference", "gs://a/b"),
+    ("--config.policy_update.reference=hf://a/b", "reference", "hf://a/b"),
     ("--config.policy_update.limit=3", "limit", 3),
     ("--config.policy_update.learning_rate=None", "learning_rate", None),
   ],
@@ -260,14 +263,31 @@ def test_a_program_that_does_not_fit_says_what_takes_less(cli):
   assert "policy_update.microbatches" in err and "--config.mode=plan" in err
 
 
-@pytest.mark.parametrize(
-  "value", ["gs://bucket/run", "gs:/bucket/run", "s3://a/b", "file:///tmp/x"]
-)
-def test_an_address_is_no_workdir(cli, value, tmp_path, monkeypatch):
+def test_a_run_in_a_bucket_leaves_all_of_it_there(cli, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  bucket = buckets.install(monkeypatch)
+  bucket.pipe("gs://b/rows.jsonl", b"1")
+
+  def run(config, workdir):
+    (workdir / "found.txt").write_text(pathlib.Path(config.policy_update.reference).read_text())
+    raise signals.Preempted("SIGTERM")
+
+  code, _, err = cli(
+    "--config.policy_update.reference=gs://b/rows.jsonl", run=run, workdir="gs://b/run"
+  )
+  assert code == 75, err
+  assert bucket.cat("gs://b/run/found.txt") == b"1"
+  assert b"stopped by SIGTERM" in bucket.cat("gs://b/run/log.txt")
+  monkeypatch.setattr(main_module.peers, "current", lambda: object())
+  code, _, err = cli(run=run, workdir="gs://b/run")
+  assert code == 2 and "gs://b/run: several processes need a folder that all of them see" in err
+
+
+def test_an_address_of_no_bucket_is_no_workdir(cli, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  code, _, err = cli(workdir=value)
-  assert code == 2 and not (tmp_path / "gs:").exists() and cli.seen == []
-  assert f"error: --workdir={value} is an address, and only folders are written to" in err
+  code, _, err = cli(workdir="file:///tmp/x")
+  assert code == 2 and not (tmp_path / "file:").exists() and cli.seen == []
+  assert "error: --workdir=file:///tmp/x is an address, and none of a bucket" in err
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
