@@ -142,7 +142,9 @@ class TrainSection:
   wandb_mode: "offline" needs no account.
   stop_if: rules over metrics.jsonl, as "reward/unscored > 0.5 for 20" (steps in a row): where one
     holds, the run saves and ends.
-  warn_if: rules that only warn, each with what to try.
+  warn_if: rules that only warn, each with what to try. Beside the metrics there are
+    `watch/reward_jump`, how many standard deviations of the last 50 steps the reward is from their
+    mean, and `watch/blind_rise`, how much `judge/blind` has risen together with `judge/accuracy`.
   skip_nonfinite: go on after so many steps whose loss or gradient was not finite, which change no
     parameters (counted anew at each start); after one more the run saves and ends.
   profile_steps: the first and the last step that are traced into the workdir's `profile/`, with a

@@ -1,7 +1,9 @@
 """Numbers of steps -> warnings, and the end of a run that spends its time on nothing."""
 
+import collections
 import dataclasses
 import logging
+import math
 import operator
 import re
 import statistics
@@ -20,6 +22,8 @@ WARN_IF = (
   "advantage/flat_groups > 0.95 for 50",
   "rollout/truncated > 0.9 for 20",
   "update/entropy < 0.01 for 20",
+  "watch/reward_jump > 8",
+  "watch/blind_rise > 0.1 for 20",
 )
 
 # What to try where a rule about a metric holds.
@@ -32,6 +36,10 @@ ADVICE = {
   "length (reward.length, reward.truncated)",
   "update/entropy": "the captioner hardly varies what it writes: lower optimizer.learning_rate, or "
   "set policy_update.loss.kl or entropy",
+  "watch/reward_jump": "the reward left what it was in the steps before: look at the captions of "
+  "this step in samples/, where they may have found a short cut, and lower optimizer.learning_rate",
+  "watch/blind_rise": "the judge answers more without a caption, too, which a caption then earns "
+  "for nothing: drop such questions (question_filter.max_blind), or take another judge",
 }
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _RULE = re.compile(
@@ -84,14 +92,50 @@ def read_rule(text: str, key: str) -> Rule:
   return Rule(text.strip(), match["metric"], lambda value: compare(value, bound), steps)
 
 
+class Trends:
+  """The numbers of steps -> numbers about their course since this start:
+
+  watch/reward_jump: how far `reward/mean` is from its mean over the last 50 steps, in their
+    standard deviations; once there are 20.
+  watch/blind_rise: how much `judge/blind` is above what it was in the first 20 steps, over the last
+    20; where `judge/accuracy` is above what it was, too. With `judge.blind` only.
+  """
+
+  def __init__(self):
+    self._rewards = collections.deque[float](maxlen=50)
+    self._begun: list[tuple[float, float]] = []  # accuracy, blind
+    self._last = collections.deque[tuple[float, float]](maxlen=20)
+
+  def of(self, numbers: Mapping[str, float]) -> dict[str, float]:
+    """A step's numbers; what can be said of them."""
+    found = {}
+    reward = numbers.get("reward/mean", math.nan)
+    if math.isfinite(reward):
+      if len(self._rewards) >= 20:
+        spread = max(statistics.pstdev(self._rewards), 1e-3)
+        found["watch/reward_jump"] = abs(reward - statistics.fmean(self._rewards)) / spread
+      self._rewards.append(reward)
+    pair = numbers.get("judge/accuracy", math.nan), numbers.get("judge/blind", math.nan)
+    if all(map(math.isfinite, pair)):
+      if len(self._begun) < 20:
+        self._begun.append(pair)
+      self._last.append(pair)
+      (accuracy, blind), (accuracy_then, blind_then) = (
+        tuple(map(statistics.fmean, zip(*some, strict=True))) for some in (self._last, self._begun)
+      )
+      found["watch/blind_rise"] = blind - blind_then if accuracy > accuracy_then else 0.0
+    return found
+
+
 class Watch:
-  """Follows the numbers of steps by rules; the same numbers lead to the same end in all
-  processes."""
+  """Follows the numbers of steps, and their `Trends`, by rules; the same numbers lead to the same
+  end in all processes."""
 
   def __init__(self, stop_if: Sequence[str] = STOP_IF, warn_if: Sequence[str] = WARN_IF):
     self.rules = [(read_rule(text, "train.stop_if"), True) for text in stop_if]
     self.rules += [(read_rule(text, "train.warn_if"), False) for text in warn_if]
     self._held = dict.fromkeys((rule.text for rule, _ in self.rules), 0)
+    self._trends = Trends()
 
   def see(self, step: int, numbers: Mapping[str, float]) -> None:
     """A step's numbers. A rule without its metric among them neither holds nor is broken.
@@ -99,8 +143,9 @@ class Watch:
     Raises:
       StoppedByRuleError: a rule of `stop_if` has held for as long as it says.
     """
+    trends = self._trends.of(numbers)
     for rule, stops in self.rules:
-      value = numbers.get(rule.metric)
+      value = numbers.get(rule.metric, trends.get(rule.metric))
       if value is None:
         continue
       self._held[rule.text] = self._held[rule.text] + 1 if rule.holds(value) else 0

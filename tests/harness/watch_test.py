@@ -28,6 +28,34 @@ def test_a_rule_warns_once_until_it_is_broken(caplog):
   assert said[1].startswith("step 4:") and ADVICE["update/entropy"] in said[1]
 
 
+def seen(watch, caplog, count, **last):
+  """Steps that are like each other, then one with `last`; the warnings of the latter."""
+  for step in range(1, count + 1):
+    watch.see(step, {"reward/mean": 0.5 + 0.01 * (step % 2), "judge/accuracy": 0.4})
+  caplog.clear()
+  watch.see(count + 1, {name.replace("__", "/"): value for name, value in last.items()})
+  return [record.getMessage() for record in caplog.records]
+
+
+def test_a_reward_that_jumps_is_said(caplog):
+  assert not seen(Watch(), caplog, 60, reward__mean=0.52)
+  (said,) = seen(Watch(), caplog, 60, reward__mean=0.9)
+  assert "step 61: watch/reward_jump is" in said and "short cut" in said
+  assert not seen(Watch(), caplog, 15, reward__mean=0.9)  # nobody knows yet what is usual
+  assert not seen(Watch(), caplog, 60, reward__mean=float("nan"))
+
+
+@pytest.mark.parametrize("accuracy, blind, warns", [(0.3, 0.3, 1), (0.3, 0.0, 0), (-0.1, 0.3, 0)])
+def test_a_judge_that_needs_no_caption_is_said(caplog, accuracy, blind, warns):
+  """Both rise over 200 steps by so much."""
+  watch = Watch((), ("watch/blind_rise > 0.1 for 20",))
+  for step in range(1, 201):
+    part = step / 200
+    watch.see(step, {"judge/accuracy": 0.4 + accuracy * part, "judge/blind": 0.3 + blind * part})
+  said = [record.getMessage() for record in caplog.records]
+  assert len(said) == warns and all("question_filter.max_blind" in text for text in said)
+
+
 @pytest.mark.parametrize(
   "rule, message",
   [
