@@ -9,6 +9,14 @@ workdir: a file that is opened to be written, a folder made or taken away, a ren
 two renames. Then parameters, optimizer moments, the random key, the metrics of each step, captions,
 answers and figures must be equal to the bit to those of the run that nobody killed: nothing
 skipped, nothing doubled. Prints a table; the exit code is 1 where anything differs.
+
+  --signal TERM     asks the run to stop, at such moments; it saves and ends with code 75
+  --damage          half of the kills are followed by damage to the newest checkpoint, where there
+                    is an older one: the run goes on from that
+  --devices 1,2,4   each start has one of these numbers of devices, and so another mesh (modes train
+                    and sft); the same rows and steps are asked for, and numbers that are close
+
+20 kills of each of the five modes take about an hour on two cores, half of it for mode train.
 """
 
 import argparse
@@ -45,6 +53,9 @@ os.environ.setdefault(
 MODES = ("train", "sft", "pretrain", "prism", "curate")
 # Imported once, before children are forked. None of them starts jax's backend.
 MODULES = ("caprl_jax.main", *(f"caprl_jax.modes.{mode}.run" for mode in MODES))
+RUN_AGAIN = 75  # the exit code of a run that was asked to stop
+DEVICES = ("train", "sft")  # modes whose batches can be split
+CLOSE = 2e-3  # of numbers on other meshes: in float32 a sum's order shows in its last digits
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 LIFE = 5  # kills of one run, at most
 
@@ -72,8 +83,9 @@ class Whole:
 class Watcher:
   """Counts what a run does, in its own process, and kills it where `kill` says."""
 
-  def __init__(self, kill: Kill | None, workdir: pathlib.Path, report: int):
-    """report: file descriptor to which a JSON line goes before the end."""
+  def __init__(self, kill: Kill | None, workdir: pathlib.Path, report: int, sent: signal.Signals):
+    """report: file descriptor to which a JSON line goes before the end. sent: the signal."""
+    self.sent = sent
     self.kill, self.workdir, self.out = kill, str(workdir), report
     self.changes = self.checkpoints = 0
     self.began = time.monotonic()
@@ -86,7 +98,7 @@ class Watcher:
 
   def die(self, what: str) -> None:
     self.tell(what)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), self.sent)
 
   def tell(self, what: str) -> None:
     numbers = {"changes": self.changes, "checkpoints": self.checkpoints}
@@ -131,7 +143,12 @@ def _writes(args: tuple) -> bool:
 
 
 def child(
-  work: Callable[[], int], log: pathlib.Path, kill: Kill | None, workdir: pathlib.Path
+  work: Callable[[], int],
+  log: pathlib.Path,
+  kill: Kill | None,
+  workdir: pathlib.Path,
+  sent: signal.Signals = signal.SIGKILL,
+  devices: int = 1,
 ) -> tuple[int, dict[str, Any]]:
   """Runs `work` in a process of its own. Its exit code (negative: the signal), and what its watcher
   has told."""
@@ -144,7 +161,8 @@ def child(
       os.setsid()
       file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
       os.dup2(file, 1), os.dup2(file, 2)
-      watcher = Watcher(kill, workdir, write)
+      os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
+      watcher = Watcher(kill, workdir, write, sent)
       code = work()
       watcher.tell("the end")
     except BaseException:  # noqa: BLE001  a child must not go on as its parent
@@ -156,7 +174,7 @@ def child(
   with os.fdopen(read, encoding="utf-8") as told:
     lines = told.read().splitlines()
   _, status = os.waitpid(pid, 0)
-  return os.waitstatus_to_exitcode(status), json.loads(lines[-1]) if lines else {}
+  return os.waitstatus_to_exitcode(status), json.loads(lines[0]) if lines else {}
 
 
 def run_mode(mode: str, folder: pathlib.Path, workdir: pathlib.Path) -> int:
@@ -233,11 +251,42 @@ def draw(rng: np.random.Generator, whole: Whole) -> Kill:
   return Kill("change", int(rng.integers(1, whole.changes + 1)))
 
 
-def kill_mode(mode: str, folder: pathlib.Path, kills: int, rng: np.random.Generator) -> dict:
+def damage_newest(workdir: pathlib.Path, rng: np.random.Generator) -> bool:
+  """Damages the newest checkpoint of a run in some way, where it has an older one."""
+  from helpers.faults.damages import DAMAGES
+
+  for place in sorted(workdir.rglob("checkpoints")):
+    steps = sorted((p for p in place.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    if len(steps) > 1:
+      DAMAGES[rng.choice(list(DAMAGES))](steps[-1])
+      return True
+  return False
+
+
+def differing(whole: dict[str, Any], found: dict[str, Any], close: bool) -> list[str]:
+  """The keys that differ. With `close`, numbers may by `CLOSE`, and digests of what is made of such
+  numbers are not compared."""
+  if not close:
+    return [key for key in {**whole, **found} if found.get(key) != whole.get(key)]
+  exact = [key for key in whole if key.endswith((" steps", " newest", " complete", "_rows.json"))]
+  return [key for key in exact if found.get(key) != whole[key]] + [
+    f"{key} {name}: {theirs} and {ours}"
+    for key, values in whole.items()
+    if isinstance(values, dict) and key not in exact
+    for name, theirs in values.items()
+    for ours in [found.get(key, {}).get(name)]
+    if isinstance(theirs, float) and not np.isclose(ours, theirs, rtol=CLOSE, atol=CLOSE)
+  ]
+
+
+def kill_mode(
+  mode: str, folder: pathlib.Path, args: argparse.Namespace, rng: np.random.Generator
+) -> dict:
   """Runs that are killed, until there were so many kills: counts, and what differs."""
+  kills, sent = args.kills, signal.Signals[f"SIG{args.signal}"]
   began, whole = time.monotonic(), whole_run(mode, folder)
   row = dict(mode=mode, kills=0, runs=0, starts=0, before_changes=0, before_renames=0)
-  row |= dict(in_checkpoints=0, keys=len(whole.results), differences=[])
+  row |= dict(in_checkpoints=0, damaged=0, keys=len(whole.results), differences=[])
   while row["kills"] < kills:
     workdir = folder / f"{mode}_{row['runs']}"
     log, done = workdir.with_name(f"{workdir.name}.log"), False
@@ -245,24 +294,26 @@ def kill_mode(mode: str, folder: pathlib.Path, kills: int, rng: np.random.Genera
     most = row["kills"] + min(LIFE, kills - row["kills"])
     while not done:
       kill = draw(rng, whole) if row["kills"] < most else None
-      code, told = child(lambda at=workdir: run_mode(mode, folder, at), log, kill, workdir)
+      devices = int(rng.choice(args.devices))
+      work = lambda at=workdir: run_mode(mode, folder, at)
+      code, told = child(work, log, kill, workdir, sent, devices)
       row["starts"] += 1
-      if code == -signal.SIGKILL:
+      if kill and code in (-sent, RUN_AGAIN):
         row["kills"] += 1
         row["before_changes"] += told["what"] != "a moment"
         row["before_renames"] += told["what"] == "os.rename"
         row["in_checkpoints"] += any(workdir.rglob("*.orbax-checkpoint-tmp*"))
+        if args.damage and rng.random() < 0.5:
+          row["damaged"] += damage_newest(workdir, rng)
       elif code:
         row["differences"].append(f"exit code {code} after {kill}: {log.read_text()[-2000:]}")
         break
       done = code == 0
     if done:
       found = read_results(workdir, log)
-      differing = [
-        key for key in {**whole.results, **found} if found.get(key) != whole.results.get(key)
-      ]
-      row["differences"] += [f"{workdir.name}: {key}" for key in differing]
-      if not differing:
+      differ = differing(whole.results, found, close=args.devices != [1])
+      row["differences"] += [f"{workdir.name}: {key}" for key in differ]
+      if not differ:
         shutil.rmtree(workdir)
   return row | {"secs": round(time.monotonic() - began, 1)}
 
@@ -271,11 +322,12 @@ def table(rows: list[dict]) -> str:
   """As Markdown."""
   lines = [
     "| mode | kills | right before a change of a file | of these renames | while a checkpoint was "
-    "written | runs | values compared per run | that differ |",
-    "|---|---|---|---|---|---|---|---|",
+    "written | checkpoints damaged | runs | values compared per run | that differ |",
+    "|---|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
-    names = ("mode", "kills", "before_changes", "before_renames", "in_checkpoints", "runs", "keys")
+    names = ("mode", "kills", "before_changes", "before_renames", "in_checkpoints", "damaged")
+    names += ("runs", "keys")
     cells = [str(row[name]) for name in names]
     lines.append(f"| {' | '.join([*cells, str(len(row['differences']))])} |")
   return "\n".join(lines)
@@ -287,6 +339,11 @@ def main() -> int:
   )
   parser.add_argument("--mode", default=",".join(MODES))
   parser.add_argument("--kills", type=int, default=20, help="of each mode")
+  parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+  parser.add_argument("--damage", action="store_true", help="damages checkpoints, too")
+  parser.add_argument(
+    "--devices", default="1", help="numbers of devices, one of which each start has"
+  )
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--json", type=pathlib.Path, help="where the table goes as JSON, too")
   parser.add_argument("--workdir", type=pathlib.Path, help="kept, where it is given")
@@ -294,6 +351,9 @@ def main() -> int:
   modes = args.mode.split(",")
   if unknown := set(modes) - set(MODES):
     parser.error(f"--mode: {', '.join(sorted(unknown))}: use some of {', '.join(MODES)}")
+  args.devices = [int(number) for number in args.devices.split(",")]
+  if args.devices != [1] and set(modes) - set(DEVICES):
+    parser.error(f"--devices={args.devices}: --mode must be among {', '.join(DEVICES)}")
   folder = args.workdir or pathlib.Path(tempfile.mkdtemp(prefix="caprl_jax_kills_"))
   folder.mkdir(parents=True, exist_ok=True)
   if any(folder.iterdir()):
@@ -306,7 +366,7 @@ def main() -> int:
   rows = []
   for number, mode in enumerate(modes):
     rng = np.random.default_rng([args.seed, number])
-    rows.append(kill_mode(mode, folder, args.kills, rng))
+    rows.append(kill_mode(mode, folder, args, rng))
     print(f"{mode}: {rows[-1]['kills']} kills in {rows[-1]['secs']} s", flush=True)
     for difference in rows[-1]["differences"]:
       print(f"  DIFFERS {difference}", flush=True)

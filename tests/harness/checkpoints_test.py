@@ -1,6 +1,5 @@
 """Checkpoints: what comes back, which steps are written and kept, what does not fit."""
 
-import pathlib
 import shutil
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import counting
+from helpers.faults.damages import DAMAGES
 
 from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
 from caprl_jax.types import TrainState
@@ -107,38 +107,6 @@ def test_a_checkpoint_of_another_model_is_refused(open_in):
   checkpoints.save(state, position, {}, force=True)
   with pytest.raises(ValueError, match="does not fit this config's model or optimizer"):
     checkpoints.restore(counting.new_state(size=5))
-
-
-def _files(step: pathlib.Path):
-  return sorted(path for path in step.rglob("*") if path.is_file())
-
-
-def _truncate(step):
-  big = max(_files(step / "state"), key=lambda path: path.stat().st_size)
-  big.write_bytes(big.read_bytes()[: big.stat().st_size // 2])
-
-
-def _spoil(step):
-  for path in _files(step / "state" / "d"):
-    path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
-
-
-DAMAGES = {
-  "everything but the folder is gone": lambda step: [path.unlink() for path in _files(step)],
-  "the state is gone": lambda step: shutil.rmtree(step / "state"),
-  "the position is gone": lambda step: shutil.rmtree(step / "data"),
-  "the state's data are gone": lambda step: shutil.rmtree(step / "state" / "d"),
-  "a file is cut": _truncate,
-  "bytes are turned": _spoil,
-  "the position is no JSON": lambda step: [path.write_text("{") for path in _files(step / "data")],
-  "the metadata are cut": lambda step: [
-    path.write_bytes(path.read_bytes()[:20]) for path in step.rglob("_METADATA")
-  ],
-  "a half-renamed folder": lambda step: [
-    shutil.rmtree(step),
-    (step / "state").mkdir(parents=True),
-  ],
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
