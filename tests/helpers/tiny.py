@@ -8,9 +8,8 @@ import jax
 import ml_collections
 import numpy as np
 import safetensors.numpy
-import torch
+from helpers.made_once import made_once
 from PIL import Image, ImageDraw
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from caprl_jax import sharding
 from caprl_jax.data.readers.jsonl import write_jsonl
@@ -41,6 +40,14 @@ def tokenizer(with_vision: bool) -> Tokenizer:
 
 def write_judge(path: pathlib.Path) -> pathlib.Path:
   """A random Llama with its tokenizer, in the folder `path`, which is returned."""
+  made_once("tiny_judge", _make_judge, path)
+  return path
+
+
+def _make_judge(path: pathlib.Path) -> None:
+  import torch  # it takes its time, and once is enough for all tests
+  from transformers import LlamaConfig, LlamaForCausalLM
+
   torch.manual_seed(0)
   model = LlamaForCausalLM(
     LlamaConfig(
@@ -55,7 +62,6 @@ def write_judge(path: pathlib.Path) -> pathlib.Path:
   )
   model.save_pretrained(path)
   (path / "tokenizer.json").write_text(tokenizer(False).to_json())
-  return path
 
 
 def train_anew(path: pathlib.Path) -> None:
@@ -115,10 +121,14 @@ def architecture() -> tuple[dict, dict]:
 
 def write_policy(path: pathlib.Path) -> pathlib.Path:
   """A random captioner of that architecture, in the folder `path`, which is returned."""
+  made_once("tiny_policy", _make_policy, path)
+  return path
+
+
+def _make_policy(path: pathlib.Path) -> None:
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   loaded = new_policy(*architecture(), tokenizer(True), jax.random.key(0), mesh)
   save_policy(path, loaded, loaded.params)
-  return path
 
 
 def write_data(folder: pathlib.Path, count: int = 12) -> pathlib.Path:
