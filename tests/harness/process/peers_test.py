@@ -83,10 +83,10 @@ def test_an_error_of_one_ends_all_at_the_same_place(three):
 
 def test_each_raises_its_own_and_an_error_explains_a_notice(three):
   mine = FloatingPointError("loss is nan")
-  three[2]._asked = Preempted("SIGTERM")
-  found = together((three[0].agree, mine), (three[1].agree,), (three[2].agree,))
-  assert found[0] is mine and found[1].exit_code == found[2].exit_code == 3
-  assert "process 0" in str(found[2])
+  three[0]._asked = Preempted("SIGTERM")
+  found = together((three[0].agree,), (three[1].agree,), (three[2].agree, mine))
+  assert found[2] is mine and [other.exit_code for other in found[:2]] == [3, 3]
+  assert all("process 2" in str(other) for other in found[:2])
 
 
 def test_a_notice_of_one_asks_all_to_be_started_again(three):
@@ -97,9 +97,12 @@ def test_a_notice_of_one_asks_all_to_be_started_again(three):
   assert str(found[0]).endswith("stopped by SIGTERM")
 
 
-def test_who_does_not_come_is_not_waited_for(three):
+def test_who_does_not_come_is_not_waited_for(three, monkeypatch):
   assert not three[0].failed(ValueError("x"))
+  asked = []
+  monkeypatch.setattr(three[1], "agree", lambda *_: asked.append(1))
   assert not three[1].failed(RuntimeError("UNKNOWN: Gloo all-reduce failed"))
+  assert not asked, "the others have failed, too, and come to no meeting"
 
 
 def test_a_signal_waits_for_the_others_and_a_second_one_does_not(three, interruptible):

@@ -9,6 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from concurrent import futures
 
 import jax
@@ -29,6 +32,7 @@ from caprl_jax.hub.load import load_judge
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 from caprl_jax.inference.judge import HostJudge, JudgeSection
 from caprl_jax.modes.demo import run as demo
+from caprl_jax.modes.demo.section import PASSWORD, USER
 
 QUESTIONS = [
   Question("what color is the shape?", tiny.COLORS, 0),
@@ -284,7 +288,7 @@ def address(tmp_path, interruptible):
       cwd=ROOT,
       stdout=log,
       stderr=log,
-      env=os.environ | {"PYTHONPATH": str(ROOT)},
+      env=os.environ | {"PYTHONPATH": str(ROOT), PASSWORD: "a secret"},
     )
     try:
       for _ in range(WAIT_MS // 1000):
@@ -302,7 +306,32 @@ def address(tmp_path, interruptible):
       server.wait()
 
 
-def test_people_use_the_page(address, tmp_path):
+def status(url, data=None):
+  """What the server answers to somebody who has not logged in."""
+  try:
+    with urllib.request.urlopen(url, data, timeout=60) as answer:
+      return answer.status
+  except urllib.error.HTTPError as error:
+    return error.code
+
+
+def log_in(page, address, examples):
+  """With the password. Without it there is the form and nothing else."""
+  (example, *_) = sorted(examples.iterdir())
+  for place in ("config", "gradio_api/info", f"gradio_api/file={example}"):
+    assert status(f"{address}/{place}") == 401, place
+  assert status(f"{address}/gradio_api/queue/join", b"{}") == 401
+  form = {"username": USER, "password": "a guess"}
+  assert status(f"{address}/login", urllib.parse.urlencode(form).encode()) == 400
+  page.goto(address)
+  page.fill("input[type=password]", "a secret")
+  page.fill("input:not([type=password]), textarea", USER)
+  assert page.query_selector("#image") is None
+  page.click("button:has-text('Login')")
+  page.wait_for_selector("#image")
+
+
+def test_people_log_in_and_use_the_page(address, tmp_path):
   from playwright.sync_api import sync_playwright
 
   image = Image.new("RGB", (64, 64), (235, 240, 238))
@@ -318,7 +347,7 @@ def test_people_use_the_page(address, tmp_path):
     says = lambda which: page.inner_text(f".judge-{which} .says")
     until = lambda script: page.wait_for_function(script)
 
-    page.goto(address)
+    log_in(page, address, tmp_path / "examples")
     page.set_input_files("#image input[type=file]", tmp_path / "red.png")
     until("document.querySelector('#caption textarea')?.value.startsWith('The image shows')")
     assert "ended by itself" in page.inner_text("#about") and "tokens" in page.inner_text("#about")

@@ -83,6 +83,9 @@ def test_more_steps_say_what_becomes_of_the_learning_rate(config, tmp_path, capl
   caplog.clear()
   begin(tmp_path, changed(config, train__steps=9, optimizer__schedule_steps=8, **cosine), config)
   assert "schedule had" not in caplog.text  # that of 8 steps stays
+  begin(tmp_path, changed(config, train__steps=9, optimizer__schedule_steps=20, **cosine), config)
+  assert "schedule had 8 optimizer steps and has 20 now" in caplog.text
+  caplog.clear()
   constant = tmp_path / "constant"
   begin(constant, read_settings(config), config)
   (constant / "checkpoints" / "4").mkdir(parents=True)
