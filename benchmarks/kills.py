@@ -213,18 +213,18 @@ def inputs(folder: pathlib.Path) -> int:
   return 0
 
 
-def must(work: Callable[[], int], log: pathlib.Path) -> dict[str, Any]:
+def must(work: Callable[[], int], log: pathlib.Path, devices: int = 1) -> dict[str, Any]:
   """What the child tells, which has to end well."""
-  code, told = child(work, log, None, pathlib.Path("/nowhere"))
+  code, told = child(work, log, None, pathlib.Path("/nowhere"), devices=devices)
   if code:
     sys.exit(f"a run ended with code {code}:\n{log.read_text()[-4000:]}")
   return told
 
 
-def read_results(workdir: pathlib.Path, log: pathlib.Path) -> dict[str, Any]:
-  """What a complete run has found."""
+def read_results(workdir: pathlib.Path, log: pathlib.Path, devices: int = 1) -> dict[str, Any]:
+  """What a complete run has found. devices: at least as many as its last start had."""
   output = workdir.with_name(f"{workdir.name}.json")
-  must(lambda: compare(workdir, output), log)
+  must(lambda: compare(workdir, output), log, devices)
   return json.loads(output.read_text())
 
 
@@ -310,7 +310,7 @@ def kill_mode(
         break
       done = code == 0
     if done:
-      found = read_results(workdir, log)
+      found = read_results(workdir, log, max(args.devices))
       differ = differing(whole.results, found, close=args.devices != [1])
       row["differences"] += [f"{workdir.name}: {key}" for key in differ]
       if not differ:
