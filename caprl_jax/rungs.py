@@ -1,8 +1,6 @@
-"""Work for the length at hand inside one jit of fixed shapes: the same program at several sizes
-("rungs"), of which the smallest that holds what there is runs.
-
-A batch is cut into pieces, each of which takes its own rung. So that a piece is not as long as the
-longest of the batch, rows of like lengths are put into one piece (`like_sizes`).
+"""Work for the length at hand inside one jit of fixed shapes: rows of like lengths are put into one
+piece of a batch (`like_sizes`), so that no piece has to be as long as the longest row; and a
+program at several sizes ("rungs") runs at the smallest that holds what there is (`on_rung`).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,16 +12,6 @@ import jax.numpy as jnp
 from caprl_jax import sharding
 
 Array = jax.Array
-MOST = 5  # rungs: each is compiled
-
-
-def ladder(largest: int, smallest: int) -> tuple[int, ...]:
-  """Sizes that end at `largest`, each half of the next, at most `MOST` and none below `smallest`;
-  ascending."""
-  sizes = [largest]
-  while len(sizes) < MOST and sizes[-1] // 2 >= smallest:
-    sizes.append(-(-sizes[-1] // 2))
-  return tuple(reversed(sizes))
 
 
 def on_rung(

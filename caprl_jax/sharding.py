@@ -104,10 +104,44 @@ def split_over_batch(tree: Any) -> Any:
   return _constrain(tree, P(("data", "fsdp")))
 
 
+def over_batch(tree: Any, axis: int) -> Any:
+  """Inside jit: that axis of every array over `data` and `fsdp` where it can be split evenly; how
+  the others lie is left to the compiler."""
+  shards = batch_shards()
+
+  def one(x: jax.Array) -> jax.Array:
+    if shards == 1 or x.shape[axis] % shards:
+      return x
+    spec: list = [P.UNCONSTRAINED] * x.ndim
+    spec[axis] = ("data", "fsdp")
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+  return jax.tree.map(one, tree)
+
+
 def batch_shards() -> int:
   """Inside jit: how many parts a batch is split into; 1 where there is no mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def pad_shares(tree: Any, rows: int) -> Any:
+  """Inside jit: each device's rows of every array, zeros behind them up to `rows`."""
+
+  def one(x: jax.Array) -> jax.Array:
+    shards = 1 if len(x) % batch_shards() else batch_shards()
+    x = x.reshape(shards, -1, *x.shape[1:])
+    x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+    return x.reshape(-1, *x.shape[2:])
+
+  return split_over_batch(jax.tree.map(one, tree))
+
+
+def cut_shares(tree: Any, count: int) -> Any:
+  """The inverse of `pad_shares` for `count` rows in all."""
+  shards = 1 if count % batch_shards() else batch_shards()
+  cut = lambda x: x.reshape(shards, -1, *x.shape[1:])[:, : count // shards]
+  return split_over_batch(jax.tree.map(lambda x: cut(x).reshape(count, *x.shape[1:]), tree))
 
 
 def split_chunks(tree: Any, rows: int, shards: int) -> Any:
@@ -171,13 +205,27 @@ def splits_parameters(mesh: jax.sharding.Mesh) -> bool:
   return mesh.shape["fsdp"] > 1
 
 
-def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh, name: str) -> None:
-  """Raises ValueError when a batch cannot be split evenly over the mesh."""
+def check_batch_size(
+  batch_size: int, mesh: jax.sharding.Mesh, name: str, pieces: dict[str, int] | None = None
+) -> None:
+  """Raises ValueError when a batch cannot be split evenly over the mesh, or the microbatches it is
+  cut into cannot, which every device would then compute whole.
+
+  `pieces`: names of settings, and into how many pieces each cuts the batch.
+  """
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % parts:
     raise ValueError(
       f"{name} = {batch_size} images cannot be split over data x fsdp = {parts} "
       f"devices; use a multiple of {parts}"
+    )
+  count = math.prod((pieces or {}).values())
+  if batch_size % (parts * count):
+    named = " x ".join(f"{key} = {value}" for key, value in (pieces or {}).items() if value > 1)
+    raise ValueError(
+      f"{named} cuts {name} = {batch_size} into pieces of {batch_size / count:g} images, which "
+      f"cannot be split over data x fsdp = {parts} devices: use a number of pieces that divides "
+      f"{batch_size // parts}"
     )
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import logging
 from typing import Any
 
+import jax
+
 from caprl_jax import sharding
 from caprl_jax.config import presets, registry
 from caprl_jax.config import schema as configuration
@@ -91,12 +93,22 @@ def read_settings(config: Any) -> Settings:
   return settings
 
 
+def check_training_batch(settings: Settings, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError where a batch or its microbatches cannot be split over the mesh."""
+  update = settings.step.update
+  pieces = {
+    "policy_update.minibatches": update.minibatches,
+    "policy_update.microbatches": update.microbatches,
+  }
+  sharding.check_batch_size(settings.data.batch_size, mesh, "data.batch_size", pieces)
+
+
 def _check_combinations(settings: Settings) -> None:
   """Raises ValueError for values that are fine alone but not together."""
   step, judge = settings.step, settings.judge
   check_group_size(step.rollout.group_size, step.advantage)
   check_microbatches(settings.data.batch_size, step.rollout.group_size, step.update)
-  if settings.data.batch_size % step.judge.microbatches:
+  if judge.sees_image and settings.data.batch_size % step.judge.microbatches:
     raise ValueError(
       f"judge.microbatches = {step.judge.microbatches} does not divide "
       f"data.batch_size = {settings.data.batch_size}"

@@ -23,7 +23,7 @@ from caprl_jax.harness.checkpoints import saved_steps
 from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.question_filter import filter_questions, fixed_subset
 from caprl_jax.harness.sections import GateSection
-from caprl_jax.harness.settings import Settings
+from caprl_jax.harness.settings import Settings, check_training_batch
 from caprl_jax.harness.training.kept_questions import KeptQuestions, Split
 from caprl_jax.harness.training.made_of import bind_held_out_rows, bind_models
 from caprl_jax.harness.training.row_digests import row_digests
@@ -125,7 +125,7 @@ def set_up(
     cannot be loaded, or is not that of the record; values that do not go together.
   """
   mesh = jax.sharding.get_mesh()
-  sharding.check_batch_size(settings.data.batch_size, mesh, "data.batch_size")
+  check_training_batch(settings, mesh)
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
   data, images, bad = _usable_data(settings, training, workdir)
   if record is not None:

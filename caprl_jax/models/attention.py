@@ -12,8 +12,8 @@ and loss are all this one primitive:
 Attention over the pieces is computed piece by piece and merged by log-sum-exp (as flash attention
 merges its blocks; Dao et al., arXiv 2205.14135), so each piece can have its own kernel.
 
-Letters: N branches, R prefix rows, F = N / R, L new tokens, S prefix slots, H query heads, J key
-heads, M = H / J, h head width.
+Letters: N branches, R prefix rows, F = N / R, L new tokens, E slots in front of them in their row,
+S slots of a prefix or of a row, H query heads, J key heads, M = H / J, h head width.
 """
 
 import flax.struct
@@ -33,6 +33,17 @@ class Prefix:
   key_YRSJh: Array  # Y layers; keys are already rotated
   value_YRSJh: Array
   valid_RS: Array  # bool
+
+
+@flax.struct.dataclass
+class EarlierTokens:
+  """The slots that stand in front of new tokens in the same rows, where a row is run block by
+  block: unlike those of a `Prefix`, only tokens of the same segment see them."""
+
+  key_YNEJh: Array
+  value_YNEJh: Array
+  valid_NE: Array  # bool
+  segment_NE: Array  # int
 
 
 def empty_cache(prefix: Prefix, rows: int, slots: int) -> Prefix:
@@ -117,20 +128,23 @@ class OwnTokens:
   causal: False: later ones too, as in a vision tower.
   reach: how many slots back a token of the same segment may stand, at most; None: anywhere. Long
     rows of many segments cost as much as their segments do.
+  earlier: E, slots of the row in front of the new tokens, whose keys and values are given with
+    theirs (`EarlierTokens`).
   """
 
-  valid_NL: Array  # bool
-  segment_NL: Array | None = None  # int; None: all tokens of a row are one segment
+  valid_NS: Array  # bool, S = E + L
+  segment_NS: Array | None = None  # int; None: all tokens of a row are one segment
   causal: bool = flax.struct.field(pytree_node=False, default=True)
   reach: int | None = flax.struct.field(pytree_node=False, default=None)
+  earlier: int = flax.struct.field(pytree_node=False, default=0)
 
   def mask(self) -> Array:
-    """bool [N, L, L]."""
+    """bool [N, L, S]."""
     if self.causal:
-      return causal_mask(self.valid_NL, self.segment_NL)
-    assert self.segment_NL is None and self.reach is None, "segments are for causal attention"
-    N, L = self.valid_NL.shape
-    return jnp.broadcast_to(self.valid_NL[:, None], (N, L, L))
+      return causal_mask(self.valid_NS, self.segment_NS)[:, self.earlier :]
+    assert self.segment_NS is None and self.reach is None, "segments are for causal attention"
+    N, L = self.valid_NS.shape
+    return jnp.broadcast_to(self.valid_NS[:, None], (N, L, L))
 
 
 def attend(
@@ -140,7 +154,7 @@ def attend(
   prefixes: tuple[tuple[Array, Array, Array], ...] = (),
 ) -> Array:
   """Attention of new tokens over prefixes, each (key_RSJh, value_RSJh, valid_RS), and over
-  themselves.
+  themselves and what stands in front of them in their rows (`own`: keys and values [N, E + L]).
 
   Long runs of queries are taken in chunks of `QUERY_CHUNK`, whose scores are made again in the
   backward pass: scores of all queries at once would be the largest array in the program.
@@ -154,32 +168,33 @@ def attend(
     return merge_parts(parts).astype(q_NCHh.dtype)
 
   N, L, H, h = q_NLHh.shape
-  if L <= 2 * QUERY_CHUNK:
+  if L <= QUERY_CHUNK or tokens.earlier + L <= 2 * QUERY_CHUNK:
     return some(q_NLHh, own, tokens.mask())
   chunks = -(-L // QUERY_CHUNK)
   length = chunks * QUERY_CHUNK
-  segment_NL = tokens.segment_NL
-  if segment_NL is None:
-    segment_NL = jnp.zeros((N, L), jnp.int32)
+  segment_NS = tokens.segment_NS
+  if segment_NS is None:
+    segment_NS = jnp.zeros(tokens.valid_NS.shape, jnp.int32)
   # Keys that a chunk's queries can see: its own and those `reach` slots back.
-  seen = length if tokens.reach is None else min(length, QUERY_CHUNK + tokens.reach)
+  E = tokens.earlier
+  seen = E + length if tokens.reach is None else min(E + length, QUERY_CHUNK + tokens.reach)
 
   def padded(x: Array) -> Array:
     return jnp.pad(x, [(0, 0), (0, length - L)] + [(0, 0)] * (x.ndim - 2))
 
-  queries, keys = padded(q_NLHh), (*map(padded, own), padded(tokens.valid_NL), padded(segment_NL))
+  queries, keys = padded(q_NLHh), (*map(padded, own), padded(tokens.valid_NS), padded(segment_NS))
 
   def chunk(number: Array) -> Array:
     first = number * QUERY_CHUNK
-    begin = jnp.clip(first + QUERY_CHUNK - seen, 0, length - seen)
+    begin = jnp.clip(E + first + QUERY_CHUNK - seen, 0, E + length - seen)
 
     def cut(x: Array, begin: Array, size: int) -> Array:
       return jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
 
     key, value, valid, segment = (cut(x, begin, seen) for x in keys)
-    same = cut(keys[-1], first, QUERY_CHUNK)[:, :, None] == segment[:, None]
+    same = cut(keys[-1], E + first, QUERY_CHUNK)[:, :, None] == segment[:, None]
     if tokens.causal:
-      same &= begin + jnp.arange(seen) <= first + jnp.arange(QUERY_CHUNK)[:, None]
+      same &= begin + jnp.arange(seen) <= E + first + jnp.arange(QUERY_CHUNK)[:, None]
     return some(cut(queries, first, QUERY_CHUNK), (key, value), same & valid[:, None, :])
 
   out = jax.lax.map(jax.checkpoint(chunk), jnp.arange(chunks))

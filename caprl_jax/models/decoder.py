@@ -4,8 +4,8 @@ families and their VLMs.
 One definition serves the judge and the policy's language model. It owns no cache: it takes prefixes
 (`attention.Prefix`) and returns the keys and values of the new tokens.
 
-Letters: N branches, L new tokens, D width, H query heads, J key heads, h head width, Y layers, V
-vocabulary.
+Letters: N branches, L new tokens, E slots in front of them in their row, D width, H query heads, J
+key heads, h head width, Y layers, V vocabulary.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.json_files import shown
-from caprl_jax.models.attention import OwnTokens, Prefix, attend
+from caprl_jax.models.attention import EarlierTokens, OwnTokens, Prefix, attend
 from caprl_jax.models.layers import GatedMLP, LoraConfig, RMSNorm, linear, rotary_tables, rotate
 
 Array = jax.Array
@@ -154,7 +154,7 @@ class Attention(nn.Module):
   cfg: DecoderConfig
 
   @nn.compact
-  def __call__(self, x_NLD, cos_NLh, sin_NLh, tokens: OwnTokens, prefixes):
+  def __call__(self, x_NLD, cos_NLh, sin_NLh, tokens: OwnTokens, prefixes, earlier):
     cfg = self.cfg
     N, L, _ = x_NLD.shape
     options = dict(use_bias=cfg.qkv_bias, init_std=cfg.init_std, dtype=cfg.dtype, lora=cfg.lora)
@@ -172,7 +172,10 @@ class Attention(nn.Module):
       )
     q_NLHh, k_NLJh = rotate(q, cos_NLh, sin_NLh), rotate(k, cos_NLh, sin_NLh)
     v_NLJh = v.reshape(N, L, cfg.num_kv_heads, cfg.head_dim)
-    out = attend(q_NLHh, (k_NLJh, v_NLJh), tokens, prefixes).reshape(N, L, -1)
+    keys_values = (k_NLJh, v_NLJh)
+    if earlier is not None:
+      keys_values = tuple(map(lambda *x: jnp.concatenate(x, axis=1), earlier, keys_values))
+    out = attend(q_NLHh, keys_values, tokens, prefixes).reshape(N, L, -1)
     out = linear(
       cfg.hidden_size,
       ("heads", "embed"),
@@ -196,7 +199,16 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_NLD, prefix_keys_values, number, prefix_valid, cos_NLh, sin_NLh, tokens, deep_XNLD
+    self,
+    x_NLD,
+    prefix_keys_values,
+    earlier_keys_values,
+    number,
+    prefix_valid,
+    cos_NLh,
+    sin_NLh,
+    tokens,
+    deep_XNLD,
   ):
     cfg = self.cfg
     prefixes = tuple((k, v, valid) for (k, v), valid in zip(prefix_keys_values, prefix_valid))
@@ -206,6 +218,7 @@ class DecoderLayer(nn.Module):
       sin_NLh,
       tokens,
       prefixes,
+      earlier_keys_values,
     )
     x_NLD = x_NLD + out
     mlp = GatedMLP(
@@ -246,7 +259,7 @@ class Decoder(nn.Module):
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=cfg.num_layers,
-      in_axes=(0, 0, *(nn.broadcast,) * 5),
+      in_axes=(0, 0, 0, *(nn.broadcast,) * 5),
       out_axes=0,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(cfg)
@@ -266,10 +279,11 @@ class Decoder(nn.Module):
     prefixes: tuple[Prefix, ...] = (),
     segment_NL: Array | None = None,
     reach: int | None = None,
+    earlier: EarlierTokens | None = None,
   ) -> tuple[Array, Prefix]:
     """`embed`, then `__call__`: runs new tokens, given as ids, after their prefixes."""
     x_NLD = self.embed(tokens_NL)
-    return self(x_NLD, position, valid_NL, prefixes, None, segment_NL, reach)
+    return self(x_NLD, position, valid_NL, prefixes, None, segment_NL, reach, earlier)
 
   def __call__(
     self,
@@ -280,6 +294,7 @@ class Decoder(nn.Module):
     deep_XNLD: Array | None = None,
     segment_NL: Array | None = None,
     reach: int | None = None,
+    earlier: EarlierTokens | None = None,
   ) -> tuple[Array, Prefix]:
     """Runs new tokens after their prefixes.
 
@@ -293,6 +308,7 @@ class Decoder(nn.Module):
       segment_NL: int; among themselves, new tokens see only those of their own segment. None: all
         tokens of a row are one segment.
       reach: slots between the first and the last token of any segment, at most (`OwnTokens`).
+      earlier: what stands in front of the new tokens in their rows; `segment_NL` is needed with it.
 
     Returns:
       Hidden states after the final norm [N, L, D], and the new tokens' keys and values as a Prefix
@@ -305,14 +321,23 @@ class Decoder(nn.Module):
     cos, sin = rotary_tables(position, cfg.frequency_h, cfg.mrope_sections, cfg.mrope_interleaved)
     cos, sin = cos.astype(cfg.dtype), sin.astype(cfg.dtype)
     keys_values = tuple((p.key_YRSJh, p.value_YRSJh) for p in prefixes)
+    own = OwnTokens(valid_NL, segment_NL, reach=reach)
+    if earlier is not None:
+      own = OwnTokens(
+        jnp.concatenate([earlier.valid_NE, valid_NL], axis=1),
+        jnp.concatenate([earlier.segment_NE, segment_NL], axis=1),
+        reach=reach,
+        earlier=earlier.valid_NE.shape[1],
+      )
     x_NLD, (key, value) = self.layers(
       x_NLD,
       keys_values,
+      None if earlier is None else (earlier.key_YNEJh, earlier.value_YNEJh),
       jnp.arange(cfg.num_layers),
       tuple(p.valid_RS for p in prefixes),
       cos,
       sin,
-      OwnTokens(valid_NL, segment_NL, reach=reach),
+      own,
       None if deep_XNLD is None else deep_XNLD.astype(x_NLD.dtype),
     )
     return self.norm(x_NLD), Prefix(key, value, valid_NL)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from caprl_jax import sharding
+
 Array = jax.Array
 
 ACTIVATIONS = {
@@ -54,6 +56,8 @@ class Linear(nn.Module):
   """x @ kernel + bias. The kernel [in, out] carries the logical axes `axes`.
 
   An int8 kernel (`hub/int8.py`) comes with a `kernel_scale` per column and is widened on use.
+  Each device computes its own rows of the batch: left alone, the compiler may rather multiply parts
+  of every row with its part of a split kernel, and add up activations over devices.
   """
 
   features: int
@@ -68,7 +72,7 @@ class Linear(nn.Module):
     init = nn.initializers.normal(self.init_std)
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
-    x = x.astype(self.dtype)
+    x = sharding.over_batch(x.astype(self.dtype), 0)
     y = x @ kernel.astype(self.dtype)
     if self.has_variable("params", "kernel_scale"):
       y = y * self.get_variable("params", "kernel_scale").astype(self.dtype)
@@ -96,7 +100,7 @@ class Linear(nn.Module):
         (self.features,),
       )
       y = y + bias.astype(self.dtype)
-    return y
+    return sharding.over_batch(y, 0)
 
 
 def linear(

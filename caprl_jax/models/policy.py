@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.attention import Prefix
+from caprl_jax.models.attention import EarlierTokens, Prefix
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of
 from caprl_jax.models.family import Family, Features, VisionConfig
@@ -164,11 +164,14 @@ class Policy(nn.Module):
     prefixes: tuple[Prefix, ...],
     segment_NL: Array | None = None,
     reach: int | None = None,
+    earlier: EarlierTokens | None = None,
   ) -> tuple[Array, Prefix]:
     """Runs caption tokens after their prefixes: hidden [N, L, D] and the tokens' own keys and
-    values. `segment_NL` and `reach`: as of `Decoder`.
+    values. `segment_NL`, `reach` and `earlier`: as of `Decoder`.
     """
-    return self.language_model.extend(tokens_NL, position_NL, valid_NL, prefixes, segment_NL, reach)
+    return self.language_model.extend(
+      tokens_NL, position_NL, valid_NL, prefixes, segment_NL, reach, earlier
+    )
 
   def __call__(self, images: Images, prompts: Prompts) -> Array:
     """Creates all parameters when initialised."""

@@ -27,7 +27,7 @@ import numpy as np
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
-from caprl_jax.harness.settings import Settings, read_settings
+from caprl_jax.harness.settings import Settings, check_training_batch, read_settings
 from caprl_jax.harness.training.programs import rollout_shardings
 from caprl_jax.harness.training.state import abstract_state, make_optimizer, rollout_images
 from caprl_jax.hub import hub_files
@@ -133,6 +133,8 @@ def topology_devices(name: str | None) -> list:
     return jax.devices()
   # it would ask a metadata server which machine this is
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  # nothing runs on a chip, so a training run on this machine's may go on
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   from jax.experimental import topologies
 
   chips = [int(n) for n in name.partition(":")[2].split("x")]
@@ -282,7 +284,7 @@ def lower_step(
   devices together.
   """
   mesh = sharding.make_mesh(settings.mesh, devices)
-  sharding.check_batch_size(settings.data.batch_size, mesh, "data.batch_size")
+  check_training_batch(settings, mesh)
   section = settings.policy
   cfg, judge_cfg = model_configs(settings, plan)
   policy_params, places = abstract_parameters(init_policy(cfg), section.param_dtype, mesh)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from caprl_jax import rungs, sharding
+from caprl_jax import sharding
 from caprl_jax.types import Array, Params
 
 
@@ -67,43 +67,26 @@ class MeanLoss:
   numbers: TokenNumbers
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """The sizes at which a loss can be computed (`rungs.ladder`), and what a piece of a batch needs:
-  an int a row."""
-
-  ladder: tuple[int, ...]
-  need: Callable[[Any], Array]
-
-
 def mean_gradient(
   loss: Callable[..., LossSum],
   params: Params,
   batch: Any,
   microbatches: int,
-  sizes: Sizes | None = None,
 ) -> MeanLoss:
   """The gradient of the mean loss over a batch, computed in `microbatches` pieces of it.
 
   Args:
-    loss: (params, piece of the batch) -> its LossSum; differentiable in `params`. With `sizes`:
-      (params, piece, size), and each piece takes the smallest size that holds it.
+    loss: (params, piece of the batch) -> its LossSum; differentiable in `params`.
     batch: a pytree whose arrays have the images (or rows) on their first axis.
   """
 
-  def of_size(size: int | None, piece: Any) -> tuple[LossSum, Params]:
+  def of_piece(piece: Any) -> tuple[LossSum, Params]:
     def total_of(params: Params) -> tuple[Array, LossSum]:
-      out = loss(params, piece) if size is None else loss(params, piece, size)
+      out = loss(params, piece)
       return out.total, out
 
-    # Value and gradient together: nothing is differentiated through the choice of a size.
     (_, out), grads = jax.value_and_grad(total_of, has_aux=True)(params)
     return out, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
-
-  def of_piece(piece: Any) -> tuple[LossSum, Params]:
-    if sizes is None:
-      return of_size(None, piece)
-    return rungs.on_rung(of_size, sizes.ladder, sizes.need(piece), piece)
 
   def add(carry: tuple[LossSum, Params], piece: Any) -> tuple[tuple[LossSum, Params], None]:
     out, grads = of_piece(piece)

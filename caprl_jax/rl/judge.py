@@ -14,9 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from caprl_jax import rungs
+from caprl_jax import rungs, sharding
 from caprl_jax.masked import NEGATIVE, masked_sum
-from caprl_jax.models.attention import Prefix
+from caprl_jax.models.attention import EarlierTokens, Prefix
+from caprl_jax.models.blocks import Row, prefix_in_blocks
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.head import token_logprobs
 from caprl_jax.models.policy import last_hidden
@@ -30,10 +31,10 @@ from caprl_jax.rl.judge_protocol import (
   take_questions,
 )
 from caprl_jax.rl.sampling import SamplingConfig, decode
-from caprl_jax.sharding import batch_shards, join_microbatches, microbatches
 from caprl_jax.types import Answers, Array, Captions, JudgePrompt, Params, Questions, Vocabulary
 
-SMALLEST_CAPTION = 64  # slots; shorter ones save less than compiling them costs
+SMALLEST_CAPTION = 64  # slots of a block; smaller ones save less than a further round costs
+MOST_BLOCKS = 16  # of a caption
 SMALLEST_PIECE = 16  # captions
 
 
@@ -96,6 +97,18 @@ class Branches:
   prefixes: tuple[Prefix, ...]  # the prompt's head (1 row), the captions (N rows)
   start_N: Array  # int32, position of the first token after each caption
   group: int = flax.struct.field(pytree_node=False)  # G
+
+  @property
+  def slots(self) -> int:
+    """Of a caption."""
+    return self.prefixes[-1].valid_RS.shape[1]
+
+  def cut(self, slots: int) -> "Branches":
+    """With so many slots of each caption."""
+    *others, caption = self.prefixes
+    key, value = (x[:, :, :slots] for x in (caption.key_YRSJh, caption.value_YRSJh))
+    cut = Prefix(key, value, caption.valid_RS[:, :slots])
+    return dataclasses.replace(self, prefixes=(*others, cut))
 
   def per_caption(self, x_BK: Array) -> Array:
     """[B, K, ...] -> [B * G * K, ...]: every caption of a group gets the image's questions."""
@@ -191,11 +204,6 @@ class _Asked:
     keep_NT = self.captions.keep_BGT[:, 0]
     return jnp.where(keep_NT, jnp.arange(keep_NT.shape[1]) + 1, 0).max(1)
 
-  def cut(self, slots: int) -> "_Asked":
-    """With captions of so many slots."""
-    captions = jax.tree.map(lambda x: x[..., :slots], self.captions)
-    return dataclasses.replace(self, captions=captions)
-
 
 def _ask(
   judge: Judge, captions: JudgeIds, shown: Questions | Sheet, key: Array, cfg: JudgeConfig
@@ -212,43 +220,48 @@ def _ask(
     jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), shown),
     jnp.arange(B * G),
   )
-  sizes = rungs.ladder(T, SMALLEST_CAPTION)
-
-  def of_size(slots: int, piece: _Asked) -> tuple[Array, Array]:
-    piece = piece.cut(slots)
-    branches = _caption_branches(judge, piece.captions)
-    if isinstance(piece.shown, Sheet):
-      if cfg.reading == "generate":
-        choice, score = _generated_letters(judge, piece.shown, branches, piece.row_N, key, cfg)
-        return score, choice
-      score = _letter_logprobs(judge, piece.shown, branches, cfg)
-    else:
-      score = _option_scores(judge, piece.shown, branches, cfg)
-    return score, jnp.zeros(score.shape[:-1], jnp.int32)
+  head = _prompt_head(judge)
+  sizes = (T // 4, T) if T >= 4 * SMALLEST_CAPTION else (T,)
 
   def of_piece(piece: _Asked) -> tuple[Array, Array]:
+    whole = _caption_branches(judge, head, piece.captions)
+
+    def of_size(slots: int, piece: _Asked) -> tuple[Array, Array]:
+      branches = whole.cut(slots + whole.slots - T)
+      if isinstance(piece.shown, Sheet):
+        if cfg.reading == "generate":
+          choice, score = _generated_letters(judge, piece.shown, branches, piece.row_N, key, cfg)
+          return score, choice
+        score = _letter_logprobs(judge, piece.shown, branches, cfg)
+      else:
+        score = _option_scores(judge, piece.shown, branches, cfg)
+      return score, jnp.zeros(score.shape[:-1], jnp.int32)
+
     return rungs.on_rung(of_size, sizes, piece.slots(), piece)
 
-  count = _pieces(B * G, cfg.microbatches, len(sizes))
-  if count == 1:
+  pieces, rows = _pieces(B * G, cfg.microbatches, T)
+  if pieces == 1:
     found = of_piece(asked)
   else:
-    order_N = rungs.like_sizes(asked.slots(), count)
-    pieces = microbatches(rungs.reorder(asked, order_N), count)
-    found = join_microbatches(jax.lax.map(of_piece, pieces))
+    asked = sharding.pad_shares(asked, rows * pieces)
+    order_N = rungs.like_sizes(asked.slots(), pieces)
+    cut = sharding.microbatches(rungs.reorder(asked, order_N), pieces)
+    found = sharding.join_microbatches(jax.lax.map(of_piece, cut))
     found = rungs.reorder(found, rungs.back(order_N))
+    found = sharding.cut_shares(found, B * G)
   return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[2:]), found)
 
 
-def _pieces(captions: int, microbatches: int, sizes: int) -> int:
-  """Into how many pieces captions are cut: `microbatches`, or more where each can take a size of
-  its own and is not too small to be worth it."""
-  share = captions // batch_shards()
-  for times in (8, 4, 2) if sizes > 1 else ():
-    count = microbatches * times
-    if captions % batch_shards() == 0 and share % count == 0 and share // count >= SMALLEST_PIECE:
-      return count
-  return microbatches
+def _pieces(captions: int, microbatches: int, slots: int) -> tuple[int, int]:
+  """Into how many pieces captions are cut, and how many a device has in each: `microbatches`, or
+  more pieces where captions are long enough for some to be much shorter than others, and the pieces
+  are not too small to be worth it."""
+  shards = sharding.batch_shards()
+  share = captions // (1 if captions % shards else shards)
+  if slots >= 2 * SMALLEST_CAPTION:
+    microbatches = max(microbatches, min(8 * microbatches, share // SMALLEST_PIECE))
+  rows = -(-share // min(microbatches, share))
+  return -(-share // rows), rows
 
 
 def _answers(
@@ -308,15 +321,33 @@ def _spaced(prompt: JudgePrompt, captions: JudgeIds) -> JudgeIds:
   )
 
 
-def _caption_branches(judge: Judge, captions: JudgeIds) -> Branches:
-  """Runs the prompt's head once and each caption once after it."""
-  captions = _spaced(judge.prompt, captions)
+def _prompt_head(judge: Judge) -> Prefix:
+  """What the prompt's head leaves behind, one row."""
   head_1L = jnp.asarray(judge.prompt.head_L)[None]
-  _, head = judge.run(head_1L, jnp.ones(head_1L.shape, bool), jnp.zeros(1, jnp.int32), ())
+  return judge.run(head_1L, jnp.ones(head_1L.shape, bool), jnp.zeros(1, jnp.int32), ())[1]
+
+
+def _caption_branches(judge: Judge, head: Prefix, captions: JudgeIds) -> Branches:
+  """Runs each caption once after the prompt's head, as far as the longest one goes."""
+  captions = _spaced(judge.prompt, captions)
   B, G, T = captions.tokens_BGT.shape
   tokens_NT, keep_NT = captions.tokens_BGT.reshape(B * G, T), captions.keep_BGT.reshape(B * G, T)
-  start_N = jnp.full(B * G, head_1L.shape[1], jnp.int32)
-  _, caption = judge.run(tokens_NT, keep_NT, start_N, (head,))
+  start_N = jnp.full(B * G, head.valid_RS.shape[1], jnp.int32)
+  position_NT = jnp.maximum(start_N[:, None] + jnp.cumsum(keep_NT, axis=1) - 1, 0)
+  row = Row(tokens_NT, position_NT, keep_NT, jnp.zeros_like(tokens_NT))
+  blocks = min(max(T // SMALLEST_CAPTION, 1), MOST_BLOCKS)
+
+  def extend(
+    judge: Judge,
+    row: Row,
+    prefixes: tuple[Prefix, ...],
+    reach: int,
+    earlier: EarlierTokens | None,
+  ) -> tuple[Array, Prefix]:
+    del reach, earlier  # a caption is one segment, and the blocks before are a prefix
+    return judge.extend(row.tokens_NR, row.position_NR, row.valid_NR, prefixes)
+
+  caption = prefix_in_blocks(extend, judge, row, (head,), -(-T // blocks))
   return Branches((head, caption), start_N + keep_NT.sum(1), G)
 
 

@@ -52,7 +52,8 @@ class JudgeConfig:
   blind: ask an empty caption too, for the metric `judge/blind`; it costs one caption more per
     group.
   chunk_tokens: tokens whose logits exist at once.
-  microbatches: pieces of the batch that are judged one after the other, to save memory.
+  microbatches: pieces into which the captions are cut, judged one after the other, to save memory;
+    there are more where captions differ in length, since each piece takes the time of its longest.
   sees_image: the judge is a vision-language model, which scores each caption beside its image in
     place of answering questions (the paper's Table 3 compares with such judges): `letter_prob`
     takes the expected score, `letter_argmax` the likeliest, `letter_sample` a draw. The reward's
@@ -98,6 +99,11 @@ class JudgeConfig:
       raise ValueError(
         f"permutations = {self.permutations} and max_tokens = {self.max_tokens} "
         f"must be at least 1, draws = {self.draws} at least 0"
+      )
+    if self.microbatches < 1 or self.chunk_tokens < 1:
+      raise ValueError(
+        f"microbatches = {self.microbatches} and chunk_tokens = {self.chunk_tokens} must be at "
+        "least 1"
       )
     if self.permutations > 1 and (
       self.reading not in ("letter_argmax", "letter_prob") or not self.shuffle

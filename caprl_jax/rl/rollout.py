@@ -11,12 +11,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.attention import Prefix
+from caprl_jax.models.attention import EarlierTokens, Prefix
+from caprl_jax.models.blocks import Row, extend_in_blocks
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import EntropyKind, token_logprobs
 from caprl_jax.models.policy import Policy, last_hidden
 from caprl_jax.rl.sampling import SamplingConfig, decode
 from caprl_jax.types import Array, Batch, Captions, Params, Vocabulary
+
+MOST_BLOCKS = 16  # of a row of packed captions; more wait for weights rather than save work
+SMALLEST_BLOCK = 256  # slots; smaller ones save less than a further round costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,30 +193,50 @@ class CaptionStates:
     return jnp.where(jnp.arange(T) == 0, first_BG[..., None], rest)
 
 
+def block_slots(slots: int) -> int:
+  """Slots of the blocks in which packed captions are run: of `MOST_BLOCKS` to a row of so many, or
+  of fewer that have `SMALLEST_BLOCK` at least."""
+  return -(-slots // min(max(slots // SMALLEST_BLOCK, 1), MOST_BLOCKS))
+
+
 def caption_states(
-  policy: Policy, params: Params, batch: Batch, captions: Captions, slots: int | None = None
+  policy: Policy, params: Params, batch: Batch, captions: Captions
 ) -> CaptionStates:
   """The hidden states that predict given captions; differentiable. Image and prompt run once an
-  image, with gradient; the captions of its group follow in one row of `slots` (None: as many as
-  they could need), none of which sees another."""
-  B, G, T = captions.tokens_BGT.shape
+  image, with gradient; the captions of its group follow in one row, none of which sees another, and
+  as far as captions go (`models/blocks.py`)."""
+  G, T = captions.tokens_BGT.shape[1:]
   hidden_BPD, prefix = _prefill(policy, params, batch)
   first_BD = last_hidden(hidden_BPD, batch.prompts.valid_BP)
-  slots = G * (T - 1) if slots is None else slots
-  packed = pack_groups(captions, max(slots, 1))
+  packed = pack_groups(captions, max(G * (T - 1), 1))
   if T == 1:
     return CaptionStates(first_BD, None, packed)
-  rest: Any = policy.apply(
-    {"params": params},
-    packed.tokens_BR,
-    batch.prompts.next_position_B[:, None] + packed.step_BR,
-    packed.valid_BR,
-    (prefix,),
-    packed.caption_BR if G > 1 else None,
-    T - 1,
-    method="extend",
-  )[0]
-  return CaptionStates(first_BD, rest, packed)
+
+  def extend(
+    params: Params,
+    row: Row,
+    prefixes: tuple[Prefix, ...],
+    reach: int,
+    earlier: EarlierTokens | None,
+  ) -> tuple[Array, Prefix]:
+    out: Any = policy.apply(
+      {"params": params},
+      row.tokens_NR,
+      row.position_NR,
+      row.valid_NR,
+      prefixes,
+      row.segment_NR,
+      reach,
+      earlier,
+      method="extend",
+    )
+    return out
+
+  position_BR = batch.prompts.next_position_B[:, None] + packed.step_BR
+  row = Row(packed.tokens_BR, position_BR, packed.valid_BR, packed.caption_BR)
+  size = block_slots(packed.tokens_BR.shape[1])
+  rest_BRD = extend_in_blocks(extend, params, row, (prefix,), T - 1, size)
+  return CaptionStates(first_BD, rest_BRD, packed)
 
 
 def caption_logprobs(
@@ -224,14 +248,13 @@ def caption_logprobs(
   temperature: float,
   chunk_tokens: int = 1024,
   entropy: EntropyKind = "none",
-  slots: int | None = None,
 ) -> tuple[Array, Array]:
   """Log-probabilities of given captions, and entropies, float32 [B, G, T] each; differentiable.
 
   Under the same parameters this is what `sample_captions` recorded, to rounding. Padding holds
   numbers that nobody may read. Arguments as of `caption_states` and `token_logprobs`.
   """
-  states = caption_states(policy, params, batch, captions, slots)
+  states = caption_states(policy, params, batch, captions)
   return states_logprobs(
     policy, params, states, captions, vocabulary, temperature, chunk_tokens, entropy
   )
@@ -252,11 +275,14 @@ def states_logprobs(
   # A pad token may be forbidden: score any allowed one in its place, nobody reads it.
   target_BGT = jnp.where(captions.valid_BGT, captions.tokens_BGT, vocabulary.end_ids[0])
 
-  def score(hidden_MD: Array, target_MX: Array) -> tuple[Array, Array]:
+  def score(
+    hidden_MD: Array, target_MX: Array, wanted_M: Array | None = None
+  ) -> tuple[Array, Array]:
     return token_logprobs(
       hidden_MD,
       head_matrix(policy.cfg.text, params["language_model"]),
       target_MX,
+      wanted_M=wanted_M,
       allowed_V=vocabulary.allowed_V,
       temperature=temperature or 1.0,
       chunk_tokens=chunk_tokens,
@@ -270,7 +296,7 @@ def states_logprobs(
   target_BR = jnp.take_along_axis(target_BGT.reshape(B, G * T), packed.target_BR, axis=1)
   target_BR = jnp.where(packed.valid_BR, target_BR, vocabulary.end_ids[0])
   rest = states.rest_BRD.reshape(-1, states.rest_BRD.shape[-1])
-  logp_M1, entropy_M = score(rest, target_BR.reshape(-1, 1))
+  logp_M1, entropy_M = score(rest, target_BR.reshape(-1, 1), packed.valid_BR.reshape(-1))
   return (
     states.by_caption(first_logp_BG, logp_M1.reshape(B, -1)),
     states.by_caption(first_entropy_B, entropy_M.reshape(B, -1)),

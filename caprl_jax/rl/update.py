@@ -18,7 +18,7 @@ from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_kl
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import merge_params
-from caprl_jax.rl.gradients import LossSum, MeanLoss, Sizes, guarded_step, mean_gradient
+from caprl_jax.rl.gradients import LossSum, MeanLoss, guarded_step, mean_gradient
 from caprl_jax.rl.groups import Groups, Rollout
 from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, policy_loss
 from caprl_jax.rl.rollout import (
@@ -30,8 +30,6 @@ from caprl_jax.rl.rollout import (
 )
 from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import Array, Batch, Captions, Frozen, Params, TrainState
-
-SMALLEST_ROW = 256  # slots of packed captions; shorter rows save less than compiling them costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,20 +128,13 @@ def check_microbatches(batch_size: int, group_size: int, cfg: UpdateConfig) -> N
     )
 
 
-def packed_sizes(captions: Captions) -> tuple[int, ...]:
-  """Slots of the rows in which captions may be packed, ascending; the last holds any."""
-  _, G, T = captions.tokens_BGT.shape
-  return rungs.ladder(max(G * (T - 1), 1), SMALLEST_ROW)
-
-
 def logprobs_in_pieces(
   learner: Learner, params: Params, frozen: Frozen, batch: Batch, captions: Captions
 ) -> Array:
   """Log-probabilities of captions under given parameters, float32 [B, G, T], without gradient, in
   as many pieces as the update has."""
-  sizes = packed_sizes(captions)
 
-  def of_size(slots: int, piece: tuple[Batch, Captions]) -> Array:
+  def of_piece(piece: tuple[Batch, Captions]) -> Array:
     return caption_logprobs(
       learner.policy,
       params,
@@ -151,11 +142,7 @@ def logprobs_in_pieces(
       vocabulary=frozen.vocabulary,
       temperature=learner.temperature,
       chunk_tokens=learner.cfg.chunk_tokens,
-      slots=slots,
     )[0]
-
-  def of_piece(piece: tuple[Batch, Captions]) -> Array:
-    return rungs.on_rung(of_size, sizes, group_slots(piece[1]), piece)
 
   count = learner.cfg.minibatches * learner.cfg.microbatches
   if count == 1:
@@ -187,15 +174,12 @@ def penalise_kl(learner: Learner, frozen: Frozen, groups: Groups) -> Groups:
   return dataclasses.replace(groups, scored=scored, reference_logp_BGT=logp_BGT)
 
 
-def rollout_loss(
-  learner: Learner, params: Params, frozen: Frozen, rollout: Rollout, slots: int | None = None
-) -> LossSum:
+def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Rollout) -> LossSum:
   """The summed loss of a rollout or a piece of it, differentiable in the trained `params`; the
-  others (`frozen.base`) have no gradient, nor memory for any. `slots`: of the rows in which
-  captions are packed (`caption_states`)."""
+  others (`frozen.base`) have no gradient, nor memory for any."""
   cfg, captions = learner.cfg, rollout.captions
   everything = merge_params(params, frozen.base)
-  states = caption_states(learner.policy, everything, rollout.batch, captions, slots)
+  states = caption_states(learner.policy, everything, rollout.batch, captions)
   logp_BGT, entropy_BGT = states_logprobs(
     learner.policy,
     everything,
@@ -231,9 +215,8 @@ def _exact_kl(
   def head(model: Params) -> Array:
     return head_matrix(learner.policy.cfg.text, model["language_model"])
 
-  slots = states.packed.tokens_BR.shape[1]
   reference = jax.lax.stop_gradient(merge_params(frozen.reference, frozen.base))
-  others = caption_states(learner.policy, reference, rollout.batch, rollout.captions, slots)
+  others = caption_states(learner.policy, reference, rollout.batch, rollout.captions)
   others = jax.lax.stop_gradient(others)
 
   def kl(hidden_MD: Array, other_MD: Array) -> Array:
@@ -264,17 +247,14 @@ def loss_gradients(learner: Learner, params: Params, frozen: Frozen, rollout: Ro
   """
   count = learner.cfg.microbatches
 
-  def of_piece(params: Params, piece: Rollout, slots: int) -> LossSum:
-    return rollout_loss(learner, params, frozen, piece, slots)
-
-  def need(piece: Rollout) -> Array:
-    return group_slots(piece.captions)
+  def of_piece(params: Params, piece: Rollout) -> LossSum:
+    return rollout_loss(learner, params, frozen, piece)
 
   # The sets of `set_token_mean` must stay as they were drawn.
   if count > 1 and learner.cfg.loss.aggregation != "set_token_mean":
-    rollout = rungs.reorder(rollout, rungs.like_sizes(need(rollout), count))
-  sizes = Sizes(packed_sizes(rollout.captions), need)
-  return mean_gradient(of_piece, params, rollout, count, sizes)
+    order_B = rungs.like_sizes(group_slots(rollout.captions), count)
+    rollout = rungs.reorder(rollout, order_B)
+  return mean_gradient(of_piece, params, rollout, count)
 
 
 def part_norms(policy: Policy, grads: Params) -> dict[str, Array]:

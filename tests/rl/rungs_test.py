@@ -3,25 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from caprl_jax import rungs, sharding
-
-
-@pytest.mark.parametrize(
-  "largest, smallest, sizes",
-  [
-    (1000, 256, (250, 500, 1000)),
-    (4096, 256, (256, 512, 1024, 2048, 4096)),
-    (100_000, 256, (6250, 12_500, 25_000, 50_000, 100_000)),
-    (255, 256, (255,)),
-    (1, 256, (1,)),
-  ],
-)
-def test_a_ladder_halves_down_to_its_smallest(largest, smallest, sizes):
-  if largest == 1000:
-    smallest = 250
-  assert rungs.ladder(largest, smallest) == sizes
 
 
 def test_the_smallest_size_that_holds_runs():

@@ -30,9 +30,11 @@ log = logging.getLogger("caprl_jax.modes.evaluate.run")
 
 
 def evaluation_config(settings: Settings, rollout: RolloutConfig, images: int) -> StepConfig:
-  """Every question once; in the judge's pieces where they fit a batch of `images`."""
+  """Every question once; in the judge's pieces (of whole images where it sees them, if they fit a
+  batch of `images`)."""
   judge = settings.step.judge
-  pieces = judge.microbatches if images % judge.microbatches == 0 else 1
+  fits = not judge.sees_image or images % judge.microbatches == 0
+  pieces = judge.microbatches if fits else 1
   return dataclasses.replace(settings.step, judge=judge.each_once(pieces), rollout=rollout)
 
 
