@@ -14,7 +14,7 @@ import argparse
 import jax
 import numpy as np
 
-from benchmarks.timing import best_secs
+from benchmarks.parts.timing import best_secs
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
 from caprl_jax.data.judge_questions import pad_questions, question_shape

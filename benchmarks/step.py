@@ -5,7 +5,7 @@
 Random weights, captions of given lengths. Rollout, judge, update and the whole step are programs of
 their own; each is timed on its device. "needed" is the arithmetic that the captions call for,
 image, prompt and judge's head once each; "executed" is counted while the program's outline runs
-with its real values (`benchmarks/executed.py`), "peak" is a large matrix product in the same
+with its real values (`benchmarks/parts/executed.py`), "peak" is a large matrix product in the same
 precision in the same process. Nothing else should run beside it.
 """
 
@@ -24,9 +24,9 @@ import numpy as np
 import optax
 from PIL import Image
 
-from benchmarks import tiny_models
-from benchmarks.executed import executed
-from benchmarks.timing import best_secs
+from benchmarks.parts import tiny_models
+from benchmarks.parts.executed import executed
+from benchmarks.parts.timing import best_secs
 from caprl_jax import sharding
 from caprl_jax.data.batches import ImagePrompt, image_shape, stack
 from caprl_jax.data.rows import QARow

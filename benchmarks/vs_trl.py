@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import tiny_models
+from benchmarks.parts import tiny_models
 
 SHAPES = {"a": (56, False), "b": (448, False), "c": (448, True)}
 INSTRUCTION = "Please describe this image in detail."

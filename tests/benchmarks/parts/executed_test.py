@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from benchmarks.executed import executed
+from benchmarks.parts.executed import executed
 
 X = jnp.ones((4, 8))
 W = jnp.eye(8)
