@@ -11,15 +11,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from caprl_jax import sharding
 from caprl_jax.models.attention import EarlierTokens, Prefix
 from caprl_jax.models.blocks import Row, extend_in_blocks
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import EntropyKind, token_logprobs
 from caprl_jax.models.policy import Policy, last_hidden
 from caprl_jax.rl.sampling import SamplingConfig, decode
-from caprl_jax.types import Array, Batch, Captions, Params, Vocabulary
+from caprl_jax.types import Array, Batch, Captions, Images, Params, Prompts, Vocabulary
 
 MOST_BLOCKS = 16  # of a row of packed captions; more wait for weights rather than save work
+MOST_PATCHES = 32_768  # that a device encodes at once while captions are written
 SMALLEST_BLOCK = 256  # slots; smaller ones save less than a further round costs
 
 
@@ -49,11 +51,39 @@ class RolloutConfig:
       )
 
 
-def _prefill(policy: Policy, params: Params, batch: Batch) -> tuple[Array, Prefix]:
+def _prefill(
+  policy: Policy, params: Params, images: Images, prompts: Prompts
+) -> tuple[Array, Prefix]:
   """Image and prompt, once per image: hidden states [B, P, D] and the prefix that captions branch
   from."""
-  out: Any = policy.apply({"params": params}, batch.images, batch.prompts, method="prefill")
+  out: Any = policy.apply({"params": params}, images, prompts, method="prefill")
   return out
+
+
+def _prefill_in_pieces(policy: Policy, params: Params, batch: Batch) -> tuple[Array, Prefix]:
+  """As `_prefill`, of so many images at a time that a device encodes at most `MOST_PATCHES`; of the
+  hidden states the last one, [B, D]."""
+
+  def run(piece: tuple[Images, Prompts]) -> tuple[Array, Prefix]:
+    hidden_BPD, prefix = _prefill(policy, params, *piece)
+    return last_hidden(hidden_BPD, piece[1].valid_BP), prefix
+
+  given = (batch.images, batch.prompts)
+
+  share = len(batch.row_B) // sharding.batch_shards()
+  patches = share * batch.images.patches_BSE.shape[1]
+  fitting = (n for n in range(1, share + 1) if share % n == 0 and patches <= n * MOST_PATCHES)
+  count = next(fitting, max(share, 1))
+  if count == 1 or len(batch.images.patches_BSE) != len(batch.row_B):
+    return run(given)
+  hidden_CBD, prefix = jax.lax.map(run, sharding.microbatches(given, count))
+
+  def join(x: Array) -> Array:  # [C, Y, B / C, ...] -> [Y, B, ...]
+    return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
+
+  keys_values = sharding.over_batch((join(prefix.key_YRSJh), join(prefix.value_YRSJh)), 1)
+  hidden_BD, valid_RS = sharding.join_microbatches((hidden_CBD, prefix.valid_RS))
+  return hidden_BD, Prefix(*keys_values, valid_RS)
 
 
 def sample_captions(
@@ -68,8 +98,8 @@ def sample_captions(
   """Writes `group_size` captions for each image of the batch. The key is consumed. `length_BG`: for
   measurements, as `length_N` of `decode`."""
   B, G, T = batch.row_B.shape[0], cfg.group_size, cfg.sampling.max_tokens
-  hidden_BPD, prefix = _prefill(policy, params, batch)
-  hidden_ND = jnp.repeat(last_hidden(hidden_BPD, batch.prompts.valid_BP), G, axis=0)
+  hidden_BD, prefix = _prefill_in_pieces(policy, params, batch)
+  hidden_ND = jnp.repeat(hidden_BD, G, axis=0)
 
   seen_NV = None
   if cfg.sampling.repetition_penalty != 1:
@@ -206,7 +236,7 @@ def caption_states(
   image, with gradient; the captions of its group follow in one row, none of which sees another, and
   as far as captions go (`models/blocks.py`)."""
   G, T = captions.tokens_BGT.shape[1:]
-  hidden_BPD, prefix = _prefill(policy, params, batch)
+  hidden_BPD, prefix = _prefill(policy, params, batch.images, batch.prompts)
   first_BD = last_hidden(hidden_BPD, batch.prompts.valid_BP)
   packed = pack_groups(captions, max(G * (T - 1), 1))
   if T == 1:

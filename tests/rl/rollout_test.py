@@ -13,6 +13,7 @@ from caprl_jax.data.image_prompts import build_prompt, stack_prompts
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import Policy, PolicyConfig, merge_image_features
+from caprl_jax.rl import rollout as rollout_module
 from caprl_jax.rl import sampling
 from caprl_jax.rl.rollout import (
   RolloutConfig,
@@ -318,3 +319,17 @@ def test_only_the_end_allowed_gives_captions_of_one_token(model):
 def test_an_empty_group_is_refused():
   with pytest.raises(ValueError, match="group_size = 0"):
     RolloutConfig(0, SamplingConfig(4))
+
+
+def test_images_encoded_in_pieces_give_the_same_prefix(model, monkeypatch):
+  policy, params, batch, _ = model
+  prefill = lambda: jax.jit(
+    lambda params, batch: rollout_module._prefill_in_pieces(policy, params, batch)
+  )(params, batch)
+  whole = prefill()
+  monkeypatch.setattr(rollout_module, "MOST_PATCHES", batch.images.patches_BSE.shape[1])
+  assert "scan" in str(
+    jax.make_jaxpr(lambda p: rollout_module._prefill_in_pieces(policy, p, batch))(params)
+  )
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(prefill()), strict=True):
+    np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
