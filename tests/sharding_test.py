@@ -23,8 +23,9 @@ MESHES = {
 # In a process of its own, since the number of CPU devices is set before jax starts. Everything
 # sharded is jitted and every step waited for: XLA's in-process collectives hang otherwise.
 PROGRAM = """
-import dataclasses, json, pathlib, sys
+import dataclasses, gc, json, pathlib, sys
 import jax
+gc.disable()  # tracing makes many objects, and they stay
 jax.config.update("jax_num_cpu_devices", 4)
 import ml_collections
 import numpy as np

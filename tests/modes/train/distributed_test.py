@@ -44,7 +44,8 @@ def run(config, workdir):
 """
 PROGRAM = (
   "-c",
-  "import sys; from caprl_jax import main; from caprl_jax.config import registry; "
+  "import gc, sys; gc.disable(); from caprl_jax import main; "
+  "from caprl_jax.config import registry; "
   "registry.MODES['lora'] = registry.Mode('lora_mode', '', '', {}); "
   "sys.exit(main.main(sys.argv))",
 )
