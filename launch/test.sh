@@ -35,7 +35,7 @@ install_browser() {
 # libtpu compiles for TPUs without one: for the test of mode plan. In a folder of its own, because jax would look for chips
 # at every start if it saw it.
 install_tpu_compiler() {
-  local folder="$repository/.venv-test/libtpu" wanted
+  local folder="$1" wanted
   if [[ ! -d "$folder" && "$(uname -sm)" == "Linux x86_64" ]]; then
     wanted="$(.venv-test/bin/python -c 'import importlib.metadata as m
 print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
@@ -44,11 +44,16 @@ print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu"))
       echo "warning: $wanted could not be installed; the test that compiles for a TPU will be skipped" >&2
     }
   fi
-  export CAPRL_JAX_LIBTPU="$folder"
 }
 
 cd "$repository"
+export CAPRL_JAX_LIBTPU="$repository/.venv-test/libtpu"
+# What is installed outside the environment is downloaded beside what goes into it.
+install_browser &
+browser=$!
 make_environment .venv-test "test${CAPRL_JAX_EXTRAS:+,$CAPRL_JAX_EXTRAS}" torch==2.13.0
+install_tpu_compiler "$CAPRL_JAX_LIBTPU" &
+tpu_compiler=$!
 # Only its data file is needed, the real Qwen vocabulary; tests that want it are skipped where it is missing.
 .venv-test/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("dashscope") is None)' ||
   install .venv-test --no-deps dashscope==2.0.2 || echo "warning: dashscope could not be installed" >&2
@@ -56,10 +61,10 @@ make_environment .venv-test "test${CAPRL_JAX_EXTRAS:+,$CAPRL_JAX_EXTRAS}" torch=
 .venv-test/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("gradio") is None)' || {
   install .venv-test 'gradio>=6' && install .venv-test 'pillow>=13'
 } || echo "warning: gradio could not be installed; the demo's browser test will be skipped" >&2
-install_tpu_compiler
-install_browser
+wait "$tpu_compiler" "$browser"
 if (($# == 0)); then
   bash launch/audit.sh .venv-test # printed for whoever reads the log; no reason to fail
 fi
-# Two at a time, file by file: most of the time goes into compiling, which takes one core.
-exec .venv-test/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 --timeout=1200 "$@"
+# Two at a time, file by file: most of the time goes into compiling, which takes one core. In the order of
+# tests/conftest.py, which puts slow files first.
+exec .venv-test/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --timeout=1200 "$@"
