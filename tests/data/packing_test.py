@@ -1,6 +1,7 @@
 """Packed rows against each example alone: logits and gradients of all families; plans, rows."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from caprl_jax import sharding
 from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.chat_rendering import ChatRenderer
 from caprl_jax.data.image_check import ImageCheck
-from caprl_jax.data.image_prompts import build_prompt
+from caprl_jax.data.image_prompts import build_prompt, stack_prompts
 from caprl_jax.data.packing import PackConfig, Packer, first_fit, packed_batches
 from caprl_jax.data.readers.conversations import Conversation, Turn, read_examples
 from caprl_jax.data.rows import read_image
@@ -76,86 +77,79 @@ def packed(cfg, rows, images=3, extra=4):
   return Images(**{**stacked, "unit_BI": unit}), prompts, segment
 
 
-def logits(pair, hidden, params=None):
-  return hidden @ head_matrix(pair.cfg.text, (params or pair.params)["language_model"]).T
+def logits(pair, hidden, params):
+  return hidden @ head_matrix(pair.cfg.text, params["language_model"]).T
 
 
-def alone(pair, params, patches, prompt):
-  """Logits [L, V] of one example by itself, through `prefill`."""
-  prompts = Prompts(
-    prompt.tokens[None],
-    np.ones((1, len(prompt.tokens)), bool),
-    prompt.position[None],
-    np.zeros(1, np.int32),
-  )
-  apply = jax.jit(pair.ours.apply, static_argnames="method")
-  variables = {"params": params}
-  if patches is None:
-    hidden = apply(
-      variables,
-      prompts.tokens_BP,
-      prompts.position_B3P[:, 0],
-      prompts.valid_BP,
-      (),
-      method="extend",
-    )[0]
-  else:
-    images = Images(
-      **{
-        k: v[None] for k, v in pad_image(patches, len(patches.valid_S), patches.num_tokens).items()
-      }
-    )
-    hidden = apply(variables, images, prompts, method="prefill")[0]
-  return logits(pair, hidden[0], params)
+def loss(logits, tokens, own):
+  """Of next tokens, where `own` says that they belong to the token before."""
+  logp = jnp.take_along_axis(jax.nn.log_softmax(logits[..., :-1, :]), tokens[..., 1:, None], -1)
+  return -jnp.where(own, logp[..., 0], 0).sum()
 
 
-def test_packed_logits_are_each_example_s_own(pair):
+@pytest.fixture(scope="module")
+def apart(pair):
+  """(logits [L, V], gradients) of each example by itself, through `prefill`, row by row."""
   rows = examples(pair.cfg)
-  images, prompts, segment = packed(pair.cfg, rows)
-  got = logits(
-    pair,
-    jax.jit(pair.ours.apply, static_argnames="method")(
-      {"params": pair.params}, images, prompts, segment, method="packed"
-    ),
-  )
-  for b, row in enumerate(rows):
-    for number, (patches, prompt) in enumerate(row, 1):
-      want = alone(pair, pair.params, patches, prompt)
+  shown = [patches for row in rows for patches, _ in row if patches]
+  slots, tokens = (max(sizes) for sizes in zip(*((len(p.valid_S), p.num_tokens) for p in shown)))
+  length = max(len(prompt.tokens) for row in rows for _, prompt in row)
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def run(params, images, prompts):
+    variables = {"params": params}
+    if images is None:
+      given = (prompts.tokens_BP, prompts.position_B3P[:, 0], prompts.valid_BP, ())
+      hidden = pair.ours.apply(variables, *given, method="extend")[0]
+    else:
+      hidden = pair.ours.apply(variables, images, prompts, method="prefill")[0]
+    out = logits(pair, hidden, params)
+    return loss(out, prompts.tokens_BP, prompts.valid_BP[:, 1:]), out[0]
+
+  def one(patches, prompt):
+    padded = pad_image(patches, slots, tokens) if patches else {}
+    images = Images(**{k: v[None] for k, v in padded.items()}) if patches else None
+    grads, out = run(pair.params, images, stack_prompts([prompt], length))
+    return out[: len(prompt.tokens)], grads
+
+  return [[one(*example) for example in row] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def together(pair):
+  """(logits [B, L, V], gradients, segments) of the packed rows."""
+  images, prompts, segment = packed(pair.cfg, examples(pair.cfg))
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def run(params):
+    hidden = pair.ours.apply({"params": params}, images, prompts, segment, method="packed")
+    out = logits(pair, hidden, params)
+    own = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
+    return loss(out, prompts.tokens_BP, own), out
+
+  grads, out = run(pair.params)
+  return out, grads, segment
+
+
+def test_packed_logits_are_each_example_s_own(together, apart):
+  got, _, segment = together
+  for b, row in enumerate(apart):
+    for number, (want, _) in enumerate(row, 1):
       assert oracle.relative_error(got[b][segment[b] == number], want) < 1e-5, (b, number)
 
 
-def test_packed_gradients_are_the_sum_of_the_examples_own(pair):
-  rows = examples(pair.cfg)
-  images, prompts, segment = packed(pair.cfg, rows)
-  loss = lambda logits, tokens: (
-    -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
-  )
-
-  @jax.jit
-  @jax.grad
-  def together(params):
-    out = logits(
-      pair, pair.ours.apply({"params": params}, images, prompts, segment, method="packed"), params
-    )
-    own = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
-    return jnp.sum(jnp.where(own, jax.vmap(loss)(out[:, :-1], prompts.tokens_BP[:, 1:]), 0))
-
-  @jax.jit
-  @jax.grad
-  def apart(params):
-    one = lambda patches, prompt: loss(
-      alone(pair, params, patches, prompt)[:-1], prompt.tokens[1:]
-    ).sum()
-    return sum(one(*example) for row in rows for example in row)
-
-  got, want = together(pair.params), apart(pair.params)
+def test_packed_gradients_are_the_sum_of_the_examples_own(together, apart):
+  each = [grads for row in apart for _, grads in row]
+  want = jax.tree.map(lambda *x: sum(map(np.asarray, x)), *each)
   for (path, a), b in zip(
-    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    jax.tree_util.tree_leaves_with_path(together[1]), jax.tree.leaves(want), strict=True
   ):
     if np.abs(b).max() < 1e-4:  # a key's bias moves all scores alike
       assert np.abs(a).max() < 1e-3, jax.tree_util.keystr(path)
     else:
-      assert oracle.relative_error(a, np.asarray(b)) < 2e-4, jax.tree_util.keystr(path)
+      assert oracle.relative_error(a, b) < 2e-4, jax.tree_util.keystr(path)
 
 
 def test_text_alone_needs_no_tower(pair):

@@ -1,5 +1,6 @@
 """What is trained and what is not; adapters, alone, merged, and in PEFT."""
 
+import functools
 import importlib.util
 
 import jax
@@ -80,8 +81,13 @@ def base(tmp_path_factory):
 
 
 def logits(model, params, images, prompts):
+  return np.asarray(_logits(params, images, prompts, model))
+
+
+@functools.partial(jax.jit, static_argnames="model")  # op by op it would be a hundred programs
+def _logits(params, images, prompts, model):
   hidden, _ = model.apply({"params": params}, images, prompts, method="prefill")
-  return np.asarray(hidden @ head_matrix(model.cfg.text, params["language_model"]).T)
+  return hidden @ head_matrix(model.cfg.text, params["language_model"]).T
 
 
 def test_new_adapters_change_nothing(base):

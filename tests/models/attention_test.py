@@ -31,10 +31,12 @@ def case(sizes):
   return q, own, prefixes, valid, own_valid
 
 
+@jax.jit
 def shared(q, own, prefixes, valid, own_valid):
   return attend(q, own, OwnTokens(own_valid), tuple((*kv, v) for kv, v in zip(prefixes, valid)))
 
 
+@jax.jit
 def plain(q, own, prefixes, valid, own_valid):
   """Rows tiled to branches, pieces concatenated, heads repeated, one softmax."""
   tile = lambda x: jnp.repeat(x, N // x.shape[0], axis=0)
@@ -58,7 +60,7 @@ def test_gradients_equal_too(sizes):
   q, own, prefixes, valid, own_valid = case(sizes)
   weight = normal(3, N, L, H, h)
   grads = [
-    jax.grad(lambda x: jnp.sum(weight * f(*x, valid, own_valid)))((q, own, prefixes))
+    jax.jit(jax.grad(lambda x: jnp.sum(weight * f(*x, valid, own_valid))))((q, own, prefixes))
     for f in (shared, plain)
   ]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *grads)
@@ -77,7 +79,7 @@ def test_queries_that_see_nothing_give_zeros_and_finite_gradients():
   np.testing.assert_allclose(
     out[visible], plain(q, own, prefixes, valid, own_valid)[visible], atol=1e-5
   )
-  grad = jax.grad(lambda x: jnp.sum(shared(*x, valid, own_valid) ** 2))((q, own, prefixes))
+  grad = jax.jit(jax.grad(lambda x: jnp.sum(shared(*x, valid, own_valid) ** 2)))((q, own, prefixes))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
   np.testing.assert_array_equal(grad[0][7, :3], 0)
 
@@ -85,9 +87,8 @@ def test_queries_that_see_nothing_give_zeros_and_finite_gradients():
 def test_everything_masked_is_zero():
   q, own, prefixes, valid, own_valid = case(PREFIXES["judge"])
   nothing = jax.tree.map(jnp.zeros_like, (valid, own_valid))
-  value, grad = jax.value_and_grad(lambda x: jnp.sum(jnp.abs(shared(*x, *nothing))))(
-    (q, own, prefixes)
-  )
+  run = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.abs(shared(*x, *nothing)))))
+  value, grad = run((q, own, prefixes))
   assert value == 0
   jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), grad)
 
@@ -151,9 +152,12 @@ def test_queries_in_chunks_give_the_same(length, kind, monkeypatch):
     out = attention.attend(q, (key, value), own, (prefix,))
     return (out * jnp.arange(out.size).reshape(out.shape) / out.size).sum(), out
 
-  whole = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(q, key, value)
+  def gradients():
+    return jax.jit(jax.grad(run, argnums=(0, 1, 2), has_aux=True))(q, key, value)
+
+  whole = gradients()
   monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
-  cut = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(q, key, value)
+  cut = gradients()
   assert "scan" in str(jax.make_jaxpr(run)(q, key, value))
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)

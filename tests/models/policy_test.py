@@ -1,5 +1,7 @@
 """The captioners against transformers' own classes with random weights: by module, and whole."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +22,31 @@ def pair(request):
   return oracle.make_pair(request.param)
 
 
-def logits_of(pair, images, prompts):
-  hidden, _ = pair.ours.apply({"params": pair.params}, images, prompts, method="prefill")
-  return np.asarray(hidden @ head_matrix(pair.cfg.text, pair.params["language_model"]).T)
+def prefill(policy, params, images, prompts):
+  """Logits, and the keys and values. As one program: op by op they would be a hundred."""
+
+  @jax.jit
+  def run(params, images, prompts):
+    hidden, prefix = policy.apply({"params": params}, images, prompts, method="prefill")
+    return hidden @ head_matrix(policy.cfg.text, params["language_model"]).T, prefix
+
+  return run(params, images, prompts)
+
+
+@pytest.fixture(scope="module")
+def whole(pair):
+  """Images and prompts of all sizes in one batch; their logits, keys and values."""
+  images, prompts = batch(pair.cfg)
+  logits, prefix = prefill(pair.ours, pair.params, images, prompts)
+  return images, prompts, np.asarray(logits), prefix
 
 
 def test_towers_match_for_several_sizes_in_one_padded_batch(pair):
   images, _ = batch(pair.cfg)
-  features = pair.ours.apply({"params": pair.params}, images, method=lambda m, x: m.visual(x))
+  tower = jax.jit(
+    lambda params, x: pair.ours.apply({"params": params}, x, method=lambda m, x: m.visual(x))
+  )
+  features = tower(pair.params, images)
   for i, picture in enumerate(pictures()):
     want, deep = pair.features(picture)
     units = np.asarray(images.unit_BI[i][: len(want)])
@@ -37,9 +56,8 @@ def test_towers_match_for_several_sizes_in_one_padded_batch(pair):
       assert relative_error(np.asarray(ours[i])[units], theirs) < 1e-4, SIZES[i]
 
 
-def test_logits_match_for_several_images_and_prompt_lengths_in_one_batch(pair):
-  images, prompts = batch(pair.cfg)
-  logits = logits_of(pair, images, prompts)
+def test_logits_match_for_several_images_and_prompt_lengths_in_one_batch(pair, whole):
+  _, prompts, logits, _ = whole
   for i, picture in enumerate(pictures()):
     valid = np.asarray(prompts.valid_BP[i])
     with torch.no_grad():
@@ -47,9 +65,9 @@ def test_logits_match_for_several_images_and_prompt_lengths_in_one_batch(pair):
     assert relative_error(logits[i][valid], want) < 1e-4, SIZES[i]
 
 
-def test_hidden_states_match_layer_by_layer(pair):
+def test_hidden_states_match_layer_by_layer(pair, whole):
   """Layer n's output is the model's own with the layers after n cut off, before the final norm."""
-  images, prompts = batch(pair.cfg)
+  _, prompts, _, prefix = whole
   valid = np.asarray(prompts.valid_BP[1])
   states = {}
   hooks = [
@@ -64,7 +82,6 @@ def test_hidden_states_match_layer_by_layer(pair):
     hook.remove()
   # Our layers are scanned: the keys of layer n + 1 are a linear map of the normed output of layer
   # n.
-  _, prefix = pair.ours.apply({"params": pair.params}, images, prompts, method="prefill")
   language = pair.params["language_model"]["layers"]
   is_image = np.asarray(prompts.tokens_BP[1][valid]) == oracle.IMAGE
   deep = pair.features(pictures()[1])[1]
@@ -193,31 +210,30 @@ def test_checkpoint_keys_round_trip_and_are_complete(pair):
     )
 
 
-def test_the_rest_of_the_batch_and_its_padding_do_not_matter(pair):
-  images, prompts = batch(pair.cfg)
-  whole = logits_of(pair, images, prompts)
-  for i in (1, 3):
-    alone = logits_of(pair, *batch(pair.cfg, slice(i, i + 1), extra=0))
-    valid = np.asarray(prompts.valid_BP[i])
-    np.testing.assert_allclose(
-      whole[i][valid], alone[0][: valid.sum()], rtol=1e-4, atol=1e-4 * np.abs(alone).max()
-    )
+def test_the_rest_of_the_batch_and_its_padding_do_not_matter(pair, whole):
+  _, prompts, logits, _ = whole
+  i = 3  # the narrowest
+  alone, _ = prefill(pair.ours, pair.params, *batch(pair.cfg, slice(i, i + 1), extra=0))
+  alone, valid = np.asarray(alone), np.asarray(prompts.valid_BP[i])
+  np.testing.assert_allclose(
+    logits[i][valid], alone[0][: valid.sum()], rtol=1e-4, atol=1e-4 * np.abs(alone).max()
+  )
 
 
-def test_bfloat16_is_near(pair):
+def test_bfloat16_is_near(pair, whole):
   """What bfloat16 costs: logits of random weights within 6% of the largest, on the argmax of most
   positions.
   """
-  import dataclasses
-
   half = lambda cfg: dataclasses.replace(cfg, dtype=jnp.bfloat16)
   ours = type(pair.ours)(
     dataclasses.replace(pair.cfg, vision=half(pair.cfg.vision), text=half(pair.cfg.text))
   )
-  images, prompts = batch(pair.cfg)
-  hidden, _ = ours.apply({"params": pair.params}, images, prompts, method="prefill")
+  images, prompts, want, _ = whole
+  hidden, _ = jax.jit(
+    lambda params: ours.apply({"params": params}, images, prompts, method="prefill")
+  )(pair.params)
   assert hidden.dtype == jnp.bfloat16
   head = head_matrix(pair.cfg.text, pair.params["language_model"])
-  got, want = np.asarray(hidden.astype(jnp.float32) @ head.T), logits_of(pair, images, prompts)
+  got = np.asarray(hidden.astype(jnp.float32) @ head.T)
   valid = np.asarray(prompts.valid_BP)
   assert relative_error(got[valid], want[valid]) < 0.06

@@ -163,6 +163,7 @@ def test_a_model_that_learns_to_answer_in_words_does(folder, tmp_path):
     stage = made.pretrain.stages.instruct
     stage.update(open_question="{question}", steps=60, epochs=None, examples=24, microbatches=1)
     stage.optimizer.learning_rate = 0.02
+    made.pretrain.checkpoint_every_steps = 60  # writing them took half of the time
   pretrain.run(made, tmp_path)
   figures = tiny.read_back(tmp_path / "vqa.json")
   right = {
