@@ -22,6 +22,7 @@ from caprl_jax.errors import BAD_INPUT, FAILED, INTERRUPTED, MEMORY_FULL, OK, RU
 from caprl_jax.harness.buckets.addresses import localise
 from caprl_jax.harness.buckets.mirror import Mirror, mirrored
 from caprl_jax.harness.process import peers, signals
+from caprl_jax.harness.process.device_memory import what_is_full
 from caprl_jax.json_files import cut, shown
 
 # Named in full, because this module is `__main__` when it is run.
@@ -105,7 +106,7 @@ def _say(error: BaseException, log_file: pathlib.Path, trace: bool) -> int:
   else:
     log.debug("error: %s", error, exc_info=error)  # DEBUG goes to the file and not to the terminal
     if code == MEMORY_FULL and not isinstance(error, MemoryError):  # XLA's, at compile or run time
-      error = MemoryError(_device_memory(error))
+      error = MemoryError(what_is_full(error))
     _complain(error, trace, note=note)
   return code
 
@@ -122,17 +123,6 @@ def _whole_tracebacks() -> Iterator[None]:
     yield
   finally:
     jax.config.update("jax_traceback_filtering", before)
-
-
-def _device_memory(error: BaseException) -> str:
-  """What is said where a program does not fit a device."""
-  first = str(error).partition("\n")[0]
-  return (
-    f"an accelerator's memory does not suffice ({cut(first, 300)}). What takes less: more "
-    "policy_update.microbatches and judge.microbatches, policy.remat=True, a smaller "
-    "data.batch_size, rollout.sampling.max_tokens or policy.max_pixels, "
-    "policy.trainable=lora, or more chips; --config.mode=plan says before a run what fits"
-  )
 
 
 def _complain(error: BaseException, trace: bool, note: str = "(--traceback shows where)") -> None:

@@ -1,0 +1,53 @@
+"""What a run keeps on its devices, by kind -> what is said where they are full."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from caprl_jax.json_files import cut
+
+GIB = 1 << 30
+
+# Keys, and what they do for memory.
+KNOBS = (
+  ("policy_update.microbatches", "twice as many halve what the update computes and keeps"),
+  ("policy.remat=True", "the update computes activations twice and keeps few of them"),
+  ("judge.microbatches", "twice as many halve what the judge computes and keeps"),
+  ("rollout.sampling.max_tokens", "caches and activations of captions are in proportion to it"),
+  ("data.batch_size, rollout.group_size", "all that is no parameter is in proportion to both"),
+  ("policy.max_pixels", "tokens per image are in proportion to it"),
+  ("policy.trainable=lora", "no gradient and no moments of the model's own parameters"),
+  ("optimizer.moment_dtype=bfloat16", "the first moments take half"),
+  ("mesh.fsdp", "parameters and moments are split over so many devices; more chips help likewise"),
+)
+
+_held: dict[str, int] = {}  # bytes on one device
+
+
+def hold(kind: str, leaves: Iterable[Any]) -> None:
+  """Takes note of arrays that stay on the devices, in place of what was noted of that kind.
+
+  Args:
+    leaves: arrays of jax.
+  """
+  shards = (x.addressable_shards[0].data for x in leaves if x.addressable_shards)
+  hold_bytes(kind, sum(x.size * x.dtype.itemsize for x in shards))
+
+
+def hold_bytes(kind: str, count: int) -> None:
+  """As `hold`: of what is only planned. count: bytes on one device."""
+  _held.pop(kind, None)
+  if count:
+    _held[kind] = count
+
+
+def what_is_full(error: BaseException) -> str:
+  """What a person can read, and do, where XLA says that memory does not suffice."""
+  first = str(error).partition("\n")[0]
+  lines = [f"an accelerator's memory does not suffice ({cut(first, 300)})."]
+  if _held:
+    kinds = sorted(_held.items(), key=lambda item: -item[1])
+    sizes = ", ".join(f"{kind} {count / GIB:.2f} GiB" for kind, count in kinds)
+    lines.append(f"On each device lie: {sizes}; what programs compute comes on top.")
+  lines.append("What takes less (--config.mode=plan says before a run what fits):")
+  lines += [f"  {key}: {effect}" for key, effect in KNOBS]
+  return "\n".join(lines)
