@@ -4,7 +4,7 @@ no options shown.
   python -m caprl_jax.main --config=configs/pretrain_language.py \\
     --workdir=runs/pretrain_language_charts \\
     --config.pretrain.stages.read.data=data/charts/train.jsonl \\
-    --config.pretrain.stages.read.told="{description}"
+    --config.pretrain.stages.read.context_text="{description}"
   python -m caprl_jax.main --config=configs/pretrain_charts.py --workdir=runs/charts_none
 
 configs/pretrain_letters.py on the charts of configs/charts_sft.py, with the tower of that
@@ -29,7 +29,9 @@ def get_config():
     vision="runs/charts_sft/policy", language="runs/pretrain_language_charts/read"
   )
   common = dict(data="data/charts/train.jsonl", kinds=None)
-  config.pretrain.stages.further.update(told="{description}", max_rows=400, steps=300, **common)
+  config.pretrain.stages.further.update(
+    context_text="{description}", max_rows=400, steps=300, **common
+  )
   config.pretrain.stages.instruct.update(open_question="{question}", **common)
   config.pretrain.update(
     eval="data/charts/test.jsonl",

@@ -42,7 +42,7 @@ def get_config():
     stages=dict(
       read=dict(
         data="easy_vqa:train",
-        told="The image shows a {color} {shape}.",
+        context_text="The image shows a {color} {shape}.",
         questions=1,
         trained="decoder",
         steps=1200,

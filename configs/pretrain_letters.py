@@ -53,9 +53,12 @@ def get_config():
     order=("further", "instruct"),
     stages=dict(
       further=dict(
-        told="The image shows a {color} {shape}.", steps=150, optimizer=optimizer(0.01), **common
+        context_text="The image shows a {color} {shape}.",
+        steps=150,
+        optimizer=optimizer(0.01),
+        **common,
       ),
-      instruct=dict(told=None, steps=120, optimizer=optimizer(0.005), **common),
+      instruct=dict(context_text=None, steps=120, optimizer=optimizer(0.005), **common),
     ),
     eval="easy_vqa:test",
     eval_rows=300,

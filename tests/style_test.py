@@ -18,11 +18,7 @@ REASON = "Long because"  # in the docstring, or in the comment above `def`
 
 # What was longer when this test was written, and how long. Lines may go; none may come or grow.
 LONG_FUNCTIONS: dict[str, int] = {}
-LONG_FILES: dict[str, int] = {
-  "data/charts/tables.py": 482,
-  "modes/curate/generated.py": 495,
-  "modes/gallery/run.py": 456,
-}
+LONG_FILES: dict[str, int] = {}
 
 
 def ruff(*arguments: str) -> subprocess.CompletedProcess:

@@ -6,7 +6,7 @@ docs/configuration.md and the tests read this. Modules and dataclasses are named
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from caprl_jax.config import schema
@@ -195,16 +195,32 @@ RENAMED: dict[str, Renamed] = {
   "curate.mismatched": Renamed("question_filter.mismatched"),
   "curate.min_informed": Renamed("question_filter.min_informed"),
   "curate.max_blind": Renamed("question_filter.max_blind", but_in="curate"),
+  "pretrain.stages.NAME.told": Renamed("pretrain.stages.NAME.context_text"),
 }
+ANY_NAME = "NAME"  # in the keys above: one that the user gives
 
 
 def new_name(key: str, modes: Collection[str] = ()) -> str | None:
   """What an old dotted key is called now, in a run of these modes; None for a key that is not
   old."""
+  parts = key.split(".")
   for old, renamed in RENAMED.items():
-    if (key == old or key.startswith(f"{old}.")) and renamed.but_in not in modes:
-      return renamed.key + key.removeprefix(old)
+    pattern = old.split(".")
+    begun = parts[: len(pattern)]
+    given = [part for part, wanted in zip(begun, pattern) if wanted == ANY_NAME]
+    filled = [part if wanted == ANY_NAME else wanted for part, wanted in zip(begun, pattern)]
+    if begun == filled and len(begun) == len(pattern) and renamed.but_in not in modes:
+      new = [given.pop(0) if part == ANY_NAME else part for part in renamed.key.split(".")]
+      return ".".join([*new, *parts[len(pattern) :]])
   return None
+
+
+def _dotted(section: Any, depth: int) -> Iterator[str]:
+  """The dotted keys of a config, down to so many names."""
+  if depth and isinstance(section, schema.MAPPINGS):
+    for name in section.keys():
+      yield name
+      yield from (f"{name}.{inner}" for inner in _dotted(section[name], depth - 1))
 
 
 def with_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,11 +261,9 @@ def section_names() -> list[str]:
 def check_top_level(config: Any) -> None:
   """Raises ValueError where a config has a section that no mode has, or a key of an old name."""
   modes = modes_of(config) if "mode" in config else {}
-  for name in config.keys():
-    section = config[name] if isinstance(config[name], schema.MAPPINGS) else {}
-    for key in (name, *(f"{name}.{inner}" for inner in section.keys())):
-      if (new := new_name(key, modes)) is not None:
-        raise ValueError(f"config.{key} is called config.{new} now; rename it")
+  for key in _dotted(config, max(old.count(".") + 1 for old in RENAMED)):
+    if (new := new_name(key, modes)) is not None:
+      raise ValueError(f"config.{key} is called config.{new} now; rename it")
   schema.check_top_level(config, (*TOP_LEVEL, *section_names()))
   seed = config.get("seed")
   if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):

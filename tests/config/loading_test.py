@@ -13,6 +13,9 @@ def test_a_stage_may_be_named_as_a_method_of_configdict(tmp_path):
     "  return config\n"
   )
   config = loading.load_config(str(path))
-  arguments = ("--config.pretrain.stages.update.steps=3", "--config.pretrain.stages.update.told=a")
+  arguments = (
+    "--config.pretrain.stages.update.steps=3",
+    "--config.pretrain.stages.update.context_text=a",
+  )
   loading.apply_overrides(config, [loading.OVERRIDE.fullmatch(a) for a in arguments], str(path))
-  assert config.pretrain.stages["update"].to_dict() == {"steps": 3, "told": "a"}
+  assert config.pretrain.stages["update"].to_dict() == {"steps": 3, "context_text": "a"}

@@ -72,6 +72,11 @@ def test_a_misspelt_section_is_an_error_in_every_mode(mode, tmp_path, capsys):
       "config.curate = dict(max_blind=0.1)",
       "config.curate.max_blind is called config.question_filter.max_blind now",
     ),
+    (
+      "pretrain",
+      "config.pretrain.stages.read = dict(told='It is {color}.')",
+      "config.pretrain.stages.read.told is called config.pretrain.stages.read.context_text now",
+    ),
     ("evaluate", "config.prism = dict(captions=1)", "set config.mode = 'prism'"),
   ],
 )
@@ -98,6 +103,10 @@ def test_an_old_name_in_a_file_fails_with_the_new_one(mode, line, message, tmp_p
     (
       "--config.curate.max_blind=0.1",
       "config.curate.max_blind is called config.question_filter.max_blind now",
+    ),
+    (
+      "--config.pretrain.stages.read.told=Look.",
+      "--config.pretrain.stages.read.told is called --config.pretrain.stages.read.context_text now",
     ),
     ("--config.prism.captions=2 --config.mode=evaluate", "set config.mode = 'prism'"),
   ],

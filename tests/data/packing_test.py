@@ -16,7 +16,7 @@ from caprl_jax.data.chat_rendering import ChatRenderer
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.image_prompts import build_prompt, stack_prompts
 from caprl_jax.data.packing import PackConfig, Packer, first_fit, packed_batches
-from caprl_jax.data.readers.conversations import Conversation, Turn, read_examples
+from caprl_jax.data.readers.conversations import Asking, Conversation, Turn, read_examples
 from caprl_jax.data.rows import read_image
 from caprl_jax.hub.load import load_policy
 from caprl_jax.models.decoder import head_matrix
@@ -197,7 +197,7 @@ def talks(folder):
   text = lambda n: Conversation(
     None, (Turn("user", "what " * n), Turn("assistant", "A red circle.")), f"text {n}"
   )
-  return read_examples(str(folder / "data" / "rows.jsonl"), "", questions=1) + [
+  return read_examples(str(folder / "data" / "rows.jsonl"), "", Asking(questions=1)) + [
     text(n) for n in (1, 9, 20, 2, 90)
   ]
 

@@ -101,7 +101,7 @@ def test_mixtures(text):
 @hypothesis.given(st.text("ab=,{}.!: é\0\n", max_size=40))
 def test_named_values_and_facts(text):
   read_or_refused(lambda: parse_named(text, key="config.x", example="a=b"))
-  read_or_refused(conversations.told_facts, text)
+  read_or_refused(conversations.context_facts, text)
 
 
 @quick

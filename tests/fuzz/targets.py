@@ -52,7 +52,7 @@ def _read_all(*readers: Callable[[], object]) -> list[str]:
 
 def captions(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   from caprl_jax.data.readers import image_sources, qa_sources
-  from caprl_jax.modes.gallery import run as gallery
+  from caprl_jax.modes.gallery import captions as gallery
 
   path = folder / "captions.jsonl"
   return _read_all(

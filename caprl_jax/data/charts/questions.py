@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from caprl_jax.data.charts import drawing as chart_drawing
-from caprl_jax.data.charts.tables import CLOUDS, GRIDS, capital
+from caprl_jax.data.charts.cells import capital
+from caprl_jax.data.charts.tables import CLOUDS, GRIDS
 from caprl_jax.data.charts.trends import mean, tendency
 from caprl_jax.data.charts.views import Slice, View
 

@@ -17,7 +17,7 @@ from caprl_jax.data.charts import drawing as chart_drawing
 from caprl_jax.data.charts import questions as chart_questions
 from caprl_jax.data.charts import trends
 from caprl_jax.data.charts import views as chart_views
-from caprl_jax.data.charts.tables import Cloud, capital
+from caprl_jax.data.charts.cells import Cloud, capital
 from caprl_jax.data.charts.views import Slice, View
 
 SPLITS = ("train", "test")

@@ -1,168 +1,26 @@
 """Tables of vega_datasets: what is in each, and what its charts may show."""
 
-import dataclasses
-import decimal
-from collections.abc import Callable, Iterable
-
-_MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
-_LONG_MONTHS = (
-  "January February March April May June July August September October November December".split()
+from caprl_jax.data.charts.cells import (
+  COMPANIES,
+  INDUSTRIES,
+  STATES,
+  Cloud,
+  Grid,
+  block,
+  car,
+  flower,
+  month_name,
+  season,
+  temperatures,
+  thousandth,
+  weather,
 )
-
-Decimal = decimal.Decimal
-Record = dict[str, str | None]
-
-
-def capital(text: str) -> str:
-  return text[:1].upper() + text[1:]
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-  """A table as categories by columns. `cells` turns a record into (key, category, column, number or
-  None).
-
-  Numbers of the same cell are averaged, or summed where they are parts of a `total`. Charts never
-  mix keys, and a key belongs to one split. The titles are those of a chart of all categories at one
-  column, of one category along the columns, and of several; "" where that makes no chart.
-  """
-
-  files: tuple[str, ...]
-  cells: Callable[[str, int, Record], Iterable[tuple[str, str, str, str | Decimal | None]]]
-  measure: str
-  unit: str
-  places: int
-  noun: str  # of a category
-  across: str = ""
-  along: str = ""
-  together: str = ""
-  column: str = ""  # noun of a column
-  total: bool = False
-
-  @property
-  def axis(self) -> str:
-    return capital(self.measure) + (f" ({self.unit})" if self.unit else "")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cloud:
-  """A table as points in groups. `points` turns a record into (key, group, x, y)."""
-
-  files: tuple[str, ...]
-  points: Callable[[str, int, Record], Iterable[tuple[str, str, str | None, str | None]]]
-  x: str
-  y: str
-  noun: str  # of a group
-  title: str
-
-
-_COMPANIES = {
-  "MSFT": "Microsoft",
-  "AMZN": "Amazon",
-  "IBM": "IBM",
-  "GOOG": "Google",
-  "AAPL": "Apple",
-}
-_MAKES = {
-  "ford": "Ford",
-  "chevrolet": "Chevrolet",
-  "plymouth": "Plymouth",
-  "dodge": "Dodge",
-  "amc": "AMC",
-  "toyota": "Toyota",
-  "datsun": "Datsun",
-  "buick": "Buick",
-  "pontiac": "Pontiac",
-  "volkswagen": "Volkswagen",
-  "honda": "Honda",
-  "mercury": "Mercury",
-  "mazda": "Mazda",
-  "oldsmobile": "Oldsmobile",
-  "fiat": "Fiat",
-  "peugeot": "Peugeot",
-  "audi": "Audi",
-  "volvo": "Volvo",
-  "saab": "Saab",
-  "subaru": "Subaru",
-  "opel": "Opel",
-}
-_INDUSTRIES = {
-  "construction": "construction",
-  "manufacturing": "manufacturing",
-  "retail_trade": "retail",
-  "wholesale_trade": "wholesale",
-  "transportation_and_warehousing": "transport",
-  "information": "information",
-  "financial_activities": "finance",
-  "professional_and_business_services": "business services",
-  "education_and_health_services": "education and health",
-  "leisure_and_hospitality": "leisure",
-  "government": "government",
-  "mining_and_logging": "mining and logging",
-}
-_REGIONS = {
-  "New England": "CT Connecticut,ME Maine,MA Massachusetts,NH New Hampshire,RI Rhode Island,VT "
-  "Vermont",
-  "the Middle Atlantic and Maryland": "NJ New Jersey,NY New York,PA Pennsylvania,DE Delaware,MD "
-  "Maryland",
-  "the South Atlantic": "FL Florida,GA Georgia,NC North Carolina,SC South Carolina,VA Virginia,WV "
-  "West Virginia",
-  "the South Central states": "AL Alabama,KY Kentucky,MS Mississippi,TN Tennessee,AR Arkansas,LA "
-  "Louisiana,OK Oklahoma,TX Texas",
-  "the Great Lakes": "IL Illinois,IN Indiana,MI Michigan,OH Ohio,WI Wisconsin,MN Minnesota",
-  "the Plains": "IA Iowa,KS Kansas,MO Missouri,NE Nebraska,ND North Dakota,SD South Dakota",
-  "the Mountain states": "AZ Arizona,CO Colorado,ID Idaho,MT Montana,NV Nevada,NM New Mexico,UT "
-  "Utah,WY Wyoming",
-  "the Pacific states": "AK Alaska,CA California,HI Hawaii,OR Oregon,WA Washington",
-}
-_STATES = {
-  state[:2]: (region, state[3:])
-  for region, states in _REGIONS.items()
-  for state in states.split(",")
-}
-
-
-def _block(year: str | None, first: int, size: int, last: int) -> str:
-  start = first + size * ((int(year[:4]) - first) // size)
-  return f"{start} to {min(start + size - 1, last)}"
-
-
-def _thousandth(number: str | None) -> Decimal:
-  return Decimal(number) / 1000
-
-
-def _month(date: str) -> str:
-  return _MONTHS[int(date[5:7]) - 1]
-
-
-def _weather(column: str) -> Callable:
-  return lambda file, i, r: [(r["date"][:4], "all", _month(r["date"]), r[column])]
-
-
-def _temperatures(file: str, i: int, r: Record):
-  hour = int(r["date"][11:13])
-  if hour % 3 == 0:
-    city = {"sf-temps.csv": "San Francisco", "seattle-temps.csv": "Seattle"}[file]
-    yield _LONG_MONTHS[int(r["date"][5:7]) - 1], city, f"{hour}:00", r["temp"]
-
-
-def _car(column: str | None) -> Callable:
-  def cells(file, i, r):
-    make = _MAKES.get(r["Name"].split()[0])
-    return [(r["Year"][:4], make, "", r[column] if column else "1")] if make else []
-
-  return cells
-
-
-def _flower(i: int) -> str:
-  # the file has 50 of each species in a row
-  return f"flowers {i % 50 // 10 * 10 + 1} to {i % 50 // 10 * 10 + 10}"
 
 
 def _iris(part: str, size: str) -> Grid:
   return Grid(
     ("iris.json",),
-    lambda file, i, r: [(_flower(i), r["species"], "", r[part + size])],
+    lambda file, i, r: [(flower(i), r["species"], "", r[part + size])],
     f"mean {part} {size.lower()}",
     "cm",
     2,
@@ -171,18 +29,12 @@ def _iris(part: str, size: str) -> Grid:
   )
 
 
-def _season(file: str, i: int, r: Record):
-  month = int(r["date"][5:7])
-  if month % 3 == 1:
-    yield r["date"][:4], _LONG_MONTHS[month - 1], r["temp_min"], r["temp_max"]
-
-
 _CARS = ("cars.json",)
 _SEATTLE = ("seattle-weather.csv",)
 GRIDS = (
   Grid(
     ("stocks.csv",),
-    lambda file, i, r: [(r["date"][-4:], _COMPANIES[r["symbol"]], r["date"][:3], r["price"])],
+    lambda file, i, r: [(r["date"][-4:], COMPANIES[r["symbol"]], r["date"][:3], r["price"])],
     "share price",
     "US dollars",
     1,
@@ -195,7 +47,7 @@ GRIDS = (
   Grid(
     _SEATTLE,
     lambda file, i, r: [
-      (r["date"][:4], row, _month(r["date"]), r[column])
+      (r["date"][:4], row, month_name(r["date"]), r[column])
       for row, column in (("daily high", "temp_max"), ("daily low", "temp_min"))
     ],
     "mean temperature",
@@ -209,7 +61,7 @@ GRIDS = (
   ),
   Grid(
     _SEATTLE,
-    _weather("precipitation"),
+    weather("precipitation"),
     "precipitation",
     "mm",
     0,
@@ -221,7 +73,7 @@ GRIDS = (
   ),
   Grid(
     _SEATTLE,
-    _weather("wind"),
+    weather("wind"),
     "mean wind speed",
     "m/s",
     2,
@@ -232,7 +84,7 @@ GRIDS = (
   ),
   Grid(
     _SEATTLE,
-    lambda file, i, r: [(r["date"][:4], r["weather"], _month(r["date"]), "1")],
+    lambda file, i, r: [(r["date"][:4], r["weather"], month_name(r["date"]), "1")],
     "number of days",
     "",
     0,
@@ -245,7 +97,7 @@ GRIDS = (
   ),
   Grid(
     ("sf-temps.csv", "seattle-temps.csv"),
-    _temperatures,
+    temperatures,
     "mean temperature",
     "°F",
     1,
@@ -257,7 +109,7 @@ GRIDS = (
   ),
   Grid(
     _CARS,
-    _car("Miles_per_Gallon"),
+    car("Miles_per_Gallon"),
     "mean fuel economy",
     "miles per gallon",
     1,
@@ -266,7 +118,7 @@ GRIDS = (
   ),
   Grid(
     _CARS,
-    _car("Horsepower"),
+    car("Horsepower"),
     "mean horsepower",
     "",
     1,
@@ -275,7 +127,7 @@ GRIDS = (
   ),
   Grid(
     _CARS,
-    _car("Weight_in_lbs"),
+    car("Weight_in_lbs"),
     "mean weight",
     "pounds",
     0,
@@ -284,7 +136,7 @@ GRIDS = (
   ),
   Grid(
     _CARS,
-    _car("Acceleration"),
+    car("Acceleration"),
     "mean acceleration time",
     "seconds",
     1,
@@ -293,7 +145,7 @@ GRIDS = (
   ),
   Grid(
     _CARS,
-    _car(None),
+    car(None),
     "number of models",
     "",
     0,
@@ -323,7 +175,7 @@ GRIDS = (
   ),
   Grid(
     ("wheat.json",),
-    lambda file, i, r: [(_block(r["year"], 1565, 40, 1821), "all", r["year"], r["wheat"])],
+    lambda file, i, r: [(block(r["year"], 1565, 40, 1821), "all", r["year"], r["wheat"])],
     "wheat price",
     "shillings per quarter",
     1,
@@ -334,7 +186,7 @@ GRIDS = (
   ),
   Grid(
     ("wheat.json",),
-    lambda file, i, r: [(_block(r["year"], 1565, 40, 1821), "all", r["year"], r.get("wages"))],
+    lambda file, i, r: [(block(r["year"], 1565, 40, 1821), "all", r["year"], r.get("wages"))],
     "weekly wage",
     "shillings",
     2,
@@ -346,8 +198,8 @@ GRIDS = (
   Grid(
     ("us-employment.csv",),
     lambda file, i, r: [
-      (r["month"][:4], name, _month(r["month"]), _thousandth(r[column]))
-      for column, name in _INDUSTRIES.items()
+      (r["month"][:4], name, month_name(r["month"]), thousandth(r[column]))
+      for column, name in INDUSTRIES.items()
     ],
     "number of jobs",
     "millions",
@@ -363,10 +215,10 @@ GRIDS = (
     ("iowa-electricity.csv",),
     lambda file, i, r: [
       (
-        _block(r["year"], 2001, 6, 2017),
+        block(r["year"], 2001, 6, 2017),
         r["source"].lower(),
         r["year"][:4],
-        _thousandth(r["net_generation"]),
+        thousandth(r["net_generation"]),
       )
     ],
     "electricity generation",
@@ -381,7 +233,7 @@ GRIDS = (
   ),
   Grid(
     ("airports.csv",),
-    lambda file, i, r: [(*_STATES[r["state"]], "", "1")] if r["state"] in _STATES else [],
+    lambda file, i, r: [(*STATES[r["state"]], "", "1")] if r["state"] in STATES else [],
     "number of airports",
     "",
     0,
@@ -391,7 +243,7 @@ GRIDS = (
   ),
   Grid(
     ("driving.json",),
-    lambda file, i, r: [(_block(r["year"], 1956, 11, 2010), "all", r["year"], r["miles"])],
+    lambda file, i, r: [(block(r["year"], 1956, 11, 2010), "all", r["year"], r["miles"])],
     "distance driven per person",
     "miles",
     0,
@@ -402,7 +254,7 @@ GRIDS = (
   ),
   Grid(
     ("driving.json",),
-    lambda file, i, r: [(_block(r["year"], 1956, 11, 2010), "all", r["year"], r["gas"])],
+    lambda file, i, r: [(block(r["year"], 1956, 11, 2010), "all", r["year"], r["gas"])],
     "gasoline price",
     "dollars per gallon",
     2,
@@ -441,7 +293,7 @@ CLOUDS = (
   ),
   Cloud(
     ("iris.json",),
-    lambda file, i, r: [(_flower(i), r["species"], r["petalLength"], r["petalWidth"])],
+    lambda file, i, r: [(flower(i), r["species"], r["petalLength"], r["petalWidth"])],
     "Petal length (cm)",
     "Petal width (cm)",
     "species",
@@ -449,7 +301,7 @@ CLOUDS = (
   ),
   Cloud(
     ("iris.json",),
-    lambda file, i, r: [(_flower(i), r["species"], r["sepalLength"], r["petalLength"])],
+    lambda file, i, r: [(flower(i), r["species"], r["sepalLength"], r["petalLength"])],
     "Sepal length (cm)",
     "Petal length (cm)",
     "species",
@@ -457,7 +309,7 @@ CLOUDS = (
   ),
   Cloud(
     _SEATTLE,
-    _season,
+    season,
     "Daily low (°C)",
     "Daily high (°C)",
     "month",
@@ -465,7 +317,7 @@ CLOUDS = (
   ),
   Cloud(
     ("driving.json",),
-    lambda file, i, r: [(_block(r["year"], 1956, 11, 2010), "all", r["gas"], r["miles"])],
+    lambda file, i, r: [(block(r["year"], 1956, 11, 2010), "all", r["gas"], r["miles"])],
     "Gasoline price (dollars per gallon)",
     "Miles driven per person",
     "",

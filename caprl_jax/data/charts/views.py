@@ -10,7 +10,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from caprl_jax.data.charts import drawing as chart_drawing
-from caprl_jax.data.charts.tables import CLOUDS, GRIDS, Cloud, Grid, Record
+from caprl_jax.data.charts.cells import Cloud, Grid, Record
+from caprl_jax.data.charts.tables import CLOUDS, GRIDS
 
 Decimal = decimal.Decimal
 

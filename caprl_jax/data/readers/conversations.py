@@ -23,9 +23,9 @@ log = logging.getLogger("caprl_jax.data")
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """Multiple-choice questions about an image, or about a `text` that is told in its place; options
-  come in another order at every visit. With `open_question`, a wording, they are not shown, and the
-  right option is the answer."""
+  """Multiple-choice questions about an image, or about a `text` in its place; options come in
+  another order at every visit. With `open_question`, a wording, they are not shown, and the right
+  option is the answer."""
 
   image: ImageSource | None
   questions: tuple[Question, ...]
@@ -36,20 +36,41 @@ class Asked:
 
 
 Example = Conversation | Asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+  """Which questions of a row are asked, and how.
+
+  questions: of one image in one conversation; None: all of them. More share the image's tokens, but
+    later questions may then be answered from earlier ones.
+  context_text: a template of facts, such as "The image shows a {color} shape.": questions are asked
+    after this text and without the image, of rows that have such facts; how a language model can be
+    taught to read.
+  kinds: of questions; None: all.
+  open_question: a wording such as "{question}\\nAnswer the question using a single word or
+    phrase.", in which no options are shown and the assistant says the right one; None: they are,
+    and the assistant says a letter.
+  """
+
+  questions: int | None = None
+  context_text: str | None = None
+  kinds: Sequence[str] | None = None
+  open_question: str | None = None
+
+
 _QA_KEYS = {"questions", "message", "qa_list", "image_path"}  # of rows that `qa_sources.py` reads
 
 
 def read_examples(
   source: str,
   instruction: str,
+  asking: Asking = Asking(),
+  *,
   image_root: str | None = None,
   seed: int = 0,
   max_rows: int | None = None,
   bad_rows: BadRows | RowKeeper = "refuse",
-  questions: int | None = None,
-  told: str | None = None,
-  kinds: Sequence[str] | None = None,
-  open_question: str | None = None,
 ) -> list[Example]:
   """Reads what a stage of pretraining learns from.
 
@@ -67,25 +88,41 @@ def read_examples(
 
   Args:
     instruction: what the user says where a row has a caption only.
+    asking: of rows with questions.
     image_root: what images' paths are relative to; None: the file's folder or, where they are not
       there, this folder.
     seed: of what a reader draws.
     max_rows: keeps the first rows only, of each source.
-    questions: of one image in one conversation; None: all of them. More share the image's tokens,
-      but later questions may then be answered from earlier ones.
-    told: a template of facts, such as "The image shows a {color} shape.": questions are asked after
-      this text and without the image, of rows that know such facts; how a language model can be
-      taught to read.
-    kinds: of questions; None: all.
-    open_question: a wording such as "{question}\\nAnswer the question using a single word or
-      phrase.", in which no options are shown and the assistant says the right one; None: they are,
-      and the assistant says a letter.
 
   Raises:
     ValueError: an unknown source, one without rows, or bad rows that are to be refused, with file
-      and line; kinds, or facts to be told, that no row of questions has.
+      and line; kinds, or facts of `context_text`, that no row of questions has.
   """
-  facts = told_facts(told)
+  facts = context_facts(asking.context_text)
+  read = _read_parts(source, instruction, image_root, seed, max_rows, bad_rows)
+  asked = [row for _, rows in read for row in rows if isinstance(row, QARow)]
+  if asked:
+    check_kinds(asked, asking.kinds)
+    known = {fact for row in asked for fact in row.facts or ()}
+    _check_known(f"context_text = {shown(asking.context_text)}", facts, known, "facts")
+  found: list[Example] = []
+  for name, rows in read:
+    made = _pieces(rows, name, asking) if rows and isinstance(rows[0], QARow) else rows
+    if not made:
+      raise ValueError(f"{name}: no rows to learn from")
+    found += made
+  return found
+
+
+def _read_parts(
+  source: str,
+  instruction: str,
+  image_root: str | None,
+  seed: int,
+  max_rows: int | None,
+  bad_rows: BadRows | RowKeeper,
+) -> list[tuple[str, list[Conversation] | list[QARow]]]:
+  """The rows of each part of a mixture, with the part's name."""
   parts = parse_mixture(source)
   if any(part.weight for part in parts):
     raise ValueError(
@@ -100,23 +137,7 @@ def read_examples(
       read.append((part.source, good_rows(scanned, bad_rows)))
     else:
       read += [(part.source, rows) for _, rows in read_parts(part.source, seed, max_rows, bad_rows)]
-  asked = [row for _, rows in read for row in rows if isinstance(row, QARow)]
-  if asked:
-    check_kinds(asked, kinds)
-    _check_known(
-      f"told = {shown(told)}", facts, {fact for row in asked for fact in row.facts or ()}, "facts"
-    )
-  found: list[Example] = []
-  for name, rows in read:
-    made = (
-      _pieces(rows, name, questions, told, kinds, open_question)
-      if rows and isinstance(rows[0], QARow)
-      else rows
-    )
-    if not made:
-      raise ValueError(f"{name}: no rows to learn from")
-    found += made
-  return found
+  return read
 
 
 def _first(path: pathlib.Path) -> Mapping:
@@ -124,17 +145,19 @@ def _first(path: pathlib.Path) -> Mapping:
   return next((item for _, item in read_items(path) if isinstance(item, dict)), {})
 
 
-def told_facts(told: str | None) -> set[str]:
+def context_facts(context_text: str | None) -> set[str]:
   """The facts that a template names. Raises ValueError for a place that names none, such as {}."""
+  setting = f"context_text = {shown(context_text)}"
   remedy = (
     "each place must name a fact and nothing else, as in 'The image shows a {color} {shape}.'"
   )
+  parsed = string.Formatter().parse(context_text or "")
   try:
-    places = [rest for _, *rest in string.Formatter().parse(told or "") if rest[0] is not None]
+    places = [rest for _, *rest in parsed if rest[0] is not None]
   except ValueError as error:
-    raise ValueError(f"told = {shown(told)}: {error}; {remedy}") from error
+    raise ValueError(f"{setting}: {error}; {remedy}") from error
   if any(not name or spec or conversion for name, spec, conversion in places):
-    raise ValueError(f"told = {shown(told)}: {remedy}")
+    raise ValueError(f"{setting}: {remedy}")
   return {name for name, _, _ in places}
 
 
@@ -180,45 +203,37 @@ def of_kinds(rows: Sequence[QARow], kinds: Sequence[str] | None) -> list[QARow]:
   return [row for row in some if row.questions]
 
 
-def _pieces(
-  rows: Sequence[QARow],
-  source: str,
-  questions: int | None,
-  told: str | None,
-  kinds: Sequence[str] | None,
-  open_question: str | None,
-) -> list[Asked]:
-  """The rows' questions of these kinds; of rows that know what is to be told. Logs how many rows
-  are left out.
+def _pieces(rows: Sequence[QARow], source: str, asking: Asking) -> list[Asked]:
+  """The rows' questions of these kinds; of rows that have the facts of `context_text`. Logs how
+  many rows are left out.
   """
-  some, facts = of_kinds(rows, kinds), told_facts(told)
+  some, facts = of_kinds(rows, asking.kinds), context_facts(asking.context_text)
   knowing = [row for row in some if facts <= (row.facts or {}).keys()]
   for setting, before, after in (
-    (f"kinds = {kinds}", rows, some),
-    (f"told = {shown(told)}", some, knowing),
+    (f"kinds = {asking.kinds}", rows, some),
+    (f"context_text = {shown(asking.context_text)}", some, knowing),
   ):
     if len(after) < len(before):
       log.info(
         "%s: %s leaves out %d of %d rows", source, setting, len(before) - len(after), len(before)
       )
-  if open_question:
+  if asking.open_question:
     warn_of_options(knowing, source)
-  return [piece for row in knowing for piece in _asked(row, questions, told, open_question)]
+  return [piece for row in knowing for piece in _asked(row, asking)]
 
 
-def _asked(
-  row: QARow, questions: int | None, told: str | None, open_question: str | None
-) -> list[Asked]:
+def _asked(row: QARow, asking: Asking) -> list[Asked]:
   """The row cut into some of its questions each."""
-  size = questions or len(row.questions)
+  size = asking.questions or len(row.questions)
+  text = asking.context_text
   return [
     Asked(
-      None if told else row.image,
-      row.questions[i : i + size],
-      row.name if size >= len(row.questions) else f"{row.name}, questions from {i}",
-      told.format(**(row.facts or {})) + "\n" if told else "",
-      open_question,
-      row.where,
+      image=None if text else row.image,
+      questions=row.questions[i : i + size],
+      name=row.name if size >= len(row.questions) else f"{row.name}, questions from {i}",
+      text=text.format(**(row.facts or {})) + "\n" if text else "",
+      open_question=asking.open_question,
+      where=row.where,
     )
     for i in range(0, len(row.questions), size)
   ]
@@ -227,7 +242,7 @@ def _asked(
 def conversation_of(example: Example, rng: np.random.Generator | None = None) -> Conversation:
   """Turns of an example. Questions, and each one's options, come in an order that `rng` draws
   (None: their own), one turn a question; the assistant answers with the letter alone, or the
-  option. The image, or what is told, stands before the first."""
+  option. The image, or the text in its place, stands before the first."""
   if isinstance(example, Conversation):
     return example
   draw = (lambda n: rng.permutation(n).tolist()) if rng else (lambda n: list(range(n)))

@@ -12,42 +12,19 @@ from collections.abc import Sequence
 
 from caprl_jax.data.readers.caprl_json import question_of
 from caprl_jax.data.rows import Question, folded
+from caprl_jax.modes.curate.question_blocks import (
+  LETTERS,
+  Block,
+  is_question_like,
+  read_blocks,
+  unbold,
+)
 
-_LETTERS = "ABCDEFGHIJ"
-_BOLD = re.compile(  # not x**2
-  r"(?<![0-9A-Za-z_)\]])\*\*(?=\S)(.+?)(?:(?<=[:：.)）?？])\*\*|\*\*(?![0-9A-Za-z_(]))"
-)
-_NOTHING = re.compile(r"[-–—_=*~\s]*|```\w*")  # blank lines, separators of any length, code fences
-_BULLET = r"(?:[-*•+–]\s+)?"
-# what ends a question's number: not 1.5, not 12:30
-_END = r"(?:[.)](?!\d)|:(?!\d)|[：、．）]|\s[-–—]\s)"
-_WORD = r"(?:question\b|q(?=[\s.#:\d])|问题|题目|第)"
-_NUMBERED = re.compile(
-  rf"(?:#+\s*{_WORD}?|{_BULLET}{_WORD})\s*[.#:]?\s*(\d{{1,3}})\s*题?\s*(?:{_END}\s*(.*)|$)",
-  re.IGNORECASE,
-)
-_NAMED = re.compile(rf"(?:#+\s*)?{_BULLET}(?:question|q|问题|题目)\s*[:：]\s*(.*)", re.IGNORECASE)
-_HEADING = re.compile(r"#+\s*(.*)")
-_BARE = re.compile(rf"{_BULLET}[(（]?(\d{{1,3}}){_END}\s*(.*)")
-_TITLE = re.compile(r"(?:question|问题)\s*\d*\s*(?:[:：]\s*|$)", re.IGNORECASE)
-_OPTION = re.compile(
-  rf"\s*(?:[-*•+–]\s*)?[(（]?(?:([{_LETTERS}])([).:：、．）])|([a-j])([)）]))\s*(\S.*)"
-)
-_OPTIONS_TITLE = re.compile(r"(?:options|choices|选项)\s*[:：]?", re.IGNORECASE)
-_ANSWER = re.compile(
-  rf"{_BULLET}(?:(?:the\s+)?(?:(?:(?:correct|right|final)\s+)?(?:answer|ans)|(?:correct|right)\s+(?:option|choice))\b"
-  rf"(?:(?:\s+is)?\s*[:：]\s*|\s+is\s+|\s+(?=[(（]?[{_LETTERS}][)）.]?\s*$)|\s*$)"
-  r"|(?:正确)?答案\s*(?:是|为)?\s*[:：]?)\s*(.*)",
-  re.IGNORECASE,
-)
-_REMARK = re.compile(
-  r"(?:explanation|reasoning|reason|rationale|note|解析|解释|理由)\s*[:：]", re.IGNORECASE
-)
 _CHOSEN = re.compile(
-  rf"(?:option\s+|选项\s*)?[(（\[]?([{_LETTERS}])(?:[)）\].:：、．]+\s*|\s+[-–—]\s+|\s*$)(.*)",
+  rf"(?:option\s+|选项\s*)?[(（\[]?([{LETTERS}])(?:[)）\].:：、．]+\s*|\s+[-–—]\s+|\s*$)(.*)",
   re.IGNORECASE,
 )
-_WRAPPED = re.compile(rf"([{_LETTERS}])\s*[(（](.+)[)）]")
+_WRAPPED = re.compile(rf"([{LETTERS}])\s*[(（](.+)[)）]")
 _ABSTAIN = re.compile(r"can\s?not answer\b", re.IGNORECASE)
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af"
 _TOKEN = re.compile(rf"[{_CJK}]|[^\W{_CJK}_]+")
@@ -59,22 +36,6 @@ class Failure:
 
   text: str
   reason: str
-
-
-@dataclasses.dataclass
-class _Block:
-  """A question as its lines say. `header`: "numbered", "named" (Question:), "heading" (#), "bare"
-  (1.) or "" (none).
-  """
-
-  header: str
-  number: int | None = None
-  lines: list[str] = dataclasses.field(default_factory=list)
-  stem: list[str] = dataclasses.field(default_factory=list)
-  # letter, what closes it, text
-  options: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
-  answers: list[str] = dataclasses.field(default_factory=list)
-  fault: str = ""
 
 
 def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
@@ -99,11 +60,11 @@ def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
     return [], [
       Failure(text, "the reply ends inside its reasoning (<think>); allow it more tokens")
     ]
-  blocks = _blocks(said.splitlines())
+  blocks = read_blocks(said.splitlines())
   numbered = any(block.header == "numbered" for block in blocks)
   questions, failures = [], []
   for block in blocks:
-    if not _is_question_like(block, numbered):
+    if not is_question_like(block, numbered):
       continue
     try:
       question = _read(block, numbered)
@@ -127,15 +88,15 @@ def format_questions(questions: Sequence[Question]) -> str:
   """
   parts = []
   for number, question in enumerate(questions, 1):
-    if len(question.options) > len(_LETTERS):
+    if len(question.options) > len(LETTERS):
       raise ValueError(
         f"question {question.stem!r} has {len(question.options)} options; letters "
-        f"go to {_LETTERS[-1]}"
+        f"go to {LETTERS[-1]}"
       )
     options = "".join(
-      f"   - {letter}) {option}\n" for letter, option in zip(_LETTERS, question.options)
+      f"   - {letter}) {option}\n" for letter, option in zip(LETTERS, question.options)
     )
-    answer = f"{_LETTERS[question.gold]}) {question.options[question.gold]}"
+    answer = f"{LETTERS[question.gold]}) {question.options[question.gold]}"
     parts.append(f"#### {number}. **{question.stem}**\n{options}**Answer:** {answer}\n------\n")
     read, failures = parse_generated(parts[-1])
     if failures or [_content(q) for q in read] != [_content(question)]:
@@ -189,122 +150,10 @@ def drop_similar_questions(
 # Lines -> blocks
 
 
-def _blocks(lines: Sequence[str]) -> list[_Block]:
-  """Groups lines by question. `loose` is the last paragraph that belongs to none: the stem of one
-  without a header.
-  """
-  blocks: list[_Block] = []
-  block: _Block | None = None
-  loose: list[str] = []
-  # a blank line stands before this one; the last line was an answer's title alone
-  gap = awaiting = False
-  indent = 0  # of the last option
-  for raw in lines:
-    line = _unbold(raw)
-    if _NOTHING.fullmatch(line):
-      gap = True
-      continue
-    started = _start(line, block)
-    line = line.lstrip("#").strip()
-    answer = _ANSWER.fullmatch(line)
-    # an option may be **kwargs
-    option = _OPTION.fullmatch(_BOLD.sub(r"\1", raw).strip()) or _OPTION.fullmatch(line)
-    if started:
-      block, rest = started
-      blocks.append(block)
-      block.lines.append(raw)
-      block.stem += [rest] if rest else []
-      loose, gap, awaiting = [], False, False
-      continue
-    if awaiting:
-      block.answers.append(line)
-      awaiting = False
-    elif answer:
-      if block is None:
-        block = _Block("", lines=list(loose))
-        blocks.append(block)
-      awaiting = not answer.group(1)
-      block.answers += [] if awaiting else [_unbold(answer.group(1))]
-      loose = []
-    elif option and _is_option(option, block):
-      letter = _letter(option)
-      if block is None or block.answers or (block.options and loose and letter == "A"):
-        block = _Block("", lines=list(loose), stem=[_unbold(other) for other in loose])
-        blocks.append(block)
-      elif block.options and loose:
-        block.fault = f"there is text between its options: {loose[0].strip()!r}"
-      block.options.append((letter, option.group(2) or option.group(4), option.group(5).strip()))
-      loose, indent = [], len(raw) - len(raw.lstrip())
-    elif block is not None and not block.options and not block.answers:
-      if not _OPTIONS_TITLE.fullmatch(line):
-        block.stem.append(line if block.stem else _untitled(line))
-    elif (
-      block is not None and not block.answers and not gap and not loose and not _REMARK.match(line)
-    ):
-      letter, close, begun = block.options[-1]
-      block.options[-1] = letter, close, f"{begun} {line}"
-      if len(raw) - len(raw.lstrip()) <= indent:
-        block.fault = f"there is text between its options or before its answer: {line!r}"
-    else:
-      loose = [raw] if gap else [*loose, raw]
-      gap = False
-      continue
-    block.lines.append(raw)
-    gap = False
-  return blocks
-
-
-def _start(line: str, block: _Block | None) -> tuple[_Block, str] | None:
-  """A new block and the rest of its first line, where `line` is a question's header."""
-  in_stem = block is not None and not block.options and not block.answers
-  rest = lambda found: _untitled(_unbold(found or ""))
-  if found := _NUMBERED.fullmatch(line):
-    return _Block("numbered", int(found.group(1))), rest(found.group(2))
-  if found := _NAMED.fullmatch(line):  # below "### Question 1" it only titles the stem
-    return (
-      None
-      if in_stem and block.header in ("numbered", "bare")
-      else (_Block("named"), rest(found.group(1)))
-    )
-  if found := _HEADING.fullmatch(line):
-    title = rest(found.group(1))
-    part = _OPTIONS_TITLE.fullmatch(title) or _ANSWER.fullmatch(title) or _OPTION.fullmatch(title)
-    return None if part or (in_stem and not block.stem) else (_Block("heading"), title)
-  if found := _BARE.fullmatch(line):
-    number = int(found.group(1))
-    # Inside a stem it may number what the stem lists, unless it goes on counting after a header of
-    # its own kind.
-    goes_on = in_stem and block.header == "bare" and number == block.number + 1
-    if not in_stem or block.header == "heading" or goes_on:
-      fault = "the question before it has no options: they cannot be told apart" if goes_on else ""
-      return _Block("bare", number, fault=fault), rest(found.group(2))
-  return None
-
-
-def _is_option(option: re.Match[str], block: _Block | None) -> bool:
-  """Options begin with A: before it, "I. ..." or "B. ..." is text."""
-  if _letter(option) == "A":
-    return True
-  return block is not None and bool(block.options) and not block.answers
-
-
-def _letter(option: re.Match[str]) -> str:
-  return (option.group(1) or option.group(3)).upper()
-
-
-def _is_question_like(block: _Block, numbered: bool) -> bool:
-  if block.options or block.answers:
-    return True
-  if block.header == "heading":  # "## Questions"
-    return any(line.endswith(("?", "？")) for line in block.stem)
-  # an enumeration among questions that have better headers
-  return not (block.header == "bare" and numbered)
-
-
 # Block -> question
 
 
-def _read(block: _Block, numbered: bool) -> Question:
+def _read(block: Block, numbered: bool) -> Question:
   """The block's question. Raises ValueError with the reason why there is none."""
   if block.fault:
     raise ValueError(block.fault)
@@ -336,9 +185,9 @@ def _options_in_stem(line: str) -> tuple[str, list[tuple[str, str, str]]]:
   """'What? A) red B) blue' -> 'What?' and its options, where letters with a parenthesis run from A,
   each once.
   """
-  labels = list(re.finditer(rf"(?:(?<=\s)|^)[(（]?([{_LETTERS}])[)）]\s*(?=\S)", line))
+  labels = list(re.finditer(rf"(?:(?<=\s)|^)[(（]?([{LETTERS}])[)）]\s*(?=\S)", line))
   letters = "".join(label.group(1) for label in labels)
-  if len(letters) < 2 or letters != _LETTERS[: len(letters)]:
+  if len(letters) < 2 or letters != LETTERS[: len(letters)]:
     return line, []
   ends = [label.start() for label in labels[1:]] + [len(line)]
   return line[: labels[0].start()], [
@@ -355,7 +204,7 @@ def _split_options(options: Sequence[tuple[str, str, str]]) -> list[tuple[str, s
   """
   apart = []
   for letter, close, text in options:
-    labels = list(re.finditer(rf"(?<=\s)[(（]?([{_LETTERS}]){re.escape(close)}\s*(?=\S)", text))
+    labels = list(re.finditer(rf"(?<=\s)[(（]?([{LETTERS}]){re.escape(close)}\s*(?=\S)", text))
     starts = [0] + [label.end() for label in labels]
     ends = [label.start() for label in labels] + [len(text)]
     for name, start, end in zip([letter] + [label.group(1) for label in labels], starts, ends):
@@ -378,14 +227,14 @@ def _runs(options: Sequence[tuple[str, str]]) -> bool:
   does.
   """
   letters = "".join(letter for letter, text in options if not _ABSTAIN.match(text))
-  return letters == _LETTERS[: len(letters)]
+  return letters == LETTERS[: len(letters)]
 
 
 def _gold_letter(answer: str, options: Sequence[tuple[str, str]]) -> str:
   """The letter that an answer names. Raises ValueError for an answer that may be read in two ways
   or in none.
   """
-  answer = _unbold(answer.strip().strip("`"))
+  answer = unbold(answer.strip().strip("`"))
   texts = [_same(text) for _, text in options]
   by_text = [letter for (letter, _), text in zip(options, texts) if text == _same(answer)]
   chosen = _CHOSEN.fullmatch(answer) or _WRAPPED.fullmatch(answer)
@@ -444,16 +293,4 @@ def _tokens(text: str) -> list[str]:
 
 def _same(text: str) -> str:
   """What must be equal for two texts of an option to be the same."""
-  return " ".join(_unbold(text).strip(" \t\"'“”‘’`").rstrip(".。 ").casefold().split())
-
-
-def _unbold(line: str) -> str:
-  """Without Markdown's bold, also where only its beginning or end is on this line; 2**3 stays."""
-  line = _BOLD.sub(r"\1", line.strip())
-  return line.removeprefix("**").removesuffix("**").strip()
-
-
-def _untitled(line: str) -> str:
-  """Without the title "Question:" that some models put before the question, or in its place."""
-  found = _TITLE.match(line)
-  return _unbold(line[found.end() :]) if found else line
+  return " ".join(unbold(text).strip(" \t\"'“”‘’`").rstrip(".。 ").casefold().split())

@@ -32,7 +32,7 @@ class StageConfig:
     there, the current one.
   max_rows: the first rows only, of each source.
   questions: questions about one image in one conversation; None: all of them.
-  told: a template of facts: questions are asked after this text and without the image.
+  context_text: a template of facts: questions are asked after this text and without the image.
   kinds: kinds of questions that are asked; None: all.
   open_question: a wording in which no options are shown and the assistant says the right one;
     None: it says a letter.
@@ -51,7 +51,7 @@ class StageConfig:
   image_root: str | None = None
   max_rows: int | None = None
   questions: int | None = None
-  told: str | None = None
+  context_text: str | None = None
   kinds: tuple[str, ...] | None = None
   open_question: str | None = None
 

@@ -91,11 +91,12 @@ def check_model(policy: Loaded, open_question: str | None) -> None:
 def ask(
   policy: Loaded,
   rows: Sequence[QARow],
+  path: pathlib.Path,
+  *,
   source: str,
   cfg: AnswerConfig,
   seed: int,
   mesh: jax.sharding.Mesh,
-  path: pathlib.Path,
   open_question: str | None = None,
   max_tokens: int = 16,
 ) -> dict[str, object]:

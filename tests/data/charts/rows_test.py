@@ -13,9 +13,9 @@ from matplotlib.text import Text
 from PIL import Image
 
 from caprl_jax.data import rows
+from caprl_jax.data.charts import cells as chart_cells
 from caprl_jax.data.charts import drawing as chart_drawing
 from caprl_jax.data.charts import rows as charts
-from caprl_jax.data.charts import tables as chart_tables
 from caprl_jax.data.charts import views as chart_views
 
 SMALL = (96, 72)
@@ -189,10 +189,10 @@ def _expected(row, local_data):
     }[m[1]]
     means = cars.groupby(cars.Name.str.split().str[0])[column].mean()
     return {
-      chart_tables._MAKES[make]: mean for make, mean in means.items() if make in chart_tables._MAKES
+      chart_cells.MAKES[make]: mean for make, mean in means.items() if make in chart_cells.MAKES
     }
   if m := re.fullmatch(r"Share price of (\w+) by month, (\d{4})", title):
-    symbol = {name: symbol for symbol, name in chart_tables._COMPANIES.items()}[m[1]]
+    symbol = {name: symbol for symbol, name in chart_cells.COMPANIES.items()}[m[1]]
     stocks = local_data.stocks()
     stocks = stocks[(stocks.symbol == symbol) & (stocks.date.dt.year == int(m[2]))]
     return dict(zip(stocks.date.dt.strftime("%b"), stocks.price, strict=True))
@@ -215,7 +215,7 @@ def _expected(row, local_data):
     return iris.groupby("species")[m[1] + m[2].capitalize()].mean().to_dict()
   if title.startswith("Airports by state in"):
     states = local_data.airports().state.value_counts()
-    return {name: states[code] for code, (_, name) in chart_tables._STATES.items()}
+    return {name: states[code] for code, (_, name) in chart_cells.STATES.items()}
   return None
 
 

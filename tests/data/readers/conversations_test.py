@@ -13,7 +13,13 @@ from caprl_jax import sharding
 from caprl_jax.data.chat_rendering import ChatRenderer
 from caprl_jax.data.question_texts import question_text
 from caprl_jax.data.readers import caprl_json, caprl_parquet, tfds
-from caprl_jax.data.readers.conversations import Conversation, Turn, conversation_of, read_examples
+from caprl_jax.data.readers.conversations import (
+  Asking,
+  Conversation,
+  Turn,
+  conversation_of,
+  read_examples,
+)
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.hub.load import load_policy
 from caprl_jax.hub.tokenizer import Tokenizer, load_tokenizer
@@ -256,28 +262,35 @@ def test_kinds_and_facts_that_no_row_has_are_refused(folder, caplog):
       r"kinds = .*: no row has 'colour'; did you mean 'color'\? \(kinds: 'color', 'shape'\)",
     ),
     (
-      dict(told="It is {colour}."),
-      r"told = 'It is {colour}.': no row has 'colour'.*\(facts: 'color', 'shape'\)",
+      dict(context_text="It is {colour}."),
+      r"context_text = 'It is {colour}.': no row has 'colour'.*\(facts: 'color', 'shape'\)",
     ),
-    (dict(told="It is {}."), r"told = 'It is {}.': each place must name a fact"),
-    (dict(told="It is {color:>9}."), "each place must name a fact"),
-    (dict(told="It is {color"), r"told = 'It is {color': .*each place must name a fact"),
+    (dict(context_text="It is {}."), r"context_text = 'It is {}.': each place must name a fact"),
+    (dict(context_text="It is {color:>9}."), "each place must name a fact"),
+    (
+      dict(context_text="It is {color"),
+      r"context_text = 'It is {color': .*each place must name a fact",
+    ),
   ):
     with pytest.raises(ValueError, match=message):
-      read_examples(f"{captions} + {source}", ASK, **wrong)
+      read_examples(f"{captions} + {source}", ASK, Asking(**wrong))
   lines = [json.loads(line) for line in (folder / "qa" / "rows.jsonl").read_text().splitlines()]
   lines[0]["questions"].pop()  # the first row asks about no shape, and the second knows no facts
   del lines[1]["facts"]
   (folder / "qa" / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   some = read_examples(
-    str(folder / "qa" / "some.jsonl"), ASK, told="It is {color}.", kinds=("shape",)
+    str(folder / "qa" / "some.jsonl"), ASK, Asking(context_text="It is {color}.", kinds=("shape",))
   )
   assert [row.name for row in some] == ["images/2.png"]
   assert "kinds = ('shape',) leaves out 1 of 3 rows" in caplog.text
-  assert "told = 'It is {color}.' leaves out 1 of 2 rows" in caplog.text
-  assert len(read_examples(str(folder / "qa" / "some.jsonl"), ASK, told="Look.")) == 3
+  assert "context_text = 'It is {color}.' leaves out 1 of 2 rows" in caplog.text
+  assert (
+    len(read_examples(str(folder / "qa" / "some.jsonl"), ASK, Asking(context_text="Look."))) == 3
+  )
   # it asks nothing
-  assert len(read_examples(captions, ASK, told="It is {color}.", kinds=("shape",))) == 1
+  assert (
+    len(read_examples(captions, ASK, Asking(context_text="It is {color}.", kinds=("shape",)))) == 1
+  )
 
 
 def test_questions_become_turns_in_another_order_every_time(folder, caplog):
@@ -307,10 +320,10 @@ def test_questions_become_turns_in_another_order_every_time(folder, caplog):
       gold = next(q for q in rows[0].questions if q.stem == stem)
       assert option == gold.options[gold.gold]
   assert len(seen) > 5
-  told = conversation_of(read_examples(qa(folder), ASK, told="It is {color}.")[0])
+  told = conversation_of(read_examples(qa(folder), ASK, Asking(context_text="It is {color}."))[0])
   assert told.image is None and told.turns[1:] == own.turns[1:]
   assert told.turns[0].text == "It is red.\n" + own.turns[0].text
-  open_ = read_examples(qa(folder), ASK, open_question="Say: {question}")[0]
+  open_ = read_examples(qa(folder), ASK, Asking(open_question="Say: {question}"))[0]
   for made in (conversation_of(open_), conversation_of(open_, np.random.default_rng(1))):
     said = {turn.text: answer.text for turn, answer in zip(made.turns[::2], made.turns[1::2])}
     assert (
@@ -321,14 +334,14 @@ def test_questions_become_turns_in_another_order_every_time(folder, caplog):
   lines = [json.loads(line) for line in (folder / "qa" / "rows.jsonl").read_text().splitlines()]
   lines[0]["questions"][0]["stem"] = "Which of these is it?"
   (folder / "qa" / "these.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  read_examples(str(folder / "qa" / "these.jsonl"), ASK, open_question="{question}")
+  read_examples(str(folder / "qa" / "these.jsonl"), ASK, Asking(open_question="{question}"))
   assert (
     "1 of 6 questions speak of options, which open_question does not show, such as 'Which of these"
     in caplog.text
   )
-  shapes = read_examples(qa(folder), ASK, kinds=("shape",))
+  shapes = read_examples(qa(folder), ASK, Asking(kinds=("shape",)))
   assert [[q.kind for q in row.questions] for row in shapes] == [["shape"]] * 3
-  split = read_examples(qa(folder), ASK, questions=1)
+  split = read_examples(qa(folder), ASK, Asking(questions=1))
   assert len(split) == 6 and all(len(conversation_of(row).turns) == 2 for row in split)
 
 

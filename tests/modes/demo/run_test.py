@@ -32,7 +32,9 @@ from caprl_jax.hub.load import load_judge
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 from caprl_jax.inference.judge import HostJudge, JudgeSection
 from caprl_jax.modes.demo import run as demo
+from caprl_jax.modes.demo.page import Demo
 from caprl_jax.modes.demo.section import PASSWORD, USER
+from caprl_jax.modes.demo.text_judge import JudgedQuestion, TextJudge, read_question
 
 QUESTIONS = [
   Question("what color is the shape?", tiny.COLORS, 0),
@@ -52,7 +54,7 @@ CAPTIONS = ["The image shows a red circle.", "", "The image shows a blue rectang
   ],
 )
 def test_a_question_is_read_as_it_was_typed(lines, options, gold):
-  question, marked = demo.read_question(" What? ", lines)
+  question, marked = read_question(" What? ", lines)
   assert (question.stem, question.options, marked) == ("What?", options, gold)
 
 
@@ -82,7 +84,7 @@ def test_others_reach_the_page_with_a_password_only(monkeypatch):
 )
 def test_what_cannot_be_asked_is_said(stem, lines, message):
   with pytest.raises(ValueError, match=message):
-    demo.read_question(stem, lines)
+    read_question(stem, lines)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def loaded(tmp_path_factory):
 
 def make(loaded, caption_tokens=64, **keys):
   judge, mesh = loaded
-  return demo.TextJudge(judge, JudgeSection(source="", **keys), mesh, caption_tokens, 0)
+  return TextJudge(judge, JudgeSection(source="", **keys), mesh, caption_tokens, 0)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_too_long_a_caption_is_refused(loaded):
 
 
 def test_what_was_typed_cannot_become_markup(loaded):
-  page = demo.Demo(None, make(loaded), 8)
+  page = Demo(None, make(loaded), 8)
   shown = page.ask("<script>", "<script>alert(1)</script>", "* <b>red</b>\nblue")
   assert "<script" not in shown and "<b>red" not in shown and "&lt;b&gt;red" in shown
   assert shown.count(" <small>right</small>") == 2
@@ -183,10 +185,10 @@ def test_closing_waits_for_the_judge_and_lets_nobody_else_ask():
   def judge(caption, question):
     began.set()
     assert go_on.wait(60)
-    return demo.JudgedQuestion(0, (0.5, 0.5), None)
+    return JudgedQuestion(0, (0.5, 0.5), None)
 
   judge.cfg = JudgeSection(source="", reading="generate")
-  page = demo.Demo(None, judge, 8)
+  page = Demo(None, judge, 8)
   with futures.ThreadPoolExecutor() as pool:
     asked = pool.submit(page.ask, "x", "what?", "a\nb")
     assert began.wait(60)
@@ -205,7 +207,7 @@ def test_examples_are_questions_of_most_options(tmp_path):
   for path, stem, lines in examples:
     with Image.open(path) as image:
       assert image.mode == "RGB"
-    question, gold = demo.read_question(stem, lines)
+    question, gold = read_question(stem, lines)
     assert (
       question.stem == "what color is the shape?"
       and question.options == tiny.COLORS

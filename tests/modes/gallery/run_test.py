@@ -20,6 +20,9 @@ from caprl_jax.data.readers.jsonl import write_jsonl
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.inference.judge import HostJudge
 from caprl_jax.modes.gallery import run as gallery
+from caprl_jax.modes.gallery.captions import Pictures, match_names
+from caprl_jax.modes.gallery.figures import difference, pick
+from caprl_jax.modes.gallery.page import NOBODY, ComparedImage, GivenCaption
 
 BROWSER = next(
   filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
@@ -140,8 +143,7 @@ def test_the_judge_s_answers_are_its_own(folder, monkeypatch):
   assert (figures["judged_images"], figures["questions"]) == (12, 24)
   assert figures["questions_by_kind"] == {"color": 12, "shape": 12}
   assert (
-    rows["vague"]["accuracy"] == 0.0 == rows[gallery.NOBODY]["accuracy"]
-    and rows["vague"]["misled"] == 0.0
+    rows["vague"]["accuracy"] == 0.0 == rows[NOBODY]["accuracy"] and rows["vague"]["misled"] == 0.0
   )
   # The failed one counts as not answered.
   assert rows["clear"]["accuracy"] == pytest.approx(11 / 12) and rows["clear"]["misled"] == 0.0
@@ -170,20 +172,20 @@ def test_a_real_judge_answers(folder):
 
 def test_those_that_differ_most_come_by_their_words():
   images = [
-    gallery.ComparedImage(
+    ComparedImage(
       str(i),
       {
-        "a": gallery.GivenCaption("one two"),
-        "b": gallery.GivenCaption("one two" if i else "three"),
+        "a": GivenCaption("one two"),
+        "b": GivenCaption("one two" if i else "three"),
       },
     )
     for i in range(30)
   ]
   for seed in range(4):
-    drawn, most = gallery.pick(images, 8, np.random.default_rng(seed))
+    drawn, most = pick(images, 8, np.random.default_rng(seed))
     assert len(drawn) == len(most) == 4 and len({shared.name for shared in [*drawn, *most]}) == 8
     assert "0" in {shared.name for shared in drawn} or most[0].name == "0"
-  assert gallery.difference(images[0]) == 1.0 and gallery.difference(images[1]) == 0.0
+  assert difference(images[0]) == 1.0 and difference(images[1]) == 0.0
 
 
 def test_questions_of_several_rows_of_an_image_are_all_asked(folder):
@@ -192,7 +194,7 @@ def test_questions_of_several_rows_of_an_image_are_all_asked(folder):
     folder / "apart.jsonl",
     [dataclasses.replace(row, questions=(q,)) for row in rows for q in row.questions],
   )
-  shared = [gallery.ComparedImage(row.name, {}) for row in rows]
+  shared = [ComparedImage(row.name, {}) for row in rows]
   cfg = gallery.GalleryConfig("a=b")
   whole = gallery.with_questions(shared, str(folder / "rows.jsonl"), cfg, 0)
   apart = gallery.with_questions(shared, str(folder / "apart.jsonl"), cfg, 0)
@@ -203,8 +205,8 @@ def test_questions_of_several_rows_of_an_image_are_all_asked(folder):
 
 def test_names_are_shown_without_this_machine_s_folders():
   def shown(*names):
-    pictures = gallery.Pictures(None, names, [])
-    return [pictures.short(gallery.ComparedImage(name, {})) for name in names]
+    pictures = Pictures(None, names, [])
+    return [pictures.short(ComparedImage(name, {})) for name in names]
 
   assert shown("/home/me/a/1.png", "/home/me/b/1.png") == ["a/1.png", "b/1.png"]
   assert shown("/home/me/1.png") == ["1.png"]
@@ -214,20 +216,20 @@ def test_names_are_shown_without_this_machine_s_folders():
 
 def test_a_name_too_long_for_a_file_is_not_found(folder):
   for name in ("data:image/png;base64," + "A" * 5000, "x\0y"):
-    pictures = gallery.Pictures(None, [name], [folder])
-    assert pictures.read(gallery.ComparedImage(name, {})) is None and pictures.missing == 1
+    pictures = Pictures(None, [name], [folder])
+    assert pictures.read(ComparedImage(name, {})) is None and pictures.missing == 1
 
 
 def test_a_picture_that_is_its_own_name_is_shown(folder):
   data = base64.b64encode((folder / "images" / "0.png").read_bytes()).decode()
   for name in (f"data:image/png;base64,{data}", f"file://{folder}/images/0.png"):
-    pictures = gallery.Pictures(None, [name], [folder])
-    shared = gallery.ComparedImage(name, {})
+    pictures = Pictures(None, [name], [folder])
+    shared = ComparedImage(name, {})
     assert pictures.read(shared) is not None and len(pictures.short(shared)) < 300
 
 
 def test_names_match_by_whole_paths_only():
-  match = gallery.match_names
+  match = match_names
   assert match(["a/1.png", "2.png"], ["2.png", "a/1.png", "3.png"]) == {
     "a/1.png": "a/1.png",
     "2.png": "2.png",

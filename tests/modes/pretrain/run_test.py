@@ -20,7 +20,7 @@ from caprl_jax import sharding
 from caprl_jax.config import schema as configuration
 from caprl_jax.config.loading import load_config
 from caprl_jax.data.packing import PackConfig, Packer
-from caprl_jax.data.readers.conversations import read_examples
+from caprl_jax.data.readers.conversations import Asking, read_examples
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.harness.checkpoints import saved_steps
 from caprl_jax.harness.metrics import read_metrics
@@ -35,6 +35,7 @@ from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.modes.pretrain import policy as pretrain_policy
 from caprl_jax.modes.pretrain import run as pretrain
+from caprl_jax.modes.pretrain import stage as pretrain_stage
 from caprl_jax.modes.pretrain.record import Record
 from caprl_jax.modes.pretrain.vqa import summarise
 from caprl_jax.rl.optimizer import OptimizerConfig, build_optimizer
@@ -241,7 +242,7 @@ def text_logits(policy, ids):
 
 def stop_at(monkeypatch, calls, error):
   """Raises `error` in place of the batch number `calls` that is asked for."""
-  left, made = [calls], pretrain.packed_batches
+  left, made = [calls], pretrain_stage.packed_batches
 
   class Stopping:
     def __init__(self, inner):
@@ -256,7 +257,7 @@ def stop_at(monkeypatch, calls, error):
         raise error
       return next(self.inner)
 
-  monkeypatch.setattr(pretrain, "packed_batches", lambda *a, **k: Stopping(made(*a, **k)))
+  monkeypatch.setattr(pretrain_stage, "packed_batches", lambda *a, **k: Stopping(made(*a, **k)))
 
 
 @pytest.mark.parametrize("calls, error", [(2, KeyboardInterrupt()), (7, SystemExit())])
@@ -338,14 +339,14 @@ def test_new_stages_are_run_and_may_change_until_they_have_a_checkpoint(
   )
   assert Record(tmp_path, plain, ("align", "instruct")).finished() == ["align"]
 
-  begun, begin, restore = [], pretrain.begin, pretrain.Checkpoints.restore
+  begun, begin, restore = [], pretrain.begin, pretrain_stage.Checkpoints.restore
   monkeypatch.setattr(pretrain, "begin", lambda *a: begun.append(begin(*a)) or begun[0])
 
   def restoring(self, like):
     assert all(x.is_deleted() for x in jax.tree.leaves(begun[0].params))
     return restore(self, like)
 
-  monkeypatch.setattr(pretrain.Checkpoints, "restore", restoring)
+  monkeypatch.setattr(pretrain_stage.Checkpoints, "restore", restoring)
   pretrain.run(changed(), tmp_path)
   assert begun and same(load(tmp_path / "instruct").params, load(whole_run / "instruct").params)
 
@@ -394,7 +395,7 @@ def test_rows_and_steps(folder, tmp_path, caplog):
   policy, source = load(folder / "policy"), str(folder / "data" / "rows.jsonl")
   caplog.clear()  # what loading has to say
   packer = Packer(
-    read_examples(source, "", questions=1),
+    read_examples(source, "", Asking(questions=1)),
     pretrain._renderer(policy),
     policy.model.cfg,
     PackConfig(192, images=4),
@@ -407,7 +408,7 @@ def test_rows_and_steps(folder, tmp_path, caplog):
       **settings,
     }
   )
-  rows = lambda begun=None, **settings: pretrain.rows_a_step(
+  rows = lambda begun=None, **settings: pretrain_stage.rows_a_step(
     stage(**settings), "one", packer, mesh, begun
   )
   assert rows(examples=5) == 2 and rows(examples=10, microbatches=2) == 4 and not caplog.text
@@ -423,7 +424,7 @@ def test_rows_and_steps(folder, tmp_path, caplog):
   ):
     rows(6, examples=6, microbatches=4)
 
-  plan = lambda record, **settings: pretrain.plan_stage(
+  plan = lambda record, **settings: pretrain_stage.plan_stage(
     "one", stage(**settings), packer, mesh, record
   )
   made = lambda: Record(
@@ -472,12 +473,12 @@ def test_rows_and_steps(folder, tmp_path, caplog):
       r"no row has 'size' \(kinds: 'color', 'shape'\)",
     ),
     (
-      dict(stages=dict(instruct=dict(told="It is {size}."))),
-      "in pretrain.stages.instruct: told = .*no row has 'size'",
+      dict(stages=dict(instruct=dict(context_text="It is {size}."))),
+      "in pretrain.stages.instruct: context_text = .*no row has 'size'",
     ),
     (
-      dict(stages=dict(instruct=dict(told="It is {}."))),
-      "instruct: told = 'It is {}.': each place must name a fact",
+      dict(stages=dict(instruct=dict(context_text="It is {}."))),
+      "instruct: context_text = 'It is {}.': each place must name a fact",
     ),
     (
       dict(stages=dict(instruct=dict(open_question="Look."))),
