@@ -364,7 +364,7 @@ def own_logprobs(ours: Ours, captions: Any) -> Any:
   policy = ours.policy
   run = jax.jit(
     lambda params, batch, captions: caption_logprobs(
-      policy, params, batch, captions, ours.frozen.vocabulary, 1.0
+      policy, params, batch, captions, vocabulary=ours.frozen.vocabulary, temperature=1.0
     )[0]
   )
   return run(ours.state.params, ours.batch, captions)

@@ -274,6 +274,7 @@ def caption_logprobs(
   params: Params,
   batch: Batch,
   captions: Captions,
+  *,
   vocabulary: Vocabulary,
   temperature: float,
   chunk_tokens: int = 1024,
@@ -286,7 +287,14 @@ def caption_logprobs(
   """
   states = caption_states(policy, params, batch, captions)
   return states_logprobs(
-    policy, params, states, captions, vocabulary, temperature, chunk_tokens, entropy
+    policy,
+    params,
+    states,
+    captions,
+    vocabulary=vocabulary,
+    temperature=temperature,
+    chunk_tokens=chunk_tokens,
+    entropy=entropy,
   )
 
 
@@ -295,6 +303,7 @@ def states_logprobs(
   params: Params,
   states: CaptionStates,
   captions: Captions,
+  *,
   vocabulary: Vocabulary,
   temperature: float,
   chunk_tokens: int = 1024,

@@ -35,7 +35,9 @@ def caption_scores(
 ) -> Array:
   """Log-probability of each whole caption, float32 [B]."""
   captions = example.captions()
-  logp_BGT, _ = caption_logprobs(policy, params, example.batch, captions, vocabulary, 1.0)
+  logp_BGT, _ = caption_logprobs(
+    policy, params, example.batch, captions, vocabulary=vocabulary, temperature=1.0
+  )
   return masked_sum(logp_BGT, captions.valid_BGT, axis=-1)[:, 0]
 
 
@@ -52,7 +54,9 @@ def sft_step(
 
   def loss(params: Params, example: SFTExample) -> LossSum:
     captions = example.captions()
-    logp_BGT, _ = caption_logprobs(policy, params, example.batch, captions, vocabulary, 1.0)
+    logp_BGT, _ = caption_logprobs(
+      policy, params, example.batch, captions, vocabulary=vocabulary, temperature=1.0
+    )
     count = captions.valid_BGT.sum()
     total = -masked_sum(logp_BGT, captions.valid_BGT)
     return LossSum(total, count, TokenNumbers(count.astype(jnp.float32)))

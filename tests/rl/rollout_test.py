@@ -161,13 +161,20 @@ def unshared(model, captions, temperature):
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def teacher(policy, params, batch, captions, vocabulary, temperature, chunk_tokens=1024):
   return caption_logprobs(
-    policy, params, batch, captions, vocabulary, temperature, chunk_tokens, "figure"
+    policy,
+    params,
+    batch,
+    captions,
+    vocabulary=vocabulary,
+    temperature=temperature,
+    chunk_tokens=chunk_tokens,
+    entropy="figure",
   )
 
 
 def test_sampled_equals_teacher_forced_equals_unshared(model, captions):
   policy, params, batch, vocabulary = model
-  logp, entropy = teacher(policy, params, batch, captions, vocabulary, 0.9)
+  logp, entropy = teacher(policy, params, batch, captions, vocabulary=vocabulary, temperature=0.9)
   valid = captions.valid_BGT
   lengths = valid.sum(-1)
   # the case is worth something
@@ -298,7 +305,9 @@ def test_gradient_reaches_both_towers(model, captions):
   policy, params, batch, vocabulary = model
 
   def f(params):
-    logp, _ = caption_logprobs(policy, params, batch, captions, vocabulary, 0.9)
+    logp, _ = caption_logprobs(
+      policy, params, batch, captions, vocabulary=vocabulary, temperature=0.9
+    )
     return jnp.sum(jnp.where(captions.valid_BGT, logp, 0.0))
 
   grad = jax.jit(jax.grad(f))(params)

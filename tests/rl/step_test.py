@@ -182,7 +182,7 @@ def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(tiny_run):
   captions = sample(tiny_run, batch, 2)
   score = jax.jit(
     lambda p, batch, captions: caption_logprobs(
-      tiny_run.policy.model, p, batch, captions, vocabulary, 1.0
+      tiny_run.policy.model, p, batch, captions, vocabulary=vocabulary, temperature=1.0
     )[0]
   )
   valid = np.asarray(captions.valid_BGT)

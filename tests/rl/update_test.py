@@ -183,8 +183,8 @@ def test_an_entropy_bonus_raises_entropy(tiny_run, rollout):
       p,
       r.batch,
       r.captions,
-      tiny_run.frozen.vocabulary,
-      1.0,
+      vocabulary=tiny_run.frozen.vocabulary,
+      temperature=1.0,
       entropy="figure",
     )[1]
   )
@@ -262,7 +262,7 @@ def test_kl_in_the_reward_is_taken_from_each_captions_own(tiny_run):
   captions, reward, scored = samples.captions, samples.reward_BG, samples.scored_BG
   score = jax.jit(
     lambda p, b, c: caption_logprobs(
-      tiny_run.policy.model, p, b, c, tiny_run.frozen.vocabulary, 1.0
+      tiny_run.policy.model, p, b, c, vocabulary=tiny_run.frozen.vocabulary, temperature=1.0
     )[0]
   )
   kl = ((captions.logp_BGT - score(other, batch, captions)) * captions.valid_BGT).sum(-1)
