@@ -103,10 +103,10 @@ def compose_policy(
     load_tokenizer(path),
     small,
     load_tokenizer(speaking.path),
-    text["vocab_size"],
-    config,
-    family,
-    language,
+    rows=text["vocab_size"],
+    config=config,
+    family=family,
+    language=language,
   )
   config = _config(config, family, text, load_tokenizer(path), tokenizer, language)
   cfg = PolicyConfig.from_hf(config, preprocessor, dtype=dtype, remat=remat)

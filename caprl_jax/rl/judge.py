@@ -292,14 +292,14 @@ def _answers(
     return jnp.where(valid_BGK, x_BGK.astype(jnp.float32), 0.0)
 
   return Answers(
-    choice_BGK,
-    correct_BGK,
-    number(credit_BGK),
-    number(misled_BGK),
-    asked_BGK,
-    valid_BGK,
-    index_BGK,
-    score_BGKA,
+    choice_BGK=choice_BGK,
+    correct_BGK=correct_BGK,
+    credit_BGK=number(credit_BGK),
+    misled_BGK=number(misled_BGK),
+    asked_BGK=asked_BGK,
+    valid_BGK=valid_BGK,
+    question_BGK=index_BGK,
+    score_BGKA=score_BGKA,
   )
 
 

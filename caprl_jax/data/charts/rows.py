@@ -169,18 +169,7 @@ def _slice(
     return None
   source, shown = view.source, {mark.name for mark in marks}
   if isinstance(source, Cloud):
-    chart = chart_drawing.Chart(
-      kind, view.title, source.x, source.y, marks, legend=len(marks) > 1, plain=plain
-    )
-    return Slice(
-      chart,
-      view,
-      source.y,
-      source.noun,
-      "",
-      tuple((mark.name, max(mark.y), "") for mark in marks),
-      (),
-    )
+    return _cloud_slice(view, source, kind, marks, plain)
   line, several = kind == "line", len(marks) > 1
   if line and not several:
     items = tuple(zip(marks[0].x, marks[0].y, marks[0].labels, strict=True))
@@ -199,10 +188,34 @@ def _slice(
   legend = line and several or kind == "pie" and bool(generator.random() < 0.5)
   along = capital(source.column if line else noun)
   chart = chart_drawing.Chart(
-    kind, view.title, along, source.axis, marks, horizontal, legend, plain
+    kind,
+    view.title,
+    x_label=along,
+    y_label=source.axis,
+    marks=marks,
+    horizontal=horizontal,
+    legend=legend,
+    plain=plain,
   )
   spare = () if view.shape == "along" else tuple(sorted(set(view.numbers) - shown))
   return Slice(chart, view, source.measure, noun, at, items, spare)
+
+
+def _cloud_slice(
+  view: View, source: Cloud, kind: str, marks: tuple[chart_drawing.Mark, ...], plain: bool
+) -> Slice:
+  """A slice of points."""
+  chart = chart_drawing.Chart(
+    kind,
+    view.title,
+    x_label=source.x,
+    y_label=source.y,
+    marks=marks,
+    legend=len(marks) > 1,
+    plain=plain,
+  )
+  items = tuple((mark.name, max(mark.y), "") for mark in marks)
+  return Slice(chart, view, source.y, source.noun, "", items, ())
 
 
 def _marks(

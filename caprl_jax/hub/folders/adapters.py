@@ -164,7 +164,9 @@ def merge_adapter(
         )
       # the head stays what it was, as a model with a saved embedding of its own runs
       made[_HEAD] = _as_it_is(tensors, str(there))
-    made[there or name] = _made(adapter, file, stored, tensors, name, there, change)
+    made[there or name] = _made(
+      adapter, file, stored, tensors=tensors, name=name, there=there, change=change
+    )
   return ChangedTensors(tensors, made)
 
 

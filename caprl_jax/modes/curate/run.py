@@ -224,12 +224,21 @@ def run(config, workdir: pathlib.Path) -> None:
   written, provenance = None, ""
   if cfg.questions != "given":
     written, provenance = _questions_stage(stages, config, cfg, kept, mesh, seed)
-  answers = _answers_stage(stages, cfg, answerer_section, kept, written, provenance, mesh, seed)
+  answers = _answers_stage(
+    stages,
+    cfg,
+    answerer_section,
+    rows=kept,
+    written=written,
+    provenance=provenance,
+    mesh=mesh,
+    seed=seed,
+  )
   if stages.host == 0:
     with answers.lock("output"):
       sections = {"seed": seed, "mesh": mesh_section, "curate": cfg, "answerer": answerer_section}
       record = _begin_record(workdir, sections, looked, written, answers)
-      _write(answers, cfg, looked.count, gone, out, workdir, seed)
+      _write(answers, cfg, looked.count, gone=gone, out=out, workdir=workdir, seed=seed)
       record.finish(looked.count)
   else:
     log.info(

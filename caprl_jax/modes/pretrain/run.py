@@ -90,7 +90,14 @@ def _run(config, workdir: pathlib.Path) -> None:
     if asked:
       check_model(policy, cfg.eval_open_question)
     packers, digests, asked = pack_usable(
-      data, asked, _renderer(policy), policy.model.cfg, packs, seeds, rules, workdir
+      data,
+      asked,
+      render=_renderer(policy),
+      cfg=policy.model.cfg,
+      packs=packs,
+      seeds=seeds,
+      rules=rules,
+      workdir=workdir,
     )
     for name in packs:
       params = train_stage(

@@ -211,7 +211,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       policy = begin_policy(section, cfg.phases, rows, seed=config.seed, mesh=mesh)
       made = _check_rows(policy, rows, eval_rows, cfg, bad, workdir)
       _bind(record, section, policy)
-      _train_phases(policy, made, section, cfg, config, workdir, bad, checkpoint)
+      _train_phases(
+        policy,
+        made,
+        section,
+        cfg=cfg,
+        config=config,
+        workdir=workdir,
+        bad=bad,
+        checkpoint=checkpoint,
+      )
     record.finish(sum(phase.steps for phase in cfg.phases))
 
 

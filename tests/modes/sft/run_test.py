@@ -204,7 +204,9 @@ def test_dropped_ones_are_in_no_batch(folder, mixed, tmp_path, monkeypatch, capl
   """A row that fails later has the next one in its place, in the same way when the run goes on."""
   taken = []
   monkeypatch.setattr(
-    sft, "_train_phases", lambda policy, made, *rest: taken.append((policy, made, rest))
+    sft,
+    "_train_phases",
+    lambda policy, made, section, *, cfg, bad, **_: taken.append((policy, made, cfg, bad)),
   )
   made = config(
     dict(checkpoint=str(folder / "policy")),
@@ -213,7 +215,7 @@ def test_dropped_ones_are_in_no_batch(folder, mixed, tmp_path, monkeypatch, capl
     bad_rows="drop",
   )
   sft.run(made, tmp_path / "work")
-  ((policy, made, (section, cfg, _, _, bad, _)),) = taken
+  ((policy, made, cfg, bad),) = taken
   numbers = [int(pathlib.Path(row.image).stem) for row in made.train]
   assert numbers == [0, 2, 3, 5, 7, 10, 11]
   assert "dropped 5 of 12 rows (" in caplog.text and "too narrow: 1" in caplog.text
