@@ -209,7 +209,7 @@ class _Tensors(Mapping):
     tensor = self.entries[name]
     try:
       value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # what the package raises for a type it does not know
       raise ValueError(
         f"{self.path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, "
         "which the gguf package cannot undo. Use another quantisation, such as "

@@ -370,13 +370,13 @@ def _server_message(body: str) -> str:
   """
   try:
     found: Any = json.loads(body)
-    for name in ("error", "message", "detail"):
-      if isinstance(found, dict) and found.get(name):
-        found = found[name]
-    body = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-  except ValueError:
-    pass  # no JSON, as a proxy in between answers: the body is the message
-  return body.strip()[:_REASON_CHARS] or "no reason given"
+  except ValueError:  # as a proxy in between answers: the body is the message
+    found = body
+  for name in ("error", "message", "detail"):
+    if isinstance(found, dict) and found.get(name):
+      found = found[name]
+  message = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+  return message.strip()[:_REASON_CHARS] or "no reason given"
 
 
 def is_local(url: str) -> bool:

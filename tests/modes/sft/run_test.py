@@ -206,7 +206,7 @@ def test_dropped_ones_are_in_no_batch(folder, mixed, tmp_path, monkeypatch, capl
   monkeypatch.setattr(
     sft,
     "_train_phases",
-    lambda policy, made, section, *, cfg, bad, **_: taken.append((policy, made, cfg, bad)),
+    lambda policy, made, section, **rest: taken.append((policy, made, section, rest)),
   )
   made = config(
     dict(checkpoint=str(folder / "policy")),
@@ -215,7 +215,8 @@ def test_dropped_ones_are_in_no_batch(folder, mixed, tmp_path, monkeypatch, capl
     bad_rows="drop",
   )
   sft.run(made, tmp_path / "work")
-  ((policy, made, cfg, bad),) = taken
+  ((policy, made, section, rest),) = taken
+  cfg, bad = rest["cfg"], rest["bad"]
   numbers = [int(pathlib.Path(row.image).stem) for row in made.train]
   assert numbers == [0, 2, 3, 5, 7, 10, 11]
   assert "dropped 5 of 12 rows (" in caplog.text and "too narrow: 1" in caplog.text
