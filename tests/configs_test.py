@@ -14,10 +14,10 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers import benchmarks
 from caprl_jax.harness.sections import TrainSection
 from caprl_jax.harness.settings import read_settings
-from caprl_jax.modes import plan
 from caprl_jax.modes.gallery import run as gallery
+from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.modes.pretrain import run as pretrain
-from caprl_jax.modes.prism import run as prism
+from caprl_jax.modes.prism.section import PrismConfig
 from caprl_jax.modes.sft import run as sft
 from caprl_jax.rl import optimizer
 from caprl_jax.rl.optimizer import build_optimizer
@@ -41,7 +41,7 @@ def test_every_config_is_built_and_read(path):
         check(section)
   if config.mode == "train":
     read_settings(config)
-    configuration.load_section(config, "plan", plan.PlanConfig)
+    configuration.load_section(config, "plan", PlanConfig)
 
 
 def _check_sft(cfg):
@@ -80,7 +80,7 @@ CHECKS = {
   sft.SFTConfig: _check_sft,
   sft.NewPolicyConfig: _check_new_policy,
   pretrain.PretrainConfig: _check_pretrain,
-  prism.PrismConfig: _check_prism,
+  PrismConfig: _check_prism,
   gallery.GalleryConfig: _check_gallery,
   optimizer.OptimizerConfig: _check_optimizer,
   TrainSection: _check_train,
@@ -142,7 +142,7 @@ def test_an_unknown_key_in_a_file_names_the_nearest():
 
 def test_the_paper_s_evaluation_has_all_its_files():
   config = config_file.load_config(str(ROOT / "configs" / "prism.py"))
-  found = configuration.load_section(config, "prism", prism.PrismConfig).sources
+  found = configuration.load_section(config, "prism", PrismConfig).sources
   assert len(found) == 12 and set(found) < set(scoring.METRICS)
   assert all(pathlib.Path(path).stem in benchmarks.BENCHMARKS for path in found.values())
 

@@ -161,10 +161,10 @@ MODES: dict[str, Mode] = {
     workdir="runs/demo",
   ),
   "plan": Mode(
-    "caprl_jax.modes.plan",
+    "caprl_jax.modes.plan.run",
     "memory and largest arrays of a training config's step on a TPU topology, without a TPU",
     "--config=configs/caprl_3b.py --config.mode=plan --config.plan.topology=v5p:2x2x2",
-    {"plan": "modes.plan:PlanConfig", **_TRAINING},
+    {"plan": "modes.plan.section:PlanConfig", **_TRAINING},
     workdir="runs/plan",
   ),
   "export": Mode(

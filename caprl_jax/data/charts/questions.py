@@ -1,7 +1,4 @@
-"""Slices of views -> questions with their answers, and descriptions from which all can be answered.
-
-Plain charts have questions and words of their own, about what colours alone say.
-"""
+"""Slices of views -> questions with their answers; `plain.py` has those of plain charts."""
 
 import decimal
 from collections.abc import Sequence
@@ -9,20 +6,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from caprl_jax.data.charts import drawing as chart_drawing
-from caprl_jax.data.charts.cells import capital
 from caprl_jax.data.charts.tables import CLOUDS, GRIDS
-from caprl_jax.data.charts.trends import mean, tendency
+from caprl_jax.data.charts.trends import tendency
 from caprl_jax.data.charts.views import Slice, View
 
 MAX_OPTIONS = 4
 
-_TYPES = {
+CHART_TYPES = {
   "bar": "a bar chart",
   "line": "a line chart",
   "scatter": "a scatter plot",
   "pie": "a pie chart",
 }
-_MAX_QUESTIONS = 5
+MAX_QUESTIONS = 5
 
 Decimal = decimal.Decimal
 Asked = tuple[str, str, str, list[str]]  # kind, stem, right answer, wrong answers
@@ -35,20 +31,20 @@ def questions(found: Slice, titles: list[str], generator: np.random.Generator) -
     for make in (_value, _extreme, _compare, _trend, _color)
     for asked in make(found, generator)
   ]
-  gold = _TYPES[found.chart.kind]
+  gold = CHART_TYPES[found.chart.kind]
   about_chart = [
     (
       "chart/type",
       "What kind of chart is this?",
       gold,
-      [other for other in _TYPES.values() if other != gold],
+      [other for other in CHART_TYPES.values() if other != gold],
     ),
     ("chart/title", "What is the title of the chart?", found.chart.title, titles),
     *_axes(found, generator),
     *_count(found, generator),
   ]
   chosen: list[Asked] = []
-  for about, most in ((about_data, 3), (about_chart, _MAX_QUESTIONS)):
+  for about, most in ((about_data, 3), (about_chart, MAX_QUESTIONS)):
     for i in generator.permutation(len(about)):
       if len(chosen) < most and about[i][0] not in [question[0] for question in chosen]:
         chosen.append(about[i])
@@ -93,7 +89,7 @@ def _extreme(found: Slice, generator: np.random.Generator) -> list[Asked]:
           "extreme",
           stem,
           ranked[0][0],
-          [item[0] for item in ranked[1:]] + _mixed(found.spare, generator),
+          [item[0] for item in ranked[1:]] + mixed(found.spare, generator),
         )
       )
   return asked
@@ -170,10 +166,10 @@ def _trend(found: Slice, generator: np.random.Generator) -> list[Asked]:
 def _color(found: Slice, generator: np.random.Generator) -> list[Asked]:
   marks = found.chart.marks
   shown = [mark.color for mark in marks]
-  rest = _mixed(sorted(set(chart_drawing.PALETTES[0]) - set(shown)), generator)
+  rest = mixed(sorted(set(chart_drawing.PALETTES[0]) - set(shown)), generator)
   if found.chart.legend:
     gold = marks[generator.integers(len(marks))]
-    others = _mixed([color for color in shown if color != gold.color], generator) + rest
+    others = mixed([color for color in shown if color != gold.color], generator) + rest
     return [("legend", f"What color stands for {gold.name}?", gold.color, others)]
   if len(set(shown)) == 1:
     return [("color", f"What color {_plural(found)}?", shown[0], rest)]
@@ -201,7 +197,7 @@ def _axes(found: Slice, generator: np.random.Generator) -> list[Asked]:
     if chart.kind == "scatter" or label == chart.y_label:
       if chart.horizontal:
         name = "x"
-      others = [other] * (chart.kind == "scatter") + _mixed(
+      others = [other] * (chart.kind == "scatter") + mixed(
         sorted(labels - {label, other}), generator
       )
       asked.append(("axis", f"What does the {name} axis show?", label, others))
@@ -211,7 +207,7 @@ def _axes(found: Slice, generator: np.random.Generator) -> list[Asked]:
 def _count(found: Slice, generator: np.random.Generator) -> list[Asked]:
   chart, values = found.chart, sorted(value for _, value, _ in found.items)
   if chart.kind == "scatter" and len(chart.marks) == 1:
-    return [("count", "How many points are there?", *_counts(len(chart.marks[0].y), 1, generator))]
+    return [("count", "How many points are there?", *counts(len(chart.marks[0].y), 1, generator))]
   one_line = chart.kind == "line" and len(chart.marks) == 1
   what = {
     "scatter": "groups of points are in the legend",
@@ -220,7 +216,7 @@ def _count(found: Slice, generator: np.random.Generator) -> list[Asked]:
     "line": "points does the line have" if one_line else "lines are there",
   }[chart.kind]
   size = len(chart.marks[0].y) if one_line else len(chart.marks)
-  asked = [("count", f"How many {what}?", *_counts(size, 1, generator))]
+  asked = [("count", f"How many {what}?", *counts(size, 1, generator))]
   if chart.kind == "bar" or one_line:
     place = int(generator.integers(1, len(values)))
     if values[place - 1] < values[place]:
@@ -229,7 +225,7 @@ def _count(found: Slice, generator: np.random.Generator) -> list[Asked]:
         (
           "count",
           f"How many {'points' if one_line else 'bars'} are above {limit}?",
-          *_counts(len(values) - place, 0, generator),
+          *counts(len(values) - place, 0, generator),
         )
       )
   return asked
@@ -252,7 +248,7 @@ def _numbers(
   so that a pair of near numbers says nothing about which is right.
   """
   step = Decimal(1).scaleb(gold.as_tuple().exponent)
-  others = _mixed(sorted({value for value in shown if value != gold}), generator)[:2]
+  others = mixed(sorted({value for value in shown if value != gold}), generator)[:2]
   taken = [gold, *others]
   while len(taken) < 3:
     off = max(
@@ -268,16 +264,16 @@ def _numbers(
     if value not in taken and (value >= 0 or base < 0):
       taken.append(value)
   texts = [f"{value:,}" for value in taken]
-  return texts[0], _mixed(texts[1:], generator)
+  return texts[0], mixed(texts[1:], generator)
 
 
-def _counts(gold: int, least: int, generator: np.random.Generator) -> tuple[str, list[str]]:
+def counts(gold: int, least: int, generator: np.random.Generator) -> tuple[str, list[str]]:
   """Four numbers in a row, the right one at any place."""
   first = max(least, gold - int(generator.integers(MAX_OPTIONS)))
   return str(gold), [str(n) for n in range(first, first + MAX_OPTIONS) if n != gold]
 
 
-def _mixed(names: Sequence, generator: np.random.Generator) -> list:
+def mixed(names: Sequence, generator: np.random.Generator) -> list:
   return [names[i] for i in generator.permutation(len(names))]
 
 
@@ -285,159 +281,6 @@ def other_titles(
   view: View, titles: dict[str, set[str]], generator: np.random.Generator
 ) -> list[str]:
   """Titles of the same wording first."""
-  alike = _mixed(sorted(titles[view.template] - {view.title}), generator)
+  alike = mixed(sorted(titles[view.template] - {view.title}), generator)
   rest = {title for found in titles.values() for title in found} - titles[view.template]
-  return alike if len(alike) >= MAX_OPTIONS - 1 else alike + _mixed(sorted(rest), generator)
-
-
-# Slices -> descriptions.
-
-
-def description(found: Slice) -> str:
-  """What the chart shows, all its labels and its extremes."""
-  chart, marks = found.chart, found.chart.marks
-  form = ("horizontal " if chart.horizontal else "vertical ") if chart.kind == "bar" else ""
-  said = [f'{capital(_TYPES[chart.kind]).replace("A ", f"A {form}")} titled "{chart.title}".']
-  if chart.kind == "pie":
-    said.append(f'Its {len(marks)} slices show "{chart.y_label}".')
-  else:
-    x, y = (chart.y_label, chart.x_label) if chart.horizontal else (chart.x_label, chart.y_label)
-    said.append(f'The x axis shows "{x}", the y axis "{y}".')
-  colors = {mark.color for mark in marks}
-  if chart.kind == "scatter":
-    said += _cloud_description(found)
-  elif chart.kind == "line" and len(marks) > 1:
-    said.append(f"There are {len(marks)} lines from {marks[0].x[0]} to {marks[0].x[-1]}.")
-    for mark in marks:
-      said.append(
-        f"{mark.name} ({mark.color}) {_change(mark)}, from {mark.labels[0]} to {mark.labels[-1]}."
-      )
-  else:
-    if chart.kind == "line":
-      said.append(
-        f"The {marks[0].color} line has {len(found.items)} points and "
-        f"{_change(marks[0])} from {marks[0].x[0]} to {marks[0].x[-1]}."
-      )
-    elif chart.kind == "bar":
-      said.append(f"There are {len(marks)} {marks[0].color + ' ' if len(colors) == 1 else ''}bars.")
-    shade = {mark.name: f" ({mark.color})" if chart.legend else "" for mark in marks}
-    said.append(
-      "; ".join(f"{name}{shade.get(name, '')} {label}" for name, _, label in found.items) + "."
-    )
-  if chart.kind != "scatter":
-    said += [f"{capital(word)}{found.at}: {name}." for word, name in _ends(found)]
-  return " ".join(said)
-
-
-def _cloud_description(found: Slice) -> list[str]:
-  chart, marks = found.chart, found.chart.marks
-  if len(marks) > 1:
-    said = [
-      f"Its {len(marks)} groups: "
-      + ", ".join(f"{mark.name} ({mark.color})" for mark in marks)
-      + "."
-    ]
-  else:
-    said = [f"It has {len(marks[0].y)} {marks[0].color} points."]
-  for word, pick in (("highest", max), ("lowest", min)):
-    value, name = pick((value, mark.name) for mark in marks for value in mark.y)
-    said.append(f"The {word} point is labelled {value:,}{f' ({name})' if len(marks) > 1 else ''}.")
-  goes = tendency(marks)
-  return said + ([f'"{chart.y_label}" {goes} as "{chart.x_label}" rises.'] if goes else [])
-
-
-def _change(mark: chart_drawing.Mark) -> str:
-  change = mark.y[-1] - mark.y[0]
-  return (
-    f"{'rises' if change > 0 else 'falls'} by {abs(change):,}" if change else "ends where it starts"
-  )
-
-
-def _ends(found: Slice) -> list[tuple[str, str]]:
-  ranked = sorted(found.items, key=lambda item: item[1])
-  ends = [("highest", ranked[-1][0])] if ranked[-1][1] > ranked[-2][1] else []
-  return ends + ([("lowest", ranked[0][0])] if ranked[0][1] < ranked[1][1] else [])
-
-
-# Plain charts: what colours alone say.
-
-# by kind: the noun, what the most and the least of them are called, and the question word's verb
-_PLAIN = {
-  "bar": ("bar", "tallest", "shortest", "taller"),
-  "pie": ("slice", "largest", "smallest", "larger"),
-  "line": ("line", "highest at the end", "lowest at the end", "higher at the end"),
-  "scatter": ("color", "highest", "lowest", "higher"),
-}
-
-
-def _plain_ranked(found: Slice) -> list[chart_drawing.Mark]:
-  value = {"line": lambda mark: mark.y[-1], "scatter": lambda mark: mean(mark.y)}
-  return sorted(
-    found.chart.marks, key=value.get(found.chart.kind, lambda mark: mark.y[0]), reverse=True
-  )
-
-
-def plain_direction(found: Slice, mark: chart_drawing.Mark) -> str:
-  """ "rises" or "falls"; "" or "shows no clear trend" for points that do neither."""
-  if found.chart.kind == "scatter":
-    return tendency((mark,))
-  return "rises" if mark.y[-1] > mark.y[0] else "falls"
-
-
-def plain_questions(found: Slice, generator: np.random.Generator) -> list[Asked]:
-  """Of colours, counts and directions; nothing that a text would say."""
-  kind = found.chart.kind
-  noun, most, least, more = _PLAIN[kind]
-  ranked = _plain_ranked(found)
-  shown = [mark.color for mark in ranked]
-  spare = _mixed(sorted(set(chart_drawing.PLAIN_COLORS) - set(shown)), generator)
-  asked = [
-    (
-      "chart/type",
-      "what kind of chart is this?",
-      _TYPES[kind],
-      [t for t in _TYPES.values() if t != _TYPES[kind]],
-    ),
-    ("count", f"how many {noun}s are there?", *_counts(len(ranked), 1, generator)),
-  ]
-  if len(ranked) > 1:
-    for word, order in ((most, shown), (least, shown[::-1])):
-      asked.append(("extreme", f"which {noun} is {word}?", order[0], order[1:] + spare))
-    first, second = sorted(generator.permutation(len(ranked))[:2])
-    pair = _mixed([shown[first], shown[second]], generator)
-    asked.append(
-      ("compare", f"which is {more}, {pair[0]} or {pair[1]}?", shown[first], [shown[second]])
-    )
-  else:
-    asked.append(
-      (
-        "color",
-        f"what color {'are the dots' if kind == 'scatter' else 'is the line'}?",
-        shown[0],
-        spare,
-      )
-    )
-  if kind == "line" or len(ranked) == 1:
-    mark = ranked[generator.integers(len(ranked))]
-    goes = plain_direction(found, mark)
-    what = f"does the {mark.color} line" if kind == "line" else "do the dots"
-    asked.append(
-      ("trend", f"{what} rise or fall?", goes, ["falls" if goes == "rises" else "rises"])
-    )
-  if len(asked) > _MAX_QUESTIONS:  # several lines: drop one of the two extremes
-    asked.pop(int(generator.integers(2, 4)))
-  return asked
-
-
-def plain_description(found: Slice) -> str:
-  """Few and always the same words."""
-  kind = found.chart.kind
-  noun, most, least, _ = _PLAIN[kind]
-  ranked = _plain_ranked(found)
-  shown = [mark.color for mark in ranked]
-  said = [f"{_TYPES[kind]} with {len(ranked)} {noun}{'s' if len(ranked) > 1 else ''}"]
-  if len(ranked) == 1:
-    return f"{said[0]}: {shown[0]}. {shown[0]} {plain_direction(found, ranked[0])}."
-  said.append(f"from {most} to {least}: {', '.join(shown)}")
-  said += [f"{mark.color} {plain_direction(found, mark)}" for mark in ranked if kind == "line"]
-  return ". ".join([*said, f"{shown[0]} is {most}", f"{shown[-1]} is {least}"]) + "."
+  return alike if len(alike) >= MAX_OPTIONS - 1 else alike + mixed(sorted(rest), generator)

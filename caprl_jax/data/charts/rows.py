@@ -18,6 +18,7 @@ from caprl_jax.data.charts import questions as chart_questions
 from caprl_jax.data.charts import trends
 from caprl_jax.data.charts import views as chart_views
 from caprl_jax.data.charts.cells import Cloud, capital
+from caprl_jax.data.charts.plain import plain_description, plain_direction, plain_questions
 from caprl_jax.data.charts.views import Slice, View
 
 SPLITS = ("train", "test")
@@ -86,14 +87,14 @@ def _row(
   found = _find(kind, pools[kind], plain, look, pixels, generator)
   if plain:
     asked, description = (
-      chart_questions.plain_questions(found, generator),
-      chart_questions.plain_description(found),
+      plain_questions(found, generator),
+      plain_description(found),
     )
   else:
     others = chart_questions.other_titles(found.view, titles, generator)
     asked, description = (
       chart_questions.questions(found, others, generator),
-      chart_questions.description(found),
+      description(found),
     )
   provenance = "vega_datasets/" + "+".join(file.split(".")[0] for file in found.view.source.files)
   questions = []
@@ -127,7 +128,7 @@ def _find(
     views = pool[generator.integers(len(pool))]
     found = _slice(views[generator.integers(len(views))], kind, size, look, pixels, generator)
     if found is not None and (
-      not direction or chart_questions.plain_direction(found, found.chart.marks[0]) == direction
+      not direction or plain_direction(found, found.chart.marks[0]) == direction
     ):
       return found
   raise ValueError(

@@ -25,9 +25,13 @@ from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import load_judge
 from caprl_jax.inference.captioner import CaptionerOutput, WrittenCaption
 from caprl_jax.inference.text_writer import TextWriter
+from caprl_jax.modes.prism import answers as prism_answers
+from caprl_jax.modes.prism import captions as prism_captions
 from caprl_jax.modes.prism import figures as prism_figures
-from caprl_jax.modes.prism import run as prism
+from caprl_jax.modes.prism.answers import Prompts, read_answers
+from caprl_jax.modes.prism.captions import caption_all
 from caprl_jax.modes.prism.questions import read_questions
+from caprl_jax.modes.prism.section import PrismConfig
 from caprl_jax.rl.sampling import SamplingConfig
 
 COLOR = Question("what color is the shape?", ("red", "green", "blue"), 1, "color")
@@ -166,7 +170,7 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
     "--config.prism.answers=write",
     "--config.prism.answer_tokens=4",
   )
-  write, asked = prism.TextWriter.__call__, []
+  write, asked = prism_answers.TextWriter.__call__, []
 
   def cut(self, prompts):
     asked.append(len(prompts))
@@ -175,9 +179,9 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
       if len(asked) == 1 and n == 0:
         raise KeyboardInterrupt
 
-  monkeypatch.setattr(prism.TextWriter, "__call__", cut)
+  monkeypatch.setattr(prism_answers.TextWriter, "__call__", cut)
   assert run(made, tmp_path, *more, "--config.prism.answer_batch_size=2") == 130
-  monkeypatch.setattr(prism, "open_captioner", None)  # every caption is there already
+  monkeypatch.setattr(prism_captions, "open_captioner", None)  # every caption is there already
   assert run(made, tmp_path, *more, "--config.prism.answer_batch_size=2") == 0
   assert asked[1] == asked[0] - 2  # less those of the first batch
   said = [row["caption"] for row in read(tmp_path / "answers.jsonl") if row["caption"]]
@@ -193,7 +197,7 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
 def asked_of(folder, **more):
   """What is asked of the benchmark `MMStar` in a folder."""
   source = f"MMStar={folder / 'lmm_eval_MMStar.json'}"
-  cfg = prism.PrismConfig("a=x", source, str(folder), **more)
+  cfg = PrismConfig("a=x", source, str(folder), **more)
   bad = BadRowList("refuse", folder / "bad_rows.jsonl", "prism.bad_rows")
   return read_questions(cfg, 0, bad, ImageCheck(None), ())
 
@@ -233,10 +237,10 @@ def test_captions_after_an_interruption_are_other_draws(tmp_path, monkeypatch):
 
     yield captioner
 
-  monkeypatch.setattr(prism, "open_captioner", open_captioner)
-  cfg = prism.PrismConfig("a=x", "b=y", captions=1)
+  monkeypatch.setattr(prism_captions, "open_captioner", open_captioner)
+  cfg = PrismConfig("a=x", "b=y", captions=1)
   kept = ResultCache(tmp_path, "captions", {})
-  again = lambda: prism.caption_all(images, kept, None, cfg, "Say it.", None, 0, None)
+  again = lambda: caption_all(images, kept, None, cfg, "Say it.", None, 0, None)
   with pytest.raises(KeyboardInterrupt):
     again()
   numbers.append(-1)
@@ -301,7 +305,7 @@ def test_the_summary_by_hand(tmp_path):
   }
   captions = {"old": said(2, 4), "new": said(6, 9)}
   evaluation = prism_figures.Evaluation(rows, digests, digests, {}, captions, answered)
-  cfg = prism.PrismConfig("old=a,new=b", "one=c", captions=2)
+  cfg = PrismConfig("old=a,new=b", "one=c", captions=2)
   found = prism_figures.summarise(evaluation, cfg, 0)
   entry = found["benchmarks"]["one"]
   assert (entry["questions"], entry["images"]) == (3, 2)
@@ -332,7 +336,7 @@ def test_the_summary_by_hand(tmp_path):
 
 def test_a_caption_cannot_steer_the_answering_model(made):
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  prompts = prism.Prompts(load_judge(str(made / "judge"), mesh))
+  prompts = Prompts(load_judge(str(made / "judge"), mesh))
   row = BenchmarkRow(b"", "<image>What?", "A", ("x", "y"), benchmarks.QUESTIONS, "1")
   special = prompts.tokenizer.special_ids
   count = lambda caption: sum(token in special for token in prompts(row, caption))
@@ -393,7 +397,7 @@ def test_settings_refused(made, tmp_path, change, message, capsys):
 )
 def test_values_refused(value, message):
   with pytest.raises(ValueError, match=message):
-    prism.PrismConfig("a=x", "b=y", **value)
+    PrismConfig("a=x", "b=y", **value)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +406,7 @@ def test_values_refused(value, message):
 def test_a_model_that_is_not_there_is_said_before_the_first_caption(
   made, tmp_path, missing, monkeypatch, capsys
 ):
-  monkeypatch.setattr(prism, "open_captioner", None)  # what would be called
+  monkeypatch.setattr(prism_captions, "open_captioner", None)  # what would be called
   assert (
     run(
       made,
@@ -493,7 +497,7 @@ def test_a_reading_judge_is_shown_the_options_once(made, tmp_path):
       return np.full(len(asks), -1)
 
   asked = Asked()
-  prism.read_answers([(row, "A dog.", ("x", 0)) for row in rows], asked)
+  read_answers([(row, "A dog.", ("x", 0)) for row in rows], asked)
   assert [(question.stem, question.options, question.gold) for _, question in asked.asks] == [
     ("What colour?", ("red", "blue"), 1)
   ] * 2 + [("Which?", folded.options, 0)]

@@ -20,7 +20,9 @@ from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.families import is_vision_language
 from caprl_jax.models.policy import PolicyConfig
-from caprl_jax.modes import plan
+from caprl_jax.modes.plan import run as plan
+from caprl_jax.modes.plan.abstract import shallower
+from caprl_jax.modes.plan.section import PlanConfig
 
 LIBTPU = os.environ.get("CAPRL_JAX_LIBTPU", "")  # launch/test.sh puts it where jax does not see it
 HAS_LIBTPU = (
@@ -71,7 +73,7 @@ def test_the_recipes_name_published_models(name):
 
 
 def test_a_shallower_model_has_the_same_width():
-  config = plan.shallower(CONFIGS["Qwen/Qwen3-VL-2B-Instruct"], 2)
+  config = shallower(CONFIGS["Qwen/Qwen3-VL-2B-Instruct"], 2)
   assert config["text_config"]["num_hidden_layers"] == config["vision_config"]["depth"] == 2
   assert config["vision_config"]["deepstack_visual_indexes"] == [1]
   assert config["text_config"]["hidden_size"] == 2048
@@ -122,9 +124,9 @@ def test_a_judge_that_sees_the_image_is_planned_with_its_tower():
   config.rollout = dict(group_size=2, sampling=dict(max_tokens=8))
   config.policy_update.microbatches = config.judge.microbatches = 1
   settings = read_settings(config)
-  small = plan.PlanConfig(None, (56, 84), judge_prompt_tokens=16, layers=1)
+  small = PlanConfig(None, (56, 84), judge_prompt_tokens=16, layers=1)
   lowered, sizes = plan.lower_step(settings, small, jax.devices()[:1])
-  judge = plan.shallower(CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"], 1)
+  judge = shallower(CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"], 1)
   assert sizes["judge"] == 2 * parameter_count(judge)  # bytes in bfloat16
   assert "while" in lowered.as_text()  # the rollout's loop: it is the whole step
 

@@ -7,19 +7,14 @@ by kind, the compiler's FLOPs and bytes, the largest arrays of the program.
 """
 
 import collections
-import dataclasses
 import functools
-import json
 import logging
 import os
 import pathlib
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,100 +24,30 @@ from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.harness.settings import Settings, check_training_batch, read_settings
 from caprl_jax.harness.training.programs import rollout_shardings
-from caprl_jax.harness.training.state import abstract_state, make_optimizer, rollout_images
-from caprl_jax.hub import hub_files
-from caprl_jax.hub.load import init_decoder, init_policy
-from caprl_jax.hub.published_configs import CONFIGS
-from caprl_jax.inference.image_judge import step_prompt
-from caprl_jax.inference.judge import JudgeSection
-from caprl_jax.models.decoder import Decoder, DecoderConfig
-from caprl_jax.models.families import family_of, is_vision_language
-from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
+from caprl_jax.harness.training.state import abstract_state, make_optimizer
+from caprl_jax.hub.load import init_policy
+from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import split_params, trainable_filter
+from caprl_jax.modes.plan.abstract import (
+  abstract_batch,
+  abstract_parameters,
+  abstract_prompt,
+  judge_of,
+  model_configs,
+  struct_of,
+)
+from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.rl.step import train_step
 from caprl_jax.types import (
-  Batch,
   Frozen,
-  Images,
-  JudgePrompt,
-  Prompts,
-  Questions,
-  Sight,
   Vocabulary,
 )
 
-log = logging.getLogger("caprl_jax.modes.plan")
+log = logging.getLogger("caprl_jax.modes.plan.run")
 
 GIB = 2**30
-ANSWER_TOKENS = 32  # between a caption and its score, where the judge sees the image
 # Memory of a chip in bytes: cloud.google.com/tpu/docs, "System architecture".
 HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanConfig:
-  """The section `plan`. The token counts are the largest that the data has.
-
-  topology: as libtpu names it ("v5p:2x2x2", "v5e:1x1"); None: the devices here.
-  image: height and width of the largest image.
-  prompt_tokens: of the instruction, the image's not counted.
-  stem_tokens: of a question without its options.
-  options: of a question.
-  option_tokens: of one option.
-  judge_prompt_tokens: around caption and question; the official prompt's by default.
-  layers: of tower and decoders, to plan a shallower model of the same width; None: the real
-    number.
-  """
-
-  topology: str | None = "v5p:2x2x2"
-  image: tuple[int, ...] = (1000, 1000)
-  prompt_tokens: int = 64  # the image's not counted
-  stem_tokens: int = 48
-  options: int = 4
-  option_tokens: int = 16
-  judge_prompt_tokens: int = 352  # the official prompt's
-  layers: int | None = None
-
-
-def read_config(source: str) -> dict:
-  """config.json of a checkpoint: a directory's, a published one's, or the hub's. Raises ValueError
-  where there is none."""
-  path = pathlib.Path(source).expanduser()
-  if path.exists() or source.startswith("package:"):
-    found = hub_files.resolve_model(source)
-    return hub_files.read_config(found) if found.is_dir() else hub_files.read_model(found)[0]
-  if source in CONFIGS:
-    return CONFIGS[source]
-  try:
-    return json.loads(
-      pathlib.Path(huggingface_hub.hf_hub_download(source, "config.json")).read_text()
-    )
-  except Exception as error:  # the hub's errors and its HTTP client's have no common base
-    raise ValueError(
-      f"no config.json for {source!r}: it is no directory, none of "
-      f"{sorted(CONFIGS)}, and the Hugging Face hub failed with "
-      f"{type(error).__name__}: {error}"
-    ) from error
-
-
-def shallower(config: dict, layers: int | None) -> dict:
-  """The same model with fewer layers."""
-  if layers is None:
-    return config
-  cut = lambda c: {
-    k: min(v, layers)
-    if k in ("num_hidden_layers", "depth")
-    else cut(v)
-    if isinstance(v, dict)
-    else v
-    for k, v in c.items()
-  }
-  new = cut(config)
-  vision = new.get("vision_config", {})
-  for key in ("deepstack_visual_indexes", "fullatt_block_indexes"):
-    if key in vision:
-      vision[key] = sorted({min(i, layers - 1) for i in vision[key]})
-  return new
 
 
 def topology_devices(name: str | None) -> list:
@@ -152,131 +77,6 @@ def topology_devices(name: str | None) -> list:
     ) from error
 
 
-def _placed(tree: Any, place) -> Any:
-  """Arrays or structs -> structs with a sharding: one for all, or a tree of them."""
-  one = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  if isinstance(place, jax.sharding.Sharding):
-    return jax.tree.map(lambda x: one(x, place), tree)
-  return jax.tree.map(one, tree, place)
-
-
-def abstract_batch(
-  settings: Settings,
-  plan: PlanConfig,
-  cfg: PolicyConfig,
-  judge_cfg: DecoderConfig | PolicyConfig,
-  mesh: jax.sharding.Mesh,
-) -> Batch:
-  """A batch's shapes, split over the mesh."""
-  B, K = rollout_images(settings), settings.data.questions
-  A, Q, O = plan.options, plan.stem_tokens, plan.option_tokens
-  flag = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bool_)
-  i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-
-  def shown(cfg: PolicyConfig, prompt_tokens: int) -> tuple[Images, Prompts]:
-    S, I = cfg.vision.pixels.shape(*plan.image)
-    P, E = I + prompt_tokens, cfg.vision.in_channels * cfg.vision.pixels.patch_size**2
-    patches = jax.ShapeDtypeStruct((B, S, E), jnp.uint8)
-    return (
-      Images(patches, i32(B, S, 2), flag(B, S), i32(B, I)),
-      Prompts(i32(B, P), flag(B, P), i32(B, 3, P), i32(B)),
-    )
-
-  sees = isinstance(judge_cfg, PolicyConfig)
-  batch = Batch(
-    *shown(cfg, plan.prompt_tokens),
-    Questions(
-      stem_BKQ=i32(B, K, Q),
-      stem_valid_BKQ=flag(B, K, Q),
-      option_BKAO=i32(B, K, A, O),
-      option_valid_BKAO=flag(B, K, A, O),
-      gold_BK=i32(B, K),
-      valid_BK=flag(B, K),
-      kind_BK=i32(B, K),
-      prior_BKA=jax.ShapeDtypeStruct((B, K, A), jnp.float32),
-    ),
-    i32(B),
-    i32(B, K),
-    Sight(*shown(judge_cfg, plan.judge_prompt_tokens)) if sees else None,
-  )
-  return _placed(batch, sharding.batch_sharding(mesh))
-
-
-def model_configs(
-  settings: Settings, plan: PlanConfig
-) -> tuple[PolicyConfig, DecoderConfig | PolicyConfig]:
-  """Architectures of captioner and judge, from their config.json alone."""
-  section = settings.policy
-  config = shallower(read_config(section.checkpoint), plan.layers)
-  cfg = PolicyConfig.from_hf(
-    config,
-    {},
-    dtype=jnp.dtype(section.dtype),
-    remat=section.remat,
-    lora=section.lora if section.trainable == "lora" else None,
-  )
-  cfg, notice = limit_pixels(cfg, section.min_pixels, section.max_pixels)
-  if notice:
-    log.warning("%s", notice)
-  judge_config = shallower(read_config(settings.judge.source), plan.layers)
-  if settings.judge.sees_image:
-    judge_cfg = PolicyConfig.from_hf(judge_config, {}, dtype=jnp.dtype(settings.judge.dtype))
-    return cfg, limit_pixels(judge_cfg, None, settings.judge.max_pixels)[0]
-  if is_vision_language(judge_config):
-    judge_config = family_of(judge_config).text(judge_config)
-  return cfg, DecoderConfig.from_hf(judge_config, dtype=jnp.dtype(settings.judge.dtype))
-
-
-def abstract_parameters(
-  init: Callable[[jax.Array], Any], dtype: Any, mesh: jax.sharding.Mesh
-) -> tuple[Any, Any]:
-  """Shapes of the parameters that `init` makes, in `dtype` and placed on the mesh; and the places
-  alone."""
-  boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
-  places = sharding.param_shardings(boxed, mesh)
-  cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), nn.unbox(boxed))
-  return _placed(cast, places), places
-
-
-def abstract_prompt(
-  judge: JudgeSection, judge_rows: int, plan: PlanConfig, place: jax.sharding.Sharding
-) -> JudgePrompt:
-  """Shapes of the judge's prompt. `judge_rows`: of the judge's embedding."""
-  struct = functools.partial(_struct, place)
-  if judge.sees_image:
-    tail_L, score_A = struct(ANSWER_TOKENS), struct(len(judge.scores))
-    return _placed(step_prompt(tail_L, score_A), place)
-  labels = max(plan.options + 1, 6)
-  spaced = (struct(judge_rows), struct()) if judge.prompt != "plain" else (None, None)
-  writing = (None, None)
-  if judge.reading == "generate":
-    allowed = struct(judge_rows, dtype=jnp.bool_)
-    writing = (struct(judge_rows), Vocabulary(allowed, struct(0), (0,), 0))
-  return JudgePrompt(
-    struct(plan.judge_prompt_tokens),
-    struct(labels, 8),
-    struct(labels, 8, dtype=jnp.bool_),
-    struct(8),
-    struct(labels),
-    struct(0 if judge.abstain == "none" else 8),
-    *spaced,
-    *writing,
-  )
-
-
-def _judge_of(
-  cfg: DecoderConfig | PolicyConfig,
-) -> tuple[Decoder | Policy, DecoderConfig, Callable[[jax.Array], Any]]:
-  """The judge's model, the settings of its decoder, and what makes its parameters."""
-  if isinstance(cfg, PolicyConfig):
-    return Policy(cfg), cfg.text, init_policy(cfg)
-  return Decoder(cfg), cfg, init_decoder(cfg)
-
-
-def _struct(place: jax.sharding.Sharding, *shape: int, dtype: Any = jnp.int32):
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
 def lower_step(
   settings: Settings, plan: PlanConfig, devices: list
 ) -> tuple[jax.stages.Lowered, dict[str, int]]:
@@ -288,7 +88,7 @@ def lower_step(
   section = settings.policy
   cfg, judge_cfg = model_configs(settings, plan)
   policy_params, places = abstract_parameters(init_policy(cfg), section.param_dtype, mesh)
-  judge, text, init = _judge_of(judge_cfg)
+  judge, text, init = judge_of(judge_cfg)
   judge_params, _ = abstract_parameters(init, settings.judge.dtype, mesh)
   kind = trainable_filter(section.trainable, cfg.family)
   (chosen, base), chosen_places = split_params(policy_params, kind), split_params(places, kind)[0]
@@ -300,7 +100,7 @@ def lower_step(
   )
 
   whole = sharding.replicated(mesh)
-  V, struct = cfg.text.vocab_size, functools.partial(_struct, whole)
+  V, struct = cfg.text.vocab_size, functools.partial(struct_of, whole)
   prompt = abstract_prompt(settings.judge, text.vocab_size, plan, whole)
   stamps = struct(V, 3, dtype=jnp.uint8) if settings.step.reward.timestamps else None
   vocabulary = Vocabulary(struct(V, dtype=jnp.bool_), struct(V), (0,), 0, stamps)
