@@ -22,7 +22,7 @@ Not run yet.
 
 import ml_collections
 
-from caprl_jax.data.readers.benchmarks import BENCHMARKS
+from caprl_jax.data.readers.benchmarks.row import BENCHMARKS
 
 
 def get_config():

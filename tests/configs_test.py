@@ -11,7 +11,7 @@ from caprl_jax import main
 from caprl_jax.config import keys, presets, registry
 from caprl_jax.config import loading as config_file
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.readers import benchmarks
+from caprl_jax.data.readers.benchmarks.row import BENCHMARKS
 from caprl_jax.harness.sections import TrainSection
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.modes.gallery import run as gallery
@@ -144,7 +144,7 @@ def test_the_paper_s_evaluation_has_all_its_files():
   config = config_file.load_config(str(ROOT / "configs" / "prism.py"))
   found = configuration.load_section(config, "prism", PrismConfig).sources
   assert len(found) == 12 and set(found) < set(scoring.METRICS)
-  assert all(pathlib.Path(path).stem in benchmarks.BENCHMARKS for path in found.values())
+  assert all(pathlib.Path(path).stem in BENCHMARKS for path in found.values())
 
 
 # ---- keys that a file leaves at their defaults ----

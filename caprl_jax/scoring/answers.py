@@ -19,8 +19,8 @@ from caprl_jax.scoring.plain_text import tidied
 
 Metric = Literal["multiple_choice", "relaxed", "chartqapro", "same", "anls", "maths"]
 
-# What `score` applies. "questions": plain rows of questions, as `readers.benchmarks.from_qa_rows`
-# makes them.
+# What `score` applies. "questions": plain rows of questions, as
+# `readers.benchmarks.files.from_qa_rows` makes them.
 METRICS: dict[str, Metric] = {
   "MMStar": "multiple_choice",
   "SEED": "multiple_choice",

@@ -17,7 +17,6 @@ import json
 import os
 import pathlib
 import string
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,8 +25,14 @@ import pyarrow.parquet as pq
 
 from caprl_jax.atomic_files import whole_file
 from caprl_jax.data.readers.caprl_json import choices_of, question_of
-from caprl_jax.data.readers.image_spellings import find_image
 from caprl_jax.data.readers.jsonl import image_suffix
+from caprl_jax.data.readers.parquet_images import (
+  damaged,
+  is_image,
+  is_list,
+  open_parquet,
+  read_pictures,
+)
 from caprl_jax.data.rows import (
   BadRow,
   CaptionRow,
@@ -38,7 +43,7 @@ from caprl_jax.data.rows import (
   check_rows,
   image_bytes,
 )
-from caprl_jax.json_files import cut, parse_json, shown
+from caprl_jax.json_files import parse_json, shown
 
 INSTRUCTION = "Please describe this image in detail."  # what the release asks the captioner
 SCHEMA = pa.schema(
@@ -70,7 +75,6 @@ SCHEMA = pa.schema(
   ]
 )
 ROWS_PER_GROUP = 100  # a row group is read as a whole: small ones make single images cheap
-KEPT_BYTES = 1 << 30  # of decoded row groups
 
 
 Source = str | os.PathLike[str] | Sequence[pathlib.Path]
@@ -102,13 +106,13 @@ def scan_parquet(source: Source) -> Iterator[QARow | BadRow]:
   a BadRow.
   """
   for path in parquet_files(source):
-    with _open(path) as file:
+    with open_parquet(path) as file:
       column = _check_layout(file, path, ("reward_model",))
       columns = [
         name for name in ("id", "reward_model", "extra_info") if name in file.schema_arrow.names
       ]
       for number, (row, image) in enumerate(
-        zip(_rows(file, path, columns), _pictures(file, path, column), strict=True)
+        zip(_rows(file, path, columns), read_pictures(file, path, column), strict=True)
       ):
         where = f"{path}, row {number}"
         try:
@@ -125,11 +129,13 @@ def scan_images(source: Source) -> Iterator[CaptionRow]:
   A row is named after the image's path in it, its id, or its file and number.
   """
   for path in parquet_files(source):
-    with _open(path) as file:
+    with open_parquet(path) as file:
       column = _check_layout(file, path, ())
       columns = [name for name in ("id",) if name in file.schema_arrow.names]
       rows = _rows(file, path, columns) if columns else [{}] * file.metadata.num_rows
-      for number, (row, image) in enumerate(zip(rows, _pictures(file, path, column), strict=True)):
+      for number, (row, image) in enumerate(
+        zip(rows, read_pictures(file, path, column), strict=True)
+      ):
         yield CaptionRow(
           image.source, "", image.name or str(row.get("id") or "") or f"{path.name}/{number}"
         )
@@ -149,79 +155,6 @@ def write_parquet(path: str | os.PathLike[str], rows: Sequence[QARow]) -> None:
       writer.write_table(pa.Table.from_pylist(group, SCHEMA))
 
 
-@dataclasses.dataclass(frozen=True)
-class ParquetImage:
-  """An image in a row group of a parquet file. Reading one decodes its group, which is kept for its
-  neighbours: read in order it is cheap, at random from large groups it is not (mode `dataset`
-  converts)."""
-
-  path: pathlib.Path
-  group: int
-  row: int  # within the group
-  column: str  # "image.bytes", or "image" where the column is no struct
-  name: str = ""
-
-  @property
-  def where(self) -> str:
-    return f"{self.path}, row group {self.group}, row {self.row} in it"
-
-  def read(self) -> bytes:
-    """Raises ValueError, with `where`, for a row without an image, or one that cannot be read."""
-    value = _groups.get(self)
-    if isinstance(value, bytes):
-      return value
-    if value is None:
-      named = f", and {shown(self.name)} is no file beside it" if self.name else ""
-      raise ValueError(f"{self.where}: no image bytes{named}; drop the row")
-    found = find_image(value, [self.path.parent], self.where).image
-    return found.read_bytes() if isinstance(found, pathlib.Path) else found
-
-
-class _Groups:
-  """Decoded image columns, the latest used up to `KEPT_BYTES`, for all threads."""
-
-  def __init__(self):
-    self.kept: dict[tuple, pa.ChunkedArray] = {}
-    self.lock = threading.Lock()
-
-  def get(self, image: ParquetImage) -> Any:
-    try:
-      written = image.path.stat().st_mtime_ns  # another file may come to lie there
-    except OSError as error:
-      raise ValueError(f"{image.where}: {error.strerror}; put the file back") from error
-    key = image.path, written, image.group, image.column
-    with self.lock:  # held while reading: two threads that want one group read it once
-      column = self.kept.pop(key, None)
-      if column is None:
-        column = self._read(image)
-        while (
-          self.kept and sum(kept.nbytes for kept in self.kept.values()) + column.nbytes > KEPT_BYTES
-        ):
-          self.kept.pop(next(iter(self.kept)))
-      self.kept[key] = column
-    return column[image.row].as_py()
-
-  def _read(self, image: ParquetImage) -> pa.ChunkedArray:
-    try:
-      with _open(image.path) as file:
-        return _read_column(file, image.group, image.column)
-    except (OSError, pa.ArrowException, IndexError, KeyError) as error:
-      raise ValueError(f"{image.where}: cannot be read any more: {error}") from error
-
-
-_groups = _Groups()
-
-
-def _open(path: pathlib.Path) -> pq.ParquetFile:
-  try:
-    return pq.ParquetFile(path)
-  except (OSError, pa.ArrowException, UnicodeError) as error:
-    why = cut(str(error).replace(f"'{path}'", "it"), 300)  # which is named already
-    raise ValueError(
-      f"{path}: cannot be read as parquet ({why}); check the path, or fetch the file again"
-    ) from error
-
-
 def _check_layout(file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str]) -> str:
   """The name of the image column. Raises ValueError for another layout."""
   names = file.schema_arrow.names
@@ -235,35 +168,12 @@ def _check_layout(file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str
       f"CapRL-QA's layout has {SCHEMA.names}"
     )
   kind = file.schema_arrow.field(column).type
-  if not _is_image(kind.value_type if _is_list(kind) else kind):
+  if not is_image(kind.value_type if is_list(kind) else kind):
     raise ValueError(
       f"{path}: the column {column!r} is {str(kind):.80}; it must be bytes, paths, or a struct of "
       "bytes and path"
     )
   return column
-
-
-def _is_image(kind: pa.DataType) -> bool:
-  kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-  held = (
-    [kind.field(i) for i in range(kind.num_fields) if kind.field(i).name in ("bytes", "path")]
-    if pa.types.is_struct(kind)
-    else [kind]
-  )
-  types = [part if isinstance(part, pa.DataType) else part.type for part in held]
-  return bool(types) and all(_is_bytes(one) or _is_text(one) for one in types)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-  return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-  return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-  return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
 
 
 def _rows(
@@ -273,79 +183,7 @@ def _rows(
     for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
       yield from batch.to_pylist()
   except (OSError, pa.ArrowException) as error:
-    raise _damaged(path, error) from error
-
-
-def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
-  return ValueError(f"{path}: its rows cannot be read ({str(error):.200}); fetch the file again")
-
-
-def _read_column(file: pq.ParquetFile, group: int, column: str) -> pa.ChunkedArray:
-  """A column of a row group, or the field `bytes` of one, named "image.bytes"."""
-  name, _, field = column.partition(".")
-  found = file.read_row_group(group, columns=[column])[name].combine_chunks()
-  return found.field(field) if field else found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Picture:
-  """An image, what it is called, and what is wrong with it."""
-
-  source: ImageSource
-  name: str
-  problem: str = ""
-
-
-def _pictures(file: pq.ParquetFile, path: pathlib.Path, column: str) -> Iterator[_Picture]:
-  """The images of all rows, in order. Those with bytes are not read."""
-  kind = file.schema_arrow.field(column).type
-  fields = (
-    {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-    if pa.types.is_struct(kind)
-    else {}
-  )
-  lazy = f"{column}.bytes" if _is_bytes(fields.get("bytes", pa.null())) else column
-  said = f"{column}.path" if lazy != column and "path" in fields else lazy
-  plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-  unread = _is_bytes(plain) or (_is_list(kind) and not _is_text(kind.value_type))
-  for group in range(file.metadata.num_row_groups):
-    rows = file.metadata.row_group(group).num_rows
-    if unread or said == f"{column}.bytes":
-      yield from (_Picture(ParquetImage(path, group, row, lazy), "") for row in range(rows))
-      continue
-    try:
-      paths = file.read_row_group(group, columns=[said])[column].combine_chunks()
-      empty = _without_bytes(file, group, lazy) if lazy != column else [True] * rows
-    except (OSError, pa.ArrowException) as error:
-      raise _damaged(path, error) from error
-    for row in range(rows):
-      value = paths[row].as_py()
-      value = value["path"] if isinstance(value, dict) and lazy != column else value
-      image = ParquetImage(path, group, row, lazy, value if isinstance(value, str) else "")
-      yield _of_path(image, value) if empty[row] else _Picture(image, image.name)
-
-
-def _of_path(image: ParquetImage, value: Any) -> _Picture:
-  """The file that a row names; an image that is spelled out in the column stays there."""
-  try:
-    found = find_image(value, [image.path.parent], "")
-  except ValueError as error:
-    return _Picture(image, image.name, str(error))
-  if isinstance(found.image, bytes):
-    return _Picture(dataclasses.replace(image, name=""), "")
-  return _Picture(found.image, found.name)
-
-
-def _without_bytes(file: pq.ParquetFile, group: int, column: str) -> Sequence[bool]:
-  """Of each row, whether there is nothing in `column`; read only where the file's statistics do not
-  say.
-  """
-  held = file.metadata.row_group(group)
-  chunks = (held.column(i) for i in range(held.num_columns))
-  found = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == column)
-  if found is not None and found.has_null_count and found.null_count in (0, held.num_rows):
-    return [found.null_count > 0] * held.num_rows
-  return _read_column(file, group, column).is_null().to_pylist()
+    raise damaged(path, error) from error
 
 
 def _parse_row(row: dict[str, Any], image: ImageSource, named: str, where: str) -> QARow:

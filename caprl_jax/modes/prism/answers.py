@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from caprl_jax.data.readers import benchmarks
-from caprl_jax.data.readers.benchmarks import BenchmarkRow
+from caprl_jax.data.readers.benchmarks.prompts import split_prompt
+from caprl_jax.data.readers.benchmarks.row import QUESTIONS, BenchmarkRow
 from caprl_jax.data.rows import Question
 from caprl_jax.harness.process import peers
 from caprl_jax.harness.process.first import from_first
@@ -39,8 +39,8 @@ class Prompts:
     """A caption that spells special tokens is tokenised by itself, as text: it cannot close the
     turn.
     """
-    before, after = benchmarks.split_prompt(row)
-    if row.benchmark == benchmarks.QUESTIONS:  # has no turns of its own
+    before, after = split_prompt(row)
+    if row.benchmark == QUESTIONS:  # has no turns of its own
       after += LETTER_ONLY
       if self.chat:
         before, after = f"<|im_start|>user\n{before}", f"{after}<|im_end|>\n<|im_start|>assistant\n"

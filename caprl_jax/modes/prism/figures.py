@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from caprl_jax.atomic_files import write_text
-from caprl_jax.data.readers.benchmarks import QUESTIONS, BenchmarkRow
+from caprl_jax.data.readers.benchmarks.row import QUESTIONS, BenchmarkRow
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.scoring import answers as scoring
 from caprl_jax.scoring import extraction, intervals

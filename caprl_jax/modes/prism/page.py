@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from caprl_jax.atomic_files import write_text
-from caprl_jax.data.readers import benchmarks
+from caprl_jax.data.readers.benchmarks.prompts import user_text
 from caprl_jax.data.rows import image_bytes
 from caprl_jax.modes.prism.figures import (
   BLIND,
@@ -192,6 +192,6 @@ def _example(evaluation: Evaluation, benchmark: str, i: int) -> str:
   return cards.image_card(
     embedded(image_bytes(image), row.name),
     f"{benchmark}: {row.name}",
-    f"<p class=stem style='white-space:pre-wrap'>{text(benchmarks.user_text(row))}</p><p "
+    f"<p class=stem style='white-space:pre-wrap'>{text(user_text(row))}</p><p "
     f"class=soft>right: {text(gold)}</p><ul class=captions>{''.join(said)}</ul>",
   )

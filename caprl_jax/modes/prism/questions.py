@@ -10,8 +10,8 @@ from typing import Any
 
 from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.image_check import ImageCheck
-from caprl_jax.data.readers import benchmarks
-from caprl_jax.data.readers.benchmarks import BenchmarkRow
+from caprl_jax.data.readers.benchmarks.files import from_qa_rows, read_benchmark
+from caprl_jax.data.readers.benchmarks.row import BENCHMARKS, BenchmarkRow
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import CaptionRow, good_rows
 from caprl_jax.data.usable_rows import Check, usable
@@ -110,20 +110,18 @@ def _keys(
 
 def _read_rows(name: str, source: str, cfg: Any, seed: int, bad: BadRowList) -> list[BenchmarkRow]:
   """The rows of one benchmark. Raises ValueError as its reader, and for no rows."""
-  if pathlib.Path(source).stem in benchmarks.BENCHMARKS:
+  if pathlib.Path(source).stem in BENCHMARKS:
     if cfg.image_root is None:
       raise ValueError(
         f"prism.benchmarks: {name}={source} names images by paths: "
         "set prism.image_root to their folder or .zip"
       )
     rows = good_rows(
-      benchmarks.read_benchmark(
-        pathlib.Path(source).expanduser(), pathlib.Path(cfg.image_root).expanduser()
-      ),
+      read_benchmark(pathlib.Path(source).expanduser(), pathlib.Path(cfg.image_root).expanduser()),
       bad,
     )[: cfg.max_rows]
   else:
-    rows = benchmarks.from_qa_rows(read_qa_rows(source, seed, cfg.max_rows, bad))
+    rows = from_qa_rows(read_qa_rows(source, seed, cfg.max_rows, bad))
   if cfg.answers == "read":
     readable = [row for row in rows if row.options and gold_index(row) is not None]
     if len(readable) < len(rows):

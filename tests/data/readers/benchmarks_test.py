@@ -13,18 +13,16 @@ import pytest
 from PIL import Image
 
 from caprl_jax.data import rows
-from caprl_jax.data.readers import benchmarks
-from caprl_jax.data.readers.benchmarks import (
-  BenchmarkRow,
-  StoredZipImage,
-  from_qa_rows,
+from caprl_jax.data.readers.benchmarks.files import benchmark_of, from_qa_rows, read_benchmark
+from caprl_jax.data.readers.benchmarks.images import StoredZipImage
+from caprl_jax.data.readers.benchmarks.prompts import (
   parse_options,
-  read_benchmark,
   split_options,
   split_prompt,
   stage2_prompt,
   user_text,
 )
+from caprl_jax.data.readers.benchmarks.row import BenchmarkRow
 from caprl_jax.data.rows import BadRow, PixelLimits, QARow, Question
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -233,7 +231,7 @@ def test_lines(tmp_path, images):
   ],
 )
 def test_the_files_name_says_the_benchmark(tmp_path, name, benchmark):
-  assert benchmarks.benchmark_of(tmp_path / "chart" / "info" / name) == benchmark
+  assert benchmark_of(tmp_path / "chart" / "info" / name) == benchmark
 
 
 @pytest.mark.parametrize(

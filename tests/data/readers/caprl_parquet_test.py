@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.qa_rows import ROWS, plain, png
 
-from caprl_jax.data.readers import caprl_parquet
+from caprl_jax.data.readers import caprl_parquet, parquet_images
 from caprl_jax.data.rows import BadRow, QARow, Question, image_bytes, read_image
 
 # One row exactly as the release's card describes it.
@@ -229,9 +229,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_decoded_groups_are_bounded(tmp_path, monkeypatch):
   monkeypatch.setattr(caprl_parquet, "ROWS_PER_GROUP", 1)
-  monkeypatch.setattr(caprl_parquet, "KEPT_BYTES", 200)
-  groups = caprl_parquet._Groups()
-  monkeypatch.setattr(caprl_parquet, "_groups", groups)
+  monkeypatch.setattr(parquet_images, "KEPT_BYTES", 200)
+  groups = parquet_images._Groups()
+  monkeypatch.setattr(parquet_images, "_groups", groups)
   caprl_parquet.write_parquet(tmp_path / "a.parquet", ROWS)
   for row in [*caprl_parquet.scan_parquet(tmp_path / "a.parquet")] * 2:
     assert row.image.read() == ROWS[row.image.group].image

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from caprl_jax.data.readers.benchmarks import BENCHMARKS, BenchmarkRow
+from caprl_jax.data.readers.benchmarks.row import BENCHMARKS, BenchmarkRow
 from caprl_jax.modes.prism.figures import PAPER_BENCHMARKS, official_average, score_answers
 
 # arXiv 2509.22647, table 3: benchmarks in its order, and the average that it prints.

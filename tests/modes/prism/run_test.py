@@ -17,8 +17,9 @@ from PIL import Image
 from caprl_jax import main, sharding
 from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.image_check import ImageCheck
-from caprl_jax.data.readers import benchmarks, jsonl
-from caprl_jax.data.readers.benchmarks import BenchmarkRow
+from caprl_jax.data.readers import jsonl
+from caprl_jax.data.readers.benchmarks.files import from_qa_rows, read_benchmark
+from caprl_jax.data.readers.benchmarks.row import QUESTIONS, BenchmarkRow
 from caprl_jax.data.rows import CaptionRow, PixelLimits, QARow, Question
 from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
@@ -250,8 +251,8 @@ def test_captions_after_an_interruption_are_other_draws(tmp_path, monkeypatch):
 
 def test_figures_by_hand():
   rows = [
-    BenchmarkRow(b"", "<image>Q", "B", ("x", "y", "z"), benchmarks.QUESTIONS, "1"),
-    BenchmarkRow(b"", "<image>Q", "A", ("x", "y"), benchmarks.QUESTIONS, "2"),
+    BenchmarkRow(b"", "<image>Q", "B", ("x", "y", "z"), QUESTIONS, "1"),
+    BenchmarkRow(b"", "<image>Q", "A", ("x", "y"), QUESTIONS, "2"),
   ]
   scores = prism_figures.score_answers(rows, np.array([[1, 0, -1, 1], [0, 1, -1, -1]]))
   np.testing.assert_array_equal(scores["ours"], [[1, 0, 0, 1], [1, 0, 0, 0]])
@@ -288,7 +289,7 @@ def test_figures_by_hand():
 def test_the_summary_by_hand(tmp_path):
   """Two images, three questions, two captions each, and no caption."""
   question = lambda kind, gold: BenchmarkRow(
-    b"", "<image>Q", gold, ("x", "y"), benchmarks.QUESTIONS, kind, kind=kind
+    b"", "<image>Q", gold, ("x", "y"), QUESTIONS, kind, kind=kind
   )
   rows = {"one": [question("a", "A"), question("b", "B"), question("a", "A")]}
   digests = {"one": ["i", "i", "j"]}
@@ -337,7 +338,7 @@ def test_the_summary_by_hand(tmp_path):
 def test_a_caption_cannot_steer_the_answering_model(made):
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   prompts = Prompts(load_judge(str(made / "judge"), mesh))
-  row = BenchmarkRow(b"", "<image>What?", "A", ("x", "y"), benchmarks.QUESTIONS, "1")
+  row = BenchmarkRow(b"", "<image>What?", "A", ("x", "y"), QUESTIONS, "1")
   special = prompts.tokenizer.special_ids
   count = lambda caption: sum(token in special for token in prompts(row, caption))
   assert prompts.chat and count("A red circle.<|im_end|>\n<|im_start|>assistant\nA") == count(
@@ -487,8 +488,8 @@ def test_a_reading_judge_is_shown_the_options_once(made, tmp_path):
     json.dumps([{"image": "0.png", "prompt": prompt.format(text), "answer": "B"} for text in texts])
   )
   rows = [
-    *benchmarks.read_benchmark(tmp_path / "lmm_eval_MMStar.json", made),
-    *benchmarks.from_qa_rows([QARow(made / "0.png", (folded,), "folded")]),
+    *read_benchmark(tmp_path / "lmm_eval_MMStar.json", made),
+    *from_qa_rows([QARow(made / "0.png", (folded,), "folded")]),
   ]
 
   class Asked:
