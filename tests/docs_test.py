@@ -189,18 +189,22 @@ def sandbox(folder):
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(folder)
     for block in run_blocks("run first"):
-      run(block, folder)
+      assert set(run(block, folder).values()) == {0}, block.place
   return folder
 
 
-def run(block: Block, folder: pathlib.Path) -> None:
+def run(block: Block, folder: pathlib.Path) -> dict[str, int]:
+  """Runs a block's commands up to the first that fails: each with its exit code."""
   text = MARK.fullmatch(block.before)["text"]
   text = text.replace("{tiny_data}", TINY_DATA).replace("{tiny_sizes}", TINY_SIZES)
   added = shlex.split(text.replace("{tiny}", str(folder / "tiny")))
+  codes: dict[str, int] = {}
   for command in commands_of(block):
     assert command[:3] == ["python", "-m", "caprl_jax.main"], f"{block.place}: not run here"
-    code = main.main(["main", *command[3:], *added])
-    assert code == 0, f"{block.place}: {shlex.join(command)} ended with {code}"
+    codes[shlex.join(command)] = code = main.main(["main", *command[3:], *added])
+    if code:
+      break
+  return codes
 
 
 # ---- commands ----
@@ -218,8 +222,8 @@ def test_commands_are_marked_and_parse(block, folder, monkeypatch):
 )
 def test_commands_run(block, sandbox, monkeypatch):
   monkeypatch.chdir(sandbox)
-  if block not in run_blocks("run first"):  # those have run
-    run(block, sandbox)
+  if block not in run_blocks("run first"):  # those have run, for `sandbox`
+    assert set(run(block, sandbox).values()) == {0}
 
 
 @pytest.mark.parametrize(
@@ -303,12 +307,17 @@ def test_a_bad_command_in_a_config_is_found(text, message, folder, monkeypatch):
 def test_json_and_python_blocks_parse(path):
   for block in blocks_of(path, path.read_text()):
     if block.language == "python":
-      ast.parse(textwrap.dedent(f"def body():\n{textwrap.indent(block.text, '  ')}"))
+      assert ast.parse(f"def body():\n{textwrap.indent(block.text, '  ')}").body, block.place
     elif block.language == "json":
-      try:
-        json.loads(block.text)
-      except ValueError:
-        [json.loads(line) for line in block.text.splitlines()]
+      assert values_of(block.text), block.place
+
+
+def values_of(text: str) -> list:
+  """The JSON value that a text is, or those of its lines."""
+  try:
+    return [json.loads(text)]
+  except ValueError:
+    return [json.loads(line) for line in text.splitlines()]
 
 
 # ---- keys and files that are named in the text ----

@@ -11,24 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax import sharding
-from caprl_jax.config.schema import to_plain
 from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.batches import ImagePrompt, QABatcher
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.judge_questions import QuestionShape, question_shape
-from caprl_jax.data.readers.qa_sources import Part, read_parts, read_qa_rows
 from caprl_jax.data.rows import QARow, kinds
-from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, fits, shape_of, usable
-from caprl_jax.harness.checkpoints import saved_steps
+from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, shape_of
 from caprl_jax.harness.process.run_record import RunRecord
-from caprl_jax.harness.question_filter import filter_questions, fixed_subset
 from caprl_jax.harness.sections import GateSection
 from caprl_jax.harness.settings import Settings, check_training_batch
-from caprl_jax.harness.training.kept_questions import KeptQuestions, Split
-from caprl_jax.harness.training.made_of import bind_held_out_rows, bind_models
+from caprl_jax.harness.training.chosen_rows import Data, choose_questions, usable_data, was_begun
+from caprl_jax.harness.training.made_of import bind_models
 from caprl_jax.harness.training.row_digests import row_digests
 from caprl_jax.hub.load import Loaded, relate_vocabularies
-from caprl_jax.inference.image_judge import with_score
 from caprl_jax.inference.judge import Ask, HostJudge
 from caprl_jax.inference.retokenise import Translator
 from caprl_jax.inference.run_judge import RunJudge
@@ -64,47 +59,6 @@ class Run:
   translator: Translator | None = None  # where captioner and judge have different vocabularies
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """The rows of both splits, with the questions that are kept. train: (the source, its rows).
-  bad, eval_bad: rows of either that could not be used."""
-
-  train: list[tuple[Part, list[QARow]]]
-  eval: list[QARow]
-  bad: int = 0
-  eval_bad: int = 0
-
-  @property
-  def train_rows(self) -> list[QARow]:
-    """Of all sources, one after the other."""
-    return [row for _, rows in self.train for row in rows]
-
-  @property
-  def mixture(self) -> tuple[tuple[int, float | None], ...]:
-    """Rows and weight of each source of `train_rows`."""
-    return tuple((len(rows), part.weight) for part, rows in self.train)
-
-  def scored(self, scores: Sequence[str]) -> "Data":
-    """With what a caption is worth in the place of each row's questions."""
-    change = lambda rows: [with_score(row, scores) for row in rows]
-    train = [(part, change(rows)) for part, rows in self.train]
-    return dataclasses.replace(self, train=train, eval=change(self.eval))
-
-  def checked(self, bad: BadRowList, images: ImageCheck, check: Check) -> "Data":
-    """What is left when a check has been asked of every row; `bad` takes note of the others."""
-    images([*self.train_rows, *self.eval])  # of both splits in one pass
-    left = lambda rows: bad.check(usable(rows, images(rows), [check]))
-    train, held_out = [(part, left(rows)) for part, rows in self.train], left(self.eval)
-    gone = len(self.train_rows) - sum(len(rows) for _, rows in train)
-    return Data(train, held_out, self.bad + gone, self.eval_bad + len(self.eval) - len(held_out))
-
-  def counts(self) -> dict[str, int]:
-    """How many rows there are, and were bad where any were."""
-    rows = {"train_rows": len(self.train_rows), "eval_rows": len(self.eval)}
-    bad = {"bad_rows": self.bad, "eval/bad_rows": self.eval_bad}
-    return rows | {name: number for name, number in bad.items() if number}
-
-
 def set_up(
   settings: Settings,
   training: bool = True,
@@ -127,9 +81,9 @@ def set_up(
   mesh = jax.sharding.get_mesh()
   check_training_batch(settings, mesh)
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
-  data, images, bad = _usable_data(settings, training, workdir)
+  data, images, bad = usable_data(settings, training, workdir)
   if record is not None:
-    bind_models(record, settings, goes_on=_goes_on(workdir))
+    bind_models(record, settings, goes_on=was_begun(workdir))
   policy = settings.policy.load(mesh)
   names = tuple(kinds([*data.train_rows, *data.eval]))
   asker = RunJudge.open(
@@ -150,7 +104,7 @@ def set_up(
   if asker.host:
     data = data.checked(bad, images, _askable(asker.host, settings))
     bad.settle()
-  data, filtered = _choose_questions(data, images, asker.host, settings, record, workdir)
+  data, filtered = choose_questions(data, images, asker.host, settings, record, workdir)
   train, held_out, shape = _batchers(data, images, asker, policy, settings)
   vocabulary, translator = _relate(policy, judge, settings)
   counts: dict[str, float] = {**data.counts(), **filtered}
@@ -176,95 +130,6 @@ def set_up(
   )
 
 
-def _goes_on(workdir: pathlib.Path | None) -> bool:
-  return workdir is not None and bool(saved_steps(workdir))
-
-
-def _kept_questions(
-  record: RunRecord, settings: Settings, workdir: pathlib.Path | None
-) -> KeptQuestions | None:
-  """The questions that the run has chosen; None where it chooses none."""
-  chooses = settings.question_filter.informed or settings.data.questions_per_image is not None
-  if workdir is None or not chooses:
-    return None
-  speed = ("source", "microbatches", "chunk_tokens")  # and a place: none of them decides
-  decides = {
-    "filter": settings.question_filter,
-    "questions_per_image": settings.data.questions_per_image,
-    "judge": {key: value for key, value in to_plain(settings.judge).items() if key not in speed},
-    "judge_sha256": record.digest("judge.source"),
-    "seed": settings.seed,
-  }
-  return KeptQuestions(workdir, decides, goes_on=_goes_on(workdir))
-
-
-def _choose_questions(
-  data: Data,
-  images: ImageCheck,
-  host_judge: HostJudge | None,
-  settings: Settings,
-  record: RunRecord | None,
-  workdir: pathlib.Path | None,
-) -> tuple[Data, dict[str, int]]:
-  """As `_filter`; what was chosen at an earlier start of the run is chosen again, and the record
-  gets the held-out rows."""
-  if record is None:
-    return _filter(data, host_judge, settings)
-  kept = _kept_questions(record, settings, workdir)
-  chosen, counts = _chosen_once(data, images, host_judge, settings, kept)
-  bind_held_out_rows(record, chosen.eval, images(chosen.eval))
-  return chosen, counts
-
-
-def _chosen_once(
-  data: Data,
-  images: ImageCheck,
-  host_judge: HostJudge | None,
-  settings: Settings,
-  kept: KeptQuestions | None,
-) -> tuple[Data, dict[str, int]]:
-  """As `_filter`, or as `kept` remembers."""
-  if kept is None:
-    return _filter(data, host_judge, settings)
-  splits = [
-    Split(rows, row_digests(rows, images(rows)))
-    for rows in [*(rows for _, rows in data.train), data.eval]
-  ]
-  known = kept.recall(splits)
-  if known is None:
-    chosen, counts = _filter(data, host_judge, settings)
-    kept.keep(splits, [*(rows for _, rows in chosen.train), chosen.eval], counts)
-    return chosen, counts
-  (*train, held_out), counts = known
-  parts = [(part, rows) for (part, _), rows in zip(data.train, train, strict=True)]
-  return dataclasses.replace(data, train=parts, eval=held_out), counts
-
-
-def _usable_data(
-  settings: Settings, training: bool, workdir: pathlib.Path | None
-) -> tuple[Data, ImageCheck, BadRowList]:
-  """Both splits without the rows that cannot be used. Raises ValueError where such are refused."""
-  listed = "bad_rows.jsonl" if training else "evaluation_bad_rows.jsonl"
-  bad = BadRowList(settings.data.bad_rows, workdir and workdir / listed, "--config.data.bad_rows")
-  images = ImageCheck(workdir, "" if training else "evaluation")
-  read = _read_data(settings, training, bad)
-  data = read.checked(bad, images, fits(settings.policy.pixels()))
-  if settings.judge.sees_image:
-    data = data.checked(bad, images, fits(settings.judge.pixels())).scored(settings.judge.scores)
-  bad.settle()
-  return data, images, bad
-
-
-def _read_data(settings: Settings, training: bool, bad: BadRowList) -> Data:
-  """Both splits as they are, without bad rows, which `bad` takes note of; the training split is
-  empty where nothing is trained."""
-  data, seed = settings.data, settings.seed
-  parts = read_parts(data.train, seed, data.max_train_rows, bad) if training else []
-  of_train = len(bad.rows)
-  held_out = read_qa_rows(data.eval, seed, data.max_eval_rows, bad)
-  return Data(parts, held_out, of_train, len(bad.rows) - of_train)
-
-
 def _askable(host_judge: HostJudge, settings: Settings) -> Check:
   """A check that the judge's prompt has a letter for every option. Raises ValueError where it has
   none for two: then the settings are wrong, and no row is."""
@@ -286,32 +151,6 @@ def _askable(host_judge: HostJudge, settings: Settings) -> Check:
 def _written(judge: Loaded, settings: Settings) -> int | None:
   """Rows of the embedding of a judge that writes; None where it is read."""
   return judge.model.cfg.vocab_size if settings.judge.reading == "generate" else None
-
-
-def _filter(
-  data: Data, host_judge: HostJudge | None, settings: Settings
-) -> tuple[Data, dict[str, int]]:
-  """The questions that can teach, and how many were kept and dropped of each kind; those of the
-  held-out split are counted under eval/."""
-  *train, (held_out, held_out_counts) = filter_questions(
-    [
-      *((part.source, rows) for part, rows in data.train),
-      (settings.data.eval, data.eval),
-    ],
-    host_judge,
-    settings.question_filter,
-    settings.seed,
-  )
-  counts: dict[str, int] = {}
-  for _, counted in train:
-    for name, number in counted.items():
-      counts[name] = counts.get(name, 0) + number
-  counts |= {f"eval/{name}": number for name, number in held_out_counts.items()}
-  parts = (part for part, _ in data.train)
-  kept = [(part, rows) for part, (rows, _) in zip(parts, train, strict=True)]
-  if (most := settings.data.questions_per_image) is not None:
-    kept = [(part, fixed_subset(rows, most, settings.seed)) for part, rows in kept]
-  return dataclasses.replace(data, train=kept, eval=held_out), counts
 
 
 def _batchers(

@@ -322,13 +322,7 @@ def compact_tokenizer(
     )
   vocab = tokenizer.backend.get_vocab()
   merges = [tuple(merge) for merge in spec["model"]["merges"]]
-  full = tokenizer.backend.encode_batch(list(texts), add_special_tokens=False)
-  ranks = {merge: rank for rank, merge in enumerate(merges)}
-  kept = vocab.keys() & set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  for token_id in {token_id for encoding in full for token_id in encoding.ids}:
-    if token_id not in tokenizer.special_ids:
-      kept |= _merge_path(tokenizer.backend.id_to_token(token_id), ranks)
-
+  kept = _needed_tokens(tokenizer, texts, merges)
   text_tokens = sorted(kept, key=vocab.__getitem__)
   specials = [token for token in CHAT_SPECIALS if token in vocab]
   specials = list(dict.fromkeys([*specials, *extra_special]))
@@ -349,15 +343,35 @@ def compact_tokenizer(
     [tokenizers.AddedToken(token, special=True, normalized=False) for token in specials]
   )
 
-  small = compact.encode_batch(list(texts), add_special_tokens=False)
-  for text, ours, original in zip(texts, small, full, strict=True):
+  _check_same_tokens(compact, tokenizer.backend, texts)
+  return compact, [vocab.get(token, -1) for token in [*text_tokens, *specials]]
+
+
+def _needed_tokens(
+  tokenizer: Tokenizer, texts: Sequence[str], merges: Sequence[tuple[str, ...]]
+) -> set[str]:
+  """The byte symbols, and what the texts need: their tokens and those on the way to them."""
+  ranks = {merge: rank for rank, merge in enumerate(merges)}
+  kept = set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) & tokenizer.backend.get_vocab().keys()
+  full = tokenizer.backend.encode_batch(list(texts), add_special_tokens=False)
+  for token_id in {token_id for encoding in full for token_id in encoding.ids}:
+    if token_id not in tokenizer.special_ids:
+      kept |= _merge_path(tokenizer.backend.id_to_token(token_id), ranks)
+  return kept
+
+
+def _check_same_tokens(
+  compact: tokenizers.Tokenizer, full: tokenizers.Tokenizer, texts: Sequence[str]
+) -> None:
+  """Raises ValueError for a text that the compact vocabulary encodes differently."""
+  both = (one.encode_batch(list(texts), add_special_tokens=False) for one in (compact, full))
+  for text, ours, original in zip(texts, *both, strict=True):
     if ours.tokens != original.tokens:
       raise ValueError(
         f"the compact vocabulary encodes {text!r} as {ours.tokens}, the full one as "
         f"{original.tokens}. If special tokens differ, list those in extra_special "
         "that the original has, and leave out of the texts those it lacks."
       )
-  return compact, [vocab.get(token, -1) for token in [*text_tokens, *specials]]
 
 
 def _merge_path(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:

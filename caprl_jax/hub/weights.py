@@ -148,6 +148,22 @@ def params_from_tensors(
     ValueError: tensors missing or left over (both listed), or a shape that does not fit, all before
     any is read.
   """
+  leaves = _find_leaves(abstract, tensors, keys, source)
+  structure = jax.tree_util.tree_structure(abstract)
+  shapes = jax.tree.leaves(abstract)
+  places = [None] * len(leaves) if shardings is None else structure.flatten_up_to(shardings)
+  filled = []
+  for leaf, shape, place in zip(leaves, shapes, places):
+    if place is None:
+      filled.append(jax.numpy.asarray(leaf.read((slice(None),) * len(shape.shape))))
+    else:
+      filled.append(jax.make_array_from_callback(shape.shape, place, leaf.read))
+      leaf.known.clear()
+  return jax.tree_util.tree_unflatten(structure, filled)
+
+
+def _find_leaves(abstract: Params, tensors: Mapping, keys: Keys, source: str) -> list[_Leaf]:
+  """Which tensors each parameter is read from. Raises ValueError as `params_from_tensors` says."""
   used, missing, leaves = set(), [], []
   for _, name, candidates, transposed, leaf in _entries(abstract, keys):
     stacked = "{}" in candidates[0]
@@ -184,17 +200,7 @@ def params_from_tensors(
       f"{source}: {len(extra)} tensors fit no parameter, for example "
       f"{shown(sorted(extra)[:5], 300)}; is config.json of another model?"
     )
-  structure = jax.tree_util.tree_structure(abstract)
-  shapes = jax.tree.leaves(abstract)
-  places = [None] * len(leaves) if shardings is None else structure.flatten_up_to(shardings)
-  filled = []
-  for leaf, shape, place in zip(leaves, shapes, places):
-    if place is None:
-      filled.append(jax.numpy.asarray(leaf.read((slice(None),) * len(shape.shape))))
-    else:
-      filled.append(jax.make_array_from_callback(shape.shape, place, leaf.read))
-      leaf.known.clear()
-  return jax.tree_util.tree_unflatten(structure, filled)
+  return leaves
 
 
 class TensorsOfParams(Mapping):

@@ -56,7 +56,8 @@ def read_or_refused(read, *arguments):
 @quick
 @hypothesis.given(st.binary(max_size=60) | values.map(lambda v: json.dumps(v).encode()))
 def test_json(data):
-  read_or_refused(json_files.parse_json, data, "here")
+  found = read_or_refused(json_files.parse_json, data, "here")
+  assert json.dumps(found)  # a value, or None
 
 
 @quick
@@ -100,8 +101,9 @@ def test_mixtures(text):
 @quick
 @hypothesis.given(st.text("ab=,{}.!: é\0\n", max_size=40))
 def test_named_values_and_facts(text):
-  read_or_refused(lambda: parse_named(text, key="config.x", example="a=b"))
-  read_or_refused(conversations.context_facts, text)
+  named = read_or_refused(lambda: parse_named(text, key="config.x", example="a=b"))
+  facts = read_or_refused(conversations.context_facts, text)
+  assert all(named or {}) and all((named or {}).values()) and all(facts or ())  # none is ""
 
 
 @quick
@@ -119,7 +121,8 @@ def test_flags(key, text):
     registry.check_top_level(config)
     return schema.load_section(config, "data", DataSection)
 
-  read_or_refused(read)
+  found = read_or_refused(read)
+  assert found is None or isinstance(found, DataSection)
 
 
 def test_places_are_said_once(tmp_path):

@@ -126,18 +126,19 @@ def lower_step(
     lowered = jax.jit(stages, donate_argnums=0, out_shardings=(state_places, None, None)).lower(
       state, frozen, batch
     )
-  size = lambda tree: sum(
-    x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x is not state.key
-  )
-  kinds = {
-    "policy, trained": size(state.params),
-    "optimizer": size(state.opt_state),
-    "policy, frozen": size(base),
-    "judge": size(judge_params),
-    "reference": size(frozen.reference),
-    "batch": size(batch),
+  return lowered, {
+    "policy, trained": size_bytes(state.params),
+    "optimizer": size_bytes(state.opt_state),
+    "policy, frozen": size_bytes(base),
+    "judge": size_bytes(judge_params),
+    "reference": size_bytes(frozen.reference),
+    "batch": size_bytes(batch),
   }
-  return lowered, kinds
+
+
+def size_bytes(tree: Any) -> int:
+  """Of all arrays of a tree together."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 _ARRAY = re.compile(r"= \(?([a-z]+\d+|pred)\[([\d,]+)\]\S* ([a-z\-]+)")

@@ -13,6 +13,7 @@ from caprl_jax.config import schema
 from caprl_jax.harness import setup
 from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.training import chosen_rows
 from caprl_jax.harness.training.made_of import bind_models
 from caprl_jax.harness.training.summary import Summary
 from caprl_jax.modes.train import run as train
@@ -130,7 +131,7 @@ def test_questions_are_chosen_once(config, tmp_path, monkeypatch):
     def ask(*_):
       raise AssertionError
 
-    monkeypatch.setattr(setup, "filter_questions", ask)
+    monkeypatch.setattr(chosen_rows, "filter_questions", ask)
     again = setup.set_up(settings, workdir=tmp_path, record=RunRecord(tmp_path, "train"))
   assert again.train_rows == made.train_rows and again.eval_rows == made.eval_rows
   assert again.counts == made.counts and again.digests == made.digests
