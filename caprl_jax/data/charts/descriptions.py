@@ -7,7 +7,7 @@ from caprl_jax.data.charts.trends import tendency
 from caprl_jax.data.charts.views import Slice
 
 
-def description(found: Slice) -> str:
+def describe(found: Slice) -> str:
   """What the chart shows, all its labels and its extremes."""
   chart, marks = found.chart, found.chart.marks
   form = ("horizontal " if chart.horizontal else "vertical ") if chart.kind == "bar" else ""

@@ -18,6 +18,7 @@ from caprl_jax.data.charts import questions as chart_questions
 from caprl_jax.data.charts import trends
 from caprl_jax.data.charts import views as chart_views
 from caprl_jax.data.charts.cells import Cloud, capital
+from caprl_jax.data.charts.descriptions import describe
 from caprl_jax.data.charts.plain import plain_description, plain_direction, plain_questions
 from caprl_jax.data.charts.views import Slice, View
 
@@ -94,7 +95,7 @@ def _row(
     others = chart_questions.other_titles(found.view, titles, generator)
     asked, description = (
       chart_questions.questions(found, others, generator),
-      description(found),
+      describe(found),
     )
   provenance = "vega_datasets/" + "+".join(file.split(".")[0] for file in found.view.source.files)
   questions = []
