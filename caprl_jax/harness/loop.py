@@ -18,6 +18,7 @@ from caprl_jax.errors import of_runtime
 from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.metrics import MetricsWriter, Progress
 from caprl_jax.harness.process import peers
+from caprl_jax.harness.process.device_memory import hold
 from caprl_jax.harness.process.log_files import settle_log_files
 from caprl_jax.harness.process.signals import Deferred
 from caprl_jax.harness.trackers import Tracker
@@ -253,6 +254,7 @@ def run_loop(
     error that leaves a state to save. In several processes all raise after the same step.
   """
   start = int(state.step)
+  _note_memory(state)
   reports = StepReports(
     workdir, start, steps, what, reward_name, on_samples, trackers, watch, skip_nonfinite
   )
@@ -292,6 +294,11 @@ def run_loop(
       reports.close()
     save(last=True)
   return state
+
+
+def _note_memory(state: TrainState) -> None:
+  hold("captioner", jax.tree.leaves(state.params))
+  hold("optimizer's moments", jax.tree.leaves(state.opt_state))
 
 
 def _keep(error: BaseException, save: Callable[[bool], None], reports: StepReports) -> None:

@@ -17,6 +17,7 @@ from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.judge_questions import QuestionShape, question_shape
 from caprl_jax.data.rows import QARow, kinds
 from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, shape_of
+from caprl_jax.harness.process.device_memory import hold
 from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.sections import GateSection
 from caprl_jax.harness.settings import Settings, check_training_batch
@@ -216,9 +217,13 @@ def _frozen(
       _millions(trained),
       _millions(policy.params),
     )
+  hold("captioner", jax.tree.leaves(trained))
+  hold("captioner's part that is not trained", jax.tree.leaves(base))
+  hold("judge", jax.tree.leaves(asker.loaded.params))
   # The reference starts as a copy: the state's own parameters are donated to the step.
   with_reference = training and settings.step.update.loss.has_kl
   reference = jax.tree.map(jnp.copy, trained) if with_reference else None
+  hold("reference", jax.tree.leaves(reference))
   stamps = None
   if settings.step.reward.timestamps:
     stamps = stamp_table(policy.tokenizer.texts(policy.model.cfg.text.vocab_size))

@@ -1,6 +1,6 @@
 """What a run keeps on its devices, by kind -> what is said where they are full."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from caprl_jax.json_files import cut
@@ -40,6 +40,12 @@ def hold_bytes(kind: str, count: int) -> None:
     _held[kind] = count
 
 
+def hold_planned(kinds: Mapping[str, int], devices: int) -> None:
+  """As `hold_bytes`. kinds: bytes by kind, on all devices together."""
+  for kind, count in kinds.items():
+    hold_bytes(kind, count // devices)
+
+
 def what_is_full(error: BaseException) -> str:
   """What a person can read, and do, where XLA says that memory does not suffice."""
   first = str(error).partition("\n")[0]
@@ -49,5 +55,9 @@ def what_is_full(error: BaseException) -> str:
     sizes = ", ".join(f"{kind} {count / GIB:.2f} GiB" for kind, count in kinds)
     lines.append(f"On each device lie: {sizes}; what programs compute comes on top.")
   lines.append("What takes less (--config.mode=plan says before a run what fits):")
-  lines += [f"  {key}: {effect}" for key, effect in KNOBS]
-  return "\n".join(lines)
+  return "\n".join([*lines, knobs()])
+
+
+def knobs() -> str:
+  """`KNOBS`, a line each."""
+  return "\n".join(f"  {key}: {effect}" for key, effect in KNOBS)

@@ -22,6 +22,7 @@ import numpy as np
 from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
+from caprl_jax.harness.process.device_memory import hold_planned, knobs
 from caprl_jax.harness.settings import Settings, check_training_batch, read_settings
 from caprl_jax.harness.training.programs import rollout_shardings
 from caprl_jax.harness.training.state import abstract_state, make_optimizer
@@ -180,6 +181,7 @@ def run(config, workdir: pathlib.Path) -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever chips this machine may have
   devices = topology_devices(plan.topology)
   lowered, kinds = lower_step(settings, plan, devices)
+  hold_planned(kinds, len(devices))  # said where the compiler finds that it does not fit
   log.info("compiling the step for %d x %s ...", len(devices), devices[0].device_kind)
   start = time.perf_counter()
   compiled = lowered.compile()
@@ -197,8 +199,7 @@ def run(config, workdir: pathlib.Path) -> None:
   if limit and total > limit / GIB:
     raise ValueError(
       f"the step needs {total:.1f} GiB per device, and a {plan.topology} chip "
-      f"has {limit / GIB:.0f}; raise policy_update.microbatches or judge.microbatches, "
-      "lower data.batch_size, rollout.group_size or max_tokens, or take more chips"
+      f"has {limit / GIB:.0f}. What takes less:\n{knobs()}"
     )
 
 

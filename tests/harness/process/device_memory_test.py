@@ -6,7 +6,13 @@ import pytest
 from helpers.paths import ROOT
 
 from caprl_jax.harness.process import device_memory
-from caprl_jax.harness.process.device_memory import KNOBS, hold, hold_bytes, what_is_full
+from caprl_jax.harness.process.device_memory import (
+  KNOBS,
+  hold,
+  hold_bytes,
+  hold_planned,
+  what_is_full,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +23,7 @@ def nothing_held(monkeypatch):
 def test_kinds_come_with_their_size_on_a_device_the_largest_first():
   hold("judge", [jnp.zeros((1 << 20,), jnp.bfloat16)])
   hold("captioner", jax.tree.leaves({"a": jnp.zeros((1 << 20, 3)), "key": jax.random.key(0)}))
-  hold_bytes("moments", 3 << 30)
+  hold_planned({"moments": 6 << 30}, devices=2)
   hold_bytes("reference", 0)
   said = what_is_full(RuntimeError("RESOURCE_EXHAUSTED: of 9 bytes\nBuffers: 1, 2"))
   assert "does not suffice (RESOURCE_EXHAUSTED: of 9 bytes)." in said and "Buffers" not in said
