@@ -2,8 +2,9 @@
 
 Its work follows the captions, not their limit. All rows begin on a cache of a few slots that grows
 by stages (the trunk), to a quarter of the limit at most. The rows that are still being written when
-a quarter of them is left, or when the trunk is full, go on in chunks of a quarter of the rows, on
-caches that grow to the limit, as many chunks as it takes. So a cache of rows x limit never exists.
+the trunk is full, or when no more than a chunk of them is left, go on in chunks of a part of the
+rows (`chunks`), on caches that grow to the limit, as many chunks as it takes. So a cache of rows x
+limit never exists.
 A draw depends on its row's key and the token's number alone: tokens are the same whatever the
 stages.
 
@@ -29,8 +30,7 @@ Array = jax.Array
 Extend = Callable[[Array, Array, Array, tuple[Prefix, ...]], tuple[Array, Prefix]]
 BLOCK = 256  # tokens whose probabilities are added up before one is searched for
 SMALLEST_CACHE = 64  # slots; below, a further stage costs more to compile than it saves
-CHUNKS = 4  # a chunk has this part of a device's rows,
-SMALLEST_CHUNK = 8  # and at least these
+SMALLEST_CHUNK = 8  # rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,9 @@ class SamplingConfig:
   repetition_penalty: logits of tokens that prompt or caption hold are divided by it where
     positive, multiplied where negative (Keskar et al., arXiv 1909.05858), as transformers does; 1
     leaves them. Not for training.
+  chunks: into how many a device's captions would be cut. Those that are still written when the
+    small cache of all is full, or when one chunk would hold them, go on chunk by chunk, on caches
+    of the whole length. More chunks take less memory and more time; the captions are the same.
   """
 
   max_tokens: int
@@ -51,10 +54,14 @@ class SamplingConfig:
   top_k: int = 0
   top_p: float = 1.0
   repetition_penalty: float = 1.0
+  chunks: int = 4
 
   def __post_init__(self):
-    if self.max_tokens < 1:
-      raise ValueError(f"max_tokens = {self.max_tokens}: a caption needs at least one token")
+    if self.max_tokens < 1 or self.chunks < 1:
+      raise ValueError(
+        f"max_tokens = {self.max_tokens}: a caption needs at least one token, and chunks = "
+        f"{self.chunks} must be at least 1"
+      )
     if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
       raise ValueError(
         f"temperature = {self.temperature} must be >= 0, top_p = {self.top_p} in "
@@ -350,19 +357,19 @@ def decode(
   state = loop.emit(state, first_hidden_ND)
   if not chunks:
     return loop.run(state, trunk)
-  shards, rows = _chunk_size(N, prefixes)
+  shards, rows = _chunk_size(N, prefixes, cfg.chunks)
   state = loop.run(state, trunk, shards, leave=rows)
   return _finish_in_chunks(loop, state, chunks, shards, rows)
 
 
-def _chunk_size(N: int, prefixes: tuple[Prefix, ...]) -> tuple[int, int]:
+def _chunk_size(N: int, prefixes: tuple[Prefix, ...], chunks: int) -> tuple[int, int]:
   """The parts that N rows lie in, one a device, and how many rows of each a chunk takes."""
   shards = sharding.batch_shards()
   together = [N] + [p.valid_RS.shape[0] for p in prefixes if p.valid_RS.shape[0] > 1]
   if any(rows % shards for rows in together):
     shards = 1
   share = N // shards
-  return shards, max(-(-share // CHUNKS), min(share, SMALLEST_CHUNK))
+  return shards, max(-(-share // chunks), min(share, SMALLEST_CHUNK))
 
 
 @flax.struct.dataclass

@@ -64,6 +64,7 @@ FREE = (
   "judge.chunk_tokens",
   "policy_update.microbatches",
   "policy_update.chunk_tokens",
+  "rollout.sampling.chunks",
   "data.bad_rows",
   "evaluate.batch_size",
   "evaluate.every_steps",

@@ -1,0 +1,24 @@
+"""CapRL-3B's recipe (configs/caprl_3b.py) on sixteen small chips, a v5e-16 slice.
+
+  python -m caprl_jax.main --config=configs/caprl_3b_v5e16.py --workdir=runs/NAME \\
+    --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
+
+The same steps: two chips share each layer's matrices, so that the weights that captions are written
+with fit beside the captions' caches, and captions that are still written when most have ended go on
+in eighths rather than quarters of them.
+
+Not run yet; docs/tpu.md has what a step takes of a chip's 16 GiB.
+"""
+
+import pathlib
+
+from caprl_jax.config.loading import load_config
+
+
+def get_config():
+  config = load_config(str(pathlib.Path(__file__).with_name("caprl_3b.py")))
+  with config.unlocked():
+    config.mesh.tensor = 2
+    config.rollout = dict(sampling=dict(chunks=8))
+    config.plan.topology = "v5e:4x4"
+  return config
