@@ -81,9 +81,9 @@ def _prefill_in_pieces(policy: Policy, params: Params, batch: Batch) -> tuple[Ar
   def join(x: Array) -> Array:  # [C, Y, B / C, ...] -> [Y, B, ...]
     return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
 
-  keys_values = sharding.over_batch((join(prefix.key_YRSJh), join(prefix.value_YRSJh)), 1)
+  key, value = sharding.over_batch((join(prefix.key_YRSJh), join(prefix.value_YRSJh)), 1)
   hidden_BD, valid_RS = sharding.join_microbatches((hidden_CBD, prefix.valid_RS))
-  return hidden_BD, Prefix(*keys_values, valid_RS)
+  return hidden_BD, Prefix(key, value, valid_RS)
 
 
 def sample_captions(
