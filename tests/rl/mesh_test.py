@@ -1,4 +1,4 @@
-"""Stages, rungs and judged pieces on a mesh of eight devices: what one device makes in one size."""
+"""Stages, blocks and judged pieces on a mesh of eight devices: what one device makes in one go."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from caprl_jax.data.batches import train_iterator
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.models.trainable import split_params, trainable_filter
-from caprl_jax.rl import judge as judge_module, sampling, update
+from caprl_jax.rl import judge as judge_module, rollout as rollout_module, sampling
 from caprl_jax.rl.groups import Rollout
 from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.loss import LossConfig
@@ -44,8 +44,8 @@ cfg = RolloutConfig(G, SamplingConfig(T))
 for name, sizes in json.loads(sys.argv[2]).items():
   if sizes:  # one device does all in one size
     sampling.SMALLEST_CACHE, sampling.SMALLEST_CHUNK = T // 4, 2
-    judge_module.SMALLEST_CAPTION, judge_module.SMALLEST_PIECE = T // 2, 1
-    update.SMALLEST_ROW = G * (T - 1) // 2
+    judge_module.SMALLEST_CAPTION, judge_module.SMALLEST_PIECE = T // 4, 1
+    rollout_module.SMALLEST_BLOCK = G * (T - 1) // 4
   devices = jax.devices() if sizes else jax.devices()[:1]
   mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})), devices)
   with jax.set_mesh(mesh):
@@ -67,7 +67,9 @@ for name, sizes in json.loads(sys.argv[2]).items():
 
     @jax.jit
     def gradients(params, frozen, rollout):
-      learner = Learner(model, None, UpdateConfig(LossConfig(), microbatches=2))
+      chunk = 8 if sizes else 1024  # tokens of the unembedding
+      cfg = UpdateConfig(LossConfig(), microbatches=2, chunk_tokens=chunk)
+      learner = Learner(model, None, cfg)
       return loss_gradients(learner, params, frozen, rollout)
 
     # Each is waited for: XLA's in-process collectives hang otherwise.
