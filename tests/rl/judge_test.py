@@ -10,6 +10,8 @@ import pytest
 from helpers.judges import asked, captioned
 
 from caprl_jax.models.decoder import Decoder, DecoderConfig, head_matrix
+from caprl_jax.rl import judge as judge_module
+from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.judge_protocol import JudgeConfig, draw_orders
 from caprl_jax.types import Captions, JudgePrompt, Questions, Vocabulary
 
@@ -158,6 +160,24 @@ def test_option_pmi_equals_scoring_each_joined_prompt_on_its_own(params, asked, 
     assert got.correct_BGK[b, g, k] == (np.argmax(scores) == gold) == got.credit_BGK[b, g, k]
     assert got.valid_BGK[b, g, k]
   assert got.correct_BGK.any() and not got.correct_BGK[got.valid_BGK].all()
+
+
+@pytest.mark.parametrize("reading", ["option_pmi", "letter_argmax"])
+def test_pieces_and_blocks_change_nothing(params, reading, monkeypatch):
+  """Eight captions (two of them empty, for the blind answers) in three pieces of three, so that one
+  place is filled up; each in blocks of one token."""
+  ids, keep = captions()
+
+  def ask(cfg):
+    run = jax.jit(functools.partial(judge_ids, cfg=cfg))
+    return run(Judge(JUDGE, params, PROMPT), JudgeIds(ids, keep), questions(ASKED), KEY)
+
+  whole = ask(JudgeConfig(reading=reading))
+  monkeypatch.setattr(judge_module, "SMALLEST_CAPTION", 1)
+  assert judge_module._pieces(8, 3, T) == (3, 3)
+  pieces = ask(JudgeConfig(reading=reading, microbatches=3))
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
+    np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("reading", LETTERS)
