@@ -291,9 +291,10 @@ def test_an_address_of_no_bucket_is_no_workdir(cli, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_notice_of_preemption_asks_to_be_started_again(cli, name, monkeypatch):
-  before = signal.getsignal(signal.Signals[name])
-  monkeypatch.setattr(signal, "getsignal", _unless_ignored(signal.getsignal))
+def test_a_notice_of_preemption_asks_to_be_started_again(cli, name, request):
+  # tests may be run under nohup, where SIGHUP is ignored
+  inherited = signal.signal(signal.Signals[name], signal.SIG_DFL)
+  request.addfinalizer(lambda: signal.signal(signal.Signals[name], inherited))
   saved = []
 
   def run(config, workdir):
@@ -306,12 +307,7 @@ def test_a_notice_of_preemption_asks_to_be_started_again(cli, name, monkeypatch)
   code, _, err = cli(run=run)
   assert code == 75 and saved
   assert err.splitlines()[-1].endswith(f"stopped by {name}; run the same command again, it goes on")
-  assert signal.getsignal(signal.Signals[name]) == before
-
-
-def _unless_ignored(getsignal):
-  """Tests may be run under nohup, where SIGHUP is ignored."""
-  return lambda number: signal.SIG_DFL if getsignal(number) is signal.SIG_IGN else getsignal(number)
+  assert signal.getsignal(signal.Signals[name]) == signal.SIG_DFL
 
 
 def test_a_name_that_is_no_utf_8_can_be_logged(cli, tmp_path):

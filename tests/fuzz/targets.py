@@ -123,7 +123,7 @@ def flags(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   try:
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
       argv = ["main", *(argument.replace("FOLDER", str(folder)) for argument in arguments)]
-      found, _ = main._parse(main._define_flags(), argv)
+      found, *_ = main._parse(main._define_flags(), argv)
   finally:
     os.chdir(here)
   schema.to_plain(found)

@@ -119,7 +119,17 @@ def test_answers_are_transformers_likeliest(folder, loaded, theirs, tmp_path):
   assert {verdict.visual for verdicts in got.values() for verdict in verdicts} == {0.0, 1.0}
 
   with jax.set_mesh(mesh):
-    figures = vqa.ask(policy, rows, "here", cfg, 0, mesh, tmp_path / "vqa.json", WORDING, TOKENS)
+    figures = vqa.ask(
+      policy,
+      rows,
+      tmp_path / "vqa.json",
+      source="here",
+      cfg=cfg,
+      seed=0,
+      mesh=mesh,
+      open_question=WORDING,
+      max_tokens=TOKENS,
+    )
   assert figures["accuracy"] == np.mean([v.visual for found in got.values() for v in found])
   assert "probability" not in figures
   assert figures["answer"] == {"open_question": WORDING, "max_tokens": TOKENS}

@@ -43,6 +43,7 @@ TRACED = [
 # What differs from a recipe that is run only in models and data.
 SAME = {
   "caprl_qwen3vl_2b": ("caprl_qwen3vl_4b", {"policy.checkpoint"}),
+  "caprl_3b_v5e16": ("caprl_3b", {"mesh.tensor", "rollout.sampling.chunks", "plan.topology"}),
   "ablations/judge_size": ("caprl_3b", {"judge.source"}),
   "ablations/data_domain": ("caprl_3b", {"data.max_train_rows"}),
   "ablations/leakage": ("caprl_3b", {"data.max_train_rows"}),
