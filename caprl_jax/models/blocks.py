@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,20 @@ class Row:
   position_NR: Array  # int32
   valid_NR: Array  # bool
   segment_NR: Array  # int32; a token sees those of its own segment
+
+
+def running(model: nn.Module) -> Extend:
+  """What runs one block of a model that has `Decoder`'s method `extend`: (its parameters, block,
+  prefixes, reach, earlier) -> hidden states [N, L, D], and the block's keys and values."""
+
+  def extend(
+    params: Any, row: Row, prefixes: tuple[Prefix, ...], reach: int, earlier: EarlierTokens | None
+  ) -> tuple[Array, Prefix]:
+    where = (row.tokens_NR, row.position_NR, row.valid_NR, prefixes, row.segment_NR, reach, earlier)
+    out: Any = model.apply({"params": params}, *where, method="extend")
+    return out
+
+  return extend
 
 
 def extend_in_blocks(

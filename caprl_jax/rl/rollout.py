@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax import sharding
-from caprl_jax.models.attention import EarlierTokens, Prefix
-from caprl_jax.models.blocks import Row, extend_in_blocks
+from caprl_jax.models.attention import Prefix
+from caprl_jax.models.blocks import Row, extend_in_blocks, running
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import EntropyKind, token_logprobs
 from caprl_jax.models.policy import Policy, last_hidden
@@ -242,30 +242,10 @@ def caption_states(
   if T == 1:
     return CaptionStates(first_BD, None, packed)
 
-  def extend(
-    params: Params,
-    row: Row,
-    prefixes: tuple[Prefix, ...],
-    reach: int,
-    earlier: EarlierTokens | None,
-  ) -> tuple[Array, Prefix]:
-    out: Any = policy.apply(
-      {"params": params},
-      row.tokens_NR,
-      row.position_NR,
-      row.valid_NR,
-      prefixes,
-      row.segment_NR,
-      reach,
-      earlier,
-      method="extend",
-    )
-    return out
-
   position_BR = batch.prompts.next_position_B[:, None] + packed.step_BR
   row = Row(packed.tokens_BR, position_BR, packed.valid_BR, packed.caption_BR)
   size = block_slots(packed.tokens_BR.shape[1])
-  rest_BRD = extend_in_blocks(extend, params, row, (prefix,), T - 1, size)
+  rest_BRD = extend_in_blocks(running(policy), params, row, (prefix,), T - 1, size)
   return CaptionStates(first_BD, rest_BRD, packed)
 
 
