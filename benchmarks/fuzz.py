@@ -6,8 +6,9 @@
 The inputs are those of tests/fuzz: good files to which one to three things were done (cut, flipped,
 swapped, nested, numbers that are huge, types that are wrong, bombs, templates without an end). Each
 must be read, or be refused with one ValueError of ours that is short and names its place, within 5
-seconds of processor time and 2 GiB of memory. Prints a table of kinds and outcomes, and of each
-fault the shortest input; writes faulty inputs to --keep, each a file that --replay takes.
+seconds of processor time (and one more for each 2 MB) and 2 GiB of memory. Prints a table of kinds
+and outcomes, and of each fault the shortest input; writes faulty inputs to --keep, each a file that
+--replay takes.
 """
 
 import argparse

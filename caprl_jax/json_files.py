@@ -6,6 +6,7 @@ UTF-16 are taken, and whatever is wrong is a ValueError that names the place.
 
 import codecs
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -56,13 +57,14 @@ def listed(messages: Sequence[str], most: int = 10, room: int = 1200) -> str:
   return "\n  ".join(["", *shown_ones, *([f"and {left} more"] if left else [])])
 
 
-def parse_json(data: bytes | str, where: str, *, halves: bool = False) -> Any:
+def parse_json(data: bytes | str, where: str, *, halves: bool = False, finite: bool = False) -> Any:
   """The value of a JSON text.
 
   Args:
     data: in UTF-8, or in what its byte order mark says.
     where: begins the message.
     halves: halves of surrogate pairs pass: so Python has names of files that are no UTF-8.
+    finite: a number that is infinite or none does not pass.
 
   Raises:
     ValueError: it is no JSON, is nested too deeply, names a key of an object twice, or holds half
@@ -70,7 +72,8 @@ def parse_json(data: bytes | str, where: str, *, halves: bool = False) -> Any:
   """
   try:
     text = decode(data) if isinstance(data, bytes) else data.removeprefix("\ufeff")
-    value = json.loads(text, object_pairs_hook=_unique)
+    numbers = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
+    value = json.loads(text, object_pairs_hook=_unique, **numbers)
     if not halves and "\\ud" in text.lower():
       json.dumps(value, ensure_ascii=False).encode()
   except RecursionError:
@@ -87,14 +90,21 @@ def decode(data: bytes) -> str:
   return data.decode(_encoding(data[:4]))
 
 
-def read_json(path: str | os.PathLike[str], *, halves: bool = False) -> Any:
+def read_record(path: str | os.PathLike[str]) -> Any:
+  """The value of a JSON file that this package wrote, and may write again: its numbers are finite,
+  and names of files may be of any bytes. Raises ValueError with the path: unreadable, or as
+  `parse_json`."""
+  return read_json(path, halves=True, finite=True)
+
+
+def read_json(path: str | os.PathLike[str], *, halves: bool = False, finite: bool = False) -> Any:
   """The value of a JSON file. Raises ValueError with the path: unreadable, or as `parse_json`."""
   path = pathlib.Path(path)
   try:
     data = path.read_bytes()
   except OSError as error:
     raise ValueError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-  return parse_json(data, str(path), halves=halves)
+  return parse_json(data, str(path), halves=halves, finite=finite)
 
 
 def json_lines(path: str | os.PathLike[str], *, halves: bool = False) -> Iterator[tuple[str, Any]]:
@@ -144,6 +154,13 @@ def _lines(path: pathlib.Path) -> Iterator[bytes | str]:
 
 def _encoding(start: bytes) -> str:
   return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+
+
+def _finite(number: str) -> float:
+  value = float(number)
+  if not math.isfinite(value):
+    raise ValueError(f"{shown(number)} is no finite number")
+  return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

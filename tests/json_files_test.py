@@ -79,3 +79,18 @@ def test_messages_are_listed_as_far_as_there_is_room():
   assert listed(["one", "two", "three"], most=1) == "\n  one\n  and 2 more"
   assert listed(["x" * 500] * 5) == "\n  " + "\n  ".join([cut("x" * 500, 400)] * 3 + ["and 2 more"])
   assert len(listed(["x" * 9999] * 9999)) < 1500
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "NaN", "-Infinity"])
+def test_a_record_holds_finite_numbers_only(number, tmp_path):
+  path = tmp_path / "run.json"
+  path.write_text(f'{{"at": {number}}}')
+  json_files.read_json(path)  # as people write it
+  with pytest.raises(ValueError, match=f"run.json: .*'{number}' is no finite number"):
+    json_files.read_record(path)
+
+
+def test_a_record_holds_names_of_any_bytes(tmp_path):
+  path = tmp_path / "run.json"
+  path.write_text(json.dumps({"name": "\udcff", "share": 0.5, "count": 3}))
+  assert json_files.read_record(path) == {"name": "\udcff", "share": 0.5, "count": 3}

@@ -20,7 +20,7 @@ from typing import IO, Any, Generic, TypeVar
 from tqdm import tqdm
 
 from caprl_jax.errors import UserError
-from caprl_jax.json_files import cut, read_json
+from caprl_jax.json_files import cut, read_record
 
 log = logging.getLogger("caprl_jax.harness.row_shards")
 
@@ -97,7 +97,7 @@ class ShardedJob(Generic[Source]):
     path = self.folder / SETTINGS
     if not path.exists():
       _write_once(path, json.dumps(self.manifest, indent=1))
-    found = read_json(path)
+    found = read_record(path)
     if not isinstance(found, dict):
       raise ValueError(f"{path}: not what a job writes; delete the folder to begin again")
     if found != self.manifest:

@@ -27,7 +27,8 @@ from fuzz import kinds
 from fuzz.cases import Case
 
 READ, REFUSED = GOOD = "read", "refused"
-CPU_SECS = 5.0  # of an input
+CPU_SECS = 5.0  # of an input, and a second more for each
+BYTES_A_SEC = 2_000_000  # of its files: some changes repeat a file's lines hundreds of times
 WALL_SECS = 60.0  # of an input; other processes may have the processor
 MEMORY_BYTES = 2 << 30  # beyond what the child has when it begins
 MESSAGE_CHARACTERS = 1500
@@ -215,7 +216,7 @@ def _try(case: Case, folder: pathlib.Path) -> dict[str, str]:
     case.write(folder)
     place = str(folder)
     try:
-      signal.setitimer(signal.ITIMER_PROF, CPU_SECS)
+      signal.setitimer(signal.ITIMER_PROF, CPU_SECS + _size(case) / BYTES_A_SEC)
       try:
         left_out = kinds.KINDS[case.kind].target(folder, case.arguments)
       finally:
@@ -228,6 +229,10 @@ def _try(case: Case, folder: pathlib.Path) -> dict[str, str]:
     return _said(READ, "")
   finally:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(case: Case) -> int:
+  return sum(map(len, case.files.values()))
 
 
 def _said(status: str, message: str, signature: str = "") -> dict[str, str]:

@@ -10,6 +10,7 @@ import io
 import os
 import pathlib
 from collections.abc import Callable
+from types import SimpleNamespace
 
 from fuzz import bases
 
@@ -74,16 +75,18 @@ def benchmark(folder: pathlib.Path, arguments: Arguments) -> list[str]:
 
 
 def images(folder: pathlib.Path, arguments: Arguments) -> list[str]:
+  from caprl_jax.data.batches import image_shape
   from caprl_jax.data.readers import image_sources
   from caprl_jax.data.rows import CaptionRow, read_image
   from caprl_jax.models.image_processor import SmartResize, Tiles
 
-  path = folder / arguments[0]
+  row = CaptionRow(folder / arguments[0], "", arguments[0])
   with contextlib.suppress(ValueError):
     image_sources.find_images(str(folder))
-  image = read_image(CaptionRow(path, "", path.name))
-  SmartResize(8, 2, 1024, 16384, 2).patchify(image)
-  Tiles(16, 4, 2).patchify(image)
+  image = read_image(row)
+  for pixels in (SmartResize(8, 2, 1024, 16384, 2), Tiles(16, 4, 2)):
+    image_shape([row], SimpleNamespace(vision=SimpleNamespace(pixels=pixels)))  # as every batch
+    pixels.patchify(image)
   return []
 
 
@@ -218,13 +221,13 @@ def records(folder: pathlib.Path, arguments: Arguments) -> list[str]:
   stages = {"first": {"data": "a", "steps": 3}}
   config = {"seed": 0, "pretrain_policy": {"vision": "v"}, "pretrain": {"stages": stages}}
   job = json.loads(bases.records()["shards/settings.json"])
-  # A cache passes over what is damaged.
+  # A cache passes over what is damaged; a list of two is a line like its own.
   cache = result_cache.ResultCache(folder / "cache", "kind", {"a": 1})
   cache.put({"x": 1})
   damaged = folder / "pretrain.json"
   if damaged.is_file():
     cache.path.write_bytes(cache.path.read_bytes() + damaged.read_bytes() + b"\n")
-  assert dict(result_cache.ResultCache(folder / "cache", "kind", {"a": 1})) == {"x": 1}
+  assert result_cache.ResultCache(folder / "cache", "kind", {"a": 1})["x"] == 1
   return _read_all(
     lambda: Best(None, folder),
     lambda: Record(folder, config, ["first"]),

@@ -14,7 +14,7 @@ from etils import epath
 from caprl_jax.atomic_files import write_json
 from caprl_jax.errors import UserError
 from caprl_jax.harness.buckets.mirror import Mirror, copy_file, listed, named
-from caprl_jax.json_files import cut, read_json
+from caprl_jax.json_files import cut, read_record
 
 # In sources of rows an address stands among others: tfds:gs://b/folder:train, gs://b/a.jsonl*2.
 ADDRESS = re.compile(r"(?<![\w+.-])(?:gs|s3|az)://[^\s,:=@\"']+")
@@ -116,7 +116,7 @@ def fetch(address: str) -> pathlib.Path:
       return place
     names = listed(folder) if folder.is_dir() else [""]
     held_in = place.with_name(f"{HELD}{place.name}")
-    held = read_json(held_in) if held_in.exists() else {}
+    held = read_record(held_in) if held_in.exists() else {}
     stats = {name: (folder / name if name else folder).stat() for name in names}
     now = {name: [stat.length, stat.mtime] for name, stat in stats.items()}
     new = [n for n in names if held.get(n) != now[n] or not (place / n if n else place).exists()]

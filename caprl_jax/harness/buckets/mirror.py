@@ -23,7 +23,7 @@ from etils import epath
 
 from caprl_jax.atomic_files import write_json
 from caprl_jax.errors import UserError
-from caprl_jax.json_files import cut, read_json
+from caprl_jax.json_files import cut, read_record
 
 log = logging.getLogger("caprl_jax.harness.buckets.mirror")
 
@@ -119,7 +119,7 @@ class Mirror:
     with named(self.there):
       index = self._index()
       if self.state_file.exists():
-        state = Index.of(read_json(self.state_file), self.state_file)
+        state = Index.of(read_record(self.state_file), self.state_file)
         if index is None or (index.writer, index.count) == (state.writer, state.count):
           self.last = index or Index({})
           return

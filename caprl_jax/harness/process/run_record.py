@@ -21,7 +21,7 @@ from caprl_jax.atomic_files import write_json
 from caprl_jax.config.schema import to_plain
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.versions import versions
-from caprl_jax.json_files import cut, read_json, shown
+from caprl_jax.json_files import cut, read_record, shown
 
 log = logging.getLogger("caprl_jax.harness.process.run_record")
 
@@ -203,7 +203,7 @@ def _now() -> str:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  values = read_json(path, halves=True)
+  values = read_record(path)
   remedy = "restore the file, or delete it and the run's checkpoints and begin again"
   if not isinstance(values, dict):
     raise ValueError(f"{path}: holds {shown(values)}, not an object; {remedy}")

@@ -18,7 +18,7 @@ from caprl_jax.atomic_files import write_text
 from caprl_jax.config.schema import to_plain
 from caprl_jax.data.rows import QARow
 from caprl_jax.harness.process.first import from_first
-from caprl_jax.json_files import read_json
+from caprl_jax.json_files import read_record
 
 log = logging.getLogger("caprl_jax.harness.training.kept_questions")
 
@@ -92,7 +92,7 @@ class KeptQuestions:
     write_text(self.path, json.dumps(found) + "\n")
 
   def _read(self) -> dict[str, Any] | None:
-    held = read_json(self.path)
+    held = read_record(self.path)
     try:
       if held["settings"] != self.settings:
         return None

@@ -20,7 +20,7 @@ import jax
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.usable_rows import HasImage
 from caprl_jax.harness.process.first import from_first
-from caprl_jax.json_files import read_json, shown
+from caprl_jax.json_files import read_record, shown
 
 log = logging.getLogger("caprl_jax.harness.training.row_places")
 
@@ -134,7 +134,7 @@ def _keys(rows: Sequence[HasImage]) -> list[str]:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  begun = read_json(path)
+  begun = read_record(path)
   whole = isinstance(begun, dict) and begun.get("rows") and "parts" in begun
   if not whole or len(begun.get("digests") or begun["rows"]) != len(begun["rows"]):
     raise ValueError(f"{path} is damaged: it must name rows and parts; use another --workdir")

@@ -11,7 +11,7 @@ import jax
 from caprl_jax.atomic_files import write_json
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.hub.load import Loaded, save_policy
-from caprl_jax.json_files import cut, read_json, shown
+from caprl_jax.json_files import cut, read_record, shown
 from caprl_jax.types import Params
 
 log = logging.getLogger("caprl_jax.harness.training.summary")
@@ -24,7 +24,7 @@ def summary_path(workdir: pathlib.Path) -> pathlib.Path:
 
 def read_summary(path: pathlib.Path) -> dict[str, Any]:
   """What a run's summary holds. Raises ValueError, with the path, for a file that is none."""
-  values = read_json(path, halves=True)
+  values = read_record(path)
   if not isinstance(values, dict):
     raise ValueError(f"{path}: holds {shown(values)}, not an object; restore or delete the file")
   remedy = "restore the file, or delete it and start again"
@@ -71,7 +71,7 @@ class Summary:
 
 
 def _accuracy(path: pathlib.Path) -> float:
-  held = read_json(path)
+  held = read_record(path)
   accuracy = held.get("accuracy") if isinstance(held, dict) else None
   if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)):
     raise ValueError(

@@ -29,7 +29,7 @@ from caprl_jax.inference.captioner import (
   CaptionerOutput,
   open_captioner,
 )
-from caprl_jax.json_files import read_json
+from caprl_jax.json_files import read_record
 from caprl_jax.modes.caption.formats import Format, Output, kind_of
 from caprl_jax.modes.caption.page import samples_page
 from caprl_jax.modes.caption.statistics import Statistics
@@ -232,7 +232,7 @@ def _finished(output: Output, settings: dict) -> bool:
   path = output.beside(".stats.json")
   if not path.exists():
     return False
-  found = read_json(path)
+  found = read_record(path)
   job = found.get("job") if isinstance(found, dict) else None
   if not isinstance(job, dict):
     raise ValueError(f"{path} is not from mode caption; move it or name another caption.output")

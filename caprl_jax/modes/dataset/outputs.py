@@ -10,7 +10,7 @@ from caprl_jax.atomic_files import write_json
 from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.rows import QARow
 from caprl_jax.errors import UserError
-from caprl_jax.json_files import read_json, shown
+from caprl_jax.json_files import read_record, shown
 from caprl_jax.progress import counted
 
 log = logging.getLogger("caprl_jax.modes.dataset.outputs")
@@ -86,7 +86,7 @@ def _folder(output: str) -> pathlib.Path:
 
 def _written(workdir: pathlib.Path) -> dict[str, str]:
   path = workdir / WRITTEN
-  found = read_json(path) if path.exists() else {}
+  found = read_record(path) if path.exists() else {}
   if not isinstance(found, dict):
     raise UserError(f"{path}: not what this mode writes; delete it")
   return found

@@ -17,7 +17,7 @@ from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.run_record import RunRecord, differences
 from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.tokenizer import Tokenizer
-from caprl_jax.json_files import cut, read_json, shown
+from caprl_jax.json_files import cut, read_record, shown
 from caprl_jax.modes.pretrain.policy import PretrainPolicyConfig
 
 log = logging.getLogger("caprl_jax.modes.pretrain.record")
@@ -95,7 +95,7 @@ class Record:
     """The record that is there, with those of its stages that have left something."""
     if not self.path.exists():
       return None
-    held = read_json(self.path)
+    held = read_record(self.path)
     if not _is_record(held):
       raise ValueError(
         f"{self.path}: not what mode pretrain writes; restore it, or begin in another workdir"
