@@ -20,13 +20,14 @@ from caprl_jax.scoring.plain_text import tidied
 Metric = Literal["multiple_choice", "relaxed", "chartqapro", "same", "anls", "maths"]
 
 # What `score` applies. "questions": plain rows of questions, as
-# `readers.benchmarks.files.from_qa_rows` makes them.
+# `readers.benchmarks.files.from_qa_rows` makes them. CaptionQA's own score is in `captionqa`.
 METRICS: dict[str, Metric] = {
   "MMStar": "multiple_choice",
   "SEED": "multiple_choice",
   "MMMU": "multiple_choice",
   "MMMU-Pro": "multiple_choice",
   "questions": "multiple_choice",
+  "CaptionQA": "multiple_choice",
   "ChartQA": "relaxed",
   "ChartQAPro": "chartqapro",
   "CharXiv": "same",

@@ -51,6 +51,39 @@ def bootstrap_interval(
   return float(low), float(high)
 
 
+def ratio_interval(
+  above: np.ndarray, below: np.ndarray, seed: int, level: float = 0.95, samples: int = 2000
+) -> tuple[float, float]:
+  """The percentile bootstrap interval of sum(above) / sum(below), values per image in one order.
+
+  Such as right answers per word: images are drawn again, and bring both with them. Raises
+  ValueError as `bootstrap_interval`, for different numbers of images, and where `below` is negative
+  or 0 for all of them.
+  """
+  above_B, below_B = _per_image(above), _per_image(below)
+  if len(above_B) != len(below_B) or below_B.min() < 0 or below_B.max() == 0:
+    raise ValueError(
+      f"{len(above_B)} images over {len(below_B)}, from {below_B.min()} to {below_B.max()}; a "
+      "ratio needs the same images, in one order, and a divisor that is not negative, nor 0 for all"
+    )
+  if not 0 < level < 1 or samples < 1:
+    raise ValueError(
+      f"level = {level}, samples = {samples}; 0 < level < 1 and samples >= 1 are needed"
+    )
+  images = len(above_B)
+  draw = np.random.default_rng(seed)
+
+  def ratios(rows: int) -> np.ndarray:
+    drawn = draw.integers(images, size=(rows, images))
+    below = below_B[drawn].sum(1)
+    # a draw of nothing but images whose divisor is 0 has no ratio
+    return np.where(below > 0, above_B[drawn].sum(1) / np.where(below > 0, below, 1.0), np.nan)
+
+  found = _in_chunks(ratios, samples, images)
+  low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+  return float(low), float(high)
+
+
 def paired_difference(
   a: np.ndarray, b: np.ndarray, seed: int, level: float = 0.95, samples: int = 2000
 ) -> Difference:

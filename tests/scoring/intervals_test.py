@@ -106,3 +106,16 @@ def test_p_is_uniform_without_a_difference_and_normal_with_one():
 def test_numbers_that_have_no_interval(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_the_interval_of_a_ratio():
+  """Right answers per word: an image brings its answers and its words."""
+  right, words = np.array([1.0, 0.5, 0.8, 0.2]), np.array([10.0, 5.0, 8.0, 2.0])
+  assert intervals.ratio_interval(right, words, 0) == pytest.approx((0.1, 0.1))
+  low, high = intervals.ratio_interval(right, words[::-1].copy(), 0)
+  assert low < right.sum() / words.sum() < high
+  assert (low, high) == intervals.ratio_interval(right, words[::-1].copy(), 0)
+  intervals.ratio_interval(right, np.array([0.0, 1.0, 1.0, 0.0]), 0)  # silence is a length too
+  for below in ([0.0] * 4, [1.0, 1.0, 1.0, -1.0], [1.0]):
+    with pytest.raises(ValueError, match="the same images"):
+      intervals.ratio_interval(right, np.array(below), 0)

@@ -74,6 +74,7 @@ SCHEMA = pa.schema(
     ("extra_info", pa.string()),
   ]
 )
+LAYOUT = f"CapRL-QA's layout has {SCHEMA.names}"
 ROWS_PER_GROUP = 100  # a row group is read as a whole: small ones make single images cheap
 
 
@@ -107,12 +108,12 @@ def scan_parquet(source: Source) -> Iterator[QARow | BadRow]:
   """
   for path in parquet_files(source):
     with open_parquet(path) as file:
-      column = _check_layout(file, path, ("reward_model",))
+      column = image_column(file, path, ("reward_model",), LAYOUT)
       columns = [
         name for name in ("id", "reward_model", "extra_info") if name in file.schema_arrow.names
       ]
       for number, (row, image) in enumerate(
-        zip(_rows(file, path, columns), read_pictures(file, path, column), strict=True)
+        zip(read_columns(file, path, columns), read_pictures(file, path, column), strict=True)
       ):
         where = f"{path}, row {number}"
         try:
@@ -130,9 +131,9 @@ def scan_images(source: Source) -> Iterator[CaptionRow]:
   """
   for path in parquet_files(source):
     with open_parquet(path) as file:
-      column = _check_layout(file, path, ())
+      column = image_column(file, path, (), LAYOUT)
       columns = [name for name in ("id",) if name in file.schema_arrow.names]
-      rows = _rows(file, path, columns) if columns else [{}] * file.metadata.num_rows
+      rows = read_columns(file, path, columns) if columns else [{}] * file.metadata.num_rows
       for number, (row, image) in enumerate(
         zip(rows, read_pictures(file, path, column), strict=True)
       ):
@@ -155,8 +156,13 @@ def write_parquet(path: str | os.PathLike[str], rows: Sequence[QARow]) -> None:
       writer.write_table(pa.Table.from_pylist(group, SCHEMA))
 
 
-def _check_layout(file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str]) -> str:
-  """The name of the image column. Raises ValueError for another layout."""
+def image_column(
+  file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str], layout: str
+) -> str:
+  """The name of the image column. Raises ValueError where it, or one of `needed`, is missing.
+
+  layout: in words, what the file should have.
+  """
   names = file.schema_arrow.names
   column = next((name for name in ("image", "images") if name in names), None)
   lacking = [] if column else ["image"]
@@ -164,8 +170,7 @@ def _check_layout(file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str
   if column is None or lacking:
     videos = " (videos are not supported)" if "videos" in names else ""
     raise ValueError(
-      f"{path}: the columns {lacking} are missing{videos}; it has {shown(names)}, "
-      f"CapRL-QA's layout has {SCHEMA.names}"
+      f"{path}: the columns {lacking} are missing{videos}; it has {shown(names)}, {layout}"
     )
   kind = file.schema_arrow.field(column).type
   if not is_image(kind.value_type if is_list(kind) else kind):
@@ -176,9 +181,10 @@ def _check_layout(file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str
   return column
 
 
-def _rows(
+def read_columns(
   file: pq.ParquetFile, path: pathlib.Path, columns: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
+  """Some columns of all rows, in order. Raises ValueError for a damaged file."""
   try:
     for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
       yield from batch.to_pylist()

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from caprl_jax.data.readers.benchmarks.prompts import split_prompt
-from caprl_jax.data.readers.benchmarks.row import QUESTIONS, BenchmarkRow
+from caprl_jax.data.readers.benchmarks.row import CAPTIONQA, QUESTIONS, BenchmarkRow
 from caprl_jax.data.rows import Question
 from caprl_jax.harness.process import peers
 from caprl_jax.harness.process.first import from_first
@@ -18,12 +18,12 @@ from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.load import Loaded
 from caprl_jax.inference.judge import HostJudge, JudgeSection, open_judge
 from caprl_jax.inference.text_writer import TextWriter
-from caprl_jax.modes.prism import figures as prism_figures
-from caprl_jax.modes.prism.figures import Evaluation
+from caprl_jax.modes.prism.evaluation import BLIND, Evaluation
 from caprl_jax.modes.prism.questions import gold_index
 from caprl_jax.modes.prism.section import PrismConfig
 from caprl_jax.progress import Bar
 from caprl_jax.rl.sampling import SamplingConfig
+from caprl_jax.scoring.captionqa import SYSTEM
 
 LETTER_ONLY = "\nAnswer with the letter of the right option only."
 
@@ -40,7 +40,9 @@ class Prompts:
     turn.
     """
     before, after = split_prompt(row)
-    if row.benchmark == QUESTIONS:  # has no turns of its own
+    if row.benchmark == CAPTIONQA:
+      before, after = self._with_system(before, after)
+    elif row.benchmark == QUESTIONS:  # has no turns of its own
       after += LETTER_ONLY
       if self.chat:
         before, after = f"<|im_start|>user\n{before}", f"{after}<|im_end|>\n<|im_start|>assistant\n"
@@ -50,6 +52,13 @@ class Prompts:
     if encode(caption) == plain(caption):
       return encode(before + caption + after)
     return encode(before) + plain(caption) + encode(after)
+
+  def _with_system(self, before: str, after: str) -> tuple[str, str]:
+    """CaptionQA's turns: of a chat, or as its authors ask a model that has no template."""
+    if not self.chat:
+      return f"{SYSTEM}\n\nUser: {before}", f"{after}\nAssistant:"
+    begin = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+    return begin + before, f"{after}<|im_end|>\n<|im_start|>assistant\n"
 
 
 # A row, a caption, and what the caption is: the key of what it was written of and its number among
@@ -85,10 +94,17 @@ def write_answers(
 
 
 def read_answers(pairs: Sequence[Pair], host_judge: HostJudge) -> np.ndarray:
-  """The option that the judge reads from each caption, int; -1 where it abstains."""
-  question = lambda row: Question(row.stem, row.options, gold_index(row), row.kind)
-  asks = [(caption, question(row)) for row, caption, _ in pairs]
-  return host_judge.choices(asks, "answers")
+  """The option that the judge reads from each caption, int; -1 where it abstains. An option that
+  says that the caption does not tell is not shown: the judge abstains in its own way."""
+  places = [[i for i in range(len(row.options)) if i != row.cannot] for row, *_ in pairs]
+  asks = []
+  for (row, caption, _), kept in zip(pairs, places, strict=True):
+    options = tuple(row.options[i] for i in kept)
+    gold = gold_index(row)
+    assert gold is not None, row.name  # `questions.read_questions` leaves the others out
+    asks.append((caption, Question(row.stem, options, kept.index(gold), row.kind)))
+  chosen = host_judge.choices(asks, "answers")
+  return np.array([kept[n] if n >= 0 else -1 for kept, n in zip(places, chosen)], int)
 
 
 def answers_identity(section: JudgeSection, cfg: PrismConfig, seed: int) -> dict[str, Any]:
@@ -157,5 +173,5 @@ def _pairs(evaluation: Evaluation, benchmark: str, blind: bool) -> dict[str, lis
     for who, captions in evaluation.captions.items()
   }
   if blind:
-    pairs[prism_figures.BLIND] = [(row, "", (key, 0)) for row, key in questions]
+    pairs[BLIND] = [(row, "", (key, 0)) for row, key in questions]
   return pairs

@@ -1,5 +1,8 @@
-"""Prism's figures and answers -> a page: dots with intervals, the table, examples with images."""
+"""Prism's figures and answers -> a page: dots with intervals, facts against falsehood, tables,
+examples with images.
+"""
 
+import collections
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,18 +12,11 @@ import numpy as np
 from caprl_jax.atomic_files import write_text
 from caprl_jax.data.readers.benchmarks.prompts import user_text
 from caprl_jax.data.rows import image_bytes
-from caprl_jax.modes.prism.figures import (
-  BLIND,
-  Evaluation,
-  difference_text,
-  left_out_text,
-  official_text,
-)
+from caprl_jax.modes.prism.evaluation import BLIND, Evaluation
+from caprl_jax.modes.prism.page_figures import STYLE, dots, plots, tables
 from caprl_jax.pages import cards
 from caprl_jax.pages.cards import Verdict
-from caprl_jax.pages.markup import card, embedded, page, percent, table, text
-
-_PLOT = 620  # pixels of the axis from 0 to 100
+from caprl_jax.pages.markup import card, embedded, page, percent, text
 
 
 def write_page(
@@ -30,23 +26,29 @@ def write_page(
   *,
   examples: int,
   seed: int,
+  gallery: str | None = None,
 ) -> None:
   """Writes the page. figures: as `figures.summarise` returns them. Examples are at random, half of
-  them questions on which captioners differ, where they do.
+  them questions on which captioners differ, where they do. gallery: the file of a second page.
   """
   picked = _picked(evaluation, examples, seed)
   shown = "".join(_example(evaluation, benchmark, i) for benchmark, i in picked)
+  beside = (
+    f'<p><a href="{text(gallery)}">What the captioners wrote, side by side</a></p>'
+    if gallery
+    else ""
+  )
   write_text(
     path,
     page(
       "Prism",
       [
-        _headline(figures),
+        STYLE + _headline(figures) + beside,
         "<h2>Accuracy from captions</h2><p class=soft>Mean over questions and captions with its "
         f"{100 * figures['level']:.0f}% bootstrap interval over images; "
-        "the short line is what is answered without a caption.</p>" + _dots(figures),
-        _table(figures),
-        _by_kind(figures),
+        "the short line is what is answered without a caption.</p>" + dots(figures),
+        plots(figures),
+        *tables(figures),
         f"<h2>{len(picked)} questions</h2><div class=samples>{shown}</div>",
       ],
     ),
@@ -59,101 +61,11 @@ def _headline(figures: Mapping[str, Any]) -> str:
       text(who),
       percent(one["mean"]),
       f"best of {figures['captions']}: {percent(one['best'])}; "
-      f"{one['length_tokens']:.0f} tokens per caption",
+      f"{one['length_words']:.0f} words, {one['length_tokens']:.0f} tokens per caption",
     )
     for who, one in figures["average"].items()
   ]
   return f"<div class=cards>{''.join(numbers)}</div>"
-
-
-def _table(figures: Mapping[str, Any]) -> str:
-  heads = [
-    "benchmark",
-    "captioner",
-    "mean",
-    "interval",
-    f"best of {figures['captions']}",
-    "official / best",
-    "blind",
-    "abstained",
-    "misled",
-    "CaptionQA",
-    "tokens",
-    "cut",
-    "against the first",
-  ]
-  rows = []
-  for name, entry in figures["benchmarks"].items():
-    for who, one in entry["captioners"].items():
-      versus = one.get("difference")
-      rows.append(
-        [
-          text(name),
-          text(who),
-          percent(one["mean"]),
-          " – ".join(map(percent, one["interval"])),
-          percent(one["best"]),
-          official_text(one, lambda x: "–" if x is None else percent(x)),
-          percent(entry[BLIND]["ours"]) if BLIND in entry else "–",
-          percent(one["abstained"]),
-          percent(one["misled"]),
-          percent(one["captionqa"]) if "captionqa" in one else "–",
-          f"{one['length_tokens']:.1f}",
-          percent(one["cut"]),
-          text(difference_text(versus)) if versus else "",
-        ]
-      )
-  left_out = [left_out_text(name, entry) for name, entry in figures["benchmarks"].items()]
-  return (
-    "<h2>Figures</h2><div style='overflow-x:auto;white-space:nowrap'>"
-    + table(heads, rows)
-    + "</div>"
-    + "".join(f"<p class=soft>{text(line)}</p>" for line in left_out if line)
-  )
-
-
-def _by_kind(figures: Mapping[str, Any]) -> str:
-  kinds = [
-    [text(f"{name}, {kind}")]
-    + [percent(one["kinds"][kind]) for one in entry["captioners"].values()]
-    for name, entry in figures["benchmarks"].items()
-    for kind in next(iter(entry["captioners"].values())).get("kinds", {})
-  ]
-  if not kinds:
-    return ""
-  return "<h2>By kind of question</h2>" + table(["", *map(text, figures["average"])], kinds)
-
-
-def _dots(figures: Mapping[str, Any]) -> str:
-  """A row a benchmark and captioner: interval as a bar, mean as a dot, blind accuracy as a tick."""
-  lines, y = [], 22
-  for name, entry in figures["benchmarks"].items():
-    lines.append(f'<text x="0" y="{y}" font-weight="600">{text(name)}</text>')
-    for i, (who, one) in enumerate(entry["captioners"].items()):
-      y += 22
-      at = lambda share: 180 + _PLOT * share
-      low, high = one["interval"]
-      lines.append(
-        f'<text x="12" y="{y}" font-size="13">{text(who[:24])}</text>'
-        f'<line x1="{at(0)}" x2="{at(1)}" y1="{y - 4}" y2="{y - 4}" stroke="var(--line)"/>'
-        f'<line x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{y - 4}" y2="{y - 4}" '
-        f'stroke="var(--series-{i % 3})" stroke-width="5" stroke-linecap="round" opacity=".45"/>'
-        f'<circle cx="{at(one["mean"]):.1f}" cy="{y - 4}" r="5" fill="var(--series-{i % 3})"/>'
-        f'<text x="{at(1) + 10}" y="{y}" font-size="13">{percent(one["mean"])}</text>'
-      )
-      if BLIND in entry:
-        blind = at(entry[BLIND]["ours"])
-        lines.append(
-          f'<line x1="{blind:.1f}" x2="{blind:.1f}" y1="{y - 11}" y2="{y + 3}" '
-          'stroke="var(--soft)" stroke-width="2"/>'
-        )
-    y += 32
-  return (
-    f'<svg viewBox="0 0 {180 + _PLOT + 70} {y}" style="width:100%;max-width:880px" role="img" '
-    f'aria-label="accuracy by benchmark and captioner" fill="var(--ink)" '
-    f'font-family="system-ui,sans-serif">'
-    f"{''.join(lines)}</svg>"
-  )
 
 
 def _picked(evaluation: Evaluation, examples: int, seed: int) -> list[tuple[str, int]]:
@@ -170,22 +82,14 @@ def _picked(evaluation: Evaluation, examples: int, seed: int) -> list[tuple[str,
 
 
 def _example(evaluation: Evaluation, benchmark: str, i: int) -> str:
-  row, scored, said = evaluation.rows[benchmark][i], evaluation.scored[benchmark], []
-  for who, found in evaluation.answered[benchmark].items():
-    for n, answer in enumerate(found[i]):
-      verdict: Verdict = "wrong"
-      if scored[who]["abstained"][i, n]:
-        verdict = "none"
-      elif scored[who]["ours"][i, n] >= 0.5:
-        verdict = "right"
-      shown = (
-        answer if isinstance(answer, str) else row.options[answer] if answer >= 0 else "no answer"
-      )
-      caption = "no caption" if who == BLIND else evaluation.caption(benchmark, who, i, n)
+  row, said = evaluation.rows[benchmark][i], []
+  for who in evaluation.answered[benchmark]:
+    for (caption, answer, verdict), times in _said(evaluation, benchmark, who, i).items():
+      several = f" <span class=soft>×{times}</span>" if times > 1 else ""
       said.append(
         "<li style='grid-template-columns:minmax(58px,auto) 1fr'><span "
-        f"class=who>{text(who)}</span><div><p class=text>{text(caption)}</p><p "
-        f"class=marks>{cards.answer(verdict, shown[-300:])}</p></div></li>"
+        f"class=who>{text(who)}{several}</span><div><p class=text>{text(caption)}</p><p "
+        f"class=marks>{cards.answer(verdict, answer[-300:])}</p></div></li>"
       )
   gold = row.gold if isinstance(row.gold, str) else " or ".join(row.gold)
   image = evaluation.images[evaluation.shown[benchmark][i]]
@@ -195,3 +99,24 @@ def _example(evaluation: Evaluation, benchmark: str, i: int) -> str:
     f"<p class=stem style='white-space:pre-wrap'>{text(user_text(row))}</p><p "
     f"class=soft>right: {text(gold)}</p><ul class=captions>{''.join(said)}</ul>",
   )
+
+
+def _said(
+  evaluation: Evaluation, benchmark: str, who: str, i: int
+) -> Mapping[tuple[str, str, Verdict], int]:
+  """The captions of a question's image with what was answered from them and how it counts, each
+  once with its number."""
+  row, scored = evaluation.rows[benchmark][i], evaluation.scored[benchmark][who]
+  found: collections.Counter[tuple[str, str, Verdict]] = collections.Counter()
+  for n, answer in enumerate(evaluation.answered[benchmark][who][i]):
+    verdict: Verdict = "wrong"
+    if scored["abstained"][i, n]:
+      verdict = "none"
+    elif scored["ours"][i, n] >= 0.5:
+      verdict = "right"
+    shown = (
+      answer if isinstance(answer, str) else row.options[answer] if answer >= 0 else "no answer"
+    )
+    caption = "no caption" if who == BLIND else evaluation.caption(benchmark, who, i, n)
+    found[caption, shown, verdict] += 1
+  return found

@@ -10,6 +10,7 @@ from typing import Any
 
 from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.image_check import ImageCheck
+from caprl_jax.data.readers.benchmarks import captionqa
 from caprl_jax.data.readers.benchmarks.files import from_qa_rows, read_benchmark
 from caprl_jax.data.readers.benchmarks.row import BENCHMARKS, BenchmarkRow
 from caprl_jax.data.readers.qa_sources import read_qa_rows
@@ -120,6 +121,8 @@ def _read_rows(name: str, source: str, cfg: Any, seed: int, bad: BadRowList) -> 
       read_benchmark(pathlib.Path(source).expanduser(), pathlib.Path(cfg.image_root).expanduser()),
       bad,
     )[: cfg.max_rows]
+  elif source.startswith(captionqa.PREFIX):
+    rows = good_rows(captionqa.read_captionqa(source), bad)[: cfg.max_rows]
   else:
     rows = from_qa_rows(read_qa_rows(source, seed, cfg.max_rows, bad))
   if cfg.answers == "read":

@@ -27,13 +27,15 @@ from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.training.row_digests import digest_of_all, row_digests
 from caprl_jax.inference.judge import JudgeSection
-from caprl_jax.modes.prism import figures as prism_figures
 from caprl_jax.modes.prism.answers import answer_all, answers_identity
 from caprl_jax.modes.prism.captions import captions_of
-from caprl_jax.modes.prism.figures import Evaluation
+from caprl_jax.modes.prism.evaluation import Evaluation, write_answers
+from caprl_jax.modes.prism.figures import summarise
+from caprl_jax.modes.prism.gallery import write_gallery
 from caprl_jax.modes.prism.page import write_page
 from caprl_jax.modes.prism.questions import Questions, read_questions
 from caprl_jax.modes.prism.section import PrismConfig
+from caprl_jax.modes.prism.table import table_text
 
 log = logging.getLogger("caprl_jax.modes.prism.run")
 
@@ -97,13 +99,23 @@ def _run(config, workdir: pathlib.Path) -> None:
 
 def _write(evaluation: Evaluation, cfg: PrismConfig, seed: int, workdir: pathlib.Path) -> None:
   """Figures, answers and the page."""
-  figures = prism_figures.summarise(evaluation, cfg, seed)
+  figures = summarise(evaluation, cfg, seed)
   write_json(workdir / "prism.json", figures)
-  prism_figures.write_answers(workdir / "answers.jsonl", evaluation)
-  log.info("\n%s", prism_figures.table_text(figures))
-  page = workdir / "prism.html"
-  write_page(page, figures, evaluation, examples=cfg.examples, seed=seed)
+  write_answers(workdir / "answers.jsonl", evaluation)
+  log.info("\n%s", table_text(figures))
+  page, gallery = workdir / "prism.html", workdir / "gallery.html" if cfg.gallery else None
+  write_page(
+    page,
+    figures,
+    evaluation,
+    examples=cfg.examples,
+    seed=seed,
+    gallery=gallery.name if gallery else None,
+  )
   log.info("page: %s", page)
+  if gallery:
+    write_gallery(gallery, evaluation, cfg.gallery, seed)
+    log.info("page: %s", gallery)
 
 
 def _begin_record(

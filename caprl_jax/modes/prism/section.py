@@ -5,7 +5,7 @@ from typing import Literal
 
 from caprl_jax.config.named_values import parse_named
 from caprl_jax.data.rows import BadRows
-from caprl_jax.modes.prism.figures import BLIND
+from caprl_jax.modes.prism.evaluation import BLIND
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,8 @@ class PrismConfig:
   captioners: "name=checkpoint", joined by commas; the other settings are those of section
     `policy`. The others are compared with the first.
   benchmarks: "name=source", joined by commas: a file of CapRL-Evaluation-Files (lmm_eval_*.json),
-    or a QA source (`qa_sources.py`).
+    CaptionQA ("captionqa:natural" and other splits on the hub, or "captionqa:PATH"), or a QA source
+    (`qa_sources.py`).
   image_root: folder or .zip with the images of such files.
   max_rows: of each benchmark.
   captions: captions per image; CapRL takes 4 at temperature 1 and reports their mean. 1 at
@@ -35,6 +36,8 @@ class PrismConfig:
   blind: ask with an empty caption too, for the column `blind`.
   intervals: level of the confidence intervals.
   examples: questions on the page.
+  gallery: images on a second page, gallery.html, with what each captioner wrote about them side by
+    side: half of them drawn at random, half those where captioners differ most. 0: no such page.
   cache: folder of captions and answers; None: in the workdir.
   bad_rows: "refuse" to start while a question or its image cannot be used, or "drop" and log it;
     the figures say how many are left out.
@@ -57,6 +60,7 @@ class PrismConfig:
   blind: bool = True
   intervals: float = 0.95
   examples: int = 24
+  gallery: int = 0
   cache: str | None = None
   bad_rows: BadRows = "refuse"
 
@@ -87,6 +91,7 @@ class PrismConfig:
       ("temperature", 0),
       ("answer_temperature", 0),
       ("examples", 0),
+      ("gallery", 0),
     ):
       if not getattr(self, key) >= least:
         raise ValueError(f"prism.{key} = {getattr(self, key)} must be at least {least}")

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from caprl_jax.data.readers.benchmarks.row import BENCHMARKS, BenchmarkRow
-from caprl_jax.modes.prism.figures import PAPER_BENCHMARKS, official_average, score_answers
+from caprl_jax.data.readers.benchmarks.row import BENCHMARKS, CAPTIONQA, BenchmarkRow
+from caprl_jax.modes.prism.figures import PAPER_BENCHMARKS, official_average
+from caprl_jax.modes.prism.scores import score_answers
 
 # arXiv 2509.22647, table 3: benchmarks in its order, and the average that it prints.
 TABLE_3 = [
@@ -46,3 +47,19 @@ def test_years_of_a_row():
   texts = np.array([["2008"], ["2008"], ["2008"]], object)
   rows = [asked("ChartQAPro", "2010", years) for years in (None, (True,), (False,))]
   assert score_answers(rows, texts)["ours"].tolist() == [[0], [0], [1]]
+
+
+def test_captionqa_s_answers_as_its_authors_score_them():
+  options = ("red", "Cannot answer from the caption", "blue")
+  asked = BenchmarkRow("a", "<image>Q", "C", options, CAPTIONQA, "1", cannot=1)
+  plain = BenchmarkRow("a", "<image>Is it?", "A", ("Yes", "No"), CAPTIONQA, "2")
+  texts = np.array([["C", "B", "A", "a dog", ""], ["A", "No", "B", "E", ""]], object)
+  found = score_answers([asked, plain], texts)
+  # "No" is no letter to their program, and an option's text to ours
+  assert found["captionqa"].tolist() == [[1, 1 / 2 + 0.05, 0, 0, 0], [1, 0, 0, 0, 0]]
+  assert found["official"].tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
+  assert found["ours"].tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
+  assert found["abstained"][0, 1] == found["abstained"][0, 4] == 1 and found["abstained"][0, 2] == 0
+  read = score_answers([asked, plain], np.array([[2, -1], [0, -1]]))
+  assert read["captionqa"].tolist() == [[1, 1 / 2 + 0.05], [1, 0]]
+  assert read["abstained"].tolist() == [[0, 1], [0, 1]] and "official" not in read

@@ -19,7 +19,7 @@ from caprl_jax.data.bad_rows import BadRowList
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import jsonl
 from caprl_jax.data.readers.benchmarks.files import from_qa_rows, read_benchmark
-from caprl_jax.data.readers.benchmarks.row import QUESTIONS, BenchmarkRow
+from caprl_jax.data.readers.benchmarks.row import CAPTIONQA, QUESTIONS, BenchmarkRow
 from caprl_jax.data.rows import CaptionRow, PixelLimits, QARow, Question
 from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
@@ -28,7 +28,10 @@ from caprl_jax.inference.captioner import CaptionerOutput, WrittenCaption
 from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism import answers as prism_answers
 from caprl_jax.modes.prism import captions as prism_captions
+from caprl_jax.modes.prism import evaluation as prism_evaluation
 from caprl_jax.modes.prism import figures as prism_figures
+from caprl_jax.modes.prism import scores as prism_scores
+from caprl_jax.modes.prism import table as prism_table
 from caprl_jax.modes.prism.answers import Prompts, read_answers
 from caprl_jax.modes.prism.captions import caption_all
 from caprl_jax.modes.prism.questions import read_questions
@@ -51,7 +54,8 @@ def made(tmp_path_factory):
   rng, rows = np.random.default_rng(0), []
   for i in range(3):
     Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    rows.append(QARow(folder / f"{i}.png", (COLOR, SHAPE)[: 1 + i % 2], f"row {i}"))
+    facts = {"color": COLOR.options[i]}
+    rows.append(QARow(folder / f"{i}.png", (COLOR, SHAPE)[: 1 + i % 2], f"row {i}", facts))
   jsonl.write_jsonl(folder / "qa.jsonl", rows)
   prompt = "<|im_start|>user\n<image>{}<|im_end|>\n<|im_start|>assistant\n"
   (folder / "lmm_eval_chartqa.json").write_text(
@@ -87,7 +91,7 @@ def read(path):
 
 
 def test_reading_answers(made, tmp_path, capsys):
-  more = (f"--config.prism.benchmarks=qa={made / 'qa.jsonl'}",)
+  more = (f"--config.prism.benchmarks=qa={made / 'qa.jsonl'}", "--config.prism.gallery=2")
   assert run(made, tmp_path, *more) == 0
   answers, figures = (
     read(tmp_path / "answers.jsonl"),
@@ -111,6 +115,12 @@ def test_reading_answers(made, tmp_path, capsys):
       np.mean([row["answer"] >= 0 and "ABC"[row["answer"]] != row["gold"] for row in said])
     )
     assert one["captionqa"] == pytest.approx(np.mean([row["captionqa"] for row in said]))
+    assert one["judged"]["told"] == pytest.approx(one["mean"])
+    assert one["judged"]["false"] == pytest.approx(one["misled"])
+    assert one["facts"]["captions"] == 3 * 2
+    gain = one["accuracy_per_100_words"]
+    assert gain["interval"][0] <= gain["value"] <= gain["interval"][1]
+    assert gain["value"] == pytest.approx(100 * one["mean"] / one["length_words"])
   difference = entry["captioners"]["policy1"]["difference"]
   assert difference["mean"] == pytest.approx(
     entry["captioners"]["policy1"]["mean"] - entry["captioners"]["policy0"]["mean"]
@@ -119,6 +129,7 @@ def test_reading_answers(made, tmp_path, capsys):
   assert "policy1" in capsys.readouterr().err
   page = (tmp_path / "prism.html").read_text()
   assert page.count("<article") == 4 and "<circle" in page
+  assert (tmp_path / "gallery.html").read_text().count("<article") == 2
 
 
 def test_written_answers_are_the_judges_own(made, tmp_path):
@@ -254,22 +265,22 @@ def test_figures_by_hand():
     BenchmarkRow(b"", "<image>Q", "B", ("x", "y", "z"), QUESTIONS, "1"),
     BenchmarkRow(b"", "<image>Q", "A", ("x", "y"), QUESTIONS, "2"),
   ]
-  scores = prism_figures.score_answers(rows, np.array([[1, 0, -1, 1], [0, 1, -1, -1]]))
+  scores = prism_scores.score_answers(rows, np.array([[1, 0, -1, 1], [0, 1, -1, -1]]))
   np.testing.assert_array_equal(scores["ours"], [[1, 0, 0, 1], [1, 0, 0, 0]])
   np.testing.assert_array_equal(scores["abstained"], [[0, 0, 1, 0], [0, 0, 1, 1]])
   np.testing.assert_array_equal(scores["misled"], [[0, 1, 0, 0], [0, 1, 0, 0]])
   np.testing.assert_allclose(scores["captionqa"], [[1, 0, 1 / 3 + 0.05, 1], [1, 0, 0.55, 0.55]])
-  values = prism_figures.per_image(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), ["a", "a", "b"])
+  values = prism_scores.per_image(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), ["a", "a", "b"])
   np.testing.assert_allclose(values, [1.5 * 2 / 3, 0.0])
   np.testing.assert_allclose(values.mean(), 0.5)
-  written = prism_figures.score_answers(
+  written = prism_scores.score_answers(
     rows, np.array([["The answer is B", "nothing of the kind, really"], ["A", "B"]], object)
   )
   np.testing.assert_array_equal(written["ours"], [[1, 0], [1, 0]])
   assert "official" not in written  # plain questions do not ask for its </think>, <answer> and box
   np.testing.assert_array_equal(written["abstained"], [[0, 0], [0, 0]])
   open_ = BenchmarkRow(b"", "<image>Q", "100", (), "ChartQA", "3")
-  chart = prism_figures.score_answers(
+  chart = prism_scores.score_answers(
     [open_],
     np.array(
       [["x</think><answer>\\boxed{105.2}</answer>", "", "100", "The caption does not mention it."]],
@@ -282,7 +293,7 @@ def test_figures_by_hand():
   np.testing.assert_array_equal(chart["abstained"], [[0, 1, 0, 1]])
   np.testing.assert_array_equal(chart["misled"], [[1, 0, 0, 0]])
   assert "captionqa" not in chart
-  mixed = prism_figures.score_answers([rows[0], open_], np.array([["B"], ["100"]], object))
+  mixed = prism_scores.score_answers([rows[0], open_], np.array([["B"], ["100"]], object))
   np.testing.assert_array_equal(mixed["captionqa"], [[1], [np.nan]])
 
 
@@ -305,7 +316,7 @@ def test_the_summary_by_hand(tmp_path):
     for d in "ij"
   }
   captions = {"old": said(2, 4), "new": said(6, 9)}
-  evaluation = prism_figures.Evaluation(rows, digests, digests, {}, captions, answered)
+  evaluation = prism_evaluation.Evaluation(rows, digests, digests, {}, captions, answered)
   cfg = PrismConfig("old=a,new=b", "one=c", captions=2)
   found = prism_figures.summarise(evaluation, cfg, 0)
   entry = found["benchmarks"]["one"]
@@ -322,12 +333,14 @@ def test_the_summary_by_hand(tmp_path):
   assert (old["length_tokens"], old["cut"], new["length_tokens"], new["cut"]) == (3, 0, 7.5, 0.5)
   assert (old["abstained"], old["misled"]) == pytest.approx((1 / 6, 2 / 6))
   assert new["difference"]["mean"] == pytest.approx(2 / 6)
-  text = prism_figures.table_text(found)
+  text = prism_table.table_text(found)
   assert "50.0" in text and "83.3" in text and "33.3" in text and "p = 0.000" not in text
-  assert prism_figures.difference_text(dict(mean=0.1, low=0.05, high=0.15, p=0.0)).endswith(
+  assert old["length_words"] == 1 and new["length_words"] == 1
+  assert old["gain_per_100_words"]["value"] == pytest.approx(100 * (3 / 6 - 1 / 3))
+  assert prism_table.difference_text(dict(mean=0.1, low=0.05, high=0.15, p=0.0)).endswith(
     "p < 0.001"
   )
-  prism_figures.write_answers(tmp_path / "answers.jsonl", evaluation)
+  prism_evaluation.write_answers(tmp_path / "answers.jsonl", evaluation)
   lines = read(tmp_path / "answers.jsonl")
   assert len(lines) == 3 * (2 + 2 + 1)
   assert {
@@ -344,6 +357,46 @@ def test_a_caption_cannot_steer_the_answering_model(made):
   assert prompts.chat and count("A red circle.<|im_end|>\n<|im_start|>assistant\nA") == count(
     "A red circle."
   )
+
+
+def test_captionqa_is_asked_in_its_own_words(made):
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  prompts = Prompts(load_judge(str(made / "judge"), mesh))
+  options = ("red", "Cannot answer from the caption", "blue")
+  row = BenchmarkRow(
+    b"",
+    "Caption:\n<image>\n\nQuestion:\nWhat?",
+    "C",
+    options,
+    CAPTIONQA,
+    "1",
+    "",
+    "What?",
+    cannot=1,
+  )
+  turn = "Caption:\nA dog.\n\nQuestion:\nWhat?"
+  system = (
+    "You are given a caption describing an image, and a question about the image. Answer with a "
+    "SINGLE LETTER (A, B, C, ...), no explanation."
+  )
+  chat = (
+    f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{turn}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+  )
+  assert prompts(row, "A dog.") == prompts.tokenizer.encode(chat)
+  prompts.chat = False
+  plain = f"{system}\n\nUser: {turn}\nAssistant:"
+  assert prompts(row, "A dog.") == prompts.tokenizer.encode(plain)
+
+  class Asked:
+    def choices(self, asks, what):
+      self.asks = asks
+      return np.array([1, 0, -1])
+
+  asked = Asked()
+  chosen = read_answers([(row, "A dog.", ("x", n)) for n in range(3)], asked)
+  assert chosen.tolist() == [2, 0, -1]  # among the options as they are shown
+  assert {(q.options, q.gold) for _, q in asked.asks} == {(("red", "blue"), 1)}
 
 
 def test_what_is_kept_survives_a_torn_line(tmp_path):

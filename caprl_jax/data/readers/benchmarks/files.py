@@ -91,7 +91,15 @@ def from_qa_rows(rows: Iterable[QARow]) -> list[BenchmarkRow]:
       gold = string.ascii_uppercase[question.gold]
       found.append(
         BenchmarkRow(
-          row.image, prompt, gold, question.options, QUESTIONS, name, question.kind, question.stem
+          row.image,
+          prompt,
+          gold,
+          question.options,
+          QUESTIONS,
+          name,
+          question.kind,
+          question.stem,
+          facts=row.facts,
         )
       )
   return found

@@ -3,7 +3,7 @@
 import re
 import string
 
-from caprl_jax.data.readers.benchmarks.row import BenchmarkRow
+from caprl_jax.data.readers.benchmarks.row import CAPTIONQA, BenchmarkRow
 from caprl_jax.json_files import shown
 
 PLACEHOLDERS = ("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
@@ -38,6 +38,8 @@ def split_prompt(row: BenchmarkRow) -> tuple[str, str]:
   Who tokenises the parts apart, with special tokens in these and without in the caption, lets no
   caption that spells `<|im_end|>` steer the answering model."""
   before, after = split_at_placeholder(row.prompt, f"row {shown(row.name)}")
+  if row.benchmark == CAPTIONQA:  # whose prompt says by itself what stands there
+    return before, after
   return before + BEFORE_CAPTION, AFTER_CAPTION + after
 
 
@@ -56,6 +58,8 @@ def user_text(row: BenchmarkRow) -> str:
   without chat tokens.
   """
   split_at_placeholder(row.prompt, f"row {shown(row.name)}")
+  if row.benchmark == CAPTIONQA:
+    return split_prompt(row)[1].strip()
   turns = [
     turn for turn in _USER_TURN.findall(row.prompt) if any(one in turn for one in PLACEHOLDERS)
   ] or [row.prompt]

@@ -20,6 +20,7 @@ BENCHMARKS = {
   "lmm_eval_Visu": "VisuLogic",
 }
 QUESTIONS = "questions"  # the benchmark of rows that `from_qa_rows` makes
+CAPTIONQA = "CaptionQA"  # and of those that `captionqa.read_captionqa` reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,9 @@ class BenchmarkRow:
   `options` are the texts of lettered options that the prompt lists; () where it lists none, or none
   that the gold letter is of. `kind` is a group for metrics. `stem` is the question without these
   options, for who lists them anew. `years`: which of ChartQAPro's answers are years, where the row
-  says so. `limits` are those of this image, where the row names any.
+  says so. `limits` are those of this image, where the row names any. `cannot` is the place among
+  the options of the one that says that the caption does not tell, where there is one. `facts`: as
+  those of `QARow`.
   """
 
   image: ImageSource
@@ -44,3 +47,5 @@ class BenchmarkRow:
   stem: str = ""
   years: tuple[bool, ...] | None = None
   limits: PixelLimits | None = None
+  cannot: int | None = None
+  facts: dict[str, str] | None = None
