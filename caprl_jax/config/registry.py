@@ -105,12 +105,12 @@ MODES: dict[str, Mode] = {
     {"prism": "modes.prism.section:PrismConfig", **_POLICY, **_JUDGE, **_MESH},
   ),
   "calibrate": Mode(
-    "caprl_jax.modes.calibrate",
-    "whether a judge can be trusted: accuracy by caption, position bias, agreement, the margin to "
-    "abstain by",
+    "caprl_jax.modes.calibrate.run",
+    "whether a judge can be trusted: accuracy by caption, position bias, how stable its rewards "
+    "are, the margin to abstain by",
     "--config=configs/quickstart.py --workdir=runs/calibrate --config.mode=calibrate",
     {
-      "calibrate": "modes.calibrate:CalibrateConfig",
+      "calibrate": "modes.calibrate.section:CalibrateConfig",
       **_JUDGE,
       **_DATA,
       **_GATE,

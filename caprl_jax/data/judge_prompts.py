@@ -145,3 +145,27 @@ TEMPLATES = {t.name: t for t in (PLAIN, OFFICIAL, OFFICIAL_VIDEO)}
 def template_for(reading: str, prompt: str = "plain") -> JudgeTemplate:
   """The template of a reading and a prompt's name."""
   return PMI if reading == "option_pmi" else TEMPLATES[prompt]
+
+
+_WORDS = (  # (what the caption is called, what is asked before it, the question, the answer)
+  ("Description", "Read the description of an image and answer from it alone.", "Q: ", "A:"),
+  ("Text", "This text is about a picture. What follows from it?", "It is asked: ", "Reply:"),
+)
+
+
+def paraphrases(template: JudgeTemplate) -> list[JudgeTemplate]:
+  """The same request in other words, without examples: how far a judge's answers depend on ours."""
+  found = []
+  for number, (caption, head, question, answer) in enumerate(_WORDS, 1):
+    begin = "<|im_start|>user\n" if template.specials else ""
+    ask = f"\n{question}{{question}}"
+    found.append(
+      dataclasses.replace(
+        template,
+        name=f"{template.name}, reworded {number}",
+        head=f"{begin}{head}\n\n{caption}:\n",
+        stem=ask if template.label else f"{ask}\n{answer}",
+        tail=template.tail if template.specials or not template.label else f"\n{answer}",
+      )
+    )
+  return found

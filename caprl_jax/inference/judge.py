@@ -17,7 +17,7 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.data.batches import stack
-from caprl_jax.data.judge_prompts import template_for
+from caprl_jax.data.judge_prompts import JudgeTemplate, template_for
 from caprl_jax.data.judge_questions import (
   QuestionShape,
   QuestionTokenizer,
@@ -107,6 +107,7 @@ class HostJudge:
       has: how often a question counts is the training step's business.
     kinds: of all questions that will be asked.
     seed: of the order of options and of sampled answers.
+    template: other words for the prompt; None: those that `cfg` names.
     questions_per_row, rows_per_call: sizes of a call; they change speed and memory, no answer.
   """
 
@@ -117,12 +118,13 @@ class HostJudge:
     *,
     kinds: Sequence[str],
     seed: int,
+    template: JudgeTemplate | None = None,
     questions_per_row: int = 8,
     rows_per_call: int = 4,
   ):
     cfg = cfg.each_once()
     self.judge, self.cfg = judge, cfg
-    self.tokenize = question_tokenizer(judge, cfg, kinds)
+    self.tokenize = question_tokenizer(judge, cfg, kinds, template)
     self.K, self.rows = questions_per_row, rows_per_call
     self.key = jax.random.key(seed)
     self.known: dict[tuple, float | int] = {}
@@ -286,9 +288,12 @@ def _round_up(n: int, multiple: int) -> int:
   return -(-n // multiple) * multiple
 
 
-def question_tokenizer(judge: Loaded, cfg: JudgeConfig, kinds: Sequence[str]) -> QuestionTokenizer:
-  """What writes questions of these kinds for this judge, as `cfg` presents them."""
-  template = template_for(cfg.reading, cfg.prompt)
+def question_tokenizer(
+  judge: Loaded, cfg: JudgeConfig, kinds: Sequence[str], template: JudgeTemplate | None = None
+) -> QuestionTokenizer:
+  """What writes questions of these kinds for this judge, as `cfg` presents them, or in other words
+  (`template`)."""
+  template = template or template_for(cfg.reading, cfg.prompt)
   return QuestionTokenizer(judge.tokenizer, template, kinds, cfg.abstain, cfg.abstain_letter)
 
 

@@ -8,10 +8,17 @@ import pytest
 from helpers import tiny
 from PIL import Image
 
+from caprl_jax.data.judge_prompts import paraphrases, template_for
+from caprl_jax.data.judge_questions import TokenizedQuestion
 from caprl_jax.data.readers.jsonl import read_jsonl, write_caption_jsonl
 from caprl_jax.data.rows import CaptionRow, Question
 from caprl_jax.harness.sections import GateSection
-from caprl_jax.modes import calibrate
+from caprl_jax.modes.calibrate import figures as calibration
+from caprl_jax.modes.calibrate import run as calibrate
+from caprl_jax.modes.calibrate import stability
+from caprl_jax.modes.calibrate.section import CalibrateConfig
+from caprl_jax.modes.calibrate.show import table
+from caprl_jax.modes.calibrate.trials import CONDITIONS, Trial, make_trials, rotated
 
 IDEAL = "The image shows a {color} {shape}."
 
@@ -25,7 +32,9 @@ def folder(tmp_path_factory):
 
 def config_of(folder, **changes):
   data = str(folder / "data" / "rows.jsonl")
-  settings = dict(readings=("option_pmi", "letter_argmax"), max_questions=16, turns=2, **changes)
+  settings = dict(
+    readings=("option_pmi", "letter_argmax"), max_questions=16, turns=2, paraphrases=1, **changes
+  )
   return ml_collections.ConfigDict(
     dict(
       mode="calibrate",
@@ -47,7 +56,7 @@ def figures(folder):
 def test_figures_are_shares_of_the_questions(figures):
   assert figures["questions"] == 16 and set(figures["readings"]) == {"option_pmi", "letter_argmax"}
   for row in figures["readings"].values():
-    for condition in calibrate.CONDITIONS:
+    for condition in CONDITIONS:
       shares = row[condition]
       np.testing.assert_allclose(sum(shares.values()), 1, atol=1e-6)
       np.testing.assert_allclose(
@@ -62,7 +71,7 @@ def test_figures_are_shares_of_the_questions(figures):
 
 def test_a_larger_margin_answers_less_and_abstains_more(figures):
   table = figures["readings"]["option_pmi"]["margins"]
-  assert [row["margin"] for row in table] == list(calibrate.MARGINS)
+  assert [row["margin"] for row in table] == list(calibration.MARGINS)
   for name, sign in (("ideal_accuracy", -1), ("generic_abstained", 1), ("empty_abstained", 1)):
     assert (sign * np.diff([row[name] for row in table]) >= 0).all() and len(
       {row[name] for row in table}
@@ -79,7 +88,7 @@ def test_the_best_margin():
     "generic_abstained": generic,
   }
   assert (
-    calibrate.best_margin(
+    calibration.best_margin(
       [row(0.1, 1.0, 0.0), row(0.2, 0.9, 0.8), row(0.3, 0.7, 1.0), row(0.4, 0.1, 1.0)]
     )
     == 0.2
@@ -92,14 +101,12 @@ def test_position_bias_is_measured_over_rotated_options(figures):
     len(position["accuracy_by_gold_slot"]) == 3 and abs(sum(position["chosen_by_slot"])) <= 1 + 1e-6
   )
   question = Question("?", ("a", "b", "c"), 2)
-  assert [calibrate.rotated(question, by).options for by in range(3)] == [
+  assert [rotated(question, by).options for by in range(3)] == [
     ("a", "b", "c"),
     ("b", "c", "a"),
     ("c", "a", "b"),
   ]
-  assert [q.options[q.gold] for q in (calibrate.rotated(question, by) for by in range(4))] == [
-    "c"
-  ] * 4
+  assert [q.options[q.gold] for q in (rotated(question, by) for by in range(4))] == ["c"] * 4
 
 
 def test_a_judge_that_always_says_a_is_seen(folder, monkeypatch):
@@ -108,9 +115,7 @@ def test_a_judge_that_always_says_a_is_seen(folder, monkeypatch):
       return np.zeros(len(asks), int)
 
   question = Question("?", ("a", "b"), 1)
-  position = calibrate.position_bias(
-    First(), [calibrate.Trial(question, {"ideal": "x"})] * 4, 2, ""
-  )
+  position = calibration.position_bias(First(), [Trial(question, {"ideal": "x"})] * 4, 2, "")
   assert position == {
     "accuracy_by_gold_slot": [1.0, 0.0],
     "chosen_by_slot": [1.0, 0.0],
@@ -121,16 +126,80 @@ def test_a_judge_that_always_says_a_is_seen(folder, monkeypatch):
 def test_plot_and_table(figures, folder):
   image = Image.open(folder / "work" / "calibration.png")
   assert image.size[0] > 900 and len(image.convert("RGB").getcolors(1 << 24)) > 20
-  text = calibrate.table(figures, "letter_argmax")
+  text = table(figures, "letter_argmax")
   assert "option_pmi" in text and "<- judge.margin" in text and "by slot" in text
+
+
+def test_how_stable_the_rewards_are(figures):
+  """The tiny judge's own verdicts; what the figures mean is tested on matrices made by hand."""
+  pmi, letters = (figures["readings"][r]["reward"] for r in ("option_pmi", "letter_argmax"))
+  for reward, row in ((pmi, "option_pmi"), (letters, "letter_argmax")):
+    ideal, other = (figures["readings"][row][c]["accuracy"] for c in ("ideal", "shuffled"))
+    assert reward["caption"]["beyond_other"]["mean"] == pytest.approx(ideal - other)
+    low, high = (reward["caption"]["beyond_none"][k] for k in ("low", "high"))
+    assert low <= reward["caption"]["beyond_none"]["mean"] <= high
+    asked = reward["questions"]
+    assert asked["separate"] + asked["always_right"] + asked["always_wrong"] == 16
+    assert len(asked["never"]) == 16 - asked["separate"] and 0 <= asked["saves"] <= 1
+    assert reward["reliability"]["questions"] == 2 and set(reward["reliability"]["at"]) == set(
+      "1248"
+    )
+  assert "turned" not in pmi and 0 <= letters["turned"]["same"] <= 1
+  # its own reading is asked again in other words, and the other one is not
+  assert "paraphrased" not in letters and len(pmi["paraphrased"]["ideal_accuracy"]) == 2
+  ideal = figures["readings"]["option_pmi"]["ideal"]["accuracy"]
+  assert pmi["paraphrased"]["ideal_accuracy"][0] == ideal
+  text = table(figures, "letter_argmax")
+  assert "never separate" in text and f"{len(pmi['questions']['never'])} of 16" in text
+
+
+def test_questions_that_never_separate_are_named():
+  class Tokens:
+    def tokenize(self, question):
+      return TokenizedQuestion((1,) * len(question.stem), ((1, 1),) * 2, 0, 0, (0.0, 0.0))
+
+  say = {condition: "" for condition in CONDITIONS}
+  trials = [
+    Trial(Question(stem, ("a", "b"), 0, "k"), say, image)
+    for stem, image in (("four", "x"), ("sixsix", "y"), ("ten letter", "x"))
+  ]
+  right = np.array([[1, 0, 1], [1, 0, 0], [1, 0, 0], [1, 0, 0]], bool)
+  found = stability.never_separate(right, trials, Tokens())
+  assert (found["separate"], found["always_right"], found["always_wrong"]) == (1, 1, 1)
+  assert found["saves"] == (8 + 10) / (8 + 10 + 14)  # stem and two options of two tokens
+  assert [(one["image"], one["stem"], one["always"]) for one in found["never"]] == [
+    ("x", "four", "right"),
+    ("y", "sixsix", "wrong"),
+  ]
+
+
+@pytest.mark.parametrize(
+  "reading, prompt", [("option_pmi", "plain"), ("letter_argmax", "official")]
+)
+def test_other_words_are_the_same_request(reading, prompt):
+  template = template_for(reading, prompt)
+  found = paraphrases(template)
+  assert (
+    len({one.head for one in (template, *found)})
+    == 3
+    == len({one.name for one in (*found, template)})
+  )
+  for one in found:
+    said = one.joined("A red circle.", "What?", ["red", "blue"])
+    assert "A red circle.\n" in said and said.count("What?") == 1
+    assert (one.option, one.letter, one.abstain, one.specials) == (
+      template.option,
+      template.letter,
+      template.abstain,
+      template.specials,
+    )
+    assert said.count("<|im_start|>") == (2 if template.specials else 0)
 
 
 def test_trials_pair_each_question_with_its_own_and_anothers_caption(folder):
   rows = read_jsonl(folder / "data" / "rows.jsonl")
   facts = {q: row.facts for row in rows for q in row.questions}
-  trials = calibrate.make_trials(
-    rows, calibrate.CalibrateConfig(kinds=("color",)), GateSection(ideal=IDEAL), 0
-  )
+  trials = make_trials(rows, CalibrateConfig(kinds=("color",)), GateSection(ideal=IDEAL), 0)
   assert len(trials) == 12 and all(t.question.kind == "color" for t in trials)
   for trial in trials:
     true = trial.question.options[trial.question.gold]
@@ -145,9 +214,7 @@ def test_captions_of_a_file_stand_in_for_facts(folder):
   write_caption_jsonl(
     path, [CaptionRow(row.image, f"Caption {i}.", row.name) for i, row in enumerate(rows[:5])]
   )
-  trials = calibrate.make_trials(
-    rows, calibrate.CalibrateConfig(captions=str(path)), GateSection(), 0
-  )
+  trials = make_trials(rows, CalibrateConfig(captions=str(path)), GateSection(), 0)
   assert {t.captions["ideal"] for t in trials} == {f"Caption {i}." for i in range(5)}
 
 
@@ -166,6 +233,4 @@ def test_captions_of_a_file_stand_in_for_facts(folder):
 )
 def test_data_that_cannot_calibrate_is_refused(folder, cfg, gate, message):
   with pytest.raises(ValueError, match=message):
-    calibrate.make_trials(
-      read_jsonl(folder / "data" / "rows.jsonl"), calibrate.CalibrateConfig(**cfg), gate, 0
-    )
+    make_trials(read_jsonl(folder / "data" / "rows.jsonl"), CalibrateConfig(**cfg), gate, 0)

@@ -1,0 +1,63 @@
+"""Mode `calibrate`: whether a judge can be trusted, before it is: a table, a plot and the margin to
+abstain by.
+
+Held-out questions are asked with captions whose worth is known: true ones, one that says nothing,
+another image's, and none. A judge that can teach answers right from the first and abstains, or is
+at chance, with the others. Every reading is asked, over rotated options, and compared with the
+official sampled protocol.
+"""
+
+import logging
+import math
+import pathlib
+from typing import Any
+
+import jax
+
+from caprl_jax import sharding
+from caprl_jax.atomic_files import write_json
+from caprl_jax.config import schema as configuration
+from caprl_jax.data.readers.qa_sources import read_qa_rows
+from caprl_jax.harness.sections import DataSection, GateSection
+from caprl_jax.inference.judge import JudgeSection, check_blind
+from caprl_jax.modes.calibrate.figures import calibrate
+from caprl_jax.modes.calibrate.section import CalibrateConfig
+from caprl_jax.modes.calibrate.show import draw, table
+from caprl_jax.modes.calibrate.trials import make_trials
+
+log = logging.getLogger("caprl_jax.modes.calibrate.run")
+
+
+def _in_json(value: Any) -> Any:
+  """The same with null for numbers that are not finite, which JSON does not have: what could not be
+  told, such as how far orders of the options agree where there is one."""
+  if isinstance(value, dict):
+    return {key: _in_json(held) for key, held in value.items()}
+  if isinstance(value, list):
+    return [_in_json(held) for held in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Writes calibration.json and calibration.png, and prints the table."""
+  cfg = configuration.load_section(config, "calibrate", CalibrateConfig)
+  section = configuration.load_section(config, "judge", JudgeSection)
+  check_blind(section)
+  data, gate = (
+    configuration.load_section(config, *x) for x in (("data", DataSection), ("gate", GateSection))
+  )
+  seed = config.get("seed", 0)
+  trials = make_trials(read_qa_rows(data.eval, seed, data.max_eval_rows), cfg, gate, seed)
+  mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
+  with jax.set_mesh(mesh):
+    figures = calibrate(section.load(mesh), trials, section, cfg, seed)
+  if jax.process_index() == 0:
+    write_json(workdir / "calibration.json", _in_json({"judge": section.source, **figures}))
+    draw(figures, workdir / "calibration.png")
+    log.info(
+      "judge %s, %d held-out questions:\n%s",
+      section.source,
+      len(trials),
+      table(figures, cfg.readings[-1]),
+    )
+    log.info("plot: %s", workdir / "calibration.png")
