@@ -1,14 +1,18 @@
 """What accuracy cannot tell apart, silence and falsehood, and what the reward term `misled` does
 about it.
 
-  python benchmarks/misled.py [--seeds 3] [--steps 40] [--workdir runs/misled]
+  python benchmarks/misled.py [--data easy_vqa] [--weights 0,2] [--seeds 3] [--steps 40]
+  python benchmarks/misled.py --data charts --weights 0,0.5,1,2 --workdir runs/misled_charts
 
-The warm start hallucinates on purpose: it was never taught the word for circles. Of them it says
-"shape", or now and then "triangle" or "rectangle"; of the others it names the shape more often than
-not. For a circle no caption that it can write answers the question about its shape, so accuracy is
-0 whether it says something false or nothing, while on the other images naming a shape pays. Each
-reward trains it with the same seeds, data and judge; then sampled captions of held-out images are
-compared with the facts. Writes misled.json and misled.png.
+The warm start hallucinates on purpose. On easy_vqa it was never taught the word for circles. Of
+them it says "shape", or now and then "triangle" or "rectangle"; of the others it names the shape
+more often than not. For a circle no caption that it can write answers the question about its shape,
+so accuracy is 0 whether it says something false or nothing, while on the other images naming a
+shape pays. On charts it was taught to read for a short time only, so that much of what it reads is
+wrong, and then to say little (configs/charts_sft.py with other steps). Each weight of `misled`
+trains it with the same seeds, data and judge; then sampled captions of held-out images are compared
+with the facts. Writes misled.json, misled.png and misled_curve.png: facts told against false
+statements, and right against wrong answers, one line over the weights.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import json
 import logging
 import pathlib
 import re
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +42,35 @@ from caprl_jax.harness.training.programs import build_step
 from caprl_jax.harness.training.state import make_optimizer, make_state, policy_shardings
 from caprl_jax.modes.evaluate.run import Evaluator
 from caprl_jax.modes.sft import run as sft
+from caprl_jax.scoring.captions.facts import KnownFacts
+from caprl_jax.scoring.captions.words import words_of
 
 UNKNOWN = "circle"  # the shape that the warm start has no true word for
-REWARDS = {"accuracy": dict(accuracy=1.0), "accuracy - 2 misled": dict(accuracy=1.0, misled=2.0)}
+CHARTS = "charts:{split}:{count}:96x72"
 # how often the warm start names a shape: of circles, of the others
 NAMED = {True: 0.15, False: 0.6}
 log = logging.getLogger("misled")
+
+
+def rewards(weights: Sequence[float]) -> dict[str, dict[str, float]]:
+  """Name of each arm -> its reward."""
+  name = lambda weight: f"accuracy - {weight:g} misled" if weight else "accuracy"
+  return {name(weight): dict(accuracy=1.0, misled=weight) for weight in weights}
+
+
+def warm_start_charts(workdir: pathlib.Path, steps: int) -> pathlib.Path:
+  """A captioner that reads charts badly, and mostly does not say what it read."""
+  output = workdir / "warm_start"
+  if (output / "config.json").exists():
+    return output
+  config = load_config("configs/charts_sft.py")
+  with config.unlocked():
+    config.sft.train = CHARTS.format(split="train", count=4000)
+    config.sft.eval, config.sft.output = CHARTS.format(split="test", count=100), str(output)
+    seeing, saying = (dict(phase) for phase in config.sft.phases)
+    config.sft.phases = (seeing | dict(steps=steps), saying | dict(steps=steps // 4))
+  sft.run(config, workdir / "sft")
+  return output
 
 
 def warm_start(workdir: pathlib.Path, steps: int) -> pathlib.Path:
@@ -82,9 +110,23 @@ def warm_start(workdir: pathlib.Path, steps: int) -> pathlib.Path:
   return output
 
 
+def told(samples: pathlib.Path, facts: dict[str, dict], known: KnownFacts) -> dict[str, float]:
+  """Of held-out captions: the share of the known facts that they tell, the share of captions with a
+  false statement, and their words."""
+  rows = json.loads(samples.read_text())["rows"]
+  texts = {row["name"]: row["captions"][0]["text"] for row in rows if facts.get(row["name"])}
+  found = [one for name, text in texts.items() if (one := known.told(text, facts[name]))]
+  return {
+    "told": float(np.mean([one.share for one in found])),
+    "false": float(np.mean([one.false > 0 for one in found])),
+    "words": float(np.mean([len(words_of(text)) for text in texts.values()])),
+    "captions": len(found),
+  }
+
+
 def statements(samples: pathlib.Path, facts: dict[str, dict]) -> dict[str, float]:
-  """Of held-out captions: the share with a false shape or colour, and with a true shape and colour
-  each.
+  """Of held-out captions of easy-VQA: the share with a false shape or colour, and with a true shape
+  and colour each.
   """
   rows = [row for row in json.loads(samples.read_text())["rows"] if facts.get(row["name"])]
   false, named, true_shape, true_color = [], [], [], []
@@ -107,10 +149,73 @@ def statements(samples: pathlib.Path, facts: dict[str, dict]) -> dict[str, float
   }
 
 
+def training_config(data: str, checkpoint: pathlib.Path, margin: float, steps: int):
+  """The config that all arms share but for their reward."""
+  config = load_config("configs/charts.py" if data == "charts" else "configs/quickstart.py")
+  with config.unlocked():
+    config.policy.checkpoint = str(checkpoint)
+    config.judge.margin = margin
+    config.train.steps = steps
+    if data == "charts":
+      config.data.train = CHARTS.format(split="train", count=400)
+      config.data.eval = CHARTS.format(split="test", count=300)
+    config.data.max_train_rows, config.data.max_eval_rows = 240, 120
+    config.evaluate.update(samples=1000, temperature=1.0, group_images=8)
+    # without dividing by the group's std, which would undo a term's weight
+    config.advantage.estimator = "rloo"
+  return config
+
+
+class Experiment:
+  """One warm start, one data set and one judge; `evaluate` and `train` an arm."""
+
+  def __init__(self, config, data: str, workdir: pathlib.Path):
+    self.settings, self.data, self.workdir = read_settings(config), data, workdir
+    self.made = set_up(self.settings)
+    self.facts = {row.name: row.facts for row in self.made.eval_rows}
+    self.known = KnownFacts(facts for facts in self.facts.values() if facts)
+    self.evaluator = Evaluator(self.made)
+    self.tx, self.schedule = make_optimizer(self.settings)
+    self.steps: dict[str, Callable] = {}
+
+  def evaluate(self, params, name: str) -> dict[str, float]:
+    """The judge's figures on held-out captions, and what these tell and say falsely."""
+    path = self.workdir / "samples" / f"{re.sub('[^a-z0-9.]+', '_', name)}.json"
+    figures = self.evaluator(params, path, name, 0)
+    figures = {key: figures[key] for key in ("accuracy", "misled", "abstained")}
+    figures |= told(path, self.facts, self.known)
+    if self.data == "easy_vqa":
+      figures |= statements(path, self.facts)
+    log.info("%s: %s", name, {key: round(value, 3) for key, value in figures.items()})
+    return figures
+
+  def train(self, name: str, weights: dict[str, float], seed: int) -> dict[str, float]:
+    """Trains an arm with one seed, and evaluates it."""
+    settings, made = self.settings, self.made
+    if name not in self.steps:
+      step = dataclasses.replace(settings.step, reward=type(settings.step.reward)(**weights))
+      arm = dataclasses.replace(made, settings=dataclasses.replace(settings, step=step))
+      self.steps[name] = build_step(arm, self.tx, self.schedule)
+    params = jax.tree.map(jnp.copy, made.policy.params)
+    state = make_state(params, self.tx, policy_shardings(made), seed, made.mesh)
+    rows, size = len(made.train_rows), settings.data.batch_size
+    iterator = train_iterator(made.train.example, rows, size, seed)
+    for number in range(settings.train.steps):
+      batch = sharding.put_batch(next(iterator), made.mesh)
+      state, metrics, _ = self.steps[name](state, batch)
+      jax.block_until_ready(metrics)
+      if number % 10 == 9:
+        shown = (metrics[key] for key in ("judge/accuracy", "judge/misled"))
+        log.info("%s seed %d step %d: accuracy %.3f misled %.3f", name, seed, number + 1, *shown)
+    return self.evaluate(state.params, f"{name} seed {seed}")
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument("--data", choices=("easy_vqa", "charts"), default="easy_vqa")
+  parser.add_argument("--weights", default="0,2", help="of misled, joined by commas")
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--steps", type=int, default=40)
   parser.add_argument("--sft_steps", type=int, default=200)
@@ -120,74 +225,60 @@ def main() -> None:
   logging.basicConfig(
     level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
   )
+  args.workdir = args.workdir.resolve()
   args.workdir.mkdir(parents=True, exist_ok=True)
-  checkpoint = warm_start(args.workdir, args.sft_steps)
-  config = load_config("configs/quickstart.py")
-  with config.unlocked():
-    config.policy.checkpoint = str(checkpoint)
-    config.judge.margin = args.margin
-    config.train.steps = args.steps
-    config.data.max_train_rows, config.data.max_eval_rows = 240, 120
-    config.evaluate.update(samples=1000, temperature=1.0, group_images=8)
-    # without dividing by the group's std, which would undo a term's weight
-    config.advantage.estimator = "rloo"
-  settings = read_settings(config)
-  results = {name: [] for name in REWARDS}
-  with jax.set_mesh(sharding.make_mesh(settings.mesh)):
-    made = set_up(settings)
-    facts = {row.name: row.facts for row in made.eval_rows}
-    evaluator = Evaluator(made)
-
-    def evaluate(params, name: str) -> dict:
-      path = args.workdir / "samples" / f"{re.sub('[^a-z0-9]+', '_', name)}.json"
-      figures = evaluator(params, path, name, 0)
-      figures = {
-        **{k: figures[k] for k in ("accuracy", "misled", "abstained")},
-        **statements(path, facts),
-      }
-      log.info("%s: %s", name, {k: round(v, 3) for k, v in figures.items()})
-      return figures
-
-    before = evaluate(made.policy.params, "before")
-    tx, schedule = make_optimizer(settings)
-    steps = {}
+  begin = warm_start_charts if args.data == "charts" else warm_start
+  checkpoint = begin(args.workdir, args.sft_steps)
+  config = training_config(args.data, checkpoint, args.margin, args.steps)
+  arms = rewards([float(weight) for weight in args.weights.split(",")])
+  results: dict[str, list] = {name: [] for name in arms}
+  with jax.set_mesh(sharding.make_mesh(read_settings(config).mesh)):
+    experiment = Experiment(config, args.data, args.workdir)
+    before = experiment.evaluate(experiment.made.policy.params, "before")
     for seed in range(args.seeds):
-      for name, weights in REWARDS.items():
-        if name not in steps:
-          step = dataclasses.replace(settings.step, reward=type(settings.step.reward)(**weights))
-          arm = dataclasses.replace(made, settings=dataclasses.replace(settings, step=step))
-          steps[name] = build_step(arm, tx, schedule)
-        state = make_state(
-          jax.tree.map(jnp.copy, made.policy.params), tx, policy_shardings(made), seed, made.mesh
-        )
-        iterator = train_iterator(
-          made.train.example, len(made.train_rows), settings.data.batch_size, seed
-        )
-        for number in range(args.steps):
-          state, metrics, _ = steps[name](state, sharding.put_batch(next(iterator), made.mesh))
-          jax.block_until_ready(metrics)
-          if number % 10 == 9:
-            log.info(
-              "%s seed %d step %d: accuracy %.3f misled %.3f",
-              name,
-              seed,
-              number + 1,
-              metrics["judge/accuracy"],
-              metrics["judge/misled"],
-            )
-        results[name].append(evaluate(state.params, f"{name} seed {seed}"))
-        report = {"before": before, "results": results, "margin": args.margin, "steps": args.steps}
+      for name, weights in arms.items():
+        results[name].append(experiment.train(name, weights, seed))
+        report = {"before": before, "results": results, "data": args.data}
+        report |= {"margin": args.margin, "steps": args.steps}
         (args.workdir / "misled.json").write_text(json.dumps(report, indent=1))
-  draw(before, results, args.workdir / "misled.png")
+  if args.data == "easy_vqa":
+    draw(before, results, args.workdir / "misled.png")
+  draw_curve(before, results, args.workdir / "misled_curve.png")
   for name, runs in results.items():
     print(
-      f"{name:18}",
+      f"{name:20}",
       ", ".join(
         f"{key} {np.mean([r[key] for r in runs]):.3f} ({min(r[key] for r in runs):.3f} to "
         f"{max(r[key] for r in runs):.3f})"
-        for key in ("accuracy", "false", "true shape")
+        for key in ("accuracy", "misled", "told", "false", "words")
       ),
     )
+
+
+def draw_curve(before: dict, results: dict[str, list[dict]], path: pathlib.Path) -> None:
+  """Both axes: what is told over what is said falsely, one line through the means of the weights,
+  the warm start beside it, and each seed as a dot."""
+  figure = matplotlib.figure.Figure(figsize=(9, 3.8), layout="constrained")
+  for axes, (x, y, x_label, y_label) in zip(
+    figure.subplots(1, 2),
+    (
+      ("false", "told", "captions with a false statement", "known facts told"),
+      ("misled", "accuracy", "questions answered wrong", "questions answered right"),
+    ),
+  ):
+    means = [
+      [float(np.mean([run[key] for run in runs])) for key in (x, y)] for runs in results.values()
+    ]
+    axes.plot(*zip(*means), color="#777", linewidth=1, zorder=1)
+    for i, (name, runs) in enumerate(results.items()):
+      axes.scatter([r[x] for r in runs], [r[y] for r in runs], s=14, color=f"C{i}", alpha=0.6)
+      axes.scatter(*means[i], s=60, color=f"C{i}", label=name, zorder=2)
+    axes.scatter(before[x], before[y], s=60, color="#999", marker="s", label="warm start")
+    axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, 1))
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(fontsize=8)
+  figure.savefig(path, dpi=110)
 
 
 def draw(before: dict, results: dict[str, list[dict]], path: pathlib.Path) -> None:
@@ -203,7 +294,7 @@ def draw(before: dict, results: dict[str, list[dict]], path: pathlib.Path) -> No
     axes.bar(
       range(len(names)),
       [np.mean(g) for g in groups],
-      color=["#999", "#b84a00", "#0063a3"],
+      color=["#999", "#b84a00", "#0063a3", "#007a58", "#a8447f"][: len(names)],
       alpha=0.75,
     )
     for i, group in enumerate(groups):
