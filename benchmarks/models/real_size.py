@@ -104,7 +104,7 @@ def write_checkpoint(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, 
   tensors = RandomTensors(params, cfg.family.keys)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "tokenizer.json").write_text(tokenizer_json(config["model_type"]), encoding="utf-8")
-  tokenizer = load_tokenizer(folder / "tokenizer.json")
+  tokenizer = load_tokenizer(folder)
   (folder / "tokenizer.json").unlink()
   write_directory(
     folder,

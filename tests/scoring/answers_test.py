@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from caprl_jax.data.readers.benchmarks.row import BENCHMARKS, QUESTIONS
+from caprl_jax.data.readers.benchmarks.row import BENCHMARKS, CAPTIONQA, QUESTIONS
 from caprl_jax.scoring import answers as scoring
 from caprl_jax.scoring import official as official_scoring
 from caprl_jax.scoring.answers import score
@@ -407,7 +407,7 @@ def test_maths_says_that_it_needs_the_main_thread():
 
 
 def test_every_benchmark_has_a_metric():
-  assert set(scoring.METRICS) == {*BENCHMARKS.values(), QUESTIONS}
+  assert set(scoring.METRICS) == {*BENCHMARKS.values(), CAPTIONQA, QUESTIONS}
 
 
 @pytest.mark.parametrize(
