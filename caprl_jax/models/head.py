@@ -18,6 +18,10 @@ from caprl_jax.masked import NEGATIVE
 
 Array = jax.Array
 EntropyKind = Literal["none", "figure", "differentiable"]
+# A chunk adds its gradient of the unembedding to the others', so chunks must not be too small; but
+# what fills the last one up is computed for nothing.
+MOST_CHUNKS, SMALLEST_CHUNK = 16, 512
+KEPT_CHUNKS = 8  # of tokens whose probabilities all fit
 
 
 def scaled_logits(
@@ -41,15 +45,19 @@ def scaled_logits(
 class _Scoring:
   """How log-probabilities are made; fields as of `token_logprobs`.
 
-  rows: tokens of a chunk on each device; None: all are one chunk, whose probabilities are kept for
-    the backward pass rather than made again.
+  rows: tokens of a chunk on each device.
   shards: parts of the batch that the tokens lie in, one after the other.
+  keep: probabilities are kept for the backward pass rather than made again.
   """
 
   temperature: float
   entropy: EntropyKind
-  rows: int | None
+  rows: int
   shards: int
+  keep: bool
+
+  def chunks(self, tokens: int) -> int:
+    return -(-tokens // self.shards // self.rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -88,23 +96,52 @@ def _run(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how):
     if how.entropy != "none":
       entropy = norm[:, 0] - (weight * logits).sum(-1) / mass[:, 0]
     logp = jnp.take_along_axis(logits, target, axis=1) - norm
-    return (logp, norm, entropy), (weight, mass, logits)
+    kept = (weight, mass, logits if how.entropy == "differentiable" else None)
+    return (logp, norm, entropy), kept if how.keep else None
 
-  if how.rows is None:
-    (logp, norm, entropy), (weight, mass, logits) = score(hidden_MD, target_MX)
-    return (logp, entropy), (
-      norm,
-      entropy,
-      (weight, mass, logits if how.entropy == "differentiable" else None),
-    )
+  if how.chunks(len(hidden_MD)) == 1:
+    (logp, norm, entropy), kept = score(hidden_MD, target_MX)
+    return (logp, entropy), (norm, entropy, kept)
 
-  def chunk(x: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+  def chunk(x: tuple[Array, ...]) -> tuple[tuple[Array, Array, Array], Any]:
     hidden, target, wanted = x
-    return _where_any(wanted, lambda hidden, target: score(hidden, target)[0], hidden, target)
+    return _where_any(wanted, score, hidden, target)
 
-  pieces = sharding.split_chunks((hidden_MD, target_MX, wanted_M), how.rows, how.shards)
-  logp, norm, entropy = sharding.join_chunks(jax.lax.map(chunk, pieces), len(hidden_MD), how.shards)
-  return (logp, entropy), (norm, entropy, None)
+  order = _Order.wanted_first(wanted_M, how.rows, how.shards)
+  numbers, kept = jax.lax.map(chunk, order.chunks((hidden_MD, target_MX, wanted_M)))
+  logp, norm, entropy = order.joined(numbers)
+  return (logp, entropy), (norm, entropy, kept)
+
+
+@flax.struct.dataclass
+class _Order:
+  """Tokens in chunks, those that are wanted first on each device: so what a chunk costs is paid for
+  them, wherever they stand."""
+
+  order_SM: Array  # of each shard, the places of its tokens
+  rows: int = flax.struct.field(pytree_node=False)  # of a chunk on each device
+
+  @classmethod
+  def wanted_first(cls, wanted_M: Array, rows: int, shards: int) -> "_Order":
+    return cls(jnp.argsort(~wanted_M.reshape(shards, -1), axis=1, stable=True), rows)
+
+  def chunks(self, tree: Any) -> Any:
+    """Arrays [M, ...] -> [chunks, tokens of a chunk, ...]."""
+    ordered = jax.tree.map(lambda x: _taken(x, self.order_SM), tree)
+    return sharding.split_chunks(ordered, self.rows, len(self.order_SM))
+
+  def joined(self, tree: Any) -> Any:
+    """The inverse of `chunks`."""
+    ordered = sharding.join_chunks(tree, self.order_SM.size, len(self.order_SM))
+    back_SM = jnp.argsort(self.order_SM, axis=1)
+    return jax.tree.map(lambda x: _taken(x, back_SM), ordered)
+
+
+def _taken(x_M: Array, places_SM: Array) -> Array:
+  """An array [M, ...] in another order within each shard."""
+  shards = places_SM.shape[0]
+  taken = jax.vmap(lambda x, places: x[places])(x_M.reshape(shards, -1, *x_M.shape[1:]), places_SM)
+  return taken.reshape(x_M.shape)
 
 
 @flax.struct.dataclass
@@ -130,7 +167,7 @@ def _backward(how, kept, cotangents):
   head = _working_head(head_VD, hidden_MD.dtype)
   d_logp_MX, d_entropy_M = map(_instantiated, cotangents)
 
-  def slopes(hidden, target, norm, entropy, d_logp, d_entropy, made=None) -> tuple[Array, Any]:
+  def slopes(made, hidden, target, norm, entropy, d_logp, d_entropy) -> tuple[Array, Any]:
     """Gradients of hidden states, and of the unembedding in float32 (None where it has none)."""
     if made is None:
       logits = scaled_logits(hidden, head, allowed_V, how.temperature)
@@ -156,25 +193,26 @@ def _backward(how, kept, cotangents):
     return product("mv,vd->md", head).astype(hidden.dtype), d_head
 
   arrays = (hidden_MD, target_MX, norm, entropy, d_logp_MX, d_entropy_M)
-  if how.rows is None:
-    d_hidden, d_head = slopes(*arrays, made)
+  if how.chunks(len(hidden_MD)) == 1:
+    d_hidden, d_head = slopes(made, *arrays)
   else:
 
-    def chunk(d_head: Any, x: tuple[Array, ...]) -> tuple[Any, Array]:
-      wanted, *arrays = x
+    def chunk(d_head: Any, x: tuple[Array, Any, tuple[Array, ...]]) -> tuple[Any, Array]:
+      wanted, made, arrays = x
 
       def work(d_head: Any) -> tuple[Any, Array]:
-        d_hidden, new = slopes(*arrays)
+        d_hidden, new = slopes(made, *arrays)
         return jax.tree.map(jnp.add, d_head, new), d_hidden
 
       return jax.lax.cond(
         wanted.any(), work, lambda d_head: (d_head, jnp.zeros_like(arrays[0])), d_head
       )
 
-    pieces = sharding.split_chunks((wanted_M, *arrays), how.rows, how.shards)
+    order = _Order.wanted_first(wanted_M, how.rows, how.shards)
     nothing = jnp.zeros(head_VD.shape, jnp.float32) if kept.head_moves else None
-    d_head, chunks = jax.lax.scan(chunk, nothing, pieces)
-    d_hidden = sharding.join_chunks(chunks, len(hidden_MD), how.shards)
+    pieces = (order.chunks(wanted_M), made, order.chunks(arrays))
+    d_head, d_hidden = jax.lax.scan(chunk, nothing, pieces)
+    d_hidden = order.joined(d_hidden)
   return d_hidden, None if d_head is None else d_head.astype(head_VD.dtype), None, None, None
 
 
@@ -198,18 +236,29 @@ def _where_any(wanted: Array, function: Callable, *arrays: Array) -> Any:
 
 
 def _in_chunks(
-  function: Callable, arrays: tuple[Array, ...], heads: tuple[Array, ...], chunk_tokens: int
+  function: Callable,
+  arrays: tuple[Array, ...],
+  wanted_M: Array | None,
+  chunk_tokens: int,
 ) -> Any:
-  """function(*arrays, *heads), applied to `chunk_tokens` rows at a time on each device."""
+  """function(*arrays), applied to `chunk_tokens` rows at a time on each device, of those that are
+  wanted; made again in the backward pass."""
   M, shards = arrays[0].shape[0], sharding.batch_shards()
   shards = 1 if M % shards else shards
-  heads = tuple(map(sharding.gathered_head, heads))
+  if wanted_M is None:
+    wanted_M = jnp.ones(M, bool)
+  if shards > 1:
+    arrays, wanted_M = sharding.split_over_batch((arrays, wanted_M))
   if M // shards <= chunk_tokens:
-    return function(*(sharding.split_over_batch(arrays) if shards > 1 else arrays), *heads)
-  out = jax.lax.map(
-    lambda x: function(*x, *heads), sharding.split_chunks(arrays, chunk_tokens, shards)
-  )
-  return sharding.join_chunks(out, M, shards)
+    return jax.checkpoint(function)(*arrays)
+
+  @jax.checkpoint  # around the choice, or each chunk would keep a copy of the heads
+  def chunk(x: tuple[Array, tuple[Array, ...]]) -> Any:
+    wanted, arrays = x
+    return _where_any(wanted, function, *arrays)
+
+  order = _Order.wanted_first(wanted_M, chunk_tokens, shards)
+  return order.joined(jax.lax.map(chunk, order.chunks((wanted_M, arrays))))
 
 
 def token_logprobs(
@@ -225,16 +274,17 @@ def token_logprobs(
 ) -> tuple[Array, Array]:
   """Log-probabilities of target tokens and the entropy of the distribution they come from.
 
-  Where there is more than one chunk, each one's logits are made again in the backward pass.
+  Where they are not all in one chunk, each chunk's logits are made again in the backward pass.
 
   Args:
     hidden_MD: hidden state that predicts the target.
     head_VD: unembedding.
     target_MX: int token ids; must be allowed.
-    wanted_M: bool; chunks of which nothing is wanted are left out, with zeros in their place.
+    wanted_M: bool; the others cost nothing, up to what fills a chunk, and hold numbers that nobody
+      may read.
     allowed_V: bool; the distribution is over these tokens only.
     temperature: divides the logits.
-    chunk_tokens: tokens whose logits exist at once on a device.
+    chunk_tokens: tokens whose logits exist at once on a device, at most.
     entropy: `none` leaves it out, at 0; `figure` has no gradient.
 
   Returns:
@@ -242,12 +292,16 @@ def token_logprobs(
   """
   M, shards = hidden_MD.shape[0], sharding.batch_shards()
   shards = 1 if M % shards else shards
-  rows = None if M // shards <= chunk_tokens else chunk_tokens
+  own = M // shards
+  keep, rows = own <= chunk_tokens, min(own, chunk_tokens)
   if wanted_M is None:
     wanted_M = jnp.ones(M, bool)
+  else:
+    fine = -(-own // KEPT_CHUNKS) if keep else max(-(-own // MOST_CHUNKS), SMALLEST_CHUNK)
+    rows = min(rows, fine)
   arrays = (hidden_MD, target_MX, wanted_M)
   hidden_MD, target_MX, wanted_M = sharding.split_over_batch(arrays) if shards > 1 else arrays
-  how = _Scoring(temperature, entropy, rows, shards)
+  how = _Scoring(temperature, entropy, rows, shards, keep)
   return _scores(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how)
 
 
@@ -257,17 +311,18 @@ def token_kl(
   other_MD: Array,
   other_head_VD: Array,
   *,
+  wanted_M: Array | None = None,
   allowed_V: Array | None = None,
   temperature: float = 1.0,
   chunk_tokens: int = 1024,
 ) -> Array:
   """KL(p || q) of whole distributions, float32 [M] in nats: p from `hidden` and `head`, q from the
   others. Chunked as in `token_logprobs`, and made again in the backward pass."""
+  head, other_head = map(sharding.gathered_head, (head_VD, other_head_VD))
 
-  @jax.checkpoint
-  def chunk(hidden, other, head, other_head):
+  def chunk(hidden, other):
     logp = jax.nn.log_softmax(scaled_logits(hidden, head, allowed_V, temperature), axis=-1)
     logq = jax.nn.log_softmax(scaled_logits(other, other_head, allowed_V, temperature), axis=-1)
     return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
 
-  return _in_chunks(chunk, (hidden_MD, other_MD), (head_VD, other_head_VD), chunk_tokens)
+  return _in_chunks(chunk, (hidden_MD, other_MD), wanted_M, chunk_tokens)

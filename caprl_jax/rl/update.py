@@ -219,12 +219,13 @@ def _exact_kl(
   others = caption_states(learner.policy, reference, rollout.batch, rollout.captions)
   others = jax.lax.stop_gradient(others)
 
-  def kl(hidden_MD: Array, other_MD: Array) -> Array:
+  def kl(hidden_MD: Array, other_MD: Array, wanted_M: Array | None = None) -> Array:
     return token_kl(
       hidden_MD,
       head(params),
       other_MD,
       head(reference),
+      wanted_M=wanted_M,
       allowed_V=frozen.vocabulary.allowed_V,
       temperature=learner.temperature or 1.0,
       chunk_tokens=learner.cfg.chunk_tokens,
@@ -234,7 +235,8 @@ def _exact_kl(
   if states.rest_BRD is None or others.rest_BRD is None:
     return states.by_caption(first_B, None)
   B, R, D = states.rest_BRD.shape
-  rest_M = kl(states.rest_BRD.reshape(-1, D), others.rest_BRD.reshape(-1, D))
+  wanted_M = states.packed.valid_BR.reshape(-1)
+  rest_M = kl(states.rest_BRD.reshape(-1, D), others.rest_BRD.reshape(-1, D), wanted_M)
   return states.by_caption(first_B, rest_M.reshape(B, R))
 
 

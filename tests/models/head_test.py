@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from helpers.paths import ROOT
 
-from caprl_jax.models.head import scaled_logits, token_logprobs
+from benchmarks.parts.executed import executed
+from caprl_jax.models.head import scaled_logits, token_kl, token_logprobs
 
 M, D, V, X = 11, 6, 17, 3
 HIDDEN = jax.random.normal(jax.random.key(0), (M, D))
@@ -81,6 +82,42 @@ def test_gradients_do_not_depend_on_chunks(allowed):
     np.testing.assert_array_equal(got[1][~np.asarray(allowed)], 0)
 
 
+SCATTERED = jnp.isin(jnp.arange(M), jnp.array([1, 6, 10]))
+
+
+@pytest.mark.parametrize("chunk", [2, 1024], ids=["made again", "kept"])
+def test_tokens_that_are_not_wanted_cost_nothing_and_change_nothing(chunk):
+  def f(hidden, head, wanted, chunk=chunk):
+    logp, entropy = token_logprobs(
+      hidden, head, TARGET, wanted_M=wanted, chunk_tokens=chunk, entropy="differentiable"
+    )
+    each = (logp * jnp.arange(1.0, X + 1)).sum(1) + entropy
+    return jnp.sum(jnp.where(SCATTERED, each * jnp.arange(M), 0))
+
+  grad = jax.value_and_grad(f, (0, 1))
+  want, got = grad(HIDDEN, HEAD, None, 1024), grad(HIDDEN, HEAD, SCATTERED, chunk)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+  # Three of eleven tokens lie apart, and fill two chunks of two.
+  all_of_them, _ = executed(grad, HIDDEN, HEAD, jnp.ones(M, bool))
+  some, _ = executed(grad, HIDDEN, HEAD, SCATTERED)
+  assert some == all_of_them * 2 / 6
+
+
+def test_a_divergence_costs_what_is_wanted_of_it():
+  other = HIDDEN[::-1] * 0.5
+
+  def f(hidden, wanted):
+    kl = token_kl(hidden, HEAD, other, HEAD, wanted_M=wanted, chunk_tokens=2)
+    return jnp.sum(jnp.where(SCATTERED, kl * jnp.arange(M), 0))
+
+  grad = jax.value_and_grad(f)
+  want, got = grad(HIDDEN, None), grad(HIDDEN, SCATTERED)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+  all_of_them, _ = executed(grad, HIDDEN, jnp.ones(M, bool))
+  assert executed(grad, HIDDEN, SCATTERED)[0] == all_of_them * 2 / 6
+
+
 def test_an_entropy_that_is_a_figure_has_no_gradient():
   def f(head, entropy):
     logp, nats = token_logprobs(HIDDEN, head, TARGET, allowed_V=ALLOWED, entropy=entropy)
@@ -134,11 +171,12 @@ arrays.append(rng.integers(0, V, (B, L, 1)))
 
 def f(hidden, head, other, target):
   flat = lambda x: x.reshape(-1, x.shape[-1])
+  wanted = flat(target)[:, 0] > V // 4
   logp, entropy = token_logprobs(
-    flat(hidden), head, flat(target), chunk_tokens=32, entropy="differentiable"
+    flat(hidden), head, flat(target), wanted_M=wanted, chunk_tokens=32, entropy="differentiable"
   )
-  kl = token_kl(flat(hidden), head, flat(other), head, chunk_tokens=32)
-  return (logp.sum(1) + entropy + kl) @ jnp.arange(B * L)
+  kl = token_kl(flat(hidden), head, flat(other), head, wanted_M=wanted, chunk_tokens=32)
+  return jnp.where(wanted, logp.sum(1) + entropy + kl, 0) @ jnp.arange(B * L)
 
 found = {}
 meshes = dict(
