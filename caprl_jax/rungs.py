@@ -1,6 +1,7 @@
 """Work for the length at hand inside one jit of fixed shapes: rows of like lengths are put into one
-piece of a batch (`like_sizes`), so that no piece has to be as long as the longest row; and a
-program at several sizes ("rungs") runs at the smallest that holds what there is (`on_rung`).
+piece of a batch (`like_sizes`), so that no piece has to be as long as the longest row; a program at
+several sizes ("rungs") runs at the smallest that holds what there is (`on_rung`); and a piece of
+which nothing is wanted does not run (`where_any`).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +25,16 @@ def on_rung(
   rung = sum((need.max() > size).astype(jnp.int32) for size in sizes[:-1])
   branches = [lambda argument, size=size: function(size, argument) for size in sizes]
   return jax.lax.switch(rung, branches, argument)
+
+
+def where_any(wanted: Array, function: Callable[..., Any], *arguments: Any) -> Any:
+  """function(*arguments), or zeros where nothing of it is wanted."""
+  shapes = jax.eval_shape(function, *arguments)
+
+  def nothing(*_: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+  return jax.lax.cond(wanted.any(), function, nothing, *arguments)
 
 
 def like_sizes(size_B: Array, pieces: int) -> Array:

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from caprl_jax import sharding
+from caprl_jax import rungs, sharding
 from caprl_jax.masked import NEGATIVE
 
 Array = jax.Array
@@ -105,7 +105,7 @@ def _run(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how):
 
   def chunk(x: tuple[Array, ...]) -> tuple[tuple[Array, Array, Array], Any]:
     hidden, target, wanted = x
-    return _where_any(wanted, score, hidden, target)
+    return rungs.where_any(wanted, score, hidden, target)
 
   order = _Order.wanted_first(wanted_M, how.rows, how.shards)
   numbers, kept = jax.lax.map(chunk, order.chunks((hidden_MD, target_MX, wanted_M)))
@@ -225,16 +225,6 @@ def _instantiated(x: Any) -> Array:
   return jnp.zeros(x.shape, x.dtype) if zero else x
 
 
-def _where_any(wanted: Array, function: Callable, *arrays: Array) -> Any:
-  """function(*arrays), or zeros where nothing is wanted of them."""
-  shapes = jax.eval_shape(function, *arrays)
-
-  def nothing(*_: Array) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-  return jax.lax.cond(wanted.any(), function, nothing, *arrays)
-
-
 def _in_chunks(
   function: Callable,
   arrays: tuple[Array, ...],
@@ -255,7 +245,7 @@ def _in_chunks(
   @jax.checkpoint  # around the choice, or each chunk would keep a copy of the heads
   def chunk(x: tuple[Array, tuple[Array, ...]]) -> Any:
     wanted, arrays = x
-    return _where_any(wanted, function, *arrays)
+    return rungs.where_any(wanted, function, *arrays)
 
   order = _Order.wanted_first(wanted_M, chunk_tokens, shards)
   return order.joined(jax.lax.map(chunk, order.chunks((wanted_M, arrays))))

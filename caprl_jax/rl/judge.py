@@ -35,7 +35,7 @@ from caprl_jax.types import Answers, Array, Captions, JudgePrompt, Params, Quest
 
 SMALLEST_CAPTION = 64  # slots of a block; smaller ones save less than a further round costs
 MOST_BLOCKS = 16  # of a caption
-SMALLEST_PIECE = 16  # captions
+SMALLEST_PIECE = 8  # captions
 
 
 @flax.struct.dataclass
@@ -198,11 +198,32 @@ class _Asked:
   captions: JudgeIds  # [N, 1, T]
   shown: Questions | Sheet  # of each caption's image
   row_N: Array  # int32, its place in the batch, for its random key
+  wanted_N: Array  # bool; what becomes of the others nobody reads
+
+  @classmethod
+  def of(cls, captions: JudgeIds, shown: Questions | Sheet, wanted_BG: Array) -> "_Asked":
+    """A batch's captions, of those that are not wanted nothing but their place."""
+    B, G, T = captions.tokens_BGT.shape
+    shortened = captions.replace(keep_BGT=captions.keep_BGT & wanted_BG[..., None])
+    return cls(
+      jax.tree.map(lambda x: x.reshape(B * G, 1, T), shortened),
+      jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), shown),
+      jnp.arange(B * G),
+      wanted_BG.reshape(-1),
+    )
 
   def slots(self) -> Array:
-    """Slots up to the last token that the judge is shown, int32 [N]."""
+    """Slots up to the last token that the judge is shown, int32 [N]; -1 where nothing is wanted."""
     keep_NT = self.captions.keep_BGT[:, 0]
-    return jnp.where(keep_NT, jnp.arange(keep_NT.shape[1]) + 1, 0).max(1)
+    slots_N = jnp.where(keep_NT, jnp.arange(keep_NT.shape[1]) + 1, 0).max(1)
+    return jnp.where(self.wanted_N, slots_N, -1)
+
+
+def _first_alike(captions: JudgeIds) -> Array:
+  """The first caption of each one's group that is the same to the judge, int32 [B, G]."""
+  shown_BGT = jnp.where(captions.keep_BGT, captions.tokens_BGT, -1)
+  same_BGG = (shown_BGT[:, :, None] == shown_BGT[:, None]).all(-1)
+  return jnp.argmax(same_BGG, axis=-1)
 
 
 def _ask(
@@ -211,15 +232,15 @@ def _ask(
   """The scores of every option [B, G, K, A] and, where the judge writes its answers, what it chose,
   int32 [B, G, K].
 
-  Captions of like lengths are taken together, whatever their image, and each piece computes for its
-  longest one.
+  A caption that its group has twice is asked once. Captions of like lengths are taken together,
+  whatever their image, and each piece computes for its longest one.
   """
   B, G, T = captions.tokens_BGT.shape
-  asked = _Asked(
-    jax.tree.map(lambda x: x.reshape(B * G, 1, T), captions),
-    jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), shown),
-    jnp.arange(B * G),
-  )
+  first_BG = jnp.broadcast_to(jnp.arange(G), (B, G))
+  pieces, rows = _pieces(B * G, cfg.microbatches)
+  if pieces > 1 and cfg.reading != "generate":  # there each caption has a random key of its own
+    first_BG = _first_alike(captions)
+  asked = _Asked.of(captions, shown, first_BG == jnp.arange(G))
   head = _prompt_head(judge)
   sizes = (T // 4, T) if T >= 4 * SMALLEST_CAPTION else (T,)
 
@@ -239,27 +260,29 @@ def _ask(
 
     return rungs.on_rung(of_size, sizes, piece.slots(), piece)
 
-  pieces, rows = _pieces(B * G, cfg.microbatches, T)
   if pieces == 1:
     found = of_piece(asked)
   else:
     asked = sharding.pad_shares(asked, rows * pieces)
     order_N = rungs.like_sizes(asked.slots(), pieces)
     cut = sharding.microbatches(rungs.reorder(asked, order_N), pieces)
-    found = sharding.join_microbatches(jax.lax.map(of_piece, cut))
+
+    def of_wanted(piece: _Asked) -> tuple[Array, Array]:
+      return rungs.where_any(piece.wanted_N, of_piece, piece)
+
+    found = sharding.join_microbatches(jax.lax.map(of_wanted, cut))
     found = rungs.reorder(found, rungs.back(order_N))
     found = sharding.cut_shares(found, B * G)
-  return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[2:]), found)
+  found = jax.tree.map(lambda x: x.reshape(B, G, *x.shape[2:]), found)
+  return jax.tree.map(jax.vmap(lambda x, first: x[first]), found, (first_BG, first_BG))
 
 
-def _pieces(captions: int, microbatches: int, slots: int) -> tuple[int, int]:
+def _pieces(captions: int, microbatches: int) -> tuple[int, int]:
   """Into how many pieces captions are cut, and how many a device has in each: `microbatches`, or
-  more pieces where captions are long enough for some to be much shorter than others, and the pieces
-  are not too small to be worth it."""
+  more, since pieces of like captions save work, where they are not too small to be worth it."""
   shards = sharding.batch_shards()
   share = captions // (1 if captions % shards else shards)
-  if slots >= 2 * SMALLEST_CAPTION:
-    microbatches = max(microbatches, min(8 * microbatches, share // SMALLEST_PIECE))
+  microbatches = max(microbatches, min(8 * microbatches, share // SMALLEST_PIECE))
   rows = -(-share // min(microbatches, share))
   return -(-share // rows), rows
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.judges import asked, captioned
 
+from benchmarks.parts.executed import executed
 from caprl_jax.models.decoder import Decoder, DecoderConfig, head_matrix
 from caprl_jax.rl import judge as judge_module
 from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
@@ -174,10 +175,34 @@ def test_pieces_and_blocks_change_nothing(params, reading, monkeypatch):
 
   whole = ask(JudgeConfig(reading=reading))
   monkeypatch.setattr(judge_module, "SMALLEST_CAPTION", 1)
-  assert judge_module._pieces(8, 3, T) == (3, 3)
+  assert judge_module._pieces(8, 3) == (3, 3)
   pieces = ask(JudgeConfig(reading=reading, microbatches=3))
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
     np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_a_caption_that_its_group_has_twice_is_asked_once(params):
+  ids, keep = captions()
+  again = [0, 1, 0]  # of each group the first caption is there twice
+  ids, keep = ids[:, again], keep[:, again]
+  ids[1, 2, ~keep[1, 2]] += 1  # what the judge is not shown makes no difference
+
+  def ask(cfg):
+    def answer(ids, keep):
+      return judge_ids(
+        Judge(JUDGE, params, PROMPT), JudgeIds(ids, keep), questions(ASKED), KEY, cfg
+      )
+
+    return answer
+
+  one, six = (ask(JudgeConfig(microbatches=count, blind=False)) for count in (1, 6))
+  for a, b in zip(jax.tree.leaves(one(ids, keep)), jax.tree.leaves(six(ids, keep)), strict=True):
+    np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+  other_ids, other_keep = captions()
+  flops, _ = executed(six, ids, keep)
+  all_of_them, _ = executed(six, other_ids, other_keep)
+  head, _ = executed(lambda: judge_module._prompt_head(Judge(JUDGE, params, PROMPT)))
+  assert flops - head == pytest.approx((all_of_them - head) * 4 / 6, rel=0.02)
 
 
 @pytest.mark.parametrize("reading", LETTERS)
