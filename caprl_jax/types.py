@@ -39,6 +39,15 @@ class Images:
 
 
 @flax.struct.dataclass
+class SeenImages:
+  """A batch of images as the tower has made them (`Policy.see`), U merge units each."""
+
+  main_BUD: Array  # takes the place of the image tokens' embeddings
+  deep_BXUD: Array | None  # added to the output of the decoder's first X layers (DeepStack)
+  unit_BI: Array  # as of `Images`
+
+
+@flax.struct.dataclass
 class Prompts:
   """The text part of what the policy reads, image pad tokens included. Padding is on the right."""
 
@@ -75,7 +84,7 @@ class Sight:
 class Batch:
   """One batch as the step sees it. `row_B` and `question_BK` are for samples and errors."""
 
-  images: Images
+  images: Images | SeenImages
   prompts: Prompts
   questions: Questions
   row_B: Array  # int32 the dataset row

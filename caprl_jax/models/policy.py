@@ -17,7 +17,7 @@ from caprl_jax.models.families import family_of
 from caprl_jax.models.family import Family, Features, VisionConfig
 from caprl_jax.models.image_processor import SmartResize
 from caprl_jax.models.layers import LoraConfig
-from caprl_jax.types import Images, Prompts
+from caprl_jax.types import Images, Prompts, SeenImages
 
 Array = jax.Array
 
@@ -105,11 +105,20 @@ class Policy(nn.Module):
     self.visual = self.cfg.vision.tower()
     self.language_model = Decoder(self.cfg.text)
 
-  def prefill(self, images: Images, prompts: Prompts) -> tuple[Array, Prefix]:
-    """Encodes images and runs the prompt once per image: hidden [B, P, D], and the prefix with B
-    rows.
+  def see(self, images: Images) -> SeenImages:
+    """The images' features, for several prefills."""
+    features = self.visual(images)
+    deep = features.deep_XBUD
+    deep = None if deep is None else jnp.swapaxes(deep, 0, 1)
+    return SeenImages(features.main_BUD, deep, images.unit_BI)
+
+  def prefill(self, images: Images | SeenImages, prompts: Prompts) -> tuple[Array, Prefix]:
+    """Encodes images, unless that was done, and runs the prompt once per image: hidden [B, P, D],
+    and the prefix with B rows.
     """
-    return self._run(self.visual(images), images.unit_BI, prompts)
+    seen = images if isinstance(images, SeenImages) else self.see(images)
+    deep = None if seen.deep_BXUD is None else jnp.swapaxes(seen.deep_BXUD, 0, 1)
+    return self._run(Features(seen.main_BUD, deep), seen.unit_BI, prompts)
 
   def packed(self, images: Images | None, prompts: Prompts, segment_BP: Array) -> Array:
     """Runs rows in which several examples stand one after the other: hidden [B, P, D].

@@ -18,7 +18,16 @@ from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import EntropyKind, token_logprobs
 from caprl_jax.models.policy import Policy, last_hidden
 from caprl_jax.rl.sampling import SamplingConfig, decode
-from caprl_jax.types import Array, Batch, Captions, Images, Params, Prompts, Vocabulary
+from caprl_jax.types import (
+  Array,
+  Batch,
+  Captions,
+  Images,
+  Params,
+  Prompts,
+  SeenImages,
+  Vocabulary,
+)
 
 MOST_BLOCKS = 16  # of a row of packed captions; more wait for weights rather than save work
 MOST_PATCHES = 32_768  # that a device encodes at once while captions are written
@@ -52,7 +61,7 @@ class RolloutConfig:
 
 
 def _prefill(
-  policy: Policy, params: Params, images: Images, prompts: Prompts
+  policy: Policy, params: Params, images: Images | SeenImages, prompts: Prompts
 ) -> tuple[Array, Prefix]:
   """Image and prompt, once per image: hidden states [B, P, D] and the prefix that captions branch
   from."""
@@ -60,21 +69,48 @@ def _prefill(
   return out
 
 
+def _encoded_at_once(images: Images | SeenImages) -> int:
+  """Into how many pieces a batch of images is cut, so that a device encodes at most `MOST_PATCHES`
+  at a time."""
+  if isinstance(images, SeenImages):
+    return 1
+  slots = images.patches_BSE.shape[1]
+  if len(images.patches_BSE) != len(images.unit_BI):
+    return 1
+  share = len(images.unit_BI) // sharding.batch_shards()
+  fitting = (n for n in range(1, share + 1) if share % n == 0 and share * slots <= n * MOST_PATCHES)
+  return next(fitting, max(share, 1))
+
+
+def see_once(policy: Policy, trained: Params, base: Params | None, batch: Batch) -> Batch:
+  """The batch with its images' features in the place of the images, where nothing of the tower is
+  trained: rollout, reference and update then read what was made once."""
+  if base is None or "visual" in trained or isinstance(batch.images, SeenImages):
+    return batch
+  params = {"visual": base["visual"]}
+
+  def see(images: Images) -> SeenImages:
+    out: Any = policy.apply({"params": params}, images, method="see")
+    return out
+
+  pieces = _encoded_at_once(batch.images)
+  if pieces == 1:
+    return batch.replace(images=see(batch.images))
+  cut = sharding.microbatches(batch.images, pieces)
+  return batch.replace(images=sharding.join_microbatches(jax.lax.map(see, cut)))
+
+
 def _prefill_in_pieces(policy: Policy, params: Params, batch: Batch) -> tuple[Array, Prefix]:
   """As `_prefill`, of so many images at a time that a device encodes at most `MOST_PATCHES`; of the
   hidden states the last one, [B, D]."""
 
-  def run(piece: tuple[Images, Prompts]) -> tuple[Array, Prefix]:
+  def run(piece: tuple[Images | SeenImages, Prompts]) -> tuple[Array, Prefix]:
     hidden_BPD, prefix = _prefill(policy, params, *piece)
     return last_hidden(hidden_BPD, piece[1].valid_BP), prefix
 
   given = (batch.images, batch.prompts)
-
-  share = len(batch.row_B) // sharding.batch_shards()
-  patches = share * batch.images.patches_BSE.shape[1]
-  fitting = (n for n in range(1, share + 1) if share % n == 0 and patches <= n * MOST_PATCHES)
-  count = next(fitting, max(share, 1))
-  if count == 1 or len(batch.images.patches_BSE) != len(batch.row_B):
+  count = _encoded_at_once(batch.images)
+  if count == 1:
     return run(given)
   hidden_CBD, prefix = jax.lax.map(run, sharding.microbatches(given, count))
 

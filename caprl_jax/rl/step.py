@@ -17,7 +17,7 @@ from caprl_jax.rl.image_judge.scores import ImageJudge, score_with_images
 from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.rl.reward import RewardConfig, score_captions
-from caprl_jax.rl.rollout import RolloutConfig, sample_captions
+from caprl_jax.rl.rollout import RolloutConfig, sample_captions, see_once
 from caprl_jax.rl.step_metrics import Stages, step_metrics
 from caprl_jax.rl.update import Learner, UpdateConfig, penalise_kl, update_policy
 from caprl_jax.types import Answers, Array, Batch, Captions, Frozen, Samples, TrainState
@@ -77,6 +77,7 @@ def train_step(
     The new state, metrics named `stage/name`, and samples for people to read.
   """
   learner = Learner(policy, tx, cfg.update, cfg.rollout.sampling.temperature, schedule)
+  batch = see_once(policy, state.params, frozen.base, batch)
   captions = captions or write_captions(state, frozen, batch, policy, cfg, rollout_shardings)
   answers = answers or ask_judge(state, frozen, batch, captions, judge=judge, cfg=cfg)
   scored = score_captions(answers, captions, frozen.vocabulary, cfg.reward)

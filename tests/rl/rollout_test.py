@@ -13,6 +13,7 @@ from caprl_jax.data.image_prompts import build_prompt, stack_prompts
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import Policy, PolicyConfig, merge_image_features
+from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.rl import rollout as rollout_module
 from caprl_jax.rl import sampling
 from caprl_jax.rl.rollout import (
@@ -23,7 +24,7 @@ from caprl_jax.rl.rollout import (
   sample_captions,
 )
 from caprl_jax.rl.sampling import SamplingConfig
-from caprl_jax.types import Batch, Images, Vocabulary
+from caprl_jax.types import Batch, Images, SeenImages, Vocabulary
 
 V, IMAGE, PAD, ENDS = 60, 55, 50, (51, 52)
 G, T = 4, 9
@@ -341,3 +342,27 @@ def test_images_encoded_in_pieces_give_the_same_prefix(model, monkeypatch):
   )
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(prefill()), strict=True):
     np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tower_that_is_not_trained_sees_each_image_once(model, captions, monkeypatch):
+  policy, params, batch, vocabulary = model
+  base, trained = {"visual": params["visual"]}, {"language_model": params["language_model"]}
+  seen = rollout_module.see_once(policy, trained, base, batch)
+  assert isinstance(seen.images, SeenImages)
+  monkeypatch.setattr(rollout_module, "MOST_PATCHES", 80)  # one image at a time
+  in_pieces = rollout_module.see_once(policy, trained, base, batch)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), in_pieces, seen)
+
+  def logp(params, batch):
+    return caption_logprobs(policy, params, batch, captions, vocabulary=vocabulary, temperature=1.0)
+
+  # Nothing reads the tower's parameters any more.
+  got, want = logp(trained, seen), logp(params, batch)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def test_a_tower_of_which_something_is_trained_is_asked_each_time(model):
+  policy, params, batch, _ = model
+  projector, rest = split_params(params, trainable_filter("projector", policy.cfg.family))
+  for trained, base in ((params, None), (projector, rest)):
+    assert rollout_module.see_once(policy, trained, base, batch) is batch
