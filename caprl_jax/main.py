@@ -61,6 +61,11 @@ def main(argv: list[str]) -> int:
     return INTERRUPTED
 
 
+def console() -> int:
+  """`caprl_jax`, the command that the package installs: `main` with the command line."""
+  return main(sys.argv)
+
+
 def _run(
   modes: dict[str, registry.Mode],
   config: ml_collections.ConfigDict,
@@ -153,7 +158,8 @@ def _define_flags() -> flags.FlagValues:
   flags.DEFINE_string(
     "config",
     None,
-    "Config file, e.g. configs/quickstart.py: Python with a get_config().",
+    "Config file, e.g. configs/quickstart.py: Python with a get_config(). caprl_jax:NAME is one "
+    "that comes with the package, e.g. caprl_jax:quickstart.",
     flag_values=options,
   )
   flags.DEFINE_string(
@@ -192,6 +198,8 @@ def _help_page(options: flags.FlagValues) -> str:
     "image answers questions from the caption alone, and a caption earns what it gets right.",
     "",
     f"  {command} --config=FILE --workdir=DIR [--config.section.key=value ...]",
+    "",
+    "Where the package is installed, the command caprl_jax does the same.",
     "",
     "Modes (config.mode; several joined by commas run in a row, e.g. --config.mode=sft,train):",
   ]
@@ -367,4 +375,4 @@ def _logging_to(workdir: pathlib.Path, process: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(console())

@@ -12,6 +12,8 @@ import zipfile
 import pytest
 from helpers.paths import ROOT
 
+import caprl_jax
+
 pytest.importorskip("build", reason=f"build is missing: {sys.executable} -m pip install build")
 
 pytestmark = pytest.mark.slow
@@ -80,10 +82,21 @@ def run_elsewhere(installed: pathlib.Path, folder: pathlib.Path, *arguments: str
   return done.stdout
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(built):
+def configs() -> set[str]:
+  """Paths in the wheel of what comes along from configs/: all of it but a picture."""
+  folder = ROOT / "configs"
+  found = [*folder.rglob("*.py"), *(folder / "quickstart_policy").iterdir()]
+  return {f"caprl_jax/_configs/{path.relative_to(folder)}" for path in found if path.is_file()}
+
+
+def test_the_wheel_holds_the_package_and_its_configs_and_nothing_else(built):
   [wheel] = built.glob("*.whl")
   names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-  assert names == sources()
+  assert names == sources() | configs()
+  entry_points = zipfile.ZipFile(wheel).read(
+    f"caprl_jax-{caprl_jax.__version__}.dist-info/entry_points.txt"
+  )
+  assert b"caprl_jax = caprl_jax.main:console" in entry_points
 
 
 def test_the_source_distribution_holds_all_that_the_repository_does(built):
@@ -104,6 +117,24 @@ def test_the_source_distribution_holds_all_that_the_repository_does(built):
 def test_the_installed_command_helps_from_another_folder(installed, tmp_path):
   printed = run_elsewhere(installed, tmp_path, "-m", "caprl_jax.main", "--help")
   assert "Modes (config.mode" in printed and "--workdir" in printed
+
+
+def test_the_installed_command_trains_from_its_own_configs_in_an_empty_folder(installed, tmp_path):
+  """The first seconds of the quickstart: its config, its captioner and its questions are found; the
+  judge is named wrong, which is what ends it."""
+  command = [installed / "bin" / "caprl_jax", "--config=caprl_jax:quickstart", "--workdir=run"]
+  environment = {**os.environ, "PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
+  run = lambda *arguments: subprocess.run(
+    [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+  )
+  done = run("--config.judge.source=package:nowhere")
+  assert done.returncode == 2 and "nowhere" in done.stderr, done.stderr[-3000:]
+  assert (tmp_path / "run" / "log.txt").is_file() and not (tmp_path / "configs").exists()
+  kept = (tmp_path / "run" / "log.txt").read_text()
+  assert str(installed / "caprl_jax" / "_configs" / "quickstart_policy") in kept
+  wrong = run("--config=caprl_jax:quickstrat")
+  assert wrong.returncode == 2 and "did you mean 'quickstart'" in wrong.stderr
+  assert "ablations/judge_size" in wrong.stderr
 
 
 def test_every_installed_module_can_be_imported(installed, tmp_path):

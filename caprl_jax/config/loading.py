@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from caprl_jax.config import keys, presets, registry, schema
+from caprl_jax.config import keys, presets, registry, schema, shipped
 from caprl_jax.json_files import cut, shown
 
 # --config.section.key=value; --config.section.key and --noconfig.section.key are True and False.
@@ -21,15 +21,14 @@ OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", r
 
 
 def load_config(path: str) -> ml_collections.ConfigDict:
-  """The locked ConfigDict of a config file. `FILE:ARGUMENT` calls `get_config(ARGUMENT)`."""
+  """The locked ConfigDict of a config file, or of one that comes with the package
+  (`caprl_jax:NAME`). `FILE:ARGUMENT` calls `get_config(ARGUMENT)`."""
   file, *argument = path.split(":", 1)
+  if file == shipped.PREFIX and argument:
+    name, *argument = argument[0].split(":", 1)
+    file = str(shipped.find(name))
   if not os.path.isfile(file):
-    shipped = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-    hint = schema.did_you_mean(file, shipped)
-    listed = f" (in configs/: {', '.join(shipped)})" if shipped else ""
-    raise ValueError(
-      f"config file {shown(file, 300)} does not exist in {os.getcwd()}{hint}{listed}"
-    )
+    raise _no_such_file(file)
   loader = importlib.machinery.SourceFileLoader("caprl_jax_config", file)
   spec = importlib.util.spec_from_loader("caprl_jax_config", loader)
   assert spec is not None, file  # a loader is given
@@ -49,6 +48,18 @@ def load_config(path: str) -> ml_collections.ConfigDict:
     )
   _check_tree(config, f"config file {file}", ())
   return config.lock()
+
+
+def _no_such_file(file: str) -> ValueError:
+  """What is said of a file that is not there: near ones in configs/, or the package's own."""
+  here = sorted(str(path) for path in pathlib.Path("configs").glob("*.py"))
+  hint = schema.did_you_mean(file, here)
+  listed = f" (in configs/: {', '.join(here)})" if here else ""
+  if not here:
+    stem = pathlib.Path(file).stem
+    name = stem if stem in shipped.names() else "NAME"
+    listed = f"; --config={shipped.PREFIX}:{name} is one that comes with the package"
+  return ValueError(f"config file {shown(file, 300)} does not exist in {os.getcwd()}{hint}{listed}")
 
 
 def _check_tree(section: ml_collections.ConfigDict, place: str, above: tuple[int, ...]) -> None:

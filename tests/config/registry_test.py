@@ -134,6 +134,12 @@ def test_every_new_name_is_a_key():
     assert (keys.annotation_of(old) is not None) == (mode is not None or old in sections), old
 
 
+def test_the_upgrade_notes_have_every_old_name():
+  notes = (ROOT / "CHANGELOG.md").read_text().partition("### Upgrade notes")[2].partition("###")[0]
+  rows = re.findall(r"^\| `([\w.]+)`(?: \(but in mode `(\w+)`\))? \| `([\w.]+)` \|$", notes, re.M)
+  assert {old: (new, mode or None) for old, mode, new in rows} == registry.RENAMED
+
+
 def test_a_stored_config_is_read_with_the_new_names():
   old = {"mode": "train", "curate": {"informed": []}, "update": {"loss": {"kl": 0.0}}}
   new = {
