@@ -1,4 +1,5 @@
-"""launch/colab.ipynb: a valid notebook that runs from top to bottom on a CPU."""
+"""launch/colab.ipynb: a valid notebook that runs from top to bottom on a CPU; kaggle.ipynb is the
+same, with other settings."""
 
 import ast
 import html
@@ -10,6 +11,8 @@ import pytest
 from helpers import tiny
 from helpers.paths import ROOT
 
+from caprl_jax.config import keys, loading, shipped
+
 for needed in ("nbformat", "nbclient", "ipykernel"):
   pytest.importorskip(
     needed,
@@ -19,6 +22,7 @@ import nbclient  # noqa: E402  # pylint: disable=wrong-import-position
 import nbformat  # noqa: E402  # pylint: disable=wrong-import-position
 
 NOTEBOOK = ROOT / "launch" / "colab.ipynb"
+KAGGLE = ROOT / "launch" / "kaggle.ipynb"
 
 CONFIG = """
 import json
@@ -29,8 +33,8 @@ def get_config():
 """
 
 
-def read():
-  return nbformat.read(NOTEBOOK, as_version=nbformat.NO_CONVERT)
+def read(path=NOTEBOOK):
+  return nbformat.read(path, as_version=nbformat.NO_CONVERT)
 
 
 def by_id(notebook):
@@ -78,11 +82,12 @@ def executed(workdir):
   return by_id(notebook)
 
 
-def test_it_is_valid_and_holds_no_outputs():
-  notebook = read()
+@pytest.mark.parametrize("path", [NOTEBOOK, KAGGLE], ids=lambda path: path.stem)
+def test_it_is_valid_and_holds_no_outputs(path):
+  notebook = read(path)
   nbformat.validate(notebook)
   assert notebook.nbformat == 4 and notebook.nbformat_minor >= 5
-  ids = [cell["id"] for cell in json.loads(NOTEBOOK.read_text())["cells"]]
+  ids = [cell["id"] for cell in json.loads(path.read_text())["cells"]]
   assert len(set(ids)) == len(ids)
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
   for cell in code:
@@ -96,18 +101,42 @@ def test_what_it_names_exists():
   values = {}
   exec(cells["parameters"].source, values)  # pylint: disable=exec-used
   assert (values["CONFIG"], values["WORKDIR"], values["OVERRIDES"]) == (
-    "configs/quickstart.py",
+    "caprl_jax:quickstart",
     "runs/colab",
     [],
   )
-  named = set(re.findall(r"configs/\w+\.py", NOTEBOOK.read_text()))
-  assert named == {"configs/quickstart.py", "configs/colab_lora.py", "configs/export.py"}
-  assert all((ROOT / name).is_file() for name in named)
+  for path in (NOTEBOOK, KAGGLE):
+    text = path.read_text()
+    named = set(re.findall(r"caprl_jax:([a-z_]+)", text))
+    named |= set(re.findall(r'caprl\(\\n",\s+" +\\"([a-z_]+)\\"', text))
+    assert named == {"quickstart", "colab_lora", "export", "curate", "caption"}
+    assert named <= set(shipped.names())
+    for key in re.findall(r"--config\.([a-z_.]+)=", text):
+      assert keys.annotation_of(key) is not None, key
   # The judge's package as in launch/quickstart.sh.
   [package] = re.findall(
     r'^judge_package="(.*)"$', (ROOT / "launch" / "quickstart.sh").read_text(), re.MULTILINE
   )
   assert f'"--no-deps", "{package}"' in cells["install"].source
+
+
+def test_kaggle_differs_in_settings_alone():
+  """Its code is the notebook's that is executed; batches are shared by its eight chips."""
+  colab, kaggle = by_id(read()), by_id(read(KAGGLE))
+  assert list(colab) == list(kaggle)
+  differ = {name for name in colab if colab[name].source != kaggle[name].source}
+  code = {name for name in differ if colab[name].cell_type == "code"}
+  assert code == {"parameters", "lora", "export", "mine-parameters"}
+  values = {}
+  exec(kaggle["parameters"].source, values)  # pylint: disable=exec-used
+  exec(kaggle["lora"].source.partition("\n\n")[0], values)  # pylint: disable=exec-used
+  overridden = {"CONFIG": values["OVERRIDES"], "LORA_CONFIG": values["LORA_OVERRIDES"]}
+  for name, overrides in overridden.items():
+    config = loading.load_config(values[name])
+    loading.apply_overrides(config, [loading.OVERRIDE.fullmatch(one) for one in overrides], name)
+    images = config.data.batch_size
+    assert images % 8 == 0 and config.evaluate.batch_size % 8 == 0
+    assert images // config.policy_update.microbatches % 8 == 0
 
 
 @pytest.mark.slow
@@ -159,3 +188,5 @@ def test_lora_asks_for_an_accelerator_and_starts_nothing(executed):
   assert "needs an accelerator with 16 GB" in printed(executed["lora"])
   assert "mode train" not in printed(executed["lora"]) and not shown(executed["lora"])
   assert "nothing to export" in printed(executed["export"])
+  assert "Set IMAGES in the cell above" in printed(executed["mine-questions"])
+  assert not printed(executed["mine-train"]) and not printed(executed["mine-export"])
