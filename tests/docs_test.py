@@ -107,6 +107,13 @@ def check(command: list[str]) -> None:
     case ["python", "-m", "caprl_jax.main", *arguments]:
       if arguments != ["--help"]:
         main._parse(main._define_flags(), ["main", *arguments])  # checks modes and sections too
+    case ["caprl_jax", *arguments]:
+      check(["python", "-m", "caprl_jax.main", *arguments])
+    case ["bash", "launch/local.sh", count, *arguments] if count.isdecimal():
+      check(["python", "-m", "caprl_jax.main", *(a for a in arguments if a != "--dry-run")])
+    case ["sbatch", *arguments]:
+      place = arguments.index("launch/slurm.sbatch")
+      check(["python", "-m", "caprl_jax.main", *arguments[place + 1 :]])
     case ["python", "-m", module, *arguments] if module.startswith("benchmarks."):
       check(["python", f"{module.replace('.', '/')}.py", *arguments])
     case ["python", script, *arguments] if script.startswith("benchmarks/"):
@@ -130,8 +137,14 @@ def check(command: list[str]) -> None:
         for extra in re.findall(r"^\.\[(.*)\]$", argument):
           if unknown := set(extra.split(",")) - extras():
             raise ValueError(f"no such extras: {unknown}")
+    case ["sky", "jobs", *arguments]:
+      for argument in arguments:
+        if argument.startswith("launch/") and not (ROOT / argument).is_file():
+          raise ValueError(f"{argument} does not exist")
     case ["ruff", "check" | "format", *_] | ["source", ".venv/bin/activate"]:
       pass
+    case ["gcloud" | "kubectl" | "nvidia-smi" | "chmod" | "export", *_]:
+      pass  # tools of others, of which nothing is known here
     case _:
       raise ValueError(f"this test does not know the program of {shlex.join(command)!r}")
 
@@ -250,6 +263,10 @@ def test_commands_run(block, sandbox, monkeypatch):
     ("bash", "<!-- run: -->", "python benchmarks/misled.py --sedes 1", "no flag --sedes"),
     ("bash", "<!-- run: -->", "bash launch/tpu_vm.sh all --nmae=a", "no flag --nmae"),
     ("bash", "<!-- run: -->", "pip install x && pip install '.[tpuu]'", "extras: {'tpuu'}"),
+    ("bash", "<!-- run: -->", "sky jobs launch launch/sky.yaml", "launch/sky.yaml does not exist"),
+    ("bash", "<!-- run: -->", "caprl_jax --config=caprl_jax:quickstrat", "mean 'quickstart'?"),
+    ("bash", "<!-- run: -->", "bash launch/local.sh 2 --confg=a", "unknown flag --confg=a"),
+    ("bash", "<!-- run: -->", "sbatch launch/slurm.sbatch --confg=a", "unknown flag --confg=a"),
     ("bash", "<!-- run: -->", "frobnicate", "does not know"),
   ],
 )
