@@ -105,7 +105,7 @@ trap 'send INT' INT
 trap 'send TERM' TERM
 trap 'send KILL; rm -rf "$folder"' EXIT
 
-ended=0 first="" began="$SECONDS" grace="${CAPRL_JAX_GRACE_SECS:-120}"
+ended=0 first="" began="$SECONDS" grace="${CAPRL_JAX_GRACE_SECS:-120}" told=""
 while ((ended < count)); do
   ended=0
   for ((i = 0; i < count; i++)); do
@@ -122,10 +122,13 @@ while ((ended < count)); do
     fi
   done
   if [[ -n "$first" ]] && ((ended < count && SECONDS - began >= grace)); then
-    send TERM
-    sleep 5
-    send KILL
-    break
+    if [[ -z "$told" ]]; then
+      told=yes
+      send TERM
+    elif ((SECONDS - began >= grace + 5)); then
+      send KILL
+      break
+    fi
   fi
   sleep 0.2
 done

@@ -145,7 +145,7 @@ secrets_lines() {
   local variable
   for variable in HF_TOKEN WANDB_API_KEY; do
     if [[ -n "${!variable:-}" ]]; then
-      echo "  printf '$variable=%s\\n' \"\$$variable\""
+      printf "  printf '%s=%%s\\\\n' \"\$%s\"\n" "$variable" "$variable"
     fi
   done
   if [[ -n "$secrets" ]]; then
@@ -396,6 +396,7 @@ if [[ -z "$dry_run" ]] && ! command -v gcloud >/dev/null 2>&1; then
 fi
 
 call cd "$repository"
+cd "$repository" # in a dry run too: files of secrets are looked at
 if [[ -n "$secrets" && ("$subcommand" == run || "$subcommand" == all) ]]; then
   check_secrets "$secrets"
 fi

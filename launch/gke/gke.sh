@@ -50,7 +50,7 @@ can see them. `secrets` and `jobset` keep them in a Kubernetes secret. Neither h
 END
 }
 
-xpk() {
+run_xpk() {
   call xpk "$@" --project="$project" --zone="$zone"
 }
 
@@ -135,12 +135,12 @@ filled_in() {
 # ---- the steps ----
 
 step_cluster() {
-  xpk cluster create --cluster="$cluster" --tpu-type="$type" --num-slices="$slices" --enable-workload-identity \
+  run_xpk cluster create --cluster="$cluster" --tpu-type="$type" --num-slices="$slices" --enable-workload-identity \
     --enable-gcsfuse-csi-driver ${spot:+--spot}
 }
 
 step_storage() {
-  xpk storage attach caprl-bucket --cluster="$cluster" --type=gcsfuse --bucket="$bucket" --mount-point=/gcs \
+  run_xpk storage attach caprl-bucket --cluster="$cluster" --type=gcsfuse --bucket="$bucket" --mount-point=/gcs \
     --readonly=false --size=1 --auto-mount=false \
     --mount-options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
 }
@@ -160,7 +160,7 @@ step_run() {
     check_secrets "$secrets"
   fi
   main_words
-  xpk workload create --cluster="$cluster" --workload="$name" --tpu-type="$type" --num-slices="$slices" \
+  run_xpk workload create --cluster="$cluster" --workload="$name" --tpu-type="$type" --num-slices="$slices" \
     --docker-image="$image" --storage=caprl-bucket --max-restarts="$restarts" --restart-on-exit-codes=75 \
     --termination-grace-period-seconds=300 ${spot:+--spot} ${secrets:+"--env-file=$secrets"} \
     --command="$(quote python -m caprl_jax.main --distributed "${arguments[@]}")"
@@ -260,6 +260,7 @@ for number in "$slices" "$restarts"; do
 done
 
 call cd "$repository"
+cd "$repository" # in a dry run too: files of secrets are looked at
 case "$subcommand" in
   cluster) step_cluster ;;
   storage) step_storage ;;
@@ -267,13 +268,13 @@ case "$subcommand" in
   secrets) step_secrets ;;
   run) step_run ;;
   jobset) step_jobset ;;
-  list) xpk workload list --cluster="$cluster" ;;
+  list) run_xpk workload list --cluster="$cluster" ;;
   logs) call kubectl logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0" \
     --container=caprl --tail=200 ;;
   fetch)
     call mkdir -p runs
     call gcloud storage cp --recursive "gs://$bucket/runs/$name" runs/
     ;;
-  stop) xpk workload delete --cluster="$cluster" --workload="$name" --force ;;
-  delete) xpk cluster delete --cluster="$cluster" --force ;;
+  stop) run_xpk workload delete --cluster="$cluster" --workload="$name" --force ;;
+  delete) run_xpk cluster delete --cluster="$cluster" --force ;;
 esac

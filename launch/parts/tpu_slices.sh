@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154
 # Slices of launch/tpu_vm.sh: made, watched, made again, deleted. Sourced; names without a definition here are its own.
 
 poll_secs="${CAPRL_JAX_POLL_SECS:-60}"

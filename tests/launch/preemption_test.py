@@ -194,14 +194,14 @@ def test_the_same_line_takes_a_slice_that_is_there(sandbox):
 
 def test_a_spent_budget_saves_ends_and_deletes(sandbox):
   sandbox.answer(state=["running"])
-  done = sandbox.run("all", *SPOT, *BUCKET, "--budget=0.0005", **FAST)  # a second
+  done = sandbox.run("all", *SPOT, *BUCKET, "--budget=0.0002", **FAST)  # not a second
   assert done.returncode == 75, done.stderr
   calls = sandbox.calls()
   order = names(calls)
   stop = next(i for i, call in enumerate(calls) if any("kill -TERM" in arg for arg in call[-4:]))
   assert made_and_deleted(calls) == ["create", "delete"] and order[-2:] == ["cp", "delete"]
   assert stop < len(order) - 2
-  assert "The budget of 0.0005 hours is spent, and caprl is deleted." in done.stderr
+  assert "The budget of 0.0002 hours is spent, and caprl is deleted." in done.stderr
   assert "costs money" not in done.stderr
 
 
