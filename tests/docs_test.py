@@ -264,7 +264,7 @@ def test_commands_run(block, sandbox, monkeypatch):
     ("bash", "<!-- run: -->", "bash launch/tpu_vm.sh all --nmae=a", "no flag --nmae"),
     ("bash", "<!-- run: -->", "pip install x && pip install '.[tpuu]'", "extras: {'tpuu'}"),
     ("bash", "<!-- run: -->", "sky jobs launch launch/sky.yaml", "launch/sky.yaml does not exist"),
-    ("bash", "<!-- run: -->", "caprl_jax --config=caprl_jax:quickstrat", "mean 'quickstart'?"),
+    ("bash", "<!-- run: -->", "caprl_jax --config=caprl_jax:quickstrat", "mean 'quickstart'"),
     ("bash", "<!-- run: -->", "bash launch/local.sh 2 --confg=a", "unknown flag --confg=a"),
     ("bash", "<!-- run: -->", "sbatch launch/slurm.sbatch --confg=a", "unknown flag --confg=a"),
     ("bash", "<!-- run: -->", "frobnicate", "does not know"),
