@@ -31,7 +31,8 @@ class Bar:
   """
 
   def __init__(self, total: int | None, what: str, unit: str, *, done: int = 0, shown: bool = True):
-    self.total, self.what, self.unit = total, what, unit
+    self.total, self.what = total, what
+    self.units = unit + ("es" if unit.endswith(("s", "x", "ch", "sh")) else "s")
     self.done, self.before, self.shown = done, done, shown
     self.began = self.said = time.monotonic()
     self._bar = tqdm(
@@ -57,9 +58,9 @@ class Bar:
     rate = (self.done - self.before) / (now - self.began)
     pace = f"{rate:.1f} per second" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
     if self.total is None:
-      return f"{self.what}: {self.done:,} {self.unit}s, {pace}"
+      return f"{self.what}: {self.done:,} {self.units}, {pace}"
     left = duration((self.total - self.done) / max(rate, 1e-9))
-    return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {pace}, {left} left"
+    return f"{self.what}: {self.done:,} of {self.total:,} {self.units}, {pace}, {left} left"
 
   def __enter__(self) -> "Bar":
     return self

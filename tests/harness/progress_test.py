@@ -14,13 +14,14 @@ def often(monkeypatch, caplog):
   caplog.set_level(logging.INFO, "caprl_jax")
 
 
-def test_long_work_says_where_it_is_and_when_it_ends(caplog):
-  with progress.Bar(1000, "checking", "image", done=100) as bar:
+@pytest.mark.parametrize("unit, units", [("image", "images"), ("batch", "batches")])
+def test_long_work_says_where_it_is_and_when_it_ends(unit, units, caplog):
+  with progress.Bar(1000, "checking", unit, done=100) as bar:
     bar.update(400)
     time.sleep(0.15)
     bar.update(400)
   (line,) = caplog.messages
-  assert line.startswith("checking: 900 of 1,000 images, ") and line.endswith(" s left")
+  assert line.startswith(f"checking: 900 of 1,000 {units}, ") and line.endswith(" s left")
 
 
 def test_short_work_and_that_of_other_processes_says_nothing(caplog):
