@@ -161,7 +161,7 @@ step_run() {
   fi
   main_words
   run_xpk workload create --cluster="$cluster" --workload="$name" --tpu-type="$type" --num-slices="$slices" \
-    --docker-image="$image" --storage=caprl-bucket --max-restarts="$restarts" --restart-on-exit-codes=75 \
+    --docker-image="$image" --docker-name=caprl --storage=caprl-bucket --max-restarts="$restarts" --restart-on-exit-codes=75 \
     --termination-grace-period-seconds=300 ${spot:+--spot} ${secrets:+"--env-file=$secrets"} \
     --command="$(quote python -m caprl_jax.main --distributed "${arguments[@]}")"
 }

@@ -337,6 +337,9 @@ run_until_complete() {
     else
       follow
     fi
+    if [[ -n "$dry_run" ]]; then
+      say_what_else_may_come
+    fi
     case "$outcome" in
       ended)
         if ((run_code != 75)); then
@@ -372,6 +375,17 @@ run_until_complete() {
     say "Starting it again in $retry_secs seconds ..."
     sleep "$retry_secs"
   done
+}
+
+# What a dry run cannot show as commands in a row.
+say_what_else_may_come() {
+  if [[ "$workdir" == gs://* ]]; then
+    say "When the slice is taken away: $(delete_command), then all of this again until the run is complete."
+  fi
+  say "After exit code 75: the run is started again, as above."
+  if [[ -n "$budget" ]]; then
+    say "When $budget hours are spent: the run gets SIGTERM, on which it saves; then what follows."
+  fi
 }
 
 # After a preemption.

@@ -199,9 +199,9 @@ def test_gke_calls_the_tools(sandbox):
     "storage": "xpk storage attach caprl-bucket --cluster=c --type=gcsfuse --bucket=b",
     "secrets": "kubectl create secret generic run-1-secrets --from-env-file=secrets",
     "run": "xpk workload create --cluster=c --workload=run-1 --tpu-type=v5litepod-16 "
-    "--num-slices=2 --docker-image=us-docker.pkg.dev/p/r/caprl:1 --storage=caprl-bucket "
-    "--max-restarts=100 --restart-on-exit-codes=75 --termination-grace-period-seconds=300 --spot "
-    "--env-file=secrets",
+    "--num-slices=2 --docker-image=us-docker.pkg.dev/p/r/caprl:1 --docker-name=caprl "
+    "--storage=caprl-bucket --max-restarts=100 --restart-on-exit-codes=75 "
+    "--termination-grace-period-seconds=300 --spot --env-file=secrets",
     "list": "xpk workload list --cluster=c",
     "logs": "kubectl logs --follow",
     "stop": "xpk workload delete --cluster=c --workload=run-1 --force",
@@ -281,6 +281,13 @@ def test_the_jobset_restarts_what_asks_for_it_and_fails_what_does_not():
   # what a pod failure policy and a restart of all need
   assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
   assert job["completionMode"] == "Indexed"
+  [container] = job["template"]["spec"]["containers"]
+  config = container["args"][0].removeprefix("--config=")
+  assert (ROOT / config).is_file() and container["command"][:3] == [
+    "python",
+    "-m",
+    "caprl_jax.main",
+  ]
 
 
 def test_gke_names_what_is_wrong(sandbox):

@@ -232,6 +232,14 @@ def test_the_deadline_ends_the_run_and_then_the_slice(sandbox):
   assert (sandbox.worker / "caprl_jax_run" / "exit_code").read_text() == "143\n"  # SIGTERM's
 
 
+def test_a_dry_run_says_what_may_come(sandbox):
+  done = sandbox.run("all", *SPOT, *BUCKET, "--budget=2", "--dry-run")
+  assert (
+    "# When the slice is taken away: gcloud compute tpus queued-resources delete" in done.stdout
+  )
+  assert "# When 2 hours are spent: the run gets SIGTERM" in done.stdout and not done.stderr
+
+
 # ---- secrets, status ----
 
 
