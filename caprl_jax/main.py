@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import ml_collections
 from absl import flags
-from tqdm import auto as tqdm
 
 import caprl_jax
 from caprl_jax.config import loading, registry, schema
@@ -23,6 +22,7 @@ from caprl_jax.harness.buckets.addresses import localise
 from caprl_jax.harness.buckets.mirror import Mirror, mirrored
 from caprl_jax.harness.process import peers, signals
 from caprl_jax.harness.process.device_memory import what_is_full
+from caprl_jax.harness.process.log_files import logging_to
 from caprl_jax.json_files import cut, shown
 
 # Named in full, because this module is `__main__` when it is run.
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
       )
     if options.compilation_cache:
       _set_compilation_cache()
-    with mirrored(mirrors), _logging_to(workdir, process):
+    with mirrored(mirrors), logging_to(workdir, process):
       return _run(modes, config, workdir, show_traceback)
   except ValueError as error:
     _complain(error, show_traceback)
@@ -330,48 +330,6 @@ def _set_compilation_cache() -> None:
     return
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
   jax.config.update("jax_compilation_cache_dir", str(cache / "caprl_jax" / "compiled"))
-
-
-class _Terminal(logging.Handler):
-  """Writes lines to stderr above a progress bar instead of through it."""
-
-  def emit(self, record: logging.LogRecord) -> None:
-    tqdm.tqdm.write(self.format(record), file=sys.stderr)
-
-
-class _Formatter(logging.Formatter):
-  def format(self, record: logging.LogRecord) -> str:
-    line = super().format(record)
-    if record.levelno < logging.WARNING:
-      return line
-    time, _, rest = line.partition(" ")
-    return f"{time} {record.levelname.lower()}: {rest}"
-
-
-@contextlib.contextmanager
-def _logging_to(workdir: pathlib.Path, process: int) -> Iterator[None]:
-  """Our lines from INFO on and everybody's warnings go to stderr; to a file, our DEBUG too.
-
-  Of several processes the first speaks; the others' stderr has warnings only.
-  """
-  name = "log.txt" if process == 0 else f"log.{process}.txt"
-  terminal = _Terminal(logging.INFO if process == 0 else logging.WARNING)
-  terminal.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-  # Names of files may hold what no UTF-8 has a form for.
-  file = logging.FileHandler(workdir / name, encoding="utf-8", errors="backslashreplace")
-  file.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
-  ours = logging.getLogger("caprl_jax")
-  level = ours.level
-  ours.setLevel(logging.DEBUG)
-  for handler in (terminal, file):
-    logging.root.addHandler(handler)
-  try:
-    yield
-  finally:
-    ours.setLevel(level)
-    for handler in (terminal, file):
-      logging.root.removeHandler(handler)
-    file.close()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ ORDER = [
   "inference",
   "harness",
   "modes",
+  "api",
   "main",
 ]
 

@@ -1,0 +1,1 @@
+"""What notebooks and other programs use: `from caprl_jax import Captioner, Judge, train`."""
