@@ -287,6 +287,18 @@ def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in places]))
 
 
+def check_images_apart(mesh: jax.sharding.Mesh, what: str) -> None:
+  """Raises ValueError where several processes make the same images of a batch: what each of them
+  finds out by itself, of a server or a function, need not be the same. `what`: says what that is.
+  """
+  parts = mesh.devices.reshape(-1, mesh.shape["tensor"])
+  if any(len({device.process_index for device in part}) > 1 for part in parts):
+    raise ValueError(
+      f"mesh.tensor = {mesh.shape['tensor']} spans processes, and {what} is asked by each process "
+      "for its own images; use a mesh.tensor that a process has devices for"
+    )
+
+
 def put_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """This process's share of a batch (`batch_share`), as numpy, -> global device arrays split over
   the batch axis.

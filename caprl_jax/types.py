@@ -127,6 +127,14 @@ class Answers:
 
 
 @flax.struct.dataclass
+class OwnReward:
+  """What a reward function of the user's gave (`RewardConfig.custom`)."""
+
+  reward_BG: Array  # float32
+  valid_BG: Array  # bool, False where it gave none: such a caption is not scored
+
+
+@flax.struct.dataclass
 class Scored:
   """What the captions earned. The reward is the weighted sum of the terms."""
 
@@ -199,11 +207,11 @@ class Frozen:
 
   `reference` is None unless a KL term asks for it. `base` holds the policy's parameters that are
   not trained, where `TrainState.params` are but a part (`models/trainable.py`); None where all are
-  trained.
+  trained. A judge behind an endpoint has neither parameters nor prompt here.
   """
 
   judge: Params
-  prompt: JudgePrompt
+  prompt: JudgePrompt | None
   vocabulary: Vocabulary
   reference: Params | None = None
   base: Params | None = None

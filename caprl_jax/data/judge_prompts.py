@@ -2,6 +2,9 @@
 
 import dataclasses
 
+_USER_TURN = "<|im_start|>user\n"
+_ONE_LETTER = "\n\nAnswer with the letter of one option."
+
 
 @dataclasses.dataclass(frozen=True)
 class JudgeTemplate:
@@ -30,6 +33,12 @@ class JudgeTemplate:
       for letter, option in zip(letters, options)
     )
     return self.head + caption + self.stem.format(question=stem) + lines + self.tail
+
+  def message(self, caption: str, stem: str, options: list[str], letters: str) -> str:
+    """The prompt as a user's message, for a server that writes the chat's own tokens around it and
+    whose model begins its answer anew."""
+    asked = dataclasses.replace(self, head=self.head.removeprefix(_USER_TURN), tail=_ONE_LETTER)
+    return asked.joined(caption, stem, options, letters)
 
 
 PMI = JudgeTemplate()

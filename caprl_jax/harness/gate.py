@@ -1,7 +1,9 @@
 """The judge on captions that are known to be good, or to say nothing -> may it teach?"""
 
 import logging
+from collections.abc import Callable
 
+from caprl_jax.data.rows import QARow
 from caprl_jax.harness.setup import Run
 
 log = logging.getLogger("caprl_jax.harness.gate")
@@ -20,9 +22,14 @@ def gate(run: Run) -> dict[str, float]:
   assert run.host_judge is not None, "checked with the settings"
   host_judge = run.host_judge
   pairs = [(row, q) for row in run.eval_rows for q in row.questions]
-  rate = lambda caption: float(
-    host_judge.correct([(caption(row), q) for row, q in pairs], "gate").mean()
-  )
+
+  def rate(caption: Callable[[QARow], str]) -> float:
+    asks = [(caption(row), q) for row, q in pairs]
+    right, answered = host_judge.correct(asks, "gate"), host_judge.answered(asks)
+    if not answered.all():
+      log.warning("gate: %d of %d answers failed and are left out", (~answered).sum(), len(asks))
+    return float(right[answered].mean()) if answered.any() else 0.0
+
   result = {
     "ideal": rate(lambda row: ideal.format(**row.facts)),
     "generic": rate(lambda _: cfg.generic),
@@ -40,7 +47,7 @@ def gate(run: Run) -> dict[str, float]:
   )
   if result["ideal"] - max(result["generic"], result["empty"]) < cfg.min_gap:
     raise ValueError(
-      f"the judge {run.settings.judge.source} cannot teach: it answers {result['ideal']:.2f} of "
+      f"the judge {run.settings.judge.name} cannot teach: it answers {result['ideal']:.2f} of "
       f"the questions from ideal captions, {result['generic']:.2f} from {cfg.generic!r} and "
       f"{result['empty']:.2f} from an empty one; the gap must be at least gate.min_gap = "
       f"{cfg.min_gap}. Use a stronger judge, another judge.reading, or better curated questions"

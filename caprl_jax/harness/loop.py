@@ -215,7 +215,7 @@ def _next_batch(iterator: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, float
 
 
 def run_loop(
-  step_fn: Callable[[TrainState, Any], tuple[TrainState, dict, Any]],
+  step_fn: Callable[..., tuple[TrainState, dict, Any]],
   state: TrainState,
   iterator: Any,
   *,
@@ -232,6 +232,7 @@ def run_loop(
   trackers: Sequence[Tracker] = (),
   watch: Watch | None = None,
   skip_nonfinite: int = 0,
+  before: Callable[[TrainState, Any], Any] | None = None,
 ) -> TrainState:
   """Runs `step_fn(state, batch) -> (state, metrics, samples)` up to step `steps`.
 
@@ -246,6 +247,8 @@ def run_loop(
     trackers: get every number that metrics.jsonl gets.
     watch: its rules warn, or end the run.
     skip_nonfinite: steps, since this start, that may be not finite before the run ends.
+    before: called as (state, batch) before each step, with nothing donated; what it gives is
+      `step_fn`'s third argument. A signal ends it at once.
 
   Raises:
     FloatingPointError: loss or gradient not finite once too often; such an update changes no
@@ -267,8 +270,9 @@ def run_loop(
         # The copy to the devices runs beside step n - 1, whose numbers are read below.
         batch, on_device, data_secs = _next_batch(iterator, mesh)
         interrupts.check()
+        found = [before(state, on_device)] if before else []
         with interrupts.deferred.held():  # the step has the state, which a checkpoint would want
-          state, metrics, samples = step_fn(state, on_device)
+          state, metrics, samples = step_fn(state, on_device, *found)
           position = iterator.get_state()
           reports.add(step, metrics, batch, samples, data_secs)
         interrupts.deferred.release()

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from caprl_jax.data.rows import QARow, Question
+from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.judge import HostJudge
 
 log = logging.getLogger("caprl_jax.harness.question_filter")
@@ -72,7 +73,7 @@ def _facts(row: QARow) -> dict[str, str]:
 
 def filter_questions(
   splits: Sequence[tuple[str, list[QARow]]],
-  host_judge: HostJudge | None,
+  host_judge: HostJudge | EndpointJudge | None,
   cfg: QuestionFilterConfig,
   seed: int,
 ) -> list[tuple[list[QARow], dict[str, int]]]:
@@ -104,10 +105,13 @@ def filter_questions(
 
 
 def _judge(
-  pairs: list[tuple[QARow, Question]], host_judge: HostJudge, cfg: QuestionFilterConfig, seed: int
+  pairs: list[tuple[QARow, Question]],
+  host_judge: HostJudge | EndpointJudge,
+  cfg: QuestionFilterConfig,
+  seed: int,
 ) -> np.ndarray:
-  """Which questions pass, bool [len(pairs)]. What has failed too often to pass is not asked
-  again.
+  """Which questions pass, bool [len(pairs)]. What has failed too often to pass is not asked again,
+  nor is what an endpoint does not answer.
   """
   pool = [dict(items) for items in sorted({tuple(sorted(_facts(row).items())) for row, _ in pairs})]
   alive = np.ones(len(pairs), bool)
@@ -115,9 +119,9 @@ def _judge(
 
   def inform(number: int, template: str) -> None:
     live = np.flatnonzero(alive)
-    right[live] += host_judge.correct(
-      [(template.format(**_facts(pairs[i][0])), pairs[i][1]) for i in live], "informed"
-    )
+    asks = [(template.format(**_facts(pairs[i][0])), pairs[i][1]) for i in live]
+    right[live] += host_judge.correct(asks, "informed")
+    alive[live] &= host_judge.answered(asks)
     alive[:] &= 1 - (number - right) / len(cfg.informed) > cfg.min_informed
 
   # The blind presentations mostly repeat captions of the first template, which the judge remembers,
@@ -127,13 +131,12 @@ def _judge(
   total = np.array([1 + len(facts) for facts in others])
   for number in range(1 + cfg.mismatched):
     live = np.flatnonzero(alive & (number < total))
-    hits[live] += host_judge.correct(
-      [
-        ("" if number == 0 else cfg.informed[0].format(**others[i][number - 1]), pairs[i][1])
-        for i in live
-      ],
-      "blind",
-    )
+    asks = [
+      ("" if number == 0 else cfg.informed[0].format(**others[i][number - 1]), pairs[i][1])
+      for i in live
+    ]
+    hits[live] += host_judge.correct(asks, "blind")
+    alive[live] &= host_judge.answered(asks)
     alive &= hits / total < cfg.max_blind
   for number, template in enumerate(cfg.informed[1:], 2):
     inform(number, template)

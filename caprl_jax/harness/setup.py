@@ -19,12 +19,14 @@ from caprl_jax.data.rows import QARow, kinds
 from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, shape_of
 from caprl_jax.harness.process.device_memory import hold
 from caprl_jax.harness.process.run_record import RunRecord
+from caprl_jax.harness.rewards.function import CustomReward, load_custom_reward
 from caprl_jax.harness.sections import GateSection
 from caprl_jax.harness.settings import Settings, check_training_batch
 from caprl_jax.harness.training.chosen_rows import Data, choose_questions, usable_data, was_begun
-from caprl_jax.harness.training.made_of import bind_models
+from caprl_jax.harness.training.made_of import bind_models, bind_reward
 from caprl_jax.harness.training.row_digests import row_digests
 from caprl_jax.hub.load import Loaded, relate_vocabularies
+from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.judge import Ask, HostJudge
 from caprl_jax.inference.retokenise import Translator
 from caprl_jax.inference.run_judge import RunJudge
@@ -44,9 +46,10 @@ class Run:
   settings: Settings
   mesh: jax.sharding.Mesh
   policy: Loaded
-  judge: Loaded
+  judge: Loaded | None  # None where it is behind an endpoint
   frozen: Frozen
-  host_judge: HostJudge | None  # None where the judge sees the images: it answers no questions
+  # None where the judge sees the images: it answers no questions
+  host_judge: HostJudge | EndpointJudge | None
   kinds: tuple[str, ...]
   train_rows: list[QARow]
   # rows and weight of each of their sources, in order
@@ -58,6 +61,18 @@ class Run:
   bad: BadRowList  # what could not be used, and what is done with what fails later
   digests: Sequence[str] = ()
   translator: Translator | None = None  # where captioner and judge have different vocabularies
+  custom: CustomReward | None = None  # the user's reward function
+
+  @property
+  def endpoint(self) -> EndpointJudge | None:
+    """The judge where it is behind an endpoint."""
+    return self.host_judge if isinstance(self.host_judge, EndpointJudge) else None
+
+  @property
+  def several_programs(self) -> bool:
+    """Whether the host stands between rollout and update."""
+    of_texts = self.custom is not None and self.custom.of_texts
+    return bool(self.translator or self.endpoint) or of_texts
 
 
 def set_up(
@@ -82,9 +97,13 @@ def set_up(
   mesh = jax.sharding.get_mesh()
   check_training_batch(settings, mesh)
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
+  custom = _custom_reward(settings)
+  if settings.judge.endpoint is not None or (custom is not None and custom.of_texts):
+    sharding.check_images_apart(mesh, "a judge's endpoint or a reward function of texts")
   data, images, bad = usable_data(settings, training, workdir)
   if record is not None:
     bind_models(record, settings, goes_on=was_begun(workdir))
+    bind_reward(record, custom)
   policy = settings.policy.load(mesh)
   names = tuple(kinds([*data.train_rows, *data.eval]))
   asker = RunJudge.open(
@@ -96,14 +115,14 @@ def set_up(
   )
   judge = asker.loaded
   log.info(
-    "captioner %.1fM parameters, judge %.1fM, %d + %d images",
+    "captioner %.1fM parameters, judge %s, %d + %d images",
     _millions(policy.params),
-    _millions(judge.params),
+    f"{_millions(judge.params):.1f}M" if judge else settings.judge.name,
     len(data.train_rows),
     len(data.eval),
   )
   if asker.host:
-    data = data.checked(bad, images, _askable(asker.host, settings))
+    data = data.checked(bad, images, _askable(asker, settings))
     bad.settle()
   data, filtered = choose_questions(data, images, asker.host, settings, record, workdir)
   train, held_out, shape = _batchers(data, images, asker, policy, settings)
@@ -128,30 +147,57 @@ def set_up(
     bad=bad,
     digests=row_digests(data.train_rows, images(data.train_rows)),
     translator=translator,
+    custom=custom,
   )
 
 
-def _askable(host_judge: HostJudge, settings: Settings) -> Check:
+def _custom_reward(settings: Settings) -> CustomReward | None:
+  """The user's reward function, checked; what it is said to be. Raises UserError as
+  `load_custom_reward` and `CustomReward.check_shapes`."""
+  reward, judge, rollout = settings.step.reward, settings.judge, settings.step.rollout
+  if reward.custom is None:
+    return None
+  custom = load_custom_reward(reward.custom)
+  if custom.of_texts:
+    log.info(
+      "reward.custom = %s is a function of texts: a step is several programs, between which the "
+      "host calls it",
+      custom.spec,
+    )
+    return custom
+  custom.check_shapes(
+    images=settings.data.batch_size * rollout.oversample,
+    captions=rollout.group_size,
+    tokens=rollout.sampling.max_tokens,
+    questions=judge.draws or settings.data.questions,
+  )
+  log.info("reward.custom = %s is a function of arrays: a part of the step's program", custom.spec)
+  return custom
+
+
+def _askable(asker: RunJudge, settings: Settings) -> Check:
   """A check that the judge's prompt has a letter for every option. Raises ValueError where it has
   none for two: then the settings are wrong, and no row is."""
-  prompt, written = host_judge.tokenize.prompt, _written(host_judge.judge, settings)
-  prompt(2, written)
+  written = _written(asker.loaded, settings)
+  asker.check_options(2, written)
 
   def check(row: QARow, _: ImageFacts) -> None:
     if settings.judge.reading == "option_pmi":  # reads options by their texts
       return
     for question in row.questions:
       try:
-        prompt(len(question.options), written)
+        asker.check_options(len(question.options), written)
       except ValueError as error:
         raise RowError(f"row {row.name!r}: {error}", "too many options") from error
 
   return check
 
 
-def _written(judge: Loaded, settings: Settings) -> int | None:
-  """Rows of the embedding of a judge that writes; None where it is read."""
-  return judge.model.cfg.vocab_size if settings.judge.reading == "generate" else None
+def _written(judge: Loaded | None, settings: Settings) -> int | None:
+  """Rows of the embedding of a judge that writes; None where it is read, or not here."""
+  if judge is None or settings.judge.reading != "generate":
+    return None
+  return judge.model.cfg.vocab_size
 
 
 def _batchers(
@@ -168,6 +214,7 @@ def _batchers(
   prompt = ImagePrompt(cfg, pieces, shape_of(images(rows), cfg.vision.pixels))
   sight = None
   if asker.score:
+    assert asker.loaded is not None, "only an endpoint has no model here"
     seeing = asker.loaded.model.cfg
     sight = ImagePrompt(seeing, asker.score.image, shape_of(images(rows), seeing.vision.pixels))
   train, held_out = (
@@ -178,9 +225,13 @@ def _batchers(
 
 
 def _relate(
-  policy: Loaded, judge: Loaded, settings: Settings
+  policy: Loaded, judge: Loaded | None, settings: Settings
 ) -> tuple[Vocabulary, Translator | None]:
-  """The captioner's ids in the judge's vocabulary; a translator where no table relates the two."""
+  """The captioner's ids in the judge's vocabulary; a translator where no table relates the two. A
+  judge behind an endpoint reads texts."""
+  if judge is None:
+    size = policy.model.cfg.text.vocab_size
+    return relate_vocabularies(policy.tokenizer, policy.tokenizer, size)[0], None
   vocabulary, absent = relate_vocabularies(
     policy.tokenizer, judge.tokenizer, policy.model.cfg.text.vocab_size
   )
@@ -219,7 +270,8 @@ def _frozen(
     )
   hold("captioner", jax.tree.leaves(trained))
   hold("captioner's part that is not trained", jax.tree.leaves(base))
-  hold("judge", jax.tree.leaves(asker.loaded.params))
+  judge = asker.loaded.params if asker.loaded else None
+  hold("judge", jax.tree.leaves(judge))
   # The reference starts as a copy: the state's own parameters are donated to the step.
   with_reference = training and settings.step.update.loss.has_kl
   reference = jax.tree.map(jnp.copy, trained) if with_reference else None
@@ -230,7 +282,7 @@ def _frozen(
   options = shape.options if settings.judge.reading != "option_pmi" else 2
   vocabulary = dataclasses.replace(vocabulary, stamp_VX=stamps)
   return Frozen(
-    judge=asker.loaded.params,
+    judge=judge,
     prompt=put(asker.prompt(options, _written(asker.loaded, settings))),
     vocabulary=put(vocabulary),
     reference=reference,

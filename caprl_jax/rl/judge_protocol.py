@@ -211,6 +211,31 @@ def draw_orders(key: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
   return jnp.argsort(rank + jnp.where(present_BKA, 0.0, 2.0), axis=-1)
 
 
+@flax.struct.dataclass
+class Presentations:
+  """What is asked about each caption, where the host asks: K counts presentations."""
+
+  question_BGK: Array  # int32 index of the question among its image's
+  asked_BGK: Array  # bool, the presentation exists
+  order_BGKA: Array  # int32 option in each slot, "can not answer" included; absent ones come last
+
+
+def presentations(questions: Questions, group: int, key: Array, cfg: JudgeConfig) -> Presentations:
+  """Draws for G captions per image what a judge on the device would draw with the same key, which
+  is consumed."""
+  B = questions.valid_BK.shape[0]
+  if cfg.independent and group > 1:  # every caption is an image of its own
+    wide = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), questions)
+    alone = presentations(wide, 1, key, cfg)
+    return jax.tree.map(lambda x: x.reshape(B, group, *x.shape[2:]), alone)
+  draw_key, order_key, _ = jax.random.split(key, 3)
+  index_BK, drawn_BK = draw_questions(draw_key, questions.valid_BK, cfg)
+  presented = take_questions(questions, index_BK) if cfg.draws else questions
+  order_BKA = draw_orders(order_key, present_options(presented, cfg), cfg)
+  drawn = Presentations(index_BK, drawn_BK, order_BKA)
+  return jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, group, *x.shape[1:])), drawn)
+
+
 def _rotated(order_BKA: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:
   """`cfg.permutations` orders of each question, [B, K * permutations, A], each rotated by one place
   against the one before."""

@@ -3,12 +3,22 @@ all.
 """
 
 import dataclasses
+from collections.abc import Callable
 
+import flax.struct
 import jax.numpy as jnp
 
 from caprl_jax.masked import masked_mean
 from caprl_jax.rl.caption_form import length_reward, repetition, timestamp_reward
-from caprl_jax.types import Answers, Array, Captions, Scored, Vocabulary
+from caprl_jax.types import (
+  Answers,
+  Array,
+  Captions,
+  OwnReward,
+  Questions,
+  Scored,
+  Vocabulary,
+)
 
 PENALTIES = ("misled", "repetition", "truncated")  # these are subtracted
 
@@ -29,6 +39,10 @@ class RewardConfig:
   repetition_ngram: tokens of the n-grams that the term `repetition` counts.
   timestamps: CapRL++'s format of [mm:ss] stamps, for captions of videos.
   truncated: minus 1 for a caption that was cut at the limit.
+  custom: a function of your own as one more term, "FILE.py:FUNCTION". One with a parameter
+    `completions` is of texts, as TRL's are, and runs on the host between the step's programs; one
+    whose parameters are arrays' names (`RewardArrays`) becomes part of the step.
+  custom_weight: of that term; 0 only shows it among the metrics.
   """
 
   accuracy: float = 1.0
@@ -40,6 +54,8 @@ class RewardConfig:
   repetition_ngram: int = 4
   timestamps: float = 0.0
   truncated: float = 0.0
+  custom: str | None = None
+  custom_weight: float = 1.0
 
   def __post_init__(self):
     negative = {
@@ -66,16 +82,75 @@ class RewardConfig:
 
   def weights(self) -> dict[str, float]:
     """Signed weights by term."""
-    return {
+    weights = {
       name: -getattr(self, name) if name in PENALTIES else getattr(self, name)
       for name in ("accuracy", "misled", "length", "repetition", "timestamps", "truncated")
     }
+    return weights | {"custom": self.custom_weight if self.custom else 0.0}
+
+
+@flax.struct.dataclass
+class RewardArrays:
+  """What a reward function of arrays may ask for: each by a parameter of its name. T tokens of a
+  caption, K presentations of questions to it."""
+
+  tokens_BGT: Array  # int32, the captioner's ids; pad after the end token
+  valid_BGT: Array  # bool, True up to and including the end token
+  ended_BG: Array  # bool, False where the caption was cut at T
+  length_BG: Array  # int32, tokens of text, the end token not counted
+  accuracy_BG: Array  # float32, the term `accuracy`
+  misled_BG: Array  # float32, the term `misled`
+  correct_BGK: Array  # bool
+  credit_BGK: Array  # float32, what `accuracy` is the mean of
+  misled_BGK: Array  # float32, what `misled` is the mean of
+  choice_BGK: Array  # int32, the option that was chosen; -1: the judge abstained
+  asked_BGK: Array  # bool, the presentation exists
+  answered_BGK: Array  # bool, it exists and the judge could be read
+  kind_BGK: Array  # int32, the question's kind, an index into the sorted kinds of the dataset
+
+  @classmethod
+  def of(cls, captions: Captions, answers: Answers, questions: Questions) -> "RewardArrays":
+    """Of a step's captions and the judge's answers."""
+    kind_BGK = jnp.broadcast_to(
+      questions.kind_BK[:, None], (*answers.asked_BGK.shape[:2], questions.kind_BK.shape[1])
+    )
+    return cls(
+      tokens_BGT=captions.tokens_BGT,
+      valid_BGT=captions.valid_BGT,
+      ended_BG=captions.ended_BG,
+      length_BG=captions.valid_BGT.sum(-1) - captions.ended_BG,
+      accuracy_BG=masked_mean(answers.credit_BGK, answers.asked_BGK, axis=-1),
+      misled_BG=masked_mean(answers.misled_BGK, answers.asked_BGK, axis=-1),
+      correct_BGK=answers.correct_BGK,
+      credit_BGK=answers.credit_BGK,
+      misled_BGK=answers.misled_BGK,
+      choice_BGK=answers.choice_BGK,
+      asked_BGK=answers.asked_BGK,
+      answered_BGK=answers.valid_BGK,
+      kind_BGK=jnp.take_along_axis(kind_BGK, answers.question_BGK, axis=-1),
+    )
+
+
+# What the step is given for `RewardConfig.custom`, where that is a function of arrays.
+ArrayReward = Callable[[RewardArrays], OwnReward]
+
+
+def own_reward(
+  custom: ArrayReward | None, captions: Captions, answers: Answers, questions: Questions
+) -> OwnReward | None:
+  """The user's reward of each caption; None without a function."""
+  return custom(RewardArrays.of(captions, answers, questions)) if custom else None
 
 
 def caption_terms(
-  answers: Answers, captions: Captions, vocabulary: Vocabulary, cfg: RewardConfig
+  answers: Answers,
+  captions: Captions,
+  vocabulary: Vocabulary,
+  cfg: RewardConfig,
+  own: OwnReward | None = None,
 ) -> dict[str, Array]:
-  """The terms that have a weight (accuracy and misled in any case) by name, [B, G] each."""
+  """The terms that have a weight (accuracy, misled and the user's own in any case) by name, [B, G]
+  each."""
   terms = {
     "accuracy": masked_mean(answers.credit_BGK, answers.asked_BGK, axis=-1),
     "misled": masked_mean(answers.misled_BGK, answers.asked_BGK, axis=-1),
@@ -92,22 +167,31 @@ def caption_terms(
     )
   if cfg.truncated:
     terms["truncated"] = 1.0 - captions.ended_BG
+  if own is not None:
+    terms["custom"] = own.reward_BG
   return terms
 
 
 def score_captions(
-  answers: Answers, captions: Captions, vocabulary: Vocabulary, cfg: RewardConfig
+  answers: Answers,
+  captions: Captions,
+  vocabulary: Vocabulary,
+  cfg: RewardConfig,
+  own: OwnReward | None = None,
 ) -> Scored:
   """The reward of each caption: the weighted sum of its terms.
 
-  A caption is unscored when its image has no question, or when the judge was not finite on one of
-  them. Reward and terms are 0 there and must be read by nobody.
+  A caption is unscored when its image has no question, when the judge was not finite on one of
+  them (or its endpoint failed), or when `own`, what the user's function gave, is none or not
+  finite. Reward and terms are 0 there and must be read by nobody.
   """
   asked_BGK = answers.asked_BGK
   scored_BG = asked_BGK.any(-1) & (answers.valid_BGK | ~asked_BGK).all(-1)
+  if own is not None:
+    scored_BG = scored_BG & own.valid_BG & jnp.isfinite(own.reward_BG)
   terms = {
     name: jnp.where(scored_BG, value, 0.0).astype(jnp.float32)
-    for name, value in caption_terms(answers, captions, vocabulary, cfg).items()
+    for name, value in caption_terms(answers, captions, vocabulary, cfg, own).items()
   }
   weights = tuple((name, weight) for name, weight in cfg.weights().items() if weight)
   reward_BG = sum((weight * terms[name] for name, weight in weights), jnp.float32(0))

@@ -16,11 +16,20 @@ from caprl_jax.rl.groups import advantages, select_groups
 from caprl_jax.rl.image_judge.scores import ImageJudge, score_with_images
 from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.judge_protocol import JudgeConfig
-from caprl_jax.rl.reward import RewardConfig, score_captions
+from caprl_jax.rl.reward import ArrayReward, RewardConfig, own_reward, score_captions
 from caprl_jax.rl.rollout import RolloutConfig, sample_captions, see_once
 from caprl_jax.rl.step_metrics import Stages, step_metrics
 from caprl_jax.rl.update import Learner, UpdateConfig, penalise_kl, update_policy
-from caprl_jax.types import Answers, Array, Batch, Captions, Frozen, Samples, TrainState
+from caprl_jax.types import (
+  Answers,
+  Array,
+  Batch,
+  Captions,
+  Frozen,
+  OwnReward,
+  Samples,
+  TrainState,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +63,29 @@ def train_step(
   batch: Batch,
   captions: Captions | None = None,
   answers: Answers | None = None,
+  own: OwnReward | None = None,
   *,
   policy: Policy,
-  judge: Decoder | Policy,
+  judge: Decoder | Policy | None,
   tx: optax.GradientTransformation,
   cfg: StepConfig,
   kinds: tuple[str, ...] = (),
   rollout_shardings: Any = None,
   schedule: Callable[[Array], Array] | None = None,
+  custom: ArrayReward | None = None,
 ) -> tuple[TrainState, dict[str, Array], Samples]:
   """Caption each image G times, judge the captions, improve the policy.
 
   Args:
     captions, answers: what rollout and judge made, where they are programs of their own
       (`write_captions`, `ask_judge`); None: they are part of this one.
+    own: what the user's reward function of texts gave.
+    judge: None where an endpoint gave `answers`.
     kinds: names of the questions' kinds, for metrics.
     rollout_shardings: where the policy's parameters lie while captions are written, if elsewhere
       than in the update.
     schedule: of the learning rate, for its metric.
+    custom: the user's reward function of arrays.
 
   Returns:
     The new state, metrics named `stage/name`, and samples for people to read.
@@ -80,7 +94,8 @@ def train_step(
   batch = see_once(policy, state.params, frozen.base, batch)
   captions = captions or write_captions(state, frozen, batch, policy, cfg, rollout_shardings)
   answers = answers or ask_judge(state, frozen, batch, captions, judge=judge, cfg=cfg)
-  scored = score_captions(answers, captions, frozen.vocabulary, cfg.reward)
+  own = own or own_reward(custom, captions, answers, batch.questions)
+  scored = score_captions(answers, captions, frozen.vocabulary, cfg.reward, own)
   groups = select_groups(scored, captions, batch, rollout=cfg.rollout, advantage=cfg.advantage)
   groups = penalise_kl(learner, frozen, groups)
   advantage_BG = advantages(groups, cfg.advantage)
@@ -114,7 +129,7 @@ def ask_judge(
   captions: Captions,
   retokenised: JudgeIds | None = None,
   *,
-  judge: Decoder | Policy,
+  judge: Decoder | Policy | None,
   cfg: StepConfig,
 ) -> Answers:
   """The judge's answers from the captions.
@@ -125,6 +140,7 @@ def ask_judge(
   """
   key = stage_keys(state.key, state.step).judge
   ids = JudgeIds.of(captions, frozen.vocabulary) if retokenised is None else retokenised
+  assert judge is not None and frozen.prompt is not None, "an endpoint is asked by the host"
   if isinstance(judge, Decoder):
     model = Judge(judge, frozen.judge, frozen.prompt)
     return judge_ids(model, ids, batch.questions, key, cfg.judge)

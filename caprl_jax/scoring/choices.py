@@ -53,6 +53,13 @@ def multiple_choice(prediction: str | None, gold_letter: str, options: Sequence[
   return float(letter == gold_letter)
 
 
+def chosen(prediction: str | None, options: Sequence[str]) -> int | None:
+  """The option that a prediction chooses, as `multiple_choice` reads it; None for none."""
+  letters = string.ascii_uppercase[: len(options)]
+  found = (i for i, one in enumerate(letters) if multiple_choice(prediction, one, options))
+  return next(found, None)
+
+
 def _labelled_option(prediction: str, options: Sequence[str]) -> str | None:
   """The letter before its own option's text, or before a few words of no option ("B dog")."""
   match = re.fullmatch(r"[\s(\[*\"']*([A-Z])\s+(\S.*)", without_markup(prediction[:500]), re.DOTALL)

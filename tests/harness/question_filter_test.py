@@ -11,6 +11,7 @@ from caprl_jax.harness.question_filter import QuestionFilterConfig, mismatched_f
 
 COLOR = Question("what color?", ("red", "blue"), 0, "color")
 SHAPE = Question("what shape?", ("circle", "square"), 0, "shape")
+SILENT = Question("what size?", ("large", "small"), 0, "size")  # an endpoint fails on it
 INFORMED = (
   "It is a {color} {shape}.",
   "A {color} {shape}.",
@@ -28,6 +29,9 @@ class FakeJudge:
   def correct(self, asks, what="judging"):
     self.asked += [(what, caption, question) for caption, question in asks]
     return np.array([self.right(caption, question) for caption, question in asks], bool)
+
+  def answered(self, asks):
+    return np.array([question is not SILENT for _, question in asks], bool)
 
 
 def row(name, color, shape, questions=(COLOR, SHAPE)):
@@ -188,3 +192,11 @@ def test_a_fixed_subset_is_drawn_once():
   assert module.fixed_subset(many, 2, seed=1) != kept and module.fixed_subset(many, 9, 0) == many
   counts = [sum(q.stem == f"{k}?" for r in kept for q in r.questions) for k in range(5)]
   assert min(counts) > 5, counts  # none is favoured
+
+
+def test_what_an_endpoint_does_not_answer_is_dropped():
+  rows = [row("a", "red", "circle", (COLOR, SILENT)), *ROWS[1:]]
+  judge = FakeJudge(lambda caption, q: q is SILENT or honest(caption, q))
+  kept, counts = filter_split(rows, judge, config(mismatched=0, max_blind=1.1), 0, "train")
+  assert SILENT not in kept[0].questions and COLOR in kept[0].questions
+  assert counts["dropped/size"] == 1

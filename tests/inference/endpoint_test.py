@@ -2,10 +2,10 @@
 
 import asyncio
 import base64
+import contextlib
 import email.utils
 import http.server
 import io
-import json
 import os
 import re
 import signal
@@ -17,6 +17,7 @@ import time
 import urllib.request
 
 import pytest
+from helpers.servers.chat import Server, serving
 from PIL import Image
 
 from caprl_jax.config import schema as configuration
@@ -222,92 +223,10 @@ def test_a_real_server_refuses(served):
 # A server that fails
 
 
-class Server(http.server.ThreadingHTTPServer):
-  """Answers the n-th attempt (from 1) of the request with user text `name` by `behave(handler,
-  name, n)`.
-  """
-
-  daemon_threads = True
-  request_queue_size = 128
-
-  def __init__(self, behave):
-    super().__init__(("127.0.0.1", 0), Handler)
-    self.behave, self.attempts, self.bodies, self.times, self.keys = behave, {}, {}, {}, []
-    self.lock, self.now, self.most = threading.Lock(), 0, 0
-
-  @property
-  def url(self):
-    return f"http://127.0.0.1:{self.server_port}/v1"
-
-  def handle_error(self, *_):
-    pass  # clients that hang up
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-  protocol_version = "HTTP/1.1"
-
-  def log_message(self, *_):
-    pass
-
-  def do_GET(self):
-    self.server.behave(self, self.path, 1)
-
-  def do_POST(self):
-    body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-    content = body["messages"][-1]["content"]
-    name = content if isinstance(content, str) else content[-1]["text"]
-    with self.server.lock:
-      self.server.attempts[name] = attempt = self.server.attempts.get(name, 0) + 1
-      self.server.bodies[name] = body
-      self.server.times.setdefault(name, []).append(time.monotonic())
-      self.server.keys.append(self.headers["authorization"])
-      self.server.now += 1
-      self.server.most = max(self.server.most, self.server.now)
-    try:
-      self.server.behave(self, name, attempt)
-    finally:
-      with self.server.lock:
-        self.server.now -= 1
-
-  def say(self, status: int, body, **headers) -> None:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    self.send_response(status)
-    for name, value in ({"content-type": "application/json"} | headers).items():
-      self.send_header(name.replace("_", "-"), value)
-    self.send_header("content-length", str(len(data)))
-    self.end_headers()
-    self.wfile.write(data)
-
-  def answer(self, text, finish="stop") -> None:
-    self.say(
-      200,
-      {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m",
-        "choices": [
-          {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
-        ],
-      },
-    )
-
-
 @pytest.fixture
 def serve():
-  servers = []
-
-  def start(behave) -> Server:
-    servers.append(Server(behave))
-    threading.Thread(
-      target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-    ).start()
-    return servers[-1]
-
-  yield start
-  for server in servers:
-    server.shutdown()
-    server.server_close()
+  with contextlib.ExitStack() as stack:
+    yield lambda behave: stack.enter_context(serving(behave))
 
 
 def ask(server: Server, names, image=None, **settings) -> dict[str, Reply]:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from caprl_jax.rl.caption_form import stamp_table
-from caprl_jax.rl.reward import RewardConfig, score_captions
-from caprl_jax.types import Answers, Captions, Vocabulary
+from caprl_jax.rl.reward import RewardArrays, RewardConfig, own_reward, score_captions
+from caprl_jax.types import Answers, Captions, OwnReward, Questions, Vocabulary
 
 ASKED = jnp.array([[True, True, True, False], [True, False, False, False], [False] * 4])
 
@@ -168,3 +168,47 @@ def test_an_unscored_caption_has_no_terms():
 def test_weights_that_mean_nothing_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
     RewardConfig(**wrong)
+
+
+def test_a_reward_of_the_users_own_is_one_more_term():
+  credit = jnp.asarray([[[1, 0, 1, 1], [0, 0, 0, 1]]] * 3)
+  answered, written = answers(credit, valid_where_asked(2)), captions(2)
+  own = OwnReward(
+    jnp.array([[0.5, jnp.nan], [2.0, 1.0], [1.0, 1.0]]),
+    jnp.array([[True, True], [False, True], [True, True]]),
+  )
+  cfg = RewardConfig(accuracy=1.0, custom="own.py:reward", custom_weight=2.0)
+  scored = score_captions(answered, written, Vocabulary(None, None, (), 0), cfg, own)
+  # not finite, none by the mask, an image without a question
+  np.testing.assert_array_equal(scored.scored_BG, [[True, False], [False, True], [False, False]])
+  np.testing.assert_allclose(scored.reward_BG, [[2 / 3 + 1, 0], [0, 2], [0, 0]], rtol=1e-6)
+  np.testing.assert_array_equal(scored.terms["custom"], [[0.5, 0], [0, 1], [0, 0]])
+  assert dict(scored.weights) == {"accuracy": 1.0, "custom": 2.0}
+  watched = RewardConfig(custom="own.py:reward", custom_weight=0.0)
+  scored = score_captions(answered, written, Vocabulary(None, None, (), 0), watched, own)
+  assert "custom" in scored.terms and dict(scored.weights) == {"accuracy": 1.0}
+  RewardConfig(accuracy=0.0, custom="own.py:reward")
+  with pytest.raises(ValueError, match="every weight of the reward is 0"):
+    RewardConfig(accuracy=0.0, custom="own.py:reward", custom_weight=0.0)
+  with pytest.raises(ValueError, match="at least 0"):
+    RewardConfig(custom="own.py:reward", custom_weight=-1.0)
+
+
+def test_the_arrays_of_a_reward_function():
+  credit = [[[1, 0, 1, 1], [0, 0, 0, 1]]] * 3
+  answered = answers(credit, valid_where_asked(2))
+  answered = answered.replace(question_BGK=answered.question_BGK[..., ::-1])
+  kind_BK = jnp.array([[3, 2, 1, 0]] * 3)
+  questions = Questions(*[None] * 6, kind_BK=kind_BK, prior_BKA=None)
+  seen = []
+
+  def custom(arrays: RewardArrays) -> OwnReward:
+    seen.append(arrays)
+    return OwnReward(arrays.accuracy_BG, arrays.ended_BG)
+
+  own = own_reward(custom, captions(2), answered, questions)
+  [arrays] = seen
+  np.testing.assert_allclose(own.reward_BG[:2], [[2 / 3, 0], [1, 0]], rtol=1e-6)
+  assert arrays.length_BG.tolist() == [[4, 4]] * 3  # the end token is no text
+  assert arrays.kind_BGK[0, 0].tolist() == [0, 1, 2, 3]
+  assert own_reward(None, captions(2), answered, questions) is None

@@ -17,6 +17,7 @@ from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.training.kept_questions import KeptQuestions, Split
 from caprl_jax.harness.training.made_of import bind_held_out_rows
 from caprl_jax.harness.training.row_digests import row_digests
+from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.image_judge import with_score
 from caprl_jax.inference.judge import HostJudge
 
@@ -74,7 +75,12 @@ def _kept_questions(
   chooses = settings.question_filter.informed or settings.data.questions_per_image is not None
   if workdir is None or not chooses:
     return None
-  speed = ("source", "microbatches", "chunk_tokens")  # and a place: none of them decides
+  speed = (
+    "source",
+    "endpoint",
+    "microbatches",
+    "chunk_tokens",
+  )  # and a place: none of them decides
   decides = {
     "filter": settings.question_filter,
     "questions_per_image": settings.data.questions_per_image,
@@ -88,7 +94,7 @@ def _kept_questions(
 def choose_questions(
   data: Data,
   images: ImageCheck,
-  host_judge: HostJudge | None,
+  host_judge: HostJudge | EndpointJudge | None,
   settings: Settings,
   record: RunRecord | None,
   workdir: pathlib.Path | None,
@@ -106,7 +112,7 @@ def choose_questions(
 def _chosen_once(
   data: Data,
   images: ImageCheck,
-  host_judge: HostJudge | None,
+  host_judge: HostJudge | EndpointJudge | None,
   settings: Settings,
   kept: KeptQuestions | None,
 ) -> tuple[Data, dict[str, int]]:
@@ -153,7 +159,7 @@ def _read_data(settings: Settings, training: bool, bad: BadRowList) -> Data:
 
 
 def _filter(
-  data: Data, host_judge: HostJudge | None, settings: Settings
+  data: Data, host_judge: HostJudge | EndpointJudge | None, settings: Settings
 ) -> tuple[Data, dict[str, int]]:
   """The questions that can teach, and how many were kept and dropped of each kind; those of the
   held-out split are counted under eval/."""

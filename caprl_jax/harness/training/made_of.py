@@ -1,13 +1,18 @@
-"""A training run's models and held-out rows -> its record, which refuses or tells of others."""
+"""A training run's models, reward function and held-out rows -> its record, which refuses or tells
+of others."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 from caprl_jax.data.usable_rows import HasImage, ImageFacts
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.run_record import RunRecord
+from caprl_jax.harness.rewards.function import CustomReward
 from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.training.row_digests import digest_of_all, row_digests
 from caprl_jax.hub.hub_files import fingerprint
+from caprl_jax.inference.judge import JudgeSection
 
 
 def bind_models(record: RunRecord, settings: Settings, *, goes_on: bool) -> None:
@@ -27,9 +32,34 @@ def bind_models(record: RunRecord, settings: Settings, *, goes_on: bool) -> None
     refused["policy.checkpoint"] = (
       f"what is not trained, and the reference of a KL term, are read from it; {others}"
     )
-  sources = {"policy.checkpoint": policy.checkpoint, "judge.source": settings.judge.source}
-  found = from_first(lambda: {key: fingerprint(source) for key, source in sources.items()})
-  record.bind(found, refused, said)
+
+  def found() -> dict[str, str]:
+    return {
+      "policy.checkpoint": fingerprint(policy.checkpoint),
+      "judge.source": judge_digest(settings.judge),
+    }
+
+  record.bind(from_first(found), refused, said)
+
+
+def judge_digest(judge: JudgeSection) -> str:
+  """Of the files of a judge, or of what is asked of an endpoint. Raises ValueError as
+  `fingerprint`."""
+  if judge.endpoint is None:
+    return fingerprint(judge.source)
+  decides = ("model", "temperature", "max_tokens", "repetition_penalty")
+  asked = {name: getattr(judge.endpoint, name) for name in decides}
+  return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def bind_reward(record: RunRecord, custom: CustomReward | None) -> None:
+  """Compares the file of a reward function with the record's, and adds it to it. Raises ValueError
+  where it is another one than when the run was begun."""
+  refused = {
+    "reward.custom": "rewards would be another function's; bring its file back as it was, or use "
+    "another --workdir"
+  }
+  record.bind({"reward.custom": custom.sha256} if custom else {}, refused, {})
 
 
 def bind_held_out_rows(

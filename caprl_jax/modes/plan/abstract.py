@@ -146,6 +146,11 @@ def model_configs(
   cfg, notice = limit_pixels(cfg, section.min_pixels, section.max_pixels)
   if notice:
     log.warning("%s", notice)
+  if settings.judge.endpoint is not None:
+    raise ValueError(
+      "judge.endpoint: the step is planned with its judge on the chips; set judge.source, and "
+      "judge.endpoint = None"
+    )
   judge_config = shallower(read_config(settings.judge.source), plan.layers)
   if settings.judge.sees_image:
     judge_cfg = PolicyConfig.from_hf(judge_config, {}, dtype=jnp.dtype(settings.judge.dtype))

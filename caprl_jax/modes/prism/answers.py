@@ -16,7 +16,7 @@ from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.load import Loaded
-from caprl_jax.inference.judge import HostJudge, JudgeSection, open_judge
+from caprl_jax.inference.judge import HostJudge, JudgeSection, check_blind, open_judge
 from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism.evaluation import BLIND, Evaluation
 from caprl_jax.modes.prism.questions import gold_index
@@ -110,6 +110,7 @@ def read_answers(pairs: Sequence[Pair], host_judge: HostJudge) -> np.ndarray:
 def answers_identity(section: JudgeSection, cfg: PrismConfig, seed: int) -> dict[str, Any]:
   """What written answers depend on, but for what is asked. Raises ValueError for a judge that is
   not there."""
+  check_blind(section)
   settings: dict[str, Any] = {
     "judge": section.source,
     "judge_sha256": fingerprint(section.source),

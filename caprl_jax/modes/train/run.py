@@ -27,7 +27,7 @@ from caprl_jax.harness.setup import Run, set_up
 from caprl_jax.harness.trackers import Tracker, open_trackers
 from caprl_jax.harness.training.made_of import bind_models
 from caprl_jax.harness.training.profile import Profile
-from caprl_jax.harness.training.programs import build_step
+from caprl_jax.harness.training.programs import StepApart, build_step
 from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import (
   abstract_state,
@@ -60,6 +60,12 @@ FREE = (
   "policy.checkpoint",
   "policy.remat",
   "judge.source",
+  "judge.endpoint.url",
+  "judge.endpoint.api_key_env",
+  "judge.endpoint.concurrency",
+  "judge.endpoint.timeout_secs",
+  "judge.endpoint.max_retries",
+  "judge.endpoint.max_failures",
   "judge.microbatches",
   "judge.chunk_tokens",
   "policy_update.microbatches",
@@ -111,9 +117,10 @@ def train(
     return {f"eval/{name}": value for name, value in figures.items()}
 
   profile = Profile(settings.train.profile_steps, workdir / "profile")
+  step = build_step(made, tx, schedule)
   try:
     return run_loop(
-      profile.of(build_step(made, tx, schedule)),
+      profile.of(step),
       state,
       iterator,
       steps=settings.train.steps,
@@ -129,6 +136,7 @@ def train(
       trackers=trackers,
       watch=Watch(settings.train.stop_if, settings.train.warn_if),
       skip_nonfinite=settings.train.skip_nonfinite,
+      before=step.before if isinstance(step, StepApart) else None,
     )
   finally:
     profile.close()

@@ -1,0 +1,166 @@
+"""Mode `train` with a reward function of one's own, and with a judge behind a server."""
+
+import hashlib
+import logging
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny
+from helpers.servers.chat import honest, judging, serving, shown
+
+from caprl_jax import sharding
+from caprl_jax.harness.metrics import read_metrics
+from caprl_jax.harness.process.run_record import RunRecord
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.harness.setup import set_up
+from caprl_jax.inference import endpoint
+from caprl_jax.inference.endpoint_judge import MARKUP
+from caprl_jax.modes.train import run as train
+
+pytestmark = pytest.mark.slow
+
+ARRAYS = """
+import jax.numpy as jnp
+def reward(accuracy_BG, length_BG, ended_BG):
+  return 0.25 * length_BG, length_BG != 3
+"""
+# As TRL's users write it. The facts of each row are columns.
+TEXTS = """
+def reward(completions, color, accuracy, **kwargs):
+  assert len(completions) == len(color) == len(kwargs["name"]) == len(accuracy)
+  return [None if len(c) % 5 == 0 else len(c) / 10 + (c.count(one) > 0)
+          for c, one in zip(completions, color)]
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  config = tiny.write_all(tmp_path_factory.mktemp("tiny"))
+  config.data.batch_size, config.data.max_eval_rows = 4, 4
+  config.rollout.group_size = 2
+  config.evaluate = dict(batch_size=4, group_images=0, every_steps=0)
+  config.train = dict(steps=4, sample_every=1)
+  config.optimizer = dict(learning_rate=1e-3, schedule="constant")
+  return config
+
+
+def metrics_of(workdir):
+  return [
+    {name: value for name, value in row.items() if not name.startswith("time/")}
+    for row in read_metrics(workdir / "metrics.jsonl")
+  ]
+
+
+def captions_of(path):
+  return [caption for row in tiny.read_back(path)["rows"] for caption in row["captions"]]
+
+
+def test_a_function_of_arrays_is_part_of_the_step(config, tmp_path, caplog):
+  own = config.copy_and_resolve_references()
+  (tmp_path / "own.py").write_text(ARRAYS)
+  own.reward = dict(accuracy=1.0, custom=f"{tmp_path / 'own.py'}:reward", custom_weight=2.0)
+  own.train.steps = 2
+  workdir = tmp_path / "run"
+  settings, workdir = read_settings(own), workdir
+  workdir.mkdir()
+  with jax.set_mesh(sharding.make_mesh(settings.mesh)), caplog.at_level(logging.INFO):
+    record = RunRecord(workdir, "train")
+    record.begin(settings.sections(), train.FREE)
+    made = set_up(settings, workdir=workdir, record=record)
+    assert not made.several_programs
+    train.train(made, {}, workdir)
+    (tmp_path / "own.py").write_text(ARRAYS.replace("0.25", "0.5"))
+    with pytest.raises(ValueError, match="reward.custom is not what this run was begun with"):
+      set_up(settings, workdir=workdir, record=RunRecord(workdir, "train"))
+  assert "is a function of arrays: a part of the step's program" in caplog.text
+  assert "CapRL: 0 compilations after the first step" in caplog.text
+  digest = hashlib.sha256(ARRAYS.encode() + b"\0reward").hexdigest()
+  assert record.digest("reward.custom") == digest
+  scored = 0
+  for step, row in enumerate(metrics_of(workdir), 1):
+    captions = captions_of(workdir / "samples" / f"step_{step:06d}.json")
+    left = [caption for caption in captions if caption["reward"] is not None]
+    assert row["reward/unscored"] == pytest.approx(1 - len(left) / len(captions))
+    mean = np.mean([caption["reward"] for caption in left])
+    assert row["reward/mean"] == pytest.approx(mean)
+    assert row["reward/mean"] == pytest.approx(row["reward/accuracy"] + 2 * row["reward/custom"])
+    scored += len(left)
+  assert 0 < scored
+
+
+def test_texts_and_a_judge_behind_a_server(config, tmp_path, caplog, monkeypatch):
+  """A whole run; one that stopped in the middle goes on bit for bit, failures of the server
+  included."""
+  pytest.importorskip("openai")
+  monkeypatch.setattr(endpoint, "_FIRST_WAIT_SECS", 0.001)
+
+  def answer(message):
+    # random captions say nothing: a judge of the text's length stands in for an honest one
+    caption, _, options = shown(message)
+    said = honest(message)
+    return said if said in options else sorted(options)[len(caption) % len(options)]
+
+  def behave(handler, name, attempt):
+    if handler.command == "POST" and len(shown(name)[0]) % 7 == 1:
+      return handler.say(400, {"error": "filtered"})
+    return judging(answer)(handler, name, attempt)
+
+  own = config.copy_and_resolve_references()
+  (tmp_path / "own.py").write_text(TEXTS)
+  own.reward = dict(accuracy=1.0, custom=f"{tmp_path / 'own.py'}:reward")
+  for name in ("whole", "part"):
+    (tmp_path / name).mkdir()
+  with serving(behave) as server:
+    own.judge = dict(
+      reading="generate",
+      abstain="last",
+      endpoint=dict(url=server.url, model="m", max_failures=1000, concurrency=8),
+    )
+    with caplog.at_level(logging.INFO):
+      train.run(own, tmp_path / "whole")
+    half = own.copy_and_resolve_references()
+    half.train.steps = 2
+    with jax.set_mesh(sharding.make_mesh(read_settings(own).mesh)):
+      for settings in (half, own):
+        train.train(set_up(read_settings(settings)), {}, tmp_path / "part")
+  assert metrics_of(tmp_path / "part") == metrics_of(tmp_path / "whole")
+  assert "is a function of texts: a step is several programs" in caplog.text
+  assert f"judge m ({server.url})" in caplog.text and "no answer to" in caplog.text
+  rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+  assert all(row["time/reward_secs"] > 0 and row["update/nonfinite"] == 0 for row in rows)
+  assert all(0 <= row["judge/blind"] <= 1 for row in rows)
+  excluded = {"none": 0, "failed": 0, "scored": 0}
+  for step in range(1, 5):
+    captions = captions_of(tmp_path / "whole" / "samples" / f"step_{step:06d}.json")
+    for caption in captions:
+      text, failed = caption["text"], not all(one["valid"] for one in caption["answers"])
+      sent = MARKUP.sub(lambda match: match[0] + " ", text)
+      kind = "failed" if failed else "none" if len(text) % 5 == 0 else "scored"
+      excluded[kind] += 1
+      assert failed == (len(sent) % 7 == 1)
+      if kind != "scored":
+        assert caption["reward"] is None and caption["advantage"] == 0
+      else:
+        right = np.mean([one["correct"] for one in caption["answers"]])
+        assert caption["reward"] >= right + len(text) / 10 - 1e-5
+    share = np.mean([caption["reward"] is None for caption in captions])
+    assert rows[step - 1]["reward/unscored"] == pytest.approx(share)
+  assert min(excluded.values()) > 0, excluded
+  summary = tiny.read_back(tmp_path / "whole" / "summary.json")
+  assert (
+    summary["after"]["questions"] > 0 and summary["config"]["judge"]["endpoint"]["model"] == "m"
+  )
+
+
+def test_a_function_that_fails_stops_the_run_with_its_row(config, tmp_path):
+  own = config.copy_and_resolve_references()
+  (tmp_path / "own.py").write_text(
+    "def reward(completions, name):\n  return [0 / 0 for _ in name]\n"
+  )
+  own.reward = dict(custom=f"{tmp_path / 'own.py'}:reward")
+  with jax.set_mesh(sharding.make_mesh(read_settings(own).mesh)):
+    made = set_up(read_settings(own))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="raised ZeroDivisionError in line 2: .*row 'images/"):
+      train.train(made, {}, tmp_path / "run")
