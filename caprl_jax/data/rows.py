@@ -3,8 +3,8 @@
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -73,7 +73,7 @@ class PixelLimits:
 @dataclasses.dataclass(frozen=True)
 class CaptionRow:
   """An image and a caption to imitate. `where` is that of `QARow`. `limits`: those of this image
-  alone.
+  alone. `fields`: what else its row says, by name, as far as a reader was asked for it.
   """
 
   image: ImageSource
@@ -81,6 +81,7 @@ class CaptionRow:
   name: str
   where: str = dataclasses.field(default="", compare=False)
   limits: PixelLimits | None = None
+  fields: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +310,8 @@ def failure_reason(error: BaseException) -> str:
     return "too narrow"
   if "pixels rounds to" in str(error):
     return "too small"
+  if "could not be fetched" in str(error):
+    return "not fetched"
   # Decoders raise whatever they stumble over, ours raise ValueError.
   return next(
     (name for kind, name in _REASONS if isinstance(error, kind)),

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from caprl_jax.atomic_files import whole_file
 from caprl_jax.data.readers.caprl_json import choices_of, question_of
+from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions
 from caprl_jax.data.readers.jsonl import image_suffix
 from caprl_jax.data.readers.parquet_images import (
   damaged,
@@ -75,6 +76,7 @@ SCHEMA = pa.schema(
   ]
 )
 LAYOUT = f"CapRL-QA's layout has {SCHEMA.names}"
+CAPTIONED = "and mode caption takes the column that caption.column names"
 ROWS_PER_GROUP = 100  # a row group is read as a whole: small ones make single images cheap
 
 
@@ -124,21 +126,25 @@ def scan_parquet(source: Source) -> Iterator[QARow | BadRow]:
           yield BadRow(where, str(error))
 
 
-def scan_images(source: Source) -> Iterator[CaptionRow]:
-  """The images of any parquet with a column `image` (or `images`), without captions.
+def scan_images(source: Source, options: ListingOptions = NOTHING_MORE) -> Iterator[CaptionRow]:
+  """The images of any parquet with a column `image` (or `images`), or `options.column`, without
+  captions.
 
-  A row is named after the image's path in it, its id, or its file and number.
+  A row is named after the image's path in it, its id, or its file and number. Fields are columns.
   """
   for path in parquet_files(source):
     with open_parquet(path) as file:
-      column = image_column(file, path, (), LAYOUT)
-      columns = [name for name in ("id",) if name in file.schema_arrow.names]
+      column = image_column(file, path, (), CAPTIONED, options.column)
+      names = [name for name in file.schema_arrow.names if name != column]
+      columns = [name for name in names if name == "id" or name in options.fields]
       rows = read_columns(file, path, columns) if columns else [{}] * file.metadata.num_rows
-      for number, (row, image) in enumerate(
-        zip(rows, read_pictures(file, path, column), strict=True)
-      ):
+      pictures = read_pictures(file, path, column, options.fetch)
+      for number, (row, image) in enumerate(zip(rows, pictures, strict=True)):
         yield CaptionRow(
-          image.source, "", image.name or str(row.get("id") or "") or f"{path.name}/{number}"
+          image.source,
+          "",
+          image.name or str(row.get("id") or "") or f"{path.name}/{number}",
+          fields=options.kept(dict.fromkeys(names) | row),
         )
 
 
@@ -157,20 +163,29 @@ def write_parquet(path: str | os.PathLike[str], rows: Sequence[QARow]) -> None:
 
 
 def image_column(
-  file: pq.ParquetFile, path: pathlib.Path, needed: Sequence[str], layout: str
+  file: pq.ParquetFile,
+  path: pathlib.Path,
+  needed: Sequence[str],
+  layout: str,
+  asked: str | None = None,
 ) -> str:
-  """The name of the image column. Raises ValueError where it, or one of `needed`, is missing.
+  """The name of the image column: `asked`, or image or images. Raises ValueError where it, or one
+  of `needed`, is missing.
 
   layout: in words, what the file should have.
   """
   names = file.schema_arrow.names
-  column = next((name for name in ("image", "images") if name in names), None)
+  if asked is not None and asked not in names:
+    raise ValueError(
+      f"{path}: no column {asked!r}, which caption.column names; it has {shown(names, 400)}"
+    )
+  column = asked or next((name for name in ("image", "images") if name in names), None)
   lacking = [] if column else ["image"]
   lacking += [name for name in needed if name not in names]
   if column is None or lacking:
     videos = " (videos are not supported)" if "videos" in names else ""
     raise ValueError(
-      f"{path}: the columns {lacking} are missing{videos}; it has {shown(names)}, {layout}"
+      f"{path}: the columns {lacking} are missing{videos}; it has {shown(names, 400)}, {layout}"
     )
   kind = file.schema_arrow.field(column).type
   if not is_image(kind.value_type if is_list(kind) else kind):

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from caprl_jax.data.readers.image_spellings import spelled_image
-from caprl_jax.data.rows import CaptionRow
+from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions, is_address
+from caprl_jax.data.rows import CaptionRow, ImageSource
 from caprl_jax.image_files import HEAD_BYTES, sniff
 from caprl_jax.json_files import decode, json_lines, parse_json, read_json, shown, starts_with
 
@@ -40,6 +41,7 @@ class LineImage:
   size: int = dataclasses.field(compare=False)
   where: str = dataclasses.field(compare=False)
   digest: bytes
+  column: str | None = None
 
   def read(self) -> bytes:
     try:
@@ -48,7 +50,7 @@ class LineImage:
         line = file.read(self.size)
     except OSError as error:
       raise ValueError(f"{self.where}: {error.strerror}; put the list back") from error
-    value, _ = _said(parse_json(line, self.where, halves=True), self.where)
+    value, _ = _said(parse_json(line, self.where, halves=True), self.where, self.column)
     image = spelled_image(value, self.path.parent, self.where).image
     if not isinstance(image, bytes) or _digest(image) != self.digest:
       raise ValueError(f"{self.where}: its image is another since the list was read; begin anew")
@@ -64,7 +66,7 @@ class _ListRow:
   span: tuple[int, int] | None = None
 
 
-def scan_list(path: pathlib.Path) -> Iterator[CaptionRow]:
+def scan_list(path: pathlib.Path, options: ListingOptions = NOTHING_MORE) -> Iterator[CaptionRow]:
   """The images of a list, as `image_spellings` reads them, from the list's folder.
 
   A .txt file has one on a line; .csv and .tsv a column of one of the names `IMAGE_KEYS`; JSON
@@ -73,41 +75,59 @@ def scan_list(path: pathlib.Path) -> Iterator[CaptionRow]:
   line, and it fails when it is read.
 
   Raises:
-    ValueError: no list; a row that is none, with its line; no row.
+    ValueError: no list; a row that is none, with its line; no row; a column that is not there.
   """
   empty = True
-  for row in _rows(path):
+  for row in _rows(path, options):
     empty = False
-    yield _caption_row(row, path)
+    yield _caption_row(row, path, options)
   if empty:
     raise ValueError(f"{path} has no rows; write one image a line")
 
 
-def _caption_row(row: _ListRow, path: pathlib.Path) -> CaptionRow:
-  value, name = _said(row.value, row.where)
+def _caption_row(row: _ListRow, path: pathlib.Path, options: ListingOptions) -> CaptionRow:
+  value, name = _said(row.value, row.where, options.column)
+  fields = options.kept(row.value) if isinstance(row.value, dict) else None
+  image, name = _image(row, path, value, name, options)
+  return CaptionRow(image, "", name, fields=fields)
+
+
+def _image(
+  row: _ListRow, path: pathlib.Path, value: Any, name: str | None, options: ListingOptions
+) -> tuple[ImageSource, str]:
+  """A row's image and what it is called. value, name: as `_said` has them."""
+  address = is_address(value)
+  if address and options.fetch is not None:
+    return options.fetch.image(value.strip(), row.where), value.strip()
   try:
     found = spelled_image(value, path.parent, row.where)
   except ValueError as error:
-    short = isinstance(value, str) and value.strip() and len(value) <= _LONGEST_NAME
+    short = isinstance(value, str) and value.strip() and (address or len(value) <= _LONGEST_NAME)
     name = value if short else pathlib.PurePath(row.where).name
-    return CaptionRow(UnreadableImage(row.where, str(error)), "", name)
+    return UnreadableImage(row.where, str(error)), name
   if isinstance(found.image, pathlib.Path):
-    return CaptionRow(found.image, "", found.name)
+    return found.image, found.name
   name = name if name and found.name.startswith("sha256-") else found.name
   if row.span is None:
-    return CaptionRow(found.image, "", name)
-  return CaptionRow(LineImage(path, *row.span, row.where, _digest(found.image)), "", name)
+    return found.image, name
+  digest = _digest(found.image)
+  return LineImage(path, *row.span, row.where, digest, options.column), name
 
 
 def _digest(data: bytes) -> bytes:
   return hashlib.sha256(data).digest()
 
 
-def _said(value: Any, where: str) -> tuple[Any, str | None]:
+def _said(value: Any, where: str, column: str | None) -> tuple[Any, str | None]:
   """What a row says of its image, and its `name` if it has one."""
   name = None
   if isinstance(value, dict):
-    key = next((key for key in IMAGE_KEYS if value.get(key) is not None), None)
+    keys = IMAGE_KEYS if column is None else (column,)
+    key = next((key for key in keys if value.get(key) is not None), None)
+    if key is None and column is not None:
+      raise ValueError(
+        f"{where}: no {column!r}, which caption.column names; it has the keys {shown(list(value))}"
+      )
     if key is None:
       what = f"it has the keys {shown(list(value))}" if value else "it is empty"
       raise _no_row(where, what)
@@ -126,7 +146,7 @@ def _no_row(where: str, what: str) -> ValueError:
   )
 
 
-def _rows(path: pathlib.Path) -> Iterator[_ListRow]:
+def _rows(path: pathlib.Path, options: ListingOptions) -> Iterator[_ListRow]:
   try:
     with path.open("rb") as file:
       head = file.read(HEAD_BYTES)
@@ -143,7 +163,7 @@ def _rows(path: pathlib.Path) -> Iterator[_ListRow]:
     values = read_json(path, halves=True)
     yield from (_ListRow(f"{path}[{i}]", value) for i, value in enumerate(values))
   elif suffix in _COLUMNS:
-    yield from _of_table(path, _COLUMNS[suffix])
+    yield from _of_table(path, _COLUMNS[suffix], options)
   elif suffix == ".txt" and start != "{":
     for number, line in enumerate(io.StringIO(_text(path), newline=None), 1):
       if line.strip():
@@ -177,20 +197,22 @@ def _good(value: Any, where: str) -> Any:
   return value
 
 
-def _of_table(path: pathlib.Path, delimiter: str) -> Iterator[_ListRow]:
+def _of_table(path: pathlib.Path, delimiter: str, options: ListingOptions) -> Iterator[_ListRow]:
   csv.field_size_limit(1 << 30)  # base64 is longer than the 131,072 characters that csv allows
   reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
   try:
     names = reader.fieldnames or []
-    key = next((key for key in IMAGE_KEYS if key in names), None)
+    wanted = IMAGE_KEYS if options.column is None else (options.column,)
+    key = next((key for key in wanted if key in names), None)
     if key is None and names:
       raise ValueError(
-        f"{path}: no column {', '.join(IMAGE_KEYS)} among {shown(names)}; name one so in the "
-        "first line"
+        f"{path}: no column {', '.join(wanted)} among {shown(list(names), 400)}; name one so in "
+        "the first line, or name the column of images in caption.column"
       )
     for row in reader:
-      name = {"name": row["name"]} if row.get("name") else {}
-      yield _ListRow(f"{path}:{reader.line_num}", {key: row[key] or "", **name})
+      row.pop(None, None)  # what stands behind the last column
+      more = row if options.fields else {"name": row["name"]} if row.get("name") else {}
+      yield _ListRow(f"{path}:{reader.line_num}", {**more, key: row[key] or ""})
   except csv.Error as error:
     raise ValueError(f"{path}:{reader.line_num}: not CSV ({error}); mend the line") from error
 

@@ -21,6 +21,7 @@ from caprl_jax.data.readers.image_folders import (
 )
 from caprl_jax.data.readers.image_lists import LIST_SUFFIXES, scan_list
 from caprl_jax.data.readers.image_tars import scan_tars
+from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.json_files import shown
 
@@ -45,7 +46,9 @@ def find_images(source: str, key: str = "caption.input") -> list[CaptionRow]:
   return list_images(source, key).rows
 
 
-def list_images(source: str, key: str = "caption.input") -> ImageListing:
+def list_images(
+  source: str, key: str = "caption.input", options: ListingOptions = NOTHING_MORE
+) -> ImageListing:
   """The images to caption: files sorted by path, what is in a file as it stands there. Nothing is
   decoded. What is passed over is said in one line of log.
 
@@ -73,6 +76,7 @@ def list_images(source: str, key: str = "caption.input") -> ImageListing:
 
   Args:
     key: what the source stands in; begins messages.
+    options: the column of images in lists and parquet, fields of rows to keep, addresses fetched.
 
   Raises:
     ValueError: a source that is not there or holds no image; a line without an `image`; a tar file
@@ -80,17 +84,19 @@ def list_images(source: str, key: str = "caption.input") -> ImageListing:
       once); two images of one name.
   """
   passed = PassedOver()
-  rows = _unique(_find(source, key, passed), source)
+  rows = _unique(_find(source, key, passed, options), source)
   passed.say(source)
   return ImageListing(rows, passed)
 
 
-def _find(source: str, key: str, passed: PassedOver) -> Iterable[CaptionRow]:
+def _find(
+  source: str, key: str, passed: PassedOver, options: ListingOptions
+) -> Iterable[CaptionRow]:
   said = f"{key} = {shown(source)}"
   if source.startswith("tfds:"):
-    return _tfds(source, said)
+    return _tfds(source, said, options)
   if source.startswith("hf:"):
-    return _hub(source)
+    return _hub(source, options)
   if not source.strip():
     raise ValueError(
       f"{said} is empty; name a folder of images, a list, or a .tar or .parquet file"
@@ -99,11 +105,11 @@ def _find(source: str, key: str, passed: PassedOver) -> Iterable[CaptionRow]:
   base = base_folder(source)
   if os.path.isdir(path):  # pathlib's own raises for names that are too long
     files = _one_kind(folder_files(path, passed), path, said, passed)
-    return _rows_of(files, base, passed)
+    return _rows_of(files, base, passed, options)
   if os.path.isfile(path):
-    return _rows_of({_named_kind(path, said): [path]}, base, passed)
+    return _rows_of({_named_kind(path, said): [path]}, base, passed, options)
   if glob.has_magic(source):
-    return _rows_of(_fitting(source, base, said, passed), base, passed)
+    return _rows_of(_fitting(source, base, said, passed), base, passed, options)
   raise ValueError(
     f"{said}: no such file or folder; name a folder of images, a list "
     f"({', '.join(LIST_SUFFIXES)}), a .tar or .parquet file, a pattern such as 'shards/*.tar', "
@@ -271,7 +277,10 @@ def _one_kind(
 
 
 def _rows_of(
-  by_kind: dict[str, list[pathlib.Path]], base: pathlib.Path, passed: PassedOver
+  by_kind: dict[str, list[pathlib.Path]],
+  base: pathlib.Path,
+  passed: PassedOver,
+  options: ListingOptions,
 ) -> Iterator[CaptionRow]:
   """The rows of files of one kind."""
   ((kind, files),) = by_kind.items()
@@ -284,18 +293,18 @@ def _rows_of(
       "images hardly shrink anyway"
     )
   elif kind == "tar":
-    yield from scan_tars(files, base, passed)
+    yield from scan_tars(files, base, passed, options)
   elif kind == "parquet":
     from caprl_jax.data.readers import caprl_parquet  # only here: it brings pyarrow
 
     yield from _told_apart(
       (row, f"{file.relative_to(base).as_posix()}/{number}")
       for file in files
-      for number, row in enumerate(caprl_parquet.scan_images(file))
+      for number, row in enumerate(caprl_parquet.scan_images(file, options))
     )
   else:
     for file in files:
-      yield from scan_list(file)
+      yield from scan_list(file, options)
 
 
 def _told_apart(found: Iterable[tuple[CaptionRow, str]]) -> list[CaptionRow]:
@@ -309,7 +318,7 @@ def _told_apart(found: Iterable[tuple[CaptionRow, str]]) -> list[CaptionRow]:
   ]
 
 
-def _tfds(source: str, said: str) -> Iterable[CaptionRow]:
+def _tfds(source: str, said: str, options: ListingOptions) -> Iterable[CaptionRow]:
   folder, _, split = source.removeprefix("tfds:").rpartition(":")
   if not folder or not split:
     raise ValueError(
@@ -318,18 +327,19 @@ def _tfds(source: str, said: str) -> Iterable[CaptionRow]:
   from caprl_jax.data.readers import tfds  # only here: it brings tensorflow_datasets
 
   return _told_apart(
-    (row, f"{split}/{number}") for number, row in enumerate(tfds.scan_images(folder, split))
+    (row, f"{split}/{number}")
+    for number, row in enumerate(tfds.scan_images(folder, split, options))
   )
 
 
-def _hub(source: str) -> Iterable[CaptionRow]:
+def _hub(source: str, options: ListingOptions) -> Iterable[CaptionRow]:
   from caprl_jax import hub_datasets
   from caprl_jax.data.readers import caprl_parquet  # only here: it brings pyarrow
 
   return _told_apart(
     (row, f"{file.name}/{number}")
     for file in hub_datasets.split_files(source)
-    for number, row in enumerate(caprl_parquet.scan_images([file]))
+    for number, row in enumerate(caprl_parquet.scan_images([file], options))
   )
 
 

@@ -14,6 +14,8 @@ from caprl_jax.data.readers.image_folders import (
   image_or_reason,
   left_out,
 )
+from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions
+from caprl_jax.data.readers.inputs.tar_fields import SampleTexts
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.image_files import HEAD_BYTES
 from caprl_jax.json_files import listed, shown
@@ -54,20 +56,27 @@ class StoredTarImage:
 
 
 def scan_tars(
-  files: list[pathlib.Path], base: pathlib.Path, passed: PassedOver
+  files: list[pathlib.Path],
+  base: pathlib.Path,
+  passed: PassedOver,
+  options: ListingOptions = NOTHING_MORE,
 ) -> Iterator[CaptionRow]:
-  """The images of tar files, named by the files' path from `base` and the member's.
+  """The images of tar files, named by the files' path from `base` and the member's. Fields of rows
+  are as `SampleTexts` has them.
 
   Raises ValueError: files that `index_tar` refuses, all at once; no image in any of them.
   """
   broken, members = [], 0
   for file in files:
     name, before = file.relative_to(base).as_posix(), members
+    texts = SampleTexts(file) if options.fields else None
     try:
-      for image in index_tar(file, passed):
+      images = index_tar(file, passed, texts)
+      for image in list(images) if texts else images:  # what belongs to an image may come after it
         members += 1
         if not broken:  # else they come to nothing
-          yield CaptionRow(image, "", f"{name}/{_plain(image.member)}")
+          fields = options.kept(texts.of(image.member)) if texts else None
+          yield CaptionRow(image, "", f"{name}/{_plain(image.member)}", fields=fields)
     except ValueError as error:
       broken.append(str(error))
       continue
@@ -89,9 +98,12 @@ def _plain(member: str) -> str:
   return member
 
 
-def index_tar(path: pathlib.Path, passed: PassedOver) -> Iterator[StoredTarImage]:
+def index_tar(
+  path: pathlib.Path, passed: PassedOver, texts: SampleTexts | None = None
+) -> Iterator[StoredTarImage]:
   """The images of an uncompressed tar file, found by reading its headers, and the first bytes of
-  members whose suffix does not say what they are. Members are passed over as files of a folder are.
+  members whose suffix does not say what they are. Members are passed over as files of a folder are;
+  `texts` takes note of those that say something about an image.
 
   Raises ValueError, with the file and the byte, where it is compressed, damaged or cut off.
   """
@@ -108,6 +120,8 @@ def index_tar(path: pathlib.Path, passed: PassedOver) -> Iterator[StoredTarImage
           continue
         if reason := _reason(tar, member):
           passed.add(reason, member.name)
+          if texts and member.isreg():
+            texts.add(member.name, member.offset_data, member.size)
         elif member.issparse():
           raise ValueError(
             f"{path}: member {shown(member.name)} at byte {member.offset} is stored "

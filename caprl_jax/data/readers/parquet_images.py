@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from caprl_jax.data.readers.image_spellings import find_image
-from caprl_jax.data.rows import (
-  ImageSource,
-)
+from caprl_jax.data.readers.inputs.options import Fetch, is_address
+from caprl_jax.data.rows import ImageSource
 from caprl_jax.json_files import cut, shown
 
 KEPT_BYTES = 1 << 30  # of decoded row groups
@@ -134,8 +133,10 @@ class Picture:
   problem: str = ""
 
 
-def read_pictures(file: pq.ParquetFile, path: pathlib.Path, column: str) -> Iterator[Picture]:
-  """The images of all rows, in order. Those with bytes are not read."""
+def read_pictures(
+  file: pq.ParquetFile, path: pathlib.Path, column: str, fetch: Fetch | None = None
+) -> Iterator[Picture]:
+  """The images of all rows, in order. Those with bytes are not read; addresses are `fetch`'s."""
   kind = file.schema_arrow.field(column).type
   fields = (
     {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
@@ -160,7 +161,10 @@ def read_pictures(file: pq.ParquetFile, path: pathlib.Path, column: str) -> Iter
       value = paths[row].as_py()
       value = value["path"] if isinstance(value, dict) and lazy != column else value
       image = ParquetImage(path, group, row, lazy, value if isinstance(value, str) else "")
-      yield _of_path(image, value) if empty[row] else Picture(image, image.name)
+      if fetch is not None and empty[row] and is_address(value):
+        yield Picture(fetch.image(value.strip(), image.where), value.strip())
+      else:
+        yield _of_path(image, value) if empty[row] else Picture(image, image.name)
 
 
 def _of_path(image: ParquetImage, value: Any) -> Picture:

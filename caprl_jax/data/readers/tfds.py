@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions
 from caprl_jax.data.readers.jsonl import image_suffix, parse_questions, plain_questions
 from caprl_jax.data.rows import BadRow, CaptionRow, QARow, check_rows, image_bytes
 from caprl_jax.json_files import parse_json, shown
@@ -140,9 +141,11 @@ def scan_tfds(folder: str, split: str) -> Iterator[QARow | BadRow]:
     yield row
 
 
-def scan_images(folder: str, split: str) -> Iterator[CaptionRow]:
+def scan_images(
+  folder: str, split: str, options: ListingOptions = NOTHING_MORE
+) -> Iterator[CaptionRow]:
   """The images of a split of any TFDS dataset with a feature `image`, named by their `name` or by
-  their number.
+  their number. Fields are its other features that are texts or numbers.
   """
   source = _source(folder, split)
   if "image" not in (source.dataset_info.features or ()):
@@ -151,8 +154,14 @@ def scan_images(folder: str, split: str) -> Iterator[CaptionRow]:
     )
   named = "name" in source.dataset_info.features
   for i in range(len(source)):
-    name = source[i]["name"].decode("utf-8") if named else f"{split}/{i}"
-    yield CaptionRow(RecordImage(folder, split, i), "", name)
+    record = source[i] if named or options.fields else {}
+    name = record["name"].decode("utf-8") if named else f"{split}/{i}"
+    values = {
+      key: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+      for key, value in record.items()
+      if key != "image" and isinstance(value, (bytes, str, int, float, np.number))
+    }
+    yield CaptionRow(RecordImage(folder, split, i), "", name, fields=options.kept(values))
 
 
 @dataclasses.dataclass(frozen=True)
