@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
+
+from caprl_jax.errors import DISK_FULL, UserError
 
 _LONG_NAME = 200  # bytes: file systems have 255, and the temporary name is longer
 
@@ -41,6 +44,32 @@ def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+class DiskFullError(UserError):
+  """No room is left on a disk; says where and how to go on."""
+
+  exit_code = DISK_FULL
+
+
+@contextlib.contextmanager
+def saying_full_disk(path: pathlib.Path, remedy: str) -> Iterator[None]:
+  """Around work that writes below the folder of `path`: a full disk is said with its name and how
+  much is free there, which the system's own message does not tell.
+
+  Raises:
+    DiskFullError: instead of the system's error; `remedy` ends it.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    free = shutil.disk_usage(place).free
+    raise DiskFullError(
+      f"{place}: {error.strerror} ({free / (1 << 20):,.0f} MiB are free); {remedy}"
+    ) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -107,6 +107,14 @@ def duration(secs: float) -> str:
   return f"{secs / 60:.0f} min" if secs < 5400 else f"{secs / 3600:.1f} h"
 
 
+def ends_at(secs: float) -> str:
+  """When work ends that takes so many seconds more: the hour, and the day if it is another."""
+  now = time.time()
+  then = now + min(secs, 10 * 365 * 86400)
+  same_day = time.localtime(now)[:3] == time.localtime(then)[:3]
+  return time.strftime("ends %H:%M" if same_day else "ends %a %d %b %H:%M", time.localtime(then))
+
+
 def saying_first(call: Call, what: str) -> Call:
   """The function, whose first call, which compiles, is `going_on`."""
   calls: list[bool] = []

@@ -2,6 +2,7 @@
 see one folder.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from caprl_jax.errors import UserError
 from caprl_jax.json_files import cut, read_record
+from caprl_jax.progress import duration, ends_at
 
 log = logging.getLogger("caprl_jax.harness.row_shards")
 
@@ -29,6 +31,7 @@ Worker = TypeVar("Worker")
 
 SETTINGS = "settings.json"
 POLL_SECS, SAY_SECS = 2.0, 60.0
+RECENT_SECS = 300.0  # whose rate tells when the work ends
 STILL_SECS = (
   1800.0  # more than loading a model and compiling take: a host that keeps no row is gone
 )
@@ -136,6 +139,7 @@ class ShardedJob(Generic[Source]):
     work: Callable[[Worker, list[tuple[int, Source]]], Iterator[list[RowResult[Source]]]],
     *,
     what: str,
+    unit: str = "image",
   ) -> None:
     """Does what is left of this host's shards, and keeps each row as it is finished.
 
@@ -143,23 +147,24 @@ class ShardedJob(Generic[Source]):
       open_worker: the context in which it works (a model); opened only where something is left.
       work: (that worker, numbered rows) -> their results, batch by batch, in any order.
       what: names the work on the bar and in the log.
+      unit: what a row is.
     """
     left = [shard for shard in self.missing() if shard in self.mine]
     total = sum(len(self.numbers(shard)) for shard in self.mine)
     before = total - sum(len(self.numbers(shard)) - self.count_done(shard) for shard in left)
     if before:
-      log.info("%s: going on after %d of %d images", what, before, total)
+      log.info("%s: going on after %d of %d %ss", what, before, total, unit)
     if not left:
       return
-    bar = tqdm(total=total, initial=before, desc=what, unit="image", disable=None)
-    rate = _Rate(what, before, total)
+    bar = tqdm(total=total, initial=before, desc=what, unit=unit, disable=None)
+    rate = _Rate(what, unit, before, total)
     with bar, open_worker() as worker:
       for shard in left:
         with Shard(self, shard) as kept:
           for found in work(worker, kept.left()):
             kept.put(found)
+            bar.set_postfix_str(rate.add(len(found)), refresh=False)
             bar.update(len(found))
-            rate.add(len(found))
     rate.end()
 
   def wait(self) -> None:
@@ -194,13 +199,16 @@ class ShardedJob(Generic[Source]):
   def read(self) -> Iterator[RowResult[Source]]:
     """All rows in order, with one shard in memory at a time. Every shard must be whole."""
     for shard in range(self.shards):
-      lines = self.path(shard).read_bytes().split(b"\n")[:-1]
-      found = {item.number: item for item in (_parse(line, self.rows) for line in lines)}
+      found: dict[int, RowResult[Source]] = {}
+      for line in self.path(shard).read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError, TypeError, IndexError):  # a damaged one is missing
+          item = parse_row(line, self.rows)
+          found[item.number] = item
       if found.keys() != set(self.numbers(shard)):
         raise ValueError(
           f"{self.path(shard)} has {len(found)} rows, not the "
-          f"{len(self.numbers(shard))} of its shard; delete this file and run the "
-          "same command, which makes it again"
+          f"{len(self.numbers(shard))} of its shard; delete this file and run the same command, "
+          "which makes it again (in mode caption, caption.repair=True makes only what is missing)"
         )
       yield from (found[number] for number in self.numbers(shard))
 
@@ -248,7 +256,7 @@ class Shard:
     end = 0
     for line in self.file:
       try:
-        item = _parse(line, self.rows)
+        item = parse_row(line, self.rows)
         assert line.endswith(b"\n") and item.number in self.numbers
       except (ValueError, TypeError, IndexError, AssertionError):
         break  # a kill tears the last line; a crash of the machine may leave worse behind it
@@ -277,28 +285,40 @@ class Shard:
 
 
 class _Rate:
-  """Says once a minute how fast the work goes and how long it will take."""
+  """How fast the work goes and when it will end; says so once a minute."""
 
-  def __init__(self, what: str, before: int, total: int):
-    self.what, self.before, self.total, self.done = what, before, total, 0
+  def __init__(self, what: str, unit: str, before: int, total: int):
+    self.what, self.unit, self.before, self.total, self.done = what, unit, before, total, 0
     self.started = self.said = time.monotonic()
+    # when, and how many were done: the rate is that of the last minutes, without compiling
+    self._recent: collections.deque[tuple[float, int]] = collections.deque([(self.started, 0)])
 
-  def add(self, count: int) -> None:
+  def add(self, count: int) -> str:
+    """So many more are done. Returns when all will be, as a bar shows it."""
     self.done += count
     now = time.monotonic()
+    self._recent.append((now, self.done))
+    while now - self._recent[0][0] > RECENT_SECS and len(self._recent) > 2:
+      self._recent.popleft()
+    since, done = self._recent[0]
+    rate = (self.done - done) / max(now - since, 1e-9)
+    left = (self.total - self.before - self.done) / max(rate, 1e-9)
+    end = ends_at(left)
     if now - self.said > SAY_SECS:
       self.said = now
-      done, rate = self.before + self.done, self.done / (now - self.started)
-      message = "%s: %d of %d images, %.1f per second, %.0f minutes to go"
-      log.info(message, self.what, done, self.total, rate, (self.total - done) / rate / 60)
+      done = self.before + self.done
+      message = "%s: %d of %d %ss, %.1f per second, %s to go, %s"
+      log.info(message, self.what, done, self.total, self.unit, rate, duration(left), end)
+    return end
 
   def end(self) -> None:
     secs = time.monotonic() - self.started
-    message = "%s: %d images in %.1f s, %.1f per second, loading and compiling included"
-    log.info(message, self.what, self.done, secs, self.done / secs)
+    message = "%s: %d %ss in %.1f s, %.1f per second, loading and compiling included"
+    log.info(message, self.what, self.done, self.unit, secs, self.done / secs)
 
 
-def _parse(line: bytes, rows: Sequence[Source]) -> RowResult[Source]:
+def parse_row(line: bytes, rows: Sequence[Source]) -> RowResult[Source]:
+  """The result that a shard's line holds. Raises ValueError, TypeError or IndexError for none."""
   number, row, about = json.loads(line)
   return RowResult(number, rows[number], row, about)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from caprl_jax.data.rows import BadRows
 from caprl_jax.harness.watch import STOP_IF, WARN_IF, Watch
 from caprl_jax.hub.hub_files import fingerprint
-from caprl_jax.hub.load import Loaded, load_pixels, load_policy
+from caprl_jax.hub.load import Loaded, load_pixels, load_policy, load_policy_config
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import check_pixel_limits
 from caprl_jax.models.trainable import Trainable
@@ -67,6 +67,10 @@ class PolicySection:
     """How the captioner cuts images into patches, without its weights. Raises ValueError as
     `load`."""
     return load_pixels(self.checkpoint, self.min_pixels, self.max_pixels)
+
+  def sizes(self):
+    """The captioner's `PolicyConfig`, without its weights. Raises ValueError as `load`."""
+    return load_policy_config(self.checkpoint, self.min_pixels, self.max_pixels)
 
   def identity(self) -> dict[str, Any]:
     """What the captioner's texts depend on but for its instruction: settings of work that is kept.

@@ -214,8 +214,14 @@ def load_policy(
 def load_pixels(source: str, min_pixels: int | None = None, max_pixels: int | None = None):
   """How a captioner cuts images into patches, `PolicyConfig.vision.pixels`, without its weights.
   Raises ValueError as `load_policy`."""
-  cfg = PolicyConfig.from_hf(*read_processor(source))
-  return limit_pixels(cfg, min_pixels, max_pixels)[0].vision.pixels
+  return load_policy_config(source, min_pixels, max_pixels).vision.pixels
+
+
+def load_policy_config(
+  source: str, min_pixels: int | None = None, max_pixels: int | None = None
+) -> PolicyConfig:
+  """A captioner's sizes, without its weights. Raises ValueError as `load_policy`."""
+  return limit_pixels(PolicyConfig.from_hf(*read_processor(source)), min_pixels, max_pixels)[0]
 
 
 def with_pixel_limits(loaded: Loaded, min_pixels: int | None, max_pixels: int | None) -> Loaded:

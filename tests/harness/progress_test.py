@@ -1,6 +1,7 @@
 """What a log without a terminal says of long work."""
 
 import logging
+import re
 import time
 
 import pytest
@@ -50,3 +51,9 @@ def test_what_cannot_be_counted_says_that_it_goes_on(caplog):
 @pytest.mark.parametrize("secs, text", [(5, "5 s"), (300, "5 min"), (9000, "2.5 h")])
 def test_durations(secs, text):
   assert progress.duration(secs) == text
+
+
+def test_when_work_ends_is_said_with_the_day_if_it_is_another():
+  assert re.fullmatch(r"ends (\w+ \d\d \w+ )?\d\d:\d\d", progress.ends_at(1))
+  assert re.fullmatch(r"ends \w+ \d\d \w+ \d\d:\d\d", progress.ends_at(2 * 86400))
+  assert progress.ends_at(1e30).startswith("ends ")
