@@ -14,7 +14,7 @@ from caprl_jax.config.schema import did_you_mean
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import Loaded
 from caprl_jax.inference import captioner as host
-from caprl_jax.modes.caption.run import STYLES, instruction_of
+from caprl_jax.modes.caption.section import STYLES, instruction_of
 
 # what `from_pretrained` and `with_settings` take besides the prompt
 SETTINGS = tuple(

@@ -143,7 +143,7 @@ MODES: dict[str, Mode] = {
     "caption images in folders, JSON lines, tar files, parquet or TFDS, on one host or many",
     "--config=configs/caption.py --config.policy.checkpoint=DIR --config.caption.input=FOLDER "
     "--config.caption.output=captions.jsonl",
-    {"caption": "modes.caption.run:CaptionConfig", **_POLICY, **_MESH},
+    {"caption": "modes.caption.section:CaptionConfig", **_POLICY, **_MESH},
     workdir="runs/caption",
   ),
   "gallery": Mode(

@@ -2,11 +2,12 @@
 
 import pathlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from caprl_jax.data.rows import CaptionRow, read_image
 from caprl_jax.harness.row_shards import RowResult
+from caprl_jax.modes.caption.columns import Column, Written, written
 from caprl_jax.modes.caption.statistics import Statistics
 from caprl_jax.pages import cards, markup
 
@@ -36,7 +37,7 @@ def samples_page(name: str, statistics: Statistics, settings: dict[str, Any]) ->
     [
       _headline(figures),
       _tables(figures),
-      *(_samples(*group) for group in groups if group[2]),
+      *(_samples(*group, statistics.columns) for group in groups if group[2]),
       _settings(settings),
     ],
   )
@@ -124,8 +125,10 @@ def _tables(figures: dict[str, Any]) -> str:
   )
 
 
-def _samples(title: str, about: str, found: Iterable[RowResult[CaptionRow]]) -> str:
-  listed = "".join(map(_sample, found))
+def _samples(
+  title: str, about: str, found: Iterable[RowResult[CaptionRow]], columns: Sequence[Column]
+) -> str:
+  listed = "".join(_sample(item, columns) for item in found)
   about = f"<p class=soft>{about}</p>" if about else ""
   return (
     f"<section><h2>{title}</h2>{about}"
@@ -135,18 +138,22 @@ def _samples(title: str, about: str, found: Iterable[RowResult[CaptionRow]]) -> 
   )
 
 
-def _sample(item: RowResult[CaptionRow]) -> str:
+def _sample(item: RowResult[CaptionRow], columns: Sequence[Column]) -> str:
   row = item.row
   if "error" in row:
     words = f"<p class=marks>{cards.FAILED}</p><p>{markup.text(row['error'])}</p>"
   else:
-    caption = cards.caption_text(row["caption"])
-    cut = f" {cards.CUT}" if row["finish"] == "length" else ""
-    words = (
-      f"<p class=text>{caption}</p><p class=marks><span class=soft>{len(row['tokens'])} "
-      f"tokens</span>{cut}</p>"
-    )
+    words = "".join(_caption(one, len(columns) > 1) for one in written(row, columns))
   return cards.image_card(_picture(item.source), row["image"], words)
+
+
+def _caption(one: Written, named: bool) -> str:
+  name = f"<span class=soft>{markup.text(one.column.name)}:</span> " if named else ""
+  cut = f" {cards.CUT}" if one.finish == "length" else ""
+  return (
+    f"<p class=text>{name}{cards.caption_text(one.text)}</p><p class=marks><span class=soft>"
+    f"{len(one.tokens)} tokens</span>{cut}</p>"
+  )
 
 
 def _picture(source: CaptionRow) -> str:

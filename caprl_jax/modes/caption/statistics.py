@@ -11,6 +11,7 @@ import numpy as np
 from caprl_jax.data.readers.image_folders import PassedOver
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.harness.row_shards import RowResult
+from caprl_jax.modes.caption.columns import EXISTING, ONE, SHORTENED, Column, written
 
 LOOP_REPEATS, LOOP_TOKENS, LOOP_PERIOD = 3, 12, 32
 
@@ -42,7 +43,7 @@ class Statistics:
   ones.
 
   samples: rows on the page, about. seed: of those picked at random. passed_over: files and members
-  that are no rows, as `image_sources.list_images` counted them.
+  that are no rows, as `image_sources.list_images` counted them. columns: of captions in a row.
   """
 
   def __init__(
@@ -52,10 +53,12 @@ class Statistics:
     samples: int,
     seed: int,
     passed_over: PassedOver | None = None,
+    columns: Sequence[Column] = ONE,
   ):
+    self.columns = columns
     self.passed_over = passed_over or PassedOver()
     self.hosts, self.shard_rows = hosts, shard_rows
-    self.images, self.cut, self.loops = 0, 0, 0
+    self.images = self.captioned = self.cut = self.loops = self.existing = self.shortened = 0
     self.lengths: collections.Counter[int] = collections.Counter()
     self.reasons: collections.Counter[str] = collections.Counter()
     self.buckets: collections.Counter[str] = collections.Counter()
@@ -74,33 +77,39 @@ class Statistics:
       self.reasons[about.get("reason", "other")] += 1
       self.failures.add(item)
       return
-    length, cut = len(row["tokens"]), row["finish"] == "length"
-    self.lengths[length] += 1
-    self.cut += cut
-    self.loops += has_loop(row["tokens"])
-    self.distinct.add(
-      hashlib.blake2b(row["caption"].encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    )
-    self.buckets[about["bucket"]] += 1
-    spent = self.secs.setdefault(item.number // self.shard_rows % self.hosts, [0, 0.0])
-    spent[0] += 1
-    spent[1] += about["secs"]
+    new = [one for one in written(row, self.columns) if one.finish != EXISTING]
+    if not new:
+      self.existing += 1
+      return
+    self.captioned += 1
+    for one in new:
+      self.lengths[len(one.tokens)] += 1
+      self.cut += one.finish == "length"
+      self.shortened += one.finish == SHORTENED
+      self.loops += has_loop(one.tokens)
+      text = one.text.encode("utf-8", "surrogatepass")
+      self.distinct.add(hashlib.blake2b(text, digest_size=8).digest())
+    if "bucket" in about:  # not of what was read back from an output
+      self.buckets[about["bucket"]] += 1
+      spent = self.secs.setdefault(item.number // self.shard_rows % self.hosts, [0, 0.0])
+      spent[0] += 1
+      spent[1] += about["secs"]
     self.random.add(item)
-    self.longest.add(length, item)
-    self.shortest.add(-length, item)
-    if cut:
+    self.longest.add(max(len(one.tokens) for one in new), item)
+    self.shortest.add(-min(len(one.tokens) for one in new), item)
+    if any(one.finish == "length" for one in new):
       self.cuts.add(item)
 
   def figures(self) -> dict[str, Any]:
-    """What stats.json says. Shares are of captioned images; None where there is none.
+    """What stats.json says. Shares are of captions; None where there is none.
 
     images_per_sec: the sum of the hosts' rates over the time in which they captioned; loading, and
       what kills undid, are not in it.
     """
-    captioned = self.lengths.total()
-    share = lambda count: count / captioned if captioned else None
+    captions = self.lengths.total()
+    share = lambda count: count / captions if captions else None
     tokens = None
-    if captioned:
+    if captions:
       values = np.repeat(sorted(self.lengths), [self.lengths[n] for n in sorted(self.lengths)])
       at = lambda percent: int(np.percentile(values, percent, method="inverted_cdf"))
       tokens = {
@@ -113,14 +122,17 @@ class Statistics:
     rates = [rows / secs for rows, secs in self.secs.values() if secs]
     return {
       "images": self.images,
-      "captioned": captioned,
+      "captioned": self.captioned,
+      **({"captions": captions} if captions != self.captioned else {}),
+      **({"existing": self.existing} if self.existing else {}),
+      **({"shortened": self.shortened} if self.shortened else {}),
       "failed": self.reasons.total(),
       "failed_by_reason": dict(self.reasons.most_common()),
       "passed_over": self.passed_over.figures(),
       "cut_share": share(self.cut),
       "caption_tokens": tokens,
       "distinct_captions": len(self.distinct),
-      "repeat_share": share(captioned - len(self.distinct)),
+      "repeat_share": share(captions - len(self.distinct)),
       "loop_share": share(self.loops),
       "images_per_sec": sum(rates) if rates else None,
       "images_by_bucket": dict(

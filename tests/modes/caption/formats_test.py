@@ -13,8 +13,9 @@ from helpers.captioned_rows import outcome, write_images
 from PIL import Image
 
 from caprl_jax.data.readers.image_sources import base_folder, find_images
-from caprl_jax.modes.caption import formats as caption_formats
-from caprl_jax.modes.caption.formats import Output
+from caprl_jax.modes.caption.formats import hf
+from caprl_jax.modes.caption.formats import output as caption_formats
+from caprl_jax.modes.caption.formats.output import Output
 
 
 @pytest.fixture
@@ -98,8 +99,8 @@ def test_texts_for_images_in_a_tar(images, tmp_path):
 
 @pytest.mark.parametrize("embed", [True, False])
 def test_a_hugging_face_dataset(embed, images, tmp_path, monkeypatch):
-  monkeypatch.setattr(caption_formats, "FILE_BYTES", 500)  # several files
-  monkeypatch.setattr(caption_formats, "GROUP_BYTES", 300)
+  monkeypatch.setattr(hf, "FILE_BYTES", 500)  # several files
+  monkeypatch.setattr(hf, "GROUP_BYTES", 300)
   rows = find_images(str(images))
   out = output("hf", tmp_path / "set", images, embed_images=embed, about=" with `m: {x}`")
   out.write(outcome(rows))

@@ -31,6 +31,7 @@ from caprl_jax import main
 from caprl_jax.data.readers.easy_vqa import easy_vqa_root
 from caprl_jax.harness import row_shards
 from caprl_jax.modes.caption import run as caption
+from caprl_jax.modes.caption.section import CaptionConfig, instruction_of
 
 
 def command(checkpoint, source, output, *more):
@@ -200,13 +201,11 @@ def test_nothing_but_bad_images(checkpoint, tmp_path):
 
 
 def test_a_style_is_a_prompt():
-  assert (
-    caption.instruction_of("detailed", "x") == PROMPT and caption.instruction_of(None, "x") == "x"
-  )
-  assert "one sentence" in caption.instruction_of("short", "x")
-  assert caption.instruction_of("Caption:", "x") == "Caption:"
+  assert instruction_of("detailed", "x") == PROMPT and instruction_of(None, "x") == "x"
+  assert "one sentence" in instruction_of("short", "x")
+  assert instruction_of("Caption:", "x") == "Caption:"
   with pytest.raises(ValueError, match="did you mean 'detailed'"):
-    caption.instruction_of("detialed", "x")
+    instruction_of("detialed", "x")
   for section, message in (
     (dict(host=1), "set both or neither"),
     (dict(host=2, hosts=2), "from 0 to"),
@@ -214,7 +213,7 @@ def test_a_style_is_a_prompt():
     (dict(shard_rows=0), "at least 1"),
   ):
     with pytest.raises(ValueError, match=message):
-      caption.CaptionConfig("in", "out", **section)
+      CaptionConfig("in", "out", **section)
 
 
 def test_a_job_goes_on_only_with_its_settings_and_ends_once(
