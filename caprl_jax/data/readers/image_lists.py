@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from caprl_jax.data.readers.image_spellings import spelled_image
-from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions, is_address
+from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions, address_of
 from caprl_jax.data.rows import CaptionRow, ImageSource
 from caprl_jax.image_files import HEAD_BYTES, sniff
 from caprl_jax.json_files import decode, json_lines, parse_json, read_json, shown, starts_with
@@ -96,14 +96,14 @@ def _image(
   row: _ListRow, path: pathlib.Path, value: Any, name: str | None, options: ListingOptions
 ) -> tuple[ImageSource, str]:
   """A row's image and what it is called. value, name: as `_said` has them."""
-  address = is_address(value)
-  if address and options.fetch is not None:
-    return options.fetch.image(value.strip(), row.where), value.strip()
+  address = address_of(value)
+  if address is not None and options.fetch is not None:
+    return options.fetch.image(address, row.where), address
   try:
     found = spelled_image(value, path.parent, row.where)
   except ValueError as error:
-    short = isinstance(value, str) and value.strip() and (address or len(value) <= _LONGEST_NAME)
-    name = value if short else pathlib.PurePath(row.where).name
+    short = isinstance(value, str) and value.strip() and len(value) <= _LONGEST_NAME
+    name = address or (value if short else pathlib.PurePath(row.where).name)
     return UnreadableImage(row.where, str(error)), name
   if isinstance(found.image, pathlib.Path):
     return found.image, found.name

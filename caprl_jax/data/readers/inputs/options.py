@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from caprl_jax.data.rows import StoredImage
 
 ADDRESS = ("http://", "https://")
+_PLACE_KEYS = ("url", "image_url", "path")
+_BYTES_KEYS = ("bytes", "base64", "data", "b64_json")
+_NESTED = 4  # lists and objects inside one another that are looked into
 
 
 class Fetch(Protocol):
@@ -56,5 +59,17 @@ NOTHING_MORE = ListingOptions()
 
 
 def is_address(value: Any) -> bool:
-  """Whether a row's image is an address on the web."""
+  """Whether a text is an address on the web."""
   return isinstance(value, str) and value.strip().lower().startswith(ADDRESS)
+
+
+def address_of(value: Any) -> str | None:
+  """The address on the web that a row names as its image: a text, an object with one in `url`,
+  `image_url` or `path` and no bytes, or a list of one of these; None where it names none.
+  """
+  for _ in range(_NESTED):
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+      value = value[0]
+    elif isinstance(value, dict) and not any(value.get(key) for key in _BYTES_KEYS):
+      value = next((value[key] for key in _PLACE_KEYS if value.get(key)), None)
+  return value.strip() if is_address(value) else None

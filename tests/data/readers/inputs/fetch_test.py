@@ -5,6 +5,7 @@ machine stands in for all of it.
 import contextlib
 import http.server
 import io
+import json
 import threading
 import time
 
@@ -168,3 +169,9 @@ def test_lists_and_parquet_of_addresses(server, tmp_path):
       with pytest.raises(ValueError, match=r"\['url', 'tags'\]"):
         list_images(str(tmp_path / name), options=ListingOptions(column))
   assert set(options.seen) == {"tags", "url"}
+  values = {"url": addresses[0]}, [{"image_url": {"url": addresses[1]}}]
+  lines = "".join(json.dumps({"image": value}) + "\n" for value in values)
+  (tmp_path / "list.jsonl").write_text(lines)
+  options = ListingOptions(fetch=fetcher(tmp_path))
+  rows = list_images(str(tmp_path / "list.jsonl"), options=options).rows
+  assert [row.name for row in rows] == addresses and image_bytes(rows[0]) == png()
