@@ -84,6 +84,19 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def cache_sharding(mesh: jax.sharding.Mesh, kv_heads: int) -> jax.sharding.NamedSharding:
+  """Keys or values [layers, rows, slots, heads, width]: rows as a batch lies, heads over `tensor`
+  where it divides them."""
+  size = mesh.shape["tensor"]
+  heads = "tensor" if size > 1 and kv_heads % size == 0 else None
+  return jax.sharding.NamedSharding(mesh, P(None, ("data", "fsdp"), None, heads))
+
+
+def batch_parts(mesh: jax.sharding.Mesh) -> int:
+  """Into how many parts a batch is split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def _constrain(tree: Any, spec: P) -> Any:
   """Inside jit: every array lies as `spec` says, where there is a mesh."""
   if jax.sharding.get_abstract_mesh().empty:

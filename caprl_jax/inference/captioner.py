@@ -1,20 +1,22 @@
 """Images -> captions, as transformers' `generate` writes them: by the checkpoint's own chat
 template, end tokens and repetition penalty.
+
+A fixed number of captions is written at once (`engine/`): when one has ended, the next image takes
+its place.
 """
 
+import collections
 import contextlib
 import dataclasses
-import functools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from caprl_jax import sharding
 from caprl_jax.data.batches import ImagePrompt, ImageShape, stack
 from caprl_jax.data.rows import CaptionRow, QARow, failure_reason
 from caprl_jax.hub.folders.notices import warn_once
@@ -22,10 +24,12 @@ from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.tokenizer import said_ends
 from caprl_jax.hub.vocabulary import own_vocabulary
-from caprl_jax.inference.host_batches import HostBatch, HostPipeline, NumberedRow, one_ahead
-from caprl_jax.rl.rollout import RolloutConfig, sample_captions
+from caprl_jax.inference.engine.engine import Asked, Engine, EngineConfig
+from caprl_jax.inference.engine.programs import EngineModel, Request
+from caprl_jax.inference.engine.slots import Written
+from caprl_jax.inference.host_batches import BatchesAhead, HostPipeline, NumberedRow
 from caprl_jax.rl.sampling import SamplingConfig
-from caprl_jax.types import Batch, Vocabulary
+from caprl_jax.types import Vocabulary
 
 log = logging.getLogger("caprl_jax.inference.captioner")
 
@@ -41,10 +45,11 @@ class CaptionerConfig:
 
   captions: written of each image, all from one run of the image.
   max_tokens, temperature, top_p, top_k: of each caption. 0 is greedy, and a caption then depends on
-    its image alone; a sampled one depends on the seed and on which images share its batch.
+    its image alone; a sampled one depends also on the seed, on its row's number and on its own
+    number among the captions of the image. Neither depends on which images are captioned beside it.
   repetition_penalty: None takes the checkpoint's own (generation_config.json).
-  batch_size: images that a program runs at once, all of one bucket of shapes; the last batch of
-    each bucket is filled up.
+  batch_size: images that are captioned at once; when one is done, the next takes its place. A
+    quarter as many, all of one bucket of shapes, are encoded at once.
   """
 
   instruction: str
@@ -61,7 +66,7 @@ class CaptionerConfig:
 @dataclasses.dataclass(frozen=True)
 class WrittenCaption:
   """A caption's text, the ids that were sampled (the end token included), and whether it ended by
-  itself ("end") or was cut at max_tokens ("length").
+  itself ("end") or was cut at max_tokens ("length"); "" while it is being written.
   """
 
   text: str
@@ -74,7 +79,7 @@ class CaptionerOutput:
   """What became of one image: its captions, or the error that names its row.
 
   number, row: as they were given. shape: the bucket that it ran in. secs: its share of the time
-  that its batch took.
+  since others were done before it.
   """
 
   number: int
@@ -106,24 +111,34 @@ def open_captioner(
     yield captioner
 
 
+class _Given(NamedTuple):
+  """An image that is captioned: a numbered row and its bucket."""
+
+  numbered: NumberedRow
+  shape: ImageShape
+
+
 class Captioner:
-  """Images -> captions, one compiled program per bucket of image shapes. A context manager: it has
-  threads.
+  """Images -> captions. For each bucket of image shapes a program or two are compiled, once. A
+  context manager: it has threads.
   """
 
   def __init__(self, loaded: Loaded, cfg: CaptionerConfig, *, mesh: jax.sharding.Mesh, seed: int):
     self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
     self.vocabulary = caption_vocabulary(loaded)
     self.pieces = loaded.prompt_pieces(cfg.instruction, cfg.system)
-    self._run = jax.jit(
-      functools.partial(
-        sample_captions,
-        loaded.model,
-        vocabulary=self.vocabulary,
-        cfg=RolloutConfig(cfg.captions, _sampling(loaded, cfg)),
-      )
+    engine_cfg = EngineConfig(cfg.batch_size, cfg.captions, _sampling(loaded, cfg))
+    self.engine = Engine(
+      EngineModel.of_policy(loaded.model),
+      loaded.params,
+      engine_cfg,
+      vocabulary=self.vocabulary,
+      mesh=mesh,
+      seed=seed,
     )
-    self._host = HostPipeline(loaded.model.cfg, cfg.batch_size)
+    prefilled = engine_cfg.prefilled(self.engine.shards)
+    ahead = -(-2 * cfg.batch_size // prefilled)
+    self._host = HostPipeline(loaded.model.cfg, prefilled, ahead)
     self._since, self._failures = time.monotonic(), 0
 
   def __enter__(self) -> "Captioner":
@@ -133,55 +148,75 @@ class Captioner:
     self._host.close()
 
   def __call__(self, rows: Iterable[NumberedRow]) -> Iterator[list[CaptionerOutput]]:
-    """Captions numbered rows, shape by shape; yields them as batches finish. A batch is dispatched
-    before the one before it is fetched, and pictures are prepared for the ones after it meanwhile.
+    """Captions numbered rows, smaller images first; yields them as they are done, in no order.
+    Pictures are prepared while the device works.
 
     Args:
-      rows: the number of a batch's first row goes into its random key.
+      rows: a row's number goes into its random keys.
     """
     self._since = time.monotonic()
-    buckets, failed = self._host.bucket(list(rows))
+    source, failed = self._open(list(rows))
     if failed:
-      yield [self._failed(*numbered, error) for numbered, error in failed]
-    log.info("%d images in %d shapes", sum(map(len, buckets.values())), len(buckets))
-    batches = self._host.batches(buckets, self._prepare)
-    for batch, captions in one_ahead(batches, self._dispatch):
-      failed = [self._failed(*numbered, error) for numbered, error in batch.failed]
-      yield failed + (self._fetch(batch.shape, batch.items, captions) if batch.items else [])
+      yield failed
+    group: dict[int, dict[int, WrittenCaption]] = collections.defaultdict(dict)  # by image
+    for found in self.engine(source):
+      done: list[tuple[_Given, tuple[WrittenCaption, ...]]] = []
+      for one in found:
+        image = id(one.item)
+        group[image][one.caption] = self._written(one)
+        if len(group[image]) == self.cfg.captions:
+          done.append((one.item, tuple(text for _, text in sorted(group.pop(image).items()))))
+      failed = source.failures()
+      if failed or done:
+        yield failed + self._outputs(done)
+    if failed := source.failures():
+      yield failed
 
-  def _prepare(self, shape: ImageShape, numbered: NumberedRow) -> Batch:
+  def stream(self, numbered: NumberedRow) -> Iterator[CaptionerOutput]:
+    """One image's first caption as it is written: outputs with more and more of it, whose `finish`
+    is "" until the last one."""
+    self._since = time.monotonic()
+    source, failed = self._open([numbered])
+    for found in self.engine(source, partly=True):
+      first = [one for one in found if not one.caption]
+      yield from self._outputs([(one.item, (self._written(one),)) for one in first])
+    yield from failed + source.failures()
+
+  def limit(self, number: int) -> int:
+    """The longest caption of a row, in tokens; measurements have others."""
+    del number
+    return self.cfg.max_tokens
+
+  def _open(self, rows: list[NumberedRow]) -> "tuple[_Pictures, list[CaptionerOutput]]":
+    """Rows as a source for the engine, and those whose image cannot be opened."""
+    buckets, failed = self._host.bucket(rows)
+    log.info("%d images in %d shapes", sum(map(len, buckets.values())), len(buckets))
+    return (
+      _Pictures(self._host.batches(buckets, self._prepare), self._failed, self.limit),
+      [self._failed(*numbered, error) for numbered, error in failed],
+    )
+
+  def _prepare(self, shape: ImageShape, numbered: NumberedRow) -> Request:
     number, row = numbered
     images, prompts = ImagePrompt(self.loaded.model.cfg, self.pieces, shape)(row)
-    return Batch(images, prompts, None, np.int32(number))
+    return Request(images, prompts, np.int32(number))
 
-  def _dispatch(self, batch: HostBatch[NumberedRow, Batch]) -> tuple[jax.Array, ...] | None:
-    """Begins to caption a batch and does not wait for it; None where all of its images failed."""
-    if not batch.items:
-      return None
-    key = jax.random.fold_in(jax.random.key(self.seed), batch.items[0][0])
-    put = sharding.put_batch(stack(batch.ready), self.mesh)
-    captions = self._run(self.loaded.params, put, key)
-    return captions.tokens_BGT, captions.valid_BGT, captions.ended_BG
-
-  def _fetch(
-    self, shape: ImageShape, members: list[NumberedRow], captions: tuple[jax.Array, ...]
+  def _outputs(
+    self, done: Sequence[tuple[_Given, tuple[WrittenCaption, ...]]]
   ) -> list[CaptionerOutput]:
-    tokens_BGT, valid_BGT, ended_BG = jax.device_get(captions)
-    written = []
-    for b in range(len(members)):  # what fills the batch up comes after them
-      group = zip(tokens_BGT[b], valid_BGT[b], ended_BG[b])
-      written.append(tuple(self._written(*caption) for caption in group))
+    if not done:
+      return []
     now = time.monotonic()
-    secs, self._since = (now - self._since) / len(members), now
+    secs, self._since = (now - self._since) / len(done), now
     return [
-      CaptionerOutput(number, row, captions, shape=shape, secs=secs)
-      for (number, row), captions in zip(members, written)
+      CaptionerOutput(*given.numbered, captions, shape=given.shape, secs=secs)
+      for given, captions in done
     ]
 
-  def _written(self, tokens_T: np.ndarray, valid_T: np.ndarray, ended: bool) -> WrittenCaption:
-    ids = tokens_T[valid_T].tolist()
-    text = self.loaded.tokenizer.decode_written(ids)
-    return WrittenCaption(text, ids, "end" if ended else "length")
+  def _written(self, one: Written[_Given]) -> WrittenCaption:
+    text = self.loaded.tokenizer.decode_written(one.ids)
+    finish = "end" if one.ids[-1] in self.vocabulary.end_ids else "length"
+    return WrittenCaption(text, one.ids, "" if one.live else finish)
 
   def _failed(self, number: int, row: CaptionRow | QARow, cause: ValueError) -> CaptionerOutput:
     said = _ADDRESS.sub("", str(cause))
@@ -197,6 +232,37 @@ class Captioner:
         SHOWN_FAILURES,
       )
     return CaptionerOutput(number, row, error=error)
+
+
+class _Pictures:
+  """Pictures that threads prepare, as a source of prompts; what cannot be prepared is kept."""
+
+  def __init__(
+    self,
+    batches: BatchesAhead[NumberedRow, Request],
+    fail: Callable[[int, CaptionRow | QARow, ValueError], CaptionerOutput],
+    limit: Callable[[int], int],
+  ):
+    self._batches, self._fail, self._limit = batches, fail, limit
+    self._failed: list[CaptionerOutput] = []
+
+  def take(self, wait: bool) -> Asked[_Given] | None:
+    """As of `Source`."""
+    while wait or self._batches.ready():
+      batch = next(self._batches, None)
+      if batch is None:
+        return None
+      self._failed += [self._fail(*numbered, error) for numbered, error in batch.failed]
+      if batch.items:
+        items = [_Given(numbered, batch.shape) for numbered in batch.items]
+        request: Any = stack(batch.ready)
+        return Asked(items, request, [self._limit(number) for number, _ in batch.items])
+    return None
+
+  def failures(self) -> list[CaptionerOutput]:
+    """What could not be prepared since this was called."""
+    failed, self._failed = self._failed, []
+    return failed
 
 
 def _sampling(loaded: Loaded, cfg: CaptionerConfig) -> SamplingConfig:

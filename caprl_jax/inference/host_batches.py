@@ -2,10 +2,11 @@
 
 import collections
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from caprl_jax.data.batches import ImageShape, image_shape, shape_bucket
 from caprl_jax.data.rows import CaptionRow, QARow
@@ -42,8 +43,9 @@ class HostPipeline:
   turn of their batch comes, because the pixels of all of them would not fit into memory.
   """
 
-  def __init__(self, cfg: PolicyConfig, batch_size: int):
-    self.cfg, self.batch_size = cfg, batch_size
+  def __init__(self, cfg: PolicyConfig, batch_size: int, ahead: int = BATCHES_AHEAD):
+    """ahead: batches in the making, after the one that is given."""
+    self.cfg, self.batch_size, self.ahead = cfg, batch_size, ahead
     self._pool = futures.ThreadPoolExecutor(PREPARE_THREADS, "pictures")
 
   def __enter__(self) -> "HostPipeline":
@@ -82,7 +84,7 @@ class HostPipeline:
     self,
     buckets: Mapping[ImageShape, Sequence[Item]],
     prepare: Callable[[ImageShape, Item], Ready],
-  ) -> Iterator[HostBatch[Item, Ready]]:
+  ) -> "BatchesAhead[Item, Ready]":
     """The items, bucket by bucket, `batch_size` at a time; the next batches are in the making.
 
     Args:
@@ -95,24 +97,53 @@ class HostPipeline:
       except ValueError as error:
         return error
 
-    def collect(shape, items, made) -> HostBatch[Item, Ready]:
-      found = list(zip(items, (one.result() for one in made)))
-      good = [(item, ready) for item, ready in found if not isinstance(ready, ValueError)]
-      ready = [ready for _, ready in good]
-      ready += ready[-1:] * (self.batch_size - len(ready))
-      failed = [(item, error) for item, error in found if isinstance(error, ValueError)]
-      return HostBatch(shape, [item for item, _ in good], ready, failed)
+    def begun() -> Iterator[_Begun[Item, Ready]]:
+      for shape, members in buckets.items():
+        for start in range(0, len(members), self.batch_size):
+          items = members[start : start + self.batch_size]
+          yield _Begun(shape, items, [self._pool.submit(attempt, shape, item) for item in items])
 
-    ahead: collections.deque[tuple] = collections.deque()
-    for shape, members in buckets.items():
-      for start in range(0, len(members), self.batch_size):
-        items = members[start : start + self.batch_size]
-        made = [self._pool.submit(attempt, shape, item) for item in items]
-        ahead.append((shape, items, made))
-        if len(ahead) > BATCHES_AHEAD:
-          yield collect(*ahead.popleft())
-    while ahead:
-      yield collect(*ahead.popleft())
+    return BatchesAhead(begun(), self.batch_size, self.ahead)
+
+
+class _Begun(NamedTuple, Generic[Item, Ready]):
+  """A batch in the making."""
+
+  shape: ImageShape
+  items: Sequence[Item]
+  made: list[futures.Future[Ready | ValueError]]
+
+
+class BatchesAhead(Generic[Item, Ready]):
+  """An iterator over batches, `ahead` of which are in the making after the one that is given."""
+
+  def __init__(self, begun: Iterator[_Begun[Item, Ready]], batch_size: int, ahead: int):
+    self._begun, self._batch_size, self._ahead = begun, batch_size, ahead
+    self._queue: collections.deque[_Begun[Item, Ready]] = collections.deque()
+
+  def _fill(self) -> None:
+    missing = 1 + self._ahead - len(self._queue)
+    self._queue.extend(itertools.islice(self._begun, missing))
+
+  def ready(self) -> bool:
+    """Whether the next batch can be had without waiting, or there is none."""
+    self._fill()
+    return not self._queue or all(one.done() for one in self._queue[0].made)
+
+  def __iter__(self) -> "BatchesAhead[Item, Ready]":
+    return self
+
+  def __next__(self) -> HostBatch[Item, Ready]:
+    self._fill()
+    if not self._queue:
+      raise StopIteration
+    shape, items, made = self._queue.popleft()
+    found = list(zip(items, (one.result() for one in made)))
+    good = [(item, ready) for item, ready in found if not isinstance(ready, ValueError)]
+    ready = [ready for _, ready in good]
+    ready += ready[-1:] * (self._batch_size - len(ready))
+    failed = [(item, error) for item, error in found if isinstance(error, ValueError)]
+    return HostBatch(shape, [item for item, _ in good], ready, failed)
 
 
 def one_ahead(

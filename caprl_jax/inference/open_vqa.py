@@ -1,8 +1,10 @@
 """Images with questions -> a captioner's answers in words, with the image and without: direct VQA,
 and the released curation's way of asking for letters.
 
-The image runs once, every question branches from it, and every answer from its question. Letters as
-in vqa.py; T tokens of an answer.
+The image runs once, every question branches from it, and every answer from its question. Answers
+are a few tokens that end together, and what costs is the images and questions before them: they are
+written in batches, where captions and long texts go through `engine/`. Letters as in vqa.py; T
+tokens of an answer.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ from caprl_jax.inference.vqa import (
 )
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.policy import Policy
+from caprl_jax.rl.rollout import seen_tokens
 from caprl_jax.rl.sampling import SamplingConfig, decode
 from caprl_jax.scoring.metrics import exact
 from caprl_jax.types import Array, Images, Params, Prompts, Vocabulary
@@ -103,15 +106,12 @@ def write_answers(
 
 
 def _seen(prompts: Prompts | None, tokens_BML: Array, valid_BML: Array, size: int) -> Array:
-  """Which tokens stand before each answer, bool [B * M, V]: what a repetition penalty is about."""
-
-  def seen(tokens_L: Array, valid_L: Array) -> Array:  # padding goes to V, which is dropped
-    return jnp.zeros(size, bool).at[jnp.where(valid_L, tokens_L, size)].set(True, mode="drop")
-
-  seen_BMV = jax.vmap(jax.vmap(seen))(tokens_BML, valid_BML)
+  """Which tokens stand before each answer, bool [B * M, V]."""
+  B, M, L = tokens_BML.shape
+  seen_NV = seen_tokens(tokens_BML.reshape(B * M, L), valid_BML.reshape(B * M, L), size)
   if prompts is not None:
-    seen_BMV |= jax.vmap(seen)(prompts.tokens_BP, prompts.valid_BP)[:, None]
-  return seen_BMV.reshape(-1, size)
+    seen_NV |= jnp.repeat(seen_tokens(prompts.tokens_BP, prompts.valid_BP, size), M, axis=0)
+  return seen_NV
 
 
 class OpenAnswerer(VqaRunner):

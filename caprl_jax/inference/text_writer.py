@@ -1,22 +1,19 @@
-"""Prompts -> texts of a language model without eyes: Prism's second stage. Letters: N prompts, L
-prompt tokens, T new ones."""
+"""Prompts -> texts of a language model without eyes: Prism's second stage. Letters: L prompt
+tokens."""
 
-import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from caprl_jax import sharding
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.vocabulary import own_vocabulary
-from caprl_jax.inference.host_batches import one_ahead
-from caprl_jax.models.decoder import Decoder, head_matrix
-from caprl_jax.models.policy import last_hidden
-from caprl_jax.rl.sampling import SamplingConfig, decode
-from caprl_jax.types import Array, Params, Vocabulary
+from caprl_jax.inference.engine.engine import Asked, Engine, EngineConfig, Listed
+from caprl_jax.inference.engine.programs import EngineModel, Request
+from caprl_jax.inference.engine.slots import Written
+from caprl_jax.rl.sampling import SamplingConfig
+from caprl_jax.types import Prompts
 
 
 class WrittenText(NamedTuple):
@@ -26,43 +23,9 @@ class WrittenText(NamedTuple):
   finish: str
 
 
-def write_texts(
-  model: Decoder,
-  params: Params,
-  tokens_NL: Array,
-  valid_NL: Array,
-  key: Array,
-  *,
-  vocabulary: Vocabulary,
-  cfg: SamplingConfig,
-) -> tuple[Array, Array, Array]:
-  """Goes on writing after each prompt: tokens and which are valid [N, T], and whether each ended
-  [N]. The key is consumed."""
-  N, L = tokens_NL.shape
-  run = lambda tokens, position, valid, prefixes: model.apply(
-    {"params": params},
-    model.apply({"params": params}, tokens, method="embed"),
-    position,
-    valid,
-    prefixes,
-  )
-  position = jnp.broadcast_to(jnp.arange(L), (N, L))
-  hidden_NLD, prefix = run(tokens_NL, position, valid_NL, ())
-  end = decode(
-    run,
-    head_matrix(model.cfg, params),
-    last_hidden(hidden_NLD, valid_NL),
-    valid_NL.sum(1),
-    prefixes=(prefix,),
-    vocabulary=vocabulary,
-    key=key,
-    cfg=cfg,
-  )
-  return end.tokens_NT, end.valid_NT, end.done_N
-
-
 class TextWriter:
-  """A language model that goes on after prompts, one compiled program per bucket of lengths."""
+  """A language model that goes on after prompts. Whenever a text has ended, the next prompt takes
+  its place (`engine/`)."""
 
   def __init__(
     self,
@@ -74,55 +37,67 @@ class TextWriter:
     seed: int,
     share: tuple[int, int] = (0, 1),
   ):
-    """share: which of the batches are written, as (first, of): each of several processes, which
-    are asked the same, writes its own."""
-    self.loaded, self.batch_size, self.mesh, self.seed = loaded, batch_size, mesh, seed
-    self.share = share
+    """batch_size: texts that are written at once. share: which of the prompts are gone on from, as
+    (first, of), some neighbours at a time: each of several processes, which are asked the same,
+    writes its own."""
+    self.loaded, self.share = loaded, share
+    self.mesh = mesh
     size, ends = loaded.model.cfg.vocab_size, loaded.tokenizer.end_ids
     if not ends:
       raise ValueError(
         "the answering model's files name no end token: it would never stop; "
         "add eos_token_id to config.json"
       )
-    vocabulary = own_vocabulary(np.arange(size) < loaded.tokenizer.vocab_size, ends)
-    self._run = jax.jit(
-      functools.partial(write_texts, loaded.model, vocabulary=vocabulary, cfg=cfg)
+    engine_cfg = EngineConfig(batch_size, 1, cfg)
+    self._engine = Engine(
+      EngineModel.of_decoder(loaded.model),
+      loaded.params,
+      engine_cfg,
+      vocabulary=own_vocabulary(np.arange(size) < loaded.tokenizer.vocab_size, ends),
+      mesh=mesh,
+      seed=seed,
     )
+    self._together = engine_cfg.prefilled(self._engine.shards)
+    self._ends = ends
 
-  def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, WrittenText]]]:
-    """Yields (number of the prompt, its text) batch by batch, prompts of like length together."""
+  def __call__(
+    self, prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None = None
+  ) -> Iterator[list[tuple[int, WrittenText]]]:
+    """Yields (place of the prompt, its text) as they end, shorter prompts first.
+
+    Args:
+      numbers: of each prompt's random key, int32; a text depends on the seed, its prompt and its
+        number alone. None: their places.
+    """
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     first, of = self.share
+    together = self._together
     batches = (
-      (start, order[start : start + self.batch_size])
-      for start in range(first * self.batch_size, len(order), of * self.batch_size)
+      order[start : start + together]
+      for start in range(first * together, len(order), of * together)
     )
-    dispatch = lambda batch: self._dispatch(batch[0], [prompts[n] for n in batch[1]])
-    for (_, members), texts in one_ahead(batches, dispatch):
-      yield self._fetch(members, texts)
+    asked = (self._asked(batch, prompts, numbers or range(len(prompts))) for batch in batches)
+    for found in self._engine(Listed(asked)):
+      yield [(one.item, self._written(one)) for one in found]
 
-  def _dispatch(self, start: int, prompts: Sequence[Sequence[int]]) -> tuple[Array, ...]:
-    """Begins to write after a batch of prompts; `start` makes its random key its own."""
-    L = length_bucket(max(map(len, prompts)))
-    tokens, valid = np.zeros((self.batch_size, L), np.int32), np.zeros((self.batch_size, L), bool)
-    for n in range(self.batch_size):
-      ids = prompts[min(n, len(prompts) - 1)]  # a batch is filled up with its last prompt
-      tokens[n, : len(ids)], valid[n, : len(ids)] = ids, True
-    key = jax.random.fold_in(jax.random.key(self.seed), start)
-    return self._run(self.loaded.params, *sharding.put_batch((tokens, valid), self.mesh), key)
+  def _asked(
+    self, members: list[int], prompts: Sequence[Sequence[int]], numbers: Sequence[int]
+  ) -> Asked[int]:
+    """Prompts padded to one length; what is missing to their number is the last one again."""
+    L = length_bucket(max(len(prompts[n]) for n in members))
+    rows = members + members[-1:] * (self._together - len(members))
+    tokens: Any = np.zeros((len(rows), L), np.int32)
+    valid: Any = np.zeros((len(rows), L), bool)
+    for b, n in enumerate(rows):
+      tokens[b, : len(prompts[n])], valid[b, : len(prompts[n])] = prompts[n], True
+    position: Any = np.zeros((len(rows), 3, 0), np.int32)  # is counted on the device
+    after: Any = valid.sum(1).astype(np.int32)
+    number: Any = np.array([numbers[n] for n in rows], np.int32)
+    return Asked(members, Request(None, Prompts(tokens, valid, position, after), number))
 
-  def _fetch(self, members: list[int], out) -> list[tuple[int, WrittenText]]:
-    tokens_NT, valid_NT, done_N = jax.device_get(out)
-    decode_ids = self.loaded.tokenizer.decode_written
-    return [
-      (
-        number,
-        WrittenText(
-          decode_ids(tokens_NT[n][valid_NT[n]].tolist()), "end" if done_N[n] else "length"
-        ),
-      )
-      for n, number in enumerate(members)
-    ]
+  def _written(self, one: Written[int]) -> WrittenText:
+    text = self.loaded.tokenizer.decode_written(one.ids)
+    return WrittenText(text, "end" if one.ids[-1] in self._ends else "length")
 
 
 def length_bucket(length: int) -> int:

@@ -100,7 +100,7 @@ def see_once(policy: Policy, trained: Params, base: Params | None, batch: Batch)
   return batch.replace(images=sharding.join_microbatches(jax.lax.map(see, cut)))
 
 
-def _prefill_in_pieces(policy: Policy, params: Params, batch: Batch) -> tuple[Array, Prefix]:
+def prefill_in_pieces(policy: Policy, params: Params, batch: Batch) -> tuple[Array, Prefix]:
   """As `_prefill`, of so many images at a time that a device encodes at most `MOST_PATCHES`; of the
   hidden states the last one, [B, D]."""
 
@@ -122,6 +122,16 @@ def _prefill_in_pieces(policy: Policy, params: Params, batch: Batch) -> tuple[Ar
   return hidden_BD, Prefix(key, value, valid_RS)
 
 
+def seen_tokens(tokens_BP: Array, valid_BP: Array, size: int) -> Array:
+  """Which of a vocabulary's tokens stand in each prompt, bool [B, V]: what a repetition penalty is
+  about."""
+
+  def seen_in(tokens_P: Array, valid_P: Array) -> Array:  # padding goes to V, which is dropped
+    return jnp.zeros(size, bool).at[jnp.where(valid_P, tokens_P, size)].set(True, mode="drop")
+
+  return jax.vmap(seen_in)(tokens_BP, valid_BP)
+
+
 def sample_captions(
   policy: Policy,
   params: Params,
@@ -134,17 +144,13 @@ def sample_captions(
   """Writes `group_size` captions for each image of the batch. The key is consumed. `length_BG`: for
   measurements, as `length_N` of `decode`."""
   B, G, T = batch.row_B.shape[0], cfg.group_size, cfg.sampling.max_tokens
-  hidden_BD, prefix = _prefill_in_pieces(policy, params, batch)
+  hidden_BD, prefix = prefill_in_pieces(policy, params, batch)
   hidden_ND = jnp.repeat(hidden_BD, G, axis=0)
 
   seen_NV = None
   if cfg.sampling.repetition_penalty != 1:
-    V = policy.cfg.text.vocab_size
-
-    def seen_in(tokens_P: Array, valid_P: Array) -> Array:  # padding goes to V, which is dropped
-      return jnp.zeros(V, bool).at[jnp.where(valid_P, tokens_P, V)].set(True, mode="drop")
-
-    seen_BV = jax.vmap(seen_in)(batch.prompts.tokens_BP, batch.prompts.valid_BP)
+    prompts = batch.prompts
+    seen_BV = seen_tokens(prompts.tokens_BP, prompts.valid_BP, policy.cfg.text.vocab_size)
     seen_NV = jnp.repeat(seen_BV, G, axis=0)
 
   def extend(

@@ -82,10 +82,8 @@ class DecodeState:
   logp_NT: Array
   valid_NT: Array
   done_N: Array  # bool, the end token was drawn
-  # bool, tokens of prompt and caption, where a repetition penalty asks for them
-  seen_NV: Array | None
-  # keys and values of the captions' tokens; slot t is written when token t has run
-  cache: Prefix
+  seen_NV: Array | None  # bool, tokens of prompt and caption; None without a repetition penalty
+  cache: Prefix  # of the captions' tokens; slot t is written when token t has run
 
 
 def draw(logits_NV: Array, uniform_N: Array, cfg: SamplingConfig) -> tuple[Array, Array]:
@@ -155,13 +153,36 @@ def inverse_cdf(logits_NV: Array, uniform_N: Array) -> tuple[Array, Array]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Hidden states that predict tokens -> those tokens. head_VD: the unembedding."""
+
+  head_VD: Array
+  vocabulary: Vocabulary
+  cfg: SamplingConfig
+
+  def __call__(
+    self, hidden_ND: Array, key_N: Array, step: Array, seen_NV: Array | None = None
+  ) -> tuple[Array, Array]:
+    """Tokens and log-probabilities, as `draw`. A row's random number is of its key and of the
+    token's number in its text alone: `step`, int32, of all rows or [N]."""
+    cfg, allowed_V = self.cfg, self.vocabulary.allowed_V
+    logits = scaled_logits(hidden_ND, self.head_VD, allowed_V, cfg.temperature or 1.0)
+    if seen_NV is not None:
+      penalty = cfg.repetition_penalty
+      logits = jnp.where(seen_NV, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    key_N = jax.vmap(jax.random.fold_in, (0, 0 if step.ndim else None))(key_N, step)
+    return draw(logits, jax.vmap(jax.random.uniform)(key_N), cfg)
+
+  def ends(self, token_N: Array) -> Array:  # bool [N]
+    return jnp.isin(token_N, jnp.asarray(self.vocabulary.end_ids, jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Loop:
   """What stays the same while rows are decoded; arguments as of `decode`."""
 
   extend: Extend
-  head_VD: Array
-  vocabulary: Vocabulary
-  cfg: SamplingConfig
+  sampler: Sampler
   first_position_N: Array
   key_N: Array
   prefixes: tuple[Prefix, ...]
@@ -169,20 +190,13 @@ class _Loop:
 
   def emit(self, state: DecodeState, hidden_ND: Array) -> DecodeState:
     """Draws the next token of each row from the hidden state that predicts it."""
-    cfg, seen_NV = self.cfg, state.seen_NV
-    logits = scaled_logits(
-      hidden_ND, self.head_VD, self.vocabulary.allowed_V, cfg.temperature or 1.0
-    )
-    if seen_NV is not None:
-      penalty = cfg.repetition_penalty
-      logits = jnp.where(seen_NV, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    uniform_N = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))
-    token_N, logp_N = draw(logits, uniform_N(self.key_N), cfg)
+    seen_NV, vocabulary = state.seen_NV, self.sampler.vocabulary
+    token_N, logp_N = self.sampler(hidden_ND, self.key_N, state.step, seen_NV)
     if self.length_N is not None:
       now_N = state.step + 1 >= self.length_N
-      token_N = jnp.where(now_N, self.vocabulary.end_ids[0], token_N)
+      token_N = jnp.where(now_N, vocabulary.end_ids[0], token_N)
     live_N = ~state.done_N
-    ends_N = jnp.isin(token_N, jnp.asarray(self.vocabulary.end_ids, jnp.int32))
+    ends_N = self.sampler.ends(token_N)
     if seen_NV is not None:
       seen_NV = seen_NV.at[jnp.arange(len(token_N)), token_N].set(True)
 
@@ -193,7 +207,7 @@ class _Loop:
       state,
       step=state.step + 1,
       done_N=state.done_N | ends_N,
-      tokens_NT=put(state.tokens_NT, jnp.where(live_N, token_N, self.vocabulary.pad_id)),
+      tokens_NT=put(state.tokens_NT, jnp.where(live_N, token_N, vocabulary.pad_id)),
       logp_NT=put(state.logp_NT, jnp.where(live_N, logp_N, 0.0)),
       valid_NT=put(state.valid_NT, live_N),
       seen_NV=seen_NV,
@@ -233,7 +247,7 @@ class _Loop:
       return (state.step < slots) & (live_H.max() > leave)
 
     for slots in stages:
-      state = dataclasses.replace(state, cache=_grown(state.cache, slots))
+      state = dataclasses.replace(state, cache=grown(state.cache, slots))
       state = jax.lax.while_loop(functools.partial(goes_on, slots=slots), self.advance, state)
     return state
 
@@ -248,7 +262,7 @@ class _Loop:
     )
 
 
-def _grown(cache: Prefix, slots: int) -> Prefix:
+def grown(cache: Prefix, slots: int) -> Prefix:
   """The cache with empty slots behind its own."""
 
   def longer(x: Array, axis: int) -> Array:
@@ -343,7 +357,8 @@ def decode(
   """
   N, T = first_hidden_ND.shape[0], cfg.max_tokens
   key_N = key if key.ndim else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(N))
-  loop = _Loop(extend, head_VD, vocabulary, cfg, first_position_N, key_N, prefixes, length_N)
+  sampler = Sampler(head_VD, vocabulary, cfg)
+  loop = _Loop(extend, sampler, first_position_N, key_N, prefixes, length_N)
   trunk, chunks = cache_stages(T)
   state = DecodeState(
     step=jnp.int32(0),

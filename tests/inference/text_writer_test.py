@@ -9,6 +9,8 @@ from helpers import tiny
 
 from caprl_jax import sharding
 from caprl_jax.hub.load import load_judge
+from caprl_jax.inference import text_writer
+from caprl_jax.inference.engine.engine import Listed
 from caprl_jax.inference.text_writer import TextWriter, length_bucket
 from caprl_jax.rl.sampling import SamplingConfig
 
@@ -42,6 +44,34 @@ def test_texts_are_transformers_own(tmp_path):
       "end" if ended else "length"
     )
   assert len({text.text for text in got.values()}) > 1
+
+
+class Hesitant(Listed):
+  """Says now and then that the next prompts are not there yet."""
+
+  asked = 0
+
+  def take(self, wait):
+    self.asked += 1
+    return super().take(wait) if wait or self.asked % 3 == 0 else None
+
+
+def test_a_drawn_text_is_of_its_number(tmp_path, monkeypatch):
+  folder = tiny.write_judge(tmp_path / "judge")
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  loaded = load_judge(str(folder), mesh)
+  prompts = [[3, 1, 4], [1, 5, 9, 2, 6], [3, 1, 4], [5, 3], [5, 8, 9, 7], [9, 3, 2, 3, 8]]
+  with jax.set_mesh(mesh):
+    writer = TextWriter(
+      loaded, SamplingConfig(20, temperature=1.0), batch_size=4, mesh=mesh, seed=1
+    )
+    all_of_them = dict(item for some in writer(prompts) for item in some)
+    assert len({text.text for text in all_of_them.values()}) == len(prompts)
+    monkeypatch.setattr(text_writer, "Listed", Hesitant)
+    some = dict(
+      item for part in writer([prompts[n] for n in (4, 2, 0)], (4, 2, 0)) for item in part
+    )
+  assert [some[place] for place in range(3)] == [all_of_them[n] for n in (4, 2, 0)]
 
 
 def test_a_thought_s_end_stays_in_the_text(tmp_path):

@@ -333,12 +333,12 @@ def test_an_empty_group_is_refused():
 def test_images_encoded_in_pieces_give_the_same_prefix(model, monkeypatch):
   policy, params, batch, _ = model
   prefill = lambda: jax.jit(
-    lambda params, batch: rollout_module._prefill_in_pieces(policy, params, batch)
+    lambda params, batch: rollout_module.prefill_in_pieces(policy, params, batch)
   )(params, batch)
   whole = prefill()
   monkeypatch.setattr(rollout_module, "MOST_PATCHES", batch.images.patches_BSE.shape[1])
   assert "scan" in str(
-    jax.make_jaxpr(lambda p: rollout_module._prefill_in_pieces(policy, p, batch))(params)
+    jax.make_jaxpr(lambda p: rollout_module.prefill_in_pieces(policy, p, batch))(params)
   )
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(prefill()), strict=True):
     np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)

@@ -45,14 +45,15 @@ class CaptionConfig:
   text: what is done with every caption's text.
   filter: which images are captioned.
   max_tokens: longest caption.
-  temperature: 0 is greedy, and a caption then depends on its image alone. Sampled ones depend on
-    `seed` and on which images share a batch, so that after an interruption others are drawn.
+  temperature: 0 is greedy, and a caption then depends on its image alone. A sampled one depends on
+    `seed` and on its row's number in the input as well, and on nothing else.
   top_p: the likeliest tokens that have this probability together are drawn from; 1: all.
   top_k: the likeliest tokens that are drawn from; 0: all.
   repetition_penalty: None takes the checkpoint's own (generation_config.json).
-  batch_size: images a program runs at once, all of one bucket of shapes; the last batch of each
-    bucket in a shard is filled up, so shards should be much longer than a batch. It may be changed
-    when a job goes on.
+  batch_size: captions that are written at once: when one has ended, the next image takes its
+    place. More of them are faster, as far as memory reaches. A quarter as many images, all of one
+    bucket of shapes, are encoded at once; at the end of a shard fewer and fewer are written, so
+    shards should be much longer than this. It may be changed when a job goes on.
   skip_bad_images: a bad image gets a row with `error` in place of a caption; False stops at the
     first one.
   format: see `formats.Output`; None takes that of the output's suffix (.jsonl, .parquet).

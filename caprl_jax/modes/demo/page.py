@@ -4,14 +4,14 @@ import itertools
 import pathlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from caprl_jax.data.rows import CaptionRow, Question
 from caprl_jax.image_files import openable_suffixes
-from caprl_jax.inference.captioner import Captioner
+from caprl_jax.inference.captioner import Captioner, CaptionerOutput, WrittenCaption
 from caprl_jax.modes.demo.section import (
   import_gradio,
 )
@@ -35,29 +35,36 @@ class Demo:
     with self._device:
       pass
 
-  def caption(self, path: str | None) -> tuple[str, str]:
-    """An image file -> its caption, and a line about it."""
+  def caption(self, path: str | None) -> Iterator[tuple[str, str]]:
+    """An image file -> its caption as it is written, and a line about it at the end."""
     if not path:
-      return "", ""
-    number = next(self._numbers)
-    begin = time.monotonic()
+      yield "", ""
+      return
     row = CaptionRow(pathlib.Path(path), "", pathlib.Path(path).name)
+    begin = time.monotonic()
+    outputs = self.captioner.stream((next(self._numbers), row))
+    while (output := self._next(outputs)) is not None:
+      if output.error is not None:
+        yield "", f"<p class=judge-error>{text(str(output.error))}</p>"
+        continue
+      (caption,) = output.captions
+      yield caption.text, self._written(caption, time.monotonic() - begin)
+
+  def _next(self, outputs: Iterator[CaptionerOutput]) -> CaptionerOutput | None:
+    """More of a caption; None at its end, and once the page is closed. The device is free between
+    two of these: a caption that nobody waits for any more holds up nothing."""
     with self._device, jax.set_mesh(self.captioner.mesh):
-      if self._closed:
-        return "", ""
-      (output,) = [one for found in self.captioner([(number, row)]) for one in found]
-    secs = time.monotonic() - begin
-    if output.error is not None:
-      return "", f"<p class=judge-error>{text(str(output.error))}</p>"
-    (caption,) = output.captions
-    cut = (
-      f"<b>cut</b> at the limit of {self.max_tokens} tokens"
-      if caption.finish == "length"
-      else "ended by itself"
-    )
+      return None if self._closed else next(outputs, None)
+
+  def _written(self, caption: WrittenCaption, secs: float) -> str:
     length = f"{len(caption.text.split())} words, {len(caption.tokens)} tokens"
-    about = f"As the captioner wrote it: {length}, {secs:.2f} s, {cut}."
-    return caption.text, f"<p class=judge-note>{about}</p>"
+    how = {
+      "": "it goes on ...",
+      "length": f"<b>cut</b> at the limit of {self.max_tokens} tokens.",
+      "end": "ended by itself.",
+    }[caption.finish]
+    about = f"As the captioner wrote it: {length}, {secs:.2f} s, {how}"
+    return f"<p class=judge-note>{about}</p>"
 
   def ask(self, caption: str | None, stem: str | None, lines: str | None) -> str:
     """The judge's answers to what was typed, from this caption and from none, as markup."""

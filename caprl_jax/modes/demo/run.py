@@ -92,7 +92,7 @@ def run(config, workdir: pathlib.Path) -> None:
     log.info("compiling ...")
     judge("A shape.", WARM_UP)
     if examples:
-      demo.caption(examples[0][0])
+      list(demo.caption(examples[0][0]))
     page = build(demo, examples)
     fonts = [
       gr.themes.Font(name)

@@ -83,7 +83,9 @@ def write_answers(
   if names:
     prompt_of = dict(zip(keys, ids))
     with jax.set_mesh(writer.mesh), Bar(len(left), "answers", "answer") as bar:
-      for found in writer([prompt_of[name] for name in names]):
+      # A draw is of the question's own number, whatever else is left to be answered.
+      numbers = [int(name[:8], 16) >> 1 for name in names]
+      for found in writer([prompt_of[name] for name in names], numbers):
         kept.put(
           {names[number]: {"text": text.text, "finish": text.finish} for number, text in found}
         )

@@ -26,13 +26,13 @@ class PrismConfig:
     several questions.
   temperature, top_p: of the captions.
   max_tokens: longest caption.
-  batch_size: images that are captioned at once.
+  batch_size: images that are captioned at once; when one is done, the next takes its place.
   answers: "write", as CapRL: the answering model (section `judge`) writes; or "read": its reading
     of the options, as in training (rows with lettered options only; the others are left out and
     counted). Reading also tells a caption that says nothing from one that misleads.
   answer_tokens: longest written answer.
   answer_temperature: of written answers.
-  answer_batch_size: answers that are written at once.
+  answer_batch_size: answers that are written at once, in the same way.
   blind: ask with an empty caption too, for the column `blind`.
   intervals: level of the confidence intervals.
   examples: questions on the page.

@@ -26,10 +26,11 @@ from PIL import Image, ImageDraw
 from caprl_jax import sharding
 from caprl_jax.config import loading as config_file
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.rows import Question
+from caprl_jax.data.rows import CaptionRow, Question
 from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import load_judge
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
+from caprl_jax.inference.captioner import CaptionerOutput, WrittenCaption
 from caprl_jax.inference.judge import HostJudge, JudgeSection
 from caprl_jax.modes.demo import run as demo
 from caprl_jax.modes.demo.page import Demo
@@ -200,6 +201,31 @@ def test_closing_waits_for_the_judge_and_lets_nobody_else_ask():
     assert "judge-given" in asked.result(60) and page.ask("y", "what?", "a\nb") == ""
 
 
+def test_a_caption_is_shown_as_it_is_written(tmp_path):
+  """And what is being written does not hold up closing, after which nothing is written."""
+  row = CaptionRow(tmp_path, "", "a.png")
+
+  class Captioner:
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+
+    def stream(self, numbered):
+      for text, ids, finish in (
+        ("A", [1], ""),
+        ("A red", [1, 2], ""),
+        ("A red one", [3] * 8, "length"),
+      ):
+        yield CaptionerOutput(0, row, (WrittenCaption(text, ids, finish),))
+
+  page = Demo(Captioner(), None, 8)
+  shown = list(page.caption("a.png"))
+  assert [caption for caption, _ in shown] == ["A", "A red", "A red one"]
+  assert "it goes on" in shown[1][1] and "at the limit of 8 tokens" in shown[2][1]
+  going = page.caption("a.png")
+  assert next(going)[0] == "A"
+  page.close()
+  assert list(going) == [] and list(page.caption(None)) == [("", "")]
+
+
 def test_examples_are_questions_of_most_options(tmp_path):
   rows = tiny.write_data(tmp_path)
   examples = demo.make_examples(str(rows), 5, tmp_path / "examples", 0)
@@ -351,8 +377,9 @@ def test_people_log_in_and_use_the_page(address, tmp_path):
 
     log_in(page, address, tmp_path / "examples")
     page.set_input_files("#image input[type=file]", tmp_path / "red.png")
-    until("document.querySelector('#caption textarea')?.value.startsWith('The image shows')")
-    assert "ended by itself" in page.inner_text("#about") and "tokens" in page.inner_text("#about")
+    until("document.querySelector('#about')?.innerText.includes('ended by itself')")
+    assert page.input_value("#caption textarea").startswith("The image shows")
+    assert "tokens" in page.inner_text("#about")
 
     page.fill("#question input, #question textarea", "What color is the shape?")
     page.fill("#options textarea", "* red\ngreen\nblue")

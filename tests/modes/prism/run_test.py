@@ -184,9 +184,9 @@ def test_nothing_is_done_twice(made, tmp_path, monkeypatch):
   )
   write, asked = prism_answers.TextWriter.__call__, []
 
-  def cut(self, prompts):
+  def cut(self, prompts, numbers):
     asked.append(len(prompts))
-    for n, found in enumerate(write(self, prompts)):
+    for n, found in enumerate(write(self, prompts, numbers)):
       yield found
       if len(asked) == 1 and n == 0:
         raise KeyboardInterrupt

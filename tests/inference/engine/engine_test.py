@@ -1,0 +1,163 @@
+"""Captions of the engine against those of the training step's rollout under the same random keys:
+whatever stands in the other slots, on one device or two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny
+from helpers.paths import ROOT
+from PIL import Image
+
+from caprl_jax import sharding
+from caprl_jax.data.batches import ImagePrompt, image_shape, stack
+from caprl_jax.data.rows import CaptionRow
+from caprl_jax.hub.load import load_policy
+from caprl_jax.hub.vocabulary import own_vocabulary
+from caprl_jax.inference import captioner as captioner_module
+from caprl_jax.inference.captioner import Captioner, CaptionerConfig
+from caprl_jax.inference.engine import engine as engine_module
+from caprl_jax.inference.engine.programs import _put_row
+from caprl_jax.rl.rollout import RolloutConfig, sample_captions
+from caprl_jax.rl.sampling import SamplingConfig
+from caprl_jax.types import Batch
+
+SIZES = [(40, 30), (200, 90), (41, 30), (40, 31), (190, 95), (42, 30), (38, 30)]
+CAPTIONS, TOKENS, SEED = 3, 40, 5
+SAMPLING = dict(max_tokens=TOKENS, temperature=1.3, top_k=60, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("engine")
+  tiny.write_policy(folder / "policy")
+  rng = np.random.default_rng(0)
+  for i, (w, h) in enumerate(SIZES):
+    Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)).save(folder / f"{i}.png")
+  return folder
+
+
+def numbered(folder):
+  return [(100 + i, CaptionRow(folder / f"{i}.png", "", f"{i}.png")) for i in range(len(SIZES))]
+
+
+def often_ending(loaded):
+  """A vocabulary of which one token in eight ends a caption: captions of many lengths."""
+  size = loaded.model.cfg.text.vocab_size
+  return own_vocabulary(np.ones(size, bool), tuple(range(3, size, 8)))
+
+
+def open_one(loaded, mesh, batch_size):
+  cfg = CaptionerConfig(
+    "Describe it.", captions=CAPTIONS, batch_size=batch_size, repetition_penalty=1.2, **SAMPLING
+  )
+  return Captioner(loaded, cfg, mesh=mesh, seed=SEED)
+
+
+def tokens_of(captioner, rows):
+  """Number of a row -> the ids of its captions."""
+  found = [out for some in captioner(rows) for out in some]
+  assert len(found) == len(rows) and not any(out.error for out in found)
+  return {out.number: [caption.tokens for caption in out.captions] for out in found}
+
+
+def by_rollout(loaded, rows):
+  """The same of `sample_captions`, image by image, with keys of row and caption."""
+  vocabulary, cfg = (
+    often_ending(loaded),
+    RolloutConfig(CAPTIONS, SamplingConfig(repetition_penalty=1.2, **SAMPLING)),
+  )
+  pieces, found = loaded.prompt_pieces("Describe it."), {}
+  run = jax.jit(
+    lambda params, batch, key: sample_captions(loaded.model, params, batch, key, vocabulary, cfg)
+  )
+  for number, row in rows:
+    shape = image_shape([rows[1][1]], loaded.model.cfg)  # one that holds all
+    example = Batch(*ImagePrompt(loaded.model.cfg, pieces, shape)(row), None, np.int32(number))
+    key = jax.random.fold_in(jax.random.key(SEED), number)
+    keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(np.arange(CAPTIONS))
+    made = jax.device_get(run(loaded.params, stack([example]), keys))
+    found[number] = [t[v].tolist() for t, v in zip(made.tokens_BGT[0], made.valid_BGT[0])]
+  return found
+
+
+@pytest.fixture(scope="module")
+def one_device(folder):
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  loaded = load_policy(str(folder / "policy"), mesh)
+  with jax.set_mesh(mesh):
+    yield loaded, mesh, by_rollout(loaded, numbered(folder))
+
+
+def test_a_caption_is_its_own_whatever_is_beside_it(folder, one_device, monkeypatch):
+  loaded, mesh, want = one_device
+  monkeypatch.setattr(captioner_module, "caption_vocabulary", often_ending)
+  monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 8)  # caches of three lengths
+  rows = numbered(folder)
+  lengths = [len(ids) for group in want.values() for ids in group]
+  assert min(lengths) < 8 and max(lengths) > 24 and len(set(lengths)) > 6  # the test could tell
+  with open_one(loaded, mesh, 2) as few:
+    assert tokens_of(few, rows) == want
+    programs = [few.engine.prefill, few.engine.generate, few.engine.insert, few.engine.with_slots]
+    compiled = [program._cache_size() for program in programs]
+    # A bucket's second time, in another order, with a text of every length begun anew.
+    assert tokens_of(few, rows[::-1]) == want
+    assert [program._cache_size() for program in programs] == compiled
+    assert compiled[0] == len(few._host.bucket(rows)[0]) > 1 and compiled[1] > 2
+
+    pieces = list(few.stream(rows[1]))
+    texts = [(out.captions[0].tokens, out.captions[0].finish) for out in pieces]
+    assert texts[-1][0] == want[101][0] and texts[-1][1] in ("end", "length")
+    assert len(texts) == -(-(len(want[101][0]) - 1) // 8) > 1
+    for (before, finish), (after, _) in zip(texts, texts[1:]):
+      assert finish == "" and len(before) < len(after) and after[: len(before)] == before
+  monkeypatch.undo()
+  monkeypatch.setattr(captioner_module, "caption_vocabulary", often_ending)
+  with open_one(loaded, mesh, 5) as many:
+    some = [rows[i] for i in (6, 1, 3)]
+    assert tokens_of(many, some) == {number: want[number] for number, _ in some}
+
+
+PROGRAM = """
+import json, pathlib, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from inference.engine import engine_test as here
+from caprl_jax import sharding
+from caprl_jax.hub.load import load_policy
+folder = pathlib.Path(sys.argv[1])
+mesh = sharding.make_mesh(sharding.MeshConfig(data=2))
+here.captioner_module.caption_vocabulary = here.often_ending
+with jax.set_mesh(mesh):
+  loaded = load_policy(str(folder / "policy"), mesh)
+  with here.open_one(loaded, mesh, 2) as captioner:
+    print(json.dumps(here.tokens_of(captioner, here.numbered(folder))))
+"""
+
+
+def test_two_devices_write_the_same(folder, one_device):
+  done = subprocess.run(
+    [sys.executable, "-c", PROGRAM, str(folder)],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert {int(number): ids for number, ids in found.items()} == one_device[2]
+
+
+def test_a_row_goes_to_its_own_shard():
+  """Two shards of two entries: places are counted within a shard; -1 puts nothing."""
+  old, new = np.zeros((4, 3)), np.arange(1, 13).reshape(4, 3)
+  put = _put_row(old, new, np.array([1, 0]), np.array([0, -1]))
+  np.testing.assert_array_equal(put, [[4, 5, 6], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+  keys, more = np.zeros((2, 4, 1, 1, 1)), np.arange(1, 9).reshape(2, 4, 1, 1, 1)
+  put = _put_row(keys, more, np.array([0, 1]), np.array([1, 1]))
+  np.testing.assert_array_equal(put[..., 0, 0, 0], [[0, 1, 0, 4], [0, 5, 0, 8]])
