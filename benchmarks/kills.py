@@ -13,10 +13,16 @@ skipped, nothing doubled. Prints a table; the exit code is 1 where anything diff
   --signal TERM     asks the run to stop, at such moments; it saves and ends with code 75
   --damage          half of the kills are followed by damage to the newest checkpoint, where there
                     is an older one: the run goes on from that
-  --devices 1,2,4   each start has one of these numbers of devices, and so another mesh (modes train
-                    and sft); the same rows and steps are asked for, and numbers that are close
+  --processes 2     as a run of so many processes, of which one is killed: the others must end
+                    within a minute, with code 75 and, after SIGKILL, a message that names it
+  --devices 2       of each process
 
-20 kills of each of the five modes take about an hour on two cores, half of it for mode train.
+Where several numbers of processes or devices are given, as in --devices 1,2,4, each start has one
+of them, and so another mesh (modes train and sft): the same rows and steps are asked for, and
+numbers that are close.
+
+20 kills of each of the five modes take about an hour on two cores, half of it for mode train; of
+several processes a kill takes half a minute more, until it is seen.
 """
 
 import argparse
@@ -31,9 +37,7 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -51,135 +55,33 @@ os.environ.setdefault(
   * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 
+from benchmarks.parts.killed import Ended, Kill, run_processes  # noqa: E402  found by now
+
 MODES = ("train", "sft", "pretrain", "prism", "curate")
 # Imported once, before children are forked. None of them starts jax's backend.
 MODULES = ("caprl_jax.main", *(f"caprl_jax.modes.{mode}.run" for mode in MODES))
 RUN_AGAIN = 75  # the exit code of a run that was asked to stop
-DEVICES = ("train", "sft")  # modes whose batches can be split
+ANY_MESH = ("train", "sft")  # modes that go on with another number of devices
+SPLIT = 4  # the most devices: batches can be split over as many
+END_SECS = 60.0  # from the end of a process that is killed to that of the last other one
 CLOSE = 2e-3  # of numbers on other meshes: in float32 a sum's order shows in its last digits
-CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 LIFE = 5  # kills of one run, at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Kill:
-  """kind: "time", `delay` seconds after the start; "checkpoint", `delay` seconds after the
-  `number`-th checkpoint was begun; "change", right before the `number`-th change of a file."""
-
-  kind: str
-  number: int = 0
-  delay: float = 0.0
 
 
 @dataclasses.dataclass
 class Whole:
-  """What the run that nobody killed was like: its changes of files, checkpoints and seconds."""
+  """What the run that nobody killed was like: of each process its changes of files, checkpoints
+  and seconds; and what it found."""
 
-  changes: int
-  checkpoints: int
-  secs: float
+  told: list[dict[str, Any]]
   results: dict[str, Any]
 
 
-class Watcher:
-  """Counts what a run does, in its own process, and kills it where `kill` says."""
+def run_mode(mode: str, folder: pathlib.Path, workdir: pathlib.Path, rows: int) -> int:
+  """The mode, in a child. Stages of `pretrain` keep their last checkpoint, to be compared.
 
-  def __init__(self, kill: Kill | None, workdir: pathlib.Path, report: int, sent: signal.Signals):
-    """report: file descriptor to which a JSON line goes before the end. sent: the signal."""
-    self.sent = sent
-    self.kill, self.workdir, self.out = kill, str(workdir), report
-    self.changes = self.checkpoints = 0
-    self.began = time.monotonic()
-    self._busy = threading.local()
-    if kill and kill.kind == "time":
-      self._later(kill.delay)
-    sys.addaudithook(self._on_event)
-    checkpoints = importlib.import_module("caprl_jax.harness.checkpoints").Checkpoints
-    checkpoints.save = self._counted(checkpoints.save)
-
-  def die(self, what: str) -> None:
-    self.tell(what)
-    os.kill(os.getpid(), self.sent)
-
-  def tell(self, what: str) -> None:
-    numbers = {"changes": self.changes, "checkpoints": self.checkpoints}
-    secs = time.monotonic() - self.began
-    os.write(self.out, (json.dumps({"what": what, "secs": secs, **numbers}) + "\n").encode())
-
-  def _later(self, delay: float) -> None:
-    timer = threading.Timer(delay, self.die, ["a moment"])
-    timer.daemon = True
-    timer.start()
-
-  def _counted(self, save: Callable) -> Callable:
-    def counted(checkpoints: Any, state: Any, *args: Any, **more: Any) -> None:
-      self.checkpoints += 1
-      if self.kill and self.kill.kind == "checkpoint" and self.checkpoints == self.kill.number:
-        self._later(self.kill.delay)
-      save(checkpoints, state, *args, **more)
-
-    return counted
-
-  def _on_event(self, event: str, args: tuple) -> None:
-    if getattr(self._busy, "now", False) or not (event in CHANGES or event == "open"):
-      return
-    self._busy.now = True
-    try:
-      if event == "open" and not _writes(args):
-        return
-      if isinstance(args[0], int) or not os.fsdecode(args[0]).startswith(self.workdir):
-        return
-      self.changes += 1
-      if self.kill and self.kill.kind == "change" and self.changes == self.kill.number:
-        self.die(event)
-    finally:
-      self._busy.now = False
-
-
-def _writes(args: tuple) -> bool:
-  _, mode, flags = args
-  if isinstance(mode, str):
-    return any(letter in mode for letter in "wax+")
-  return bool(flags & (os.O_WRONLY | os.O_RDWR))
-
-
-def child(
-  work: Callable[[], int],
-  log: pathlib.Path,
-  kill: Kill | None,
-  workdir: pathlib.Path,
-  sent: signal.Signals = signal.SIGKILL,
-  devices: int = 1,
-) -> tuple[int, dict[str, Any]]:
-  """Runs `work` in a process of its own. Its exit code (negative: the signal), and what its watcher
-  has told."""
-  read, write = os.pipe()
-  pid = os.fork()
-  if pid == 0:
-    code = 70
-    try:
-      os.close(read)
-      os.setsid()
-      file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-      os.dup2(file, 1), os.dup2(file, 2)
-      os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
-      watcher = Watcher(kill, workdir, write, sent)
-      code = work()
-      watcher.tell("the end")
-    except BaseException:  # noqa: BLE001  a child must not go on as its parent
-      traceback.print_exc()
-    finally:
-      sys.stderr.flush()
-      os._exit(code)
-  os.close(write)
-  with os.fdopen(read, encoding="utf-8") as told:
-    lines = told.read().splitlines()
-  _, status = os.waitpid(pid, 0)
-  return os.waitstatus_to_exitcode(status), json.loads(lines[0]) if lines else {}
-
-
-def run_mode(mode: str, folder: pathlib.Path, workdir: pathlib.Path) -> int:
-  """The mode, in a child. Stages of `pretrain` keep their last checkpoint, to be compared."""
+  rows: of a batch of `pretrain`, at least.
+  """
   from helpers import tiny_runs
 
   from caprl_jax import main
@@ -195,7 +97,7 @@ def run_mode(mode: str, folder: pathlib.Path, workdir: pathlib.Path) -> int:
       shutil.rmtree(path, **more)
 
   pretrain.shutil = Keeping
-  return main.main(tiny_runs.command(mode, folder, workdir))
+  return main.main(tiny_runs.command(mode, folder, workdir, rows))
 
 
 def compare(workdir: pathlib.Path, output: pathlib.Path) -> int:
@@ -214,42 +116,66 @@ def inputs(folder: pathlib.Path) -> int:
   return 0
 
 
-def must(work: Callable[[], int], log: pathlib.Path, devices: int = 1) -> dict[str, Any]:
-  """What the child tells, which has to end well."""
-  code, told = child(work, log, None, pathlib.Path("/nowhere"), devices=devices)
-  if code:
-    sys.exit(f"a run ended with code {code}:\n{log.read_text()[-4000:]}")
-  return told
+def must(work: Callable[[], int], log: pathlib.Path) -> None:
+  """Does work in a child, which has to end well."""
+  (end,) = run_processes(work, log, pathlib.Path("/nowhere"))
+  if end.code:
+    sys.exit(f"a child ended with code {end.code}:\n{end.said[-4000:]}")
 
 
-def read_results(workdir: pathlib.Path, log: pathlib.Path, devices: int = 1) -> dict[str, Any]:
-  """What a complete run has found. devices: at least as many as its last start had."""
+def read_results(workdir: pathlib.Path, log: pathlib.Path) -> dict[str, Any]:
+  """What a complete run has found."""
   output = workdir.with_name(f"{workdir.name}.json")
-  must(lambda: compare(workdir, output), log, devices)
+  must(lambda: compare(workdir, output), log)
   return json.loads(output.read_text())
 
 
-def whole_run(mode: str, folder: pathlib.Path) -> Whole:
+def whole_run(mode: str, folder: pathlib.Path, processes: int, devices: int) -> Whole:
   """The run that nobody kills."""
   log, workdir = folder / f"{mode}.log", folder / f"{mode}_whole"
-  code, told = child(lambda: run_mode(mode, folder, workdir), log, None, workdir)
-  if code:
-    sys.exit(f"mode {mode} ended with code {code}:\n{log.read_text()[-4000:]}")
+  work = lambda: run_mode(mode, folder, workdir, SPLIT if processes * devices > 1 else 1)
+  ends = run_processes(work, log, workdir, processes=processes, devices=devices)
+  for end in ends:
+    if end.code:
+      sys.exit(f"mode {mode} ended with code {end.code}:\n{end.said[-4000:]}")
   results = read_results(workdir, log)
   for key, steps in results.items():
     if key.endswith(" steps") and steps != list(range(1, len(steps) + 1)):
       sys.exit(f"mode {mode}: {key} are {steps}")
-  return Whole(told["changes"], told["checkpoints"], told["secs"], results)
+  return Whole([end.told for end in ends], results)
 
 
-def draw(rng: np.random.Generator, whole: Whole) -> Kill:
+def draw(rng: np.random.Generator, whole: Whole, processes: int) -> Kill:
   """A random kill: half of them before a change of a file."""
+  process = int(rng.integers(processes))
+  told = whole.told[min(process, len(whole.told) - 1)]
   kind = rng.choice(["change", "change", "checkpoint", "time"])
-  if kind == "checkpoint" and whole.checkpoints:
-    return Kill(kind, int(rng.integers(1, whole.checkpoints + 1)), rng.uniform(0, 0.1))
-  if kind == "time":
-    return Kill(kind, delay=rng.uniform(0.05, 0.5) * whole.secs)  # that run compiled, too
-  return Kill("change", int(rng.integers(1, whole.changes + 1)))
+  if kind == "checkpoint" and told["checkpoints"]:
+    number = int(rng.integers(1, told["checkpoints"] + 1))
+    return Kill(kind, number, rng.uniform(0, 0.1), process)
+  if kind == "change" and told["changes"]:
+    return Kill(kind, int(rng.integers(1, told["changes"] + 1)), process=process)
+  return Kill("time", delay=rng.uniform(0.05, 0.5) * told["secs"], process=process)  # it compiled
+
+
+def wrong_ends(ends: list[Ended], kill: Kill | None, sent: signal.Signals) -> list[str]:
+  """What is wrong with how the processes of one start have ended."""
+  if kill is None or ends[kill.process].code == 0:
+    return [f"exit code {end.code}: {end.said[-2000:]}" for end in ends if end.code]
+  died, found = ends[kill.process], []
+  if died.code not in (-sent, RUN_AGAIN):
+    found.append(f"exit code {died.code} after {kill}: {died.said[-2000:]}")
+  for number, end in enumerate(ends):
+    if number == kill.process or end.code == 0:  # it was at its end
+      continue
+    who = f"process {number}, when {kill.process} was killed ({kill}),"
+    if end.code != RUN_AGAIN:
+      found.append(f"{who} ended with code {end.code}: {end.said[-2000:]}")
+    if end.at - died.at > END_SECS:
+      found.append(f"{who} ended after {end.at - died.at:.0f} s")
+    if f"process {kill.process} (" not in end.said:
+      found.append(f"{who} does not name it: {end.said[-2000:]}")
+  return found
 
 
 def damage_newest(workdir: pathlib.Path, rng: np.random.Generator) -> bool:
@@ -284,51 +210,81 @@ def kill_mode(
   mode: str, folder: pathlib.Path, args: argparse.Namespace, rng: np.random.Generator
 ) -> dict:
   """Runs that are killed, until there were so many kills: counts, and what differs."""
-  kills, sent = args.kills, signal.Signals[f"SIG{args.signal}"]
-  began, whole = time.monotonic(), whole_run(mode, folder)
-  row = dict(mode=mode, kills=0, runs=0, starts=0, before_changes=0, before_renames=0)
-  row |= dict(in_checkpoints=0, damaged=0, keys=len(whole.results), differences=[])
-  while row["kills"] < kills:
+  sent = signal.Signals[f"SIG{args.signal}"]
+  began = time.monotonic()
+  whole = whole_run(mode, folder, args.processes[0], args.devices[0])
+  row: dict[str, Any] = dict(
+    mode=mode, kills=0, runs=0, starts=0, before_changes=0, before_renames=0
+  )
+  row |= dict(in_checkpoints=0, damaged=0, last_end_secs=0.0, keys=len(whole.results))
+  row |= dict(differences=[])
+  while row["kills"] < args.kills:
     workdir = folder / f"{mode}_{row['runs']}"
-    log, done = workdir.with_name(f"{workdir.name}.log"), False
     row["runs"] += 1
-    most = row["kills"] + min(LIFE, kills - row["kills"])
-    while not done:
-      kill = draw(rng, whole) if row["kills"] < most else None
-      devices = int(rng.choice(args.devices))
-      work = lambda at=workdir: run_mode(mode, folder, at)
-      code, told = child(work, log, kill, workdir, sent, devices)
-      row["starts"] += 1
-      if kill and code in (-sent, RUN_AGAIN):
-        row["kills"] += 1
-        row["before_changes"] += told["what"] != "a moment"
-        row["before_renames"] += told["what"] == "os.rename"
-        row["in_checkpoints"] += any(workdir.rglob("*.orbax-checkpoint-tmp*"))
-        if args.damage and rng.random() < 0.5:
-          row["damaged"] += damage_newest(workdir, rng)
-      elif code:
-        row["differences"].append(f"exit code {code} after {kill}: {log.read_text()[-2000:]}")
-        break
-      done = code == 0
-    if done:
-      found = read_results(workdir, log, max(args.devices))
-      differ = differing(whole.results, found, close=args.devices != [1])
-      row["differences"] += [f"{workdir.name}: {key}" for key in differ]
-      if not differ:
-        shutil.rmtree(workdir)
+    if not until_complete(mode, folder, workdir, args, rng, whole, row, sent):
+      continue
+    found = read_results(workdir, workdir.with_suffix(".log"))
+    differ = differing(whole.results, found, close=not args.same_mesh)
+    row["differences"] += [f"{workdir.name}: {key}" for key in differ]
+    if not differ:
+      shutil.rmtree(workdir)
   return row | {"secs": round(time.monotonic() - began, 1)}
+
+
+def until_complete(
+  mode: str,
+  folder: pathlib.Path,
+  workdir: pathlib.Path,
+  args: argparse.Namespace,
+  rng: np.random.Generator,
+  whole: Whole,
+  row: dict,
+  sent: signal.Signals,
+) -> bool:
+  """Starts one run until it is complete, and counts in `row` what is done to it. False where it
+  ended as it must not."""
+  most = row["kills"] + min(LIFE, args.kills - row["kills"])
+  rows = SPLIT if max(args.processes) * max(args.devices) > 1 else 1
+  work = lambda: run_mode(mode, folder, workdir, rows)
+  while True:
+    processes, devices = int(rng.choice(args.processes)), int(rng.choice(args.devices))
+    kill = draw(rng, whole, processes) if row["kills"] < most else None
+    size = dict(processes=processes, devices=devices)
+    ends = run_processes(work, workdir.with_suffix(".log"), workdir, kill=kill, sent=sent, **size)
+    row["starts"] += 1
+    if wrong := wrong_ends(ends, kill, sent):
+      row["differences"] += wrong
+      return False
+    if kill and ends[kill.process].code:
+      count(row, ends, kill, workdir)
+      if args.damage and rng.random() < 0.5:
+        row["damaged"] += damage_newest(workdir, rng)
+    else:
+      return True
+
+
+def count(row: dict, ends: list[Ended], kill: Kill, workdir: pathlib.Path) -> None:
+  """Adds a kill to the counts."""
+  died = ends[kill.process]
+  row["kills"] += 1
+  row["before_changes"] += died.told["what"] != "a moment"
+  row["before_renames"] += died.told["what"] == "os.rename"
+  row["in_checkpoints"] += any(workdir.rglob("*.orbax-checkpoint-tmp*"))
+  last = max(end.at for end in ends) - died.at
+  row["last_end_secs"] = round(max(row["last_end_secs"], last), 1)
 
 
 def table(rows: list[dict]) -> str:
   """As Markdown."""
   lines = [
     "| mode | kills | right before a change of a file | of these renames | while a checkpoint was "
-    "written | checkpoints damaged | runs | values compared per run | that differ |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "written | checkpoints damaged | last other process ended after, s | runs | values compared "
+    "per run | that differ |",
+    "|---|---|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
     names = ("mode", "kills", "before_changes", "before_renames", "in_checkpoints", "damaged")
-    names += ("runs", "keys")
+    names += ("last_end_secs", "runs", "keys")
     cells = [str(row[name]) for name in names]
     lines.append(f"| {' | '.join([*cells, str(len(row['differences']))])} |")
   return "\n".join(lines)
@@ -342,9 +298,8 @@ def main() -> int:
   parser.add_argument("--kills", type=int, default=20, help="of each mode")
   parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
   parser.add_argument("--damage", action="store_true", help="damages checkpoints, too")
-  parser.add_argument(
-    "--devices", default="1", help="numbers of devices, one of which each start has"
-  )
+  for name, of in (("processes", "a run"), ("devices", "a process")):
+    parser.add_argument(f"--{name}", default="1", help=f"of {of}; several: each start has one")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--json", type=pathlib.Path, help="where the table goes as JSON, too")
   parser.add_argument("--workdir", type=pathlib.Path, help="kept, where it is given")
@@ -352,9 +307,14 @@ def main() -> int:
   modes = args.mode.split(",")
   if unknown := set(modes) - set(MODES):
     parser.error(f"--mode: {', '.join(sorted(unknown))}: use some of {', '.join(MODES)}")
-  args.devices = [int(number) for number in args.devices.split(",")]
-  if args.devices != [1] and set(modes) - set(DEVICES):
-    parser.error(f"--devices={args.devices}: --mode must be among {', '.join(DEVICES)}")
+  args.processes, args.devices = (
+    [int(number) for number in numbers.split(",")] for numbers in (args.processes, args.devices)
+  )
+  if max(args.processes) * max(args.devices) > SPLIT:
+    parser.error(f"--processes, --devices: together at most {SPLIT} devices")
+  args.same_mesh = len({*args.processes}) == len({*args.devices}) == 1
+  if not args.same_mesh and set(modes) - set(ANY_MESH):
+    parser.error(f"several numbers of devices: --mode must be among {', '.join(ANY_MESH)}")
   folder = args.workdir or pathlib.Path(tempfile.mkdtemp(prefix="caprl_jax_kills_"))
   folder.mkdir(parents=True, exist_ok=True)
   if any(folder.iterdir()):

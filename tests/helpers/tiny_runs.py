@@ -93,17 +93,17 @@ def _others(folder: pathlib.Path) -> dict[str, dict]:
   }
 
 
-def command(mode: str, folder: pathlib.Path, workdir: pathlib.Path) -> list[str]:
-  """The arguments of `main.main`."""
+def command(mode: str, folder: pathlib.Path, workdir: pathlib.Path, rows: int = 1) -> list[str]:
+  """The arguments of `main.main`. rows: of a batch of mode pretrain, to be split over devices."""
   more = [f"--config.curate.output={workdir / OUTPUT}"] if mode == "curate" else []
+  if mode == "pretrain" and rows > 1:
+    more = [f"--config.pretrain.stages.{name}.batch_size={rows}" for name in ("align", "instruct")]
   return ["main", f"--config={folder / f'{mode}.py'}", f"--workdir={workdir}", *more]
 
 
 def results(workdir: pathlib.Path) -> dict[str, Any]:
   """What a run has found, by file and key, without what no two runs share (times, the workdir's
   name). Arrays are there by digest; a checkpoint's are parameters, moments, step and key."""
-  import orbax.checkpoint as ocp
-
   found: dict[str, Any] = {}
   for path in sorted(workdir.rglob("*")):
     name = str(path.relative_to(workdir))
@@ -116,7 +116,7 @@ def results(workdir: pathlib.Path) -> dict[str, Any]:
     elif path.name == "checkpoints":
       newest = max((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
       found[f"{name} newest"] = newest.name
-      state = ocp.PyTreeCheckpointer().restore(newest / "state")
+      state = _as_numpy(newest / "state")
       found |= {f"{name} {key}": value for key, value in _digests(state).items()}
     elif path.name in ("kept_questions.json", "train_rows.json", "recognition.json", "vqa.json"):
       found[name] = json.loads(path.read_text())
@@ -127,9 +127,10 @@ def results(workdir: pathlib.Path) -> dict[str, Any]:
     elif path.name == "summary.json":
       summary = json.loads(path.read_text())
       found[name] = {stage: summary[stage] for stage in ("before", "after", "counts")}
-    elif path.parent.name == "cache":  # of Prism: captions and answers, each once
-      lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-      found[name] = sorted(json.dumps(line) for line in lines)
+    elif path.parent.name == "cache":  # of Prism: captions and answers, each once, of all processes
+      lines = path.read_text().splitlines()[1:]
+      kind = name.partition(".")[0]
+      found[kind] = sorted([*found.get(kind, []), *map(_compact, lines)])
     elif path.name.startswith("record_"):
       complete = json.loads(path.read_text()).get("complete") or {}
       found[f"{name} complete"] = complete.get("step")
@@ -137,6 +138,22 @@ def results(workdir: pathlib.Path) -> dict[str, Any]:
       with Image.open(path) as image:
         found[name] = _sha256(image.tobytes())
   return found
+
+
+def _as_numpy(checkpoint: pathlib.Path) -> Any:
+  """A state, of however many processes and devices."""
+  import jax
+  import numpy as np
+  import orbax.checkpoint as ocp
+
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    like = checkpointer.metadata(checkpoint).item_metadata.tree
+    wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+    return checkpointer.restore(checkpoint, restore_args=wanted)
+
+
+def _compact(line: str) -> str:
+  return json.dumps(json.loads(line))
 
 
 def _digests(state: Any, place: str = "") -> dict[str, str]:
