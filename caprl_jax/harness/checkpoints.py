@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import pathlib
 import shutil
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from caprl_jax.errors import UserError
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.wall_time import WallTime
 from caprl_jax.json_files import cut
-from caprl_jax.types import TrainState
+from caprl_jax.progress import going_on
+from caprl_jax.types import Params, TrainState
 
 log = logging.getLogger("caprl_jax.harness.checkpoints")
+
+Found = TypeVar("Found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +32,8 @@ class CheckpointConfig:
   every_steps: steps from one to the next.
   every_minutes: a checkpoint is also written when so many minutes are over since the last one;
     None: only by steps.
-  keep: checkpoints that are kept.
+  keep: the newest checkpoints that are kept; at least 2, since a run whose newest one is damaged
+    goes on from the one before.
   """
 
   every_steps: int = 50
@@ -34,9 +41,12 @@ class CheckpointConfig:
   keep: int = 2
 
   def __post_init__(self):
-    if self.every_steps < 1 or self.keep < 1:
-      raise ValueError(
-        f"checkpoint.every_steps = {self.every_steps} and keep = {self.keep} must be at least 1"
+    if self.every_steps < 1:
+      raise UserError(f"checkpoint.every_steps = {self.every_steps} must be at least 1")
+    if self.keep < 2:
+      raise UserError(
+        f"checkpoint.keep = {self.keep} must be at least 2: where the newest checkpoint is "
+        "damaged, by a disk or a kill, the run goes on from the one before"
       )
     if self.every_minutes is not None and not self.every_minutes > 0:
       raise ValueError(
@@ -98,7 +108,8 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when all that was saved is on the disk. Raises what went wrong with it."""
-    self.manager.wait_until_finished()
+    with going_on("writing a checkpoint"):
+      self.manager.wait_until_finished()
 
   def latest_step(self) -> int | None:
     """The newest step, as all processes call it."""
@@ -117,15 +128,55 @@ class Checkpoints:
     Raises:
       ValueError: none can be read: they are of another model or optimizer, or all damaged.
     """
+    step, found, failed = self._newest_whole(lambda step: self._read(step, like))
+    for damaged, why in failed:
+      self._move_aside(damaged, step, why)
+    if failed:
+      self.manager.reload()
+    return found
+
+  def restore_params(self, like: Params) -> tuple[int, Params]:
+    """The step of the newest checkpoint whose parameters are whole, and these, in the shapes and
+    shardings of `like`: what else it holds, such as an optimizer's moments, is not read.
+
+    A newer one that cannot be read stays where it is, with a warning: its run may be going on. All
+    processes call it.
+
+    Raises:
+      ValueError: as `restore`.
+    """
+
+    def read(step: int) -> Params:
+      wanted = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+      args = ocp.checkpoint_utils.construct_restore_args(wanted)
+      state = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
+      return self.manager.restore(step, args=ocp.args.Composite(state=state))["state"]["params"]
+
+    step, params, failed = self._newest_whole(read)
+    for damaged, why in failed:
+      log.warning(
+        "checkpoint of step %d cannot be read (%s): the parameters are those of step %d",
+        damaged,
+        _words(why),
+        step,
+      )
+    return step, params
+
+  def _newest_whole(
+    self, read: Callable[[int], Found]
+  ) -> tuple[int, Found, list[tuple[int, Exception | None]]]:
+    """The newest step that `read` can read in all processes, what it read, and the steps after it
+    with what it raised."""
     failed: list[tuple[int, Exception | None]] = []
     for step in sorted(self._steps(), reverse=True):
-      found, error = self._try(step, like)
+      found, error = None, None
+      try:
+        with going_on(f"reading the checkpoint of step {step}"):
+          found = read(step)
+      except Exception as raised:  # noqa: BLE001  a damaged file may raise anything below Orbax
+        error = raised
       if _all_processes(found is not None) and found is not None:
-        for damaged, why in failed:
-          self._move_aside(damaged, step, why)
-        if failed:
-          self.manager.reload()
-        return found
+        return step, found, failed
       failed.append((step, error))
     step, error = failed[0]
     others = f", nor does any older one ({[s for s, _ in failed[1:]]})" if failed[1:] else ""
@@ -135,29 +186,24 @@ class Checkpoints:
       f"was made with. Orbax says: {cut(error, 500)}"
     ) from error
 
-  def _try(
-    self, step: int, like: TrainState
-  ) -> tuple[tuple[TrainState, dict] | None, Exception | None]:
-    """What a checkpoint holds, or why it cannot be read."""
+  def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
+    """What a checkpoint holds. Raises whatever a damaged file leads to."""
     is_key = jnp.issubdtype(like.key.dtype, jax.dtypes.prng_key)
     data = jax.random.key_data(like.key) if is_key else like.key
     packed = dataclasses.replace(like, key=data)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, packed)
-    try:
-      found = self.manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-        ),
-      )
-      state, position = found["state"], found["data"]
-      if state is None or position is None:
-        raise ValueError("a part of it is missing")
-      # Fresh buffers: donating memory that the restore still refers to would copy on every backend
-      # anyway.
-      return (state.replace(key=jax.random.wrap_key_data(state.key)), position), None
-    except Exception as error:  # noqa: BLE001  a damaged file may raise anything below Orbax
-      return None, error
+    found = self.manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+      ),
+    )
+    state, position = found["state"], found["data"]
+    if state is None or position is None:
+      raise ValueError("a part of it is missing")
+    # Fresh buffers: donating memory that the restore still refers to would copy on every backend
+    # anyway.
+    return state.replace(key=jax.random.wrap_key_data(state.key)), position
 
   def _move_aside(self, step: int, used: int, why: Exception | None) -> None:
     place = pathlib.Path(self.manager.directory)
@@ -165,7 +211,7 @@ class Checkpoints:
       "checkpoint of step %d cannot be read (%s): it is moved to %s, and the run goes on from step "
       "%d",
       step,
-      cut(why, 300) if why else "another process could not",
+      _words(why),
       place / "damaged",
       used,
     )
@@ -177,6 +223,10 @@ class Checkpoints:
 
   def close(self) -> None:
     self.manager.close()
+
+
+def _words(why: Exception | None) -> str:
+  return cut(why, 300) if why else "another process could not"
 
 
 def _all_processes(here: bool) -> bool:

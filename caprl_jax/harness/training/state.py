@@ -82,11 +82,8 @@ def make_state(
 
 def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, mesh) -> TrainState:
   """Shapes and shardings of the state, for restoring one without having another in memory."""
-  with_sharding = lambda tree, places: jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places
-  )
-  params = with_sharding(params, shardings)
-  opt_state = with_sharding(
+  params = _abstract(params, shardings)
+  opt_state = _abstract(
     jax.eval_shape(tx.init, params), sharding.optimizer_shardings(tx, params, shardings, mesh)
   )
   whole = sharding.replicated(mesh)
@@ -99,11 +96,17 @@ def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, 
   )
 
 
+def _abstract(tree: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+  )
+
+
 def newest_captioner(
   workdir: pathlib.Path, settings: Settings, mesh: jax.sharding.Mesh
 ) -> tuple[Loaded, Params]:
   """The captioner that a run began with, and all of its parameters after the run's newest
-  checkpoint. Raises ValueError where there is no checkpoint."""
+  checkpoint, of which no moments are read. Raises ValueError where there is no checkpoint."""
   checkpoints = Checkpoints(workdir, settings.checkpoint)
   if checkpoints.latest_step() is None:
     raise ValueError(f"{workdir} has no checkpoint to read a captioner from; was it deleted?")
@@ -111,8 +114,7 @@ def newest_captioner(
   kind = trainable_filter(settings.policy.trainable, loaded.model.cfg.family)
   params, base = split_params(loaded.params, kind)
   shardings, _ = split_params(loaded.shardings, kind)
-  tx, _ = make_optimizer(settings)
-  state, _ = checkpoints.restore(abstract_state(params, tx, shardings, mesh))
+  step, trained = checkpoints.restore_params(_abstract(params, shardings))
   checkpoints.close()
-  log.info("parameters after step %d of %s", int(state.step), workdir)
-  return loaded, merge_params(state.params, base or None)
+  log.info("parameters after step %d of %s", step, workdir)
+  return loaded, merge_params(trained, base or None)
