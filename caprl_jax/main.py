@@ -20,7 +20,7 @@ from caprl_jax.config import loading, registry, schema
 from caprl_jax.errors import BAD_INPUT, FAILED, INTERRUPTED, MEMORY_FULL, OK, RUN_AGAIN, code_of
 from caprl_jax.harness.buckets.addresses import localise
 from caprl_jax.harness.buckets.mirror import Mirror, mirrored
-from caprl_jax.harness.process import peers, signals
+from caprl_jax.harness.process import peers, preemption, signals
 from caprl_jax.harness.process.device_memory import what_is_full
 from caprl_jax.harness.process.log_files import logging_to
 from caprl_jax.json_files import cut, shown
@@ -78,7 +78,8 @@ def _run(
     log.debug("config: %s", schema.to_plain(config))
     # All of them first, so that what the last mode lacks shows before the first has run.
     modules = {name: importlib.import_module(mode.module) for name, mode in modes.items()}
-    with _whole_tracebacks(), signals.notices(instead=group.told_exception if group else None):
+    instead = group.told_exception if group else None
+    with _whole_tracebacks(), signals.notices(instead=instead), preemption.watched():
       for i, (name, module) in enumerate(modules.items()):
         which = f" ({i + 1} of {len(modules)})" if len(modules) > 1 else ""
         log.info("caprl_jax %s, mode %s%s, in %s", caprl_jax.__version__, name, which, workdir)

@@ -30,6 +30,9 @@ if "CAPRL_JAX_TEST_CHECKPOINTS" not in os.environ:
   _checkpoints = tempfile.TemporaryDirectory(prefix="caprl_jax_checkpoints_")
   os.environ["CAPRL_JAX_TEST_CHECKPOINTS"] = _checkpoints.name
 
+# Runs of tests ask no machine of Google's cloud, on which they may be, for its notices.
+os.environ.setdefault("NO_GCE_CHECK", "true")
+
 import jax  # pylint: disable=wrong-import-position
 import pytest  # pylint: disable=wrong-import-position
 
