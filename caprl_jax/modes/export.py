@@ -14,6 +14,7 @@ import numpy as np
 from caprl_jax import __version__, sharding
 from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
+from caprl_jax.harness.process.workdir_lock import only_writer
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.training.state import newest_captioner
@@ -114,7 +115,7 @@ def run(config, workdir: pathlib.Path) -> None:
     raise ValueError(f"export.dtype = {cfg.dtype!r}; use one of {', '.join(DTYPES)}")
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
   output, summary = pathlib.Path(cfg.output).expanduser(), {}
-  with jax.set_mesh(mesh):
+  with only_writer(output), jax.set_mesh(mesh):
     if cfg.run:
       loaded, params, summary = trained_params(pathlib.Path(cfg.run).expanduser(), mesh)
       base = summary["config"]["policy"]["checkpoint"]

@@ -18,6 +18,7 @@ from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers.qa_sources import read_qa_rows
+from caprl_jax.harness.process.workdir_lock import only_writer
 from caprl_jax.harness.sections import DataSection, GateSection
 from caprl_jax.inference.judge import JudgeSection, check_blind
 from caprl_jax.modes.calibrate.figures import calibrate
@@ -26,6 +27,8 @@ from caprl_jax.modes.calibrate.show import draw, table
 from caprl_jax.modes.calibrate.trials import make_trials
 
 log = logging.getLogger("caprl_jax.modes.calibrate.run")
+
+CALIBRATION = "calibration.json"
 
 
 def _in_json(value: Any) -> Any:
@@ -46,18 +49,19 @@ def run(config, workdir: pathlib.Path) -> None:
   data, gate = (
     configuration.load_section(config, *x) for x in (("data", DataSection), ("gate", GateSection))
   )
-  seed = config.get("seed", 0)
-  trials = make_trials(read_qa_rows(data.eval, seed, data.max_eval_rows), cfg, gate, seed)
   mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
-  with jax.set_mesh(mesh):
+  seed = config.get("seed", 0)
+  with only_writer(workdir / CALIBRATION), jax.set_mesh(mesh):
+    trials = make_trials(read_qa_rows(data.eval, seed, data.max_eval_rows), cfg, gate, seed)
     figures = calibrate(section.load(mesh), trials, section, cfg, seed)
-  if jax.process_index() == 0:
-    write_json(workdir / "calibration.json", _in_json({"judge": section.source, **figures}))
+    if jax.process_index() > 0:
+      return
+    write_json(workdir / CALIBRATION, _in_json({"judge": section.source, **figures}))
     draw(figures, workdir / "calibration.png")
-    log.info(
-      "judge %s, %d held-out questions:\n%s",
-      section.source,
-      len(trials),
-      table(figures, cfg.readings[-1]),
-    )
-    log.info("plot: %s", workdir / "calibration.png")
+  log.info(
+    "judge %s, %d held-out questions:\n%s",
+    section.source,
+    len(trials),
+    table(figures, cfg.readings[-1]),
+  )
+  log.info("plot: %s", workdir / "calibration.png")

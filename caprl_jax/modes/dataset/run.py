@@ -25,10 +25,11 @@ from caprl_jax.data.readers.qa_sources import parse_mixture, scan_qa_rows
 from caprl_jax.data.rows import BadRow, BadRows, QARow, image_bytes
 from caprl_jax.data.usable_rows import ImageFacts, fits, usable
 from caprl_jax.harness.process.first import one_process_only
+from caprl_jax.harness.process.workdir_lock import only_writer
 from caprl_jax.hub.opened import read_processor
 from caprl_jax.models.image_processor import SmartResize
 from caprl_jax.models.policy import PolicyConfig
-from caprl_jax.modes.dataset.outputs import check_output, write_output
+from caprl_jax.modes.dataset.outputs import check_output, output_path, write_output
 from caprl_jax.pages import cards
 from caprl_jax.pages.markup import card, embedded, page, percent, table, text
 from caprl_jax.progress import counted
@@ -310,8 +311,15 @@ def run(config, workdir: pathlib.Path) -> None:
   cfg = configuration.load_section(config, "dataset", DatasetConfig)
   seed = config.get("seed", 0)
   one_process_only("dataset")
+  written = [workdir / "dataset.json"]
   if cfg.output is not None:
     check_output(cfg.output, "dataset.output", cfg.name, workdir)
+    written.append(output_path(cfg.output, cfg.name))
+  with only_writer(*written):
+    _run(cfg, seed, workdir)
+
+
+def _run(cfg: DatasetConfig, seed: int, workdir: pathlib.Path) -> None:
   pixels = _processor(cfg.checkpoint)
   rows, facts, bad = read_all(cfg, seed, pixels, workdir)
   figures = survey(rows, facts, bad, pixels)

@@ -16,6 +16,7 @@ from caprl_jax.data.batches import eval_batches
 from caprl_jax.data.usable_rows import NextUsable
 from caprl_jax.harness.extras import extra
 from caprl_jax.harness.process import peers
+from caprl_jax.harness.process.workdir_lock import only_writer
 from caprl_jax.harness.samples import save_samples
 from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.harness.setup import Run, set_up
@@ -27,6 +28,8 @@ from caprl_jax.rl.step import StepConfig
 from caprl_jax.types import Batch, Params, Samples
 
 log = logging.getLogger("caprl_jax.modes.evaluate.run")
+
+EVALUATION = "evaluation.json"
 
 
 def evaluation_config(settings: Settings, rollout: RolloutConfig, images: int) -> StepConfig:
@@ -168,13 +171,17 @@ def run(config, workdir: pathlib.Path) -> None:
   """Evaluates `policy.checkpoint`; writes evaluation.json and samples/evaluation.json, which are no
   other mode's: the workdir may be a training run's."""
   settings = read_settings(config)
-  with jax.set_mesh(sharding.make_mesh(settings.mesh)):
-    made = set_up(settings, training=False, workdir=workdir)
-    samples = workdir / "samples" / "evaluation.json"
-    figures = Evaluator(made)(made.policy.params, samples, "evaluation", 0)
-    left_out = len(made.bad.rows)
-    if left_out:
-      log.warning("the figures leave out %d rows that cannot be used", left_out)
+  with only_writer(workdir / EVALUATION), jax.set_mesh(sharding.make_mesh(settings.mesh)):
+    _run(settings, workdir)
+
+
+def _run(settings: Settings, workdir: pathlib.Path) -> None:
+  made = set_up(settings, training=False, workdir=workdir)
+  samples = workdir / "samples" / EVALUATION
+  figures = Evaluator(made)(made.policy.params, samples, "evaluation", 0)
+  left_out = len(made.bad.rows)
+  if left_out:
+    log.warning("the figures leave out %d rows that cannot be used", left_out)
   if jax.process_index() == 0:
     found = {
       "checkpoint": settings.policy.checkpoint,
@@ -182,4 +189,4 @@ def run(config, workdir: pathlib.Path) -> None:
       "figures": figures,
       "counts": made.counts,
     }
-    write_json(workdir / "evaluation.json", found)
+    write_json(workdir / EVALUATION, found)

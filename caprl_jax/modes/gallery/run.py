@@ -17,12 +17,15 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.config.named_values import parse_named
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import QARow, kinds
+from caprl_jax.harness.process.workdir_lock import only_writer
 from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection, open_judge
 from caprl_jax.modes.gallery.captions import Pictures, common_images, match_names, read_captions
 from caprl_jax.modes.gallery.figures import figures, pick
 from caprl_jax.modes.gallery.page import NOBODY, ComparedImage, write_page
 
 log = logging.getLogger("caprl_jax.modes.gallery.run")
+
+FIGURES = "gallery.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +148,12 @@ def _some_questions(row: QARow, cfg: GalleryConfig, seed: int) -> QARow:
 def run(config, workdir: pathlib.Path) -> None:
   """Writes the page, and gallery.json with its figures to the workdir."""
   cfg = configuration.load_section(config, "gallery", GalleryConfig)
+  output = workdir / "gallery.html" if cfg.output is None else pathlib.Path(cfg.output).expanduser()
+  with only_writer(output, workdir / FIGURES):
+    _run(cfg, config, output, workdir)
+
+
+def _run(cfg: GalleryConfig, config, output: pathlib.Path, workdir: pathlib.Path) -> None:
   section = None
   if cfg.questions is not None and config.get("judge"):
     section = configuration.load_section(config, "judge", JudgeSection)
@@ -172,11 +181,8 @@ def run(config, workdir: pathlib.Path) -> None:
   found = figures(files, common, judged)
   if jax.process_index() > 0:
     return
-  output = (
-    pathlib.Path(cfg.output).expanduser() if cfg.output is not None else workdir / "gallery.html"
-  )
   write_page(output, found, *pick(judged or common, cfg.images, rng), pictures.read, pictures.short)
-  write_json(workdir / "gallery.json", found)
+  write_json(workdir / FIGURES, found)
   if pictures.missing:
     log.warning(
       "%d images of the page were not found; gallery.pictures may say where they lie, as "
