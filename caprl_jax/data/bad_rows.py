@@ -27,7 +27,9 @@ class BadRowList:
   """Takes note of bad rows while a run reads and checks its rows, and decides about them in
   `settle`, so that one message lists all of them.
 
-  Every process has the same list, but for rows that fail later (`late`); the first one writes it.
+  Every process has the same list, but for rows that fail later (`late`), each in the process whose
+  turn it was. The first one writes the list; others write what failed there into files of their
+  own, bad_rows.1.jsonl beside bad_rows.jsonl.
 
   Args:
     rule: "refuse" ends the run with an error, "drop" goes on without them.
@@ -41,7 +43,7 @@ class BadRowList:
     self.rows: list[BadRow] = []
     self._seen = 0  # rows, good and bad
     self._settled = 0  # bad rows that `settle` has told of
-    self._late: set[tuple[str, str]] = set()
+    self._late: dict[tuple[str, str], BadRow] = {}
     self._lock = threading.Lock()
     self._all = [self]  # whose rows the file lists
 
@@ -124,7 +126,7 @@ class BadRowList:
     with self._lock:
       if (row.where, row.message) in self._late:
         return
-      self._late.add((row.where, row.message))
+      self._late[row.where, row.message] = row
       self.rows.append(row)
       self._settled = len(self.rows)
       self._write()
@@ -138,16 +140,30 @@ class BadRowList:
     return f"{first}: {reasons_text(self.rows)}{shown}{every}"
 
   def _write(self) -> None:
-    if self.path is None or jax.process_index() > 0:
+    if self.path is None:
       return
-    rows = dict.fromkeys(row for some in self._all for row in some.rows)
+    process = jax.process_index()
+    path = self.path.with_name(f"{self.path.stem}.{process}.jsonl") if process else self.path
+    if process == 0:
+      _remove_others(self.path, jax.process_count())
+    rows = dict.fromkeys(
+      row for some in self._all for row in (some._late.values() if process else some.rows)
+    )
     if not rows:
-      self.path.unlink(missing_ok=True)
+      path.unlink(missing_ok=True)
       return
     # one that two splits have stands there once
     lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows)
     text = "".join(f"{line}\n" for line in lines)
-    write_text(self.path, text.encode("utf-8", "backslashreplace").decode())
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())
+
+
+def _remove_others(path: pathlib.Path, count: int) -> None:
+  """Takes away what processes of a larger run than this one of `count` have left."""
+  for other in path.parent.glob(f"{path.stem}.*.jsonl"):
+    number = other.name.removeprefix(f"{path.stem}.").removesuffix(".jsonl")
+    if number.isdecimal() and int(number) >= count:
+      other.unlink(missing_ok=True)
 
 
 def reasons_text(rows: Iterable[BadRow]) -> str:

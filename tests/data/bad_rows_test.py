@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from caprl_jax.data.bad_rows import SHOWN, BadRowList
@@ -69,3 +70,26 @@ def test_no_file_where_no_row_is_bad(tmp_path):
   assert some.keep(["a"]) == ["a"]
   some.settle()
   assert not path.exists()
+
+
+def test_each_process_lists_what_failed_there(tmp_path, monkeypatch):
+  path, late = tmp_path / "bad_rows.jsonl", tmp_path / "bad_rows.1.jsonl"
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+  def process(number):
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+    some = BadRowList("drop", path)
+    some.keep(["a", bad(2)])
+    some.settle()
+    return some
+
+  process(1).late(bad(7))
+  process(0)
+  assert [row["where"] for row in read(path)] == ["rows.jsonl:2"]
+  assert [row["where"] for row in read(late)] == ["rows.jsonl:7"]
+  process(1)  # of a run that begins: nothing has failed
+  assert not late.exists()
+  process(1).another("drop", "other").late(bad(8))
+  monkeypatch.setattr(jax, "process_count", lambda: 1)
+  process(0)  # a run of one process leaves no file of another's
+  assert [one.name for one in tmp_path.iterdir()] == ["bad_rows.jsonl"]
