@@ -9,8 +9,9 @@ OK, FAILED, BAD_INPUT, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130
 MEMORY_FULL, DISK_FULL, RUN_AGAIN = 71, 74, 75
 
 # Libraries to which only our code speaks: what these refuse is our mistake, or a machine's. Others
-# read what users bring: files, images, tokenizers.
+# read what users bring: files, images, tokenizers, names of models.
 _BELOW = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex", "grain", "etils")
+_BELOW += ("numpy",)  # where Python raises it; its C has no frame of its own
 
 # How the runtime's messages begin, which come as any type of exception: "UNKNOWN: Gloo all-reduce
 # failed".

@@ -1,9 +1,17 @@
 """Whose matter an error is."""
 
+import io
 import json
 
+import huggingface_hub
+import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
+from PIL import Image
 
 from caprl_jax import errors, main
 from caprl_jax.config import loading
@@ -19,8 +27,22 @@ def raised(call):
   raise AssertionError("it raised nothing")
 
 
-def test_a_value_that_only_jax_refuses_is_no_bad_input():
-  error = raised(lambda: jnp.concatenate([]))
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda: jnp.concatenate([]),
+    lambda: jax.jit(lambda x: x.at[0].set(1, mode="?"))(jnp.ones(2)),
+    lambda: jax.lax.scan(lambda state, x: (state, x), 0, (jnp.ones(2), jnp.ones(3))),
+    lambda: jax.tree.map(lambda x, y: x, {"a": 1}, {"b": 1}),
+    lambda: ocp.CheckpointManagerOptions(best_mode="?"),
+    lambda: optax.cosine_decay_schedule(1.0, 0),
+    lambda: np.stack([]),
+    lambda: np.pad(np.ones(3), (1, 2, 3)),
+  ],
+)
+def test_a_value_that_our_code_gives_a_library_is_no_bad_input(call):
+  """Raised through our own frames, as in a step, and told from those that read users' files."""
+  error = raised(call)
   assert isinstance(error, ValueError) and not errors.is_users(error)
   assert errors.code_of(error) == errors.FAILED
 
@@ -32,6 +54,11 @@ def test_a_value_that_only_jax_refuses_is_no_bad_input():
     lambda: loading.load_config("no/such/config.py"),
     lambda: open("/no/such/file"),
     lambda: int("x"),
+    lambda: b"\xff".decode(),
+    lambda: Image.open(io.BytesIO(b"no image")),
+    lambda: Image.new("RGB", (-1, 1)),
+    lambda: huggingface_hub.hf_hub_download("a name that is none", "config.json"),
+    lambda: safetensors.numpy.load_file("/no/such/file"),
   ],
 )
 def test_what_a_person_gave_is_bad_input(call):
