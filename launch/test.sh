@@ -46,14 +46,29 @@ print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu"))
   fi
 }
 
+# An emulator of Google's storage and what speaks to it: for the test of buckets. In a folder of their own, because they
+# bring some thirty packages that nothing else needs.
+install_bucket_emulator() {
+  local folder="$1"
+  if [[ ! -d "$folder" ]]; then
+    install .venv-test --target "$folder" gcp-storage-emulator gcsfs || {
+      rm -rf "$folder"
+      echo "warning: gcp-storage-emulator could not be installed; the test of buckets will be skipped" >&2
+    }
+  fi
+}
+
 cd "$repository"
 export CAPRL_JAX_LIBTPU="$repository/.venv-test/libtpu"
+export CAPRL_JAX_BUCKETS="$repository/.venv-test/buckets"
 # What is installed outside the environment is downloaded beside what goes into it.
 install_browser &
 browser=$!
 make_environment .venv-test "test${CAPRL_JAX_EXTRAS:+,$CAPRL_JAX_EXTRAS}" torch==2.13.0
 install_tpu_compiler "$CAPRL_JAX_LIBTPU" &
 tpu_compiler=$!
+install_bucket_emulator "$CAPRL_JAX_BUCKETS" &
+emulator=$!
 # Only its data file is needed, the real Qwen vocabulary; tests that want it are skipped where it is missing.
 .venv-test/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("dashscope") is None)' ||
   install .venv-test --no-deps dashscope==2.0.2 || echo "warning: dashscope could not be installed" >&2
@@ -61,7 +76,7 @@ tpu_compiler=$!
 .venv-test/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("gradio") is None)' || {
   install .venv-test 'gradio>=6' && install .venv-test 'pillow>=13'
 } || echo "warning: gradio could not be installed; the demo's browser test will be skipped" >&2
-wait "$tpu_compiler" "$browser"
+wait "$tpu_compiler" "$emulator" "$browser"
 if (($# == 0)); then
   bash launch/audit.sh .venv-test # printed for whoever reads the log; no reason to fail
 fi

@@ -13,12 +13,14 @@ from etils import epath
 
 from caprl_jax.atomic_files import write_json
 from caprl_jax.errors import UserError
-from caprl_jax.harness.buckets.mirror import Mirror, copy_file, listed, named
+from caprl_jax.harness.buckets.mirror import Mirror, copy_file, listed, named, one_by_one
 from caprl_jax.json_files import cut, read_record
 
 # In sources of rows an address stands among others: tfds:gs://b/folder:train, gs://b/a.jsonl*2.
-ADDRESS = re.compile(r"(?<![\w+.-])(?:gs|s3|az)://[^\s,:=@\"']+")
-OTHER = re.compile(r"(gs|s3|az|file|hdfs):/|[\w+.-]+://")  # no folder, and nothing that is copied
+# The schemes are those that etils.epath knows.
+ADDRESS = re.compile(r"(?<![\w+.-])(?:gs|s3|az|hf)://[^\s,:=@\"']+")
+OTHER = re.compile(r"(gs|s3|az|hf|file|hdfs):/|[\w+.-]+://")  # no folder, nothing that is copied
+READ_ONLY = "hf://"  # each file that is written there is a commit
 WRITTEN = ("*.output", "*.answers_output", "prism.cache")  # keys of what modes write
 LISTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # may name images that lie beside them
 HELD = ".fetched.json"  # beside what was fetched: what the bucket had
@@ -87,7 +89,7 @@ def localise(config: ml_collections.ConfigDict, workdir: str | None) -> Local:
 def _is_bucket(key: str, value: str) -> bool:
   """Whether an address of a bucket is in a value that is written to. Raises UserError for another
   address: a folder of its name would be made here, and be lost with the machine."""
-  if ADDRESS.search(value):
+  if ADDRESS.search(value) and READ_ONLY not in value:
     return True
   if OTHER.match(value):
     raise UserError(
@@ -123,7 +125,7 @@ def fetch(address: str) -> pathlib.Path:
     if new:
       size = sum(stats[name].length for name in new) / 1e6
       print(f"copying {len(new)} files ({size:.1f} MB) of {address} to {place}", file=sys.stderr)
-    for name in new:
+    for name in one_by_one(new, address):
       target = place / name if name else place
       target.parent.mkdir(parents=True, exist_ok=True)
       copy_file(folder / name if name else folder, epath.Path(target))

@@ -15,8 +15,9 @@ import pathlib
 import shutil
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -28,6 +29,7 @@ from caprl_jax.json_files import cut, read_record
 log = logging.getLogger("caprl_jax.harness.buckets.mirror")
 
 EVERY_SECS = 60.0
+SAY_SECS = 30.0
 INDEX = "mirror.json"  # in the bucket
 STATE = ".mirror.json"  # here: the index that was read or written last
 CHECKPOINTS = "checkpoints"
@@ -62,6 +64,19 @@ def copy_file(source: epath.Path, target: epath.Path) -> None:
   """Copies a file, of which there may be more than the memory holds, from or to a bucket."""
   with source.open("rb") as read, target.open("wb") as written:
     shutil.copyfileobj(read, written, _PIECE)
+
+
+def one_by_one(names: Sequence[str], what: str) -> Iterator[str]:
+  """The names of files, each of which is copied before the next one is asked for; every half a
+  minute it is printed how many were. (The log is not open yet when a run's folder is fetched, and
+  closed when the last files are copied.)"""
+  said = time.monotonic()
+  for number, name in enumerate(names, 1):
+    yield name
+    now = time.monotonic()
+    if now - said >= SAY_SECS and number < len(names):
+      said = now
+      print(f"{what}: {number} of {len(names)} files copied", file=sys.stderr)
 
 
 def listed(folder: epath.Path, prefix: str = "") -> list[str]:
@@ -127,7 +142,7 @@ class Mirror:
       names = [*index.files, *self._records()] if index else self._all()
       if names:
         print(f"copying {len(names)} files from {self.there} to {self.here}", file=sys.stderr)
-      for name in dict.fromkeys(names):
+      for name in one_by_one([*dict.fromkeys(names)], str(self.there)):
         target = self.here / name
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(self.there / name, epath.Path(target))
@@ -224,14 +239,13 @@ class Mirror:
 
   def _copied(self, stamps: dict[str, Stamp]) -> dict[str, Stamp]:
     """Copies those that the bucket does not hold, and returns all that it then holds of them."""
-    held = {}
-    for name, stamp in stamps.items():
-      if self.last.files.get(name) != stamp:
-        try:
-          copy_file(epath.Path(self.here / name), self.there / name)
-        except FileNotFoundError:  # taken away meanwhile
-          continue
-      held[name] = stamp
+    held = dict(stamps)
+    new = [name for name, stamp in stamps.items() if self.last.files.get(name) != stamp]
+    for name in one_by_one(new, str(self.there)):
+      try:
+        copy_file(epath.Path(self.here / name), self.there / name)
+      except FileNotFoundError:  # taken away meanwhile
+        del held[name]
     return held
 
 

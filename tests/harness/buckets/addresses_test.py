@@ -79,7 +79,9 @@ def test_what_is_written_has_a_place_here_and_is_copied(bucket, cache):
   assert not pathlib.Path("gs:").exists()
 
 
-@pytest.mark.parametrize("value", ["gs:/bucket/run", "file:///tmp/x", "hdfs://a/b"])
+@pytest.mark.parametrize(
+  "value", ["gs:/bucket/run", "file:///tmp/x", "hdfs://a/b", "hf://buckets/a"]
+)
 def test_other_addresses_are_not_written_to(value):
   with pytest.raises(ValueError, match=f"--workdir={value} is an address, and none of a bucket"):
     localise(config(), value)

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import sys
 
 import pytest
+from etils.epath import backend
+from fsspec.registry import _registry
 from helpers.faults import bucket as buckets
 
 from caprl_jax.harness.buckets import mirror
@@ -158,6 +161,18 @@ def test_it_is_copied_meanwhile_and_at_the_end_whatever_ends_the_run(
     Mirror("gs://b/a", tmp_path).push()
 
 
-def test_without_its_library_the_remedy_is_said(tmp_path):
+def test_without_its_library_the_remedy_is_said(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "gcsfs", None)  # where it is installed
+  for name in ("gs", "gcs"):
+    monkeypatch.delitem(_registry, name, raising=False)
+  backend.fsspec_backend._get_filesystem.cache_clear()
   with pytest.raises(ValueError, match=r"gs://b/a: .*pip install gcsfs.* or mount the bucket"):
     Mirror("gs://b/a", tmp_path).fetch()
+
+
+def test_long_copying_says_where_it_is(capsys, monkeypatch):
+  assert list(mirror.one_by_one(["a", "b"], "gs://b/run")) == ["a", "b"]
+  assert not capsys.readouterr().err
+  monkeypatch.setattr(mirror, "SAY_SECS", 0.0)
+  assert list(mirror.one_by_one(["a", "b"], "gs://b/run")) == ["a", "b"]
+  assert capsys.readouterr().err == "gs://b/run: 1 of 2 files copied\n"
