@@ -20,7 +20,8 @@ EVERY_SECS = 30.0  # between two lines; work that is shorter has none
 
 class Bar:
   """How much of a piece of work is done. Where standard error is no terminal the log says it, every
-  half a minute; work that ends sooner leaves no trace.
+  half a minute; work that ends sooner leaves no trace. Inside `with` the log also says so once a
+  minute while nothing moves, as while the first part compiles.
 
   Args:
     total: how much there is; None: unknown.
@@ -34,7 +35,8 @@ class Bar:
     self.total, self.what = total, what
     self.units = unit + ("es" if unit.endswith(("s", "x", "ch", "sh")) else "s")
     self.done, self.before, self.shown = done, done, shown
-    self.began = self.said = time.monotonic()
+    self.began = self.said = self.moved = time.monotonic()
+    self._ended = threading.Event()
     self._bar = tqdm(
       total=total,
       initial=done,
@@ -49,7 +51,7 @@ class Bar:
     """So much more is done."""
     self.done += count
     self._bar.update(count)
-    now = time.monotonic()
+    self.moved = now = time.monotonic()
     if self.shown and self._bar.disable and now - self.said >= EVERY_SECS:
       self.said = now
       log.info("%s", self._line(now))
@@ -62,10 +64,24 @@ class Bar:
     left = duration((self.total - self.done) / max(rate, 1e-9))
     return f"{self.what}: {self.done:,} of {self.total:,} {self.units}, {pace}, {left} left"
 
+  def _watch(self) -> None:
+    """Says where nothing moves; ends with the work."""
+    said = self.moved
+    while not self._ended.wait(EVERY_SECS):
+      now = time.monotonic()
+      if now - max(said, self.moved) >= 1.5 * EVERY_SECS:
+        said = now
+        of = "" if self.total is None else f" of {self.total:,}"
+        still = duration(now - self.moved)
+        log.info("%s: %s%s %s, no more for %s", self.what, f"{self.done:,}", of, self.units, still)
+
   def __enter__(self) -> "Bar":
+    if self.shown:
+      threading.Thread(target=self._watch, name="progress", daemon=True).start()
     return self
 
   def __exit__(self, *_) -> None:
+    self._ended.set()
     self._bar.close()
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from caprl_jax.errors import UserError
 from caprl_jax.json_files import cut, read_record
-from caprl_jax.progress import duration, ends_at
+from caprl_jax.progress import duration, ends_at, going_on
 
 log = logging.getLogger("caprl_jax.harness.row_shards")
 
@@ -30,7 +30,7 @@ Source = TypeVar("Source")  # an input row
 Worker = TypeVar("Worker")
 
 SETTINGS = "settings.json"
-POLL_SECS, SAY_SECS = 2.0, 60.0
+POLL_SECS, SAY_SECS = 2.0, 30.0
 RECENT_SECS = 300.0  # whose rate tells when the work ends
 STILL_SECS = (
   1800.0  # more than loading a model and compiling take: a host that keeps no row is gone
@@ -158,17 +158,19 @@ class ShardedJob(Generic[Source]):
       return
     bar = tqdm(total=total, initial=before, desc=what, unit=unit, disable=None)
     rate = _Rate(what, unit, before, total)
-    with bar, open_worker() as worker:
+    with bar, contextlib.ExitStack() as first, open_worker() as worker:
+      first.enter_context(going_on(f"{what}: the first ones are on their way"))
       for shard in left:
         with Shard(self, shard) as kept:
           for found in work(worker, kept.left()):
+            first.close()
             kept.put(found)
             bar.set_postfix_str(rate.add(len(found)), refresh=False)
             bar.update(len(found))
     rate.end()
 
   def wait(self) -> None:
-    """Returns when all shards of all hosts are whole; says once a minute whose are not.
+    """Returns when all shards of all hosts are whole; says twice a minute whose are not.
 
     Raises:
       UserError: for half an hour no row was added to any of them.
@@ -193,8 +195,9 @@ class ShardedJob(Generic[Source]):
 
   def wait_until_removed(self) -> None:
     """Returns when the host that writes the output has done so."""
-    while self.folder.exists():
-      time.sleep(POLL_SECS)
+    with going_on("waiting for host 0 to write the output"):
+      while self.folder.exists():
+        time.sleep(POLL_SECS)
 
   def read(self) -> Iterator[RowResult[Source]]:
     """All rows in order, with one shard in memory at a time. Every shard must be whole."""
@@ -285,7 +288,7 @@ class Shard:
 
 
 class _Rate:
-  """How fast the work goes and when it will end; says so once a minute."""
+  """How fast the work goes and when it will end; says so twice a minute."""
 
   def __init__(self, what: str, unit: str, before: int, total: int):
     self.what, self.unit, self.before, self.total, self.done = what, unit, before, total, 0

@@ -31,8 +31,10 @@ from caprl_jax.hub.folders.notices import warn_once
 from caprl_jax.hub.folders.pixels import PREPROCESSOR, PROCESSOR, says_another
 from caprl_jax.hub.folders.tensors import open_tensors
 from caprl_jax.hub.folders.text_files import json_of, read_bytes, read_json
+from caprl_jax.json_files import cut
 from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.family import DECODER_KEYS
+from caprl_jax.progress import going_on
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer*"]
 # Small files that go together: adapters' own take the place of all of the base's of the same use.
@@ -117,7 +119,7 @@ def fingerprint(source: str | os.PathLike) -> str:
   """
   path = resolve_model(source)
   found = _loaded_files(path) if path.is_dir() else [path]
-  with futures.ThreadPoolExecutor() as pool:
+  with going_on(f"digesting {cut(source, 100)}"), futures.ThreadPoolExecutor() as pool:
     digests = pool.map(_sha256, found)
     names = [[file.name, digest] for file, digest in zip(found, digests)]
   return hashlib.sha256(json.dumps(names).encode()).hexdigest()

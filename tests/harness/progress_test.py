@@ -48,6 +48,16 @@ def test_what_cannot_be_counted_says_that_it_goes_on(caplog):
   assert len(caplog.messages) == 1
 
 
+def test_work_whose_first_part_takes_long_says_so(caplog):
+  with progress.Bar(12, "captions", "image", done=3) as bar:
+    bar.update(2)
+    time.sleep(0.35)
+  assert caplog.messages[0] == "captions: 5 of 12 images, no more for 0 s"
+  said = len(caplog.messages)
+  time.sleep(0.25)
+  assert len(caplog.messages) == said < 4
+
+
 @pytest.mark.parametrize("secs, text", [(5, "5 s"), (300, "5 min"), (9000, "2.5 h")])
 def test_durations(secs, text):
   assert progress.duration(secs) == text

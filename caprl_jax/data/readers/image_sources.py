@@ -24,6 +24,7 @@ from caprl_jax.data.readers.image_tars import scan_tars
 from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.json_files import shown
+from caprl_jax.progress import going_on
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -43,7 +44,8 @@ class ImageListing:
 
 def find_images(source: str, key: str = "caption.input") -> list[CaptionRow]:
   """The rows of `list_images`."""
-  return list_images(source, key).rows
+  with going_on(f"looking for images in {source}"):
+    return list_images(source, key).rows
 
 
 def list_images(

@@ -12,6 +12,7 @@ from caprl_jax.data.charts import rows as charts
 from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.readers.easy_vqa import read_easy_vqa
 from caprl_jax.json_files import shown
+from caprl_jax.progress import going_on
 
 SOURCES = """  easy_vqa:train, easy_vqa:test    the package easy-vqa
   charts:train, charts:test        charts drawn from the package vega_datasets;
@@ -144,7 +145,8 @@ def read_parts(
   """
   read = []
   for part in parse_mixture(mixture):
-    found = rows_lib.good_rows(scan_qa_rows(part.source, seed), bad_rows)[:max_rows]
+    with going_on(f"reading {part.source}"):
+      found = rows_lib.good_rows(scan_qa_rows(part.source, seed), bad_rows)[:max_rows]
     rows_lib.check_rows(found, part.source)
     read.append((part, found))
   return read

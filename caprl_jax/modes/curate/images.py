@@ -12,6 +12,7 @@ from caprl_jax.data.usable_rows import Check, ImageFacts, bad_row, usable
 from caprl_jax.harness.row_shards import RowResult, ShardedJob
 from caprl_jax.modes.curate import perceptual_hash
 from caprl_jax.modes.curate.section import CurateConfig
+from caprl_jax.progress import counted, going_on
 
 LOOKED_AT_ONCE = 256  # images that a kill may lose the work on
 Numbered = Sequence[tuple[int, CaptionRow | QARow]]
@@ -92,10 +93,11 @@ def choose_images(
   bad.settle("images", of=parts.count)
   gone: dict[int, tuple[str, str]] = {}
   if cfg.similar_bits is not None:
-    for i, first in perceptual_hash.near_duplicates(signatures, cfg.similar_bits):
-      gone[i] = "repeated", f"like {rows[first].name}"
-    for i, which in perceptual_hash.like_benchmark(signatures, benchmark, cfg.similar_bits):
-      gone[i] = "like a benchmark's", f"like its image number {which}"
+    with going_on(f"comparing {len(rows):,} images"):
+      for i, first in perceptual_hash.near_duplicates(signatures, cfg.similar_bits):
+        gone[i] = "repeated", f"like {rows[first].name}"
+      for i, which in perceptual_hash.like_benchmark(signatures, benchmark, cfg.similar_bits):
+        gone[i] = "like a benchmark's", f"like its image number {which}"
   out += [
     {"image": rows[i].name, "reason": reason, "why": why} for i, (reason, why) in gone.items()
   ]
@@ -107,7 +109,8 @@ def benchmark_signatures(cfg: CurateConfig, bad: BadRowList) -> list[Any]:
   """Of the benchmarks' images that can be read; `bad` takes note of the others."""
   found = []
   for source in cfg.benchmarks:
-    for row in find_images(source, "curate.benchmarks"):
+    rows = find_images(source, "curate.benchmarks")
+    for row in counted(rows, "looking at a benchmark", "image"):
       try:
         found.append(perceptual_hash.signature_of(read_image(row)))
       except ValueError as error:

@@ -11,7 +11,7 @@ from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.rows import QARow
 from caprl_jax.errors import UserError
 from caprl_jax.json_files import read_record, shown
-from caprl_jax.progress import counted
+from caprl_jax.progress import counted, going_on
 
 log = logging.getLogger("caprl_jax.modes.dataset.outputs")
 
@@ -57,7 +57,8 @@ def write_output(
   if path.exists() and written.get(str(path.absolute())) == digest:
     log.info("%s is there, with these rows", path)
     return path
-  _write(rows, output, split, name)
+  with going_on(f"writing {path}"):
+    _write(rows, output, split, name)
   write_json(workdir / WRITTEN, written | {str(path.absolute()): digest})
   return path
 

@@ -38,6 +38,7 @@ from caprl_jax.modes.plan.abstract import (
   struct_of,
 )
 from caprl_jax.modes.plan.section import PlanConfig
+from caprl_jax.progress import going_on
 from caprl_jax.rl.step import train_step
 from caprl_jax.types import (
   Frozen,
@@ -184,7 +185,8 @@ def run(config, workdir: pathlib.Path) -> None:
   hold_planned(kinds, len(devices))  # said where the compiler finds that it does not fit
   log.info("compiling the step for %d x %s ...", len(devices), devices[0].device_kind)
   start = time.perf_counter()
-  compiled = lowered.compile()
+  with going_on("compiling the step"):
+    compiled = lowered.compile()
   report = {
     "topology": plan.topology,
     "devices": len(devices),

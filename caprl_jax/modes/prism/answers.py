@@ -21,7 +21,7 @@ from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism.evaluation import BLIND, Evaluation
 from caprl_jax.modes.prism.questions import gold_index
 from caprl_jax.modes.prism.section import PrismConfig
-from caprl_jax.progress import Bar
+from caprl_jax.progress import Bar, going_on
 from caprl_jax.rl.sampling import SamplingConfig
 from caprl_jax.scoring.captionqa import SYSTEM
 
@@ -90,7 +90,8 @@ def write_answers(
           {names[number]: {"text": text.text, "finish": text.finish} for number, text in found}
         )
         bar.update(len(found))
-    peers.check()
+    with going_on("waiting for the answers of the other processes"):
+      peers.check()
     kept.await_others(keys)
   return [kept[key]["text"] for key in keys]
 

@@ -16,7 +16,7 @@ from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.inference.captioner import CaptionerConfig, open_captioner
 from caprl_jax.modes.prism.section import PrismConfig
-from caprl_jax.progress import Bar
+from caprl_jax.progress import Bar, going_on
 
 log = logging.getLogger("caprl_jax.modes.prism.captions")
 
@@ -45,7 +45,8 @@ def caption_all(
     if left
     else []
   )
-  peers.check()  # none waits for long in what comes now
+  with going_on("waiting for the captions of the other processes"):
+    peers.check()  # none waits for long in what comes now
   everywhere = {key for some in from_all(lost) for key in some}
   kept.await_others(key for key in keys if key not in everywhere)
   return everywhere

@@ -54,6 +54,7 @@ from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.modes.sft.section import FREE, NewPolicyConfig, PhaseConfig, SFTConfig
+from caprl_jax.progress import counted
 from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.supervised.caption_step import SFTExample, caption_scores, sft_step
 from caprl_jax.types import Array, Batch, Params, Vocabulary
@@ -148,7 +149,9 @@ def recognition(
 
       found, numbers = [], []
       example = NextUsable(without_end, rows, bad, absent)
-      for batch, real in eval_batches(example, len(rows), 100, 0):
+      batches = eval_batches(example, len(rows), 100, 0)
+      bar = counted(batches, f"recognition of {place} {value!r}", "batch", -(-len(rows) // 100))
+      for batch, real in bar:
         found.append(sharding.to_host(score(params, batch))[:real])
         numbers.append(batch.batch.row_B[:real])
       scores.append(np.concatenate(found))
