@@ -1,11 +1,15 @@
 """Modes that share their work among processes: two find what one does."""
 
+import importlib
 import json
 
+import jax
+import ml_collections
 import pytest
 from helpers import tiny, tiny_runs
 from helpers.processes import CONFIG, start, wait
 
+from caprl_jax.config import registry
 from caprl_jax.data.readers.jsonl import read_jsonl
 from caprl_jax.harness.metrics import read_metrics
 
@@ -59,3 +63,21 @@ def test_two_processes_curate_evaluate_and_ask_as_one_does(folder):
     assert asked[1][name] == pytest.approx(asked[0][name], abs=1e-3)
   for record in ("curate", "prism", "pretrain"):
     assert tiny.read_back(two / f"record_{record}.json")["complete"]
+
+
+@pytest.mark.parametrize("mode", ["dataset", "demo"])
+def test_modes_of_one_process_say_so_before_any_work(mode, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  config = ml_collections.ConfigDict(
+    dict(
+      policy=dict(checkpoint="none"),
+      judge=dict(source="none"),
+      dataset=dict(input="none", output=str(tmp_path / "rows.jsonl")),
+      demo=dict(),
+    )
+  )
+  module = importlib.import_module(registry.MODES[mode].module)
+  message = f"mode {mode} runs in one process, and this run has 2: start it on one host"
+  with pytest.raises(ValueError, match=message):
+    module.run(config, tmp_path)
+  assert not [*tmp_path.iterdir()]

@@ -90,12 +90,16 @@ def test_what_is_no_notice_stops_nothing(server, caplog):
   of another kind does not have."""
   server.put("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
   del server.values["preempted"]
-  with signals.notices(), preemption.watched():
-    until(lambda: "will be stopped for maintenance" in caplog.text)
-    until(lambda: sum("last_etag" in path for path in server.asked) >= 3)  # which is answered alike
-    server.put("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
-    until(lambda: any("tag-MIGRATE" in path for path in server.asked))
-    work(0.1)
+  try:
+    with signals.notices(), preemption.watched():
+      until(lambda: "will be stopped for maintenance" in caplog.text)
+      # which the server answers as before
+      until(lambda: sum("last_etag" in path for path in server.asked) >= 3)
+      server.put("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
+      until(lambda: any("tag-MIGRATE" in path for path in server.asked))
+      work(0.1)
+  except signals.Preempted:
+    pytest.fail("the run was stopped")
   assert sum("preempted" in path for path in server.asked) == 1
 
 
