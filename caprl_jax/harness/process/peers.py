@@ -118,7 +118,8 @@ class Peers:
     self._left = threading.Lock()
     self._closed = threading.Event()
     self._main = threading.get_ident()
-    self._seen: dict[int, tuple[str, float]] = {}  # the others' last signs of life
+    # the others' last signs of life; they have just joined
+    self._seen = {n: ("", time.monotonic()) for n in range(count) if n != process}
     self._where = {process: f"{socket.gethostname()}, pid {os.getpid()}"}
     client.key_value_set(f"{_PLACE}/where/{process}", self._where[process], allow_overwrite=True)
     self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
@@ -259,11 +260,9 @@ class Peers:
   def who_died(self) -> str | None:
     """Where the process ran that has shown no sign of life for long, if there is one."""
     now = time.monotonic()
-    silent = {n: now - at for n, (_, at) in self._seen.items() if n != self.process}
-    longest = max(silent, key=silent.__getitem__, default=0)
-    if silent.get(longest, 0.0) < HEARTBEAT_SECS / 2:
-      return None
-    return self.name(longest)
+    silent = {n: now - at for n, (_, at) in self._seen.items()}
+    longest = max(silent, key=silent.__getitem__)
+    return None if silent[longest] < HEARTBEAT_SECS / 2 else self.name(longest)
 
   def _watch(self) -> None:
     """Shows a sign of life and looks for the others', and for their ends, once a second."""
@@ -286,7 +285,7 @@ class Peers:
       self._where |= self._of_all("where")
     now = time.monotonic()
     for process, beat in self._of_all("beat").items():
-      if self._seen.get(process, ("", now))[0] != beat:
+      if process in self._seen and self._seen[process][0] != beat:
         self._seen[process] = (beat, now)
     left = [_stop(text) for text in self._of_all("left").values()]
     return min(left, key=_order) if left else None

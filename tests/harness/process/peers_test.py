@@ -135,6 +135,19 @@ def test_who_shows_no_sign_of_life_is_named(three, monkeypatch):
   assert re.fullmatch(r"process 2 \(.*, pid \d+\)", three[0].who_died())
 
 
+def test_who_dies_right_after_it_has_joined_is_named(monkeypatch):
+  """Before it has shown any sign of life."""
+  monkeypatch.setattr(peers, "POLL_SECS", 0.02)
+  monkeypatch.setattr(peers, "HEARTBEAT_SECS", 0.4)
+  store = Store(2)
+  store.key_value_set("caprl_jax/where/1", "host, pid 7")
+  one = Peers(store, 0, 2)
+  assert one.who_died() is None
+  time.sleep(0.3)
+  assert one.who_died() == "process 1 (host, pid 7)"
+  one._closed.set()
+
+
 def test_an_error_of_the_network_is_explained_by_who_has_left(three, monkeypatch):
   monkeypatch.setattr(peers.signal, "pthread_kill", lambda *_: None)
   three[1].client.key_value_set(
