@@ -17,10 +17,8 @@ from caprl_jax.harness.buckets.mirror import Mirror, copy_file, listed, named, o
 from caprl_jax.json_files import cut, read_record
 
 # In sources of rows an address stands among others: tfds:gs://b/folder:train, gs://b/a.jsonl*2.
-# The schemes are those that etils.epath knows.
-ADDRESS = re.compile(r"(?<![\w+.-])(?:gs|s3|az|hf)://[^\s,:=@\"']+")
-OTHER = re.compile(r"(gs|s3|az|hf|file|hdfs):/|[\w+.-]+://")  # no folder, nothing that is copied
-READ_ONLY = "hf://"  # each file that is written there is a commit
+ADDRESS = re.compile(r"(?<![\w+.-])(?:gs|s3|az)://[^\s,:=@\"']+")
+OTHER = re.compile(r"(gs|s3|az|file|hdfs):/|[\w+.-]+://")  # no folder, and nothing that is copied
 WRITTEN = ("*.output", "*.answers_output", "prism.cache")  # keys of what modes write
 LISTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # may name images that lie beside them
 HELD = ".fetched.json"  # beside what was fetched: what the bucket had
@@ -89,7 +87,7 @@ def localise(config: ml_collections.ConfigDict, workdir: str | None) -> Local:
 def _is_bucket(key: str, value: str) -> bool:
   """Whether an address of a bucket is in a value that is written to. Raises UserError for another
   address: a folder of its name would be made here, and be lost with the machine."""
-  if ADDRESS.search(value) and READ_ONLY not in value:
+  if ADDRESS.search(value):
     return True
   if OTHER.match(value):
     raise UserError(
