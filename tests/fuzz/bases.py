@@ -111,11 +111,17 @@ def benchmark() -> Files:
     {"image": "a.png", "prompt": prompt, "answer": "A"},
     {"image": [{"image": "b.jpg"}], "prompt": prompt, "answer": ["B", 2]},
   ]
+  asked = {"question": "Which?", "choices": ["one", "two"], "answer": "two", "source": "x"}
+  captionqa = [
+    {"id": "nat_1", "images": ["a.png"], "questions": [asked | {"category": ["Spatial - Layout"]}]},
+    {"id": "nat_2", "image": "b.jpg", "questions": [asked, asked], "domain": "natural"},
+  ]
   packed = io.BytesIO()
   with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
     for name, data in PICTURES.items():
       file.writestr(f"images/{name}", data)
-  return {"lmm_eval_MMStar.json": _json(listed), "images.zip": packed.getvalue()}
+  files = {"lmm_eval_MMStar.json": _json(listed), "images.zip": packed.getvalue()}
+  return files | {"captionqa.json": _json(captionqa), **PICTURES}
 
 
 FORMS = (("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "L"), ("JPEG", "RGB"))

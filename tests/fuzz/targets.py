@@ -64,10 +64,11 @@ def captions(folder: pathlib.Path, arguments: Arguments) -> list[str]:
 
 
 def benchmark(folder: pathlib.Path, arguments: Arguments) -> list[str]:
-  from caprl_jax.data.readers.benchmarks import files
+  from caprl_jax.data.readers.benchmarks import captionqa, files
   from caprl_jax.data.rows import BadRow, CaptionRow, read_image
 
-  found = list(files.read_benchmark(folder / "lmm_eval_MMStar.json", folder / "images.zip"))
+  found = list(captionqa.read_captionqa(str(folder / "captionqa.json")))
+  found += files.read_benchmark(folder / "lmm_eval_MMStar.json", folder / "images.zip")
   for row in found:
     if not isinstance(row, BadRow):
       read_image(CaptionRow(row.image, "", row.name))
