@@ -31,7 +31,7 @@ def gate(run: Run) -> dict[str, float]:
     return float(right[answered].mean()) if answered.any() else 0.0
 
   result = {
-    "ideal": rate(lambda row: ideal.format(**row.facts)),
+    "ideal": rate(lambda row: ideal.format(**(row.facts or {}))),
     "generic": rate(lambda _: cfg.generic),
     "empty": rate(lambda _: ""),
     "questions": len(pairs),

@@ -283,9 +283,7 @@ def run_loop(
         with compiles.excused():
           if evaluate and evaluate_every and step % evaluate_every == 0:
             reports.evaluate(step, state, evaluate)
-          if checkpoints.due(step):
-            reports.read()  # first: a kill after the checkpoint must leave no gap in metrics.jsonl
-            save()
+          _save_if_due(step, checkpoints, reports, save)
       reports.read()
       interrupts.check()
       if start < steps:
@@ -303,6 +301,14 @@ def run_loop(
 def _note_memory(state: TrainState) -> None:
   hold("captioner", jax.tree.leaves(state.params))
   hold("optimizer's moments", jax.tree.leaves(state.opt_state))
+
+
+def _save_if_due(
+  step: int, checkpoints: Checkpoints, reports: StepReports, save: Callable[[], None]
+) -> None:
+  if checkpoints.due(step):
+    reports.read()  # first: a kill after the checkpoint must leave no gap in metrics.jsonl
+    save()
 
 
 def _keep(error: BaseException, save: Callable[[bool], None], reports: StepReports) -> None:

@@ -114,13 +114,9 @@ def set_up(
     compare=asks_to_compare([*data.eval, *data.train_rows], settings.gate),
   )
   judge = asker.loaded
-  log.info(
-    "captioner %.1fM parameters, judge %s, %d + %d images",
-    _millions(policy.params),
-    f"{_millions(judge.params):.1f}M" if judge else settings.judge.name,
-    len(data.train_rows),
-    len(data.eval),
-  )
+  asked = f"{_millions(judge.params):.1f}M" if judge else settings.judge.name
+  said = "captioner %.1fM parameters, judge %s, %d + %d images"
+  log.info(said, _millions(policy.params), asked, len(data.train_rows), len(data.eval))
   if asker.host:
     data = data.checked(bad, images, _askable(asker, settings))
     bad.settle()

@@ -204,7 +204,7 @@ class _Asked:
   def of(cls, captions: JudgeIds, shown: Questions | Sheet, wanted_BG: Array) -> "_Asked":
     """A batch's captions, of those that are not wanted nothing but their place."""
     B, G, T = captions.tokens_BGT.shape
-    shortened = captions.replace(keep_BGT=captions.keep_BGT & wanted_BG[..., None])
+    shortened = JudgeIds(captions.tokens_BGT, captions.keep_BGT & wanted_BG[..., None])
     return cls(
       jax.tree.map(lambda x: x.reshape(B * G, 1, T), shortened),
       jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), shown),
@@ -266,11 +266,8 @@ def _ask(
     asked = sharding.pad_shares(asked, rows * pieces)
     order_N = rungs.like_sizes(asked.slots(), pieces)
     cut = sharding.microbatches(rungs.reorder(asked, order_N), pieces)
-
-    def of_wanted(piece: _Asked) -> tuple[Array, Array]:
-      return rungs.where_any(piece.wanted_N, of_piece, piece)
-
-    found = sharding.join_microbatches(jax.lax.map(of_wanted, cut))
+    found = jax.lax.map(lambda piece: rungs.where_any(piece.wanted_N, of_piece, piece), cut)
+    found = sharding.join_microbatches(found)
     found = rungs.reorder(found, rungs.back(order_N))
     found = sharding.cut_shares(found, B * G)
   found = jax.tree.map(lambda x: x.reshape(B, G, *x.shape[2:]), found)

@@ -95,9 +95,9 @@ def see_once(policy: Policy, trained: Params, base: Params | None, batch: Batch)
 
   pieces = _encoded_at_once(batch.images)
   if pieces == 1:
-    return batch.replace(images=see(batch.images))
+    return dataclasses.replace(batch, images=see(batch.images))
   cut = sharding.microbatches(batch.images, pieces)
-  return batch.replace(images=sharding.join_microbatches(jax.lax.map(see, cut)))
+  return dataclasses.replace(batch, images=sharding.join_microbatches(jax.lax.map(see, cut)))
 
 
 def prefill_in_pieces(policy: Policy, params: Params, batch: Batch) -> tuple[Array, Prefix]:

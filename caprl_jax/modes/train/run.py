@@ -3,9 +3,11 @@
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import ml_collections
+import optax
 
 from caprl_jax import sharding
 from caprl_jax.config import registry
@@ -86,8 +88,6 @@ def train(
   (`evaluate.every_steps`)."""
   settings = made.settings
   tx, schedule = make_optimizer(settings)
-  kind = trainable_filter(settings.policy.trainable, made.policy.model.cfg.family)
-  params, shardings = split_params(made.policy.params, kind)[0], policy_shardings(made)
   images = rollout_images(settings)
   share = sharding.batch_share(made.mesh, images)
   checkpoints = Checkpoints(workdir, settings.checkpoint)
@@ -100,13 +100,7 @@ def train(
   )
   example = NextUsable(made.train.example, made.train_rows, made.bad, places=places.rows)
   iterator = train_iterator(example, places.parts, images, settings.seed, share)
-  if checkpoints.latest_step() is not None:
-    state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))
-    iterator.set_state(position)
-    log.info("resuming after step %d", int(state.step))
-  else:
-    state = make_state(params, tx, shardings, settings.seed, made.mesh)
-
+  state = _first_state(made, tx, checkpoints, iterator)
   trackers = _open_trackers(settings, workdir, config, int(state.step))
   best = Best(made.policy, workdir)
 
@@ -143,6 +137,21 @@ def train(
     checkpoints.close()
     for tracker in trackers:
       tracker.close()
+
+
+def _first_state(
+  made: Run, tx: optax.GradientTransformation, checkpoints: Checkpoints, iterator: Any
+) -> TrainState:
+  """The newest checkpoint's, which puts the iterator behind its last batch; else one with the
+  captioner as it was loaded."""
+  kind = trainable_filter(made.settings.policy.trainable, made.policy.model.cfg.family)
+  params, shardings = split_params(made.policy.params, kind)[0], policy_shardings(made)
+  if checkpoints.latest_step() is None:
+    return make_state(params, tx, shardings, made.settings.seed, made.mesh)
+  state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))
+  iterator.set_state(position)
+  log.info("resuming after step %d", int(state.step))
+  return state
 
 
 def _open_trackers(
