@@ -67,8 +67,8 @@ def per_100_words(one: Mapping[str, Any]) -> Mapping[str, Any]:
 def _told_lines(figures: Mapping[str, Any], share: Callable[[float | None], str]) -> list[str]:
   """Facts told and false statements, where facts are known."""
   return [
-    f"{benchmark[:13]:<14}{who[:17]:<18}tells {share(one['facts']['told'])} of the known facts, "
-    f"says something false in {share(one['facts']['false'])} of its captions"
+    f"{benchmark[:13]:<14}{who[:17]:<18}tells {share(one['facts']['told'])}% of the known facts, "
+    f"says something false in {share(one['facts']['false'])}% of its captions"
     for benchmark, entry in figures["benchmarks"].items()
     for who, one in entry["captioners"].items()
     if "facts" in one

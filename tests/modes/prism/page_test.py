@@ -81,7 +81,7 @@ def test_figures_of_silence_and_falsehood(made):
   differences = shy["differences"]
   assert differences["misled"]["mean"] == differences["facts_false"]["mean"] == -0.5
   assert differences["facts_told"]["mean"] == -0.5 and differences["words"]["mean"] == -2.5
-  assert "bold" in table_text(figures) and "tells 50.0 of the known facts" in table_text(figures)
+  assert "bold" in table_text(figures) and "tells 50.0% of the known facts" in table_text(figures)
 
 
 def test_equal_captions_are_shown_once_with_their_number(made, tmp_path):
