@@ -5,15 +5,14 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
 
 log = logging.getLogger("caprl_jax.progress")
 
 Item = TypeVar("Item")
-Call = TypeVar("Call", bound=Callable[..., Any])
 
 EVERY_SECS = 30.0  # between two lines; work that is shorter has none
 
@@ -121,6 +120,7 @@ def duration(secs: float) -> str:
   if secs < 90:
     return f"{secs:.0f} s"
   return f"{secs / 60:.0f} min" if secs < 5400 else f"{secs / 3600:.1f} h"
+<<<<<<< HEAD
 
 
 def ends_at(secs: float) -> str:
@@ -143,3 +143,5 @@ def saying_first(call: Call, what: str) -> Call:
       return call(*args, **kwargs)
 
   return cast(Call, called)
+=======
+>>>>>>> 5a46f06 (Mode plan tells memory, time and cost in seconds, for machines that need not be here, and what would fit; it compiles in a process that ends with it)

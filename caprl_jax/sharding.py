@@ -45,26 +45,39 @@ class MeshConfig:
   tensor: int = 1
 
 
-def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
-  """A mesh over all devices. Raises ValueError when the sizes do not multiply to their number."""
-  devices = jax.devices() if devices is None else devices
+def mesh_sizes(cfg: MeshConfig, count: int) -> tuple[int, int, int]:
+  """Devices along each axis of a mesh of `count`. Raises ValueError when the sizes do not multiply
+  to that."""
   sizes = [cfg.data, cfg.fsdp, cfg.tensor]
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise ValueError(
       f"config.mesh {dict(zip(MESH_AXES, sizes))}: sizes are positive, and at most one is -1"
     )
-  if -1 in sizes and len(devices) % known == 0:
-    sizes[sizes.index(-1)] = len(devices) // known
-  if -1 in sizes or math.prod(sizes) != len(devices):
+  if -1 in sizes and count % known == 0:
+    sizes[sizes.index(-1)] = count // known
+  if -1 in sizes or math.prod(sizes) != count:
     raise ValueError(
-      f"config.mesh {dict(zip(MESH_AXES, sizes))} does not multiply to the "
-      f"{len(devices)} devices here"
+      f"config.mesh {dict(zip(MESH_AXES, sizes))} does not multiply to the {count} devices here"
     )
+  return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
+  """A mesh over all devices. Raises ValueError as `mesh_sizes`."""
+  devices = jax.devices() if devices is None else devices
+  sizes = mesh_sizes(cfg, len(devices))
   kinds = (jax.sharding.AxisType.Auto,) * 3
   if devices[0].platform == "tpu":  # orders devices by the torus they sit on
     return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
   return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=kinds)
+
+
+def abstract_mesh(cfg: MeshConfig, count: int) -> Any:
+  """A mesh of `count` devices that need not exist, for the shapes of what lies on each. Raises
+  ValueError as `mesh_sizes`."""
+  kinds = (jax.sharding.AxisType.Auto,) * 3
+  return jax.sharding.AbstractMesh(mesh_sizes(cfg, count), MESH_AXES, axis_types=kinds)
 
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:

@@ -162,7 +162,7 @@ MODES: dict[str, Mode] = {
   ),
   "plan": Mode(
     "caprl_jax.modes.plan.run",
-    "memory and largest arrays of a training config's step on a TPU topology, without a TPU",
+    "what a training config's step takes on a machine that need not be here: memory, time, cost",
     "--config=configs/caprl_3b.py --config.mode=plan --config.plan.topology=v5p:2x2x2",
     {"plan": "modes.plan.section:PlanConfig", **_TRAINING},
     workdir="runs/plan",

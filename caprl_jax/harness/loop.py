@@ -22,8 +22,8 @@ from caprl_jax.harness.process.device_memory import hold
 from caprl_jax.harness.process.log_files import settle_log_files
 from caprl_jax.harness.process.signals import Deferred
 from caprl_jax.harness.trackers import Tracker
+from caprl_jax.harness.training.compile_times import timed_first
 from caprl_jax.harness.watch import Heartbeat, Watch
-from caprl_jax.progress import saying_first
 from caprl_jax.types import TrainState
 
 log = logging.getLogger("caprl_jax.harness.loop")
@@ -263,7 +263,7 @@ def run_loop(
   )
   position = iterator.get_state()  # after the batch of the last step
   save = lambda last=False: reports.save(checkpoints, state, position, config, last=last)
-  step_fn = saying_first(step_fn, f"{what}: compiling the step")
+  step_fn = timed_first(step_fn, f"{what}: compiling the step")
   with CompileCounter() as compiles, Interrupts() as interrupts:
     try:
       for step in range(start + 1, steps + 1):

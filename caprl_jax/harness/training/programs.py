@@ -13,12 +13,12 @@ import optax
 from caprl_jax import sharding
 from caprl_jax.harness.metrics import StageClock
 from caprl_jax.harness.setup import Run
+from caprl_jax.harness.training.compile_times import timed_first
 from caprl_jax.harness.training.stages import Made, Numbers, StagesBefore
 from caprl_jax.harness.training.state import abstract_state, policy_shardings
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import split_params, trainable_filter
-from caprl_jax.progress import saying_first
 from caprl_jax.rl.reward import ArrayReward, own_reward, score_captions
 from caprl_jax.rl.step import StepConfig, ask_judge, train_step, write_captions
 from caprl_jax.types import (
@@ -118,7 +118,7 @@ def build_evaluation(
     # every process reads the whole batch's figures
     out_shardings=sharding.replicated(made.mesh),
   )
-  judged = saying_first(judged, "compiling the evaluation")
+  judged = timed_first(judged, "compiling the evaluation")
   before = StagesBefore(made, cfg, None, made.eval) if made.several_programs else None
 
   def evaluate(params: Any, batch: Batch, key: jax.Array) -> tuple[Batch, Samples]:

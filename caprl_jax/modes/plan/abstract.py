@@ -16,6 +16,7 @@ from caprl_jax import sharding
 from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.training.state import rollout_images
 from caprl_jax.hub import hub_files
+from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import init_decoder, init_policy
 from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.inference.image_judge import step_prompt
@@ -165,10 +166,36 @@ def abstract_parameters(
 ) -> tuple[Any, Any]:
   """Shapes of the parameters that `init` makes, in `dtype` and placed on the mesh; and the places
   alone."""
-  boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
+  return placed_parameters(sharding.abstract_params(lambda: init(jax.random.key(0))), dtype, mesh)
+
+
+def placed_parameters(boxed: Any, dtype: Any, mesh: Any) -> tuple[Any, Any]:
+  """As `abstract_parameters`, of shapes that are boxed with their logical axes."""
   places = sharding.param_shardings(boxed, mesh)
   cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), nn.unbox(boxed))
   return _placed(cast, places), places
+
+
+def rounded(params: Any) -> Any:
+  """Shapes and places of a judge's parameters once `judge.int8` has rounded them."""
+  places = {
+    "kernel": lambda x: x.sharding,
+    "kernel_scale": lambda x: jax.sharding.NamedSharding(
+      x.sharding.mesh, sharding.P(*x.sharding.spec[:-2], x.sharding.spec[-1])
+    ),
+  }
+
+  def of(old: Any, new: Any) -> Any:
+    if "kernel" in old:
+      old = old | {"kernel_scale": old["kernel"]}
+    return {
+      key: of(old[key], value)
+      if isinstance(value, dict)
+      else _placed(value, places.get(key, places["kernel"])(old[key]))
+      for key, value in new.items()
+    }
+
+  return of(params, jax.eval_shape(to_int8, params))
 
 
 def abstract_prompt(

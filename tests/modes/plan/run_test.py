@@ -20,7 +20,7 @@ from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.families import is_vision_language
 from caprl_jax.models.policy import PolicyConfig
-from caprl_jax.modes.plan import run as plan
+from caprl_jax.modes.plan import compiling
 from caprl_jax.modes.plan.abstract import shallower
 from caprl_jax.modes.plan.section import PlanConfig
 
@@ -65,7 +65,11 @@ def test_parameters_are_as_many_as_published(name):
 
 
 @pytest.mark.parametrize(
-  "name", ["caprl_3b", "caprl_qwen3vl_2b", "caprl_qwen3vl_4b", "caprl_internvl35_8b", "colab_lora"]
+  "name",
+  [
+    *("caprl_3b", "caprl_qwen3vl_2b", "caprl_qwen3vl_4b", "caprl_internvl35_8b", "colab_lora"),
+    *("gpu_h100x8", "gpu_24gb_lora"),
+  ],
 )
 def test_the_recipes_name_published_models(name):
   config = config_file.load_config(str(ROOT / "configs" / f"{name}.py"))
@@ -86,7 +90,7 @@ def test_largest_arrays():
     %a = f32[4,1024,1024]{2,1,0} fusion(%b), kind=kLoop
     ROOT %c = bf16[1024,1024]{1,0:T(8,128)} dot(%a, %a)
     %d = f32[9999999999]{0} parameter(0)"""
-  assert plan.largest_arrays(text) == [
+  assert compiling.largest_arrays(text) == [
     (4 / 256, "f32[4,1024,1024]", "fusion", 1),
     (1 / 512, "bf16[1024,1024]", "dot", 1),
   ]
@@ -125,7 +129,7 @@ def test_a_judge_that_sees_the_image_is_planned_with_its_tower():
   config.policy_update.microbatches = config.judge.microbatches = 1
   settings = read_settings(config)
   small = PlanConfig(None, (56, 84), judge_prompt_tokens=16, layers=1)
-  lowered, sizes = plan.lower_step(settings, small, jax.devices()[:1])
+  lowered, sizes = compiling.lower_step(settings, small, jax.devices()[:1])
   judge = shallower(CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"], 1)
   assert sizes["judge"] == 2 * parameter_count(judge)  # bytes in bfloat16
   assert "while" in lowered.as_text()  # the rollout's loop: it is the whole step

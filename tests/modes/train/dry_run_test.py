@@ -44,6 +44,15 @@ TRACED = [
 SAME = {
   "caprl_qwen3vl_2b": ("caprl_qwen3vl_4b", {"policy.checkpoint"}),
   "caprl_3b_v5e16": ("caprl_3b", {"mesh.tensor", "rollout.sampling.chunks", "plan.topology"}),
+  "gpu_h100x8": ("caprl_3b", {"plan.topology"}),
+  "gpu_24gb_lora": (
+    "caprl_3b",
+    {
+      *("mesh.data", "mesh.fsdp", "policy.param_dtype", "policy.trainable", "policy.max_pixels"),
+      *("data.batch_size", "rollout.sampling.max_tokens", "optimizer.learning_rate"),
+      *("evaluate.batch_size", "evaluate.group_images", "plan.topology", "plan.image"),
+    },
+  ),
   "ablations/judge_size": ("caprl_3b", {"judge.source"}),
   "ablations/data_domain": ("caprl_3b", {"data.max_train_rows"}),
   "ablations/leakage": ("caprl_3b", {"data.max_train_rows"}),
@@ -177,6 +186,8 @@ def test_a_recipe_differs_only_in_models_and_data(name):
 
 
 def test_no_recipe_is_left_out():
-  of_caprl = {path.stem for path in (ROOT / "configs").glob("caprl_*.py")}
+  of_caprl = {
+    path.stem for kind in ("caprl", "gpu") for path in (ROOT / "configs").glob(f"{kind}_*.py")
+  }
   ablations = {f"ablations/{path.stem}" for path in (ROOT / "configs/ablations").glob("*.py")}
   assert of_caprl | ablations == {name for name, *_ in map(values, RUN + TRACED)} | {*SAME}

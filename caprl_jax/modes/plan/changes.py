@@ -1,0 +1,146 @@
+"""A config that does not fit -> what could be changed so that it would; and how it runs best on a
+machine. By estimates alone.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+from caprl_jax.harness.settings import Settings
+from caprl_jax.modes.plan.chips import Machine
+from caprl_jax.modes.plan.estimate import Estimate, Known, estimate
+from caprl_jax.modes.plan.section import PlanConfig
+from caprl_jax.sharding import MeshConfig
+
+Change = tuple[str, Callable[[Settings], Settings]]
+
+
+def with_update(settings: Settings, microbatches: int) -> Settings:
+  """The same with other microbatches of the update."""
+  update = dataclasses.replace(settings.step.update, microbatches=microbatches)
+  return dataclasses.replace(settings, step=dataclasses.replace(settings.step, update=update))
+
+
+def with_judge(settings: Settings, **changes) -> Settings:
+  """The same with other keys of the section judge."""
+  judge = dataclasses.replace(settings.judge, **changes)
+  step = dataclasses.replace(settings.step, judge=judge)
+  return dataclasses.replace(settings, judge=judge, step=step)
+
+
+def with_sampling(settings: Settings, **changes) -> Settings:
+  """The same with other keys of the section rollout.sampling."""
+  rollout = settings.step.rollout
+  rollout = dataclasses.replace(rollout, sampling=dataclasses.replace(rollout.sampling, **changes))
+  return dataclasses.replace(settings, step=dataclasses.replace(settings.step, rollout=rollout))
+
+
+def with_policy(settings: Settings, **changes) -> Settings:
+  """The same with other keys of the section policy."""
+  return dataclasses.replace(settings, policy=dataclasses.replace(settings.policy, **changes))
+
+
+def changes(settings: Settings, count: int) -> Iterator[Change]:
+  """Single changes of a config on `count` chips, those first that change no result."""
+  update, judge = settings.step.update, settings.step.judge
+  sampling, policy = settings.step.rollout.sampling, settings.policy
+  for value in (2 * update.microbatches, 4 * update.microbatches):
+    yield f"policy_update.microbatches={value}", lambda s, v=value: with_update(s, v)
+  for value in (2 * sampling.chunks, 4 * sampling.chunks):
+    yield f"rollout.sampling.chunks={value}", lambda s, v=value: with_sampling(s, chunks=v)
+  for value in (2 * judge.microbatches, 4 * judge.microbatches):
+    yield f"judge.microbatches={value}", lambda s, v=value: with_judge(s, microbatches=v)
+  if not policy.remat:
+    yield "policy.remat=True", lambda s: with_policy(s, remat=True)
+  for mesh in _meshes(count):
+    if mesh != settings.mesh:
+      named = f"mesh.data=1 mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
+      yield named, lambda s, mesh=mesh: dataclasses.replace(s, mesh=mesh)
+  if not settings.judge.int8 and not judge.sees_image:
+    yield "judge.int8=True", lambda s: with_judge(s, int8=True)
+  optimizer = settings.optimizer
+  if (optimizer.name, optimizer.moment_dtype) == ("adamw", "float32"):
+    small = dataclasses.replace(optimizer, moment_dtype="bfloat16")
+    yield "optimizer.moment_dtype=bfloat16", lambda s: dataclasses.replace(s, optimizer=small)
+  if policy.param_dtype == "float32":
+    yield "policy.param_dtype=bfloat16", lambda s: with_policy(s, param_dtype="bfloat16")
+  if policy.trainable != "lora":
+    lora = dict(trainable="lora", param_dtype="bfloat16")
+    yield "policy.trainable=lora policy.param_dtype=bfloat16", lambda s: with_policy(s, **lora)
+  if sampling.max_tokens >= 512:
+    half = sampling.max_tokens // 2
+    yield f"rollout.sampling.max_tokens={half}", lambda s: with_sampling(s, max_tokens=half)
+
+
+def _meshes(count: int) -> Iterator[MeshConfig]:
+  """All parameters split over all chips, in several ways."""
+  for tensor in (1, 2, 4, 8):
+    if count % tensor == 0:
+      yield MeshConfig(1, count // tensor, tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+  """Changes, and what they lead to."""
+
+  named: str
+  found: Estimate
+
+
+def alternatives(
+  settings: Settings, plan: PlanConfig, machine: Machine, price: float
+) -> list[Tried]:
+  """Each change alone, and two of them together where none is enough: what takes less than the
+  config itself, the smallest first."""
+  begin = estimate(settings, Known.of(settings, plan), machine, price).memory.total
+  known = list(changes(settings, machine.count))
+
+  def tried(several: tuple[Change, ...]) -> Tried | None:
+    changed = settings
+    try:
+      for _, change in several:
+        changed = change(changed)
+      found = estimate(changed, Known.of(changed, plan), machine, price)
+    except ValueError:  # a batch that this mesh or number of pieces cannot split
+      return None
+    return Tried(" ".join(name for name, _ in several), found)
+
+  found = [one for change in known if (one := tried((change,)))]
+  found = [one for one in found if one.found.memory.total < 0.99 * begin]
+  if all(one.found.fits == "no" for one in found):
+    useful = {one.named for one in found}
+    pairs = itertools.combinations([c for c in known if c[0] in useful], 2)
+    two = [one for pair in pairs if not _same_key(*pair) and (one := tried(pair))]
+    found += [one for one in two if one.found.fits != "no"]
+  return sorted(found, key=lambda one: one.found.memory.total)
+
+
+def _same_key(one: Change, other: Change) -> bool:
+  return one[0].partition("=")[0] == other[0].partition("=")[0]
+
+
+def best(settings: Settings, plan: PlanConfig, machine: Machine, price: float) -> Estimate | None:
+  """The fastest way to run a config on a machine by the keys that change no result: mesh, pieces of
+  update and judge, chunks. Where none fits, the one that takes least; None where the batch cannot
+  be split over the machine's chips.
+  """
+  known = Known.of(settings, plan)
+  found: list[Estimate] = []
+  meshes = [MeshConfig(machine.count, 1, 1), *_meshes(machine.count)]
+  for mesh in dict.fromkeys(meshes):
+    share = settings.data.batch_size // (mesh.data * mesh.fsdp) // settings.step.update.minibatches
+    pieces = [n for n in range(1, max(share, 1) + 1) if share % n == 0]
+    for micro, chunks, judged in itertools.product(pieces, (4, 8, 16), (1, 4, 16, 64)):
+      changed = dataclasses.replace(settings, mesh=mesh)
+      changed = with_judge(with_update(changed, micro), microbatches=judged)
+      changed = with_sampling(changed, chunks=chunks)
+      try:
+        found.append(estimate(changed, known, machine, price))
+      except ValueError:
+        continue
+  if not found:
+    return None
+  safe = [one for one in found if one.fits == "yes"] or [one for one in found if one.fits != "no"]
+  if safe:
+    return min(safe, key=lambda one: (one.secs, one.memory.total))
+  return min(found, key=lambda one: one.memory.total)

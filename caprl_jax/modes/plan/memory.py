@@ -1,0 +1,267 @@
+"""A config's step on a mesh -> what lies on one chip, by kind.
+
+Arguments (parameters, moments, judge, ...) are exact: shapes and shardings say them. Temporaries
+are formulas: arrays that a stage must have at once, as often as the programs compiled so far had
+them. Against those (tests/modes/plan/memory_test.py, benchmarks/LOG.md) they are right within
+`ERROR`; other models, meshes and GPUs were not compared.
+"""
+
+import dataclasses
+import math
+from typing import Any, cast
+
+import jax
+
+from caprl_jax import sharding
+from caprl_jax.harness.settings import Settings
+from caprl_jax.harness.training.state import abstract_state, make_optimizer
+from caprl_jax.models.attention import QUERY_CHUNK
+from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.policy import PolicyConfig
+from caprl_jax.models.trainable import split_params, trainable_filter
+from caprl_jax.modes.plan import cuts
+from caprl_jax.modes.plan.abstract import abstract_batch, placed_parameters, rounded
+from caprl_jax.modes.plan.arithmetic import Step, layer_weights, slot_bytes
+from caprl_jax.modes.plan.section import PlanConfig
+from caprl_jax.modes.plan.shapes import Shapes, item_bytes
+from caprl_jax.rl import sampling
+
+ERROR = 0.15  # of the temporaries, up or down
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one chip.
+
+  arguments: what lies there between steps, by kind; exact.
+  stages: what each stage needs besides, by stage and then by kind; estimated. They follow one
+    another, so that the largest counts.
+  """
+
+  arguments: dict[str, float]
+  stages: dict[str, dict[str, float]]
+
+  @property
+  def temporaries(self) -> float:
+    return max(sum(kinds.values()) for kinds in self.stages.values())
+
+  @property
+  def total(self) -> float:
+    return sum(self.arguments.values()) + self.temporaries
+
+  @property
+  def careful(self) -> float:
+    """The total where the estimate is as much too small as it is known to be at worst."""
+    return self.total + ERROR * self.temporaries
+
+
+def on_one(tree: Any) -> int:
+  """Bytes of a tree of structs on each device."""
+  return sum(
+    x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+  )
+
+
+def estimate(
+  settings: Settings, shapes: Shapes, step: Step, mesh: cuts.Mesh, arguments: "Arguments"
+) -> Memory:
+  """What the step takes on each chip of a mesh."""
+  sizes = _Sizes(settings, shapes, step, mesh, arguments.gradient)
+  stages = {"rollout": sizes.rollout(), "judge": sizes.judge(), "update": sizes.update()}
+  return Memory(arguments.kinds, stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+  """Bytes on one chip of what lies there between steps, by kind, and of a float32 gradient."""
+
+  kinds: dict[str, float]
+  gradient: int
+
+
+def arguments(settings: Settings, plan: PlanConfig, shapes: Shapes, mesh: cuts.Mesh) -> Arguments:
+  """What a step is given, as its shapes and shardings say."""
+  devices = sharding.abstract_mesh(sharding.MeshConfig(*dataclasses.astuple(mesh)), mesh.chips)
+  section = settings.policy
+  params, places = placed_parameters(shapes.policy_params, section.param_dtype, devices)
+  kind = trainable_filter(section.trainable, shapes.policy.family)
+  (chosen, base), chosen_places = split_params(params, kind), split_params(places, kind)[0]
+  state = abstract_state(chosen, make_optimizer(settings)[0], chosen_places, devices)
+  judge, _ = placed_parameters(shapes.judge_params, settings.judge.dtype, devices)
+  if settings.judge.int8:
+    judge = rounded(judge)
+  batch = abstract_batch(settings, plan, shapes.policy, shapes.judge, devices)
+  trained = on_one(state.params)
+  found = {
+    "policy, trained": trained,
+    "policy, frozen": on_one(base),
+    "optimizer": on_one(state.opt_state),
+    "judge": on_one(judge),
+    "reference": trained if settings.step.update.loss.has_kl else 0,
+    "batch": on_one(batch),
+  }
+  gradient = trained * 4 // item_bytes(section.param_dtype)
+  return Arguments({kind: float(count) for kind, count in found.items() if count}, gradient)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+  """What the formulas read. All of them: bytes on one chip, by kind."""
+
+  settings: Settings
+  shapes: Shapes
+  step: Step
+  mesh: cuts.Mesh
+  gradient: int
+
+  @property
+  def item(self) -> int:
+    """Bytes of an activation."""
+    return item_bytes(self.settings.policy.dtype)
+
+  def slot(self, cfg: DecoderConfig) -> float:
+    """A token's keys and values; heads that `tensor` does not divide are whole on each chip."""
+    split = self.mesh.tensor if cfg.num_kv_heads % self.mesh.tensor == 0 else 1
+    return slot_bytes(cfg) * self.item / 2 / split
+
+  def head(self, cfg: DecoderConfig, item: float) -> float:
+    """The unembedding, gathered along its width."""
+    return cfg.vocab_size * cfg.hidden_size * item / self.mesh.tensor
+
+  def logits(self, cfg: DecoderConfig, tokens: float) -> float:
+    """Of so many tokens, float32."""
+    return tokens * cfg.vocab_size * 4 / self.mesh.tensor
+
+  def scores(self, heads: int, rows: float, queries: int, keys: float) -> float:
+    """Attention's, float32, for as many queries as are taken at once."""
+    return rows * heads / self.mesh.tensor * min(queries, QUERY_CHUNK) * keys * 4
+
+  def inner(self, width: int, tokens: float, item: float) -> float:
+    """Between an MLP's matrices: two inputs and their product."""
+    return 3 * tokens * width / self.mesh.tensor * item
+
+  def kept(self, cfg: Any, layers: int, tokens: float) -> float:
+    """Activations of all layers that a backward pass reads."""
+    if self.settings.policy.remat:
+      return layers * tokens * cfg.hidden_size * self.item
+    each = 8 * cfg.hidden_size + 3 * cfg.intermediate_size / self.mesh.tensor
+    return layers * tokens * each * self.item
+
+  # ---- the stages ----
+
+  def rollout(self) -> dict[str, float]:
+    """The larger of encoding (prompts and images) and of decoding."""
+    step, cfg, sampled = self.step, self.step.text, self.settings.step.rollout.sampling
+    share = step.images / self.mesh.parts
+    rows, slot = round(share * step.length_BG.shape[1]), self.slot(cfg)
+    moved = self.mesh.fsdp > 1 or self.settings.policy.param_dtype != self.settings.policy.dtype
+    matrices = layer_weights(cfg) * self.item / self.mesh.tensor
+    weights = (matrices + self.head(cfg, self.item) * (1 if cfg.tie_embeddings else 2)) * moved
+    trunk, chunks = sampling.cache_stages(sampled.max_tokens)
+    prefix = share * step.prompt * slot
+    caches = rows * trunk[-1] * slot * (1 if chunks else 2)
+    if chunks:  # the loops in a chunk hold its caches several times
+      chunk = cuts.chunk_rows(rows, sampled.chunks)
+      caches += 4 * chunk * sampled.max_tokens * slot
+      prefix += 3 * chunk * step.prompt * slot
+    decode = {
+      "weights": weights,
+      "prompts": prefix,
+      "decode caches": caches,
+      "logits": 3 * self.logits(cfg, rows),
+    }
+    images = cuts.prefill_images(max(round(share), 1), step.tower.patches)
+    encode = {
+      "weights": weights,
+      "prompts": share * step.prompt * slot,
+      "activations": self._encoding(self.shapes.policy, step.tower.patches, step.prompt, images),
+    }
+    return max(decode, encode, key=_total)
+
+  def _encoding(self, cfg: PolicyConfig, patches: int, prompt: int, images: int) -> float:
+    """One layer's work on so many images at once, in the tower or in the decoder."""
+    vision: Any = cfg.vision
+    tower = 2.5 * self.scores(vision.num_heads, images, patches, patches)
+    tower = max(tower, self.inner(vision.intermediate_size, images * patches, self.item))
+    decoder = 2.5 * self.scores(cfg.text.num_heads, images, prompt, prompt)
+    return max(tower, decoder, self.inner(cfg.text.intermediate_size, images * prompt, self.item))
+
+  def judge(self) -> dict[str, float]:
+    """One piece of the captions, and what is asked about each."""
+    step, cfg, asked = self.step, self.step.judge, self.step.asked
+    limit = self.settings.step.rollout.sampling.max_tokens
+    if isinstance(self.shapes.judge, PolicyConfig):
+      return self._image_judge(self.shapes.judge, limit)
+    cut = cuts.judged(
+      step.length_BG, limit, self.mesh.parts, self.settings.step.judge.microbatches, asked.blind
+    )
+    runs = cut.rows * asked.questions
+    keys = asked.head + limit + asked.tokens
+    scores = self.scores(cfg.num_heads, runs, asked.tokens, keys)
+    options = runs * asked.branches
+    after = self.scores(cfg.num_heads, options, asked.branch_tokens, keys + asked.branch_tokens)
+    tokens = max(runs * asked.tokens, options * asked.branch_tokens)
+    left = runs * asked.tokens if asked.answer_tokens or asked.branches else 0
+    return {
+      "captions' keys": (cut.rows * limit + left) * self.slot(cfg),
+      "activations": max(1.9 * max(scores, after), self.inner(cfg.intermediate_size, tokens, 4)),
+      "logits": 2
+      * self.logits(cfg, min(runs * asked.logits, self.settings.step.judge.chunk_tokens)),
+    }
+
+  def _image_judge(self, cfg: PolicyConfig, limit: int) -> dict[str, float]:
+    """Image and prompt once, and a group's captions, an empty one with them, after each."""
+    step, asked = self.step, self.step.asked
+    assert asked.images is not None
+    images = max(step.images / self.mesh.parts / self.settings.step.judge.microbatches, 1)
+    captions, tokens = images * (step.length_BG.shape[1] + asked.blind), limit + asked.tokens
+    scores = self.scores(cfg.text.num_heads, captions, tokens, asked.head + tokens)
+    inner = self.inner(cfg.text.intermediate_size, captions * tokens, self.item)
+    encoding = self._encoding(cfg, asked.images.patches, asked.head, round(images))
+    return {
+      "captions' keys": (images * asked.head + captions * tokens) * self.slot(cfg.text),
+      "activations": max(1.9 * scores, inner, encoding),
+    }
+
+  def update(self) -> dict[str, float]:
+    """The larger of the unembedding's backward pass and of the captions'."""
+    step, cfg, update = self.step, self.step.text, self.settings.step.update
+    limit = self.settings.step.rollout.sampling.max_tokens
+    length_BG = step.length_BG[: step.learned]
+    row = cuts.packed(length_BG, limit, self.mesh.parts, update.minibatches * update.microbatches)
+    tokens, vision = row.images * row.slots, cast(Any, self.shapes.policy.vision)
+    reach = min(limit - 1, row.slots - row.size) if row.in_blocks else 0
+    keys = row.images * (reach + row.slots) * self.slot(cfg)
+    window = (
+      row.images * (reach + row.size) * self.slot(cfg) * 4 / self.item if row.in_blocks else 0
+    )
+    kept = self.kept(cfg, cfg.num_layers, row.images * step.prompt)
+    if step.trained[0]:
+      kept += self.kept(vision, vision.depth, row.images * step.tower.patches)
+    head = self.head(cfg, 4) if step.trained[1] else 0
+    logits = self.logits(cfg, min(update.chunk_tokens, tokens))
+    exact_kl = 3 * logits if update.loss.kl_is_exact else 0
+    unembedding = {
+      "gradients": self.gradient,
+      "unembedding": head + self.head(cfg, self.item),
+      "logits": 2.5 * logits + exact_kl,
+      "keys and values": keys,
+      "activations": kept + 2 * tokens * cfg.hidden_size * self.item,
+    }
+    scores = max(
+      self.scores(vision.num_heads, row.images, 512, step.tower.patches),
+      self.scores(cfg.num_heads, row.images, step.prompt, step.prompt),
+      self.scores(cfg.num_heads, row.images, row.size, QUERY_CHUNK + reach),
+    )
+    block = self.kept(cfg, cfg.num_layers, row.images * row.size)
+    captions = {
+      "gradients": 5 * self.gradient,
+      "unembedding": 2 * head,
+      "keys and values": 2 * keys + 3 * window,
+      "activations": kept + 2 * block + 4 * scores,
+    }
+    return max(unembedding, captions, key=_total)
+
+
+def _total(kinds: dict[str, float]) -> float:
+  return sum(kinds.values())

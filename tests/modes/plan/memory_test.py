@@ -1,0 +1,139 @@
+"""Memory by estimate, beside programs that libtpu compiled, and what follows from it."""
+
+import dataclasses
+import json
+
+import pytest
+from helpers.paths import ROOT
+
+from caprl_jax import sharding
+from caprl_jax.config.loading import load_config
+from caprl_jax.config.schema import load_section
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.modes.plan import changes, memory, report
+from caprl_jax.modes.plan.chips import CHIPS, GIB, USUAL, machine_of, read_prices
+from caprl_jax.modes.plan.estimate import Known, as_json, estimate
+from caprl_jax.modes.plan.section import PlanConfig
+from caprl_jax.sharding import MeshConfig
+
+
+def read(name, **plan):
+  config = load_config(str(ROOT / "configs" / f"{name}.py"))
+  settings = read_settings(config)
+  return settings, dataclasses.replace(load_section(config, "plan", PlanConfig), **plan)
+
+
+def estimated(name="caprl_3b", topology="v5e:4x4", layers=None, change=lambda s: s):
+  settings, plan = read(name, layers=layers)
+  settings = change(settings)
+  return estimate(settings, Known.of(settings, plan), machine_of(topology), 1.0).memory
+
+
+def on(mesh, **update):
+  """The same on another mesh, with other microbatches or chunks."""
+
+  def change(settings):
+    settings = dataclasses.replace(settings, mesh=mesh)
+    if "microbatches" in update:
+      settings = changes.with_update(settings, update["microbatches"])
+    return (
+      changes.with_sampling(settings, chunks=update["chunks"]) if "chunks" in update else settings
+    )
+
+  return change
+
+
+def test_arguments_and_temporaries_are_those_of_the_compiled_step():
+  """configs/caprl_3b_v5e16.py on v5e:4x4, compiled on 2026-11-29 (docs/tpu.md)."""
+  found = estimated("caprl_3b_v5e16")
+  assert sum(found.arguments.values()) / GIB == pytest.approx(3.053, abs=0.01)
+  assert found.arguments["policy, trained"] * 16 / GIB == pytest.approx(13.99, rel=0.01)
+  assert found.temporaries / GIB == pytest.approx(11.20, rel=memory.ERROR)
+
+
+@pytest.mark.parametrize(
+  "stage, gib, layers, mesh, more",
+  [
+    # Stages compiled alone for v5e:4x4 on 2026-11-29 (benchmarks/LOG.md).
+    ("rollout", 11.13, None, MeshConfig(1, 8, 2), dict(chunks=8)),
+    ("rollout", 16.75, None, MeshConfig(1, 8, 2), dict(chunks=4)),
+    ("judge", 4.24, None, MeshConfig(1, 8, 2), {}),
+    ("update", 8.87, None, MeshConfig(1, 8, 2), {}),
+    ("judge", 4.30, 2, MeshConfig(1, 16, 1), dict(microbatches=8)),
+    ("update", 3.97, 2, MeshConfig(1, 16, 1), dict(microbatches=8)),
+  ],
+)
+def test_a_stage_is_estimated_within_the_error_that_is_said(stage, gib, layers, mesh, more):
+  kinds = estimated(layers=layers, change=on(mesh, **more)).stages[stage]
+  assert sum(kinds.values()) / GIB == pytest.approx(gib, rel=memory.ERROR), kinds
+
+
+def test_rounding_the_judge_and_training_adapters_take_less():
+  whole = estimated("caprl_3b_v5e16").arguments
+  small = estimated("caprl_3b_v5e16", change=lambda s: changes.with_judge(s, int8=True)).arguments
+  # a byte in place of two for the layers' matrices; the embedding stays
+  assert 0.55 < small["judge"] / whole["judge"] < 0.6
+  lora = dict(trainable="lora", param_dtype="bfloat16")
+  few = estimated("caprl_3b_v5e16", change=lambda s: changes.with_policy(s, **lora)).arguments
+  assert few["policy, trained"] + few["optimizer"] < 0.05 * whole["policy, trained"]
+  assert few["policy, frozen"] == pytest.approx(whole["policy, trained"] / 2, rel=0.01)
+
+
+def test_what_does_not_fit_is_said_with_what_would():
+  settings, plan = read("caprl_3b")
+  machine = machine_of("v5e-16")
+  found = estimate(settings, Known.of(settings, plan), machine, 1.2)
+  assert found.fits == "no" and machine.topology == "v5e:4x4"
+  tried = changes.alternatives(settings, plan, machine, 1.2)
+  text = report.alternatives_text(tried)
+  assert "what would fit:" in text and "--config.rollout.sampling.chunks=8" in text
+  assert all(one.found.memory.total < found.memory.total for one in tried)
+
+
+def test_the_best_way_on_a_machine_is_found_and_told(tmp_path):
+  settings, plan = read("caprl_3b")
+  machine = machine_of("H100x8")
+  found = changes.best(settings, plan, machine, 2.5)
+  assert found.fits == "yes" and found.mesh.chips == 8 and found.price == 20
+  row = report.machine_row(machine, found, plan)
+  assert row[0] == "H100x8" and row[1] == "yes" and float(row[-1].replace(",", "")) > 0
+  values = json.loads(json.dumps(as_json(found, plan)))
+  hours = values["run_of_images"]["hours"]
+  assert hours == pytest.approx(plan.images / 128 * found.secs / 3600)
+  assert values["run_of_images"]["usd"] == pytest.approx(20 * hours)
+  text = report.estimate_text(found, plan, machine)
+  for part in ("policy, trained", "optimizer", "decode caches", "gradients", "TFLOP", "USD"):
+    assert part in text
+  # 128 images cannot be split over three parts
+  three = dataclasses.replace(settings, data=dataclasses.replace(settings.data, batch_size=3))
+  assert changes.best(three, plan, machine_of("v5e-16"), 1.0) is None
+
+
+def test_machines_and_prices():
+  assert [machine_of(name).count for name in USUAL] == [1, 8, 16, 4, 8, 1, 8, 8]
+  assert machine_of("v5e:2x2").chip is CHIPS["v5e"] and machine_of("v9:1x1") is None
+  assert machine_of("rtx4090").count == 1 and machine_of("a100x4").chip is CHIPS["A100"]
+  with pytest.raises(ValueError, match="'v5e-15' is no machine; did you mean 'v5e-16'"):
+    machine_of("v5e-15")
+
+
+def test_prices_can_be_given(tmp_path):
+  assert read_prices(None)["v5e"] == CHIPS["v5e"].price
+  prices = read_prices("v5e=0.5, h100=2")
+  assert prices["v5e"] == 0.5 and prices["H100"] == 2 and prices["v5p"] == CHIPS["v5p"].price
+  (tmp_path / "prices.json").write_text('{"v6e": 1.5}')
+  assert read_prices(str(tmp_path / "prices.json"))["v6e"] == 1.5
+  for wrong, said in (
+    ("v5e=free", "v5e = 'free' is no price"),
+    ("v12=1", "'v12' is none of v4"),
+    ("nowhere.json", "there is no such file"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      read_prices(wrong)
+
+
+def test_an_abstract_mesh_has_the_sizes_of_a_real_one():
+  mesh = sharding.abstract_mesh(MeshConfig(-1, 2, 2), 16)
+  assert tuple(mesh.shape.values()) == (4, 2, 2) == sharding.mesh_sizes(MeshConfig(-1, 2, 2), 16)
+  with pytest.raises(ValueError, match="does not multiply to the 6 devices"):
+    sharding.abstract_mesh(MeshConfig(1, 4, -1), 6)
