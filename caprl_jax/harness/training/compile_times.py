@@ -23,10 +23,10 @@ class CompileTimes:
   def __init__(self):
     self.programs, self.cached, self.secs = 0, 0, 0.0
 
-  def _on_duration(self, event: str, secs: float, **_) -> None:
+  def _on_duration(self, event: str, duration_secs: float, **_) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
       self.programs += 1
-      self.secs += secs
+      self.secs += duration_secs
 
   def _on_event(self, event: str, **_) -> None:
     if event == "/jax/compilation_cache/cache_hits":

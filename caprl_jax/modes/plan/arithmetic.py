@@ -198,9 +198,13 @@ def weight_bytes(cfg: DecoderConfig) -> int:
   return 2 * (layer_weights(cfg) + cfg.vocab_size * cfg.hidden_size)
 
 
-def decode_bytes(step: Step) -> float:
-  """Bytes that decoding must read: the weights once a token of the longest caption, an image's keys
-  once a token of its group's longest, a caption's own as long as it is written."""
+def decode_bytes(step: Step, parts: int = 1) -> float:
+  """Bytes that decoding must read where the batch is split into parts: each reads the weights once
+  a token of its longest caption, an image's keys once a token of its group's longest, a caption's
+  own as long as it is written."""
+  if parts > 1:
+    share = step.length_BG[: max(step.images // parts, 1)]
+    return parts * decode_bytes(dataclasses.replace(step, length_BG=share))
   n, slot = step.length_BG.astype(float), slot_bytes(step.text)
   own = slot * (n * (n - 1) / 2).sum()
   return float(weight_bytes(step.text) * n.max() + slot * step.prompt * n.max(1).sum() + own)

@@ -13,6 +13,7 @@ from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.sharding import MeshConfig
 
 Change = tuple[str, Callable[[Settings], Settings]]
+MOST_CHANGES = 6  # one after the other
 
 
 def with_update(settings: Settings, microbatches: int) -> Settings:
@@ -70,6 +71,14 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
   if sampling.max_tokens >= 512:
     half = sampling.max_tokens // 2
     yield f"rollout.sampling.max_tokens={half}", lambda s: with_sampling(s, max_tokens=half)
+  images, pieces = settings.data.batch_size // 4, max(update.microbatches // 4, 1)
+  if images:
+    yield (
+      f"data.batch_size={images} policy_update.microbatches={pieces}",
+      lambda s: with_update(
+        dataclasses.replace(s, data=dataclasses.replace(s.data, batch_size=images)), pieces
+      ),
+    )
 
 
 def _meshes(count: int) -> Iterator[MeshConfig]:
@@ -90,33 +99,37 @@ class Tried:
 def alternatives(
   settings: Settings, plan: PlanConfig, machine: Machine, price: float
 ) -> list[Tried]:
-  """Each change alone, and two of them together where none is enough: what takes less than the
-  config itself, the smallest first."""
-  begin = estimate(settings, Known.of(settings, plan), machine, price).memory.total
-  known = list(changes(settings, machine.count))
-
-  def tried(several: tuple[Change, ...]) -> Tried | None:
-    changed = settings
-    try:
-      for _, change in several:
-        changed = change(changed)
-      found = estimate(changed, Known.of(changed, plan), machine, price)
-    except ValueError:  # a batch that this mesh or number of pieces cannot split
-      return None
-    return Tried(" ".join(name for name, _ in several), found)
-
-  found = [one for change in known if (one := tried((change,)))]
-  found = [one for one in found if one.found.memory.total < 0.99 * begin]
-  if all(one.found.fits == "no" for one in found):
-    useful = {one.named for one in found}
-    pairs = itertools.combinations([c for c in known if c[0] in useful], 2)
-    two = [one for pair in pairs if not _same_key(*pair) and (one := tried(pair))]
-    found += [one for one in two if one.found.fits != "no"]
+  """What takes less than the config itself, the smallest first: each change alone; and where none
+  of these fits, one after the other until something does."""
+  begin = estimate(settings, Known.of(settings, plan), machine, price)
+  found = _singles(settings, plan, machine, begin)
+  if not any(one.found.fits != "no" for one in found):
+    names: list[str] = []
+    chain, last = found, begin
+    while chain and last.fits == "no" and len(names) < MOST_CHANGES:
+      smallest = min(chain, key=lambda one: one.found.memory.total)
+      names.append(smallest.named)
+      last = smallest.found
+      chain = _singles(last.settings, plan, machine, last)
+    if len(names) > 1:
+      found.append(Tried(" ".join(names), last))
   return sorted(found, key=lambda one: one.found.memory.total)
 
 
-def _same_key(one: Change, other: Change) -> bool:
-  return one[0].partition("=")[0] == other[0].partition("=")[0]
+def _singles(
+  settings: Settings, plan: PlanConfig, machine: Machine, begin: Estimate
+) -> list[Tried]:
+  """Each change alone that takes less than `begin`."""
+  found = []
+  for name, change in changes(settings, machine.count):
+    changed = change(settings)
+    try:
+      one = estimate(changed, Known.of(changed, plan), machine, begin.price / machine.count)
+    except ValueError:  # a batch that this mesh or number of pieces cannot split
+      continue
+    if one.memory.total < 0.99 * begin.memory.total:
+      found.append(Tried(name, one))
+  return found
 
 
 def best(settings: Settings, plan: PlanConfig, machine: Machine, price: float) -> Estimate | None:

@@ -94,14 +94,14 @@ def machine_of(name: str) -> Machine | None:
     count = math.prod(int(n) for n in match[2].split("x"))
     chip = CHIPS.get(match[1])
     return None if chip is None else Machine(name, chip, count, topology)
-  known = {chip.lower(): CHIPS[chip] for chip in CHIPS}
-  match = re.fullmatch(r"(\w+?)(?:x(\d+))?", name.lower())
-  if match and match[1] in known and known[match[1]].name[0].isupper():
-    return Machine(name, known[match[1]], int(match[2] or 1))
+  for chip in CHIPS.values():
+    match = re.fullmatch(rf"{chip.name}(?:x([1-9]\d*))?", name, re.IGNORECASE)
+    if match and chip.name[0].isupper():  # a GPU
+      return Machine(name, chip, int(match[1] or 1))
+  gpus = ", ".join(chip for chip in CHIPS if chip[0].isupper())
   raise ValueError(
-    f"plan.topology = {shown(name)} is no machine{did_you_mean(name, USUAL)}: use auto, one of "
-    f"{', '.join(USUAL)}, a GPU as L4 or A100x8 ({', '.join(c for c in CHIPS if c[0].isupper())}), "
-    "or a topology of libtpu's as v5e:4x4"
+    f"plan.topology = {shown(name)} is no machine{did_you_mean(name, USUAL)} (machines: auto, "
+    f"{', '.join(USUAL)}, a GPU as L4 or A100x8 ({gpus}), a topology of libtpu's as v5e:4x4)"
   )
 
 

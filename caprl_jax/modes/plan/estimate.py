@@ -98,7 +98,7 @@ def as_json(found: Estimate, plan: PlanConfig) -> dict[str, Any]:
       "room": found.room / GIB,
     },
     "needed_flops": wanted,
-    "needed_decode_bytes": decode_bytes(found.step),
+    "needed_decode_bytes": decode_bytes(found.step, found.mesh.parts),
     "chip": {name: dataclasses.asdict(stage) for name, stage in found.stages.items()},
     "step_secs": found.secs,
     "images_per_hour": found.step.learned / found.secs * 3600,

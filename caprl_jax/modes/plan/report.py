@@ -7,7 +7,7 @@ from caprl_jax.modes.plan.arithmetic import decode_bytes, needed
 from caprl_jax.modes.plan.changes import Tried
 from caprl_jax.modes.plan.chips import GIB, PRICES_OF, Machine
 from caprl_jax.modes.plan.estimate import Estimate
-from caprl_jax.modes.plan.memory import ERROR
+from caprl_jax.modes.plan.memory import ERROR, MUCH
 from caprl_jax.modes.plan.roofline import ASSUMED
 from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.progress import duration
@@ -38,9 +38,9 @@ def work_lines(found: Estimate) -> list[str]:
       f"{name:>8} {wanted[name] / 1e12:>8,.0f} TFLOP {executed / 1e12:>8,.0f} TFLOP "
       f"{stage.secs:>7.1f} s"
     )
-  least, read = decode_bytes(found.step), found.stages["rollout"].read * chips
+  least, read = decode_bytes(found.step, found.mesh.parts), found.stages["rollout"].read * chips
   lines.append(
-    f"decoding must read {least / 1e12:.1f} TB, and reads {read / 1e12:.1f} TB, each chip its share"
+    f"decoding must read {least / 1e12:.1f} TB on this mesh, and reads {read / 1e12:.1f} TB"
   )
   return lines
 
@@ -61,13 +61,13 @@ def estimate_text(found: Estimate, plan: PlanConfig, machine: Machine) -> str:
       f"{machine.name} ({machine.count} x {machine.chip.name}), {mesh_text(found)}: estimated, not "
       "compiled",
       "memory of a chip (arguments exact; temporaries by formulas, which were up to "
-      f"{ERROR:.0%} off where the program was compiled too):",
+      f"{ERROR:.0%} too small and {MUCH:.0%} too large where the program was compiled too):",
       *memory_lines(found),
       f"fits: {found.fits}",
       f"work of a step of {step.images} x {step.length_BG.shape[1]} captions ({mean:.0f} tokens, "
       f"the longest {longest}) and {step.prompt} tokens of image and prompt:",
       *work_lines(found),
-      f"a step: {duration(found.secs)}; {rate * step.learned:,.0f} images and "
+      f"a step: {secs_text(found.secs)}; {rate * step.learned:,.0f} images and "
       f"{rate * step.length_BG.size:,.0f} captions an hour, if this holds: {ASSUMED}",
       run_line(found, steps * step.learned, f"train.steps = {steps:,}"),
       run_line(found, plan.images, "plan.images"),
@@ -75,6 +75,11 @@ def estimate_text(found: Estimate, plan: PlanConfig, machine: Machine) -> str:
       f"(plan.prices; {PRICES_OF})",
     ]
   )
+
+
+def secs_text(secs: float) -> str:
+  """A step's time, which may be less than a second."""
+  return f"{secs:.1f} s" if secs < 10 else duration(secs)
 
 
 def mesh_text(found: Estimate) -> str:
@@ -93,10 +98,10 @@ def alternatives_text(tried: Sequence[Tried]) -> str:
   fitting = [one for one in tried if one.found.fits != "no"]
   if not tried:
     return "nothing that was tried takes less; more chips do"
-  head = "what would fit:" if fitting else "none of these alone or in pairs fits; the smallest are:"
+  head = "what would fit:" if fitting else "none of these fits; the smallest are:"
   lines = [
     f"  {one.found.memory.total / GIB:6.1f} GiB ({one.found.fits:>7}), "
-    f"{duration(one.found.secs):>7} a step: "
+    f"{one.found.step.learned / one.found.secs:5.2f} images/s: "
     + " ".join(f"--config.{change}" for change in one.named.split())
     for one in (fitting or tried)[:MOST_ALTERNATIVES]
   ]
@@ -123,7 +128,7 @@ def machine_row(machine: Machine, found: Estimate | None, plan: PlanConfig) -> l
     found.fits,
     *memory,
     *how,
-    duration(found.secs),
+    secs_text(found.secs),
     f"{found.step.learned / found.secs:.2f}",
     f"{hours:.0f}" if hours >= 10 else f"{hours:.1f}",
     f"{hours * found.price:,.0f}",

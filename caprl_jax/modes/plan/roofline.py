@@ -25,10 +25,11 @@ from caprl_jax.modes.plan.chips import Chip
 
 # Shares of the peaks that are assumed.
 MATRICES, READS, LINKS = 0.4, 0.5, 0.5
+LATENCY = 10e-6  # seconds of a sum over the chips that share a layer's matrices
 ASSUMED = (
   f"{MATRICES:.0%} of the peak of matrix products, {READS:.0%} of the memory's bandwidth while "
-  f"captions are written, {LINKS:.0%} of the links'; reading data, evaluations and checkpoints "
-  "are left out"
+  f"captions are written, {LINKS:.0%} of the links', {LATENCY * 1e6:.0f} microseconds for each "
+  "sum over chips then; reading data, evaluations and checkpoints are left out"
 )
 
 
@@ -91,6 +92,7 @@ def _rollout(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Sta
   one = decoder_flops(text, 1, step.prompt) + head_flops(text, 1)
   products = rows * one / mesh.tensor
   each = np.maximum(read / (chip.bandwidth * READS), products / (chip.flops * MATRICES))
+  each += 2 * text.num_layers * LATENCY * (mesh.tensor > 1)
   once = forward(step)
   flops = (once.tower + once.prompt) / mesh.chips
   sent = _gathered(weight_bytes(text), mesh) + _layers_summed(step, share * step.prompt, mesh)

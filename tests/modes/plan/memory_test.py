@@ -46,7 +46,7 @@ def on(mesh, **update):
 def test_arguments_and_temporaries_are_those_of_the_compiled_step():
   """configs/caprl_3b_v5e16.py on v5e:4x4, compiled on 2026-11-29 (docs/tpu.md)."""
   found = estimated("caprl_3b_v5e16")
-  assert sum(found.arguments.values()) / GIB == pytest.approx(3.053, abs=0.01)
+  assert sum(found.arguments.values()) / GIB == pytest.approx(3.053, rel=0.01)
   assert found.arguments["policy, trained"] * 16 / GIB == pytest.approx(13.99, rel=0.01)
   assert found.temporaries / GIB == pytest.approx(11.20, rel=memory.ERROR)
 
@@ -68,6 +68,14 @@ def test_a_stage_is_estimated_within_the_error_that_is_said(stage, gib, layers, 
   assert sum(kinds.values()) / GIB == pytest.approx(gib, rel=memory.ERROR), kinds
 
 
+def test_on_one_chip_the_estimate_is_careful():
+  """configs/colab_lora.py with one layer, compiled for v5e:1x1 on 2026-11-29."""
+  found = estimated("colab_lora", "v5e:1x1", layers=1)
+  assert sum(found.arguments.values()) / GIB == pytest.approx(1.124, rel=0.01)
+  low, high = 1 - memory.ERROR, 1 + memory.MUCH
+  assert low < found.temporaries / GIB / 0.805 < high
+
+
 def test_rounding_the_judge_and_training_adapters_take_less():
   whole = estimated("caprl_3b_v5e16").arguments
   small = estimated("caprl_3b_v5e16", change=lambda s: changes.with_judge(s, int8=True)).arguments
@@ -75,19 +83,29 @@ def test_rounding_the_judge_and_training_adapters_take_less():
   assert 0.55 < small["judge"] / whole["judge"] < 0.6
   lora = dict(trainable="lora", param_dtype="bfloat16")
   few = estimated("caprl_3b_v5e16", change=lambda s: changes.with_policy(s, **lora)).arguments
-  assert few["policy, trained"] + few["optimizer"] < 0.05 * whole["policy, trained"]
+  assert few["policy, trained"] + few["optimizer"] < 0.15 * whole["policy, trained"]
   assert few["policy, frozen"] == pytest.approx(whole["policy, trained"] / 2, rel=0.01)
 
 
 def test_what_does_not_fit_is_said_with_what_would():
-  settings, plan = read("caprl_3b")
-  machine = machine_of("v5e-16")
+  settings, plan = read("caprl_3b_v5e16")
+  machine, settings = machine_of("v5e-16"), changes.with_sampling(settings, chunks=4)
   found = estimate(settings, Known.of(settings, plan), machine, 1.2)
   assert found.fits == "no" and machine.topology == "v5e:4x4"
   tried = changes.alternatives(settings, plan, machine, 1.2)
   text = report.alternatives_text(tried)
   assert "what would fit:" in text and "--config.rollout.sampling.chunks=8" in text
   assert all(one.found.memory.total < found.memory.total for one in tried)
+
+
+def test_where_no_change_is_enough_several_are():
+  settings, plan = read("gpu_24gb_lora")
+  machine = machine_of("v5e-1")
+  settings = changes.with_sampling(settings, max_tokens=4096)
+  tried = changes.alternatives(settings, plan, machine, 1.0)
+  [chain] = [one for one in tried if one.found.fits != "no"]
+  assert len(chain.named.split()) > 1 and chain is tried[0]
+  assert "--config." in report.alternatives_text(tried)
 
 
 def test_the_best_way_on_a_machine_is_found_and_told(tmp_path):
@@ -113,7 +131,7 @@ def test_machines_and_prices():
   assert [machine_of(name).count for name in USUAL] == [1, 8, 16, 4, 8, 1, 8, 8]
   assert machine_of("v5e:2x2").chip is CHIPS["v5e"] and machine_of("v9:1x1") is None
   assert machine_of("rtx4090").count == 1 and machine_of("a100x4").chip is CHIPS["A100"]
-  with pytest.raises(ValueError, match="'v5e-15' is no machine; did you mean 'v5e-16'"):
+  with pytest.raises(ValueError, match="'v5e-15' is no machine; did you mean 'v5e-1' or 'v5e-16'"):
     machine_of("v5e-15")
 
 
