@@ -120,7 +120,6 @@ def duration(secs: float) -> str:
   if secs < 90:
     return f"{secs:.0f} s"
   return f"{secs / 60:.0f} min" if secs < 5400 else f"{secs / 3600:.1f} h"
-<<<<<<< HEAD
 
 
 def ends_at(secs: float) -> str:
@@ -129,19 +128,3 @@ def ends_at(secs: float) -> str:
   then = now + min(secs, 10 * 365 * 86400)
   same_day = time.localtime(now)[:3] == time.localtime(then)[:3]
   return time.strftime("ends %H:%M" if same_day else "ends %a %d %b %H:%M", time.localtime(then))
-
-
-def saying_first(call: Call, what: str) -> Call:
-  """The function, whose first call, which compiles, is `going_on`."""
-  calls: list[bool] = []
-
-  def called(*args, **kwargs):
-    if calls:
-      return call(*args, **kwargs)
-    calls.append(True)
-    with going_on(what):
-      return call(*args, **kwargs)
-
-  return cast(Call, called)
-=======
->>>>>>> 5a46f06 (Mode plan tells memory, time and cost in seconds, for machines that need not be here, and what would fit; it compiles in a process that ends with it)
