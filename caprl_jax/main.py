@@ -159,8 +159,8 @@ def _define_flags() -> flags.FlagValues:
   flags.DEFINE_string(
     "config",
     None,
-    "Config file, e.g. configs/quickstart.py: Python with a get_config(). caprl_jax:NAME is one "
-    "that comes with the package, e.g. caprl_jax:quickstart.",
+    "Config file, e.g. configs/quickstart.py: Python with a get_config(); or caprl_jax:quickstart, "
+    "one that comes with the package.",
     flag_values=options,
   )
   flags.DEFINE_string(
@@ -199,8 +199,7 @@ def _help_page(options: flags.FlagValues) -> str:
     "image answers questions from the caption alone, and a caption earns what it gets right.",
     "",
     f"  {command} --config=FILE --workdir=DIR [--config.section.key=value ...]",
-    "",
-    "Where the package is installed, the command caprl_jax does the same.",
+    "  (where the package is installed, the command caprl_jax is the same)",
     "",
     "Modes (config.mode; several joined by commas run in a row, e.g. --config.mode=sft,train):",
   ]
