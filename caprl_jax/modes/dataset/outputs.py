@@ -15,7 +15,8 @@ from caprl_jax.progress import counted, going_on
 
 log = logging.getLogger("caprl_jax.modes.dataset.outputs")
 
-WRITTEN = "outputs.json"  # in the workdir: what was written from there, and the digests of its rows
+# In the workdir: what was written from there, and the digests of its rows; "" while it is written.
+WRITTEN = "outputs.json"
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -53,13 +54,15 @@ def write_output(
     ValueError: an image cannot be read; a TFDS dataset is there with other rows.
   """
   path, digest = output_path(output, name), _digest(rows, split)
-  written = _written(workdir)
-  if path.exists() and written.get(str(path.absolute())) == digest:
+  written, place = _written(workdir), str(path.absolute())
+  if path.exists() and written.get(place) == digest:
     log.info("%s is there, with these rows", path)
     return path
+  # First: where a kill comes once the output is there, the next start must know whose it is.
+  write_json(workdir / WRITTEN, written | {place: ""})
   with going_on(f"writing {path}"):
     _write(rows, output, split, name)
-  write_json(workdir / WRITTEN, written | {str(path.absolute()): digest})
+  write_json(workdir / WRITTEN, written | {place: digest})
   return path
 
 

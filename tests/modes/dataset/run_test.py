@@ -11,6 +11,7 @@ from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers import jsonl
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import QARow, Question
+from caprl_jax.modes.dataset import outputs
 
 COLOR = Question("What color is it?", ("red", "dark blue", "tan"), 1, "color", "by hand")
 YES = Question("Is it red?", ("yes", "no"), 0, "yes/no")
@@ -166,6 +167,26 @@ def test_an_output_takes_nobody_s_place(folder, output, capsys):
   (folder / "work" / "outputs.json").unlink()
   assert run(folder, "nowhere.jsonl", options[1]) == 2
   assert "is there already, and was not written from the workdir" in capsys.readouterr().err
+
+
+def test_a_kill_once_the_output_is_there_does_not_make_it_a_strangers(folder, monkeypatch):
+  rows, target = read_qa_rows(str(folder / "good.jsonl"), 0), str(folder / "killed.jsonl")
+  write_json = outputs.write_json
+
+  def kill(path, value):
+    if (folder / "killed.jsonl").exists():
+      raise KeyboardInterrupt
+    write_json(path, value)
+
+  monkeypatch.setattr(outputs, "write_json", kill)
+  with pytest.raises(KeyboardInterrupt):
+    outputs.write_output(rows, target, "train", "caprl", folder)
+  monkeypatch.setattr(outputs, "write_json", write_json)
+  outputs.check_output(target, "curate.output", "caprl", folder)
+  outputs.write_output(rows, target, "train", "caprl", folder)
+  assert [row.questions for row in read_qa_rows(target, 0)] == [row.questions for row in rows]
+  with pytest.raises(ValueError, match="was not written from the workdir"):
+    outputs.check_output(target, "curate.output", "caprl", folder / "another")
 
 
 def test_repeated_images_are_merged(folder):
