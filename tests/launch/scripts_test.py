@@ -103,6 +103,15 @@ def test_a_dry_run_prints_the_commands_in_order(sandbox, subcommand):
   assert sandbox.calls() == [] and not (sandbox.repository / "build").exists()
 
 
+def test_the_documentation_shows_what_a_dry_run_prints(sandbox):
+  text = (ROOT / "docs" / "tpu.md").read_text()
+  [(command, shown)] = re.findall(
+    r"^\$ bash launch/tpu_vm.sh (create .*)\ncd .*\n([^`]*)", text, re.M
+  )
+  printed = sandbox.run(*command.split()).stdout
+  assert printed.partition("\n")[2] == shown
+
+
 VARIANTS = {
   "create": ["create", *SLICE, *TYPE, "--spot", "--project=a project"],
   "create queued": ["create", *SLICE, "--type=v5p-8", "--queued", "--spot"],
