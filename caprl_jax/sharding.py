@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES = (
@@ -69,6 +70,8 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh
   sizes = mesh_sizes(cfg, len(devices))
   kinds = (jax.sharding.AxisType.Auto,) * 3
   if devices[0].platform == "tpu":  # orders devices by the torus they sit on
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+      return jax.sharding.Mesh(_across_slices(sizes, devices), MESH_AXES, axis_types=kinds)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
   return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=kinds)
 
@@ -78,6 +81,26 @@ def abstract_mesh(cfg: MeshConfig, count: int) -> Any:
   ValueError as `mesh_sizes`."""
   kinds = (jax.sharding.AxisType.Auto,) * 3
   return jax.sharding.AbstractMesh(mesh_sizes(cfg, count), MESH_AXES, axis_types=kinds)
+
+
+def _across_slices(sizes: tuple[int, int, int], devices: list) -> np.ndarray:
+  """Devices of several TPU slices, ordered within each by its torus. Slices are joined by a slower
+  network, which only the axis `data` crosses: only sums of gradients go over it.
+
+  Raises ValueError where that axis cannot be split over the slices.
+  """
+  slices = len({device.slice_index for device in devices})
+  if sizes[0] % slices:
+    raise ValueError(
+      f"config.mesh.data = {sizes[0]}, and the devices are {slices} slices, which only this axis "
+      f"may cross; make it a multiple of {slices}"
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    [sizes[0] // slices, *sizes[1:]],
+    [slices, 1, 1],
+    devices,
+    allow_split_physical_axes="v5 lite" in devices[0].device_kind.lower(),  # as jax.make_mesh does
+  )
 
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:

@@ -1,5 +1,6 @@
 """The step on four fake devices is the step on one: data, fsdp, tensor parallel; bad meshes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -172,6 +173,36 @@ def test_parameters_lie_where_the_mesh_says(results, name, axes, at_most):
 def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(sharding.MeshConfig(**sizes), [jax.devices()[0]] * 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What is read of a chip of a v5e slice of 2x2."""
+
+  slice_index: int
+  id: int
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+  core_on_chip: int = 0
+
+  @property
+  def coords(self) -> tuple[int, int, int]:
+    return (self.id % 2, self.id // 2, 0)
+
+  @property
+  def process_index(self) -> int:
+    return self.slice_index
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (4, 2, 1), (2, 2, 2)])
+def test_only_data_crosses_slices(sizes):
+  chips = [Chip(i % 2, i // 2) for i in range(8)]  # in no helpful order
+  mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), chips)
+  assert mesh.devices.shape == sizes and set(mesh.devices.flat) == set(chips)
+  for copy in mesh.devices:  # one place of `data`: its parameters lie in one slice
+    assert len({chip.slice_index for chip in copy.flat}) == 1
+  with pytest.raises(ValueError, match=r"mesh.data = 1, and the devices are 2 slices.*multiple of"):
+    sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=8), chips)
 
 
 @pytest.mark.parametrize("name", ["data.batch_size", "evaluate.batch_size"])
