@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import jax
 import ml_dtypes
@@ -69,6 +70,7 @@ def _run(config, workdir: pathlib.Path) -> None:
   order = _order(cfg)
   record = Record(workdir, plain, order)
   done = record.finished()
+  _drop_checkpoints(workdir, done)  # a kill may have come before
   whole, left = begin_run(workdir, {**plain, "mesh": mesh_section}, section, record)
   if not left and done == order and from_first(lambda: _answers_are_there(cfg, workdir)):
     log.info("this run is complete: its stages are %s", ", ".join(done) or "none")
@@ -154,12 +156,18 @@ def _written(run: Run, name: str, policy: Loaded, params: Params) -> Loaded:
   dtype = ml_dtypes.bfloat16 if output == "bfloat16" else np.dtype(output)
   save_policy(workdir / name, policy, params, dtype)
   run.record.put(name, finished=True)
+  _drop_checkpoints(workdir, [name])
   if jax.process_index() == 0:
-    for done in run.record.finished():  # of earlier ones too: a kill may have come before
-      shutil.rmtree(workdir / TRAINING / done / "checkpoints", ignore_errors=True)
     log.info("stage %s: wrote %s", name, workdir / name)
   params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
   return dataclasses.replace(policy, params=params)
+
+
+def _drop_checkpoints(workdir: pathlib.Path, finished: Sequence[str]) -> None:
+  """Removes the checkpoints of stages whose models are written."""
+  if jax.process_index() == 0:
+    for name in finished:
+      shutil.rmtree(workdir / TRAINING / name / "checkpoints", ignore_errors=True)
 
 
 def _read(name: str, stage: StageConfig, seed: int, bad: BadRowList) -> list[Example]:

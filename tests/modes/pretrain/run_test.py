@@ -375,6 +375,13 @@ def test_a_compact_vocabulary_may_not_change_under_a_begun_stage(folder, tmp_pat
   pretrain.run(made, tmp_path)
 
 
+def test_checkpoints_that_a_kill_left_beside_a_finished_model_go(folder, whole_run):
+  left = whole_run / "training" / "instruct" / "checkpoints" / "6"
+  left.mkdir(parents=True)
+  pretrain.run(config(folder, ("align", "further", "instruct")), whole_run)  # it is complete
+  assert not left.parent.exists()
+
+
 def test_another_config_is_refused(folder, whole_run):
   changed = config(folder, ("align", "instruct"))
   changed.pretrain.stages.align.steps = 4
