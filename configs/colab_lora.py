@@ -5,7 +5,7 @@
 Only adapters are trained: 4 images x 4 captions of up to 64 tokens a step. Base and judge are
 bfloat16.
 
-Not run yet, on Colab or elsewhere. Compiled for v5e:1x1, a step takes 6.9 GiB of the chip's 16
+Not run yet, on Colab or elsewhere. By estimate, a step takes 6.4 GiB of the chip's 16
 (docs/tpu.md).
 """
 
