@@ -1,6 +1,7 @@
 """docs/python.md, run from top to bottom with tiny models; what its examples do not show."""
 
 import doctest
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,8 +15,15 @@ from helpers.paths import ROOT
 from PIL import Image
 
 import caprl_jax
+from caprl_jax.data.rows import CaptionRow
+from caprl_jax.inference.captioner import CaptionerOutput, WrittenCaption
 
 PAGE = ROOT / "docs" / "python.md"
+# The stand-in for the quickstart has a reward of its own, so that one training run shows both.
+OWN = """
+def reward(accuracy_BG, length_BG, ended_BG):
+  return 0.25 * length_BG, length_BG != 3
+"""
 CONFIG = """
 import json, ml_collections
 def get_config():
@@ -28,11 +36,13 @@ def place(tmp_path_factory):
   """A folder with what the page names."""
   folder = tmp_path_factory.mktemp("python")
   config = tiny.write_all(folder / "tiny")
-  config.evaluate.batch_size = 4
-  config.data.max_eval_rows = 4
+  config.evaluate.batch_size, config.data.max_eval_rows = 4, 4
+  config.data.batch_size, config.rollout.group_size = 4, 2
+  (folder / "own.py").write_text(OWN)
+  config.reward.custom, config.reward.custom_weight = f"{folder / 'own.py'}:reward", 2.0
   del config.advantage  # as if the file left a section out
   shutil.copytree(folder / "tiny" / "policy", folder / "internlm" / "CapRL-3B")
-  shutil.copytree(folder / "tiny" / "judge", folder / "Qwen" / "Qwen2.5-3B-Instruct")
+  shutil.copytree(folder / "tiny" / "judge", folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
   shutil.copytree(folder / "tiny" / "data" / "images", folder / "photos")
   (folder / "configs").mkdir()
   text = CONFIG.format(text=json.dumps(config.to_dict()))
@@ -66,6 +76,32 @@ def test_the_page_is_true(names, place):
   log = (place / "runs" / "python" / "log.txt").read_text()
   assert "CapRL: 0 compilations after the first step" in log
   assert len(result.counts) > 0 and names["config"].mode == "train"
+  output = CaptionerOutput(0, CaptionRow(b"", "", "a"), (WrittenCaption("b", [1], "end"),) * 2)
+  assert [type(one) for one in names["several"]._captions(output)] == [caprl_jax.Caption] * 2
+
+
+@pytest.mark.slow
+def test_a_reward_function_of_arrays_is_part_of_the_step(names, place, monkeypatch):
+  """The run of the page, whose config has one."""
+  result, workdir = names["result"], place / "runs" / "python"
+  log = (workdir / "log.txt").read_text()
+  assert "is a function of arrays: a part of the step's program" in log
+  monkeypatch.chdir(place)
+  for row in result.metrics:
+    captions = result.samples(f"step_{row['step']:06d}")
+    scored = [caption.reward for caption in captions if caption.reward is not None]
+    assert row["reward/unscored"] == pytest.approx(1 - len(scored) / len(captions))
+    assert row["reward/mean"] == pytest.approx(np.mean(scored))
+    assert row["reward/mean"] == pytest.approx(row["reward/accuracy"] + 2 * row["reward/custom"])
+    assert "time/judge_secs" not in row  # one program
+  made_of = tiny.read_back(workdir / "record_train.json")["made_of"]
+  assert made_of["reward.custom"] == hashlib.sha256(OWN.encode() + b"\0reward").hexdigest()
+  (place / "own.py").write_text(OWN.replace("0.25", "0.5"))
+  longer = names["config"].copy_and_resolve_references()
+  longer.train.steps = 3
+  with pytest.raises(ValueError, match="reward.custom is not what this run was begun with"):
+    caprl_jax.train(longer, "runs/python")
+  (place / "own.py").write_text(OWN)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Mode `train` with a reward function of one's own, and with a judge behind a server."""
 
-import hashlib
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -11,7 +11,6 @@ from helpers.servers.chat import honest, judging, serving, shown
 
 from caprl_jax import sharding
 from caprl_jax.harness.metrics import read_metrics
-from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.inference import endpoint
@@ -20,11 +19,6 @@ from caprl_jax.modes.train import run as train
 
 pytestmark = pytest.mark.slow
 
-ARRAYS = """
-import jax.numpy as jnp
-def reward(accuracy_BG, length_BG, ended_BG):
-  return 0.25 * length_BG, length_BG != 3
-"""
 # As TRL's users write it. The facts of each row are columns.
 TEXTS = """
 def reward(completions, color, accuracy, **kwargs):
@@ -56,39 +50,6 @@ def captions_of(path):
   return [caption for row in tiny.read_back(path)["rows"] for caption in row["captions"]]
 
 
-def test_a_function_of_arrays_is_part_of_the_step(config, tmp_path, caplog):
-  own = config.copy_and_resolve_references()
-  (tmp_path / "own.py").write_text(ARRAYS)
-  own.reward = dict(accuracy=1.0, custom=f"{tmp_path / 'own.py'}:reward", custom_weight=2.0)
-  own.train.steps = 2
-  workdir = tmp_path / "run"
-  settings, workdir = read_settings(own), workdir
-  workdir.mkdir()
-  with jax.set_mesh(sharding.make_mesh(settings.mesh)), caplog.at_level(logging.INFO):
-    record = RunRecord(workdir, "train")
-    record.begin(settings.sections(), train.FREE)
-    made = set_up(settings, workdir=workdir, record=record)
-    assert not made.several_programs
-    train.train(made, {}, workdir)
-    (tmp_path / "own.py").write_text(ARRAYS.replace("0.25", "0.5"))
-    with pytest.raises(ValueError, match="reward.custom is not what this run was begun with"):
-      set_up(settings, workdir=workdir, record=RunRecord(workdir, "train"))
-  assert "is a function of arrays: a part of the step's program" in caplog.text
-  assert "CapRL: 0 compilations after the first step" in caplog.text
-  digest = hashlib.sha256(ARRAYS.encode() + b"\0reward").hexdigest()
-  assert record.digest("reward.custom") == digest
-  scored = 0
-  for step, row in enumerate(metrics_of(workdir), 1):
-    captions = captions_of(workdir / "samples" / f"step_{step:06d}.json")
-    left = [caption for caption in captions if caption["reward"] is not None]
-    assert row["reward/unscored"] == pytest.approx(1 - len(left) / len(captions))
-    mean = np.mean([caption["reward"] for caption in left])
-    assert row["reward/mean"] == pytest.approx(mean)
-    assert row["reward/mean"] == pytest.approx(row["reward/accuracy"] + 2 * row["reward/custom"])
-    scored += len(left)
-  assert 0 < scored
-
-
 def test_texts_and_a_judge_behind_a_server(config, tmp_path, caplog, monkeypatch):
   """A whole run; one that stopped in the middle goes on bit for bit, failures of the server
   included."""
@@ -109,8 +70,7 @@ def test_texts_and_a_judge_behind_a_server(config, tmp_path, caplog, monkeypatch
   own = config.copy_and_resolve_references()
   (tmp_path / "own.py").write_text(TEXTS)
   own.reward = dict(accuracy=1.0, custom=f"{tmp_path / 'own.py'}:reward")
-  for name in ("whole", "part"):
-    (tmp_path / name).mkdir()
+  (tmp_path / "whole").mkdir()
   with serving(behave) as server:
     own.judge = dict(
       reading="generate",
@@ -119,12 +79,13 @@ def test_texts_and_a_judge_behind_a_server(config, tmp_path, caplog, monkeypatch
     )
     with caplog.at_level(logging.INFO):
       train.run(own, tmp_path / "whole")
-    half = own.copy_and_resolve_references()
-    half.train.steps = 2
+    # as a kill after step 2 leaves it
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "4")
     with jax.set_mesh(sharding.make_mesh(read_settings(own).mesh)):
-      for settings in (half, own):
-        train.train(set_up(read_settings(settings)), {}, tmp_path / "part")
+      train.train(set_up(read_settings(own)), {}, tmp_path / "part")
   assert metrics_of(tmp_path / "part") == metrics_of(tmp_path / "whole")
+  assert "resuming after step 2" in caplog.text
   assert "is a function of texts: a step is several programs" in caplog.text
   assert f"judge m ({server.url})" in caplog.text and "no answer to" in caplog.text
   rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
