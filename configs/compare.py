@@ -13,7 +13,8 @@ commas. prism.html has accuracy, captions' lengths and what 100 words gain, righ
 answers and facts told against false statements with the same over the captions' length, and every
 difference with its paired interval; gallery.html shows captions side by side (docs/evaluation.md).
 
-Expected: figures as in docs/evaluation.md.
+Expected: a table and pages as in docs/evaluation.md, which compares the warm start with another
+captioner.
 """
 
 import pathlib

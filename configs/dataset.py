@@ -5,10 +5,10 @@
     --config.dataset.output=tfds:data --config.dataset.bad_rows=drop
 
 Prints a table, writes dataset.html (a page of samples) and bad_rows.jsonl to the workdir. SOURCE is
-easy_vqa:train, charts:train, FILE.jsonl, FILE.json, FILE.parquet, tfds:FOLDER:SPLIT, or a mixture
-such as "0.7*easy_vqa:train + 0.3*charts:train"; the output is FILE.jsonl, FILE.json, FILE.parquet
-or tfds:FOLDER. For training on millions of images use `tfds:`, since parquet is slow at random
-access.
+easy_vqa:train, charts:train, FILE.jsonl, FILE.json, FILE.parquet, tfds:FOLDER:SPLIT,
+hf:OWNER/NAME:SPLIT, or a mixture such as "0.7*easy_vqa:train + 0.3*charts:train"; the output is
+FILE.jsonl, FILE.json, FILE.parquet or tfds:FOLDER. For training on millions of images use `tfds:`,
+since parquet is slow at random access.
 
 Expected, with --config.dataset.input=charts:test:200: the table in docs/data.md.
 """

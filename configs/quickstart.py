@@ -8,7 +8,7 @@ configs/quickstart_policy, which sees colour and shape but mostly does not say t
 (configs/quickstart_sft.py makes it; `--config.policy.checkpoint=DIR` takes another one).
 
 Expected: accuracy on 245 held-out questions from 0.604 to 0.988, in 9 min 35 s and 3.1 GB on two
-CPU cores (seed 1, with older draws: from 0.601 to 0.979).
+CPU cores (docs/results.md).
 """
 
 import pathlib
