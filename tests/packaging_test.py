@@ -33,9 +33,9 @@ print(*names)
 """
 
 
-def sources() -> set[str]:
+def sources(suffix: str = ".py") -> set[str]:
   """Paths of the package's modules, relative to the repository."""
-  return {str(path.relative_to(ROOT)) for path in (ROOT / "caprl_jax").rglob("*.py")}
+  return {str(path.relative_to(ROOT)) for path in (ROOT / "caprl_jax").rglob(f"*{suffix}")}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def configs() -> set[str]:
 def test_the_wheel_holds_the_package_and_its_configs_and_nothing_else(built):
   [wheel] = built.glob("*.whl")
   names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-  assert names == sources() | configs()
+  assert names == sources() | sources(".pyi") | configs()
   entry_points = zipfile.ZipFile(wheel).read(
     f"caprl_jax-{caprl_jax.__version__}.dist-info/entry_points.txt"
   )
@@ -110,7 +110,7 @@ def test_the_source_distribution_holds_all_that_the_repository_does(built):
     if path.is_file() and "__pycache__" not in path.parts
   }
   kept |= {path.name for path in ROOT.glob("*.md")} | {"LICENSE", "CITATION.cff", "pyproject.toml"}
-  assert not (kept | sources()) - names
+  assert not (kept | sources() | sources(".pyi")) - names
   assert not [name for name in names if name.endswith(".pyc") or name.startswith("runs/")]
 
 

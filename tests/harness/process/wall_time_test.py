@@ -49,7 +49,7 @@ def test_checkpoints_are_due_by_steps_or_by_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "settings, message",
   [
-    (dict(every_steps=0), "checkpoint.every_steps = 0 and keep = 2 must be at least 1"),
+    (dict(every_steps=0), "checkpoint.every_steps = 0 must be at least 1"),
     (dict(every_minutes=0.0), "checkpoint.every_minutes = 0.0 must be above 0"),
   ],
 )

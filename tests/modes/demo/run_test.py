@@ -115,7 +115,7 @@ def loaded(tmp_path_factory):
 
 def make(loaded, caption_tokens=64, **keys):
   judge, mesh = loaded
-  return TextJudge(judge, JudgeSection(source="", **keys), mesh, caption_tokens, 0)
+  return TextJudge(judge, JudgeSection(source="none", **keys), mesh, caption_tokens, 0)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def make(loaded, caption_tokens=64, **keys):
 )
 def test_answers_are_those_of_training(loaded, keys):
   judge, mesh = loaded
-  section = JudgeSection(source="", **keys)
+  section = JudgeSection(source="none", **keys)
   asks = [(caption, question) for caption in CAPTIONS for question in QUESTIONS]
   with jax.set_mesh(mesh):
     want = HostJudge(judge, section, kinds=[""], seed=0).choices(asks)
@@ -188,7 +188,7 @@ def test_closing_waits_for_the_judge_and_lets_nobody_else_ask():
     assert go_on.wait(60)
     return JudgedQuestion(0, (0.5, 0.5), None)
 
-  judge.cfg = JudgeSection(source="", reading="generate")
+  judge.cfg = JudgeSection(source="none", reading="generate")
   page = Demo(None, judge, 8)
   with futures.ThreadPoolExecutor() as pool:
     asked = pool.submit(page.ask, "x", "what?", "a\nb")
