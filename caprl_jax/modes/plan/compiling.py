@@ -7,6 +7,7 @@ so it is done in a process of its own, which is ended at once with this one.
 
 import collections
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -224,6 +225,11 @@ def compile_here(settings: Settings, plan: PlanConfig, topology: str | None) -> 
 # ---- a process of its own ----
 
 
+def can_compile(topology: str | None) -> bool:
+  """Whether there is a compiler for a TPU topology; for the devices here (None) there is."""
+  return topology is None or importlib.util.find_spec("libtpu") is not None
+
+
 def compile_apart(settings: Settings, plan: PlanConfig, topology: str) -> dict[str, Any]:
   """As `compile_here`, in a process that ends with this one, whatever ends it.
 
@@ -270,7 +276,8 @@ def run_apart(command: Sequence[str], line: str) -> int:
 
 def _end_with_parent() -> None:
   """Waits for the end of standard input, which is that of the process that asked."""
-  sys.stdin.buffer.read()
+  while os.read(0, 1):  # not sys.stdin, whose lock a thread at Python's own end may not hold
+    pass
   os._exit(1)
 
 

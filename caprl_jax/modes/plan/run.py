@@ -27,7 +27,7 @@ from caprl_jax.modes.plan.chips import (
   machine_of,
   read_prices,
 )
-from caprl_jax.modes.plan.compiling import compile_apart, compile_here
+from caprl_jax.modes.plan.compiling import can_compile, compile_apart, compile_here
 from caprl_jax.modes.plan.estimate import Estimate, Known, as_json, estimate
 from caprl_jax.modes.plan.section import PlanConfig
 
@@ -61,7 +61,12 @@ def run(config, workdir: pathlib.Path) -> None:
     found = _estimated(settings, plan, machine, prices[machine.chip.name])
     written["estimate"] = as_json(found, plan)
     write_json(workdir / "plan.json", written)
-  if compiles and plan.compile is not False:
+  if compiles and plan.compile is None and found is not None and not can_compile(topology):
+    log.info(
+      "not compiled, since libtpu is not installed: `pip install libtpu` compiles for TPUs on any "
+      "Linux machine"
+    )
+  elif compiles and plan.compile is not False:
     compiled = (
       compile_here(settings, plan, None)
       if topology is None
@@ -72,7 +77,8 @@ def run(config, workdir: pathlib.Path) -> None:
     total = compiled["gib_per_device"]["total"]
     if machine is not None and total > machine.chip.memory / GIB:
       raise ValueError(_too_much("takes", total, machine))
-  elif found is not None and found.fits == "no":
+    return
+  if found is not None and found.fits == "no":
     raise ValueError(_too_much("takes, by estimate,", found.memory.total / GIB, machine))
 
 

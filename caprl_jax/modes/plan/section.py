@@ -10,7 +10,7 @@ class PlanConfig:
   topology: a machine (v5e-16, H100x8), or as libtpu names one (v5p:2x2x2, v5e:1x1); auto: a table
     of the usual machines; None: the devices here.
   compile: also compile the step, in minutes, rather than only estimate what it takes, in seconds;
-    None: where one TPU topology is named, and for the devices here.
+    None: where one TPU topology is named and libtpu is installed, and for the devices here.
   image: height and width of the largest image.
   prompt_tokens: of the instruction, the image's not counted.
   stem_tokens: of a question without its options.

@@ -37,6 +37,18 @@ def test_its_input_ends_with_the_process_that_asked():
   assert compiling.run_apart([sys.executable, "-S", "-c", reads], "one") == 7
 
 
+def test_the_thread_that_waits_for_the_parent_does_not_end_it_badly():
+  child = """
+import sys, threading, time
+from caprl_jax.modes.plan import compiling
+sys.stdin.buffer.readline()
+threading.Thread(target=compiling._end_with_parent, daemon=True).start()
+time.sleep(0.3)
+sys.exit(7)
+"""
+  assert compiling.run_apart([sys.executable, "-c", child], "one") == 7
+
+
 def test_what_goes_wrong_there_is_said_here(monkeypatch):
   def answers(text):
     def run(command, line):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.families import is_vision_language
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.modes.plan import compiling
+from caprl_jax.modes.plan import run as plan_run
 from caprl_jax.modes.plan.abstract import shallower
 from caprl_jax.modes.plan.section import PlanConfig
 
@@ -151,6 +153,17 @@ def test_the_step_compiles_for_a_tpu(tmp_path):
   # Nothing of [caption tokens of the batch, vocabulary] in float32 or more: 4 images x 4 captions x
   # 64 tokens.
   assert all("[1024,151936]" not in what for _, what, _, _ in report["largest"])
+
+
+def test_without_a_compiler_there_is_the_estimate(tmp_path, monkeypatch, caplog):
+  caplog.set_level(logging.INFO, "caprl_jax")
+  config = config_file.load_config(str(ROOT / "configs" / "colab_lora.py")).unlock()
+  config.plan = dict(topology="v5e:1x1")
+  monkeypatch.setattr(plan_run, "can_compile", lambda topology: False)
+  plan_run.run(config, tmp_path)
+  assert "not compiled, since libtpu is not installed" in caplog.text
+  written = json.loads((tmp_path / "plan.json").read_text())
+  assert "estimate" in written and "gib_per_device" not in written
 
 
 def test_a_missing_topology_is_said(tmp_path):
