@@ -19,6 +19,7 @@ from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.metrics import MetricsWriter, Progress
 from caprl_jax.harness.process import peers
 from caprl_jax.harness.process.device_memory import hold
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.log_files import settle_log_files
 from caprl_jax.harness.process.signals import Deferred
 from caprl_jax.harness.trackers import Tracker
@@ -27,6 +28,9 @@ from caprl_jax.harness.watch import Heartbeat, Watch
 from caprl_jax.types import TrainState
 
 log = logging.getLogger("caprl_jax.harness.loop")
+
+Evaluate = Callable[[int, TrainState], dict[str, float]]  # (step, state) -> figures by name
+EVALUATED = "eval/"  # begins the names of an evaluation's figures
 
 
 class CompileCounter:
@@ -189,15 +193,30 @@ class StepReports:
     if last:
       checkpoints.wait()
 
-  def evaluate(
-    self, step: int, state: TrainState, evaluate: Callable[[int, TrainState], dict[str, float]]
-  ) -> None:
-    """Evaluates after a step; the figures join its numbers, the seconds are no step's."""
+  def evaluate(self, step: int, state: TrainState, evaluate: Evaluate | None) -> None:
+    """Evaluates after a step, where that is due; the figures join its numbers, the seconds are no
+    step's."""
+    if evaluate is None:
+      return
     jax.block_until_ready(self.pending[-1][1])
     self.heart.pause()
     began = time.perf_counter()
     self.extra.setdefault(step, {}).update(evaluate(step, state))
     self.before += time.perf_counter() - began
+
+  def evaluate_again(self, step: int, state: TrainState, evaluate: Evaluate | None) -> None:
+    """Evaluates the step that this start goes on after, where a signal or an error came before its
+    evaluation had ended; the figures join its line."""
+    if evaluate is None or not from_first(lambda: self.writer.lacks(step, EVALUATED)):
+      return
+    log.info("step %d was saved before its evaluation had ended: it is evaluated now", step)
+    self.heart.pause()
+    figures = evaluate(step, state)
+    if self.main:
+      self.writer.amend(figures)
+      for tracker in self.trackers:
+        tracker.write(step, figures)
+    self.before = time.perf_counter()
 
   def close(self) -> None:
     self.heart.close()
@@ -227,7 +246,7 @@ def run_loop(
   what: str,
   reward_name: str,
   on_samples: Callable[[int, Any, Any], None] | None = None,
-  evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+  evaluate: Evaluate | None = None,
   evaluate_every: int = 0,
   trackers: Sequence[Tracker] = (),
   watch: Watch | None = None,
@@ -243,7 +262,8 @@ def run_loop(
     on_samples: called as (step, this process's share of the batch, samples) after each step, on the
       main process.
     evaluate: called as (step, state) after every `evaluate_every`-th step, in all processes; its
-      numbers join the step's.
+      numbers, named `eval/...`, join the step's. Where it did not come to its end, the next start
+      calls it first.
     trackers: get every number that metrics.jsonl gets.
     watch: its rules warn, or end the run.
     skip_nonfinite: steps, since this start, that may be not finite before the run ends.
@@ -266,6 +286,7 @@ def run_loop(
   step_fn = timed_first(step_fn, f"{what}: compiling the step")
   with CompileCounter() as compiles, Interrupts() as interrupts:
     try:
+      reports.evaluate_again(start, state, _due(evaluate, evaluate_every, start))
       for step in range(start + 1, steps + 1):
         # The copy to the devices runs beside step n - 1, whose numbers are read below.
         batch, on_device, data_secs = _next_batch(iterator, mesh)
@@ -281,8 +302,7 @@ def run_loop(
           jax.block_until_ready(metrics)
           compiles.count = 0
         with compiles.excused():
-          if evaluate and evaluate_every and step % evaluate_every == 0:
-            reports.evaluate(step, state, evaluate)
+          reports.evaluate(step, state, _due(evaluate, evaluate_every, step))
           _save_if_due(step, checkpoints, reports, save)
       reports.read()
       interrupts.check()
@@ -301,6 +321,11 @@ def run_loop(
 def _note_memory(state: TrainState) -> None:
   hold("captioner", jax.tree.leaves(state.params))
   hold("optimizer's moments", jax.tree.leaves(state.opt_state))
+
+
+def _due(evaluate: Evaluate | None, every: int, step: int) -> Evaluate | None:
+  """What evaluates after `step`; None where nothing is to."""
+  return evaluate if every and step % every == 0 else None
 
 
 def _save_if_due(

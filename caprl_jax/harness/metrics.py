@@ -69,10 +69,25 @@ class MetricsWriter:
     self._file.write(json.dumps(row, allow_nan=False) + "\n")
     self._last_step = step
 
+  def amend(self, metrics: Mapping[str, Any]) -> None:
+    """Adds numbers to the line of the last step, atomically. Arguments as of `write`."""
+    self._file.close()
+    rows = read_metrics(self.path)
+    row = rows[-1]
+    row.update((name, _plain(value, name, row["step"])) for name, value in metrics.items())
+    _replace(self.path, rows)
+    self._open()
+
   @property
   def last_step(self) -> int:
     """The last step that has a line; 0 where none has."""
     return self._last_step or 0
+
+  def lacks(self, step: int, prefix: str) -> bool:
+    """Whether `step` is the last that has a line, and no name in it begins so."""
+    if step != self.last_step or not step:
+      return False
+    return not any(name.startswith(prefix) for name in read_metrics(self.path)[-1])
 
   def settle(self) -> None:
     """Closes the file and opens it again: a bucket that is mounted as a folder (gcsfuse) keeps what

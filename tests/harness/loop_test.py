@@ -212,6 +212,40 @@ def test_figures_of_an_evaluation_join_the_step_that_they_belong_to(tmp_path):
   assert found == [(1, None), (2, 2), (3, None), (4, 4), (5, None)]
 
 
+@pytest.mark.parametrize("cut", [2, 4], ids=["in the middle", "at the end"])
+def test_an_evaluation_that_was_cut_short_is_made_by_the_next_start(tmp_path, cut):
+  """The step is saved all the same: neither its work is lost nor its figures."""
+  calls, tracked = [], []
+
+  def figures(step, state):
+    calls.append(step)
+    return {"eval/sum": float(state.params["w"].sum())}
+
+  def stopped(step, state):
+    if step == cut:
+      raise Preempted("SIGTERM")
+    return figures(step, state)
+
+  class Tracker:
+    def write(self, step, numbers):
+      if "eval/sum" in numbers:
+        tracked.append(step)
+
+  more = dict(evaluate_every=2, trackers=[Tracker()])
+  run(tmp_path / "whole", 4, evaluate=figures, **more)
+  calls.clear(), tracked.clear()
+  with pytest.raises(Preempted):
+    run(tmp_path / "cut", 4, evaluate=stopped, **more)
+  assert saved_steps(tmp_path / "cut") == [cut]
+  with pytest.raises(Preempted):  # the next start as well
+    run(tmp_path / "cut", 4, evaluate=stopped, **more)
+  run(tmp_path / "cut", 4, evaluate=figures, **more)
+  assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+  assert calls == tracked == [2, 4]  # each once
+  run(tmp_path / "cut", 4, evaluate=figures, **more)
+  assert calls == [2, 4]  # the line has its figures
+
+
 def test_a_kind_without_questions_has_no_accuracy_in_a_row(tmp_path):
   def step(state, batch):
     state, metrics, samples = counting.step(state, batch)
