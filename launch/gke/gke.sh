@@ -220,14 +220,7 @@ while (($# > 0)); do
       flag="${1%%=*}"
       printf -v "${flag#--}" '%s' "${1#*=}"
       ;;
-    --config.* | --noconfig.*) fail "$1: values of the config come after a --, at the end: -- $1" ;;
-    -*) fail "unknown flag $1; --help lists the flags, and flags of caprl_jax.main come after a --" ;;
-    *)
-      if [[ -n "$subcommand" ]]; then
-        fail "unexpected argument $1 after the subcommand $subcommand; flags are written --flag=VALUE"
-      fi
-      subcommand="$1"
-      ;;
+    *) take_subcommand "$1" ;;
   esac
   shift
 done

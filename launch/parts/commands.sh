@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Commands that are printed or run: what launch/tpu_vm.sh, launch/gke/gke.sh and launch/local.sh share. Sourced.
 # `dry_run`, if it is not empty, prints every command, quoted for the shell, and runs none.
-dry_run="${dry_run:-}"
+# `subcommand` is what `take_subcommand` found.
+dry_run="${dry_run:-}" subcommand="${subcommand:-}"
 
 # quote WORD...: the words as one line for the shell. Unlike printf %q it leaves a text of several lines readable.
 quote() {
@@ -46,6 +47,18 @@ call_lines() {
   else
     eval "$1"
   fi
+}
+
+# take_subcommand WORD: the script's `subcommand`, from a word that is none of its flags.
+take_subcommand() {
+  case "$1" in
+    --config.* | --noconfig.*) fail "$1: values of the config come after a --, at the end: -- $1" ;;
+    -*) fail "unknown flag $1; --help lists the flags, and flags of caprl_jax.main come after a --" ;;
+  esac
+  if [[ -n "$subcommand" ]]; then
+    fail "unexpected argument $1 after the subcommand $subcommand; flags are written --flag=VALUE"
+  fi
+  subcommand="$1"
 }
 
 # check_secrets FILE: whether it holds lines NAME=VALUE and is readable by its owner alone.
