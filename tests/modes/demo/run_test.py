@@ -2,7 +2,6 @@
 the quickstart's models."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 import torch
 import transformers
 from helpers import tiny
+from helpers.pages.browser import BROWSER
 from helpers.paths import ROOT
 from PIL import Image, ImageDraw
 
@@ -284,9 +284,6 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path):
 
 # ---- in a browser
 
-BROWSER = next(
-  filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
-)
 SERVE = """
 import pathlib, sys
 from caprl_jax.config import loading as config_file

@@ -5,12 +5,11 @@ import dataclasses
 import json
 import pathlib
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.pages.browser import browse, needs_browser, on_a_phone, read_probe, with_probe
 from helpers.paths import ROOT
 from PIL import Image
 
@@ -24,9 +23,6 @@ from caprl_jax.modes.gallery.captions import Pictures, match_names
 from caprl_jax.modes.gallery.figures import difference, pick
 from caprl_jax.modes.gallery.page import NOBODY, ComparedImage, GivenCaption
 
-BROWSER = next(
-  filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
-)
 EVIL = '<script>alert(1)</script> & "a" \ud800'
 
 
@@ -312,9 +308,7 @@ def test_captions_that_are_no_names_and_files_are_refused(captions, message):
     )
 
 
-@pytest.mark.skipif(
-  BROWSER is None, reason="no browser: apt-get install chromium lets this test look at the page"
-)
+@needs_browser
 @pytest.mark.parametrize(
   "scheme, ink", [("light", "rgb(28, 29, 33)"), ("dark", "rgb(236, 238, 242)")]
 )
@@ -330,34 +324,11 @@ def test_a_phone_shows_the_page_light_and_dark(folder, tmp_path, scheme, ink):
       [...document.querySelector(".gallery").children].map(x => x.getBoundingClientRect().x)
     ).size
   }), "*"));
-  </script>"""  # runs before the page's own policy forbids scripts
-  (tmp_path / "probed.html").write_text(page.replace("<head>", "<head>" + probe, 1))
-  (tmp_path / "phone.html").write_text(
-    '<script>addEventListener("message", e => document.body.dataset.probe = e.data)</script>'
-    f'<body><iframe src="probed.html" width=360 height=800 style="color-scheme:{scheme}">'
-  )
-  done = subprocess.run(
-    [
-      BROWSER,
-      "--headless",
-      "--no-sandbox",
-      "--disable-gpu",
-      "--no-first-run",
-      "--disable-background-networking",
-      "--disable-component-update",
-      "--disable-sync",
-      f"--user-data-dir={tmp_path / 'profile'}",
-      "--dump-dom",
-      "--virtual-time-budget=5000",
-      (tmp_path / "phone.html").as_uri(),
-    ],
-    capture_output=True,
-    timeout=120,
-    check=True,
-  )
-  seen = json.loads(
-    re.search(r'data-probe="([^"]*)"', done.stdout.decode())[1].replace("&quot;", '"')
-  )
+  </script>"""
+  (tmp_path / "probed.html").write_text(with_probe(page, probe))
+  (tmp_path / "phone.html").write_text(on_a_phone("probed.html", scheme))
+  flags = "--dump-dom", "--virtual-time-budget=5000"
+  seen = read_probe(browse(tmp_path, tmp_path / "phone.html", *flags))
   assert seen["wide"] <= 0 and seen["broken"] == 0 and seen["images"] == 12
   assert seen["stacked"] == 1, "captions stand beside each other on a phone"
   assert seen["ink"] == ink

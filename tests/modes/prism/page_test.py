@@ -1,14 +1,9 @@
 """Prism's page and the gallery beside it, from an evaluation made by hand; both in a browser."""
 
-import html
-import json
-import re
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 from helpers.bad_images import encoded, noise
+from helpers.pages.browser import browse, needs_browser, read_probe, with_probe
 
 from caprl_jax.data.readers.benchmarks.files import from_qa_rows
 from caprl_jax.data.rows import CaptionRow, QARow, Question
@@ -19,9 +14,6 @@ from caprl_jax.modes.prism.page import write_page
 from caprl_jax.modes.prism.section import PrismConfig
 from caprl_jax.modes.prism.table import table_text
 
-BROWSER = next(
-  filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
-)
 COLORS = ("red", "blue")
 
 
@@ -99,9 +91,7 @@ def test_equal_captions_are_shown_once_with_their_number(made, tmp_path):
   assert gallery.count("<article") == 4 and "easy: image " in gallery and "8 images" in gallery
 
 
-@pytest.mark.skipif(
-  BROWSER is None, reason="no browser: apt-get install chromium lets this test look at the page"
-)
+@needs_browser
 def test_nothing_is_cut_at_1200_pixels(made, tmp_path):
   evaluation, figures = made
   write_page(tmp_path / "prism.html", figures, evaluation, examples=2, seed=0)
@@ -109,26 +99,9 @@ def test_nothing_is_cut_at_1200_pixels(made, tmp_path):
     wide: document.documentElement.scrollWidth - innerWidth,
     cut: [...document.querySelectorAll("div")].filter(d => d.scrollWidth > d.clientWidth +
     1).length, tables: document.querySelectorAll("table").length
-  })});</script>"""  # runs before the page's own policy forbids scripts
-  page = (tmp_path / "prism.html").read_text().replace("<head>", "<head>" + probe, 1)
+  })});</script>"""
+  page = with_probe((tmp_path / "prism.html").read_text(), probe)
   (tmp_path / "probed.html").write_text(page)
-  done = subprocess.run(
-    [
-      BROWSER,
-      "--headless",
-      "--no-sandbox",
-      "--disable-gpu",
-      "--no-first-run",
-      "--disable-background-networking",
-      f"--user-data-dir={tmp_path / 'profile'}",
-      "--window-size=1200,900",
-      "--dump-dom",
-      "--virtual-time-budget=5000",
-      (tmp_path / "probed.html").as_uri(),
-    ],
-    capture_output=True,
-    timeout=120,
-    check=True,
-  )
-  seen = json.loads(html.unescape(re.search(r'data-probe="([^"]*)"', done.stdout.decode())[1]))
+  flags = "--window-size=1200,900", "--dump-dom", "--virtual-time-budget=5000"
+  seen = read_probe(browse(tmp_path, tmp_path / "probed.html", *flags))
   assert seen["wide"] <= 0 and seen["cut"] == 0 and seen["tables"] >= 3

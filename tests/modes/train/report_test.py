@@ -3,11 +3,10 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from helpers.pages.browser import browse, needs_browser, on_a_phone, read_probe, with_probe
 from PIL import Image, ImageDraw
 
 from caprl_jax.harness import metrics
@@ -275,25 +274,6 @@ def test_curves_without_data_are_left_out_and_kinds_are_found():
 
 # ---- in a browser
 
-BROWSER = next(
-  filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
-)
-needs_browser = pytest.mark.skipif(
-  BROWSER is None, reason="no browser: apt-get install chromium lets this test look at the page"
-)
-QUIET = [
-  "--headless",
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-  "--hide-scrollbars",
-]
-
-# Runs before the page's own policy forbids scripts; leaves what it measured in the DOM.
 PROBE = """<script>addEventListener("load", () => {
   const images = [...document.images], root = document.documentElement;
   const ids = [...document.querySelectorAll("[id]")].map(element => element.id);
@@ -310,25 +290,11 @@ PROBE = """<script>addEventListener("load", () => {
 });</script>"""
 
 
-def browse(tmp_path, page, *flags):
-  done = subprocess.run(
-    [BROWSER, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()],
-    capture_output=True,
-    timeout=120,
-    check=True,
-  )
-  return done.stdout.decode()
-
-
 def probed(tmp_path, workdir):
   page = report.write_report(workdir).read_text()
   path = tmp_path / "probed.html"
-  path.write_text(page.replace("<head>", "<head>" + PROBE, 1))
+  path.write_text(with_probe(page, PROBE))
   return path
-
-
-def read_probe(dom):
-  return json.loads(re.search(r'data-probe="([^"]*)"', dom)[1].replace("&quot;", '"'))
 
 
 @needs_browser
@@ -352,11 +318,8 @@ def test_a_browser_shows_the_page(workdir, tmp_path):
 def test_a_phone_shows_the_page_light_and_dark(workdir, tmp_path, scheme, ink):
   write_samples(workdir, "after", [[caption("endless" * 80, RIGHT, 1.0)]])
   page = probed(tmp_path, workdir)
-  frame = tmp_path / "phone.html"  # a window of a headless browser cannot be as narrow, a frame can
-  frame.write_text(
-    '<script>addEventListener("message", e => document.body.dataset.probe = e.data)</script>'
-    f'<body><iframe src="{page.name}" width=360 height=800 style="color-scheme:{scheme}">'
-  )
+  frame = tmp_path / "phone.html"
+  frame.write_text(on_a_phone(page.name, scheme))
   seen = read_probe(browse(tmp_path, frame, "--dump-dom", "--virtual-time-budget=5000"))
   assert seen["too_wide"] <= 0, f"{seen['too_wide']} pixels stick out"
   assert seen["ink"] == ink
