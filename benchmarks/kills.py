@@ -179,10 +179,16 @@ def wrong_ends(ends: list[Ended], kill: Kill | None, sent: signal.Signals) -> li
 
 
 def damage_newest(workdir: pathlib.Path, rng: np.random.Generator) -> bool:
-  """Damages the newest checkpoint of a run in some way, where it has an older one."""
+  """Damages the newest checkpoint of a run in some way, where it has an older one. Not of a stage
+  of `pretrain` that has ended: nobody reads those again, but the comparison (`run_mode`)."""
   from helpers.faults.damages import DAMAGES
 
+  record = workdir / "pretrain.json"
+  stages = json.loads(record.read_text())["stages"] if record.exists() else {}
+  ended = {name for name, stage in stages.items() if stage.get("finished")}
   for place in sorted(workdir.rglob("checkpoints")):
+    if ended & set(place.parts) or place.parent.name == "kept":
+      continue
     steps = sorted((p for p in place.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     if len(steps) > 1:
       DAMAGES[rng.choice(list(DAMAGES))](steps[-1])
