@@ -4,6 +4,7 @@ import collections
 import ctypes
 import gc
 import importlib.metadata
+import logging
 import os
 import signal
 import tempfile
@@ -135,3 +136,11 @@ def interruptible():
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def _level_of_the_log_is_left():
+  """A test that leaves another level hides what others did not ask for, or shows it to them."""
+  before = logging.root.level, logging.getLogger("caprl_jax").level
+  yield
+  assert (logging.root.level, logging.getLogger("caprl_jax").level) == before

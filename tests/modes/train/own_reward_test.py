@@ -77,8 +77,8 @@ def test_texts_and_a_judge_behind_a_server(config, tmp_path, caplog, monkeypatch
       abstain="last",
       endpoint=dict(url=server.url, model="m", max_failures=1000, concurrency=8),
     )
-    with caplog.at_level(logging.INFO):
-      train.run(own, tmp_path / "whole")
+    caplog.set_level(logging.INFO)
+    train.run(own, tmp_path / "whole")
     # as a kill after step 2 leaves it
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     shutil.rmtree(tmp_path / "part" / "checkpoints" / "4")
