@@ -24,6 +24,7 @@ from caprl_jax.masked import NEGATIVE
 
 Array = jax.Array
 QUERY_CHUNK = 512
+KEY_CHUNK = 256  # of keys of which many queries see none
 
 
 @flax.struct.dataclass
@@ -94,17 +95,54 @@ def attend_part(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) 
   return Part(out.reshape(N, L, H, h), top.reshape(N, L, H), weight.sum(-1).reshape(N, L, H))
 
 
-def merge_parts(parts: list[Part]) -> Array:
-  """Softmax attention over all pieces together, float32 [N, L, H, h]; zero for a query that may see
-  nothing.
+def attend_seen(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) -> Part:
+  """`attend_part`, `KEY_CHUNK` keys at a time, and not those that no query sees: so the time follows
+  the keys that are there, and the scores of all keys never exist at once. The backward pass makes
+  them again.
   """
+  (S, L), chunks = (key_RSJh.shape[1], q_NLHh.shape[1]), -(-key_RSJh.shape[1] // KEY_CHUNK)
+  if L == 1 or chunks <= 2:
+    return attend_part(q_NLHh, key_RSJh, value_RSJh, mask)
+
+  def cut(x: Array, axis: int) -> Array:
+    """[..., S, ...] -> [chunks, ..., KEY_CHUNK, ...]."""
+    pad = [(0, chunks * KEY_CHUNK - S if at == axis else 0) for at in range(x.ndim)]
+    shape = (*x.shape[:axis], chunks, KEY_CHUNK, *x.shape[axis + 1 :])
+    return jnp.moveaxis(jnp.pad(x, pad).reshape(shape), axis, 0)
+
+  @jax.checkpoint  # around the choice, or each chunk would keep what it needs of either
+  def chunk(so_far: Part, x: tuple[Array, Array, Array]) -> tuple[Part, None]:
+    def look(so_far: Part) -> Part:
+      return joined([so_far, attend_part(q_NLHh, *x)])
+
+    return jax.lax.cond(x[-1].any(), look, lambda so_far: so_far, so_far), None
+
+  nothing = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(attend_part, q_NLHh, key_RSJh, value_RSJh, mask),
+  )
+  nothing = nothing.replace(top_NLH=nothing.top_NLH + NEGATIVE)
+  pieces = (cut(key_RSJh, 1), cut(value_RSJh, 1), cut(mask, mask.ndim - 1))
+  return jax.lax.scan(chunk, nothing, pieces)[0]
+
+
+def joined(parts: list[Part]) -> Part:
+  """Several pieces as one."""
   top = parts[0].top_NLH
   for part in parts[1:]:
     top = jnp.maximum(top, part.top_NLH)
   scale = [jnp.exp(part.top_NLH - top) for part in parts]
   out = sum(part.out_NLHh * s[..., None] for part, s in zip(parts, scale))
   mass = sum(part.mass_NLH * s for part, s in zip(parts, scale))
-  return out / jnp.where(mass == 0, 1.0, mass)[..., None]
+  return Part(jnp.asarray(out), top, jnp.asarray(mass))
+
+
+def merge_parts(parts: list[Part]) -> Array:
+  """Softmax attention over all pieces together, float32 [N, L, H, h]; zero for a query that may see
+  nothing.
+  """
+  whole = joined(parts)
+  return whole.out_NLHh / jnp.where(whole.mass_NLH == 0, 1.0, whole.mass_NLH)[..., None]
 
 
 def causal_mask(valid_NL: Array, segment_NL: Array | None = None) -> Array:
@@ -163,8 +201,10 @@ def attend(
   """
 
   def some(q_NCHh: Array, own: tuple[Array, Array], mask_NCL: Array) -> Array:
-    parts = [attend_part(q_NCHh, key, value, valid) for key, value, valid in prefixes]
-    parts.append(attend_part(q_NCHh, *own, mask_NCL))
+    parts = [attend_seen(q_NCHh, key, value, valid) for key, value, valid in prefixes]
+    # Of a long row of segments a token sees its own; without segments it sees half of all at least.
+    own_part = attend_part if tokens.segment_NS is None else attend_seen
+    parts.append(own_part(q_NCHh, *own, mask_NCL))
     return merge_parts(parts).astype(q_NCHh.dtype)
 
   N, L, H, h = q_NLHh.shape

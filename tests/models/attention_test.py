@@ -161,3 +161,39 @@ def test_queries_in_chunks_give_the_same(length, kind, monkeypatch):
   assert "scan" in str(jax.make_jaxpr(run)(q, key, value))
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_keys_that_no_query_sees_cost_nothing(monkeypatch):
+  """Of a row of segments, eight keys at a time; values and gradients are those of one piece."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  E, L = 37, 6
+  q, key, value = draw(2, L, 4, 8), draw(2, E + L, 2, 8), draw(2, E + L, 2, 8)
+  valid = jnp.asarray(rng.random((2, E + L)) < 0.8)
+  # The new tokens go on with a segment that has begun at slot 30, or at 34.
+  segment = jnp.asarray((np.arange(E + L) >= 30).astype(np.int32) + [[0], [0]])
+  segment = segment.at[1].set(jnp.arange(E + L) >= 34)
+  own = OwnTokens(valid, segment, reach=12, earlier=E)
+
+  def run(q, key, value):
+    out = attention.attend(q, (key, value), own)
+    return (out * jnp.arange(out.size).reshape(out.shape) / out.size).sum(), out
+
+  def gradients():
+    return jax.jit(jax.grad(run, argnums=(0, 1, 2), has_aux=True))(q, key, value)
+
+  whole = gradients()
+  ran = []
+
+  def counted(*arguments):
+    jax.debug.callback(lambda: ran.append(1))
+    return attend_part(*arguments)
+
+  monkeypatch.setattr(attention, "KEY_CHUNK", 8)
+  cut = gradients()
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  monkeypatch.setattr(attention, "attend_part", counted)
+  jax.block_until_ready(jax.jit(run)(q, key, value))
+  jax.effects_barrier()
+  assert len(ran) == 3  # of six: slots 24 to 47
