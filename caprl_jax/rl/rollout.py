@@ -29,7 +29,9 @@ from caprl_jax.types import (
   Vocabulary,
 )
 
-MOST_BLOCKS = 16  # of a row of packed captions; more wait for weights rather than save work
+# Rows of packed captions are run in MOST_BLOCKS blocks, or in more where each has ENOUGH_TOKENS on a
+# device all the same: with fewer it would wait for weights rather than save work.
+MOST_BLOCKS, ENOUGH_TOKENS = 16, 2048
 MOST_PATCHES = 32_768  # that a device encodes at once while captions are written
 SMALLEST_BLOCK = 256  # slots; smaller ones save less than a further round costs
 
@@ -265,10 +267,10 @@ class CaptionStates:
     return jnp.where(jnp.arange(T) == 0, first_BG[..., None], rest)
 
 
-def block_slots(slots: int) -> int:
-  """Slots of the blocks in which packed captions are run: of `MOST_BLOCKS` to a row of so many, or
-  of fewer that have `SMALLEST_BLOCK` at least."""
-  return -(-slots // min(max(slots // SMALLEST_BLOCK, 1), MOST_BLOCKS))
+def block_slots(slots: int, rows: int) -> int:
+  """Slots of the blocks in which `rows` rows of packed captions, those of a device, are run."""
+  blocks = min(slots // SMALLEST_BLOCK, max(MOST_BLOCKS, slots * rows // ENOUGH_TOKENS))
+  return -(-slots // max(blocks, 1))
 
 
 def caption_states(
@@ -286,7 +288,8 @@ def caption_states(
 
   position_BR = batch.prompts.next_position_B[:, None] + packed.step_BR
   row = Row(packed.tokens_BR, position_BR, packed.valid_BR, packed.caption_BR)
-  size = block_slots(packed.tokens_BR.shape[1])
+  rows, slots = packed.tokens_BR.shape
+  size = block_slots(slots, -(-rows // sharding.batch_shards()))
   rest_BRD = extend_in_blocks(running(policy), params, row, (prefix,), T - 1, size)
   return CaptionStates(first_BD, rest_BRD, packed)
 

@@ -18,6 +18,7 @@ from caprl_jax.rl import rollout as rollout_module
 from caprl_jax.rl import sampling
 from caprl_jax.rl.rollout import (
   RolloutConfig,
+  block_slots,
   caption_logprobs,
   group_slots,
   pack_groups,
@@ -366,3 +367,18 @@ def test_a_tower_of_which_something_is_trained_is_asked_each_time(model):
   projector, rest = split_params(params, trainable_filter("projector", policy.cfg.family))
   for trained, base in ((params, None), (projector, rest)):
     assert rollout_module.see_once(policy, trained, base, batch) is batch
+
+
+@pytest.mark.parametrize(
+  "slots, rows, size",
+  [
+    (60, 8, 60),  # short rows are one block
+    (2040, 8, 292),
+    (8184, 8, 264),  # 31 blocks, of more than 2,048 tokens each
+    (8184, 1, 512),  # 16 blocks
+    (32_760, 1, 2048),
+    (32_760, 4, 520),
+  ],
+)
+def test_blocks_are_small_where_there_are_many_rows(slots, rows, size):
+  assert block_slots(slots, rows) == size

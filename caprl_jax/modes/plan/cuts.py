@@ -110,8 +110,8 @@ def packed(length_BG: np.ndarray, limit: int, parts: int, pieces: int) -> Packed
   """
   B, G = length_BG.shape
   slots = max(G * (limit - 1), 1)
-  size = block_slots(slots)
   images = max(B // parts // pieces, 1)
+  size = block_slots(slots, images)
   whole = np.maximum(length_BG - 1, 0).sum(1)[: parts * images * pieces]
   totals = np.sort(whole.reshape(parts, -1), axis=1).reshape(parts, -1, images)
   blocks = np.ceil(totals.max(axis=(0, 2)) / size) if slots > size else np.ones(1)
