@@ -18,8 +18,9 @@ from absl import flags
 import caprl_jax
 from caprl_jax.config import loading, registry, schema
 from caprl_jax.errors import BAD_INPUT, FAILED, INTERRUPTED, MEMORY_FULL, OK, RUN_AGAIN, code_of
+from caprl_jax.harness.buckets import shared
 from caprl_jax.harness.buckets.addresses import localise
-from caprl_jax.harness.buckets.mirror import Mirror, mirrored
+from caprl_jax.harness.buckets.mirror import Mirror, mirrored, push_all
 from caprl_jax.harness.process import peers, preemption, signals
 from caprl_jax.harness.process.device_memory import what_is_full
 from caprl_jax.harness.process.log_files import logging_to
@@ -44,15 +45,12 @@ def main(argv: list[str]) -> int:
     config, workdir, mirrors = _parse(options, argv)
     modes = registry.modes_of(config)
     process = _start_distributed(options.distributed)
-    if mirrors and peers.current():
-      raise ValueError(
-        f"{mirrors[0].there}: several processes need a folder that all of them see: mount the "
-        "bucket (gcsfuse; launch/tpu_vm.sh does) and name a folder in it"
-      )
+    if peers.current():
+      mirrors = shared.of_several(mirrors, [*modes], process)
     if options.compilation_cache:
       _set_compilation_cache()
     with mirrored(mirrors), logging_to(workdir, process):
-      return _run(modes, config, workdir, show_traceback)
+      return _run(modes, config, workdir, show_traceback, mirrors)
   except ValueError as error:
     _complain(error, show_traceback)
     return BAD_INPUT
@@ -71,9 +69,13 @@ def _run(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   trace: bool,
+  mirrors: list[Mirror],
 ) -> int:
   """Runs the modes in a row. What ends one of them early is put into words here, once."""
   group = peers.current()
+  for mirror in mirrors:
+    if mirror.shared:
+      shared.use(mirror, copies=True)
   try:
     log.debug("config: %s", schema.to_plain(config))
     # All of them first, so that what the last mode lacks shows before the first has run.
@@ -90,6 +92,7 @@ def _run(
     error = group.cause_of(raised) if group else raised
     code = _say(error, workdir / "log.txt", trace)
     if group:
+      push_all(mirrors)
       group.leave(group.stop_of(error))
     return code
   return OK

@@ -77,7 +77,7 @@ class Captioner:
     """Loads a captioner.
 
     Args:
-      checkpoint: a folder (a run's `policy/`, or one of transformers') or a name on the hub.
+      checkpoint: a folder (a run's workdir, or one of transformers') or a name on the hub.
       prompt: a style ("detailed", "medium", "short", "document") or any other text.
       dtype: of parameters and activations; "bfloat16" on accelerators.
       min_pixels, max_pixels: in place of the checkpoint's own limits on image size.

@@ -14,11 +14,17 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from caprl_jax.errors import UserError
+from caprl_jax.harness.buckets.shared import (
+  checkpoints_of,
+  copy_now,
+  in_bucket,
+  move,
+)
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.wall_time import WallTime
 from caprl_jax.json_files import cut
 from caprl_jax.progress import going_on
-from caprl_jax.types import Params, TrainState
+from caprl_jax.types import TrainState
 
 log = logging.getLogger("caprl_jax.harness.checkpoints")
 
@@ -54,23 +60,21 @@ class CheckpointConfig:
       )
 
 
-def saved_steps(workdir: pathlib.Path) -> list[int]:
-  """The steps of the checkpoints under `workdir/checkpoints`, of which none is opened."""
-  return sorted(
-    int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()
-  )
-
-
 class Checkpoints:
-  """The checkpoints under `workdir/checkpoints`. A checkpoint that was not finished is not one:
-  Orbax renames it into place when all items are written, in the background."""
+  """The checkpoints under `workdir/checkpoints`, or in the bucket that it stands for. A checkpoint
+  that was not finished is not one: Orbax renames it into place when all items are written, in the
+  background; in a bucket it writes a last file."""
 
   def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig):
-    self.cfg = cfg
+    self.cfg, self.workdir = cfg, workdir
+    place = checkpoints_of(workdir)
     self._wall_time = WallTime(cfg.every_minutes)
     self.manager = ocp.CheckpointManager(
-      (workdir / "checkpoints").absolute(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=cfg.keep),
+      place,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=cfg.keep,
+        cleanup_tmp_directories=in_bucket(place),  # in a folder `leftovers` does it
+      ),
       item_names=("state", "data", "config"),
     )
 
@@ -94,6 +98,7 @@ class Checkpoints:
     if step in self._steps():
       return
     packed = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    copy_now(self.workdir)
     self.manager.save(
       step,
       args=ocp.args.Composite(
@@ -134,33 +139,6 @@ class Checkpoints:
     if failed:
       self.manager.reload()
     return found
-
-  def restore_params(self, like: Params) -> tuple[int, Params]:
-    """The step of the newest checkpoint whose parameters are whole, and these, in the shapes and
-    shardings of `like`: what else it holds, such as an optimizer's moments, is not read.
-
-    A newer one that cannot be read stays where it is, with a warning: its run may be going on. All
-    processes call it.
-
-    Raises:
-      ValueError: as `restore`.
-    """
-
-    def read(step: int) -> Params:
-      wanted = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-      args = ocp.checkpoint_utils.construct_restore_args(wanted)
-      state = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
-      return self.manager.restore(step, args=ocp.args.Composite(state=state))["state"]["params"]
-
-    step, params, failed = self._newest_whole(read)
-    for damaged, why in failed:
-      log.warning(
-        "checkpoint of step %d cannot be read (%s): the parameters are those of step %d",
-        damaged,
-        _words(why),
-        step,
-      )
-    return step, params
 
   def _newest_whole(
     self, read: Callable[[int], Found]
@@ -206,7 +184,7 @@ class Checkpoints:
     return state.replace(key=jax.random.wrap_key_data(state.key)), position
 
   def _move_aside(self, step: int, used: int, why: Exception | None) -> None:
-    place = pathlib.Path(self.manager.directory)
+    place = self.manager.directory
     log.warning(
       "checkpoint of step %d cannot be read (%s): it is moved to %s, and the run goes on from step "
       "%d",
@@ -216,10 +194,13 @@ class Checkpoints:
       used,
     )
     if jax.process_index() == 0:
+      source, target = place / str(step), place / "damaged" / str(step)
+      if in_bucket(place):
+        move(source, target)
+        return
       (place / "damaged").mkdir(exist_ok=True)
-      target = place / "damaged" / str(step)
       shutil.rmtree(target, ignore_errors=True)
-      shutil.move(place / str(step), target)
+      shutil.move(source, target)
 
   def close(self) -> None:
     self.manager.close()

@@ -1,25 +1,38 @@
 """The sections of a config that several modes read, as frozen dataclasses."""
 
 import dataclasses
+import hashlib
+import json
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from caprl_jax.config import schema as configuration
 from caprl_jax.data.rows import BadRows
+from caprl_jax.errors import UserError
+from caprl_jax.harness.training.trained import Trained, find_run
 from caprl_jax.harness.watch import STOP_IF, WARN_IF, Watch
 from caprl_jax.hub.hub_files import fingerprint
-from caprl_jax.hub.load import Loaded, load_pixels, load_policy, load_policy_config
+from caprl_jax.hub.load import (
+  Loaded,
+  load_pixels,
+  load_policy,
+  load_policy_config,
+  with_new_adapters,
+  without_adapters,
+)
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import check_pixel_limits
-from caprl_jax.models.trainable import Trainable
+from caprl_jax.models.trainable import Trainable, merge_params, split_params, trainable_filter
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicySection:
   """The captioner; in mode `curate`, a model that writes questions or answers them.
 
-  checkpoint: directory or hub name.
+  checkpoint: directory or hub name; or the workdir of a training run, whose newest parameters it
+    means, or `<workdir>/checkpoints/<step>`.
   instruction: what the captioner is asked; CapRL's own by default.
   template: how the prompt is written: by the `checkpoint`'s own chat template, or `bare`, in ChatML
     with the user's turn alone, as the released Prism has it (Qwen2.5-VL's template adds a system
@@ -50,7 +63,10 @@ class PolicySection:
     check_pixel_limits(self.min_pixels, self.max_pixels)
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
-    """The captioner. Raises ValueError as `load_policy`."""
+    """The captioner; of a training run's, adapters are merged. Raises ValueError as `load_policy`
+    and `load_trained`."""
+    if run := find_run(self.checkpoint):
+      return self._load_run(run, mesh)
     loaded = load_policy(
       self.checkpoint,
       mesh,
@@ -63,14 +79,59 @@ class PolicySection:
     )
     return dataclasses.replace(loaded, bare=self.template == "bare")
 
+  def _load_run(self, run: Trained, mesh: jax.sharding.Mesh) -> Loaded:
+    section, param_dtype = self._begun(run), jnp.dtype(self.param_dtype)
+    if section.trainable != "lora":  # adapters are merged with the precision of their training
+      section = dataclasses.replace(section, param_dtype=self.param_dtype)
+    loaded = without_adapters(load_trained(section, run, mesh)[0])
+    if section.trainable == "lora":
+      params = jax.tree.map(lambda x: x.astype(param_dtype), loaded.params)
+      loaded = dataclasses.replace(loaded, params=params)
+    if self.trainable == "lora":
+      loaded = with_new_adapters(loaded, self.lora, mesh, param_dtype)
+    return dataclasses.replace(loaded, bare=self.template == "bare")
+
+  def _begun(self, run: Trained) -> "PolicySection":
+    """What the run began with, asked and computed as this section says."""
+    then = begun_with(run)
+    own = ("instruction", "template", "dtype", "remat")
+    limits = {name: getattr(self, name) for name in ("min_pixels", "max_pixels")}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    return dataclasses.replace(then, **{name: getattr(self, name) for name in own}, **limits)
+
+  def settled(self) -> "PolicySection":
+    """Where `checkpoint` is a run that may be going on: with the step that it has now. All
+    processes call it."""
+    run = find_run(self.checkpoint)
+    if run is None:
+      return self
+    return dataclasses.replace(self, checkpoint=str(run.settled().place))
+
   def pixels(self):
     """How the captioner cuts images into patches, without its weights. Raises ValueError as
     `load`."""
+    if run := find_run(self.checkpoint):
+      return self._begun(run).pixels()
     return load_pixels(self.checkpoint, self.min_pixels, self.max_pixels)
 
   def sizes(self):
     """The captioner's `PolicyConfig`, without its weights. Raises ValueError as `load`."""
+    if run := find_run(self.checkpoint):
+      return self._begun(run).sizes()
     return load_policy_config(self.checkpoint, self.min_pixels, self.max_pixels)
+
+  def base(self) -> str:
+    """The checkpoint that holds the model's files: `checkpoint`, or what its run began with."""
+    run = find_run(self.checkpoint)
+    return begun_with(run).base() if run else self.checkpoint
+
+  def digest(self) -> str:
+    """Of all files that loading it reads. Raises ValueError as `fingerprint`."""
+    run = find_run(self.checkpoint)
+    if run is None:
+      return fingerprint(self.checkpoint)
+    both = [begun_with(run).digest(), run.digest()]
+    return hashlib.sha256(json.dumps(both).encode()).hexdigest()
 
   def identity(self) -> dict[str, Any]:
     """What the captioner's texts depend on but for its instruction: settings of work that is kept.
@@ -78,12 +139,58 @@ class PolicySection:
     said = {} if self.template == "checkpoint" else {"template": self.template}
     return said | {
       "checkpoint": self.checkpoint,
-      "checkpoint_sha256": fingerprint(self.checkpoint),
+      "checkpoint_sha256": self.digest(),
       "dtype": self.dtype,
       "param_dtype": self.param_dtype,
       "min_pixels": self.min_pixels,
       "max_pixels": self.max_pixels,
     }
+
+
+def begun_with(run: Trained) -> PolicySection:
+  """The section `policy` of a training run.
+
+  Raises:
+    ValueError: as `Trained.config`; or what it began with is the run itself.
+  """
+  section = configuration.load_section(run.config(), "policy", PolicySection)
+  base = find_run(section.checkpoint)
+  if base and base.workdir.resolve() == run.workdir.resolve():
+    raise UserError(
+      f"{run.workdir}: the run says that it began with itself (policy.checkpoint = "
+      f"{section.checkpoint!r}); name the folder {run.workdir / 'policy'}, if it has one"
+    )
+  return section
+
+
+def load_trained(
+  section: PolicySection, run: Trained, mesh: jax.sharding.Mesh
+) -> tuple[Loaded, int]:
+  """The captioner that began as `section` says, with what the run has made of it, adapters beside
+  what they adapt; and the step. Of the checkpoint only parameters are read. All processes that the
+  mesh is of call it.
+
+  Raises:
+    ValueError: what it began with cannot be loaded; as `Trained.restore`.
+  """
+  try:
+    loaded = section.load(mesh)
+  except ValueError as error:
+    raise UserError(
+      f"{run.workdir}: the run began with policy.checkpoint = {section.checkpoint!r}, which its "
+      f"checkpoints need: {error} (A run that has ended leaves its captioner in "
+      f"{run.workdir / 'policy'}, which needs nothing else.)"
+    ) from error
+  kind = trainable_filter(section.trainable, loaded.model.cfg.family)
+  params, base = split_params(loaded.params, kind)
+  shardings, _ = split_params(loaded.shardings, kind)
+  like = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
+  )
+  del params
+  loaded = dataclasses.replace(loaded, params={})  # none of it lies beside what is read now
+  step, trained = run.restore(like)
+  return dataclasses.replace(loaded, params=merge_params(trained, base or None)), step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -247,6 +247,32 @@ def with_pixel_limits(loaded: Loaded, min_pixels: int | None, max_pixels: int | 
   )
 
 
+def without_adapters(loaded: Loaded) -> Loaded:
+  """The same captioner with its adapters merged into the matrices that they adapt."""
+  cfg = loaded.model.cfg
+  if cfg.text.lora is None:
+    return loaded
+  return dataclasses.replace(
+    loaded,
+    model=Policy(dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, lora=None))),
+    params=merge_lora(loaded.params, cfg.text.lora),
+    shardings=split_lora(loaded.shardings)[0],
+  )
+
+
+def with_new_adapters(loaded: Loaded, lora: LoraConfig, mesh: jax.sharding.Mesh, dtype) -> Loaded:
+  """The same captioner, which has none, with adapters as they begin."""
+  cfg = loaded.model.cfg
+  cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, lora=lora))
+  init = init_policy(cfg)
+  boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
+  shardings = sharding.param_shardings(boxed, mesh)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
+  adapters = new_lora(split_lora(abstract)[1], split_lora(shardings)[1])
+  params = merge_trees(loaded.params, adapters)
+  return dataclasses.replace(loaded, model=Policy(cfg), params=params, shardings=shardings)
+
+
 def new_policy(
   config: dict, preprocessor: dict, tokenizer: Tokenizer, key: jax.Array, mesh: jax.sharding.Mesh
 ) -> Loaded:

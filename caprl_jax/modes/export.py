@@ -1,5 +1,5 @@
-"""Mode `export`: a run's newest parameters, or any checkpoint -> a directory that transformers and
-vLLM load.
+"""Mode `export`: a run's newest parameters, another step's, or any checkpoint -> a directory that
+transformers and vLLM load.
 """
 
 import dataclasses
@@ -7,21 +7,19 @@ import logging
 import pathlib
 
 import jax
-import ml_collections
 import ml_dtypes
 import numpy as np
 
 from caprl_jax import __version__, sharding
-from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
+from caprl_jax.errors import UserError
+from caprl_jax.harness.buckets.shared import saved_steps
 from caprl_jax.harness.process.workdir_lock import only_writer
-from caprl_jax.harness.sections import PolicySection
-from caprl_jax.harness.settings import read_settings
-from caprl_jax.harness.training.state import newest_captioner
+from caprl_jax.harness.sections import PolicySection, begun_with, load_trained
 from caprl_jax.harness.training.summary import read_summary, summary_path
+from caprl_jax.harness.training.trained import find_run
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
-from caprl_jax.types import Params
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 log = logging.getLogger("caprl_jax.modes.export")
@@ -32,8 +30,8 @@ class ExportConfig:
   """The section `export`.
 
   output: the directory to write.
-  run: the workdir of a training run, whose newest checkpoint is written; None writes
-    `policy.checkpoint` itself.
+  run: the workdir of a training run, whose newest checkpoint is written, or
+    `<workdir>/checkpoints/<step>`; None writes `policy.checkpoint` itself.
   dtype: of the written parameters.
   adapters: of a LoRA run, write PEFT adapters, not a merged model.
   shard_gb: largest file, in 10^9 bytes.
@@ -89,22 +87,27 @@ def model_card(base: str, summary: dict, dtype: str) -> str:
   )
 
 
-def trained_params(workdir: pathlib.Path, mesh) -> tuple[Loaded, Params, dict]:
-  """The captioner of a run's newest checkpoint, all of its parameters, and the run's summary.
+def open_run(source: str, mesh: jax.sharding.Mesh) -> tuple[Loaded, str, dict]:
+  """The captioner of a run's newest checkpoint, or of the one that is named, with its adapters
+  beside what they adapt; what it was trained from; and the run's summary, without figures that are
+  another step's.
 
-  Raises ValueError where there is no run or no checkpoint.
+  Raises:
+    ValueError: there is no run or no checkpoint; as `load_trained`.
   """
-  file = summary_path(workdir)
-  if not file.exists():
-    raise ValueError(
-      f"export.run = {str(workdir)!r} holds no summary.json; name the --workdir of a training run"
+  run = find_run(source)
+  if run is None:
+    raise UserError(
+      f"export.run = {source!r} is no training run with a checkpoint; name the --workdir of one, "
+      "or <workdir>/checkpoints/<step>"
     )
-  summary = read_summary(file)
-  if not isinstance(summary.get("config"), dict):
-    raise ValueError(f"{file} is not a training run's; name the --workdir of a training run")
-  config = registry.with_new_names(summary["config"])
-  settings = read_settings(ml_collections.ConfigDict(config))
-  return *newest_captioner(workdir, settings, mesh), summary
+  section = begun_with(run)
+  loaded, step = load_trained(section, run, mesh)
+  file = summary_path(run.workdir)
+  summary = read_summary(file) if file.exists() else {}
+  if step != saved_steps(run.workdir)[-1]:
+    summary = {name: value for name, value in summary.items() if name != "after"}
+  return loaded, section.checkpoint, summary
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -117,12 +120,11 @@ def run(config, workdir: pathlib.Path) -> None:
   output, summary = pathlib.Path(cfg.output).expanduser(), {}
   with only_writer(output), jax.set_mesh(mesh):
     if cfg.run:
-      loaded, params, summary = trained_params(pathlib.Path(cfg.run).expanduser(), mesh)
-      base = summary["config"]["policy"]["checkpoint"]
+      loaded, base, summary = open_run(cfg.run, mesh)
     else:
       section = configuration.load_section(config, "policy", PolicySection)
       loaded, base = section.load(mesh), section.checkpoint
-      params = loaded.params
+    params = loaded.params
     lora = loaded.model.cfg.text.lora
     if cfg.adapters and lora is None:
       raise ValueError(

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorstore
 from helpers import counting
 from helpers.faults.damages import DAMAGES
 
-from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
+from caprl_jax.harness.buckets.shared import saved_steps
+from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.types import TrainState
 
 
@@ -140,32 +140,6 @@ def test_where_all_are_damaged_none_is_moved(open_in, tmp_path):
   with pytest.raises(ValueError, match=r"or is damaged, nor does any older one \(\[1\]\)"):
     open_in().restore(counting.new_state())
   assert saved_steps(tmp_path) == [1, 2]
-
-
-def _bytes_read() -> int:
-  found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
-  return sum(value["value"] for metric in found for value in metric["values"])
-
-
-def test_parameters_are_read_alone(open_in, tmp_path, caplog):
-  """Without the moments, which have most of the bytes; and those of the checkpoint before where the
-  newest one is damaged."""
-  moments = (jax.random.normal(jax.random.key(1), (500_000,)),)  # noise, which nothing compresses
-  (first, position), (second, later) = states(2)
-  writer = open_in(every_steps=1)
-  writer.save(first.replace(opt_state=moments), position, {})
-  writer.save(second.replace(opt_state=moments), later, {})
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), second.params)
-  before = _bytes_read()
-  step, params = open_in().restore_params(like)
-  assert step == 2 and _bytes_read() - before < 200_000
-  np.testing.assert_array_equal(params["w"], second.params["w"])
-  shutil.rmtree(tmp_path / "checkpoints" / "2" / "state" / "d")
-  step, params = open_in().restore_params(like)
-  assert step == 1
-  np.testing.assert_array_equal(params["w"], first.params["w"])
-  assert "checkpoint of step 2 cannot be read" in caplog.text
-  assert saved_steps(tmp_path) == [1, 2], "another run's checkpoint stays where it is"
 
 
 def test_fewer_than_two_checkpoints_are_not_kept():

@@ -10,7 +10,8 @@ import pytest
 from helpers import counting
 
 from caprl_jax import sharding
-from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
+from caprl_jax.harness.buckets.shared import saved_steps
+from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import CompileCounter, run_loop
 from caprl_jax.harness.metrics import MetricsWriter, read_metrics
 from caprl_jax.harness.process.signals import Preempted, notices

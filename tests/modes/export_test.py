@@ -113,7 +113,10 @@ def test_a_run_is_exported_with_its_numbers(tmp_path):
 
 def test_what_cannot_be_exported_is_said(tmp_path, capsys):
   for more, what in (
-    (f"--config.export.run={tmp_path}", "holds no summary.json"),
+    (
+      f"--config.export.run={tmp_path}",
+      "is no training run with a checkpoint; name the",
+    ),
     ("--config.export.dtype=float33", "float33"),
   ):
     assert export(tmp_path / "out", more, f"--config.policy.checkpoint={tmp_path / 'none'}") == 2

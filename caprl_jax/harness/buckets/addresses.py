@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from caprl_jax.atomic_files import write_json
+from caprl_jax.atomic_files import whole_file, write_json
 from caprl_jax.errors import UserError
 from caprl_jax.harness.buckets.mirror import Mirror, copy_file, listed, named, one_by_one
 from caprl_jax.json_files import cut, read_record
@@ -124,8 +124,7 @@ def fetch(address: str) -> pathlib.Path:
       size = sum(stats[name].length for name in new) / 1e6
       print(f"copying {len(new)} files ({size:.1f} MB) of {address} to {place}", file=sys.stderr)
     for name in one_by_one(new, address):
-      target = place / name if name else place
-      target.parent.mkdir(parents=True, exist_ok=True)
-      copy_file(folder / name if name else folder, epath.Path(target))
+      with whole_file(place / name if name else place) as target:  # several processes may fetch it
+        copy_file(folder / name if name else folder, epath.Path(target))
     write_json(held_in, now)
   return place

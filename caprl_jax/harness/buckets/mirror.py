@@ -91,18 +91,20 @@ def listed(folder: epath.Path, prefix: str = "") -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """What belongs together in the bucket. writer: who wrote it; count: the how many-th time."""
+  """What belongs together in the bucket. writer: who wrote it; count: the how many-th time; shared:
+  checkpoints lie there without being among the files, written by several processes."""
 
   files: dict[str, Stamp]
   writer: str = ""
   count: int = 0
+  shared: bool = False
 
   @classmethod
   def of(cls, found: Any, place: Any) -> "Index":
     """From JSON. Raises UserError for what is none."""
     try:
       files = {name: (int(size), int(time)) for name, (size, time) in found["files"].items()}
-      return cls(files, str(found["writer"]), int(found["count"]))
+      return cls(files, str(found["writer"]), int(found["count"]), bool(found.get("shared")))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise UserError(
         f"{place} is damaged: delete it, and all files beside it are taken as they are"
@@ -115,10 +117,14 @@ class Mirror:
   Args:
     only: the stem of the names of what is copied, where others lie beside it: captions for
       captions.jsonl, captions.html, captions_images/.
+
+  shared: checkpoints are not copied, since they are written to the bucket itself (`shared.py`). A
+    folder of which that is so stays such a one.
   """
 
   def __init__(self, address: str, here: pathlib.Path, only: str = ""):
-    self.there, self.here, self.only = epath.Path(address), here, only
+    self.there, self.here, self.only, self.shared = epath.Path(address), here, only, False
+    self._pushing = threading.Lock()
     self.index_file = self.there / (f"{only}.{INDEX}" if only else INDEX)
     self.state_file = here / (f".{only}{STATE}" if only else STATE)
     self.writer, self.last = uuid.uuid4().hex, Index({})
@@ -133,6 +139,7 @@ class Mirror:
     """
     with named(self.there):
       index = self._index()
+      self._settle_checkpoints(index)
       if self.state_file.exists():
         state = Index.of(read_record(self.state_file), self.state_file)
         if index is None or (index.writer, index.count) == (state.writer, state.count):
@@ -151,6 +158,20 @@ class Mirror:
           os.utime(target, ns=(changed, changed))  # or it would be copied back
       self.last = index or Index({})
       self._keep_state()
+
+  def _settle_checkpoints(self, index: Index | None) -> None:
+    """Finds out where checkpoints lie. Raises UserError where they lie as one process has copied
+    them and several are to go on: Orbax takes such for unfinished."""
+    if index is not None and index.shared:
+      self.shared = True
+    elif self.shared:
+      names = index.files if index else self._all()
+      if any(_of_checkpoints(name) for name in names):
+        raise UserError(
+          f"{self.there} holds a run of one process, or of a mounted bucket: go on with one "
+          "process, or mount the bucket (gcsfuse) and name the folder in it, or begin anew in "
+          "another one"
+        )
 
   def _is_its(self, name: str) -> bool:
     """Whether a file or folder with that name is one of those that are copied."""
@@ -202,7 +223,7 @@ class Mirror:
     Raises:
       UserError: the bucket cannot be written, or another run has written there.
     """
-    with named(self.there):
+    with self._pushing, named(self.there):
       found = self._index() or Index({})
       if (found.writer, found.count) != (self.last.writer, self.last.count):
         raise UserError(
@@ -211,11 +232,12 @@ class Mirror:
         )
       paths = [] if self.only else self.here.glob("record_*.json")
       records = {path.name: path.read_bytes() for path in paths}
-      first = self._copied({n: s for n, s in self._stamps().items() if CHECKPOINTS in n.split("/")})
-      others = {n: s for n, s in self._stamps().items() if CHECKPOINTS not in n.split("/")}
+      first = {n: s for n, s in self._stamps().items() if _of_checkpoints(n)}
+      first = self._copied({} if self.shared else first)
+      others = {n: s for n, s in self._stamps().items() if not _of_checkpoints(n)}
       held = first | self._copied({n: s for n, s in others.items() if n not in records})
       if held != self.last.files:
-        self.last = Index(held, self.writer, self.last.count + 1)
+        self.last = Index(held, self.writer, self.last.count + 1, self.shared)
         self.index_file.write_text(json.dumps(dataclasses.asdict(self.last)))
         self._keep_state()
       for name, data in records.items():
@@ -249,6 +271,10 @@ class Mirror:
     return held
 
 
+def _of_checkpoints(name: str) -> bool:
+  return CHECKPOINTS in name.split("/")
+
+
 @contextlib.contextmanager
 def mirrored(mirrors: list[Mirror]) -> Iterator[None]:
   """While it is entered a thread copies what is new to the buckets; all of it when it is left.
@@ -259,6 +285,8 @@ def mirrored(mirrors: list[Mirror]) -> Iterator[None]:
   """
   for mirror in mirrors:
     mirror.fetch()
+    if mirror.shared:
+      mirror.push()  # before the first checkpoint: the index says whose it is
   ended = threading.Event()
 
   def work() -> None:
@@ -276,15 +304,20 @@ def mirrored(mirrors: list[Mirror]) -> Iterator[None]:
     yield
   except BaseException:
     _end(ended, thread)
-    for mirror in mirrors:
-      try:
-        mirror.push()
-      except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    push_all(mirrors)
     raise
   _end(ended, thread)
   for mirror in mirrors:
     mirror.push()
+
+
+def push_all(mirrors: list[Mirror]) -> None:
+  """The last copy of a run that has ended badly: what is wrong with it is only printed."""
+  for mirror in mirrors:
+    try:
+      mirror.push()
+    except UserError as error:
+      print(f"error: {error}", file=sys.stderr)
 
 
 def _end(ended: threading.Event, thread: threading.Thread) -> None:

@@ -10,7 +10,7 @@ from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers.qa_sources import Part, read_parts, read_qa_rows
 from caprl_jax.data.rows import QARow
 from caprl_jax.data.usable_rows import Check, fits, usable
-from caprl_jax.harness.checkpoints import saved_steps
+from caprl_jax.harness.buckets.shared import saved_steps
 from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.question_filter import filter_questions, fixed_subset
 from caprl_jax.harness.settings import Settings

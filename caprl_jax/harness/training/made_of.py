@@ -35,7 +35,7 @@ def bind_models(record: RunRecord, settings: Settings, *, goes_on: bool) -> None
 
   def found() -> dict[str, str]:
     return {
-      "policy.checkpoint": fingerprint(policy.checkpoint),
+      "policy.checkpoint": policy.digest(),
       "judge.source": judge_digest(settings.judge),
     }
 

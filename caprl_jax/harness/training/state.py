@@ -1,8 +1,6 @@
-"""The optimizer and the state of training: made anew, described, and read from a checkpoint."""
+"""The optimizer and the state of training: made anew, and described."""
 
 import dataclasses
-import logging
-import pathlib
 from typing import Any
 
 import jax
@@ -10,15 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from caprl_jax import sharding
-from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.setup import Run
-from caprl_jax.hub.load import Loaded
-from caprl_jax.models.trainable import merge_params, split_params, trainable_filter
+from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.rl.optimizer import build_optimizer, learning_rate_schedule
 from caprl_jax.types import Params, TrainState
-
-log = logging.getLogger("caprl_jax.harness.training.state")
 
 
 def rollout_images(settings: Settings) -> int:
@@ -100,21 +94,3 @@ def _abstract(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
   )
-
-
-def newest_captioner(
-  workdir: pathlib.Path, settings: Settings, mesh: jax.sharding.Mesh
-) -> tuple[Loaded, Params]:
-  """The captioner that a run began with, and all of its parameters after the run's newest
-  checkpoint, of which no moments are read. Raises ValueError where there is no checkpoint."""
-  checkpoints = Checkpoints(workdir, settings.checkpoint)
-  if checkpoints.latest_step() is None:
-    raise ValueError(f"{workdir} has no checkpoint to read a captioner from; was it deleted?")
-  loaded = settings.policy.load(mesh)
-  kind = trainable_filter(settings.policy.trainable, loaded.model.cfg.family)
-  params, base = split_params(loaded.params, kind)
-  shardings, _ = split_params(loaded.shardings, kind)
-  step, trained = checkpoints.restore_params(_abstract(params, shardings))
-  checkpoints.close()
-  log.info("parameters after step %d of %s", step, workdir)
-  return loaded, merge_params(trained, base or None)

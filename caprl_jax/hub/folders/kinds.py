@@ -108,7 +108,8 @@ def _training_state(path: pathlib.Path, names: set[str]) -> str | None:
     )
   if names & {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}:
     return (
-      "is an Orbax checkpoint. Export the run that it belongs to: "
+      "is a part of an Orbax checkpoint. As a captioner, name the run that it belongs to, WORKDIR, "
+      "or WORKDIR/checkpoints/STEP; as something else, export it: "
       "`--config=configs/export.py --config.export.run=WORKDIR`"
     )
   return None

@@ -54,7 +54,7 @@ def run(config, workdir: pathlib.Path) -> None:
   """
   del workdir
   cfg = configuration.load_section(config, "caption", CaptionConfig)
-  section = configuration.load_section(config, "policy", PolicySection)
+  section = configuration.load_section(config, "policy", PolicySection).settled()
   # Of this host's devices only: nothing that runs here needs another host.
   mesh = sharding.make_mesh(
     configuration.load_section(config, "mesh", sharding.MeshConfig), jax.local_devices()

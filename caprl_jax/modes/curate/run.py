@@ -192,7 +192,7 @@ def run(config, workdir: pathlib.Path) -> None:
   """
   cfg = configuration.load_section(config, "curate", CurateConfig)
   check_output(cfg.output, "curate.output", cfg.name, workdir)
-  answerer_section = configuration.load_section(config, "answerer", PolicySection)
+  answerer_section = configuration.load_section(config, "answerer", PolicySection).settled()
   seed = config.get("seed", 0)
   mesh_section = configuration.load_section(config, "mesh", sharding.MeshConfig)
   mesh = sharding.make_mesh(mesh_section, jax.local_devices())
@@ -298,7 +298,7 @@ def _questions_stage(
       return _ask(endpoint, prompt, left)
 
     return stages.run("2_questions", settings, rows, make, ask), endpoint_cfg.model
-  section = configuration.load_section(config, "generator", PolicySection)
+  section = configuration.load_section(config, "generator", PolicySection).settled()
   settings |= sampling | section.identity() | {"seed": seed}
   captioner_cfg = CaptionerConfig(
     prompt.user,

@@ -26,9 +26,8 @@ from caprl_jax.data.rows import BadRow, BadRows, QARow, image_bytes
 from caprl_jax.data.usable_rows import ImageFacts, fits, usable
 from caprl_jax.harness.process.first import one_process_only
 from caprl_jax.harness.process.workdir_lock import only_writer
-from caprl_jax.hub.opened import read_processor
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.models.image_processor import SmartResize
-from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.modes.dataset.outputs import check_output, output_path, write_output
 from caprl_jax.pages import cards
 from caprl_jax.pages.markup import card, embedded, page, percent, table, text
@@ -302,7 +301,7 @@ def _sample(row: QARow) -> str:
 def _processor(checkpoint: str | None):
   if checkpoint is None:
     return QWEN25_VL
-  return PolicyConfig.from_hf(*read_processor(checkpoint)).vision.pixels
+  return PolicySection(checkpoint).pixels()
 
 
 def run(config, workdir: pathlib.Path) -> None:

@@ -136,7 +136,7 @@ def model_configs(
 ) -> tuple[PolicyConfig, DecoderConfig | PolicyConfig]:
   """Architectures of captioner and judge, from their config.json alone."""
   section = settings.policy
-  config = shallower(read_config(section.checkpoint), plan.layers)
+  config = shallower(read_config(section.base()), plan.layers)
   cfg = PolicyConfig.from_hf(
     config,
     {},

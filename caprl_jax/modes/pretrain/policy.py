@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax.data.readers.conversations import Example, conversation_of
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.compose import compose_policy, with_tower
-from caprl_jax.hub.load import Loaded, load_policy, with_pixel_limits
+from caprl_jax.hub.load import Loaded, with_pixel_limits
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.models.policy import Policy, PolicyConfig, check_pixel_limits
 
@@ -81,7 +82,8 @@ def _make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, 
   dtype, param_dtype = jnp.dtype(section.dtype), jnp.dtype(section.param_dtype)
   options = (mesh, dtype, param_dtype, section.remat)
   if section.checkpoint is not None:
-    return load_policy(section.checkpoint, *options)
+    asked = dict(dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat)
+    return PolicySection(section.checkpoint, **asked).load(mesh)
   if section.language is not None:
     return compose_policy(section.vision, section.language, jax.random.key(seed), *options)
   needed = [*section.texts, *texts] if section.compact else None

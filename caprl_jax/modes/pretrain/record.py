@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from caprl_jax.atomic_files import write_json
-from caprl_jax.harness.checkpoints import saved_steps
+from caprl_jax.harness.buckets.shared import saved_steps
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.run_record import RunRecord, differences
-from caprl_jax.hub.hub_files import fingerprint
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.json_files import cut, read_record, shown
 from caprl_jax.modes.pretrain.policy import PretrainPolicyConfig
@@ -65,7 +65,7 @@ def begin_run(
   for name in ("checkpoint", "vision", "language"):
     source, key = getattr(policy, name), f"pretrain_policy.{name}"
     if source is not None:
-      found[key] = from_first(lambda source=source: fingerprint(source))
+      found[key] = from_first(PolicySection(source).digest)
     (said if stages.finished() else refused)[key] = unused if stages.finished() else others
   record.bind(found, refused, said)
   return record, record.complete_step is None or bool(changed)

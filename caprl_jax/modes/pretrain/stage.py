@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from caprl_jax import sharding
 from caprl_jax.data.packing import Packer, packed_batches
-from caprl_jax.harness.checkpoints import Checkpoints, saved_steps
+from caprl_jax.harness.buckets.shared import saved_steps
+from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.training.state import abstract_state, make_state
 from caprl_jax.hub.load import Loaded

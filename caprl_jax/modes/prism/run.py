@@ -61,7 +61,7 @@ def _run(config, workdir: pathlib.Path) -> None:
   ):
     sharding.check_batch_size(size, mesh, name)
   captioners = {
-    name: dataclasses.replace(policy, checkpoint=checkpoint)
+    name: dataclasses.replace(policy, checkpoint=checkpoint).settled()
     for name, checkpoint in cfg.checkpoints.items()
   }
   # All of them before the first caption: the last one, or the judge, may not be there.

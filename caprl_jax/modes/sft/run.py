@@ -40,16 +40,17 @@ from caprl_jax.data.usable_rows import (
   shape_of,
   usable,
 )
-from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints, saved_steps
+from caprl_jax.harness.buckets.shared import saved_steps
+from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import run_loop
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.process.workdir_lock import only_run
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.training.row_digests import row_digests
 from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import make_state
-from caprl_jax.hub.hub_files import fingerprint
-from caprl_jax.hub.load import Loaded, load_policy, save_policy
+from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
 from caprl_jax.hub.tokenizer import Tokenizer
 from caprl_jax.hub.vocabulary import own_vocabulary
@@ -167,7 +168,7 @@ def begin_policy(
 ) -> Loaded:
   """Loads the checkpoint, or makes a new model with a (compact) copy of another one's tokenizer."""
   if section.checkpoint:
-    return load_policy(section.checkpoint, mesh)
+    return PolicySection(section.checkpoint).load(mesh)
   if section.architecture is None or section.tokenizer is None:
     raise ValueError(
       "mode sft needs policy.checkpoint, or policy.architecture and "
@@ -248,7 +249,7 @@ def _bind(record: RunRecord, section: NewPolicyConfig, policy: Loaded) -> None:
   }
   found = {"vocabulary": hashlib.sha256(policy.tokenizer.to_json().encode()).hexdigest()}
   if section.checkpoint:
-    found["policy.checkpoint"] = from_first(lambda: fingerprint(section.checkpoint))
+    found["policy.checkpoint"] = from_first(PolicySection(section.checkpoint).digest)
   record.bind(found, refused, {})
 
 

@@ -14,7 +14,9 @@ from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.data.usable_rows import NextUsable
-from caprl_jax.harness.checkpoints import Checkpoints, saved_steps
+from caprl_jax.errors import UserError
+from caprl_jax.harness.buckets.shared import saved_steps
+from caprl_jax.harness.checkpoints import Checkpoints
 from caprl_jax.harness.extras import extra
 from caprl_jax.harness.gate import gate
 from caprl_jax.harness.loop import run_loop
@@ -24,6 +26,7 @@ from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.process.versions import versions
 from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.samples import save_samples
+from caprl_jax.harness.sections import load_trained
 from caprl_jax.harness.settings import Settings, read_settings
 from caprl_jax.harness.setup import Run, set_up
 from caprl_jax.harness.trackers import Tracker, open_trackers
@@ -35,12 +38,12 @@ from caprl_jax.harness.training.state import (
   abstract_state,
   make_optimizer,
   make_state,
-  newest_captioner,
   policy_shardings,
   rate_change,
   rollout_images,
 )
 from caprl_jax.harness.training.summary import Best, Summary
+from caprl_jax.harness.training.trained import Trained, find_run
 from caprl_jax.harness.watch import Watch
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.lora import save_adapters
@@ -204,8 +207,20 @@ def run(config, workdir: pathlib.Path) -> None:
   """All stages. What a kill left undone is done by the same command; a finished run is left as it
   is, but for what is missing of what it left, unless `train.steps` was raised: then it goes on."""
   settings = read_settings(config)
+  _check_base(settings)
   with only_run(workdir):
     _run(settings, configuration.to_plain(config), workdir)
+
+
+def _check_base(settings: Settings) -> None:
+  """Raises UserError for adapters on a run's checkpoint, onto which PEFT could not load them."""
+  policy = settings.policy
+  if policy.trainable == "lora" and (run := find_run(policy.checkpoint)):
+    raise UserError(
+      f"policy.checkpoint = {policy.checkpoint!r} is a training run, and the base of adapters must "
+      "be a folder that PEFT can load: write one with `--config=configs/export.py "
+      f"--config.export.run={run.place} --config.export.output=FOLDER`, and name that"
+    )
 
 
 def _run(settings: Settings, plain: dict, workdir: pathlib.Path) -> None:
@@ -295,8 +310,8 @@ def _make_again(settings: Settings, workdir: pathlib.Path, record: RunRecord) ->
   if {"policy", "adapters"} & {*missing}:
     bind_models(record, settings, goes_on=True)
     with jax.set_mesh(sharding.make_mesh(settings.mesh)):
-      loaded, params = newest_captioner(workdir, settings, jax.sharding.get_mesh())
-      save_captioner(settings, workdir, loaded, params, missing)
+      loaded, _ = load_trained(settings.policy, Trained(workdir), jax.sharding.get_mesh())
+      save_captioner(settings, workdir, loaded, loaded.params, missing)
   if "report" in missing:
     report(workdir)
   if missing:

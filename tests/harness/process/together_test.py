@@ -5,74 +5,12 @@ import time
 
 import numpy as np
 import pytest
+from helpers.launching.fake_mode import FAKE_MODE, PROGRAM
 from helpers.processes import CONFIG, start, wait
 
-from caprl_jax.harness.checkpoints import saved_steps
+from caprl_jax.harness.buckets.shared import saved_steps
 from caprl_jax.harness.metrics import read_metrics
 
-# A mode with the real loop, checkpoints and batches, and a model that compiles in a moment.
-FAKE_MODE = """
-import functools, os, signal
-import jax, jax.numpy as jnp, numpy as np
-from caprl_jax import main, sharding
-from caprl_jax.config import schema as configuration
-from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
-from caprl_jax.data.batches import train_iterator
-from caprl_jax.harness.loop import run_loop
-from caprl_jax.types import TrainState
-
-def example(index, rng):
-  return dict(row=np.int32(index), noise=rng.normal())
-
-def event(place):  # what FAKE_EVENT says of this process there, e.g. 1:4:SIGTERM
-  process, where, what = os.environ.get("FAKE_EVENT", "::").split(":")
-  if (process, where) != (str(jax.process_index()), str(place)):
-    return
-  if what == "error":
-    raise ValueError("row 7 has no image")
-  os.kill(os.getpid(), signal.Signals[what])
-
-class Batches:  # an event may come while that of a step is made
-  def __init__(self, iterator, step):
-    self.iterator, self.step, self.get_state = iterator, step, iterator.get_state
-
-  def __next__(self):
-    self.step += 1
-    event(self.step)
-    return next(self.iterator)
-
-def run(config, workdir):
-  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4))
-  split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  places = TrainState(everywhere, split, everywhere, everywhere)
-  @functools.partial(jax.jit, out_shardings=(places, everywhere, None), donate_argnums=0)
-  def step(state, batch):
-    params = state.params * 0.9 + batch["noise"] + batch["row"]
-    metrics = {"loss": params.sum(), "first": params[0]}
-    return state.replace(step=state.step + 1, params=params), metrics, None
-  with jax.set_mesh(mesh):
-    state = jax.jit(
-      lambda: TrainState(jnp.int32(0), jnp.zeros(8), (), jax.random.key(0)), out_shardings=places
-    )()
-    checkpoints = Checkpoints(workdir, CheckpointConfig(100_000))
-    iterator = train_iterator(example, 11, 8, 0, sharding.batch_share(mesh, 8))
-    if checkpoints.latest_step():
-      state, position = checkpoints.restore(state)
-      iterator.set_state(position)
-    run_loop(step, state, Batches(iterator, int(state.step)), steps=config.train.steps, mesh=mesh,
-             checkpoints=checkpoints, config={}, workdir=workdir, what="fake", reward_name="loss",
-             on_samples=lambda step, *_: event(f"after {step}"))
-"""
-
-PROGRAM = """
-import sys
-from caprl_jax import main
-from caprl_jax.config import registry
-from caprl_jax.harness.process import peers
-peers.HEARTBEAT_SECS = 6  # the test is to be short
-registry.MODES["fake"] = registry.Mode("fake_mode", "", "", {})
-sys.exit(main.main(sys.argv))
-"""
 STEPS = 8
 
 
@@ -105,9 +43,10 @@ def test_two_processes_end_together_and_go_on_whatever_ends_one(begin):
   said = wait(started, workdir, 75)
   assert all("stopped by SIGTERM; run the same command again" in text for text in said)
   assert saved_steps(workdir) == [3]
-  said = wait(*begin("cut", 2, "0:6:SIGINT"), 130)
+  said = wait(*begin("cut", 2, "1:evaluation 5:SIGINT"), 130)  # the next start makes it again
   assert all("run the same command to go on" in text for text in said)
   assert saved_steps(workdir) == [3, 5]
+  assert "eval/sum" not in read_metrics(workdir / "metrics.jsonl")[-1]
 
   started, _ = begin("cut", 2, "1:7:SIGKILL")
   started[1].wait(100)
@@ -129,3 +68,8 @@ def test_two_processes_end_together_and_go_on_whatever_ends_one(begin):
   for row, want in zip(rows, wanted, strict=True):
     for name in ("loss", "first"):
       np.testing.assert_allclose(row[name], want[name], rtol=1e-5)
+  figures = [[row.get("eval/sum") for row in found] for found in (rows, wanted)]
+  assert [n for n, figure in enumerate(figures[0], 1) if figure is not None] == [5]
+  np.testing.assert_allclose(figures[0][4], figures[1][4], rtol=1e-5)
+  said = (workdir / "log.txt").read_text()
+  assert said.count("step 5 was saved before its evaluation had ended") == 1

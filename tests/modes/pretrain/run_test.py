@@ -22,7 +22,7 @@ from caprl_jax.config.loading import load_config
 from caprl_jax.data.packing import PackConfig, Packer
 from caprl_jax.data.readers.conversations import Asking, read_examples
 from caprl_jax.data.rows import QARow, Question
-from caprl_jax.harness.checkpoints import saved_steps
+from caprl_jax.harness.buckets.shared import saved_steps
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.harness.training.state import make_state
 from caprl_jax.hub.compose import compose_policy, with_tower

@@ -84,15 +84,16 @@ def assert_same_policy(a, b):
 def test_mode_evaluate_finds_what_the_run_found_and_needs_no_training_data(
   config, finished, tmp_path
 ):
-  """In the run's own workdir, whose files stay as they are; it can be exported afterwards."""
+  """Named by its workdir, in that workdir, whose files stay as they are; it can be exported
+  afterwards."""
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
   kept = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
   alone = config.copy_and_resolve_references()
-  alone.policy.checkpoint, alone.data.train = str(finished / "policy"), "nowhere.jsonl"
+  alone.policy.checkpoint, alone.data.train = str(workdir), "nowhere.jsonl"
   evaluate.run(alone, workdir)
   found, run = (tiny.read_back(workdir / name) for name in ("evaluation.json", "summary.json"))
-  assert found["figures"] == run["after"] and found["checkpoint"] == str(finished / "policy")
+  assert found["figures"] == run["after"] and found["checkpoint"] == str(workdir)
   assert found["counts"]["eval_rows"] == run["counts"]["eval_rows"]
   captions = lambda name: [
     [c["text"] for c in row["captions"]]
@@ -102,8 +103,10 @@ def test_mode_evaluate_finds_what_the_run_found_and_needs_no_training_data(
   assert {path: path.read_bytes() for path in kept} == kept
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    loaded, _, summary = export.trained_params(workdir, mesh)
-  assert loaded.model.cfg and summary == run
+    loaded, base, summary = export.open_run(str(workdir), mesh)
+    assert loaded.model.cfg and summary == run and base == config.policy.checkpoint
+    _, _, summary = export.open_run(str(workdir / "checkpoints" / "2"), mesh)
+    assert "before" in summary and "after" not in summary, "figures of another step"
 
 
 def test_a_run_leaves_all_its_outputs(finished, config):
@@ -256,8 +259,8 @@ def test_a_summary_of_something_else_is_left_alone(config, tmp_path):
   (tmp_path / "summary.json").write_text('{"figures": 1}')
   with pytest.raises(ValueError, match="is not a training run's; use another --workdir"):
     train.run(config, tmp_path)
-  with pytest.raises(ValueError, match="is not a training run's"):
-    export.trained_params(tmp_path, None)
+  with pytest.raises(ValueError, match="is no training run with a checkpoint"):
+    export.open_run(str(tmp_path), None)
   assert tiny.read_back(tmp_path / "summary.json") == {"figures": 1}
 
 
