@@ -11,15 +11,16 @@ answers and figures must be equal to the bit to those of the run that nobody kil
 skipped, nothing doubled. Prints a table; the exit code is 1 where anything differs.
 
   --signal TERM     asks the run to stop, at such moments; it saves and ends with code 75
-  --damage          half of the kills are followed by damage to the newest checkpoint, where there
-                    is an older one: the run goes on from that
+  --damage          a kill is followed by damage to the newest checkpoint, where there is an older
+                    one: the run goes on from that. Runs have more steps, to have older ones
   --processes 2     as a run of so many processes, of which one is killed: the others must end
                     within a minute, with code 75 and, after SIGKILL, a message that names it
   --devices 2       of each process
+  --set KEY=VALUE   of the config, as policy.trainable=lora; may be given several times
 
 Where several numbers of processes or devices are given, as in --devices 1,2,4, each start has one
 of them, and so another mesh (modes train and sft): the same rows and steps are asked for, and
-numbers that are close.
+numbers that are close; the table has the largest difference of two.
 
 20 kills of each of the five modes take 13 minutes on two cores, 5 of them for mode train; of
 several processes a kill takes half a minute more, until it is seen.
@@ -66,6 +67,7 @@ SPLIT = 4  # the most devices: batches can be split over as many
 END_SECS = 60.0  # from the end of a process that is killed to that of the last other one
 CLOSE = 2e-3  # of numbers on other meshes: in float32 a sum's order shows in its last digits
 LIFE = 5  # kills of one run, at most
+LONGER = 6  # more steps of each run, phase and stage, where checkpoints are damaged
 
 
 @dataclasses.dataclass
@@ -77,11 +79,10 @@ class Whole:
   results: dict[str, Any]
 
 
-def run_mode(mode: str, folder: pathlib.Path, workdir: pathlib.Path, rows: int) -> int:
-  """The mode, in a child. Stages of `pretrain` keep their last checkpoint, to be compared.
-
-  rows: of a batch of `pretrain`, at least.
-  """
+def run_mode(
+  mode: str, folder: pathlib.Path, workdir: pathlib.Path, args: argparse.Namespace
+) -> int:
+  """The mode, in a child. Stages of `pretrain` keep their last checkpoint, to be compared."""
   from helpers import tiny_runs
 
   from caprl_jax import main
@@ -97,7 +98,8 @@ def run_mode(mode: str, folder: pathlib.Path, workdir: pathlib.Path, rows: int) 
       shutil.rmtree(path, **more)
 
   pretrain.shutil = Keeping
-  return main.main(tiny_runs.command(mode, folder, workdir, rows))
+  rows = SPLIT if max(args.processes) * max(args.devices) > 1 else 1
+  return main.main(tiny_runs.command(mode, folder, workdir, rows, args.set))
 
 
 def compare(workdir: pathlib.Path, output: pathlib.Path) -> int:
@@ -108,11 +110,11 @@ def compare(workdir: pathlib.Path, output: pathlib.Path) -> int:
   return 0
 
 
-def inputs(folder: pathlib.Path) -> int:
+def inputs(folder: pathlib.Path, longer: int) -> int:
   """Writes models, data and configs, in a child."""
   from helpers import tiny_runs
 
-  tiny_runs.write(folder)
+  tiny_runs.write(folder, longer)
   return 0
 
 
@@ -130,11 +132,12 @@ def read_results(workdir: pathlib.Path, log: pathlib.Path) -> dict[str, Any]:
   return json.loads(output.read_text())
 
 
-def whole_run(mode: str, folder: pathlib.Path, processes: int, devices: int) -> Whole:
+def whole_run(mode: str, folder: pathlib.Path, args: argparse.Namespace) -> Whole:
   """The run that nobody kills."""
   log, workdir = folder / f"{mode}.log", folder / f"{mode}_whole"
-  work = lambda: run_mode(mode, folder, workdir, SPLIT if processes * devices > 1 else 1)
-  ends = run_processes(work, log, workdir, processes=processes, devices=devices)
+  work = lambda: run_mode(mode, folder, workdir, args)
+  size = dict(processes=args.processes[0], devices=args.devices[0])
+  ends = run_processes(work, log, workdir, **size)
   for end in ends:
     if end.code:
       sys.exit(f"mode {mode} ended with code {end.code}:\n{end.said[-4000:]}")
@@ -203,13 +206,22 @@ def differing(whole: dict[str, Any], found: dict[str, Any], close: bool) -> list
     return [key for key in {**whole, **found} if found.get(key) != whole.get(key)]
   exact = [key for key in whole if key.endswith((" steps", " newest", " complete", "_rows.json"))]
   return [key for key in exact if found.get(key) != whole[key]] + [
-    f"{key} {name}: {theirs} and {ours}"
-    for key, values in whole.items()
-    if isinstance(values, dict) and key not in exact
-    for name, theirs in values.items()
-    for ours in [found.get(key, {}).get(name)]
-    if isinstance(theirs, float) and not np.isclose(ours, theirs, rtol=CLOSE, atol=CLOSE)
+    f"{said}, {far:.2g} apart" for said, far in numbers_of(whole, found) if not far <= CLOSE
   ]
+
+
+def numbers_of(whole: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, float]]:
+  """Of each number of metrics and figures: its name and values, and how far they are apart, as a
+  part of the larger one where that is above 1."""
+  pairs = [
+    (f"{key} {name}: {theirs} and {ours}", theirs, ours)
+    for key, values in whole.items()
+    if isinstance(values, dict) and not key.endswith("_rows.json")
+    for name, theirs in values.items()
+    for ours in [(found.get(key) or {}).get(name, float("inf"))]
+    if isinstance(theirs, float)
+  ]
+  return [(said, abs(a - b) / max(1.0, abs(a), abs(b))) for said, a, b in pairs]
 
 
 def kill_mode(
@@ -218,12 +230,12 @@ def kill_mode(
   """Runs that are killed, until there were so many kills: counts, and what differs."""
   sent = signal.Signals[f"SIG{args.signal}"]
   began = time.monotonic()
-  whole = whole_run(mode, folder, args.processes[0], args.devices[0])
+  whole = whole_run(mode, folder, args)
   row: dict[str, Any] = dict(
     mode=mode, kills=0, runs=0, starts=0, before_changes=0, before_renames=0
   )
   row |= dict(in_checkpoints=0, damaged=0, last_end_secs=0.0, keys=len(whole.results))
-  row |= dict(differences=[])
+  row |= dict(largest_difference=0.0, differences=[])
   while row["kills"] < args.kills:
     workdir = folder / f"{mode}_{row['runs']}"
     row["runs"] += 1
@@ -232,6 +244,8 @@ def kill_mode(
     found = read_results(workdir, workdir.with_suffix(".log"))
     differ = differing(whole.results, found, close=not args.same_mesh)
     row["differences"] += [f"{workdir.name}: {key}" for key in differ]
+    farthest = max((far for _, far in numbers_of(whole.results, found)), default=0.0)
+    row["largest_difference"] = max(row["largest_difference"], float(f"{farthest:.2g}"))
     if not differ:
       shutil.rmtree(workdir)
   return row | {"secs": round(time.monotonic() - began, 1)}
@@ -250,8 +264,7 @@ def until_complete(
   """Starts one run until it is complete, and counts in `row` what is done to it. False where it
   ended as it must not."""
   most = row["kills"] + min(LIFE, args.kills - row["kills"])
-  rows = SPLIT if max(args.processes) * max(args.devices) > 1 else 1
-  work = lambda: run_mode(mode, folder, workdir, rows)
+  work = lambda: run_mode(mode, folder, workdir, args)
   while True:
     processes, devices = int(rng.choice(args.processes)), int(rng.choice(args.devices))
     kill = draw(rng, whole, processes) if row["kills"] < most else None
@@ -263,7 +276,7 @@ def until_complete(
       return False
     if kill and ends[kill.process].code:
       count(row, ends, kill, workdir)
-      if args.damage and rng.random() < 0.5:
+      if args.damage:
         row["damaged"] += damage_newest(workdir, rng)
     else:
       return True
@@ -285,12 +298,12 @@ def table(rows: list[dict]) -> str:
   lines = [
     "| mode | kills | right before a change of a file | of these renames | while a checkpoint was "
     "written | checkpoints damaged | last other process ended after, s | runs | values compared "
-    "per run | that differ |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "per run | largest difference of two numbers | that differ |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
     names = ("mode", "kills", "before_changes", "before_renames", "in_checkpoints", "damaged")
-    names += ("last_end_secs", "runs", "keys")
+    names += ("last_end_secs", "runs", "keys", "largest_difference")
     cells = [str(row[name]) for name in names]
     lines.append(f"| {' | '.join([*cells, str(len(row['differences']))])} |")
   return "\n".join(lines)
@@ -306,6 +319,7 @@ def main() -> int:
   parser.add_argument("--damage", action="store_true", help="damages checkpoints, too")
   for name, of in (("processes", "a run"), ("devices", "a process")):
     parser.add_argument(f"--{name}", default="1", help=f"of {of}; several: each start has one")
+  parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--json", type=pathlib.Path, help="where the table goes as JSON, too")
   parser.add_argument("--workdir", type=pathlib.Path, help="kept, where it is given")
@@ -331,7 +345,7 @@ def main() -> int:
     importlib.import_module(module)
   gc.freeze()  # children share what is imported, and do not search it
   gc.set_threshold(100_000, 50, 100)
-  must(lambda: inputs(folder), folder / "inputs.log")
+  must(lambda: inputs(folder, LONGER if args.damage else 0), folder / "inputs.log")
   rows = []
   for number, mode in enumerate(modes):
     rng = np.random.default_rng([args.seed, number])

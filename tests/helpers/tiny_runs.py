@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -21,33 +22,36 @@ def get_config():
 """
 
 
-def write(folder: pathlib.Path) -> dict[str, dict]:
-  """Models, data and a config file of each mode; the configs by mode."""
+def write(folder: pathlib.Path, longer: int = 0) -> dict[str, dict]:
+  """Models, data and a config file of each mode; the configs by mode.
+
+  longer: more steps of each run, phase and stage.
+  """
   from helpers import tiny  # it needs torch, which takes its time, and nothing else here does
 
   train = tiny.write_all(folder)
   rows = read_jsonl(folder / "data" / "rows.jsonl")
   captions = [CaptionRow(row.image, CAPTION.format(**row.facts), row.name) for row in rows]
   write_caption_jsonl(folder / "data" / "captions.jsonl", captions)
-  train.train = dict(steps=6, sample_every=2)
+  train.train = dict(steps=6 + longer, sample_every=2)
   train.evaluate = dict(batch_size=8, group_images=0, every_steps=3)
   train.checkpoint = dict(every_steps=1)
   train.optimizer = dict(learning_rate=1e-3, schedule="cosine", warmup_steps=1)
-  configs = {"train": train.to_dict(), **_others(folder)}
+  configs = {"train": train.to_dict(), **_others(folder, longer)}
   for mode, config in configs.items():
     text = _CONFIG.format(text=json.dumps({**config, "mode": mode, "seed": 0}))
     (folder / f"{mode}.py").write_text(text)
   return configs
 
 
-def _others(folder: pathlib.Path) -> dict[str, dict]:
+def _others(folder: pathlib.Path, longer: int) -> dict[str, dict]:
   policy, judge = str(folder / "policy"), str(folder / "judge")
   questions, captions = (str(folder / "data" / f"{name}.jsonl") for name in ("rows", "captions"))
   optimizer = dict(learning_rate=1e-2, schedule="cosine", warmup_steps=1)
   stage = dict(optimizer=optimizer, pack=dict(tokens=192, images=4), batch_size=1)
   stages = dict(
-    align=dict(data=captions, trained="projector", steps=3, **stage),
-    instruct=dict(data=questions, questions=1, steps=4, **stage),
+    align=dict(data=captions, trained="projector", steps=3 + longer, **stage),
+    instruct=dict(data=questions, questions=1, steps=4 + longer, **stage),
   )
   return {
     "sft": dict(
@@ -57,7 +61,7 @@ def _others(folder: pathlib.Path) -> dict[str, dict]:
         train=captions,
         batch_size=4,
         max_tokens=12,
-        phases=[dict(steps=3, optimizer=optimizer), dict(steps=3, optimizer=optimizer)],
+        phases=[dict(steps=3 + longer, optimizer=optimizer)] * 2,
       ),
     ),
     "pretrain": dict(
@@ -93,11 +97,18 @@ def _others(folder: pathlib.Path) -> dict[str, dict]:
   }
 
 
-def command(mode: str, folder: pathlib.Path, workdir: pathlib.Path, rows: int = 1) -> list[str]:
-  """The arguments of `main.main`. rows: of a batch of mode pretrain, to be split over devices."""
+def command(
+  mode: str, folder: pathlib.Path, workdir: pathlib.Path, rows: int = 1, keys: Sequence[str] = ()
+) -> list[str]:
+  """The arguments of `main.main`.
+
+  rows: of a batch of mode pretrain, to be split over devices. keys: of the config, with their
+  values, as "policy.trainable=lora".
+  """
   more = [f"--config.curate.output={workdir / OUTPUT}"] if mode == "curate" else []
   if mode == "pretrain" and rows > 1:
     more = [f"--config.pretrain.stages.{name}.batch_size={rows}" for name in ("align", "instruct")]
+  more += [f"--config.{key}" for key in keys]
   return ["main", f"--config={folder / f'{mode}.py'}", f"--workdir={workdir}", *more]
 
 
