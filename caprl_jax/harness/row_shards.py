@@ -169,14 +169,18 @@ class ShardedJob(Generic[Source]):
             bar.update(len(found))
     rate.end()
 
-  def wait(self) -> None:
+  def wait(self, whole: Callable[[int], bool] | None = None) -> None:
     """Returns when all shards of all hosts are whole; says twice a minute whose are not.
+
+    Args:
+      whole: what else has to hold of a shard that its name says is whole.
 
     Raises:
       UserError: for half an hour no row was added to any of them.
     """
     said, moved, before = -SAY_SECS, time.monotonic(), None
-    while missing := self.missing():
+    left = lambda: [s for s in range(self.shards) if not whole(s)] if whole else []
+    while missing := self.missing() or left():
       now, kept = time.monotonic(), [self._kept_bytes(shard) for shard in missing]
       late = sorted({shard % self.hosts for shard in missing})
       of = f"of host{'s' if len(late) > 1 else ''} {', '.join(map(str, late))}"

@@ -2,12 +2,13 @@
 that is left to do.
 """
 
+import dataclasses
 import json
 import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from caprl_jax.data.rows import CaptionRow
@@ -20,6 +21,8 @@ from caprl_jax.modes.caption.formats.read_back import read_rows
 from caprl_jax.modes.caption.formats.texts import text_path, text_there
 
 log = logging.getLogger("caprl_jax.modes.caption.reopening")
+
+_AGAIN = "tried again"  # in what is told about an image that failed twice
 
 
 def kept_units(place: Place, rows: list[CaptionRow], retry_failed: bool) -> dict[int, dict]:
@@ -86,9 +89,43 @@ def _about(unit: dict[str, Any]) -> dict[str, Any]:
   return {"reason": "failed before"} if "error" in unit else {}
 
 
+def tried_again(found: list[RowResult[CaptionRow]]) -> list[RowResult[CaptionRow]]:
+  """The results, those that failed marked as tried again: for other hosts, and the next start."""
+  return [
+    dataclasses.replace(item, about=item.about | {_AGAIN: True}) if "error" in item.row else item
+    for item in found
+  ]
+
+
+def _to_be_tried(item: RowResult[CaptionRow]) -> bool:
+  return "error" in item.row and _AGAIN not in item.about
+
+
+def made_again(job: ShardedJob[CaptionRow], *, retry_failed: bool) -> Callable[[int], bool]:
+  """What says of a whole shard of any host whether nothing of it is left to be mended: its host may
+  not have looked at it yet. It remembers those of which that was so."""
+  known: set[int] = set()
+
+  def whole(shard: int) -> bool:
+    if shard in known:
+      return True
+    try:
+      good, damaged = _good_lines(job, job.path(shard), job.numbers(shard))
+    except FileNotFoundError:  # its host has just begun to mend it
+      return False
+    left = retry_failed and any(map(_to_be_tried, good.values()))
+    if damaged or left or len(good) < len(job.numbers(shard)):
+      return False
+    known.add(shard)
+    return True
+
+  return whole
+
+
 def mend(job: ShardedJob[CaptionRow], *, retry_failed: bool) -> int:
   """Takes out of this host's shards what is damaged and, if they are to be tried again, images that
-  failed. Returns how many units of shards that were whole are left to do now.
+  failed and were not tried again since. Returns how many units of shards that were whole are left
+  to do now.
   """
   again = 0
   for shard in job.mine:
@@ -100,7 +137,7 @@ def mend(job: ShardedJob[CaptionRow], *, retry_failed: bool) -> int:
       continue
     good, damaged = _good_lines(job, source, job.numbers(shard))
     if retry_failed:
-      good = {number: item for number, item in good.items() if "error" not in item.row}
+      good = {number: item for number, item in good.items() if not _to_be_tried(item)}
     left = len(job.numbers(shard)) - len(good)
     if was_whole and not left and not damaged:
       continue

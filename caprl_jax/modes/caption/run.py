@@ -24,6 +24,7 @@ from caprl_jax.atomic_files import saying_full_disk, write_bytes, write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers.image_sources import base_folder
 from caprl_jax.data.rows import CaptionRow
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.versions import versions
 from caprl_jax.harness.row_shards import POLL_SECS, ShardedJob, differences, manifest
 from caprl_jax.harness.sections import PolicySection
@@ -35,7 +36,7 @@ from caprl_jax.modes.caption.dry_run import DryRun, dry_run
 from caprl_jax.modes.caption.formats.output import Output, kind_of
 from caprl_jax.modes.caption.inputs import read_inputs, temporary_cache
 from caprl_jax.modes.caption.page import samples_page
-from caprl_jax.modes.caption.reopening import kept_units, mend, seed
+from caprl_jax.modes.caption.reopening import kept_units, made_again, mend, seed, tried_again
 from caprl_jax.modes.caption.section import SAMPLING, CaptionConfig, columns_of
 from caprl_jax.modes.caption.statistics import Statistics
 from caprl_jax.modes.caption.upload import check_upload, upload
@@ -43,6 +44,8 @@ from caprl_jax.modes.caption.upload import check_upload, upload
 log = logging.getLogger("caprl_jax.modes.caption.run")
 
 MANIFEST = "caption_manifest.json"  # in an output that is a folder of its own
+# How far a job is.
+_OPEN, _BEGIN, _AGAIN, _DONE = "in work", "to begin", "to be made again in part", "done"
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -81,10 +84,13 @@ def run(config, workdir: pathlib.Path) -> None:
     )
     units = Units(inputs.rows, len(columns))
     parts = ShardedJob(parts_folder, units, settings, host=host, hosts=hosts)
-    if _left_to_do(cfg, output, parts, inputs.rows):
-      _caption(cfg, output, parts, captioners)
+    together = cfg.hosts is None and jax.process_count() > 1
+    state = _left_to_do(cfg, output, parts, inputs.rows, from_first if together else None)
+    if state != _DONE:
+      _caption(cfg, output, parts, captioners, state)
       if host == 0:
-        parts.wait()
+        again = cfg.repair or cfg.retry_failed
+        parts.wait(made_again(parts, retry_failed=cfg.retry_failed) if again else None)
         with parts.lock("output"):
           statistics = Statistics(
             hosts, cfg.shard_rows, cfg.samples, seed_, inputs.passed_over, columns
@@ -163,50 +169,78 @@ def _captioners(
 
 
 def _left_to_do(
-  cfg: CaptionConfig, output: Output, parts: ShardedJob[CaptionRow], rows: list[CaptionRow]
-) -> bool:
-  """Whether something is to be captioned or written; makes ready what `repair` and `retry_failed`
-  ask for.
+  cfg: CaptionConfig,
+  output: Output,
+  parts: ShardedJob[CaptionRow],
+  rows: list[CaptionRow],
+  first: Callable[[Callable[[], str]], str] | None,
+) -> str:
+  """How far the job is; `_DONE` where nothing is to be captioned or written. Makes ready what
+  `repair` and `retry_failed` ask for.
+
+  Args:
+    first: where the hosts run together, what host 0 finds, told to all: a folder that it has made
+      or taken away meanwhile would lead another host elsewhere. None: each looks.
   """
+  look = first or (lambda of: of())
+  told = output.beside(".stats.json")
+  written = told.stat().st_mtime_ns if told.exists() else None
+  state = look(lambda: _state(cfg, output, parts, rows))
+  if state == _DONE:
+    return state
+  while state == _AGAIN and not parts.folder.exists():  # host 0 makes it
+    if told.exists() and told.stat().st_mtime_ns != written:
+      return _DONE  # host 0 has done it all
+    time.sleep(POLL_SECS)
+  parts.open()
+  asked = cfg.repair or cfg.retry_failed
+  if state == _OPEN and asked and (count := mend(parts, retry_failed=cfg.retry_failed)):
+    log.info("%s: %d captions are made again", parts.folder, count)
+  return look(lambda: state)  # host 0 may take the folder away from here on
+
+
+def _state(
+  cfg: CaptionConfig, output: Output, parts: ShardedJob[CaptionRow], rows: list[CaptionRow]
+) -> str:
+  """How far the job is. Host 0 makes the folder of one that is to be made again in part. Raises
+  ValueError where it cannot be begun."""
   again = cfg.repair or cfg.retry_failed
   if parts.folder.exists():
-    parts.open()
-    if again and (count := mend(parts, retry_failed=cfg.retry_failed)):
-      log.info("%s: %d captions are made again", parts.folder, count)
-    return True
+    return _OPEN
   parts.sweep()
   if not _finished(output, parts.manifest):
     output.check(rows)
     if parts.host == 0:
       check_upload(cfg.upload, output)
-    parts.open()
-    return True
+    return _BEGIN
   lost = output.kind == "txt" and cfg.existing == "skip"  # which asks for what is not there
   if not again and not lost:
     log.info("%s is there, of %d images with these settings: nothing to do", output.path, len(rows))
-    return False
+    return _DONE
   units = kept_units(output, rows, cfg.retry_failed)
   left = parts.count - len(units)
   if not left:
     log.info("%s is there, and nothing of it is missing: nothing to do", output.path)
-    return False
+    return _DONE
   log.info("%s: %d of %d captions are made again", output.path, left, parts.count)
-  told = output.beside(".stats.json")
-  written = told.stat().st_mtime_ns
   if parts.host == 0:
     seed(parts, units)
-  while not parts.folder.exists():
-    if told.exists() and told.stat().st_mtime_ns != written:
-      return False  # host 0 has done it all
-    time.sleep(POLL_SECS)
-  parts.open()
-  return True
+  return _AGAIN
 
 
-def _caption(cfg: CaptionConfig, output: Output, parts: ShardedJob[CaptionRow], captioners) -> None:
+def _caption(
+  cfg: CaptionConfig, output: Output, parts: ShardedJob[CaptionRow], captioners, state: str
+) -> None:
+  """Captions what is left of this host's shards."""
+  again = cfg.retry_failed and state != _BEGIN
+
+  def work(captioner, left):
+    for found in Captioning(output, cfg.text, captioner, cfg.skip_bad_images)(left):
+      yield tried_again(found) if again else found
+
   parts.run(
     captioners,
-    lambda captioner, left: Captioning(output, cfg.text, captioner, cfg.skip_bad_images)(left),
+    work,
     what="captions",
     unit="image" if len(output.columns) == 1 else "caption",
   )

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import tarfile
+from concurrent import futures
 
 import ml_collections
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from helpers.captioned_rows import write_images
 
 from caprl_jax.data.batches import ImageShape
 from caprl_jax.errors import DISK_FULL, code_of
+from caprl_jax.harness import row_shards
 from caprl_jax.inference.captioner import CaptionerOutput, WrittenCaption
 from caprl_jax.modes.caption import run as caption
 
@@ -340,6 +342,30 @@ def test_shards_of_a_job_in_work_are_mended(job, tmp_path, writer):
   assert writer.names() == ["0.png"]
   rows = lines(tmp_path / "out.jsonl")
   assert [row["image"].rpartition("/")[2] for row in rows] == ALL and "error" in rows[4]
+
+
+def test_a_host_waits_until_another_has_mended_its_shards(job, tmp_path, writer, monkeypatch):
+  """Damaged rows, and images that failed, of a host that has not been started again yet."""
+  monkeypatch.setattr(row_shards, "POLL_SECS", 0.01)
+  of = lambda host: dict(shard_rows=2, hosts=2, host=host)
+  writer.broken = ("1.png",)
+  job("out.jsonl", **of(1))  # the second one of three shards
+  assert writer.names() == ["4.png", "1.png"]
+  shard = tmp_path / "out.jsonl.parts" / "00001-of-00003.jsonl"
+  shard.write_bytes(shard.read_bytes().replace(b"See 4", b"\xff"))
+  writer.broken = ()
+  again = dict(repair=True, retry_failed=True)
+  with futures.ThreadPoolExecutor() as pool:
+    first = pool.submit(job, "out.jsonl", **of(0), **again)
+    with pytest.raises(futures.TimeoutError):
+      first.result(0.3)
+    assert writer.names() == ["0.png", "2.png", "3.png", "5.png"]
+    job("out.jsonl", **of(1), **again)
+    first.result(30)
+  assert writer.names() == ["4.png", "1.png"]
+  assert [row["caption"] for row in lines(tmp_path / "out.jsonl")] == [
+    f"See {name}. More." for name in ALL
+  ]
 
 
 def test_a_full_disk_is_said_and_the_job_goes_on(job, tmp_path, writer, monkeypatch):
