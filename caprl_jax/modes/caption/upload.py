@@ -147,7 +147,7 @@ def _said(cfg: UploadConfig, call: Callable[[], Any]) -> Any:
         f"caption.upload.repo = {cfg.repo}: the hub gives no leave to write there (status "
         f"{status}); run `hf auth login` with a token that may write, or set HF_TOKEN"
       ) from None
-    said = _TOKEN.sub("hf_...", str(error))[:300]
+    said = " ".join(_TOKEN.sub("hf_...", str(error)).split())[:300]
     raise UserError(
       f"caption.upload.repo = {cfg.repo}: the upload failed with {type(error).__name__}: {said}; "
       "the output is whole here, and the same command goes on with the upload"

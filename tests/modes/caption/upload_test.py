@@ -8,7 +8,9 @@ import types
 from unittest import mock
 
 import pytest
+from helpers.servers.hub import hub_of
 from huggingface_hub import HfApi
+from huggingface_hub.utils import close_session
 
 from caprl_jax.errors import UserError
 from caprl_jax.modes.caption.formats.place import Place
@@ -77,6 +79,38 @@ def test_an_upload_goes_on_file_by_file(tmp_path, caplog):
   (folder / "README.md").write_text("README.mb")  # of the same size
   upload(cfg, place, api(hub))
   assert hub.sent[4:] == ["v1/README.md"] and hub.made[0] == ("me/set", True)
+
+
+def test_what_the_hubs_own_client_sends(tmp_path, monkeypatch):
+  """Through `huggingface_hub`, to a server with the hub's HTTP API: a commit for each file, what is
+  there is not sent again, and whoever has no token is told so."""
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  close_session()
+  folder = tmp_path / "set"
+  folder.mkdir()
+  for n in range(3):
+    (folder / f"{n:05d}.tar").write_bytes(bytes([n]) * 100)
+  (tmp_path / "set.stats.json").write_text("{}")
+  place, cfg = Place(folder, "webdataset", tmp_path), UploadConfig("me/set")
+  with hub_of("me/set", "hf_mine") as hub:
+    mine = lambda: HfApi(hub.url, token="hf_mine")
+    with pytest.raises(UserError, match=r"no leave to write there \(status 401\)"):
+      check_upload(cfg, place, lambda: HfApi(hub.url, token="hf_other"))
+    check_upload(cfg, place, mine)
+    hub.fails_at = "00001.tar"
+    with pytest.raises(UserError, match="upload failed with HfHubHTTPError.*the same command goes"):
+      upload(cfg, place, mine)
+    hub.fails_at = None
+    upload(cfg, place, mine)
+    names = ["00000.tar", "00001.tar", "00002.tar", "set.stats.json"]
+    assert hub.commits == [[name] for name in names]
+    assert hub.files["00002.tar"] == b"\2" * 100
+    upload(cfg, place, mine)
+    assert len(hub.commits) == 4
+    assert {(one["name"], one["organization"], one["type"]) for one in hub.made} == {
+      ("set", "me", "dataset")
+    }
+  close_session()
 
 
 def test_what_cannot_be_uploaded_is_said_before_anything_is_captioned(tmp_path):

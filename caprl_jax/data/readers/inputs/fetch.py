@@ -253,7 +253,11 @@ class _Connection(http.client.HTTPConnection):
     left = max(self._deadline - time.monotonic(), 0.01)
     self.sock = socket.create_connection((self._ip, self.port), timeout=left)
     if self._secure:
-      self.sock = _certificates().wrap_socket(self.sock, server_hostname=self.host)
+      shaking: ssl.SSLSocket = _certificates().wrap_socket(
+        self.sock, server_hostname=self.host, do_handshake_on_connect=False
+      )
+      self.sock = shaking  # what the deadline cuts off, also within the handshake
+      shaking.do_handshake()
 
   def cut_off(self) -> None:
     """Ends whatever waits for the other side."""
