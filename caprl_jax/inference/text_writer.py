@@ -1,6 +1,8 @@
-"""Prompts -> texts of a language model without eyes: Prism's second stage. Letters: L prompt
-tokens."""
+"""Prompts -> texts of a language model without eyes, here or behind an endpoint: Prism's second
+stage. Letters: L prompt tokens."""
 
+import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +11,14 @@ import numpy as np
 
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.vocabulary import own_vocabulary
+from caprl_jax.inference.endpoint import Endpoint, EndpointConfig
 from caprl_jax.inference.engine.engine import Asked, Engine, EngineConfig, Listed
 from caprl_jax.inference.engine.programs import EngineModel, Request
 from caprl_jax.inference.engine.slots import Written
 from caprl_jax.rl.sampling import SamplingConfig
 from caprl_jax.types import Prompts
+
+log = logging.getLogger("caprl_jax.inference.text_writer")
 
 
 class WrittenText(NamedTuple):
@@ -98,6 +103,41 @@ class TextWriter:
   def _written(self, one: Written[int]) -> WrittenText:
     text = self.loaded.tokenizer.decode_written(one.ids)
     return WrittenText(text, "end" if one.ids[-1] in self._ends else "length")
+
+
+class ServedWriter:
+  """As `TextWriter`, of a model behind an endpoint, which knows no seeds. Its connections close
+  when it is dropped.
+
+  Raises ValueError as `Endpoint` and its `check`.
+  """
+
+  def __init__(self, section: EndpointConfig, share: tuple[int, int] = (0, 1)):
+    """share: as of `TextWriter`."""
+    self.share, self._endpoint = share, Endpoint(section)
+    weakref.finalize(self, self._endpoint.close)
+    self._endpoint.check()
+
+  def __call__(
+    self, prompts: Sequence[tuple[str, str]], numbers: Sequence[int] | None = None
+  ) -> Iterator[list[tuple[int, WrittenText | None]]]:
+    """Yields (place of the prompt, its text, None where the request failed) as they end.
+
+    Args:
+      prompts: a system turn, "" for none, and a user's.
+
+    Raises ValueError where too many requests in a row fail (`Endpoint.ask_all`).
+    """
+    del numbers
+    first, of = self.share
+    requests = ((n, *prompts[n], None) for n in range(first, len(prompts), of))
+    for number, reply in self._endpoint.ask_all(requests):
+      if reply.text is None:
+        log.warning("no answer, which is left out: %s", reply.error)
+        yield [(number, None)]
+      else:
+        finish = "length" if reply.finish == "length" else "end"
+        yield [(number, WrittenText(reply.text, finish))]
 
 
 def length_bucket(length: int) -> int:

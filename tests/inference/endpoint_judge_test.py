@@ -1,6 +1,7 @@
 """A judge behind a server: what it is shown, how its replies are read, and what fails."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from helpers.servers.chat import honest, judging, serving, shown
 
+from caprl_jax.api.judge import Judge
 from caprl_jax.data.rows import Question
 from caprl_jax.inference import endpoint
 from caprl_jax.inference.endpoint import JudgeEndpoint
 from caprl_jax.inference.endpoint_judge import Asked, EndpointJudge
-from caprl_jax.inference.judge import JudgeSection, check_blind
+from caprl_jax.inference.judge import JudgeSection, check_blind, check_text_judge
 from caprl_jax.rl.judge_protocol import JudgeConfig, presentations
 from caprl_jax.types import Questions
 
@@ -173,13 +175,66 @@ def test_what_a_section_may_say():
   server = JudgeEndpoint("http://localhost:1/v1", "m")
   section = JudgeSection(endpoint=server, reading="generate")
   assert section.name == "m (http://localhost:1/v1)" and JudgeSection(source="dir").name == "dir"
-  with pytest.raises(ValueError, match="source is missing"):
-    JudgeSection()
+  nobody = JudgeSection()
+  assert not nobody.named and nobody.name == "none" and section.named
+  for ask in (lambda: nobody.load(None), lambda: check_text_judge(nobody)):
+    with pytest.raises(ValueError, match="config.judge: source is missing"):
+      ask()
+  with pytest.raises(ValueError, match="sees_image or int8, but source is missing"):
+    JudgeSection(int8=True)
+  check_text_judge(section)
   with pytest.raises(ValueError, match="reading = 'generate' reads, not 'option_pmi'"):
     JudgeSection(endpoint=server)
   for load in (lambda: section.load(None), lambda: check_blind(section)):
     with pytest.raises(ValueError, match="this one needs a model's files"):
       load()
+
+
+def test_one_process_asks_for_all_that_ask_the_same():
+  """What it has found is what the others get; they ask nothing."""
+  told, asks = [], [("A blue circle.", COLOR), ("fails", SHAPE)]
+
+  def behave(handler, name, attempt):
+    if handler.command == "POST" and shown(name)[0] == "fails":
+      return handler.say(400, {"error": "refused"})
+    return judging()(handler, name, attempt)
+
+  def first(look):
+    told.append(look())
+    return json.loads(json.dumps(told[-1]))  # as it goes from one process to another
+
+  cfg = JudgeConfig(reading="generate")
+  with serving(behave) as server:
+    section = JudgeEndpoint(server.url, "m", max_retries=0)
+    one = EndpointJudge.open(section, cfg, 0, first=first)
+    other = EndpointJudge.open(section, cfg, 0, first=lambda look: told.pop())
+    assert one.choices(asks).tolist() == [2, -1] and other.choices(asks).tolist() == [2, -1]
+    assert one.answered(asks).tolist() == other.answered(asks).tolist() == [True, False]
+    assert max(server.attempts.values()) == 1 and len(server.attempts) == 2
+    assert one.forget_failures() == 1 and one.forget_failures() == 0
+    one.answered(asks)
+    assert max(server.attempts.values()) == 2 and len(told) == 1
+
+
+def test_a_judge_behind_a_server_from_python():
+  def behave(handler, name, attempt):
+    if handler.command == "POST" and shown(name)[0] == "fails" and attempt == 1:
+      return handler.say(400, {"error": "refused"})
+    return judging()(handler, name, attempt)
+
+  with serving(behave) as server:
+    judge = Judge.from_pretrained(
+      endpoint={"url": server.url, "model": "m", "max_retries": 0}, abstain="last"
+    )
+    blue, none = judge.answer("A blue circle.", [COLOR, SHAPE]), judge.answer("x", COLOR)
+    assert [(one.choice, one.correct) for one in blue] == [(2, True), (0, True)]
+    assert (none.choice, none.text, none.correct) == (None, None, False)
+    assert judge.answer("fails", COLOR).correct is None
+    assert judge.answer("fails", COLOR).correct is False  # it is asked again
+    assert judge.reward(["A blue square.", "fails"], [COLOR, SHAPE], misled=1.0) == [0.0, None]
+    assert judge.reward("fails", [COLOR]) == 0.0
+  with pytest.raises(ValueError, match="source is missing"):
+    Judge.from_pretrained()
 
 
 def test_the_official_prompt_as_a_message():

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from caprl_jax.data.judge_prompts import OFFICIAL
-from caprl_jax.data.rows import QARow, kinds
-from caprl_jax.hub.load import Loaded
 from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection
+from caprl_jax.modes.calibrate.judges import AnyJudge, Judges, ask
 from caprl_jax.modes.calibrate.section import CalibrateConfig
 from caprl_jax.modes.calibrate.stability import paraphrased, reward_figures, turned
 from caprl_jax.modes.calibrate.trials import CONDITIONS, Trial, rotated
@@ -37,26 +35,31 @@ def reading_config(reading: str, judge: JudgeSection, chat: bool) -> JudgeConfig
 
 
 def calibrate(
-  judge: Loaded, trials: Sequence[Trial], section: JudgeSection, cfg: CalibrateConfig, seed: int
+  judges: Judges, trials: Sequence[Trial], section: JudgeSection, cfg: CalibrateConfig, seed: int
 ) -> dict:
-  """All figures: see `run`."""
-  names = kinds([QARow(b"", tuple(t.question for t in trials), "")])
-  chat = all(judge.tokenizer.backend.token_to_id(token) is not None for token in OFFICIAL.specials)
+  """All figures: see `run`. A question that a judge behind an endpoint left unanswered in one
+  condition is in none of them.
+
+  Raises ValueError where no question was answered in all conditions."""
   # reading -> option of each condition and trial, as the dataset numbers them
   choices: dict[str, np.ndarray] = {}
   figures: dict = {
     "questions": len(trials),
     "options": float(np.mean([len(t.question.options) for t in trials])),
-    "prompt": "official" if chat else "plain",
+    "prompt": "official" if judges.chat else section.prompt if section.endpoint else "plain",
     "readings": {},
   }
-  gold = np.array([t.question.gold for t in trials])
   for reading in cfg.readings:
-    asked = reading_config(reading, section, chat)
-    host_judge = HostJudge(judge, asked, kinds=names, seed=seed)
-    asks = [(t.captions[condition], t.question) for condition in CONDITIONS for t in trials]
-    choice = host_judge.choices(asks, reading).reshape(len(CONDITIONS), len(trials))
+    asked = reading_config(reading, section, judges.chat)
+    host_judge = judges(asked)
+    rows = [[(t.captions[condition], t.question) for t in trials] for condition in CONDITIONS]
+    choice, answered = ask(host_judge, rows, reading)
+    if not answered.all():
+      trials, choice = _answered(trials, choice, answered)
+      figures["questions_failed"] = figures["questions"] - len(trials)
+      figures["questions"] = len(trials)
     choices[reading] = choice
+    gold = np.array([t.question.gold for t in trials])
     right = choice == gold
     row = {
       condition: {
@@ -67,7 +70,8 @@ def calibrate(
       for i, condition in enumerate(CONDITIONS)
     }
     if reading == "option_pmi":
-      row["margins"] = margins(host_judge, asks, trials)
+      assert isinstance(host_judge, HostJudge), "a server answers in words"
+      row["margins"] = margins(host_judge, [one for row in rows for one in row], trials)
       row["margin"] = best_margin(row["margins"])
     else:
       row["position"] = position_bias(host_judge, trials, cfg.turns, reading)
@@ -75,13 +79,27 @@ def calibrate(
     if reading != "option_pmi":
       row["reward"]["turned"] = turned(host_judge, trials, right, reading)
     if reading == section.reading and cfg.paraphrases:
-      row["reward"]["paraphrased"] = paraphrased(judge, asked, trials, right, cfg.paraphrases, seed)
+      row["reward"]["paraphrased"] = paraphrased(judges, asked, trials, right, cfg.paraphrases)
     figures["readings"][reading] = row
     log.info("%s: %s", reading, ", ".join(f"{c} {row[c]['accuracy']:.3f}" for c in CONDITIONS))
   figures["agreement"] = {
     a: {b: float((choices[a] == choices[b]).mean()) for b in choices} for a in choices
   }
   return figures
+
+
+def _answered(
+  trials: Sequence[Trial], choice: np.ndarray, answered: np.ndarray
+) -> tuple[list[Trial], np.ndarray]:
+  """The trials that were answered in all conditions, and the choices of these."""
+  failed = int((~answered).sum())
+  if failed == len(trials):
+    raise ValueError(
+      f"the judge's server answered none of {failed} questions in all conditions; the log has its "
+      "reasons"
+    )
+  log.warning("%d of %d questions are left out: an answer to them failed", failed, len(trials))
+  return [t for t, there in zip(trials, answered) if there], choice[:, answered]
 
 
 def margins(
@@ -110,17 +128,15 @@ def best_margin(table: Sequence[dict[str, float]]) -> float:
   return table[int(np.argmax(worth))]["margin"]
 
 
-def position_bias(host_judge: HostJudge, trials: Sequence[Trial], turns: int, what: str) -> dict:
+def position_bias(host_judge: AnyJudge, trials: Sequence[Trial], turns: int, what: str) -> dict:
   """With true captions: accuracy by the slot of the right option, how often each slot is chosen,
   and how often the same option is chosen in two orders in a row."""
   slots = max(len(t.question.options) for t in trials)
   asked = [[rotated(t.question, by) for t in trials] for by in range(turns)]
-  choice = np.stack(
-    [
-      host_judge.choices([(t.captions["ideal"], q) for t, q in zip(trials, row)], what)
-      for row in asked
-    ]
-  )
+  rows = [[(t.captions["ideal"], q) for t, q in zip(trials, row)] for row in asked]
+  choice, answered = ask(host_judge, rows, what)
+  choice = choice[:, answered]
+  asked = [[q for q, there in zip(row, answered) if there] for row in asked]
   gold = np.array([[q.gold for q in row] for row in asked])
   chosen = [
     [q.options[c] if c >= 0 else None for q, c in zip(row, picks)]
@@ -130,6 +146,6 @@ def position_bias(host_judge: HostJudge, trials: Sequence[Trial], turns: int, wh
   rate = lambda mask, of: float(mask[of].mean()) if of.any() else float("nan")
   return {
     "accuracy_by_gold_slot": [rate(choice == gold, gold == s) for s in range(slots)],
-    "chosen_by_slot": [float((choice == s).mean()) for s in range(slots)],
+    "chosen_by_slot": [rate(choice == s, np.ones(choice.shape, bool)) for s in range(slots)],
     "same_option_when_turned": float(np.mean(same)) if same else float("nan"),
   }

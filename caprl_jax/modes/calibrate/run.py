@@ -7,6 +7,7 @@ at chance, with the others. Every reading is asked, over rotated options, and co
 official sampled protocol.
 """
 
+import dataclasses
 import logging
 import math
 import pathlib
@@ -20,8 +21,9 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.harness.process.workdir_lock import only_writer
 from caprl_jax.harness.sections import DataSection, GateSection
-from caprl_jax.inference.judge import JudgeSection, check_blind
+from caprl_jax.inference.judge import JudgeSection, check_text_judge
 from caprl_jax.modes.calibrate.figures import calibrate
+from caprl_jax.modes.calibrate.judges import Judges
 from caprl_jax.modes.calibrate.section import CalibrateConfig
 from caprl_jax.modes.calibrate.show import draw, table
 from caprl_jax.modes.calibrate.trials import make_trials
@@ -29,6 +31,7 @@ from caprl_jax.modes.calibrate.trials import make_trials
 log = logging.getLogger("caprl_jax.modes.calibrate.run")
 
 CALIBRATION = "calibration.json"
+WRITTEN = "generate"  # the reading of written answers
 
 
 def _in_json(value: Any) -> Any:
@@ -41,11 +44,26 @@ def _in_json(value: Any) -> Any:
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _in_words(cfg: CalibrateConfig) -> CalibrateConfig:
+  """The same with the one reading that a server's answers have. Raises ValueError where it is not
+  among those to be compared."""
+  if WRITTEN not in cfg.readings:
+    raise ValueError(
+      f"calibrate.readings = {cfg.readings}: a judge behind an endpoint answers in words; name "
+      f"{WRITTEN!r}, or set judge.source and judge.endpoint = None"
+    )
+  if len(cfg.readings) > 1:
+    log.info("a judge behind an endpoint answers in words: only the reading %r is asked", WRITTEN)
+  return dataclasses.replace(cfg, readings=(WRITTEN,))
+
+
 def run(config, workdir: pathlib.Path) -> None:
   """Writes calibration.json and calibration.png, and prints the table."""
   cfg = configuration.load_section(config, "calibrate", CalibrateConfig)
   section = configuration.load_section(config, "judge", JudgeSection)
-  check_blind(section)
+  check_text_judge(section)
+  if section.endpoint is not None:
+    cfg = _in_words(cfg)
   data, gate = (
     configuration.load_section(config, *x) for x in (("data", DataSection), ("gate", GateSection))
   )
@@ -53,15 +71,16 @@ def run(config, workdir: pathlib.Path) -> None:
   seed = config.get("seed", 0)
   with only_writer(workdir / CALIBRATION), jax.set_mesh(mesh):
     trials = make_trials(read_qa_rows(data.eval, seed, data.max_eval_rows), cfg, gate, seed)
-    figures = calibrate(section.load(mesh), trials, section, cfg, seed)
+    names = sorted({trial.question.kind for trial in trials})
+    figures = calibrate(Judges(section, mesh, names, seed), trials, section, cfg, seed)
     if jax.process_index() > 0:
       return
-    write_json(workdir / CALIBRATION, _in_json({"judge": section.source, **figures}))
+    write_json(workdir / CALIBRATION, _in_json({"judge": section.name, **figures}))
     draw(figures, workdir / "calibration.png")
   log.info(
     "judge %s, %d held-out questions:\n%s",
-    section.source,
-    len(trials),
+    section.name,
+    figures["questions"],
     table(figures, cfg.readings[-1]),
   )
   log.info("plot: %s", workdir / "calibration.png")

@@ -33,6 +33,8 @@ def table(figures: dict, yardstick: str) -> str:
     "* with the caption that says nothing; by slot: accuracy by the right option's "
     f"place; agrees: with {yardstick}"
   )
+  if figures.get("questions_failed"):
+    lines.append(f"left out: {figures['questions_failed']} questions to which an answer failed")
   lines += _reward_lines(figures)
   pmi = figures["readings"].get("option_pmi")
   if pmi:

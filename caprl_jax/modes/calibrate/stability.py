@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from caprl_jax.data.judge_prompts import paraphrases, template_for
-from caprl_jax.data.rows import QARow, kinds
-from caprl_jax.hub.load import Loaded
-from caprl_jax.inference.judge import HostJudge
+from caprl_jax.data.rows import Question
+from caprl_jax.modes.calibrate.judges import AnyJudge, Judges, ask, size_of
 from caprl_jax.modes.calibrate.trials import CONDITIONS, Trial, by_image, rotated
 from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.scoring import intervals, reliability
@@ -21,7 +20,7 @@ AT = (1, 2, 4, 8)  # questions per image, at which the reliability is told
 
 
 def reward_figures(
-  right: np.ndarray, trials: Sequence[Trial], host_judge: HostJudge, seed: int
+  right: np.ndarray, trials: Sequence[Trial], host_judge: AnyJudge, seed: int
 ) -> dict[str, Any]:
   """Of rewards made of these verdicts: `reliability`, what of them is `caption`, and which
   `questions` never tell captions apart."""
@@ -57,14 +56,14 @@ def caption_share(right: np.ndarray, images: Sequence[list[int]], seed: int) -> 
 
 
 def never_separate(
-  right: np.ndarray, trials: Sequence[Trial], host_judge: HostJudge
+  right: np.ndarray, trials: Sequence[Trial], host_judge: AnyJudge
 ) -> dict[str, Any]:
   """Questions with the same verdict from every caption. They move no reward against another, and
   `saves` is their share of all question tokens that the judge reads."""
   images = by_image(trials)
   found = reliability.separation([right[:, places] for places in images])
   order = [place for places in images for place in places]
-  size = np.array([_tokens(host_judge, trials[place]) for place in order])
+  size = np.array([size_of(host_judge, trials[place].question) for place in order])
   listed = [
     {
       "image": trials[place].image,
@@ -84,46 +83,53 @@ def never_separate(
   }
 
 
-def _tokens(host_judge: HostJudge, trial: Trial) -> int:
-  written = host_judge.tokenize(trial.question)
-  return len(written.stem) + sum(map(len, written.options))
-
-
 def turned(
-  host_judge: HostJudge, trials: Sequence[Trial], right: np.ndarray, what: str
+  host_judge: AnyJudge, trials: Sequence[Trial], right: np.ndarray, what: str
 ) -> dict[str, float]:
   """How far verdicts and rewards agree when the options are shown in another order, rotated by one
   place."""
-  questions = [rotated(trial.question, 1) for trial in trials]
-  asks = [
-    (trial.captions[condition], question)
-    for condition in CONDITIONS
-    for trial, question in zip(trials, questions)
-  ]
-  again = host_judge.correct(asks, what).reshape(right.shape)
-  return _agreement([right, again], trials)
+  again, answered = _right(host_judge, trials, [rotated(t.question, 1) for t in trials], what)
+  return _agreement([right, again], trials, answered)
 
 
 def paraphrased(
-  judge: Loaded,
+  judges: Judges,
   cfg: JudgeConfig,
   trials: Sequence[Trial],
   right: np.ndarray,
   count: int,
-  seed: int,
 ) -> dict[str, Any]:
   """How far verdicts and rewards agree when the prompt is worded in other ways, and the accuracy
   with true captions under each, ours first."""
-  names = kinds([QARow(b"", tuple(trial.question for trial in trials), "")])
-  ways = [right]
+  ways, answered = [right], np.ones(len(trials), bool)
+  questions = [trial.question for trial in trials]
   for template in paraphrases(template_for(cfg.reading, cfg.prompt))[:count]:
-    host_judge = HostJudge(judge, cfg, kinds=names, seed=seed, template=template)
-    asks = [(trial.captions[c], trial.question) for c in CONDITIONS for trial in trials]
-    ways.append(host_judge.correct(asks, f"{cfg.reading}, {template.name}").reshape(right.shape))
-  ideal = [float(way[0].mean()) for way in ways]
-  return _agreement(ways, trials) | {"ideal_accuracy": ideal}
+    what = f"{cfg.reading}, {template.name}"
+    again, there = _right(judges(cfg, template), trials, questions, what)
+    ways.append(again)
+    answered &= there
+  agreement = _agreement(ways, trials, answered)
+  if not agreement:
+    return {}
+  return agreement | {"ideal_accuracy": [float(way[0, answered].mean()) for way in ways]}
 
 
-def _agreement(ways: Sequence[np.ndarray], trials: Sequence[Trial]) -> dict[str, float]:
-  every = np.stack(ways)
-  return reliability.agreement([every[:, :, places] for places in by_image(trials)])._asdict()
+def _right(
+  host_judge: AnyJudge, trials: Sequence[Trial], questions: Sequence[Question], what: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Whether each question is answered right, bool [conditions, trials], and which trials were
+  answered in all conditions."""
+  rows = [[(t.captions[c], q) for t, q in zip(trials, questions, strict=True)] for c in CONDITIONS]
+  choice, answered = ask(host_judge, rows, what)
+  return choice == np.array([q.gold for q in questions]), answered
+
+
+def _agreement(
+  ways: Sequence[np.ndarray], trials: Sequence[Trial], answered: np.ndarray
+) -> dict[str, float]:
+  """Over what was answered in every way; empty where nothing was."""
+  every = np.stack(ways)[:, :, answered]
+  left = [trial for trial, there in zip(trials, answered) if there]
+  if not left:
+    return {}
+  return reliability.agreement([every[:, :, places] for places in by_image(left)])._asdict()

@@ -15,14 +15,19 @@ from caprl_jax.inference.captioner import Captioner, CaptionerOutput, WrittenCap
 from caprl_jax.modes.demo.section import (
   import_gradio,
 )
-from caprl_jax.modes.demo.text_judge import JudgedQuestion, TextJudge, read_question
+from caprl_jax.modes.demo.text_judge import (
+  JudgedQuestion,
+  ServedJudge,
+  TextJudge,
+  read_question,
+)
 from caprl_jax.pages.markup import text
 
 
 class Demo:
   """What the page calls: words and markup in and out."""
 
-  def __init__(self, captioner: Captioner, judge: TextJudge, max_tokens: int):
+  def __init__(self, captioner: Captioner, judge: TextJudge | ServedJudge, max_tokens: int):
     self.captioner, self.judge, self.max_tokens = captioner, judge, max_tokens
     self._numbers = itertools.count()  # so that each caption that is sampled is drawn apart
     self._device, self._closed = threading.Lock(), False

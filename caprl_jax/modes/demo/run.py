@@ -18,7 +18,8 @@ from caprl_jax.data.rows import QARow, Question, read_image
 from caprl_jax.harness.process.first import one_process_only
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.inference.captioner import CaptionerConfig, open_captioner
-from caprl_jax.inference.judge import JudgeSection
+from caprl_jax.inference.endpoint_judge import EndpointJudge
+from caprl_jax.inference.judge import JudgeSection, check_text_judge
 from caprl_jax.modes.demo.page import CSS, Demo, build
 from caprl_jax.modes.demo.section import (
   PASSWORD,
@@ -28,7 +29,7 @@ from caprl_jax.modes.demo.section import (
   import_gradio,
   password_for,
 )
-from caprl_jax.modes.demo.text_judge import TextJudge
+from caprl_jax.modes.demo.text_judge import ServedJudge, TextJudge
 
 log = logging.getLogger("caprl_jax.modes.demo.run")
 
@@ -66,6 +67,7 @@ def run(config, workdir: pathlib.Path) -> None:
   policy_section = configuration.load_section(config, "policy", PolicySection)
   section = configuration.load_section(config, "judge", JudgeSection)
   seed = config.get("seed", 0)
+  check_text_judge(section)
   one_process_only("demo")
   password = password_for(cfg)
   gr = import_gradio()
@@ -85,12 +87,17 @@ def run(config, workdir: pathlib.Path) -> None:
   captioner_cfg = CaptionerConfig(
     policy_section.instruction, max_tokens=cfg.max_tokens, temperature=cfg.temperature, batch_size=1
   )
-  with jax.set_mesh(mesh):
-    judge = TextJudge(section.load(mesh), section, mesh, cfg.caption_tokens, seed)
+  judge: TextJudge | ServedJudge
+  if section.endpoint is not None:
+    judge = ServedJudge(EndpointJudge.open(section.endpoint, section.each_once(), seed), section)
+  else:
+    with jax.set_mesh(mesh):
+      judge = TextJudge(section.load(mesh), section, mesh, cfg.caption_tokens, seed)
   with open_captioner(policy_section.load, captioner_cfg, mesh=mesh, seed=seed) as captioner:
     demo = Demo(captioner, judge, cfg.max_tokens)
     log.info("compiling ...")
-    judge("A shape.", WARM_UP)
+    if isinstance(judge, TextJudge):
+      judge("A shape.", WARM_UP)
     if examples:
       list(demo.caption(examples[0][0]))
     page = build(demo, examples)

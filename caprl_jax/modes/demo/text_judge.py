@@ -12,6 +12,7 @@ import numpy as np
 from caprl_jax.data.judge_questions import QuestionShape, pad_questions
 from caprl_jax.data.rows import Question, check_question
 from caprl_jax.hub.load import Loaded
+from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.judge import JudgeSection, question_tokenizer
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import answer_by_margin, best_and_lead
@@ -126,6 +127,23 @@ class TextJudge:
         "the judge gave numbers that are not finite; check judge.source and its dtype"
       )
     return out.score_BGKA[0, 0, 0].astype(np.float64), int(out.choice_BGK[0, 0, 0])
+
+
+class ServedJudge:
+  """As `TextJudge`, of a judge behind an endpoint."""
+
+  def __init__(self, host: EndpointJudge, cfg: JudgeSection):
+    self.host, self.cfg = host, cfg
+
+  def __call__(self, caption: str, question: Question) -> JudgedQuestion:
+    """Raises ValueError where the server gives no answer."""
+    if len(self.host.known) >= REMEMBERED:
+      self.host.known.clear()
+    (choice,) = self.host.choices([(caption, question)], "").tolist()
+    if self.host.forget_failures():
+      raise ValueError("the judge's server gave no answer (the log says why); ask again")
+    shares = tuple(float(i == choice) for i in range(len(question.options)))
+    return JudgedQuestion(choice, shares, None)
 
 
 def _size(sizes: Sequence[int], need: int, what: str) -> int:

@@ -17,8 +17,11 @@ from caprl_jax.config import schema as configuration
 from caprl_jax.config.named_values import parse_named
 from caprl_jax.data.readers.qa_sources import read_qa_rows
 from caprl_jax.data.rows import QARow, kinds
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.workdir_lock import only_writer
-from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection, open_judge
+from caprl_jax.inference.endpoint_judge import EndpointJudge
+from caprl_jax.inference.judge import Ask, HostJudge, JudgeSection, check_text_judge
+from caprl_jax.inference.run_judge import open_text_judge
 from caprl_jax.modes.gallery.captions import Pictures, common_images, match_names, read_captions
 from caprl_jax.modes.gallery.figures import figures, pick
 from caprl_jax.modes.gallery.page import NOBODY, ComparedImage, write_page
@@ -73,20 +76,48 @@ class GalleryConfig:
     return parse_named(self.captions, key="captions", example="before=a.jsonl,after=b.jsonl")
 
 
-def judge_images(images: Sequence[ComparedImage], host_judge: HostJudge) -> list[ComparedImage]:
-  """The images with what the judge answered from each caption, and from none."""
+def judge_images(
+  images: Sequence[ComparedImage], host_judge: HostJudge | EndpointJudge
+) -> list[ComparedImage]:
+  """The images with what the judge answered from each caption, and from none. A question that a
+  judge behind an endpoint left unanswered for one captioner is left out for all, and so is an image
+  without any other."""
   asks: list[Ask] = []
   for shared in images:
     for caption in [*(said.caption for said in shared.said.values()), ""]:
       asks += [(caption, q) for q in shared.questions if caption is not None]
   answers = iter(host_judge.choices(asks).tolist())
-  judged = []
+  answered = iter(host_judge.answered(asks).tolist())
+  judged, failed = [], 0
   for shared in images:
     choices: dict[str, list[int | None]] = {}
+    whole = [True] * len(shared.questions)
     for who, caption in [*((who, said.caption) for who, said in shared.said.items()), (NOBODY, "")]:
       choices[who] = [None if caption is None else next(answers) for _ in shared.questions]
-    judged.append(dataclasses.replace(shared, choices=choices))
+      if caption is not None:
+        whole = [one and next(answered) for one in whole]
+    failed += whole.count(False)
+    if any(whole):
+      judged.append(_with_choices(shared, choices, whole))
+  if failed:
+    log.warning("%d questions are left out: an answer to them failed", failed)
+  if images and not judged:
+    raise ValueError("the judge's server answered none of the questions in full; see the log")
   return judged
+
+
+def _with_choices(
+  shared: ComparedImage, choices: dict[str, list[int | None]], kept: Sequence[bool]
+) -> ComparedImage:
+  """An image with those of its questions that are `kept`, and the answers to them."""
+  row = shared.row
+  assert row is not None, shared.name  # it has questions
+  some = lambda values: [value for value, keep in zip(values, kept, strict=True) if keep]
+  return dataclasses.replace(
+    shared,
+    row=dataclasses.replace(row, questions=tuple(some(row.questions))),
+    choices={who: some(of) for who, of in choices.items()},
+  )
 
 
 def with_questions(
@@ -157,6 +188,7 @@ def _run(cfg: GalleryConfig, config, output: pathlib.Path, workdir: pathlib.Path
   section = None
   if cfg.questions is not None and config.get("judge"):
     section = configuration.load_section(config, "judge", JudgeSection)
+    check_text_judge(section)
   seed = config.get("seed", 0)
   paths = {who: pathlib.Path(path).expanduser() for who, path in cfg.files.items()}
   if NOBODY in paths:
@@ -169,6 +201,7 @@ def _run(cfg: GalleryConfig, config, output: pathlib.Path, workdir: pathlib.Path
   pictures = Pictures(cfg.pictures, [shared.name for shared in common], folders)
   rng = np.random.default_rng(seed)
   judged: list[ComparedImage] = []
+  failed = 0
   if cfg.questions is not None:
     common = with_questions(common, cfg.questions, cfg, seed)
     asked = [shared for shared in common if shared.questions]
@@ -176,9 +209,11 @@ def _run(cfg: GalleryConfig, config, output: pathlib.Path, workdir: pathlib.Path
       judged = [asked[i] for i in sorted(rng.permutation(len(asked))[: cfg.judged].tolist())]
       mesh = sharding.make_mesh(configuration.load_section(config, "mesh", sharding.MeshConfig))
       with jax.set_mesh(mesh):
-        names = kinds([shared.row for shared in judged])
-        judged = judge_images(judged, open_judge(section, kinds=names, mesh=mesh, seed=seed))
-  found = figures(files, common, judged)
+        names, drawn = kinds([shared.row for shared in judged]), judged
+        host = open_text_judge(section, kinds=names, mesh=mesh, seed=seed, first=from_first)
+        judged = judge_images(drawn, host)
+        failed = sum(len(one.questions) for one in drawn) - sum(len(o.questions) for o in judged)
+  found = figures(files, common, judged) | ({"questions_left_out": failed} if failed else {})
   if jax.process_index() > 0:
     return
   write_page(output, found, *pick(judged or common, cfg.images, rng), pictures.read, pictures.short)

@@ -14,6 +14,7 @@ from caprl_jax.data.rows import CaptionRow
 from caprl_jax.modes.prism.scores import score_answers
 
 BLIND = "blind"  # who answers without a caption
+FAILED = -2  # in the place of an option as read: there was no answer; in that of a text stands None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Evaluation:
   captions: captioner -> key -> what it wrote, each with caption, tokens, finish.
   answered: benchmark -> captioner, and `BLIND` for no caption -> texts, or options as read
     [rows, captions].
-  left_out: benchmark -> its questions that could not be asked.
+  left_out: benchmark -> its questions that could not be asked. failed: benchmark -> its questions
+    to which an answer failed.
   """
 
   rows: Mapping[str, Sequence[BenchmarkRow]]
@@ -36,6 +38,37 @@ class Evaluation:
   captions: Mapping[str, Mapping[str, list]]
   answered: Mapping[str, Mapping[str, np.ndarray]]
   left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  failed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def answered_in_full(self) -> "Evaluation":
+    """Without the questions to which an answer failed, of whichever captioner: all are compared on
+    the others. Raises ValueError for a benchmark of which nothing is left."""
+    whole = {name: _whole(list(of.values())) for name, of in self.answered.items()}
+    failed = {name: int((~kept).sum()) for name, kept in whole.items() if not kept.all()}
+    if not failed:
+      return self
+    for name, kept in whole.items():
+      if not kept.any():
+        raise ValueError(
+          f"{name}: the judge's server answered none of {len(kept)} questions from all captions; "
+          "the log has its reasons, and the same command asks again what failed"
+        )
+    some = lambda of: {
+      name: [one for one, keep in zip(values, whole[name], strict=True) if keep]
+      for name, values in of.items()
+    }
+    answered = {
+      name: {who: found[whole[name]] for who, found in of.items()}
+      for name, of in self.answered.items()
+    }
+    return dataclasses.replace(
+      self,
+      rows=some(self.rows),
+      digests=some(self.digests),
+      shown=some(self.shown),
+      answered=answered,
+      failed=failed,
+    )
 
   @functools.cached_property
   def scored(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -50,6 +83,13 @@ class Evaluation:
     if who == BLIND:
       return ""
     return self.captions[who][self.shown[benchmark][row]][number]["caption"]
+
+
+def _whole(answers: Sequence[np.ndarray]) -> np.ndarray:
+  """Which rows have no answer that failed, bool [rows]. answers: [rows, captions] of each
+  captioner."""
+  lost = lambda found: np.equal(found, None) if found.dtype == object else found == FAILED
+  return ~np.any([np.any(lost(found), axis=1) for found in answers], axis=0)
 
 
 def write_answers(path: pathlib.Path, evaluation: Evaluation) -> None:

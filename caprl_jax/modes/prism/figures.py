@@ -83,6 +83,8 @@ def _benchmark(evaluation: Evaluation, benchmark: str, cfg: Any, seed: int) -> d
   }
   if evaluation.left_out.get(benchmark):
     entry["left_out"] = evaluation.left_out[benchmark]
+  if evaluation.failed.get(benchmark):
+    entry["failed"] = evaluation.failed[benchmark]
   blind = None
   if BLIND in scores:
     entry[BLIND] = {name: float(np.nanmean(found)) for name, found in scores[BLIND].items()}

@@ -27,7 +27,7 @@ from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.training.row_digests import digest_of_all, row_digests
 from caprl_jax.inference.judge import JudgeSection
-from caprl_jax.modes.prism.answers import answer_all, answers_identity
+from caprl_jax.modes.prism.answers import answer_all, answers_identity, check_prompts
 from caprl_jax.modes.prism.captions import captions_of
 from caprl_jax.modes.prism.evaluation import Evaluation, write_answers
 from caprl_jax.modes.prism.figures import summarise
@@ -72,6 +72,8 @@ def _run(config, workdir: pathlib.Path) -> None:
   bad = BadRowList(cfg.bad_rows, workdir / "bad_rows.jsonl", "--config.prism.bad_rows")
   checks = [fits(captioner.pixels()) for captioner in captioners.values()]
   asked = read_questions(cfg, seed, bad, ImageCheck(workdir), checks)
+  if kept is not None:
+    check_prompts(asked.rows, section)
   sections = {"seed": seed, "mesh": mesh_section, "policy": policy, "judge": section, "prism": cfg}
   record = _begin_record(workdir, sections, identities, judge, asked)
   captions = {}
@@ -92,8 +94,9 @@ def _run(config, workdir: pathlib.Path) -> None:
     asked.rows, asked.digests, asked.shown, asked.images, captions, {}, asked.left_out
   )
   answered = answer_all(evaluation, section, cfg, kept=kept, mesh=mesh, seed=seed)
+  evaluation = dataclasses.replace(evaluation, answered=answered).answered_in_full()
   if jax.process_index() == 0:
-    _write(dataclasses.replace(evaluation, answered=answered), cfg, seed, workdir)
+    _write(evaluation, cfg, seed, workdir)
   record.finish(sum(map(len, asked.rows.values())))
 
 

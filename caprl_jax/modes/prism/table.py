@@ -77,6 +77,8 @@ def _told_lines(figures: Mapping[str, Any], share: Callable[[float | None], str]
 
 def left_out_text(benchmark: str, entry: Mapping[str, Any]) -> str:
   """How many questions a benchmark's figures leave out; empty for none."""
-  left_out = entry.get("left_out", 0)
-  asked = f"of {entry['questions'] + left_out} questions cannot be used"
-  return f"{benchmark}: {left_out} {asked} and are left out" if left_out else ""
+  left_out, failed = entry.get("left_out", 0), entry.get("failed", 0)
+  of = f"of {entry['questions'] + left_out + failed} questions"
+  said = [f"{left_out} {of} cannot be used and are left out"] if left_out else []
+  said += [f"an answer to {failed} {of} failed, which are left out for all"] if failed else []
+  return f"{benchmark}: {'; '.join(said)}" if said else ""

@@ -6,6 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.servers.chat import judging, serving
 from PIL import Image
 
 from caprl_jax.data.judge_prompts import paraphrases, template_for
@@ -114,6 +115,9 @@ def test_a_judge_that_always_says_a_is_seen(folder, monkeypatch):
     def choices(self, asks, what):
       return np.zeros(len(asks), int)
 
+    def answered(self, asks):
+      return np.ones(len(asks), bool)
+
   question = Question("?", ("a", "b"), 1)
   position = calibration.position_bias(First(), [Trial(question, {"ideal": "x"})] * 4, 2, "")
   assert position == {
@@ -121,6 +125,37 @@ def test_a_judge_that_always_says_a_is_seen(folder, monkeypatch):
     "chosen_by_slot": [1.0, 0.0],
     "same_option_when_turned": 0.0,
   }
+
+
+def test_a_judge_behind_a_server_and_what_it_does_not_answer(folder, tmp_path):
+  """An honest server: right with true captions only. Questions to which an answer failed are left
+  out and counted."""
+  pytest.importorskip("openai")
+
+  def behave(handler, name, attempt):
+    if handler.command == "POST" and "shape is present" in name and "blue circle" in name:
+      return handler.say(400, {"error": "refused"})
+    return judging()(handler, name, attempt)
+
+  config = config_of(folder)
+  with serving(behave) as server:
+    config.judge = dict(
+      reading="generate", endpoint=dict(url=server.url, model="m", max_retries=0, max_failures=99)
+    )
+    with pytest.raises(ValueError, match="a judge behind an endpoint answers in words"):
+      calibrate.run(config, tmp_path)
+    config.calibrate.readings = ("option_pmi", "generate")
+    calibrate.run(config, tmp_path)
+  found = json.loads((tmp_path / "calibration.json").read_text())
+  assert found["judge"] == f"m ({server.url})" and list(found["readings"]) == ["generate"]
+  row, failed = found["readings"]["generate"], found["questions_failed"]
+  assert 0 < failed < 8 and found["questions"] == 16 - failed
+  assert row["ideal"]["accuracy"] == 1 and row["generic"]["abstained"] == 1
+  assert row["empty"] == {"accuracy": 0, "abstained": 1, "misled": 0}
+  assert row["shuffled"]["misled"] > 0 and row["reward"]["turned"]["same"] == 1
+  assert row["reward"]["paraphrased"]["ideal_accuracy"][0] == 1
+  assert f"left out: {failed} questions" in table(found, "generate")
+  assert found["prompt"] == "plain" and found["agreement"] == {"generate": {"generate": 1.0}}
 
 
 def test_plot_and_table(figures, folder):

@@ -21,6 +21,7 @@ import transformers
 from helpers import tiny
 from helpers.pages.browser import BROWSER
 from helpers.paths import ROOT
+from helpers.servers.chat import judging, serving, shown
 from PIL import Image, ImageDraw
 
 from caprl_jax import sharding
@@ -31,11 +32,18 @@ from caprl_jax.hub.hub_files import resolve_model
 from caprl_jax.hub.load import load_judge
 from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 from caprl_jax.inference.captioner import CaptionerOutput, WrittenCaption
+from caprl_jax.inference.endpoint import JudgeEndpoint
+from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.judge import HostJudge, JudgeSection
 from caprl_jax.modes.demo import run as demo
 from caprl_jax.modes.demo.page import Demo
 from caprl_jax.modes.demo.section import PASSWORD, USER
-from caprl_jax.modes.demo.text_judge import JudgedQuestion, TextJudge, read_question
+from caprl_jax.modes.demo.text_judge import (
+  JudgedQuestion,
+  ServedJudge,
+  TextJudge,
+  read_question,
+)
 
 QUESTIONS = [
   Question("what color is the shape?", tiny.COLORS, 0),
@@ -160,6 +168,27 @@ def test_a_written_answer_has_no_scores(loaded):
     CAPTIONS[0], QUESTIONS[0]
   )
   assert verdict.scores is None and sum(verdict.shares) in (0.0, 1.0)
+
+
+def test_a_judge_behind_a_server():
+  pytest.importorskip("openai")
+
+  def behave(handler, name, attempt):
+    if handler.command == "POST" and shown(name)[0] == "fails" and attempt == 1:
+      return handler.say(400, {"error": "refused"})
+    return judging()(handler, name, attempt)
+
+  with serving(behave) as server:
+    endpoint = JudgeEndpoint(server.url, "m", max_retries=0)
+    cfg = JudgeSection(reading="generate", abstain="last", endpoint=endpoint)
+    ask = ServedJudge(EndpointJudge.open(endpoint, cfg.each_once(), 0), cfg)
+    verdict = ask("It is green.", QUESTIONS[0])
+    assert QUESTIONS[0].options[verdict.choice] == "green" and verdict.scores is None
+    assert max(verdict.shares) == 1 == sum(verdict.shares)
+    page = Demo(None, ask, 8)
+    assert "gave no answer" in page.ask("fails", "what?", "red\nblue")
+    assert "no answer" in page.ask("fails", "what?", "red\nblue")  # asked again: it abstains
+    assert "The judge wrote its answer." in page.ask("red", "what?", "* red\nblue")
 
 
 def test_too_long_a_caption_is_refused(loaded):

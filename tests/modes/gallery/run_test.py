@@ -11,6 +11,7 @@ import pytest
 from helpers import tiny
 from helpers.pages.browser import browse, needs_browser, on_a_phone, read_probe, with_probe
 from helpers.paths import ROOT
+from helpers.servers.chat import judging, serving, shown
 from PIL import Image
 
 from caprl_jax.config import loading as config_file
@@ -164,6 +165,34 @@ def test_a_real_judge_answers(folder):
   page, figures = run(folder, judge=judge, questions=questions, judged=3)
   assert figures["questions"] == 6 and 0 <= figures["captioners"]["clear"]["accuracy"] <= 1
   assert "no caption" in words(page) and page.count("<article class=sample>") == 3
+
+
+def test_what_a_server_does_not_answer_is_left_out_for_all(folder, monkeypatch):
+  pytest.importorskip("openai")
+
+  def behave(handler, name, attempt):
+    if handler.command == "POST" and "green" in shown(name)[0]:
+      return handler.say(400, {"error": "refused"})
+    return judging()(handler, name, attempt)
+
+  with serving(behave) as server:
+    endpoint = dict(url=server.url, model="m", max_retries=0, max_failures=99)
+    load = config_file.load_config
+
+    def served(path):
+      config = load(path)
+      with config.unlocked():
+        config.judge = dict(reading="generate", abstain="last", endpoint=endpoint)
+      return config
+
+    monkeypatch.setattr(config_file, "load_config", served)
+    _, figures = run(folder, questions=str(folder / "rows.jsonl"))
+  # four of twelve images are green
+  assert (figures["judged_images"], figures["questions"]) == (8, 16)
+  assert figures["questions_left_out"] == 8
+  rows = figures["captioners"]
+  assert rows["vague"]["accuracy"] == rows[NOBODY]["accuracy"] == 0.0
+  assert rows["clear"]["misled"] == 0.0 and rows["clear"]["accuracy"] == pytest.approx(7 / 8)
 
 
 def test_those_that_differ_most_come_by_their_words():

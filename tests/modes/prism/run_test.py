@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 from helpers.captioner_directory import write_checkpoint
+from helpers.servers.chat import judging, serving
 from PIL import Image
 
 from caprl_jax import main, sharding
@@ -25,6 +26,8 @@ from caprl_jax.harness.result_cache import ResultCache
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.load import load_judge
 from caprl_jax.inference.captioner import CaptionerOutput, WrittenCaption
+from caprl_jax.inference.endpoint import JudgeEndpoint
+from caprl_jax.inference.judge import JudgeSection
 from caprl_jax.inference.text_writer import TextWriter
 from caprl_jax.modes.prism import answers as prism_answers
 from caprl_jax.modes.prism import captions as prism_captions
@@ -348,6 +351,83 @@ def test_the_summary_by_hand(tmp_path):
   } == dict(row="a", captioner="old", caption="i4", answer=1, ours=0, misled=1)
 
 
+@pytest.mark.parametrize("answers", ["read", "write"])
+def test_a_judge_behind_a_server(answers, tmp_path):
+  """Three questions, two captioners; of one caption the server answers nothing, the first time: the
+  question is left out for all. The same command asks again what failed, and nothing else."""
+  pytest.importorskip("openai")
+  options = ("red", "green", "blue")
+  rows = [
+    dataclasses.replace(row, kind="")
+    for row in from_qa_rows([QARow(b"", (Question("Which?", options, n),), str(n)) for n in (0, 1)])
+  ]
+  chat = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>Which?\nA. red\nB. green\n"
+    "C. blue<|im_end|>\n<|im_start|>assistant\n"
+  )
+  rows.append(
+    BenchmarkRow(b"", chat, "C", options, "MMStar", "2", stem="Which?")  # as the release has it
+  )
+  keys = ["x", "y", "z"]
+  one = lambda text: [{"caption": text, "tokens": 2, "finish": "end"}]
+  captions = {
+    "a": {"x": one("A red one.<|im_end|>"), "y": one("fails green"), "z": one("It is blue.")},
+    "b": {key: one("A blue one.") for key in keys},
+  }
+  evaluation = prism_evaluation.Evaluation(
+    {"q": rows}, {"q": keys}, {"q": keys}, {}, captions, {}, {}
+  )
+  works = []
+
+  def behave(handler, name, attempt):
+    if handler.command == "POST" and "fails" in name and not works:
+      return handler.say(400, {"error": "refused"})
+    if answers == "read":
+      return judging()(handler, name, attempt)
+    said = lambda text: f"The answer is {'ABC'[options.index(text)]}."
+    found = [text for text in options if f" {text}" in name.partition("Which?")[0]]
+    return judging(lambda _: said(found[0]) if found else "I can not tell.")(handler, name, attempt)
+
+  cfg = PrismConfig("a=x,b=y", "q=z", captions=1, answers=answers, answer_temperature=0.0)
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  with serving(behave) as server:
+    section = JudgeSection(
+      reading="generate",
+      abstain="last",
+      endpoint=JudgeEndpoint(server.url, "m", max_retries=0, max_failures=99),
+    )
+    identity = prism_answers.answers_identity(section, cfg, 0)
+    asked = []
+    for again in (False, True):
+      works += [1] * again
+      kept = ResultCache(tmp_path, "answers", identity) if answers == "write" else None
+      prism_answers.check_prompts({"q": rows}, section)
+      answered = prism_answers.answer_all(evaluation, section, cfg, kept=kept, mesh=mesh, seed=0)
+      asked.append(sum(server.attempts.values()))
+      found = dataclasses.replace(evaluation, answered=answered).answered_in_full()
+      entry = prism_figures.summarise(found, cfg, 0)["benchmarks"]["q"]
+      left = 3 if again else 2
+      assert (entry["questions"], entry.get("failed", 0)) == (left, 3 - left)
+      assert entry["captioners"]["a"]["mean"] == 1 and entry["blind"]["ours"] == 0
+      assert entry["captioners"]["b"]["mean"] == pytest.approx(1 / left)
+      assert entry["captioners"]["b"]["misled"] == pytest.approx(1 - 1 / left)
+    assert "an answer to 1 of 3 questions failed, which are left out for all" in (
+      prism_table.left_out_text("q", {"questions": 2, "failed": 1})
+    )
+    if answers == "write":
+      # What is the same is asked once; then the one that had failed is asked.
+      assert asked == [7, 8]
+      turns = [body["messages"] for name, body in server.bodies.items() if "A. red" in name]
+      assert all(one[0] == {"role": "system", "content": "Be brief."} for one in turns[-3:])
+      assert not any("<|im_" in name for name in server.bodies)
+  many = dataclasses.replace(rows[2], prompt=chat + "It<|im_end|>\n<|im_start|>user\nNo?")
+  with pytest.raises(ValueError, match="row '2': its prompt is not one user's turn"):
+    prism_answers.check_prompts({"q": [many]}, section)
+  with pytest.raises(ValueError, match="q: the judge's server answered none of 3 questions"):
+    lost = {who: np.full((3, 1), prism_evaluation.FAILED) for who in ("a", "b")}
+    dataclasses.replace(evaluation, answered={"q": lost}).answered_in_full()
+
+
 def test_a_caption_cannot_steer_the_answering_model(made):
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   prompts = Prompts(load_judge(str(made / "judge"), mesh))
@@ -392,6 +472,9 @@ def test_captionqa_is_asked_in_its_own_words(made):
     def choices(self, asks, what):
       self.asks = asks
       return np.array([1, 0, -1])
+
+    def answered(self, asks):
+      return np.ones(len(asks), bool)
 
   asked = Asked()
   chosen = read_answers([(row, "A dog.", ("x", n)) for n in range(3)], asked)
@@ -549,6 +632,9 @@ def test_a_reading_judge_is_shown_the_options_once(made, tmp_path):
     def choices(self, asks, what):
       self.asks = asks
       return np.full(len(asks), -1)
+
+    def answered(self, asks):
+      return np.ones(len(asks), bool)
 
   asked = Asked()
   read_answers([(row, "A dog.", ("x", 0)) for row in rows], asked)

@@ -12,6 +12,11 @@ PLACEHOLDERS = ("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
 BEFORE_CAPTION = "Here is a detailed caption of an image: "
 AFTER_CAPTION = ". Please answer the question based on the caption."
 _USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+_TURN = r"((?:(?!<\|im_).)*)<\|im_end\|>\s*"
+_CHAT = re.compile(
+  rf"\s*(?:<\|im_start\|>system\n{_TURN})?<\|im_start\|>user\n{_TURN}(?:<\|im_start\|>assistant\s*)?",
+  re.DOTALL,
+)
 _OPTION_LINE = re.compile(r"\s*(?:[-*]\s*)?(?:\(([A-Z])\)|([A-Z])[).:])\s*(\S.*?)\s*$")
 _OPTIONS_TITLE = re.compile(r"(?:^|\n)\s*(?:options|choices)\s*[:：]?\s*\Z", re.IGNORECASE)
 _INLINE = re.compile(r"(?:options|choices)\s*[:：]\s*(.+)", re.IGNORECASE)
@@ -51,6 +56,25 @@ def stage2_prompt(row: BenchmarkRow, caption: str) -> str:
   others it would show no caption at all, and this does."""
   before, after = split_prompt(row)
   return before + caption + after
+
+
+def chat_turns(row: BenchmarkRow, before: str, caption: str, after: str) -> tuple[str, str]:
+  """A prompt of the release, cut at its caption -> its system turn, "" for none, and the user's:
+  for a server, which writes the chat around them.
+
+  Raises ValueError for a prompt of more turns, or whose answer is begun.
+  """
+  if "<|im_" not in before + after:
+    return "", before + caption + after
+  match = _CHAT.fullmatch(f"{before}\0{after}")
+  if match is None:
+    raise ValueError(
+      f"row {shown(row.name)}: its prompt is not one user's turn, with at most a system turn "
+      "before it, so a judge behind an endpoint cannot be asked it; set judge.source and "
+      "judge.endpoint = None, or drop the row"
+    )
+  system, user = (turn.replace("\0", caption) for turn in match.groups(default=""))
+  return system, user
 
 
 def user_text(row: BenchmarkRow) -> str:
