@@ -125,6 +125,11 @@ class Answers:
   # what an empty caption got (G = 1), where `JudgeConfig.blind` asks for it
   blind: "Answers | None" = None
 
+  @property
+  def judged(self) -> bool:
+    """Whether there is a judge: without one, K is 0."""
+    return self.asked_BGK.shape[-1] > 0
+
 
 @flax.struct.dataclass
 class OwnReward:
@@ -207,7 +212,7 @@ class Frozen:
 
   `reference` is None unless a KL term asks for it. `base` holds the policy's parameters that are
   not trained, where `TrainState.params` are but a part (`models/trainable.py`); None where all are
-  trained. A judge behind an endpoint has neither parameters nor prompt here.
+  trained. A judge behind an endpoint has neither parameters nor prompt here, and there may be none.
   """
 
   judge: Params

@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from caprl_jax.harness.buckets.addresses import localise
 from caprl_jax.harness.buckets.mirror import mirrored
 from caprl_jax.harness.metrics import FILE_NAME, read_metrics
 from caprl_jax.harness.process.log_files import logging_to
+from caprl_jax.harness.rewards.function import given_reward
 from caprl_jax.harness.training.summary import read_summary, summary_path
 from caprl_jax.json_files import cut, read_json
 from caprl_jax.modes.evaluate import run as evaluate_mode
@@ -150,13 +152,17 @@ def load_config(path: PathLike, changes: Mapping[str, Any] | None = None) -> Con
   return config
 
 
-def train(config: Config | PathLike, workdir: PathLike) -> TrainingResult:
+def train(
+  config: Config | PathLike, workdir: PathLike, *, reward: Callable[..., Any] | None = None
+) -> TrainingResult:
   """Mode `train`: gate, evaluation, CapRL, evaluation, report. A run that was interrupted in this
   workdir goes on, bit for bit; one that is finished is read.
 
   Args:
     config: as `load_config` gives it, or a config file.
     workdir: gets all files of the run (docs/training.md lists them), log.txt among them.
+    reward: a function in the place of `config.reward.custom` (docs/training.md, A reward of your
+      own), as TRL's `reward_funcs` are. A run that goes on needs the same one.
 
   Raises:
     ValueError: a config, data or a model that cannot be used, with the place and the remedy.
@@ -164,15 +170,17 @@ def train(config: Config | PathLike, workdir: PathLike) -> TrainingResult:
       trained is saved.
     KeyboardInterrupt: after a checkpoint; the same call goes on.
   """
-  return TrainingResult.read(_run(train_mode.run, "train", config, workdir))
+  return TrainingResult.read(_run(train_mode.run, "train", config, workdir, reward))
 
 
-def evaluate(config: Config | PathLike, workdir: PathLike) -> dict[str, float]:
+def evaluate(
+  config: Config | PathLike, workdir: PathLike, *, reward: Callable[..., Any] | None = None
+) -> dict[str, float]:
   """Mode `evaluate`: the figures of `policy.checkpoint` on the held-out rows `data.eval`.
 
   Arguments and errors are those of `train`.
   """
-  where = _run(evaluate_mode.run, "evaluate", config, workdir)
+  where = _run(evaluate_mode.run, "evaluate", config, workdir, reward)
   return read_json(where / "evaluation.json")["figures"]
 
 
@@ -181,13 +189,28 @@ def _run(
   mode: str,
   config: Config | PathLike,
   workdir: PathLike,
+  reward: Callable[..., Any] | None,
 ) -> pathlib.Path:
   """Runs a mode, and returns its workdir on this machine."""
+  with given_reward(reward) if reward is not None else nullcontext() as custom:
+    return _run_with(run, mode, config, workdir, custom)
+
+
+def _run_with(
+  run: Callable[[Config, pathlib.Path], None],
+  mode: str,
+  config: Config | PathLike,
+  workdir: PathLike,
+  custom: str | None,
+) -> pathlib.Path:
+  """As `_run`. custom: what `reward.custom` has to say; None: what the config says."""
   if not isinstance(config, ml_collections.ConfigDict):
     config = load_config(config)
   config = config.copy_and_resolve_references()
   config.unlock()
   config.mode = mode
+  if custom is not None:
+    config.reward = {**config.get("reward", {}), "custom": custom}
   for name in [*config]:
     if isinstance(config[name], ml_collections.ConfigDict) and not config[name]:
       del config[name]  # as if it had not been named

@@ -206,11 +206,11 @@ class QuestionTokenizer:
 
 
 def question_shape(questions: Sequence[TokenizedQuestion]) -> QuestionShape:
-  """The smallest shape that holds all of them (two options at least)."""
+  """The smallest shape that holds all of them (two options at least), none included."""
   return QuestionShape(
-    max(2, *(len(q.options) for q in questions)),
-    max(len(q.stem) for q in questions),
-    max(len(o) for q in questions for o in q.options),
+    max((2, *(len(q.options) for q in questions))),
+    max((len(q.stem) for q in questions), default=0),
+    max((len(o) for q in questions for o in q.options), default=0),
   )
 
 

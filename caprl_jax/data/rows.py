@@ -48,7 +48,7 @@ ImageSource = pathlib.Path | bytes | StoredImage
 
 @dataclasses.dataclass(frozen=True)
 class QARow:
-  """An image and its questions.
+  """An image and its questions; none where nobody asks them.
 
   `name` stands for the row in every message. `facts` are true attributes of the image, such as
   {"color": "red"}, where the dataset knows them. `where` is the row's place, file and line, where
@@ -181,16 +181,16 @@ def check_question(question: Question, where: str) -> None:
     )
 
 
-def check_rows(rows: Sequence[QARow], where: str) -> None:
-  """Raises ValueError, starting with `where`, for no rows, a row without questions or a bad one,
-  and facts that are not texts.
+def check_rows(rows: Sequence[QARow], where: str, asked: bool = True) -> None:
+  """Raises ValueError, starting with `where`, for no rows, a row without questions (where questions
+  are `asked`) or with a bad one, and facts that are not texts.
   """
   if not rows:
     raise ValueError(f"{where}: no rows; check the path and any filter before it")
   for row in rows:
     at = f"{where}: row {shown(row.name)}"
     check_unicode(row.name, at)
-    if not row.questions:
+    if asked and not row.questions:
       raise ValueError(f"{at} has no questions; add some or drop the row")
     for question in row.questions:
       check_question(question, at)

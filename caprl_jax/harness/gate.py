@@ -17,7 +17,8 @@ def gate(run: Run) -> dict[str, float]:
   cfg = run.settings.gate
   ideal = cfg.ideal
   if ideal is None:
-    log.info("gate skipped: gate.ideal is None, no true captions are known")
+    why = "gate.ideal is None, no true captions are known" if run.judged else "there is no judge"
+    log.info("gate skipped: %s", why)
     return {}
   assert run.host_judge is not None, "checked with the settings"
   host_judge = run.host_judge

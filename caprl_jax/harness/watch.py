@@ -28,8 +28,8 @@ WARN_IF = (
 
 # What to try where a rule about a metric holds.
 ADVICE = {
-  "reward/unscored": "the judge's numbers are not finite, or images have no questions: look at "
-  "samples/, and try judge.dtype=float32",
+  "reward/unscored": "the judge's numbers are not finite, images have no questions, or "
+  "reward.custom gives none: look at samples/, and try judge.dtype=float32",
   "advantage/flat_groups": "all captions of an image earn the same, which teaches nothing: raise "
   "rollout.oversample or data.questions, or bring harder questions",
   "rollout/truncated": "captions do not end: raise rollout.sampling.max_tokens, or charge for "

@@ -48,6 +48,13 @@ def model_card(base: str, summary: dict, dtype: str) -> str:
   """README.md of an exported captioner: what it is, how to use it, what was measured; numbers only
   of the run.
   """
+  judge, custom = _rewarded_by(summary.get("config") or {})
+  taught = (
+    "a language model that cannot see the image answers questions from the caption, and what it "
+    "gets right is the captioner's reward"
+  )
+  if custom and not judge:
+    taught = "the captions of an image compete by the reward that a function gives them"
   lines = [
     "---",
     "library_name: transformers",
@@ -58,22 +65,22 @@ def model_card(base: str, summary: dict, dtype: str) -> str:
     "",
     "# Image captioner trained with CapRL",
     "",
-    f"Made from `{base}` with caprl_jax {__version__} (CapRL, arXiv 2509.22647): a language "
-    "model that cannot see the image answers questions from the caption, and what it gets "
-    f"right is the captioner's reward. Parameters are in {dtype}.",
+    f"Made from `{base}` with caprl_jax {__version__} (CapRL, arXiv 2509.22647): {taught}. "
+    f"Parameters are in {dtype}.",
     "",
   ]
   if {"before", "after"} <= summary.keys():
-    lines += ["| held-out questions | before | after |", "|---|---|---|"]
-    for name in ("accuracy", "length_tokens", "questions", "images"):
-      lines.append(f"| {name} | {summary['before'][name]:.4g} | {summary['after'][name]:.4g} |")
+    before, after = summary["before"], summary["after"]
     lines += [
-      "",
-      f"Judge: `{summary['config']['judge']['source']}`; data: "
-      f"`{summary['config']['data']['train']}`; {summary['config']['train']['steps']} "
-      "steps.",
-      "",
+      f"| held-out {'questions' if judge else 'images'} | before | after |",
+      "|---|---|---|",
     ]
+    for name in ("accuracy", "reward", "length_tokens", "questions", "images"):
+      if name in before and name in after:
+        lines.append(f"| {name} | {before[name]:.4g} | {after[name]:.4g} |")
+    data, steps = summary["config"]["data"]["train"], summary["config"]["train"]["steps"]
+    by = f"Judge: `{judge}`" if judge else f"Reward: `{custom}`"
+    lines += ["", f"{by}; data: `{data}`; {steps} steps.", ""]
   return "\n".join(
     [
       *lines,
@@ -85,6 +92,13 @@ def model_card(base: str, summary: dict, dtype: str) -> str:
       "",
     ]
   )
+
+
+def _rewarded_by(config: dict) -> tuple[str, str]:
+  """The judge and the reward function of a run's config, each "" where there is none."""
+  judge, reward = config.get("judge") or {}, config.get("reward") or {}
+  served = (judge.get("endpoint") or {}).get("model")
+  return served or judge.get("source") or "", reward.get("custom") or ""
 
 
 def open_run(source: str, mesh: jax.sharding.Mesh) -> tuple[Loaded, str, dict]:

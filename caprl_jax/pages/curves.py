@@ -68,6 +68,12 @@ PANELS = (
     percent=True,
   ),
   Panel(
+    "Held-out reward",
+    "mean reward",
+    ("eval/reward",),
+    "Greedy captions of the evaluation split, during training.",
+  ),
+  Panel(
     "Silence and falsehood",
     "questions",
     ("judge/abstained", "judge/misled", "judge/blind"),
@@ -84,6 +90,7 @@ PANELS = (
       "reward/repetition",
       "reward/timestamps",
       "reward/truncated",
+      "reward/custom",
     ),
     "Each before its weight.",
   ),

@@ -73,7 +73,8 @@ def select_groups(
   """All groups, or with `rollout.oversample` those that carry a signal first (DAPO's dynamic
   sampling, arXiv 2503.14476, in a fixed shape), in the order of the batch."""
   flat_B = groups_without_signal(scored, advantage)
-  batch = dataclasses.replace(batch, sight=None)  # the judge's, which the update does not read
+  # The judge's part, which the update does not read.
+  batch = dataclasses.replace(batch, sight=None, questions=None, question_BK=None)
   if rollout.oversample == 1:
     return Groups(batch, captions, scored, flat_B)
   image_b = jnp.argsort(flat_B, stable=True)[: flat_B.shape[0] // rollout.oversample]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.masked import NEGATIVE
-from caprl_jax.types import Array, JudgePrompt, Questions
+from caprl_jax.types import Answers, Array, JudgePrompt, Questions
 
 Scores = TypeVar("Scores", Array, np.ndarray)
 
@@ -234,6 +234,24 @@ def presentations(questions: Questions, group: int, key: Array, cfg: JudgeConfig
   order_BKA = draw_orders(order_key, present_options(presented, cfg), cfg)
   drawn = Presentations(index_BK, drawn_BK, order_BKA)
   return jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, group, *x.shape[1:])), drawn)
+
+
+def no_answers(shape: tuple[int, ...], questions: Questions) -> Answers:
+  """What nobody answers: K is 0. shape: images and captions of each. questions: without any."""
+
+  def empty(dtype: Any) -> Array:
+    return jnp.zeros((*shape, 0), dtype)
+
+  return Answers(
+    choice_BGK=empty(jnp.int32),
+    correct_BGK=empty(bool),
+    credit_BGK=empty(jnp.float32),
+    misled_BGK=empty(jnp.float32),
+    asked_BGK=empty(bool),
+    valid_BGK=empty(bool),
+    question_BGK=empty(jnp.int32),
+    score_BGKA=jnp.zeros((*shape, 0, questions.prior_BKA.shape[-1]), jnp.float32),
+  )
 
 
 def _rotated(order_BKA: Array, present_BKA: Array, cfg: JudgeConfig) -> Array:

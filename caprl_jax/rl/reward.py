@@ -41,7 +41,8 @@ class RewardConfig:
   truncated: minus 1 for a caption that was cut at the limit.
   custom: a function of your own as one more term, "FILE.py:FUNCTION". One with a parameter
     `completions` is of texts, as TRL's are, and runs on the host between the step's programs; one
-    whose parameters are arrays' names (`RewardArrays`) becomes part of the step.
+    whose parameters are arrays' names (`RewardArrays`) becomes part of the step. With it, training
+    needs no judge: then the rows need no questions.
   custom_weight: of that term; 0 only shows it among the metrics.
   """
 
@@ -88,6 +89,26 @@ class RewardConfig:
     }
     return weights | {"custom": self.custom_weight if self.custom else 0.0}
 
+  @property
+  def is_accuracy(self) -> bool:
+    """Whether the reward is a judge's accuracy and nothing else."""
+    return all(weight == (name == "accuracy") for name, weight in self.weights().items())
+
+  def without_judge(self) -> "RewardConfig":
+    """The same where nobody answers questions: the term `accuracy` weighs nothing. Raises
+    ValueError where nothing is left, or `misled` has a weight."""
+    if self.misled:
+      raise ValueError(
+        f"reward.misled = {self.misled} counts a judge's answers, and none is named; set it to 0.0,"
+        " or judge.source"
+      )
+    if not any(weight for name, weight in self.weights().items() if name != "accuracy"):
+      raise ValueError(
+        "without a judge reward.accuracy counts for nothing, and every other weight of the reward "
+        "is 0: give reward.custom_weight or another term one"
+      )
+    return dataclasses.replace(self, accuracy=0.0)
+
 
 @flax.struct.dataclass
 class RewardArrays:
@@ -131,6 +152,8 @@ class RewardArrays:
     )
 
 
+# Of these, what there is without a judge.
+UNJUDGED = ("tokens_BGT", "valid_BGT", "ended_BG", "length_BG")
 # What the step is given for `RewardConfig.custom`, where that is a function of arrays.
 ArrayReward = Callable[[RewardArrays], OwnReward]
 
@@ -149,12 +172,12 @@ def caption_terms(
   cfg: RewardConfig,
   own: OwnReward | None = None,
 ) -> dict[str, Array]:
-  """The terms that have a weight (accuracy, misled and the user's own in any case) by name, [B, G]
-  each."""
-  terms = {
-    "accuracy": masked_mean(answers.credit_BGK, answers.asked_BGK, axis=-1),
-    "misled": masked_mean(answers.misled_BGK, answers.asked_BGK, axis=-1),
-  }
+  """The terms that have a weight (the user's own and, with a judge, accuracy and misled in any
+  case) by name, [B, G] each."""
+  terms = {}
+  if answers.judged:
+    terms["accuracy"] = masked_mean(answers.credit_BGK, answers.asked_BGK, axis=-1)
+    terms["misled"] = masked_mean(answers.misled_BGK, answers.asked_BGK, axis=-1)
   if cfg.length:
     length_BG = captions.valid_BGT.sum(-1) - captions.ended_BG  # the end token is no text
     terms["length"] = length_reward(length_BG, cfg.length_full_tokens, cfg.length_zero_tokens)
@@ -181,12 +204,14 @@ def score_captions(
 ) -> Scored:
   """The reward of each caption: the weighted sum of its terms.
 
-  A caption is unscored when its image has no question, when the judge was not finite on one of
-  them (or its endpoint failed), or when `own`, what the user's function gave, is none or not
-  finite. Reward and terms are 0 there and must be read by nobody.
+  A caption is unscored when there is a judge and its image has no question, when the judge was not
+  finite on one of them (or its endpoint failed), or when `own`, what the user's function gave, is
+  none or not finite. Reward and terms are 0 there and must be read by nobody.
   """
   asked_BGK = answers.asked_BGK
-  scored_BG = asked_BGK.any(-1) & (answers.valid_BGK | ~asked_BGK).all(-1)
+  scored_BG = (answers.valid_BGK | ~asked_BGK).all(-1)
+  if answers.judged:
+    scored_BG = asked_BGK.any(-1) & scored_BG
   if own is not None:
     scored_BG = scored_BG & own.valid_BG & jnp.isfinite(own.reward_BG)
   terms = {

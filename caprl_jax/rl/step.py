@@ -15,7 +15,7 @@ from caprl_jax.rl.advantages import AdvantageConfig
 from caprl_jax.rl.groups import advantages, select_groups
 from caprl_jax.rl.image_judge.scores import ImageJudge, score_with_images
 from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
-from caprl_jax.rl.judge_protocol import JudgeConfig
+from caprl_jax.rl.judge_protocol import JudgeConfig, no_answers
 from caprl_jax.rl.reward import ArrayReward, RewardConfig, own_reward, score_captions
 from caprl_jax.rl.rollout import RolloutConfig, sample_captions, see_once
 from caprl_jax.rl.step_metrics import Stages, step_metrics
@@ -80,7 +80,7 @@ def train_step(
     captions, answers: what rollout and judge made, where they are programs of their own
       (`write_captions`, `ask_judge`); None: they are part of this one.
     own: what the user's reward function of texts gave.
-    judge: None where an endpoint gave `answers`.
+    judge: None where an endpoint gave `answers`, or nobody is asked.
     kinds: names of the questions' kinds, for metrics.
     rollout_shardings: where the policy's parameters lie while captions are written, if elsewhere
       than in the update.
@@ -132,12 +132,14 @@ def ask_judge(
   judge: Decoder | Policy | None,
   cfg: StepConfig,
 ) -> Answers:
-  """The judge's answers from the captions.
+  """The judge's answers from the captions; none of a batch without questions (K = 0).
 
   Args:
     retokenised: the captions in the judge's ids, where no table relates the vocabularies
       (`inference/retokenise.py`).
   """
+  if not batch.questions.valid_BK.shape[1]:
+    return no_answers(captions.ended_BG.shape, batch.questions)
   key = stage_keys(state.key, state.step).judge
   ids = JudgeIds.of(captions, frozen.vocabulary) if retokenised is None else retokenised
   assert judge is not None and frozen.prompt is not None, "an endpoint is asked by the host"

@@ -57,7 +57,9 @@ def rollout_metrics(captions: Captions) -> dict[str, Array]:
 def judge_metrics(answers: Answers, kind_BK: Array, kinds: tuple[str, ...]) -> dict[str, Array]:
   """Accuracy over all questions and per kind (NaN for a kind that no question of the batch has),
   the share of questions on which the judge abstained, the share that it answered wrong, and what an
-  empty caption earns."""
+  empty caption earns. Nothing without a judge."""
+  if not answers.judged:
+    return {}
   valid = answers.valid_BGK
   metrics = {
     "judge/accuracy": masked_mean(answers.correct_BGK, valid),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from caprl_jax.rl.caption_form import stamp_table
+from caprl_jax.rl.judge_protocol import no_answers
 from caprl_jax.rl.reward import RewardArrays, RewardConfig, own_reward, score_captions
 from caprl_jax.types import Answers, Captions, OwnReward, Questions, Vocabulary
 
@@ -212,3 +213,32 @@ def test_the_arrays_of_a_reward_function():
   assert arrays.length_BG.tolist() == [[4, 4]] * 3  # the end token is no text
   assert arrays.kind_BGK[0, 0].tolist() == [0, 1, 2, 3]
   assert own_reward(None, captions(2), answered, questions) is None
+
+
+def test_without_a_judge_ones_own_reward_is_all_there_is():
+  """Nobody answers: K is 0, and a caption is scored where the function gave a reward."""
+  nothing = jnp.zeros((3, 0))
+  questions = Questions(
+    **dict.fromkeys(Questions.__dataclass_fields__, nothing) | {"prior_BKA": jnp.zeros((3, 0, 2))}
+  )
+  unasked = no_answers((3, 2), questions)
+  assert not unasked.judged and unasked.score_BGKA.shape == (3, 2, 0, 2)
+  cfg = RewardConfig(custom="x.py:f", length=0.5, length_full_tokens=4, length_zero_tokens=8)
+  cfg = cfg.without_judge()
+  assert cfg.accuracy == 0 and not cfg.is_accuracy and RewardConfig().is_accuracy
+  seen = []
+
+  def custom(arrays):
+    seen.append(arrays)
+    return OwnReward(arrays.length_BG * 1.0, jnp.array([[True, False]] * 3))
+
+  own = own_reward(custom, captions(2), unasked, questions)
+  assert seen[0].correct_BGK.shape == (3, 2, 0) and seen[0].kind_BGK.shape == (3, 2, 0)
+  found = score_captions(unasked, captions(2), Vocabulary(None, None, (), 0), cfg, own)
+  np.testing.assert_array_equal(found.scored_BG, [[True, False]] * 3)
+  np.testing.assert_allclose(found.reward_BG, [[4 + 0.5, 0]] * 3)
+  assert found.terms.keys() == {"custom", "length"}
+  with pytest.raises(ValueError, match="misled = 0.5 counts a judge's answers, and none is named"):
+    RewardConfig(custom="x.py:f", misled=0.5).without_judge()
+  with pytest.raises(ValueError, match="without a judge reward.accuracy counts for nothing"):
+    RewardConfig(custom="x.py:f", custom_weight=0.0).without_judge()

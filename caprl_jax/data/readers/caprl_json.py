@@ -180,13 +180,14 @@ def _format_question(question: Question, where: str) -> dict[str, str]:
   return {"question": text, "answer": answer} | {k: v for k, v in added.items() if v}
 
 
-def parse_row(item: Any, root: pathlib.Path, where: str) -> QARow:
-  """A row of `scan_json`. Raises ValueError, starting with `where`."""
+def parse_row(item: Any, root: pathlib.Path, where: str, asked: bool = True) -> QARow:
+  """A row of `scan_json`; unless questions are `asked`, it need not have any. Raises ValueError,
+  starting with `where`."""
   if not isinstance(item, dict):
     raise ValueError(
       f"{where} is {shown(item)}, but it must be an object with image_path and qa_list, or message"
     )
-  image, asked = (
+  image, given = (
     _of_message(item["message"], where)
     if "message" in item
     else (item.get("image_path"), item.get("qa_list"))
@@ -196,12 +197,14 @@ def parse_row(item: Any, root: pathlib.Path, where: str) -> QARow:
       f"{where}: no image path (image_path, or an image in the user's turn of "
       f"message); it has {shown(sorted(item))}"
     )
-  if not isinstance(asked, list) or not asked:
+  if not asked and not given:
+    given = []
+  elif not isinstance(given, list) or not given:
     raise ValueError(
       f"{where}: no questions (qa_list, or a turn of role 'answer' in message); it "
       f"has {shown(sorted(item))}"
     )
-  questions = tuple(_parse_pair(qa, f"{where}, question {i}") for i, qa in enumerate(asked))
+  questions = tuple(_parse_pair(qa, f"{where}, question {i}") for i, qa in enumerate(given))
   remedy = "correct it, or move the JSON to where its paths begin"
   found = find_image(image, [root], where, remedy)
   name, facts = item.get("name"), item.get("facts")

@@ -126,6 +126,17 @@ def scan_parquet(source: Source) -> Iterator[QARow | BadRow]:
           yield BadRow(where, str(error))
 
 
+def has_questions(source: Source) -> bool:
+  """Whether the first of these files has a column of questions; False where there is no file.
+  Raises ValueError for one that is no parquet."""
+  try:
+    first = parquet_files(source)[0]
+  except ValueError:
+    return False
+  with open_parquet(first) as file:
+    return "reward_model" in file.schema_arrow.names
+
+
 def scan_images(source: Source, options: ListingOptions = NOTHING_MORE) -> Iterator[CaptionRow]:
   """The images of any parquet with a column `image` (or `images`), or `options.column`, without
   captions.

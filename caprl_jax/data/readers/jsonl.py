@@ -114,13 +114,15 @@ _CAPTION_KEYS = {"image": object, "caption": str, "name": str, "tokens": list, "
 _TYPE_NAMES = {str: "a string", list: "a list", dict: "an object"}
 
 
-def parse_row(item: Any, image_root: pathlib.Path, where: str) -> QARow:
-  """A line of `read_jsonl`. Raises ValueError, starting with `where`."""
-  _check_object(item, _QA_KEYS, ("image", "questions"), where)
+def parse_row(item: Any, image_root: pathlib.Path, where: str, asked: bool = True) -> QARow:
+  """A line of `read_jsonl`; unless questions are `asked`, it need not have any. Raises ValueError,
+  starting with `where`."""
+  _check_object(item, _QA_KEYS, ("image", "questions") if asked else ("image",), where)
   facts = item.get("facts")
   for key, value in (facts or {}).items():
     _check_type(value, str, f"{where}: facts.{key:.40}")
-  questions = parse_questions(item["questions"], f"{where}: questions")
+  given = item.get("questions")
+  questions = parse_questions(given, f"{where}: questions") if asked or given else ()
   image, name = _image(item, image_root, where)
   return QARow(image, questions, name, facts, where)
 

@@ -11,6 +11,7 @@ from caprl_jax.data import rows as rows_lib
 from caprl_jax.data.charts import rows as charts
 from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
 from caprl_jax.data.readers.easy_vqa import read_easy_vqa
+from caprl_jax.data.readers.image_sources import list_images
 from caprl_jax.json_files import shown
 from caprl_jax.progress import going_on
 
@@ -65,11 +66,14 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
   return tuple(parts)
 
 
-def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.BadRow]:
+def scan_qa_rows(
+  source: str, seed: int, asked: bool = True
+) -> Iterator[rows_lib.QARow | rows_lib.BadRow]:
   """The rows of one source (`SOURCES`, no mixture), with a BadRow for each that cannot be used.
 
   Args:
     seed: of what a reader draws (distractors, charts).
+    asked: False where rows need no questions: then a source may also be images alone.
 
   Raises:
     ValueError: an unknown source, or a file that cannot be read at all.
@@ -91,7 +95,11 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
       split, seed, **asked, **({"pixels": (int(width), int(height))} if width else {})
     )
   elif kind == "hf":
-    yield from caprl_parquet.scan_parquet(hub_datasets.split_files(source))
+    files = hub_datasets.split_files(source)
+    if asked or caprl_parquet.has_questions(files):
+      yield from caprl_parquet.scan_parquet(files)
+    else:
+      yield from _images_alone(source)
   elif kind == "tfds":
     folder, _, split = rest.rpartition(":")
     if not folder:
@@ -101,16 +109,29 @@ def scan_qa_rows(source: str, seed: int) -> Iterator[rows_lib.QARow | rows_lib.B
       )
     yield from tfds.scan_tfds(folder, split)
   elif suffix in JSON_SUFFIXES:
-    yield from _scan_json(pathlib.Path(source).expanduser())
+    yield from _scan_json(pathlib.Path(source).expanduser(), asked)
   elif suffix == ".parquet" or pathlib.Path(source).expanduser().is_dir():
-    yield from caprl_parquet.scan_parquet(source)
+    if asked or caprl_parquet.has_questions(source):
+      yield from caprl_parquet.scan_parquet(source)
+    else:
+      yield from _images_alone(source)
+  elif not asked:
+    yield from _images_alone(source)
   else:
     if suffix in PACKED_SUFFIXES and pathlib.Path(source).expanduser().is_file():
       json_rows.check_unpacked(pathlib.Path(source).expanduser())
     raise ValueError(f"data source {shown(source)} is not known; it may be\n{SOURCES}")
 
 
-def _scan_json(path: pathlib.Path) -> Iterator[rows_lib.QARow | rows_lib.BadRow]:
+def _images_alone(source: str) -> Iterator[rows_lib.QARow]:
+  """The images of what mode caption takes, as rows without questions."""
+  for row in list_images(source, "data source").rows:
+    yield rows_lib.QARow(row.image, (), row.name, where=row.where)
+
+
+def _scan_json(
+  path: pathlib.Path, asked: bool = True
+) -> Iterator[rows_lib.QARow | rows_lib.BadRow]:
   """The rows of a JSON file, each in our own layout or in one of the first release, by its keys."""
   empty = True
   for where, item in json_rows.read_items(path):
@@ -120,7 +141,7 @@ def _scan_json(path: pathlib.Path) -> Iterator[rows_lib.QARow | rows_lib.BadRow]
       continue
     released = isinstance(item, dict) and RELEASED_KEYS & item.keys()
     try:
-      yield (caprl_json if released else jsonl).parse_row(item, path.parent, where)
+      yield (caprl_json if released else jsonl).parse_row(item, path.parent, where, asked)
     except ValueError as error:
       yield rows_lib.BadRow(where, str(error))
   if empty:
@@ -132,12 +153,14 @@ def read_parts(
   seed: int,
   max_rows: int | None = None,
   bad_rows: rows_lib.BadRows | rows_lib.RowKeeper = "refuse",
+  asked: bool = True,
 ) -> list[tuple[Part, list[rows_lib.QARow]]]:
   """Reads and checks the sources of a mixture, each by itself.
 
   Args:
     max_rows: keeps the first rows only, of each source.
     bad_rows: "refuse" them all with an error, or "drop" and log them; or who takes note of them.
+    asked: as of `scan_qa_rows`.
 
   Raises:
     ValueError: an unknown source, bad rows that are to be refused, or what `rows.check_rows`
@@ -146,8 +169,8 @@ def read_parts(
   read = []
   for part in parse_mixture(mixture):
     with going_on(f"reading {part.source}"):
-      found = rows_lib.good_rows(scan_qa_rows(part.source, seed), bad_rows)[:max_rows]
-    rows_lib.check_rows(found, part.source)
+      found = rows_lib.good_rows(scan_qa_rows(part.source, seed, asked), bad_rows)[:max_rows]
+    rows_lib.check_rows(found, part.source, asked)
     read.append((part, found))
   return read
 
@@ -157,11 +180,13 @@ def read_qa_rows(
   seed: int,
   max_rows: int | None = None,
   bad_rows: rows_lib.BadRows | rows_lib.RowKeeper = "refuse",
+  asked: bool = True,
 ) -> list[rows_lib.QARow]:
   """The rows of all sources of a mixture, one after the other; weights are left aside. As
   `read_parts`.
   """
-  return [row for _, found in read_parts(source, seed, max_rows, bad_rows) for row in found]
+  parts = read_parts(source, seed, max_rows, bad_rows, asked)
+  return [row for _, found in parts for row in found]
 
 
 def read_caption_rows(

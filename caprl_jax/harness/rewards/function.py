@@ -1,16 +1,18 @@
-"""`reward.custom`, "FILE.py:FUNCTION" -> a reward function of arrays or of texts.
+"""`reward.custom`, "FILE.py:FUNCTION", or a function of the program -> a reward function of arrays
+or of texts.
 
 Its parameters' names say which it is: one of texts has `completions`, as TRL's reward functions
 have; one of arrays has names of `rl.reward.RewardArrays`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import pathlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 from caprl_jax.config.schema import did_you_mean
 from caprl_jax.errors import UserError
 from caprl_jax.json_files import cut, shown
-from caprl_jax.rl.reward import RewardArrays
+from caprl_jax.rl.reward import UNJUDGED, RewardArrays
 from caprl_jax.types import OwnReward
 
 ARRAYS = tuple(field.name for field in dataclasses.fields(RewardArrays))
@@ -34,8 +36,9 @@ _HOW = (
 class CustomReward:
   """A reward function of the user's.
 
-  spec: as `reward.custom` has it. names: of its parameters that are given something; `takes_all`:
-  it has **kwargs. sha256: of the file and the function's name.
+  spec: as `reward.custom` has it. path: the file that it stands in. names: of its parameters that
+  are given something; `takes_all`: it has **kwargs. sha256: of the file and the function's name, or
+  of the source of a function of the program.
   """
 
   spec: str
@@ -72,6 +75,14 @@ class CustomReward:
       jnp.broadcast_to(jnp.asarray(valid_BG, bool), shape),
     )
 
+  def check_unjudged(self) -> None:
+    """Raises UserError for a function of arrays that wants what only a judge gives."""
+    if absent := [name for name in self.names if name not in UNJUDGED]:
+      raise UserError(
+        f"reward.custom = {self.spec} wants {', '.join(absent)}, which only a judge gives, and "
+        f"none is named: set judge.source, or use {', '.join(UNJUDGED)} alone"
+      )
+
   def check_shapes(self, *, images: int, captions: int, tokens: int, questions: int) -> None:
     """Runs a function of arrays on shapes alone, as a step has them. Raises UserError as
     `array_reward`."""
@@ -99,9 +110,52 @@ class CustomReward:
     ) from error
 
 
+GIVEN = "python:"  # begins what `reward.custom` says of a function of the program
+_given: dict[str, Callable[..., Any]] = {}
+
+
+@contextlib.contextmanager
+def given_reward(function: Callable[..., Any]) -> Iterator[str]:
+  """A function of the program, which `load_custom_reward` finds while this is entered; what
+  `reward.custom` has to say. Raises UserError for what cannot be called."""
+  if not callable(function):
+    raise UserError(f"reward = {shown(function)} is no function")
+  spec = f"{GIVEN}{getattr(function, '__name__', type(function).__name__)}"
+  before = _given.get(spec)
+  _given[spec] = function
+  try:
+    yield spec
+  finally:
+    _given.pop(spec)
+    if before is not None:
+      _given[spec] = before
+
+
+def _of_program(spec: str) -> CustomReward:
+  if spec not in _given:
+    raise UserError(
+      f"reward.custom = {shown(spec)} is a function of the program that began this run: call "
+      "caprl_jax.train with it (reward=FUNCTION), or write it into a file, as FILE.py:FUNCTION"
+    )
+  function = _given[spec]
+  called = inspect.unwrap(function)
+  code = getattr(called, "__code__", None) or getattr(type(called).__call__, "__code__", None)
+  try:
+    source = inspect.getsource(called if hasattr(called, "__code__") else type(called))
+  except (OSError, TypeError):  # typed into an interpreter
+    source = repr((code.co_code, code.co_names, code.co_consts)) if code else ""
+  names, takes_all = _parameters(function, spec)
+  path = pathlib.Path(code.co_filename if code else "")
+  digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+  return CustomReward(spec, path, function, names, takes_all, digest)
+
+
 def load_custom_reward(spec: str) -> CustomReward:
-  """Imports the file and finds the function. Raises UserError for a file or function that is not
-  there, a file that cannot be imported, and parameters that say neither texts nor arrays."""
+  """Imports the file and finds the function, or takes the one of `given_reward`. Raises UserError
+  for a file or function that is not there, a file that cannot be imported, and parameters that say
+  neither texts nor arrays."""
+  if spec.startswith(GIVEN):
+    return _of_program(spec)
   file, colon, name = spec.rpartition(":")
   if not colon or not file or not name.isidentifier():
     raise UserError(f"reward.custom = {shown(spec)} must be FILE.py:FUNCTION")

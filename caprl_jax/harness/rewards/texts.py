@@ -22,13 +22,14 @@ from caprl_jax.json_files import shown
 
 log = logging.getLogger("caprl_jax.harness.rewards.texts")
 
+ACCURACY = "accuracy"  # what a judge answered right
 # The columns beside each row's facts. `image` is opened only for a function that names it.
 COLUMNS = (
   "prompts",
   "completions",
   "completion_ids",
   "name",
-  "accuracy",
+  ACCURACY,
   "questions",
   "facts",
   "image",
@@ -43,12 +44,18 @@ class TextReward:
   Args:
     rows: that `row_B` counts.
     tokenizer: the captioner's. prompt: what the captioner is asked.
+    judged: there is a judge; without one, there is no column `accuracy`.
 
   Raises UserError for a parameter without a default that no column is named as.
   """
 
   def __init__(
-    self, custom: CustomReward, rows: Sequence[QARow], tokenizer: Tokenizer, prompt: str
+    self,
+    custom: CustomReward,
+    rows: Sequence[QARow],
+    tokenizer: Tokenizer,
+    prompt: str,
+    judged: bool = True,
   ):
     self.custom, self.rows, self.tokenizer, self.prompt = custom, rows, tokenizer, prompt
     self.facts = tuple(dict.fromkeys(name for row in rows for name in row.facts or {}))
@@ -57,11 +64,13 @@ class TextReward:
       for one in inspect.signature(custom.function).parameters.values()
       if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
     ]
-    known = (*COLUMNS, *self.facts)
+    columns = [name for name in COLUMNS if judged or name != ACCURACY]
+    known = (*columns, *self.facts)
     if absent := [name for name in needed if name not in known]:
+      only = "" if judged or ACCURACY not in absent else f"; {ACCURACY} is a judge's (judge.source)"
       raise UserError(
         f"reward.custom = {custom.spec} wants {', '.join(absent)}, which these rows do not have "
-        f"(columns: {', '.join(known)})"
+        f"(columns: {', '.join(known)}){only}"
       )
     self._warnings = 0
 
@@ -75,7 +84,7 @@ class TextReward:
     """The reward of each caption and whether there is one, float32 and bool [B, G].
 
     Args:
-      accuracy_BG: the judge's, NaN where it could not be read.
+      accuracy_BG: the judge's, NaN where it could not be read or there is none.
 
     Raises UserError, which names the row, for what the function raises, another number of values
     than of captions, and a value that is neither a number nor None.

@@ -43,8 +43,10 @@ def bind_models(record: RunRecord, settings: Settings, *, goes_on: bool) -> None
 
 
 def judge_digest(judge: JudgeSection) -> str:
-  """Of the files of a judge, or of what is asked of an endpoint. Raises ValueError as
-  `fingerprint`."""
+  """Of the files of a judge, or of what is asked of an endpoint; "none" without one. Raises
+  ValueError as `fingerprint`."""
+  if not judge.named:
+    return judge.name
   if judge.endpoint is None:
     return fingerprint(judge.source)
   decides = ("model", "temperature", "max_tokens", "repetition_penalty")

@@ -56,7 +56,9 @@ class StagesBefore:
     self._reward = None
     if made.custom is not None and made.custom.of_texts:
       asked = made.settings.policy.instruction
-      self._reward = TextReward(made.custom, batcher.rows, made.policy.tokenizer, asked)
+      self._reward = TextReward(
+        made.custom, batcher.rows, made.policy.tokenizer, asked, made.judged
+      )
 
   def __call__(
     self, state: TrainState, frozen: Frozen, batch: Batch, clock: StageClock

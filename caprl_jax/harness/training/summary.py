@@ -3,6 +3,7 @@
 import logging
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -65,52 +66,59 @@ class Summary:
       write_json(self.path, self.values)
 
 
-def _accuracy(path: pathlib.Path) -> float:
+def _figure(path: pathlib.Path, name: str) -> float:
   held = read_record(path)
-  accuracy = held.get("accuracy") if isinstance(held, dict) else None
-  if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)):
+  value = held.get(name) if isinstance(held, dict) else None
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
     raise ValueError(
-      f"{path}: holds {shown(held)}, without an accuracy; delete the folder {path.parent}"
+      f"{path}: holds {shown(held)}, without a number {name!r}; delete the folder {path.parent}"
     )
-  return float(accuracy)
+  return float(value)
 
 
 class Best:
-  """The best captioner so far by held-out accuracy, in workdir/best, with its figures in
-  best.json.
+  """The best captioner so far by a held-out figure, in workdir/best, with this in best.json.
+
+  Args:
+    figure: "accuracy" or, without a judge, "reward".
   """
 
-  def __init__(self, policy: Loaded, workdir: pathlib.Path):
-    self.policy, self.folder = policy, workdir / "best"
-    self.accuracy = from_first(self._found)
+  def __init__(self, policy: Loaded, workdir: pathlib.Path, figure: str = "accuracy"):
+    self.policy, self.folder, self.figure = policy, workdir / "best", figure
+    self.value = from_first(self._found)
 
   def _found(self) -> float:
-    """The accuracy of the one that is there."""
+    """The figure of the one that is there."""
     # a kill came between two renames: the newer one, if it was finished
     for name in ("best.new", "best.old"):
       there = self.folder.with_name(name)
       if not self.folder.exists() and (there / "best.json").exists():
         there.rename(self.folder)
     figures = self.folder / "best.json"
-    return _accuracy(figures) if figures.exists() else float("-inf")
+    return _figure(figures, self.figure) if figures.exists() else float("-inf")
 
-  def keep(self, step: int, params: Params, accuracy: float) -> None:
-    """Writes the captioner where it is the best. A kill leaves the old one or the new one."""
-    if not accuracy > self.accuracy:
+  def keep(self, step: int, params: Params, figures: Mapping[str, float]) -> None:
+    """Writes the captioner where it is the best. A kill leaves the old one or the new one.
+
+    Args:
+      figures: of an evaluation; without the one that counts, it is not the best.
+    """
+    value = figures.get(self.figure, float("-inf"))
+    if not value > self.value:
       return
-    self.accuracy = accuracy
+    self.value = value
     new, old = self.folder.with_name("best.new"), self.folder.with_name("best.old")
     main = jax.process_index() == 0
     if main:
       shutil.rmtree(new, ignore_errors=True)
     save_policy(new, self.policy, params)
     if main:
-      write_json(new / "best.json", {"step": step, "accuracy": accuracy})
+      write_json(new / "best.json", {"step": step, self.figure: value})
       shutil.rmtree(old, ignore_errors=True)
       if self.folder.exists():
         self.folder.rename(old)
       new.rename(self.folder)
       shutil.rmtree(old, ignore_errors=True)
       log.info(
-        "best so far: step %d, held-out accuracy %.3f, kept in %s", step, accuracy, self.folder
+        "best so far: step %d, held-out %s %.3f, kept in %s", step, self.figure, value, self.folder
       )

@@ -1,5 +1,5 @@
-"""Mode `evaluate`: captions of held-out images -> the judge's accuracy, caption length, flat
-groups, examples.
+"""Mode `evaluate`: captions of held-out images -> the judge's accuracy, or without a judge the
+reward itself; caption length, flat groups, examples.
 """
 
 import dataclasses
@@ -72,22 +72,31 @@ class Evaluator:
       if left > 0:  # captions and answers of all rows would fill the memory
         shown.append((batch, samples))
         left -= len(batch.row_B)
-    figures = figures_of(tallies, run.kinds) | self._flat_groups(params)
+    figures = figures_of(tallies, run.kinds, run.judged) | self._flat_groups(params)
+    if run.settings.step.reward.is_accuracy:
+      figures.pop("reward", None)
     if jax.process_index() == 0:
       with extra("samples", samples_path):
         save_samples(samples_path, stage, step, shown, run.eval, run.policy.tokenizer, cfg.samples)
-    known = [name for name in run.kinds if f"accuracy/{name}" in figures]
-    by_kind = [f"{name} {figures[f'accuracy/{name}']:.3f}" for name in known]
     log.info(
-      "%s: accuracy %.3f on %d questions (%s), %.1f tokens per caption, flat groups %.2f",
+      "%s: %s, %.1f tokens per caption, flat groups %.2f",
       stage,
-      figures["accuracy"],
-      figures["questions"],
-      ", ".join(by_kind),
+      self._told(figures),
       figures["length_tokens"],
       figures["flat_groups"],
     )
     return figures
+
+  def _told(self, figures: dict[str, float]) -> str:
+    """What the captions earned."""
+    run = self.run
+    reward = f"reward {figures['reward']:.3f}" if "reward" in figures else ""
+    if not run.judged:
+      return f"{reward or 'no reward'} on {figures['images'] - figures['unscored']} images"
+    known = [name for name in run.kinds if f"accuracy/{name}" in figures]
+    by_kind = ", ".join(f"{name} {figures[f'accuracy/{name}']:.3f}" for name in known)
+    accuracy = f"accuracy {figures['accuracy']:.3f} on {figures['questions']} questions ({by_kind})"
+    return f"{accuracy}, {reward}" if reward else accuracy
 
   def _flat_groups(self, params: Params) -> dict[str, float]:
     """The share of the first `evaluate.group_images` rows whose captions all earn the same."""
@@ -122,7 +131,7 @@ class Evaluator:
 @dataclasses.dataclass(frozen=True)
 class Tally:
   """What the figures need of a batch with one caption per image. Of each question that was
-  answered: correct, abstained, kind; of each image: length_tokens, ended, scored."""
+  answered: correct, abstained, kind; of each image: length_tokens, ended, scored, reward."""
 
   correct: Array
   abstained: Array
@@ -130,6 +139,7 @@ class Tally:
   length_tokens: Array
   ended: Array
   scored: Array
+  reward: Array
 
   @classmethod
   def of(cls, batch: Batch, samples: Samples) -> "Tally":
@@ -143,22 +153,33 @@ class Tally:
       length_tokens=captions.valid_BGT[:, 0].sum(-1),
       ended=captions.ended_BG[:, 0].copy(),  # not a view, which would keep the batch
       scored=samples.scored_BG.copy(),
+      reward=samples.reward_BG.copy(),
     )
 
 
-def figures_of(tallies: list[Tally], kinds: tuple[str, ...]) -> dict[str, float]:
-  """The held-out figures of batches with one caption per image."""
+def figures_of(
+  tallies: list[Tally], kinds: tuple[str, ...], judged: bool = True
+) -> dict[str, float]:
+  """The held-out figures of batches with one caption per image. `reward` is the mean over captions
+  that could be scored, and not there without one; judged: a judge has answered questions."""
   of = lambda name: np.concatenate([getattr(tally, name) for tally in tallies])
   correct, abstained, kind, length = map(of, ("correct", "abstained", "kind", "length_tokens"))
-  figures = {
-    "accuracy": float(correct.mean()),
-    "abstained": float(abstained.mean()),
-    "misled": float((~correct & ~abstained).mean()),
-    "questions": len(correct),
+  scored = of("scored")
+  figures: dict[str, float] = {}
+  if judged:
+    figures |= {
+      "accuracy": float(correct.mean()),
+      "abstained": float(abstained.mean()),
+      "misled": float((~correct & ~abstained).mean()),
+      "questions": len(correct),
+    }
+  if scored.any():
+    figures["reward"] = float(of("reward")[scored].mean(dtype=np.float64))
+  figures |= {
     "images": len(length),
     "length_tokens": float(length.mean()),
     "truncated": float(1 - of("ended").mean()),
-    "unscored": int((~of("scored")).sum()),
+    "unscored": int((~scored).sum()),
   }
   return figures | {
     f"accuracy/{name}": float(correct[kind == i].mean())

@@ -147,6 +147,11 @@ def model_configs(
   cfg, notice = limit_pixels(cfg, section.min_pixels, section.max_pixels)
   if notice:
     log.warning("%s", notice)
+  if not settings.judge.named:
+    raise ValueError(
+      "there is no judge: the step is planned with one on the chips; set judge.source to a small "
+      "one, and take its part off what is told"
+    )
   if settings.judge.endpoint is not None:
     raise ValueError(
       "judge.endpoint: the step is planned with its judge on the chips; set judge.source, and "

@@ -69,7 +69,7 @@ def _read_run(workdir: pathlib.Path) -> _Run:
     missing=[],
   )
   there = {
-    "the gate": run.summary.get("gate"),
+    "the gate": "gate" in run.summary,  # which may have been skipped
     "the evaluation before training": run.summary.get("before"),
     "the captions before training": run.before,
     "the first training step": run.metrics,
@@ -167,16 +167,12 @@ def _headline(run: _Run) -> str:
   secs = run.summary.get("wall_secs") or {}
   numbers = []
   if before or after:
-    accuracy = before.get("accuracy"), after.get("accuracy")
     length = before.get("length_tokens"), after.get("length_tokens")
-    numbers.append(
-      markup.card(
-        "Questions answered from the caption alone",
-        markup.arrow(*accuracy, "percent"),
-        markup.delta(*accuracy, "percent"),
-        "wide",
-      )
-    )
+    judged = "accuracy" in {**before, **after}
+    name, how = ("accuracy", "percent") if judged else ("reward", "number")
+    title = "Questions answered from the caption alone" if judged else "Reward of held-out captions"
+    pair = before.get(name), after.get(name)
+    numbers.append(markup.card(title, markup.arrow(*pair, how), markup.delta(*pair, how), "wide"))
     numbers.append(markup.card("Caption length", markup.arrow(*length, "tenths"), "tokens"))
   if run.metrics:
     numbers.append(markup.card("Steps", f"{run.metrics[-1]['step']:,}", "last one written"))
@@ -258,9 +254,11 @@ def _before_after(run: _Run) -> str:
     _image_card(run, [(stage, caption, row) for stage, row in rows for caption in row["captions"]])
     for rows in images.values()
   )
+  judged = any(row["questions"] for rows in images.values() for _, row in rows)
+  about = f"The judge sees only the caption. {markup.LEGEND}" if judged else ""
   return (
-    f"<section><h2>Captions, before and after</h2><p class=soft>{tally}The judge sees only "
-    f"the caption. {markup.LEGEND}</p><div class=samples>{shown}</div></section>"
+    f"<section><h2>Captions, before and after</h2><p class=soft>{tally}{about}</p>"
+    f"<div class=samples>{shown}</div></section>"
   )
 
 

@@ -1,6 +1,7 @@
 """Mode `train`: gate, evaluation, CapRL, evaluation, report. Resumes where it stopped."""
 
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -105,12 +106,12 @@ def train(
   iterator = train_iterator(example, places.parts, images, settings.seed, share)
   state = _first_state(made, tx, checkpoints, iterator)
   trackers = _open_trackers(settings, workdir, config, int(state.step))
-  best = Best(made.policy, workdir)
+  best = Best(made.policy, workdir, _headline(settings))
 
   def held_out(step: int, state: TrainState) -> dict[str, float]:
     params = merge_params(state.params, made.frozen.base)
     figures = evaluator(params, workdir / "samples" / f"eval_{step:06d}.json", "eval", step)
-    best.keep(step, params, figures["accuracy"])
+    best.keep(step, params, figures)
     return {f"eval/{name}": value for name, value in figures.items()}
 
   profile = Profile(settings.train.profile_steps, workdir / "profile")
@@ -229,11 +230,13 @@ def _run(settings: Settings, plain: dict, workdir: pathlib.Path) -> None:
   done = record.complete_step
   if done is not None and done >= settings.train.steps:
     _make_again(settings, workdir, record)
+    name = _headline(settings)
     log.info(
-      "this run is complete after step %d: accuracy %.3f -> %.3f; see %s",
+      "this run is complete after step %d: %s %.3f -> %.3f; see %s",
       done,
-      summary.values["before"]["accuracy"],
-      summary.values["after"]["accuracy"],
+      name,
+      summary.values["before"].get(name, math.nan),
+      summary.values["after"].get(name, math.nan),
       workdir / "report.html",
     )
     return
@@ -263,12 +266,17 @@ def _run(settings: Settings, plain: dict, workdir: pathlib.Path) -> None:
     with clock("after"):
       after = evaluator(params, workdir / "samples" / "after.json", "after", step)
     if settings.evaluate.every_steps:
-      Best(made.policy, workdir).keep(step, params, after["accuracy"])
+      Best(made.policy, workdir, _headline(settings)).keep(step, params, after)
     summary.put(after=after, wall_secs=clock.secs)
     save_captioner(settings, workdir, made.policy, params, ("policy", "adapters"))
   report(workdir)
   record.finish(step)
   log.info("report: %s   captioner: %s", workdir / "report.html", workdir / "policy")
+
+
+def _headline(settings: Settings) -> str:
+  """The held-out figure that says how good a captioner is."""
+  return "accuracy" if settings.judge.named else "reward"
 
 
 def _begin_record(summary: Summary, settings: Settings, workdir: pathlib.Path) -> RunRecord:

@@ -147,3 +147,37 @@ def test_a_mixture_resumes_exactly():
     got = next(fresh)
     assert (got["row"] == want["row"]).all() and (got["noise"] == want["noise"]).all()
   assert len({int(n) for batch in before + after for n in batch["noise"]}) == 40
+
+
+def test_rows_without_questions(rows, tmp_path):
+  """Where nobody asks any: JSON lines and a list of CapRL's first release, images alone; what has
+  questions keeps them."""
+  image = str(rows[0].image)
+  (tmp_path / "a.jsonl").write_text(
+    json.dumps({"image": image, "name": "a", "facts": {"color": "red"}})
+    + "\n"
+    + json.dumps({"image": image, "name": "b", "questions": []})
+    + "\n"
+  )
+  (tmp_path / "b.json").write_text(json.dumps([{"image_path": image}]))
+  (tmp_path / "list.csv").write_text(f"image\n{image}\n")
+  caprl_parquet.write_parquet(tmp_path / "c.parquet", rows)
+  found = {
+    name: read_qa_rows(str(tmp_path / name), 0, asked=False)
+    for name in ("a.jsonl", "b.json", "list.csv", "c.parquet")
+  }
+  assert [(row.name, row.facts, row.questions) for row in found["a.jsonl"]] == [
+    ("a", {"color": "red"}, ()),
+    ("b", None, ()),
+  ]
+  assert [row.questions for row in found["b.json"] + found["list.csv"]] == [(), ()]
+  assert [row.questions for row in found["c.parquet"]] == [row.questions for row in rows]
+  (tmp_path / "images").mkdir()
+  (tmp_path / "images" / "x.png").write_bytes((rows[0].image).read_bytes())
+  [row] = read_qa_rows(str(tmp_path / "images"), 0, asked=False)
+  assert row.name.endswith("x.png") and read_image(row).mode == "RGB"
+  for name in ("a.jsonl", "b.json", "images", "list.csv"):
+    with pytest.raises(ValueError):
+      read_qa_rows(str(tmp_path / name), 0)
+  with pytest.raises(ValueError, match="data source = 'nothing': no such file or folder"):
+    read_qa_rows("nothing", 0, asked=False)

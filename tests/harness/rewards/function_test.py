@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from caprl_jax.errors import UserError
-from caprl_jax.harness.rewards.function import ARRAYS, load_custom_reward
+from caprl_jax.harness.rewards.function import ARRAYS, given_reward, load_custom_reward
+from caprl_jax.harness.settings import read_settings
 from caprl_jax.rl.reward import RewardArrays
 
 SIZES = dict(images=2, captions=3, tokens=5, questions=4)
@@ -70,6 +71,30 @@ def test_a_function_that_cannot_be_taken(tmp_path, source, name, message):
     load(tmp_path, source, name)
 
 
+def test_a_function_of_the_program():
+  def reward(completions):
+    return [0 / 0]
+
+  def other(completions):
+    return [1.0]
+
+  other.__name__ = "reward"
+  with given_reward(reward) as spec, pytest.raises(UserError, match="ZeroDivisionError in line"):
+    found = load_custom_reward(spec)
+    assert spec == "python:reward" and found.of_texts and found.function is reward
+    with given_reward(other):
+      assert load_custom_reward(spec).sha256 != found.sha256
+    assert load_custom_reward(spec).sha256 == found.sha256
+    try:
+      reward([])
+    except ZeroDivisionError as error:
+      found.fail(error)
+  with pytest.raises(UserError, match="a function of the program that began this run"):
+    load_custom_reward(spec)
+  with pytest.raises(UserError, match="reward = 3 is no function"), given_reward(3):
+    pass
+
+
 @pytest.mark.parametrize("spec", ["reward", "rewards.py", "rewards.py:", ":f", "rewards.py:f()"])
 def test_a_place_that_is_none(spec):
   with pytest.raises(UserError, match="must be FILE.py:FUNCTION"):
@@ -109,3 +134,32 @@ def test_every_array_has_a_shape(tmp_path):
     tmp_path, f"def reward({', '.join(ARRAYS)}):\n  return accuracy_BG + kind_BGK.sum(-1)\n"
   )
   custom.check_shapes(**SIZES)
+
+
+def test_what_only_a_judge_gives_is_refused_without_one(tmp_path):
+  load(tmp_path, "def reward(tokens_BGT, length_BG, ended_BG): pass").check_unjudged()
+  custom = load(tmp_path, "def reward(accuracy_BG, length_BG, kind_BGK): pass")
+  with pytest.raises(UserError, match="wants accuracy_BG, kind_BGK, which only a judge gives"):
+    custom.check_unjudged()
+
+
+def test_a_judge_or_a_function_must_be_there(tmp_path, caplog):
+  """Without a judge there is no gate and no filter, and no question is asked."""
+  config = {
+    "policy": {"checkpoint": "x"},
+    "data": {"train": "a", "eval": "b", "batch_size": 4},
+    "gate": {"ideal": "{color}"},
+    "question_filter": {"informed": ("{color}",)},
+    "rollout": {"group_size": 2, "sampling": {"max_tokens": 4}},
+    "train": {"steps": 1},
+  }
+  with pytest.raises(ValueError, match=r"neither a judge nor a reward.*judge.source.*custom"):
+    read_settings(config)
+  with caplog.at_level("INFO", "caprl_jax"):
+    settings = read_settings(config | {"reward": {"custom": "own.py:f"}})
+  assert "no judge is named: reward.custom scores captions" in caplog.text
+  assert settings.data.questions == 0 and settings.gate.ideal is None
+  assert settings.question_filter.informed == () and settings.step.reward.accuracy == 0
+  assert not settings.judge.named and settings.judge.name == "none"
+  with pytest.raises(ValueError, match="questions = 0 and batch_size = 4 must be at least 1"):
+    read_settings(config | {"judge": {"source": "x"}})

@@ -118,3 +118,12 @@ def test_what_stops_a_run_names_the_row(tmp_path, rows, body, message):
   with pytest.raises(UserError, match=message) as raised:
     call(reward)
   assert str(raised.value).startswith(f"reward.custom = {tmp_path / 'own.py'}:reward ")
+
+
+def test_without_a_judge_there_is_no_accuracy(tmp_path, rows):
+  path = tmp_path / "own.py"
+  path.write_text("def reward(completions, accuracy):\n  return accuracy\n")
+  custom = load_custom_reward(f"{path}:reward")
+  TextReward(custom, rows, Letters(), "")
+  with pytest.raises(UserError, match=r"wants accuracy, which.*accuracy is a judge's"):
+    TextReward(custom, rows, Letters(), "", judged=False)

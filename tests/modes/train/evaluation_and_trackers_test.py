@@ -91,9 +91,9 @@ def test_a_worse_captioner_does_not_replace_the_best(tmp_path, config):
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
     made = set_up(read_settings(config))
     best = Best(made.policy, tmp_path)
-    best.keep(1, made.policy.params, 0.5)
+    best.keep(1, made.policy.params, {"accuracy": 0.5})
     before = (tmp_path / "best" / "best.json").stat().st_mtime_ns
-    Best(made.policy, tmp_path).keep(2, made.policy.params, 0.5)  # as after a restart
+    Best(made.policy, tmp_path).keep(2, made.policy.params, {"accuracy": 0.5})  # as after a restart
   assert (tmp_path / "best" / "best.json").stat().st_mtime_ns == before
 
 
@@ -101,7 +101,7 @@ def test_a_worse_captioner_does_not_replace_the_best(tmp_path, config):
 def test_a_kill_between_two_renames_loses_no_best(tmp_path, left):
   (tmp_path / left).mkdir()
   (tmp_path / left / "best.json").write_text('{"step": 3, "accuracy": 0.75}')
-  assert Best(None, tmp_path).accuracy == 0.75
+  assert Best(None, tmp_path).value == 0.75
   assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
 
 

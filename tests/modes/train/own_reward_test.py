@@ -1,6 +1,8 @@
 """Mode `train` with a reward function of one's own, and with a judge behind a server."""
 
+import json
 import logging
+import pathlib
 import shutil
 
 import jax
@@ -9,12 +11,16 @@ import pytest
 from helpers import tiny
 from helpers.servers.chat import honest, judging, serving, shown
 
+import caprl_jax
 from caprl_jax import sharding
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.inference import endpoint
 from caprl_jax.inference.endpoint_judge import MARKUP
+from caprl_jax.modes.export import model_card
+from caprl_jax.modes.plan.abstract import model_configs
+from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.modes.train import run as train
 
 pytestmark = pytest.mark.slow
@@ -112,6 +118,69 @@ def test_texts_and_a_judge_behind_a_server(config, tmp_path, caplog, monkeypatch
   assert (
     summary["after"]["questions"] > 0 and summary["config"]["judge"]["endpoint"]["model"] == "m"
   )
+
+
+def test_without_a_judge_the_rows_need_no_questions(config, tmp_path, caplog):
+  """From Python: rows with facts alone, held-out images of a folder, and a function that scores.
+  Nothing is asked, and what is told of held-out images is the reward itself."""
+  own = config.copy_and_resolve_references()
+  del own.judge
+  own.data = dict(batch_size=4, max_train_rows=8)
+  rows = map(json.loads, pathlib.Path(config.data.train).read_text().splitlines())
+  (tmp_path / "rows.jsonl").write_text(
+    "".join(json.dumps({"image": row["image"], "facts": row["facts"]}) + "\n" for row in rows)
+  )
+  images = pathlib.Path(config.data.train).parent / "images"
+  shutil.copytree(images, tmp_path / "images")
+  held_out = tmp_path / "held_out"
+  held_out.mkdir()
+  for name in ("0.png", "1.png"):
+    shutil.copy(images / name, held_out)
+  own.data.train, own.data.eval = str(tmp_path / "rows.jsonl"), str(held_out)
+  del own.reward
+
+  def lengths(completions, color=None, **more):
+    assert more["questions"] == [[]] * len(completions) and set(more["accuracy"]) == {None}
+    known = color or [None] * len(completions)
+    return [len(c) / 10 + (one is not None) for c, one in zip(completions, known)]
+
+  own.train.steps, own.evaluate.every_steps = 2, 2
+  with caplog.at_level(logging.INFO):
+    result = caprl_jax.train(own, tmp_path / "run", reward=lengths)
+  for said in (
+    "judge none",
+    "gate skipped: there is no judge",
+    "after: reward",
+    "held-out reward",
+  ):
+    assert said in caplog.text, said
+  assert result.gate == {} and result.step == 2
+  samples = result.samples("after")
+  assert result.after["images"] == 2 == len(samples) and "accuracy" not in result.after
+  assert result.after["reward"] == pytest.approx(np.mean([len(s.caption) / 10 for s in samples]))
+  assert all(s.questions == 0 and s.reward == pytest.approx(len(s.caption) / 10) for s in samples)
+  for row in result.metrics:
+    assert row["reward/mean"] == pytest.approx(row["reward/custom"]) and row["reward/mean"] >= 1
+    assert not [name for name in row if name.startswith("judge/")] and "reward/accuracy" not in row
+    assert row["reward/unscored"] == 0 and row["update/nonfinite"] == 0
+  best = tiny.read_back(tmp_path / "run" / "best" / "best.json")
+  assert best == {"step": 2, "reward": pytest.approx(result.after["reward"])}
+  record = tiny.read_back(tmp_path / "run" / "record_train.json")["made_of"]
+  assert record["judge.source"] == "none" and record["reward.custom"]
+  page = result.report.read_text()
+  assert "not complete" not in page and "Reward of held-out captions" in page
+  summary = tiny.read_back(tmp_path / "run" / "summary.json")
+  card = model_card("base", summary, "float32")
+  assert "Reward: `" in card and "| reward |" in card and "the captions of an image compete" in card
+  caplog.clear()
+  with caplog.at_level(logging.INFO):
+    caprl_jax.train(own, tmp_path / "run", reward=lengths)
+  with pytest.raises(ValueError, match="neither a judge nor a reward of your own"):
+    caprl_jax.train(own, tmp_path / "run")
+  assert "this run is complete after step 2: reward" in caplog.text
+  with pytest.raises(ValueError, match="there is no judge: the step is planned with one"):
+    own.reward = dict(custom="python:lengths")
+    model_configs(read_settings(own), PlanConfig())
 
 
 def test_a_function_that_fails_stops_the_run_with_its_row(config, tmp_path):
