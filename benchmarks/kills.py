@@ -27,6 +27,7 @@ several processes a kill takes half a minute more, until it is seen.
 """
 
 import argparse
+import collections
 import dataclasses
 import gc
 import importlib
@@ -39,7 +40,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,10 +74,11 @@ LONGER = 6  # more steps of each run, phase and stage, where checkpoints are dam
 @dataclasses.dataclass
 class Whole:
   """What the run that nobody killed was like: of each process its changes of files, checkpoints
-  and seconds; and what it found."""
+  and seconds; and what it found, which is read with what the first other run has."""
 
+  workdir: pathlib.Path
   told: list[dict[str, Any]]
-  results: dict[str, Any]
+  results: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run_mode(
@@ -102,11 +104,11 @@ def run_mode(
   return main.main(tiny_runs.command(mode, folder, workdir, rows, args.set))
 
 
-def compare(workdir: pathlib.Path, output: pathlib.Path) -> int:
-  """Writes what a run has found, in a child."""
+def write_results(workdirs: Sequence[pathlib.Path], output: pathlib.Path) -> int:
+  """Writes what runs have found, in a child."""
   from helpers import tiny_runs
 
-  output.write_text(json.dumps(tiny_runs.results(workdir)))
+  output.write_text(json.dumps([tiny_runs.results(workdir) for workdir in workdirs]))
   return 0
 
 
@@ -125,11 +127,18 @@ def must(work: Callable[[], int], log: pathlib.Path) -> None:
     sys.exit(f"a child ended with code {end.code}:\n{end.said[-4000:]}")
 
 
-def read_results(workdir: pathlib.Path, log: pathlib.Path) -> dict[str, Any]:
-  """What a complete run has found."""
-  output = workdir.with_name(f"{workdir.name}.json")
-  must(lambda: compare(workdir, output), log)
-  return json.loads(output.read_text())
+def read_results(workdir: pathlib.Path, whole: Whole) -> dict[str, Any]:
+  """What a complete run has found; what the whole one has goes to it, where it is not there yet."""
+  output, log = workdir.with_name(f"{workdir.name}.json"), workdir.with_suffix(".log")
+  workdirs = [workdir] if whole.results else [workdir, whole.workdir]
+  must(lambda: write_results(workdirs, output), log)
+  found, *of_whole = json.loads(output.read_text())
+  if of_whole:
+    whole.results = of_whole[0]
+    for key, steps in whole.results.items():
+      if key.endswith(" steps") and steps != list(range(1, len(steps) + 1)):
+        sys.exit(f"{whole.workdir}: {key} are {steps}")
+  return found
 
 
 def whole_run(mode: str, folder: pathlib.Path, args: argparse.Namespace) -> Whole:
@@ -141,24 +150,26 @@ def whole_run(mode: str, folder: pathlib.Path, args: argparse.Namespace) -> Whol
   for end in ends:
     if end.code:
       sys.exit(f"mode {mode} ended with code {end.code}:\n{end.said[-4000:]}")
-  results = read_results(workdir, log)
-  for key, steps in results.items():
-    if key.endswith(" steps") and steps != list(range(1, len(steps) + 1)):
-      sys.exit(f"mode {mode}: {key} are {steps}")
-  return Whole([end.told for end in ends], results)
+  return Whole(workdir, [end.told for end in ends])
 
 
-def draw(rng: np.random.Generator, whole: Whole, processes: int) -> Kill:
-  """A random kill: half of them before a change of a file."""
+def draw(rng: np.random.Generator, whole: Whole, processes: int, done: dict[str, Any]) -> Kill:
+  """A random kill in what is left of a run: half of them before a change of a file.
+
+  done: what the starts before have counted. A start does what sets it up anew, so at least the
+    difference to the whole run is left.
+  """
   process = int(rng.integers(processes))
   told = whole.told[min(process, len(whole.told) - 1)]
+  told = {name: told[name] - done.get(name, 0) for name in ("changes", "checkpoints", "secs")}
   kind = rng.choice(["change", "change", "checkpoint", "time"])
-  if kind == "checkpoint" and told["checkpoints"]:
+  if kind == "checkpoint" and told["checkpoints"] > 0:
     number = int(rng.integers(1, told["checkpoints"] + 1))
     return Kill(kind, number, rng.uniform(0, 0.1), process)
-  if kind == "change" and told["changes"]:
+  if kind == "change" and told["changes"] > 0:
     return Kill(kind, int(rng.integers(1, told["changes"] + 1)), process=process)
-  return Kill("time", delay=rng.uniform(0.05, 0.5) * told["secs"], process=process)  # it compiled
+  secs = max(told["secs"], 1.0)  # of a start that compiles more than a later one
+  return Kill("time", delay=rng.uniform(0.05, 0.5) * secs, process=process)
 
 
 def wrong_ends(ends: list[Ended], kill: Kill | None, sent: signal.Signals) -> list[str]:
@@ -234,14 +245,15 @@ def kill_mode(
   row: dict[str, Any] = dict(
     mode=mode, kills=0, runs=0, starts=0, before_changes=0, before_renames=0
   )
-  row |= dict(in_checkpoints=0, damaged=0, last_end_secs=0.0, keys=len(whole.results))
+  row |= dict(in_checkpoints=0, damaged=0, last_end_secs=0.0, keys=0)
   row |= dict(largest_difference=0.0, differences=[])
   while row["kills"] < args.kills:
     workdir = folder / f"{mode}_{row['runs']}"
     row["runs"] += 1
     if not until_complete(mode, folder, workdir, args, rng, whole, row, sent):
       continue
-    found = read_results(workdir, workdir.with_suffix(".log"))
+    found = read_results(workdir, whole)
+    row["keys"] = len(whole.results)
     differ = differing(whole.results, found, close=not args.same_mesh)
     row["differences"] += [f"{workdir.name}: {key}" for key in differ]
     farthest = max((far for _, far in numbers_of(whole.results, found)), default=0.0)
@@ -263,11 +275,11 @@ def until_complete(
 ) -> bool:
   """Starts one run until it is complete, and counts in `row` what is done to it. False where it
   ended as it must not."""
-  most = row["kills"] + min(LIFE, args.kills - row["kills"])
+  most, done = row["kills"] + min(LIFE, args.kills - row["kills"]), collections.Counter()
   work = lambda: run_mode(mode, folder, workdir, args)
   while True:
     processes, devices = int(rng.choice(args.processes)), int(rng.choice(args.devices))
-    kill = draw(rng, whole, processes) if row["kills"] < most else None
+    kill = draw(rng, whole, processes, done) if row["kills"] < most else None
     size = dict(processes=processes, devices=devices)
     ends = run_processes(work, workdir.with_suffix(".log"), workdir, kill=kill, sent=sent, **size)
     row["starts"] += 1
@@ -276,6 +288,8 @@ def until_complete(
       return False
     if kill and ends[kill.process].code:
       count(row, ends, kill, workdir)
+      told = ends[kill.process].told
+      done.update({name: told[name] for name in ("changes", "checkpoints", "secs")})
       if args.damage:
         row["damaged"] += damage_newest(workdir, rng)
     else:
