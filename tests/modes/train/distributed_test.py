@@ -16,14 +16,17 @@ from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.hub.load import load_policy
 
 # After mode `train`, in the same processes: two steps of LoRA, with captions that are tokenised
-# anew between rollout and judge, as where the vocabularies differ.
+# anew between rollout and judge, as where the vocabularies differ. And the captioner of mode
+# `train`, read from its checkpoints.
 LORA_MODE = """
 import dataclasses
 import jax, ml_collections
 from caprl_jax import sharding
 from caprl_jax.config import schema as configuration
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
+from caprl_jax.hub.load import save_policy
 from caprl_jax.inference.retokenise import Translator
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.modes.train.run import save_captioner, train
@@ -41,6 +44,8 @@ def run(config, workdir):
     state = train(made, configuration.to_plain(config), place)
     params = merge_params(state.params, made.frozen.base)
     save_captioner(settings, place, made.policy, params, ["adapters"])
+    read = PolicySection(str(workdir)).load(made.mesh)
+    save_policy(place / "read", read, read.params)
 """
 PROGRAM = (
   "-c",
@@ -130,6 +135,17 @@ def test_the_captioner_is_that_of_one_process(one, two):
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
     # Adam moved them by up to 4e-3
     np.testing.assert_allclose(y, x, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_run_is_read_as_a_captioner_by_all_processes(one, two):
+  for workdir in (one, two):
+    wanted, found = (
+      safetensors.numpy.load_file(workdir / name / "model.safetensors")
+      for name in ("policy", "lora/read")
+    )
+    for name, x in wanted.items():
+      np.testing.assert_array_equal(found.pop(name), x, err_msg=name)
+    assert not found
 
 
 def test_adapters_are_those_of_one_process(one, two):
