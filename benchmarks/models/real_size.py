@@ -1,11 +1,12 @@
 """A published captioner's exact shapes with random weights: one image captioned by this package and
 by transformers, and the ids compared.
 
-  python -m benchmarks.models.real_size Qwen/Qwen2.5-VL-3B-Instruct [--layers 4] [--tokens 8]
+  python -m benchmarks.models.real_size Qwen/Qwen2.5-VL-3B-Instruct [--layers 4] [--json a.json]
+  python -m benchmarks.models.real_size --table a.json b.json
 
 Writes a checkpoint under the names of the published one (bfloat16, shards of 2 GB) with a stand-in
-for its tokenizer, then captions an image in float32, greedily, in two processes of their own, one
-after the other. Says whether the ids are equal, and seconds and peak host memory of both. Neither
+for its tokenizer, then captions an image in float32, greedily: three processes, one after the
+other. Says whether the ids are equal, and seconds and peak host memory of both. Neither
 the published files nor a network are needed: shapes are those of hub/published_configs.py, of which
 any captioner may be named. A model of N billion parameters takes 2 N GB of disk and 4 N GB of
 memory at least; --layers takes the first layers alone. Needs `pip install caprl_jax[test]`.
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ ADDED = (
 ADDED_OF = {  # what a family adds to these
   "internvl": ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>")
 }
-OURS, THEIRS = "ours", "transformers"
+WRITE, OURS, THEIRS = "write", "ours", "transformers"
 
 
 # ---- the checkpoint ----
@@ -200,15 +202,30 @@ def _result(ids: list[int], begun: float, loaded: float) -> dict[str, Any]:
 
 
 RUN = {OURS: caption_with_ours, THEIRS: caption_with_transformers}
+PARTS = (WRITE, *RUN)
 
 
-def measured(who: str, folder: pathlib.Path, image: pathlib.Path, tokens: int) -> dict[str, Any]:
-  """What one of them does, in a new process: as its function returns it, with `peak_gb`."""
-  command = [sys.executable, "-m", "benchmarks.models.real_size", str(folder), "--run", who]
-  command += ["--image", str(image), "--tokens", str(tokens)]
+def measured(part: str, args: argparse.Namespace, workdir: pathlib.Path) -> dict[str, Any]:
+  """What one of `PARTS` does, in a new process, so that none pays for another's memory: as its
+  function returns it, with `peak_gb`."""
+  command = [sys.executable, "-m", "benchmarks.models.real_size", args.name, "--run", part]
+  command += ["--workdir", str(workdir), "--tokens", str(args.tokens)]
+  command += ["--layers", str(args.layers)] if args.layers is not None else []
   root = pathlib.Path(__file__).parents[2]
   done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root)
   return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_part(args: argparse.Namespace) -> dict[str, Any]:
+  """One of `PARTS`, here."""
+  folder, image = args.workdir / "model", args.workdir / "image.png"
+  if args.run != WRITE:
+    return RUN[args.run](folder, image, args.tokens)
+  from caprl_jax.modes.plan.abstract import read_config, shallower
+
+  file = pathlib.Path(args.name)
+  config = json.loads(file.read_text()) if file.is_file() else read_config(args.name)
+  return write_checkpoint(folder, shallower(config, args.layers))
 
 
 # ---- the table ----
@@ -243,41 +260,47 @@ HEAD = (
 )
 
 
+def table(reports: Sequence[dict[str, Any]]) -> str:
+  """Reports as a table in Markdown, smaller models first."""
+  return "\n".join([HEAD, *map(row, sorted(reports, key=lambda one: one["parameters_billions"]))])
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("name", help="of hub/published_configs.py, or a config.json")
+  parser.add_argument("name", nargs="?", help="of hub/published_configs.py, or a config.json")
+  parser.add_argument("--table", type=pathlib.Path, nargs="+", help="prints reports (--json)")
   parser.add_argument("--layers", type=int, help="of text and tower; all by default")
   parser.add_argument("--tokens", type=int, default=8)
   parser.add_argument("--pixels", type=int, default=448, help="a side of the image")
   parser.add_argument("--workdir", type=pathlib.Path, help="where the checkpoint stays")
   parser.add_argument("--json", type=pathlib.Path, help="writes the report here")
-  parser.add_argument("--run", choices=RUN, help="used by the program itself")
-  parser.add_argument("--image", type=pathlib.Path, help="used by the program itself")
+  parser.add_argument("--run", choices=PARTS, help="used by the program itself")
   args = parser.parse_args()
+  if args.table:
+    print(table([json.loads(path.read_text()) for path in args.table]))
+    return 0
+  if args.name is None:
+    parser.error("name a model, or --table and reports")
   if args.run:
-    found = RUN[args.run](pathlib.Path(args.name), args.image, args.tokens)
+    found = run_part(args)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     print(json.dumps(found | {"peak_gb": peak}))
     return 0
-  from caprl_jax.modes.plan.abstract import read_config, shallower
-
-  file = pathlib.Path(args.name)
-  config = json.loads(file.read_text()) if file.is_file() else read_config(args.name)
   with tempfile.TemporaryDirectory() as temporary:
     workdir = (args.workdir or pathlib.Path(temporary)).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     report = {"model": args.name, "layers": args.layers, "pixels": args.pixels}
-    report |= write_checkpoint(workdir / "model", shallower(config, args.layers))
+    report |= {key: of for key, of in measured(WRITE, args, workdir).items() if key != "peak_gb"}
     print(f"checkpoint of {report['checkpoint_gb']:.2f} GB", file=sys.stderr)
     draw_image(workdir / "image.png", args.pixels)
     for who in RUN:
-      report[who] = measured(who, workdir / "model", workdir / "image.png", args.tokens)
+      report[who] = measured(who, args, workdir)
   if args.json:
     args.json.write_text(json.dumps(report, indent=1) + "\n")
-  print(f"{HEAD}\n{row(report)}")
+  print(table([report]))
   return 0 if report[OURS]["ids"] == report[THEIRS]["ids"] else 1
 
 

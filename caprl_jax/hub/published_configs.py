@@ -79,6 +79,30 @@ _QWEN3 = dict(
 )
 _QWEN2 = dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6)
 
+
+def _internvl35(**text) -> dict:
+  return dict(
+    model_type="internvl",
+    image_token_id=151671,
+    tie_word_embeddings=False,
+    downsample_ratio=0.5,
+    text_config=dict(_QWEN3, **text),
+    vision_config=dict(
+      num_hidden_layers=24,
+      hidden_size=1024,
+      intermediate_size=4096,
+      num_attention_heads=16,
+      image_size=[448, 448],
+      patch_size=[14, 14],
+      attention_bias=True,
+      use_qk_norm=False,
+      norm_type="layer_norm",
+      layer_norm_eps=1e-6,
+      use_mean_pooling=True,
+    ),
+  )
+
+
 CONFIGS = {
   "Qwen/Qwen2.5-VL-3B-Instruct": _qwen25_vl(
     vocab_size=151936,
@@ -122,31 +146,17 @@ CONFIGS = {
     num_hidden_layers=36,
     num_attention_heads=32,
   ),
-  "OpenGVLab/InternVL3_5-8B-HF": dict(
-    model_type="internvl",
-    image_token_id=151671,
-    tie_word_embeddings=False,
-    downsample_ratio=0.5,
-    text_config=dict(
-      _QWEN3,
-      hidden_size=4096,
-      intermediate_size=12288,
-      num_hidden_layers=36,
-      num_attention_heads=32,
-    ),
-    vision_config=dict(
-      num_hidden_layers=24,
-      hidden_size=1024,
-      intermediate_size=4096,
-      num_attention_heads=16,
-      image_size=[448, 448],
-      patch_size=[14, 14],
-      attention_bias=True,
-      use_qk_norm=False,
-      norm_type="layer_norm",
-      layer_norm_eps=1e-6,
-      use_mean_pooling=True,
-    ),
+  "OpenGVLab/InternVL3_5-1B-HF": _internvl35(
+    hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16
+  ),
+  "OpenGVLab/InternVL3_5-2B-HF": _internvl35(
+    hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16
+  ),
+  "OpenGVLab/InternVL3_5-4B-HF": _internvl35(
+    hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32
+  ),
+  "OpenGVLab/InternVL3_5-8B-HF": _internvl35(
+    hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32
   ),
   "Qwen/Qwen2.5-0.5B-Instruct": dict(
     _QWEN2,

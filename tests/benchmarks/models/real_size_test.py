@@ -3,6 +3,7 @@ ids from a checkpoint in shards."""
 
 import copy
 import json
+import sys
 
 import pytest
 
@@ -25,7 +26,7 @@ def tiny():
   return config
 
 
-def test_ours_and_transformers_write_the_same_ids(tmp_path, monkeypatch):
+def test_ours_and_transformers_write_the_same_ids(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(real_size, "SHARD_BYTES", 1 << 20)
   report = real_size.write_checkpoint(tmp_path / "model", tiny())
   names = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
@@ -40,6 +41,15 @@ def test_ours_and_transformers_write_the_same_ids(tmp_path, monkeypatch):
   assert len(report["ours"]["ids"]) == 4 and all(type(i) is int for i in report["ours"]["ids"])
   report |= {"model": NAME, "layers": 2}
   assert f"| {NAME} | 2 | 0.01 | 4 of 4 |" in real_size.row(report)
+  files = [tmp_path / f"{name}.json" for name in ("large", "small")]
+  files[0].write_text(json.dumps(report | {"model": "large", "parameters_billions": 3.0}))
+  files[1].write_text(json.dumps(report | {"layers": None}))
+  monkeypatch.setattr(sys, "argv", ["real_size", "--table", *map(str, files)])
+  assert real_size.main() == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[2].startswith(f"| {NAME} | all | 0.01 |") and lines[3].startswith(
+    "| large | 2 | 3.0"
+  )
 
 
 def test_the_first_id_that_differs():
