@@ -1,10 +1,10 @@
 """Captions a second: ours, transformers' batched `generate`, and ours as it was before it had an
 engine: one batch until its longest caption ends.
 
-  python -m benchmarks.inference.caption_speed [--images 128] [--batch 8] [--json FILE]
+  python -m benchmarks.inference.caption_speed [--images 256] [--batch 8] [--tail 10] [--json FILE]
 
 The same random Qwen2.5-VL (16.7M parameters), the same image files, greedy, with lengths that are
-forced: all of them the mean (`fixed`), or drawn (`lognormal:MEAN:SIGMA`, at most --max_tokens).
+forced: all of them the mean (`fixed`), or log-normal, the longest --tail times the mean (`tail`).
 Reading and cutting the images is part of what is timed, compiling is not. transformers, which takes
 its time, captions the first --theirs images only. The fastest of --repeats runs counts, taken in
 turns. Needs `pip install caprl_jax[test]`. Nothing else should run beside it.
@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.step import lengths
 from benchmarks.vs_trl import INSTRUCTION, pictures, torch_captioner
 from caprl_jax import sharding
 from caprl_jax.data.batches import ImagePrompt, stack
@@ -180,21 +179,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
       picture.save(path)
       rows.append(CaptionRow(path, "", path.name))
     loaded = load_policy(name, mesh)
+    limit = round(args.mean * args.tail)
     cfg = CaptionerConfig(
-      INSTRUCTION, max_tokens=args.max_tokens, batch_size=args.batch, repetition_penalty=1.0
+      INSTRUCTION, max_tokens=limit, batch_size=args.batch, repetition_penalty=1.0
     )
     figures = {}
     with (
       TimedCaptioner(loaded, cfg, mesh=mesh, seed=0) as captioner,
       HostPipeline(loaded.model.cfg, args.batch) as host,
     ):
-      for spec in (f"fixed:{args.mean}", f"lognormal:{args.mean}:{args.sigma}"):
-        limits = drawn(spec, args)
+      for spec in args.lengths:
+        tail = args.tail if spec == "tail" else 1.0
+        limits = lengths(args.images, args.mean, tail)
         runs = {
           THEIRS: by_transformers(model, processor, rows[: args.theirs], limits, args.batch),
-          "batches": by_batches(loaded, host, rows, limits, args.max_tokens, mesh),
+          "batches": by_batches(loaded, host, rows, limits, limit, mesh),
           "engine": by_engine(captioner, rows, limits),
         }
+        runs = {name: run for name, run in runs.items() if name != THEIRS or args.theirs}
         figures[spec] = summary(fastest(runs, args.repeats), limits)
   return {
     "device": jax.devices()[0].device_kind,
@@ -205,12 +207,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
   }
 
 
-def drawn(spec: str, args: argparse.Namespace) -> np.ndarray:
-  """Tokens of each image's caption, int32."""
-  if spec.startswith("fixed"):
-    return np.full(args.images, args.mean, np.int32)
-  rng = np.random.default_rng(0)
-  return lengths(spec, (args.images, 1), args.max_tokens, rng)[:, 0]
+def lengths(images: int, mean: float, tail: float) -> np.ndarray:
+  """Tokens of each image's caption, int32: log-normal, in an order drawn once, the longest `tail`
+  times the mean, which is `mean`; all the same where `tail` is 1. Raises ValueError where no
+  lengths are such.
+  """
+  if not 1 <= tail <= images / 2:
+    raise ValueError(f"--tail {tail} must be from 1 to half of --images {images}")
+  noise = np.random.default_rng(0).normal(size=images)
+
+  def drawn(sigma: float) -> np.ndarray:
+    weight = np.exp(sigma * noise)
+    return mean * weight / weight.mean()
+
+  low, high = 0.0, 20.0
+  for _ in range(50):
+    sigma = (low + high) / 2
+    low, high = (low, sigma) if drawn(sigma).max() > tail * mean else (sigma, high)
+  return np.maximum(np.round(drawn(low)), 1).astype(np.int32)
 
 
 def summary(measured: dict[str, tuple[float, Captions]], limits: np.ndarray) -> dict[str, Any]:
@@ -240,13 +254,17 @@ def summary(measured: dict[str, tuple[float, Captions]], limits: np.ndarray) -> 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--images", type=int, default=128)
-  parser.add_argument("--theirs", type=int, default=32, help="of the images, for transformers")
+  parser.add_argument("--images", type=int, default=256)
+  parser.add_argument(
+    "--theirs", type=int, default=32, help="of the images, for transformers; 0 leaves it out"
+  )
   parser.add_argument("--batch", type=int, default=8, help="captions that are written at once")
   parser.add_argument("--pixels", type=int, default=112, help="width and height of the images")
   parser.add_argument("--mean", type=int, default=24, help="tokens of a caption")
-  parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of a length")
-  parser.add_argument("--max_tokens", type=int, default=240)
+  parser.add_argument("--tail", type=float, default=10.0, help="the longest caption, in means")
+  parser.add_argument(
+    "--lengths", nargs="+", choices=("fixed", "tail"), default=("fixed", "tail"), metavar="KIND"
+  )
   parser.add_argument("--repeats", type=int, default=1)
   parser.add_argument("--json", type=pathlib.Path, help="where the figures are written")
   args = parser.parse_args()
