@@ -4,8 +4,8 @@ A fixed number of texts is written at once. Whenever one has ended, its slot tak
 text waits for a longer one. In each turn the host puts prompts into free entries, dispatches a
 block of tokens for all slots, and while the device works it readies the next prompts and gives away
 what ended in the block before. Only then it looks at what the block came to: the device waits for
-no more than that look. All shapes are fixed: once a bucket of prompts has been seen, nothing is
-compiled for it again.
+no more than that look, and where prompts are ready it runs them meanwhile. All shapes are fixed:
+once a bucket of prompts has been seen, nothing is compiled for it again.
 """
 
 import collections
@@ -186,8 +186,13 @@ class _Turns(Generic[Item]):
     return self.slots.busy
 
   def stage(self) -> None:
-    """Puts the next prompts on the device, where they are prepared."""
+    """Puts the next prompts on the device, where they are prepared, and lets it run them after the
+    block where no others wait for an entry."""
     if self.staged is None:
+      self.staged = self._next(wait=False)
+    if self.staged is not None and not self.ready:
+      asked, self.staged = self.staged, None
+      self.ready.append(self._prefill(asked))
       self.staged = self._next(wait=False)
 
   def dispatch(self) -> Block:
