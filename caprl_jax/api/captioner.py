@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -12,6 +12,7 @@ from caprl_jax.api.images import image_rows, is_one
 from caprl_jax.api.results import Results
 from caprl_jax.config.schema import did_you_mean
 from caprl_jax.harness.sections import PolicySection
+from caprl_jax.hub.int8 import Int8
 from caprl_jax.hub.load import Loaded
 from caprl_jax.inference import captioner as host
 from caprl_jax.modes.caption.section import STYLES, instruction_of
@@ -70,6 +71,7 @@ class Captioner:
     dtype: str = "float32",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    int8: Int8 = "none",
     mesh: sharding.MeshConfig | None = None,
     seed: int = 0,
     **settings: Any,
@@ -81,6 +83,7 @@ class Captioner:
       prompt: a style ("detailed", "medium", "short", "document") or any other text.
       dtype: of parameters and activations; "bfloat16" on accelerators.
       min_pixels, max_pixels: in place of the checkpoint's own limits on image size.
+      int8: what is rounded, as `policy.int8` of a config: "weights", "cache" or "both".
       mesh: devices along each axis; None: all devices share the images.
       seed: of sampled captions.
       settings: captions (per image), max_tokens, temperature (0 is greedy), top_p, top_k,
@@ -92,7 +95,12 @@ class Captioner:
     """
     _check_settings(settings)  # before weights are read
     section = PolicySection(
-      str(checkpoint), dtype=dtype, param_dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels
+      str(checkpoint),
+      dtype=dtype,
+      param_dtype=dtype,
+      min_pixels=min_pixels,
+      max_pixels=max_pixels,
+      int8=int8,
     )
     made = sharding.make_mesh(mesh or sharding.MeshConfig(), jax.local_devices())
     with jax.set_mesh(made):
@@ -135,6 +143,50 @@ class Captioner:
         "list of such"
       )
     return Results(self._all(list(images), on_error))
+
+  def stream(self, image: Any) -> Iterator[str]:
+    """Captions one image, and gives the text while it is written.
+
+    Between two pieces the captioner is free: it can be called, and a stream that nobody goes on
+    with holds up nothing. With the setting `batch_size` = 1 the pieces come soonest.
+
+    Args:
+      image: as of `__call__`, one of them.
+
+    Returns:
+      Pieces of some tokens each, of whole characters; joined they are the caption's text.
+
+    Raises:
+      ValueError: at once for what is no image and for several captions per image; with the first
+        piece for an image that cannot be captioned.
+    """
+    if self._captions_per_image > 1:
+      raise ValueError(
+        f"captions = {self._captions_per_image}: one caption is streamed; use "
+        "with_settings(captions=1)"
+      )
+    if not is_one(image):
+      raise ValueError(
+        f"image is of type {type(image).__name__}; give one path, Pillow image or array to stream"
+      )
+    (row,) = image_rows([image])
+    with self._lock:
+      number, self._next = self._next, self._next + 1
+    return self._pieces(self._captioner.stream((number, row)))
+
+  def _pieces(self, outputs: Iterator[host.CaptionerOutput]) -> Iterator[str]:
+    given = 0
+    while True:
+      with self._lock, jax.set_mesh(self.mesh):
+        output = next(outputs, None)
+      if output is None:
+        return
+      if output.error is not None:
+        raise output.error
+      text = output.captions[0].text
+      if len(text) > given:
+        yield text[given:]
+        given = len(text)
 
   def _all(self, images: list[Any], on_error: str) -> list[Any]:
     rows = image_rows(images)

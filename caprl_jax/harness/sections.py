@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,17 @@ from caprl_jax.errors import UserError
 from caprl_jax.harness.training.trained import Trained, find_run
 from caprl_jax.harness.watch import STOP_IF, WARN_IF, Watch
 from caprl_jax.hub.hub_files import fingerprint
+from caprl_jax.hub.int8 import Int8
 from caprl_jax.hub.load import (
   Loaded,
   load_pixels,
   load_policy,
   load_policy_config,
+  rounded,
   with_new_adapters,
   without_adapters,
 )
+from caprl_jax.json_files import shown
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import check_pixel_limits
 from caprl_jax.models.trainable import Trainable, merge_params, split_params, trainable_filter
@@ -46,6 +49,11 @@ class PolicySection:
   lora: the adapters, with `trainable` = `lora`.
   min_pixels, max_pixels: in place of the checkpoint's own limits on image size; written with the
     captioner.
+  int8: what is rounded to int8, in modes that write captions: `weights`, the decoder's matrices,
+    each as it is read (half of bfloat16's memory, and half of what each token has to read);
+    `cache`, the keys and values of image, prompt and caption, with a scale for each token and head
+    (twice as many captions at once); `both`; or `none`. `caption.int8_images` tells how many greedy
+    tokens it changes.
   """
 
   checkpoint: str
@@ -58,9 +66,20 @@ class PolicySection:
   lora: LoraConfig = LoraConfig(rank=16, alpha=32.0)
   min_pixels: int | None = None
   max_pixels: int | None = None
+  int8: Int8 = "none"
 
   def __post_init__(self):
     check_pixel_limits(self.min_pixels, self.max_pixels)
+    if self.int8 not in (kinds := get_args(Int8)):  # where it was not read from a config
+      raise ValueError(f"int8 = {shown(self.int8)} is none of {', '.join(kinds)}")
+
+  def check_exact(self, what: str) -> None:
+    """Raises ValueError where the captioner is rounded. `what`: needs it as it is."""
+    if self.int8 != "none":
+      raise ValueError(
+        f"policy.int8 = {self.int8!r} is for captions (modes caption, prism, evaluate, demo): "
+        f"{what} the captioner as it is; set policy.int8 = 'none'"
+      )
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
     """The captioner; of a training run's, adapters are merged. Raises ValueError as `load_policy`
@@ -76,6 +95,7 @@ class PolicySection:
       self.lora if self.trainable == "lora" else None,
       self.min_pixels,
       self.max_pixels,
+      self.int8,
     )
     return dataclasses.replace(loaded, bare=self.template == "bare")
 
@@ -89,7 +109,7 @@ class PolicySection:
       loaded = dataclasses.replace(loaded, params=params)
     if self.trainable == "lora":
       loaded = with_new_adapters(loaded, self.lora, mesh, param_dtype)
-    return dataclasses.replace(loaded, bare=self.template == "bare")
+    return dataclasses.replace(rounded(loaded, self.int8), bare=self.template == "bare")
 
   def _begun(self, run: Trained) -> "PolicySection":
     """What the run began with, asked and computed as this section says."""
@@ -137,6 +157,7 @@ class PolicySection:
     """What the captioner's texts depend on but for its instruction: settings of work that is kept.
     A checkpoint trained anew in its place is another one. Raises ValueError as `fingerprint`."""
     said = {} if self.template == "checkpoint" else {"template": self.template}
+    said |= {} if self.int8 == "none" else {"int8": self.int8}
     return said | {
       "checkpoint": self.checkpoint,
       "checkpoint_sha256": self.digest(),

@@ -25,6 +25,7 @@ from caprl_jax.hub.chat_template import (
 )
 from caprl_jax.hub.folders.pixels import PREPROCESSOR, PROCESSOR, processor_of
 from caprl_jax.hub.folders.text_files import json_of
+from caprl_jax.hub.int8 import Int8, named, to_int8, while_read, with_int8_cache
 from caprl_jax.hub.lora import merge_lora, new_lora
 from caprl_jax.hub.opened import open_captioner, open_decoder, read_processor
 from caprl_jax.hub.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
@@ -130,7 +131,7 @@ def init_decoder(cfg: DecoderConfig) -> Callable[[jax.Array], Any]:
   return init
 
 
-def _fill(init, keys: Keys, tensors, source, mesh, dtype) -> tuple[Params, Any]:
+def _fill(init, keys: Keys, tensors, source, mesh, dtype, int8: bool = False) -> tuple[Params, Any]:
   try:
     boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
   # Sizes that contradict each other show as whatever the layers stumble over.
@@ -145,7 +146,9 @@ def _fill(init, keys: Keys, tensors, source, mesh, dtype) -> tuple[Params, Any]:
   base, adapters = split_lora(abstract)
   base_shardings, adapter_shardings = split_lora(shardings)
   with going_on(f"loading {cut(source, 100)}"):
-    params = weights.params_from_tensors(base, tensors, keys, source, base_shardings)
+    each = while_read if int8 else None
+    params = weights.params_from_tensors(base, tensors, keys, source, base_shardings, each)
+  params = named(params) if int8 else params
   return merge_trees(params, new_lora(adapters, adapter_shardings)), shardings
 
 
@@ -184,10 +187,12 @@ def load_policy(
   lora: LoraConfig | None = None,
   min_pixels: int | None = None,
   max_pixels: int | None = None,
+  int8: Int8 = "none",
 ) -> Loaded:
   """Loads a captioner of any family from a Hugging Face directory or hub name. Raises ValueError as
   `load_judge`.
 
+  `int8`: what is rounded, for captions alone: the decoder's weights, its cache, or both.
   `min_pixels` and `max_pixels` take the place of the preprocessor's, and are written with the
   captioner: what sees smaller images while it is trained and asked is given them afterwards, too.
   """
@@ -206,9 +211,26 @@ def load_policy(
   empty = Loaded(Policy(cfg), {}, tokenizer, found.config, preprocessor, {}, small)
   empty = with_pixel_limits(empty, min_pixels, max_pixels)
   params, shardings = _fill(
-    init_policy(empty.model.cfg), found.keys, found.tensors, source, mesh, param_dtype
+    init_policy(empty.model.cfg),
+    found.keys,
+    found.tensors,
+    source,
+    mesh,
+    param_dtype,
+    int8 in ("weights", "both"),
   )
-  return dataclasses.replace(empty, params=params, shardings=shardings)
+  model = with_int8_cache(empty.model) if int8 in ("cache", "both") else empty.model
+  return dataclasses.replace(empty, model=model, params=params, shardings=shardings)
+
+
+def rounded(loaded: Loaded, int8: Int8) -> Loaded:
+  """The captioner with that of it rounded: as `load_policy` with `int8`, of one that is whole."""
+  if int8 in ("weights", "both"):
+    decoder = to_int8(loaded.params["language_model"])
+    loaded = dataclasses.replace(loaded, params={**loaded.params, "language_model": decoder})
+  if int8 in ("cache", "both"):
+    loaded = dataclasses.replace(loaded, model=with_int8_cache(loaded.model))
+  return loaded
 
 
 def load_pixels(source: str, min_pixels: int | None = None, max_pixels: int | None = None):

@@ -4,7 +4,7 @@ Nothing is read before the device that needs it asks for its part, so the host n
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -133,7 +133,12 @@ def _equal(tensors: Mapping, one: str, other: str) -> bool:
 
 
 def params_from_tensors(
-  abstract: Params, tensors: Mapping, keys: Keys, source: str, shardings: Any = None
+  abstract: Params,
+  tensors: Mapping,
+  keys: Keys,
+  source: str,
+  shardings: Any = None,
+  each: Callable[[str, jax.Array], Any] | None = None,
 ) -> Params:
   """Fills a tree of ShapeDtypeStructs from a checkpoint.
 
@@ -143,6 +148,7 @@ def params_from_tensors(
       index)`.
     source: names the checkpoint in errors.
     shardings: a tree like `abstract`; each device is given its part and no more is read for it.
+    each: (dotted name, parameter) -> what is kept in its place, before the next one is read.
 
   Raises:
     ValueError: tensors missing or left over (both listed), or a shape that does not fit, all before
@@ -152,13 +158,16 @@ def params_from_tensors(
   structure = jax.tree_util.tree_structure(abstract)
   shapes = jax.tree.leaves(abstract)
   places = [None] * len(leaves) if shardings is None else structure.flatten_up_to(shardings)
+  names = (name for _, name, *_ in _entries(abstract, keys))
   filled = []
-  for leaf, shape, place in zip(leaves, shapes, places):
+  for name, leaf, shape, place in zip(names, leaves, shapes, places):
     if place is None:
-      filled.append(jax.numpy.asarray(leaf.read((slice(None),) * len(shape.shape))))
+      value = jax.numpy.asarray(leaf.read((slice(None),) * len(shape.shape)))
     else:
-      filled.append(jax.make_array_from_callback(shape.shape, place, leaf.read))
+      value = jax.make_array_from_callback(shape.shape, place, leaf.read)
       leaf.known.clear()
+    filled.append(value if each is None else jax.block_until_ready(each(name, value)))
+    del value
   return jax.tree_util.tree_unflatten(structure, filled)
 
 

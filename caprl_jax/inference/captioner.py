@@ -34,6 +34,7 @@ from caprl_jax.types import Vocabulary
 log = logging.getLogger("caprl_jax.inference.captioner")
 
 GENERATION = "generation_config.json"
+NOT_WHOLE = "\ufffd"  # in the place of bytes that are no character, or not yet
 SHOWN_FAILURES = 20
 # PIL's name for an image in memory: another every time
 _ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
@@ -66,7 +67,8 @@ class CaptionerConfig:
 @dataclasses.dataclass(frozen=True)
 class WrittenCaption:
   """A caption's text, the ids that were sampled (the end token included), and whether it ended by
-  itself ("end") or was cut at max_tokens ("length"); "" while it is being written.
+  itself ("end") or was cut at max_tokens ("length"); "" while it is being written, and then the
+  text has whole characters alone: it is the beginning of the whole caption's.
   """
 
   text: str
@@ -215,6 +217,8 @@ class Captioner:
 
   def _written(self, one: Written[_Given]) -> WrittenCaption:
     text = self.loaded.tokenizer.decode_written(one.ids)
+    if one.live:
+      text = text.rstrip(NOT_WHOLE)
     finish = "end" if one.ids[-1] in self.vocabulary.end_ids else "length"
     return WrittenCaption(text, one.ids, "" if one.live else finish)
 

@@ -16,11 +16,14 @@ Letters: N branches, R prefix rows, F = N / R, L new tokens, E slots in front of
 S slots of a prefix or of a row, H query heads, J key heads, M = H / J, h head width.
 """
 
+from typing import TypeAlias
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from caprl_jax.masked import NEGATIVE
+from caprl_jax.models.layers import to_levels
 
 Array = jax.Array
 QUERY_CHUNK = 512
@@ -28,11 +31,31 @@ KEY_CHUNK = 256  # of keys of which many queries see none
 
 
 @flax.struct.dataclass
+class Rounded:
+  """Keys or values in int8, with a scale for each token and head. What is done to keys and values
+  along their layers, rows, slots and heads is done to both arrays alike, by `jax.tree.map`."""
+
+  values: Array  # int8 [..., J, h]
+  scale: Array  # float32 [..., J, 1]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.values.shape
+
+  @classmethod
+  def of(cls, x: Array) -> "Rounded":
+    return cls(*to_levels(x, -1))
+
+
+KeysOrValues: TypeAlias = Array | Rounded
+
+
+@flax.struct.dataclass
 class Prefix:
   """Keys and values that tokens left behind, for all layers; `layer()` drops the first axis."""
 
-  key_YRSJh: Array  # Y layers; keys are already rotated
-  value_YRSJh: Array
+  key_YRSJh: KeysOrValues  # Y layers; keys are already rotated
+  value_YRSJh: KeysOrValues
   valid_RS: Array  # bool
 
 
@@ -49,9 +72,22 @@ class EarlierTokens:
 
 def empty_cache(prefix: Prefix, rows: int, slots: int) -> Prefix:
   """A Prefix of the same model with `rows` rows and `slots` empty slots."""
-  Y, _, _, J, h = prefix.key_YRSJh.shape
-  zeros = jnp.zeros((Y, rows, slots, J, h), prefix.key_YRSJh.dtype)
-  return Prefix(zeros, zeros, jnp.zeros((rows, slots), bool))
+
+  def zeros(x: Array) -> Array:
+    return jnp.zeros((x.shape[0], rows, slots, *x.shape[3:]), x.dtype)
+
+  keys_values = jax.tree.map(zeros, (prefix.key_YRSJh, prefix.value_YRSJh))
+  return Prefix(*keys_values, jnp.zeros((rows, slots), bool))
+
+
+def grown(cache: Prefix, slots: int) -> Prefix:
+  """The cache with empty slots behind its own."""
+
+  def longer(x: Array, axis: int = 2) -> Array:
+    return jnp.pad(x, [(0, slots - x.shape[axis] if a == axis else 0) for a in range(x.ndim)])
+
+  keys_values = jax.tree.map(longer, (cache.key_YRSJh, cache.value_YRSJh))
+  return Prefix(*keys_values, longer(cache.valid_RS, 1))
 
 
 @flax.struct.dataclass
@@ -63,20 +99,27 @@ class Part:
   mass_NLH: Array  # float32, sum of exp(score - top)
 
 
-def attend_part(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) -> Part:
+def attend_part(
+  q_NLHh: Array, key_RSJh: KeysOrValues, value_RSJh: KeysOrValues, mask: Array
+) -> Part:
   """Attends to one piece. `mask` is bool [R, S] for a prefix, or [N, L, S] for a piece that has one
   row per branch.
 
   Scores and the softmax are float32; both products take the inputs' dtype and accumulate in
-  float32.
+  float32. int8 keys and values are widened to it, and their scales go to the scores and weights.
   """
   N, L, H, h = q_NLHh.shape
   R, S, J, _ = key_RSJh.shape
   assert N % R == 0 and H % J == 0, (q_NLHh.shape, key_RSJh.shape)
   q = q_NLHh.reshape(R, N // R, L, J, H // J, h)
+  (key_RSJh, key_scale), (value_RSJh, value_scale) = (
+    _widened(x, q.dtype) for x in (key_RSJh, value_RSJh)
+  )
   score = (
     jnp.einsum("rfljmh,rsjh->rfljms", q, key_RSJh, preferred_element_type=jnp.float32) * h**-0.5
   )
+  if key_scale is not None:
+    score = score * key_scale
   if mask.ndim == 2:
     mask = mask[:, None, None, None, None, :]
   else:
@@ -86,16 +129,27 @@ def attend_part(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) 
   top = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
   # A row that may see nothing has top = NEGATIVE; the mask keeps its exp(0) out of the mass.
   weight = jnp.where(mask, jnp.exp(score - top), 0.0)
+  scaled = weight if value_scale is None else weight * value_scale
   out = jnp.einsum(
     "rfljms,rsjh->rfljmh",
-    weight.astype(value_RSJh.dtype),
+    scaled.astype(value_RSJh.dtype),
     value_RSJh,
     preferred_element_type=jnp.float32,
   )
   return Part(out.reshape(N, L, H, h), top.reshape(N, L, H), weight.sum(-1).reshape(N, L, H))
 
 
-def attend_seen(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) -> Part:
+def _widened(x_RSJh: KeysOrValues, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+  """What a product takes, and by what a score or weight [r, f, l, j, m, s] is multiplied."""
+  if not isinstance(x_RSJh, Rounded):
+    return x_RSJh, None
+  scale_RJS = jnp.swapaxes(x_RSJh.scale[..., 0], 1, 2)
+  return x_RSJh.values.astype(dtype), scale_RJS[:, None, None, :, None, :]
+
+
+def attend_seen(
+  q_NLHh: Array, key_RSJh: KeysOrValues, value_RSJh: KeysOrValues, mask: Array
+) -> Part:
   """`attend_part`, `KEY_CHUNK` keys at a time, and not those that no query sees: so the time follows
   the keys that are there, and the scores of all keys never exist at once. The backward pass makes
   them again.
@@ -111,7 +165,7 @@ def attend_seen(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) 
     return jnp.moveaxis(jnp.pad(x, pad).reshape(shape), axis, 0)
 
   @jax.checkpoint  # around the choice, or each chunk would keep what it needs of either
-  def chunk(so_far: Part, x: tuple[Array, Array, Array]) -> tuple[Part, None]:
+  def chunk(so_far: Part, x: tuple[KeysOrValues, KeysOrValues, Array]) -> tuple[Part, None]:
     def look(so_far: Part) -> Part:
       return joined([so_far, attend_part(q_NLHh, *x)])
 
@@ -122,7 +176,8 @@ def attend_seen(q_NLHh: Array, key_RSJh: Array, value_RSJh: Array, mask: Array) 
     jax.eval_shape(attend_part, q_NLHh, key_RSJh, value_RSJh, mask),
   )
   nothing = nothing.replace(top_NLH=nothing.top_NLH + NEGATIVE)
-  pieces = (cut(key_RSJh, 1), cut(value_RSJh, 1), cut(mask, mask.ndim - 1))
+  key, value = jax.tree.map(lambda x: cut(x, 1), (key_RSJh, value_RSJh))
+  pieces = (key, value, cut(mask, mask.ndim - 1))
   return jax.lax.scan(chunk, nothing, pieces)[0]
 
 
@@ -189,7 +244,7 @@ def attend(
   q_NLHh: Array,
   own: tuple[Array, Array],
   tokens: OwnTokens,
-  prefixes: tuple[tuple[Array, Array, Array], ...] = (),
+  prefixes: tuple[tuple[KeysOrValues, KeysOrValues, Array], ...] = (),
 ) -> Array:
   """Attention of new tokens over prefixes, each (key_RSJh, value_RSJh, valid_RS), and over
   themselves and what stands in front of them in their rows (`own`: keys and values [N, E + L]).

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.json_files import shown
-from caprl_jax.models.attention import EarlierTokens, OwnTokens, Prefix, attend
+from caprl_jax.models.attention import EarlierTokens, OwnTokens, Prefix, Rounded, attend
 from caprl_jax.models.layers import GatedMLP, LoraConfig, RMSNorm, linear, rotary_tables, rotate
 
 Array = jax.Array
@@ -48,6 +48,8 @@ class DecoderConfig:
   dtype: Any = jnp.float32  # of activations; parameters keep their own
   remat: bool = False  # recompute each layer in the backward pass
   lora: LoraConfig | None = None
+  # The keys and values that tokens leave behind are `attention.Rounded`: for what has no gradient.
+  int8_cache: bool = False
 
   @classmethod
   def from_hf(cls, config: dict, **overrides) -> "DecoderConfig":
@@ -185,6 +187,8 @@ class Attention(nn.Module):
       dtype=cfg.dtype,
       lora=cfg.lora,
     )(out)
+    if cfg.int8_cache:
+      return out, (Rounded.of(k_NLJh), Rounded.of(v_NLJh))
     return out, (k_NLJh, v_NLJh)
 
 
@@ -323,6 +327,7 @@ class Decoder(nn.Module):
     keys_values = tuple((p.key_YRSJh, p.value_YRSJh) for p in prefixes)
     own = OwnTokens(valid_NL, segment_NL, reach=reach)
     if earlier is not None:
+      assert not cfg.int8_cache, "rows that are run block by block are not rounded"
       own = OwnTokens(
         jnp.concatenate([earlier.valid_NE, valid_NL], axis=1),
         jnp.concatenate([earlier.segment_NE, segment_NL], axis=1),

@@ -25,6 +25,14 @@ ACTIVATIONS = {
 }
 
 
+def to_levels(x: Array, axis: int) -> tuple[Array, Array]:
+  """Numbers in int8, as 255 levels of the largest of them along `axis`, and the size of a level,
+  float32 with 1 in the place of that axis."""
+  wide = x.astype(jnp.float32)
+  scale = jnp.maximum(jnp.abs(wide).max(axis=axis, keepdims=True), 1e-30) / 127
+  return jnp.round(wide / scale).astype(jnp.int8), scale
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
   """Low-rank adapters (Hu et al., arXiv 2106.09685): y += x A B * alpha / rank, on the linear

@@ -137,6 +137,7 @@ def run(config, workdir: pathlib.Path) -> None:
       loaded, base, summary = open_run(cfg.run, mesh)
     else:
       section = configuration.load_section(config, "policy", PolicySection)
+      section.check_exact("a directory holds")
       loaded, base = section.load(mesh), section.checkpoint
     params = loaded.params
     lora = loaded.model.cfg.text.lora

@@ -119,7 +119,8 @@ def prefill_in_pieces(policy: Policy, params: Params, batch: Batch) -> tuple[Arr
   def join(x: Array) -> Array:  # [C, Y, B / C, ...] -> [Y, B, ...]
     return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
 
-  key, value = sharding.over_batch((join(prefix.key_YRSJh), join(prefix.value_YRSJh)), 1)
+  joined = jax.tree.map(join, (prefix.key_YRSJh, prefix.value_YRSJh))
+  key, value = sharding.over_batch(joined, 1)
   hidden_BD, valid_RS = sharding.join_microbatches((hidden_CBD, prefix.valid_RS))
   return hidden_BD, Prefix(key, value, valid_RS)
 

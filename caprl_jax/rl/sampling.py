@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from caprl_jax import sharding
 from caprl_jax.masked import NEGATIVE
-from caprl_jax.models.attention import Prefix, empty_cache
+from caprl_jax.models.attention import Prefix, empty_cache, grown
 from caprl_jax.models.head import scaled_logits
 from caprl_jax.types import Vocabulary
 
@@ -230,8 +230,8 @@ class _Loop:
       (*self.prefixes, state.cache),
     )
     cache = Prefix(
-      write(state.cache.key_YRSJh, new.key_YRSJh),
-      write(state.cache.value_YRSJh, new.value_YRSJh),
+      jax.tree.map(write, state.cache.key_YRSJh, new.key_YRSJh),
+      jax.tree.map(write, state.cache.value_YRSJh, new.value_YRSJh),
       jax.lax.dynamic_update_slice_in_dim(state.cache.valid_RS, new.valid_RS, last, axis=1),
     )
     return self.emit(dataclasses.replace(state, cache=cache), hidden_N1D[:, 0])
@@ -260,15 +260,6 @@ class _Loop:
       prefixes=tuple(map(pick.of_prefix, self.prefixes)),
       length_N=None if self.length_N is None else pick.of(self.length_N),
     )
-
-
-def grown(cache: Prefix, slots: int) -> Prefix:
-  """The cache with empty slots behind its own."""
-
-  def longer(x: Array, axis: int) -> Array:
-    return jnp.pad(x, [(0, slots - x.shape[axis] if a == axis else 0) for a in range(x.ndim)])
-
-  return Prefix(longer(cache.key_YRSJh, 2), longer(cache.value_YRSJh, 2), longer(cache.valid_RS, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +293,7 @@ class _Pick:
       return taken.reshape(x.shape[0], -1, *x.shape[2:])
 
     valid = _Pick(place_HC, R).of(prefix.valid_RS)
-    return Prefix(layers(prefix.key_YRSJh), layers(prefix.value_YRSJh), valid)
+    return Prefix(*jax.tree.map(layers, (prefix.key_YRSJh, prefix.value_YRSJh)), valid)
 
   def put(self, x_N: Array, new_C: Array, where_C: Array) -> Array:
     """`x_N` with the rows picked replaced by `new_C`, those that `where_C` names."""

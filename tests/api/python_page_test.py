@@ -125,6 +125,20 @@ def test_images_of_every_kind_get_the_same_caption(names, place):
 
 
 @pytest.mark.slow
+def test_a_stream_is_refused_or_left_without_harm(names, place):
+  captioner = names["captioner"]
+  left = captioner.stream(Image.open(place / "photos" / "1.png"))
+  assert next(left) and captioner(str(place / "photos" / "1.png")).text  # in between
+  del left
+  with pytest.raises(ValueError, match="missing.png"):
+    list(captioner.stream(place / "missing.png"))
+  with pytest.raises(ValueError, match="image is of type list; give one path"):
+    captioner.stream([place / "photos" / "1.png"])
+  with pytest.raises(ValueError, match=r"captions = 2: one caption is streamed; use with_settings"):
+    names["several"].stream(place / "photos" / "1.png")
+
+
+@pytest.mark.slow
 def test_the_judge_is_the_host_judge(names):
   judge, color = names["judge"], names["color"]
   caption = "The image shows a red circle."

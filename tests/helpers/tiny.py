@@ -71,6 +71,14 @@ def train_anew(path: pathlib.Path) -> None:
   safetensors.numpy.save_file(changed, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def dequantised(params: dict) -> dict:
+  """Parameters whose int8 kernels are floats again."""
+  out = {k: dequantised(v) if isinstance(v, dict) else v for k, v in params.items()}
+  if (scale := out.pop("kernel_scale", None)) is not None:
+    out["kernel"] = out["kernel"] * scale[..., None, :]
+  return out
+
+
 def architecture() -> tuple[dict, dict]:
   """config.json and preprocessor_config.json of a tiny Qwen2.5-VL."""
   vocabulary = tokenizer(True)

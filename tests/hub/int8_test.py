@@ -1,5 +1,7 @@
-"""int8 weights: what is rounded, what it changes; that a run says so and asks no other judge."""
+"""int8 weights and caches: what is rounded, what it changes; that a run says so and asks no other
+judge."""
 
+import dataclasses
 import gc
 import logging
 import weakref
@@ -12,14 +14,19 @@ from helpers import tiny
 
 from caprl_jax import sharding
 from caprl_jax.harness.gate import gate
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.int8 import to_int8
-from caprl_jax.hub.load import load_judge
+from caprl_jax.hub.load import load_judge, load_policy
 from caprl_jax.inference import judge as host
 from caprl_jax.inference.judge import HostJudge, JudgeSection, open_judge
-from caprl_jax.models.decoder import head_matrix
+from caprl_jax.models.attention import Prefix
+from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.layers import Linear
+from caprl_jax.modes import export as export_mode
+from caprl_jax.modes.plan import run as plan_mode
+from caprl_jax.modes.train import run as train_mode
 
 
 def test_a_kernel_is_rounded_by_column():
@@ -62,6 +69,56 @@ def test_logits_stay_near(tmp_path):
 
   want, got = logits(judge.params), logits(small)
   assert 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
+
+
+def test_a_rounded_captioner_is_its_dequantised_self(tmp_path):
+  """The decoder's weights, rounded as they are read, and the cache; the tower stays."""
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  path = str(tiny.write_policy(tmp_path / "policy"))
+  small, whole = (load_policy(path, mesh, int8=kind) for kind in ("both", "none"))
+  text = small.params["language_model"]
+  rounded = {
+    "visual": whole.params["visual"],
+    "language_model": to_int8(whole.params)["language_model"],
+  }
+  jax.tree.map(np.testing.assert_array_equal, small.params, rounded)
+  assert up_kernel(text).dtype == jnp.int8
+
+  def run(cfg, params, tokens, start, prefixes=()):
+    position, valid = start + jnp.arange(tokens.shape[1])[None], jnp.ones(tokens.shape, bool)
+    return Decoder(cfg).apply(
+      {"params": params}, tokens, position, valid, prefixes, method="extend"
+    )
+
+  cfg, exact = small.model.cfg.text, whole.model.cfg.text
+  assert cfg.int8_cache and not exact.int8_cache
+  tokens, wide = jnp.arange(12)[None], tiny.dequantised(text)
+  hidden, prefix = run(cfg, text, tokens[:, :8], 0)
+  want, floats = run(exact, wide, tokens[:, :8], 0)
+  np.testing.assert_allclose(hidden, want, atol=1e-5)
+  caches = ((prefix.key_YRSJh, floats.key_YRSJh), (prefix.value_YRSJh, floats.value_YRSJh))
+  for cache, float_cache in caches:
+    assert cache.values.dtype == jnp.int8
+    error = np.abs(cache.values * cache.scale - float_cache)
+    assert (error <= 0.51 * cache.scale + 1e-6).all()
+  got, _ = run(cfg, text, tokens[:, 8:], 8, (prefix,))
+  as_floats = [cache.values * cache.scale for cache, _ in caches]
+  want, _ = run(exact, wide, tokens[:, 8:], 8, (Prefix(*as_floats, prefix.valid_RS),))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert np.abs(got - run(exact, wide, tokens[:, 8:], 8, (floats,))[0]).max() > 1e-4
+
+
+def test_only_captions_are_written_by_a_rounded_captioner(tmp_path):
+  config = tiny.write_all(tmp_path)
+  config.policy.int8 = "both"
+  for run in (train_mode.run, plan_mode.run, export_mode.run):
+    with pytest.raises(ValueError, match="policy.int8 = 'both' is for captions .* set policy.int8"):
+      run(config, tmp_path / "run")
+  with pytest.raises(ValueError, match="int8 = 'weight' is none of none, weights, cache, both"):
+    PolicySection("somewhere", int8="weight")
+  section = PolicySection(config.policy.checkpoint)
+  assert "int8" not in section.identity()  # what was kept before there was one stays valid
+  assert dataclasses.replace(section, int8="cache").identity()["int8"] == "cache"
 
 
 @pytest.fixture

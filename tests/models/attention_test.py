@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from caprl_jax.models import attention
-from caprl_jax.models.attention import OwnTokens, attend, attend_part, causal_mask, merge_parts
+from caprl_jax.models.attention import (
+  OwnTokens,
+  Rounded,
+  attend,
+  attend_part,
+  causal_mask,
+  merge_parts,
+)
 
 N, L, H, J, h = 12, 5, 4, 2, 8
 # rows, slots
@@ -53,6 +60,22 @@ def plain(q, own, prefixes, valid, own_valid):
 def test_equals_plain_attention_over_tiled_prefixes(sizes):
   arguments = case(sizes)
   np.testing.assert_allclose(shared(*arguments), plain(*arguments), atol=1e-5)
+
+
+def test_int8_prefixes_are_their_dequantised_selves():
+  """A scale for each token and head; a token of zeros stays one."""
+  q, own, prefixes, valid, own_valid = case(PREFIXES["judge"])
+  prefixes = tuple((k.at[:, 1].set(0.0), v.at[0, 0, 1].mul(50.0)) for k, v in prefixes)
+  small = jax.tree.map(Rounded.of, prefixes)
+  wide = jax.tree.map(lambda x: x.values * x.scale, small, is_leaf=lambda x: isinstance(x, Rounded))
+  got = shared(q, own, small, valid, own_valid)
+  np.testing.assert_allclose(got, shared(q, own, wide, valid, own_valid), atol=1e-5)
+  assert 1e-3 < np.abs(got - shared(q, own, prefixes, valid, own_valid)).max() < 0.3
+  for one, was in zip(jax.tree.leaves(wide), jax.tree.leaves(prefixes), strict=True):
+    np.testing.assert_allclose(one, was, atol=float(np.abs(was).max()) / 254 + 1e-6)
+    level = np.abs(was).max(-1, keepdims=True) / 127
+    assert (np.abs(one - was) <= level / 2 + 1e-6).all()
+  assert small[0][0].values.dtype == jnp.int8 and small[0][0].scale.shape == (1, 3, J, 1)
 
 
 @pytest.mark.parametrize("sizes", PREFIXES.values(), ids=PREFIXES)

@@ -21,11 +21,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.attention import Prefix
+from caprl_jax.models.attention import KeysOrValues, Prefix, empty_cache, grown
 from caprl_jax.models.decoder import Decoder, head_matrix
 from caprl_jax.models.policy import Policy, last_hidden
 from caprl_jax.rl.rollout import prefill_in_pieces, seen_tokens
-from caprl_jax.rl.sampling import Sampler, SamplingConfig, grown
+from caprl_jax.rl.sampling import Sampler, SamplingConfig
 from caprl_jax.types import Array, Batch, Images, Params, Prompts, Vocabulary
 
 # Tokens that are written between two looks at what has ended. More of them cost slots that have
@@ -57,8 +57,8 @@ class Prompted:
 class Rows:
   """The slots."""
 
-  key_YNCJh: Array
-  value_YNCJh: Array
+  key_YNCJh: KeysOrValues
+  value_YNCJh: KeysOrValues
   token_N: Array  # int32, drawn last
   run_N: Array  # int32, tokens whose keys and values are in the cache
   caption_N: Array  # int32, which of its prompt's texts is written
@@ -99,14 +99,15 @@ class _Writing:
 
   @classmethod
   def begin(cls, rows: Rows) -> "_Writing":
-    Y, N, _, J, h = rows.key_YNCJh.shape
-    empty, none_NK = jnp.zeros((Y, N, BLOCK, J, h), rows.key_YNCJh.dtype), jnp.zeros((N, BLOCK))
+    N = len(rows.token_N)
+    none_NK = jnp.zeros((N, BLOCK))
+    cache = Prefix(rows.key_YNCJh, rows.value_YNCJh, none_NK)
     return cls(
       step=jnp.int32(0),
       token_N=rows.token_N,
       live_N=rows.live_N,
       seen_NV=rows.seen_NV,
-      page=Prefix(empty, empty, none_NK.astype(bool)),
+      page=empty_cache(cache, N, BLOCK),
       tokens_NK=none_NK.astype(jnp.int32),
       valid_NK=none_NK.astype(bool),
     )
@@ -222,11 +223,10 @@ class Programs:
       return jnp.zeros((*x.shape[:axis], rows, *x.shape[axis + 1 :]), x.dtype)
 
     prompted = jax.tree.map(lambda x: zeros(x, entries), like)
-    Y, _, _, J, h = like.prefix.key_YRSJh.shape
-    cache = jnp.zeros((Y, N, slots, J, h), like.prefix.key_YRSJh.dtype)
+    cache = empty_cache(like.prefix, N, slots)
     number_N = jnp.zeros(N, jnp.int32)
     seen_NV = None if like.seen_BV is None else zeros(like.seen_BV, N)
-    rows = Rows(cache, cache, *(number_N,) * 4, jnp.zeros(N, bool), seen_NV)
+    rows = Rows(cache.key_YRSJh, cache.value_YRSJh, *(number_N,) * 4, jnp.zeros(N, bool), seen_NV)
     return prompted, rows
 
   def insert(
@@ -245,9 +245,8 @@ class Programs:
       more = max(slots - cache.shape[2], 0)
       return jnp.pad(cache, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))[:, :, :slots]
 
-    return dataclasses.replace(
-      rows, key_YNCJh=sized(rows.key_YNCJh), value_YNCJh=sized(rows.value_YNCJh)
-    )
+    key, value = jax.tree.map(sized, (rows.key_YNCJh, rows.value_YNCJh))
+    return dataclasses.replace(rows, key_YNCJh=key, value_YNCJh=value)
 
   def with_prefix_slots(self, entries: Prompted, slots: int) -> Prompted:
     """The entries with room for longer prompts."""
@@ -276,7 +275,8 @@ class Programs:
       )
       token_N, _ = sampler(hidden_N1D[:, 0], key_N, rows.run_N + i + 1, state.seen_NV)
       ends_N = sampler.ends(token_N) | (rows.run_N + i + 2 >= rows.limit_N)
-      put = lambda old, one, axis: jax.lax.dynamic_update_slice_in_dim(old, one, i, axis)
+      put_one = lambda old, one, axis: jax.lax.dynamic_update_slice_in_dim(old, one, i, axis)
+      put = lambda old, one, axis: jax.tree.map(lambda x, y: put_one(x, y, axis), old, one)
       return _Writing(
         step=i + 1,
         token_N=jnp.where(live_N, token_N, state.token_N),
@@ -294,11 +294,12 @@ class Programs:
     begun = _Writing.begin(rows)
     end = jax.lax.while_loop(lambda s: (s.step < BLOCK) & s.live_N.any(), step, begun)
     page_N = rows.run_N // BLOCK
+    put_page = lambda cache, page: jax.tree.map(lambda x, y: _put_page(x, y, page_N), cache, page)
     block = Block(rows.token_N, end.tokens_NK, end.valid_NK, end.live_N)
     return dataclasses.replace(
       rows,
-      key_YNCJh=_put_page(rows.key_YNCJh, end.page.key_YRSJh, page_N),
-      value_YNCJh=_put_page(rows.value_YNCJh, end.page.value_YRSJh, page_N),
+      key_YNCJh=put_page(rows.key_YNCJh, end.page.key_YRSJh),
+      value_YNCJh=put_page(rows.value_YNCJh, end.page.value_YRSJh),
       token_N=end.token_N,
       run_N=rows.run_N + end.step,
       live_N=end.live_N,

@@ -33,7 +33,7 @@ LOOKED_AT = 10_000  # images whose headers are read; of more, a sample
 FETCHED = 64  # images of the web
 BATCHES = 2  # that are timed, after one that compiles
 _BLOCK = 4096  # bytes: a small file takes one of such
-_SAME = ("checkpoint_sha256", "dtype", "prompt", "max_tokens", "captions")
+_SAME = ("checkpoint_sha256", "dtype", "int8", "prompt", "max_tokens", "captions")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from caprl_jax.modes.caption.columns import Column, Units, assembled
 from caprl_jax.modes.caption.dry_run import DryRun, dry_run
 from caprl_jax.modes.caption.formats.output import Output, kind_of
 from caprl_jax.modes.caption.inputs import read_inputs, temporary_cache
+from caprl_jax.modes.caption.int8 import check_int8_images, compare
 from caprl_jax.modes.caption.page import samples_page
 from caprl_jax.modes.caption.reopening import kept_units, made_again, mend, seed, tried_again
 from caprl_jax.modes.caption.section import SAMPLING, CaptionConfig, columns_of
@@ -44,6 +45,7 @@ from caprl_jax.modes.caption.upload import check_upload, upload
 log = logging.getLogger("caprl_jax.modes.caption.run")
 
 MANIFEST = "caption_manifest.json"  # in an output that is a folder of its own
+INT8 = "int8.json"  # in the folder of the shards: what rounding changes
 # How far a job is.
 _OPEN, _BEGIN, _AGAIN, _DONE = "in work", "to begin", "to be made again in part", "done"
 
@@ -63,10 +65,13 @@ def run(config, workdir: pathlib.Path) -> None:
     configuration.load_section(config, "mesh", sharding.MeshConfig), jax.local_devices()
   )
   sharding.check_batch_size(cfg.batch_size, mesh, "caption.batch_size")
+  check_int8_images(cfg, section)
   columns, seed_ = columns_of(cfg, section.instruction), config.get("seed", 0)
   output = _output(cfg, section, columns)
   parts_folder = output.path.with_name(output.path.name + ".parts")
-  captioners = functools.partial(_captioners, section, cfg, mesh, seed_)
+  open_any = functools.partial(_captioners, mesh=mesh, seed=seed_)
+  captioners = functools.partial(open_any, section, cfg)
+  int8_changes = functools.partial(compare, cfg, section, open_any, prompt=columns[0].prompt)
   if cfg.dry_run:
     with temporary_cache() as cache:
       inputs = read_inputs(cfg, columns, pathlib.Path(cache), texts=output.kind == "txt")
@@ -74,6 +79,8 @@ def run(config, workdir: pathlib.Path) -> None:
       dry_run(
         cfg, output, inputs.rows, DryRun(section.sizes, captioners, settings, _pace(mesh, cfg))
       )
+      if cfg.int8_images:
+        int8_changes(inputs.rows)
     return
   remedy = "no finished caption is lost: free some space and run the same command, which goes on"
   with saying_full_disk(output.path.parent, remedy):
@@ -87,6 +94,8 @@ def run(config, workdir: pathlib.Path) -> None:
     together = cfg.hosts is None and jax.process_count() > 1
     state = _left_to_do(cfg, output, parts, inputs.rows, from_first if together else None)
     if state != _DONE:
+      if cfg.int8_images and host == 0 and not (parts.folder / INT8).exists():
+        write_json(parts.folder / INT8, int8_changes(inputs.rows))
       _caption(cfg, output, parts, captioners, state)
       if host == 0:
         again = cfg.repair or cfg.retry_failed
@@ -300,6 +309,8 @@ def _write(
   job = settings | {"output": output.path.name, "format": output.kind}
   made = {"versions": versions(), **pace, "hosts": parts.hosts}
   told = figures | {"made_with": made, "job": job}
+  if (parts.folder / INT8).exists():
+    told["int8"] = read_record(parts.folder / INT8)
   if output.kind in ("hf", "webdataset", "tfds"):
     write_json(output.path / MANIFEST, told)
   write_json(output.beside(".stats.json"), told)

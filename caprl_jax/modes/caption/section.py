@@ -76,6 +76,9 @@ class CaptionConfig:
   hosts: how many processes share the output's folder; None: jax.process_count(). Set both on
     machines that do not run under jax.distributed.
   samples: about how many images are on the page of samples.
+  int8_images: so many of the first images are captioned twice before all others, greedily, without
+    and with `policy.int8`, and the log and stats.json say how many tokens it changes. A dry run
+    does it, too. It loads the captioner as it is, which takes the memory for that.
   """
 
   input: str
@@ -108,8 +111,11 @@ class CaptionConfig:
   host: int | None = None
   hosts: int | None = None
   samples: int = 48
+  int8_images: int = 0
 
   def __post_init__(self):
+    if self.int8_images < 0:
+      raise ValueError(f"caption.int8_images = {self.int8_images} must be at least 0")
     if self.shard_rows < 1 or self.batch_size < 1:
       raise ValueError(
         f"caption.shard_rows = {self.shard_rows} and batch_size = {self.batch_size} "

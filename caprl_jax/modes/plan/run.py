@@ -42,6 +42,7 @@ def run(config, workdir: pathlib.Path) -> None:
   """
   plan = configuration.load_section(config, "plan", PlanConfig)
   settings, prices = read_settings(config), read_prices(plan.prices)
+  settings.policy.check_exact("mode plan is about training, which changes")
   if plan.topology is not None:
     jax.config.update("jax_platforms", "cpu")  # whatever chips this machine may have
   if plan.topology == AUTO:

@@ -209,6 +209,7 @@ def run(config, workdir: pathlib.Path) -> None:
   is, but for what is missing of what it left, unless `train.steps` was raised: then it goes on."""
   settings = read_settings(config)
   _check_base(settings)
+  settings.policy.check_exact("mode train changes")
   with only_run(workdir):
     _run(settings, configuration.to_plain(config), workdir)
 

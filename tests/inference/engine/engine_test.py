@@ -1,12 +1,15 @@
 """Captions of the engine against those of the training step's rollout under the same random keys:
 whatever stands in the other slots, on one device or two."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
@@ -21,7 +24,9 @@ from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.inference import captioner as captioner_module
 from caprl_jax.inference.captioner import Captioner, CaptionerConfig
 from caprl_jax.inference.engine import engine as engine_module
+from caprl_jax.inference.engine.engine import Asked, EngineConfig, Listed
 from caprl_jax.inference.engine.programs import _put_row
+from caprl_jax.models.attention import Rounded
 from caprl_jax.rl.rollout import RolloutConfig, sample_captions
 from caprl_jax.rl.sampling import SamplingConfig
 from caprl_jax.types import Batch
@@ -122,6 +127,23 @@ def test_a_caption_is_its_own_whatever_is_beside_it(folder, one_device, monkeypa
     assert tokens_of(many, some) == {number: want[number] for number, _ in some}
 
 
+def test_int8_weights_and_cache_are_their_dequantised_selves(folder, monkeypatch):
+  """Greedy ids over three pages of a cache."""
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  rows = [numbered(folder)[i] for i in (0, 2, 5)]
+  cfg = CaptionerConfig("Describe it.", max_tokens=20, batch_size=2, repetition_penalty=1.0)
+
+  def ids(loaded):
+    with jax.set_mesh(mesh), Captioner(loaded, cfg, mesh=mesh, seed=SEED) as captioner:
+      return tokens_of(captioner, rows)
+
+  small = load_policy(str(folder / "policy"), mesh, int8="both")
+  found, of = ids(small), Rounded.of
+  assert max(map(len, sum(found.values(), []))) == 20
+  monkeypatch.setattr(Rounded, "of", lambda x: of(x).values * of(x).scale)
+  assert ids(dataclasses.replace(small, params=tiny.dequantised(small.params))) == found
+
+
 PROGRAM = """
 import json, pathlib, sys
 import jax
@@ -151,6 +173,24 @@ def test_two_devices_write_the_same(folder, one_device):
   assert done.returncode == 0, done.stderr[-2000:]
   found = json.loads(done.stdout.splitlines()[-1])
   assert {int(number): ids for number, ids in found.items()} == one_device[2]
+
+
+def test_prompts_are_run_before_they_are_needed():
+  """One batch of them: a slot that becomes free does not wait for the next prompts to be run."""
+  asked, run = [Asked([n], SimpleNamespace(number_B=jnp.zeros(1))) for n in range(3)], []
+  engine = SimpleNamespace(
+    cfg=EngineConfig(2, 1, SamplingConfig(4)),
+    shards=1,
+    params=None,
+    prefill=lambda _, request: run.append(request),
+  )
+  turns = engine_module._Turns(engine, Listed(asked))
+  for _ in range(2):  # what waits for an entry is not run twice, nor is more run
+    turns.stage()
+    assert run == [asked[0].request] and turns.staged is asked[1] and len(turns.ready) == 1
+  turns.ready.clear()
+  turns.stage()
+  assert run[1:] == [asked[1].request] and turns.staged is asked[2]
 
 
 def test_a_row_goes_to_its_own_shard():

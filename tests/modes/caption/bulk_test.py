@@ -4,6 +4,7 @@ what is tested is what becomes of them.
 
 import builtins
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -72,10 +73,11 @@ def writer(monkeypatch):
 def job(checkpoint, tmp_path, writer):
   """Runs the mode with keys of the section: job(output, key=value)."""
 
-  def run(output, source=tmp_path / "images", **section):
+  def run(output, source=tmp_path / "images", int8="none", **section):
     section = {"prompt": "See", "batch_size": 2, "max_tokens": 4} | section
     section |= {"input": str(source), "output": str(tmp_path / output)}
-    config = dict(mode="caption", seed=0, policy=dict(checkpoint=str(checkpoint)), caption=section)
+    policy = dict(checkpoint=str(checkpoint), int8=int8)
+    config = dict(mode="caption", seed=0, policy=policy, caption=section)
     caption.run(ml_collections.ConfigDict(config), tmp_path)
 
   write_images(tmp_path / "images")
@@ -452,3 +454,44 @@ def test_a_dry_run_writes_nothing(job, tmp_path, writer, caplog):
   with caplog.at_level(logging.INFO, "caprl_jax"):
     job("more.jsonl", dry_run=True)
   assert "(by done.stats.json, of 5 images)" in caplog.text and not writer.asked
+
+
+def test_what_int8_changes_is_said(job, tmp_path, writer, monkeypatch, caplog):
+  """The first images are captioned by the captioner as it is, then by the rounded one."""
+  opened = []
+
+  @contextlib.contextmanager
+  def open_captioner(load, cfg, *, mesh, seed):
+    opened.append(cfg)
+    rounded = len(opened) % 3 == 2
+
+    def write(rows):
+      with writer.open(load, cfg, mesh=mesh, seed=seed) as ours:
+        for (output,) in ours(rows):
+          ids = [7, 9, 9] if rounded and output.row.name.endswith("2.png") else [7, 2, 3]
+          captions = (WrittenCaption("A.", ids, "end"),) * len(output.captions)
+          yield [dataclasses.replace(output, captions=captions)]
+
+    yield write
+
+  monkeypatch.setattr(caption, "open_captioner", open_captioner)
+  want = dict(rounded="cache", images=4, changed_captions=0.25, tokens=11, changed_tokens=1 / 11)
+  sampled = dict(int8="cache", int8_images=5, captions=2, temperature=0.7, top_p=0.5)
+  with caplog.at_level(logging.INFO, "caprl_jax"):
+    job("out.jsonl", **sampled)
+  told = json.loads((tmp_path / "out.stats.json").read_text())
+  assert told["int8"] == want and told["job"]["int8"] == "cache"
+  assert "policy.int8 = cache changes 9.09% of 11 greedy tokens that follow the same" in caplog.text
+  assert [(cfg.captions, cfg.temperature, cfg.top_p) for cfg in opened] == [
+    *[(1, 0.0, 1.0)] * 2,
+    (2, 0.7, 0.5),
+  ]
+  opened.clear()
+  caplog.clear()
+  with caplog.at_level(logging.INFO, "caprl_jax"):
+    job("dry.jsonl", **sampled, dry_run=True)
+  assert "dry run: 6 images" in caplog.text and "changes 9.09% of 11" in caplog.text
+  with pytest.raises(ValueError, match="caption.int8_images = 5: .* policy.int8, which is 'none'"):
+    job("out.jsonl", int8_images=5)
+  with pytest.raises(ValueError, match="job with other settings.*int8 was 'cache' and is None"):
+    job("out.jsonl", captions=2, temperature=0.7, top_p=0.5)
