@@ -2,6 +2,7 @@
 judge."""
 
 import dataclasses
+import functools
 import gc
 import logging
 import weakref
@@ -84,6 +85,7 @@ def test_a_rounded_captioner_is_its_dequantised_self(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, small.params, rounded)
   assert up_kernel(text).dtype == jnp.int8
 
+  @functools.partial(jax.jit, static_argnums=0)
   def run(cfg, params, tokens, start, prefixes=()):
     position, valid = start + jnp.arange(tokens.shape[1])[None], jnp.ones(tokens.shape, bool)
     return Decoder(cfg).apply(
@@ -111,6 +113,7 @@ def test_a_rounded_captioner_is_its_dequantised_self(tmp_path):
 def test_only_captions_are_written_by_a_rounded_captioner(tmp_path):
   config = tiny.write_all(tmp_path)
   config.policy.int8 = "both"
+  config.export = dict(output=str(tmp_path / "out"))
   for run in (train_mode.run, plan_mode.run, export_mode.run):
     with pytest.raises(ValueError, match="policy.int8 = 'both' is for captions .* set policy.int8"):
       run(config, tmp_path / "run")
