@@ -150,9 +150,9 @@ def _widened(x_RSJh: KeysOrValues, dtype: jnp.dtype) -> tuple[Array, Array | Non
 def attend_seen(
   q_NLHh: Array, key_RSJh: KeysOrValues, value_RSJh: KeysOrValues, mask: Array
 ) -> Part:
-  """`attend_part`, `KEY_CHUNK` keys at a time, and not those that no query sees: so the time follows
-  the keys that are there, and the scores of all keys never exist at once. The backward pass makes
-  them again.
+  """`attend_part`, `KEY_CHUNK` keys at a time, and not those that no query sees: so the time
+  follows the keys that are there, and the scores of all keys never exist at once. The backward pass
+  makes them again.
   """
   (S, L), chunks = (key_RSJh.shape[1], q_NLHh.shape[1]), -(-key_RSJh.shape[1] // KEY_CHUNK)
   if L == 1 or chunks <= 2:

@@ -106,7 +106,8 @@ class Branches:
   def cut(self, slots: int) -> "Branches":
     """With so many slots of each caption."""
     *others, caption = self.prefixes
-    key, value = (x[:, :, :slots] for x in (caption.key_YRSJh, caption.value_YRSJh))
+    keys_values = (caption.key_YRSJh, caption.value_YRSJh)
+    key, value = jax.tree.map(lambda x: x[:, :, :slots], keys_values)
     cut = Prefix(key, value, caption.valid_RS[:, :slots])
     return dataclasses.replace(self, prefixes=(*others, cut))
 

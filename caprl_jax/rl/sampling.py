@@ -292,8 +292,8 @@ class _Pick:
       taken = jax.vmap(lambda x, i: x[:, i], in_axes=(1, 0), out_axes=1)(shares, place_HC)
       return taken.reshape(x.shape[0], -1, *x.shape[2:])
 
-    valid = _Pick(place_HC, R).of(prefix.valid_RS)
-    return Prefix(*jax.tree.map(layers, (prefix.key_YRSJh, prefix.value_YRSJh)), valid)
+    key, value = jax.tree.map(layers, (prefix.key_YRSJh, prefix.value_YRSJh))
+    return Prefix(key, value, _Pick(place_HC, R).of(prefix.valid_RS))
 
   def put(self, x_N: Array, new_C: Array, where_C: Array) -> Array:
     """`x_N` with the rows picked replaced by `new_C`, those that `where_C` names."""
