@@ -19,7 +19,7 @@ from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
 from caprl_jax.hub.int8 import to_int8
-from caprl_jax.hub.load import load_judge, load_policy
+from caprl_jax.hub.load import load_judge, load_policy, rounded
 from caprl_jax.inference import judge as host
 from caprl_jax.inference.judge import HostJudge, JudgeSection, open_judge
 from caprl_jax.models.attention import Prefix
@@ -78,11 +78,10 @@ def test_a_rounded_captioner_is_its_dequantised_self(tmp_path):
   path = str(tiny.write_policy(tmp_path / "policy"))
   small, whole = (load_policy(path, mesh, int8=kind) for kind in ("both", "none"))
   text = small.params["language_model"]
-  rounded = {
-    "visual": whole.params["visual"],
-    "language_model": to_int8(whole.params)["language_model"],
-  }
-  jax.tree.map(np.testing.assert_array_equal, small.params, rounded)
+  again = rounded(whole, "both")  # of a run's parameters, which are read otherwise
+  jax.tree.map(np.testing.assert_array_equal, small.params, again.params)
+  jax.tree.map(np.testing.assert_array_equal, small.params["visual"], whole.params["visual"])
+  assert again.model.cfg == small.model.cfg and rounded(whole, "none") is whole
   assert up_kernel(text).dtype == jnp.int8
 
   @functools.partial(jax.jit, static_argnums=0)
