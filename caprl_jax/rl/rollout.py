@@ -29,8 +29,8 @@ from caprl_jax.types import (
   Vocabulary,
 )
 
-# Rows of packed captions are run in MOST_BLOCKS blocks, or in more where each has ENOUGH_TOKENS on a
-# device all the same: with fewer it would wait for weights rather than save work.
+# Rows of packed captions are run in MOST_BLOCKS blocks, or in more where each has ENOUGH_TOKENS on
+# a device all the same: with fewer it would wait for weights rather than save work.
 MOST_BLOCKS, ENOUGH_TOKENS = 16, 2048
 MOST_PATCHES = 32_768  # that a device encodes at once while captions are written
 SMALLEST_BLOCK = 256  # slots; smaller ones save less than a further round costs
