@@ -41,6 +41,7 @@ from caprl_jax.modes.caption.reopening import kept_units, made_again, mend, seed
 from caprl_jax.modes.caption.section import SAMPLING, CaptionConfig, columns_of
 from caprl_jax.modes.caption.statistics import Statistics
 from caprl_jax.modes.caption.upload import check_upload, upload
+from caprl_jax.progress import going_on
 
 log = logging.getLogger("caprl_jax.modes.caption.run")
 
@@ -197,10 +198,11 @@ def _left_to_do(
   state = look(lambda: _state(cfg, output, parts, rows))
   if state == _DONE:
     return state
-  while state == _AGAIN and not parts.folder.exists():  # host 0 makes it
-    if told.exists() and told.stat().st_mtime_ns != written:
-      return _DONE  # host 0 has done it all
-    time.sleep(POLL_SECS)
+  with going_on("waiting for host 0, which makes ready what is made again"):
+    while state == _AGAIN and not parts.folder.exists():
+      if told.exists() and told.stat().st_mtime_ns != written:
+        return _DONE  # host 0 has done it all
+      time.sleep(POLL_SECS)
   parts.open()
   asked = cfg.repair or cfg.retry_failed
   if state == _OPEN and asked and (count := mend(parts, retry_failed=cfg.retry_failed)):
