@@ -61,6 +61,15 @@ def make_examples(
   return examples
 
 
+def _open_judge(
+  section: JudgeSection, cfg: DemoConfig, mesh: jax.sharding.Mesh, seed: int
+) -> TextJudge | ServedJudge:
+  if section.endpoint is not None:
+    return ServedJudge(EndpointJudge.open(section.endpoint, section.each_once(), seed), section)
+  with jax.set_mesh(mesh):
+    return TextJudge(section.load(mesh), section, mesh, cfg.caption_tokens, seed)
+
+
 def run(config, workdir: pathlib.Path) -> None:
   """Serves the page until it is interrupted."""
   cfg = configuration.load_section(config, "demo", DemoConfig)
@@ -87,12 +96,7 @@ def run(config, workdir: pathlib.Path) -> None:
   captioner_cfg = CaptionerConfig(
     policy_section.instruction, max_tokens=cfg.max_tokens, temperature=cfg.temperature, batch_size=1
   )
-  judge: TextJudge | ServedJudge
-  if section.endpoint is not None:
-    judge = ServedJudge(EndpointJudge.open(section.endpoint, section.each_once(), seed), section)
-  else:
-    with jax.set_mesh(mesh):
-      judge = TextJudge(section.load(mesh), section, mesh, cfg.caption_tokens, seed)
+  judge = _open_judge(section, cfg, mesh, seed)
   with open_captioner(policy_section.load, captioner_cfg, mesh=mesh, seed=seed) as captioner:
     demo = Demo(captioner, judge, cfg.max_tokens)
     log.info("compiling ...")
