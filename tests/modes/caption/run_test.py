@@ -389,7 +389,8 @@ def test_two_hosts_write_what_one_writes(many, distributed):
   figures = tiny.read_back(many / f"two{distributed}.stats.json")
   assert figures["captioned"] == COUNT - 1
   if distributed:
-    assert "1 captions are made again" in (output.with_name(output.name + ".stderr")).read_text()
+    said = (output.with_name(output.name + ".work") / "log.1.txt").read_text()
+    assert "1 captions are made again" in said
   else:
     assert figures["failed_by_reason"] == {"not an image": 1}
   if not distributed:  # more hosts than shards, and all is done: neither waits nor captions
