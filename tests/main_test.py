@@ -280,7 +280,7 @@ def test_a_run_in_a_bucket_leaves_all_of_it_there(cli, tmp_path, monkeypatch):
   assert b"stopped by SIGTERM" in bucket.cat("gs://b/run/log.txt")
   monkeypatch.setattr(main_module.peers, "current", lambda: object())
   code, _, err = cli(run=run, workdir="gs://b/run")
-  assert code == 2 and "gs://b/run: several processes need a folder that all of them see" in err
+  assert code == 2 and "gs://b/run: several processes of mode fake need a folder that all" in err
 
 
 def test_an_address_of_no_bucket_is_no_workdir(cli, tmp_path, monkeypatch):

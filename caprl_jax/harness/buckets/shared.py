@@ -39,9 +39,9 @@ def of_several(mirrors: list[Mirror], modes: Collection[str], process: int) -> l
   for mirror in mirrors:
     others = [mode for mode in modes if mode not in MODES]
     if others or not str(mirror.there).startswith("gs://"):
-      why = f"mode {', '.join(others)} of" if others else "buckets but gs:// with"
+      of = f"of mode {', '.join(others)} " if others else "with another bucket than one in gs:// "
       raise UserError(
-        f"{mirror.there}: {why} several processes need a folder that all of them see: mount the "
+        f"{mirror.there}: several processes {of}need a folder that all of them see: mount the "
         "bucket (gcsfuse; launch/tpu_vm.sh does) and name a folder in it"
       )
     if not mirror.only:

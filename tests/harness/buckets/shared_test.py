@@ -64,8 +64,16 @@ def test_a_run_whose_checkpoints_were_copied_is_not_gone_on_with(indexed, bucket
 @pytest.mark.parametrize(
   "address, modes, message",
   [
-    ("gs://b/run", ["train", "caption"], "gs://b/run: mode caption of several processes need"),
-    ("s3://b/run", ["train"], "s3://b/run: buckets but gs:// with several processes need a folder"),
+    (
+      "gs://b/run",
+      ["train", "caption"],
+      "gs://b/run: several processes of mode caption need a",
+    ),
+    (
+      "s3://b/run",
+      ["train"],
+      "several processes with another bucket than one in gs:// need",
+    ),
   ],
 )
 def test_what_needs_one_folder_says_so(address, modes, message, bucket, tmp_path):
