@@ -174,6 +174,42 @@ def batch_shards() -> int:
   return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+_ROLES = {"rows": ("data", "fsdp"), "heads": ("tensor",)}  # of axes, in `on_each_device`
+
+
+def even_parts(rows: int, heads: int) -> tuple[int, int]:
+  """Inside jit: into how many parts `on_each_device` splits so many rows and heads; 1 where they
+  cannot be split evenly."""
+  parts = _role_parts()
+  return tuple(parts[r] if n % parts[r] == 0 else 1 for r, n in (("rows", rows), ("heads", heads)))
+
+
+def _role_parts() -> dict[str, int]:
+  mesh = jax.sharding.get_abstract_mesh()
+  return {r: 1 if mesh.empty else math.prod(mesh.shape[a] for a in _ROLES[r]) for r in _ROLES}
+
+
+def on_each_device(run: Callable[..., Any], given: tuple, lie: tuple, made: Any) -> Any:
+  """Inside jit: `run` of each device's part of arrays, for what the compiler cannot split.
+
+  Args:
+    lie: as `given`, with the roles of each array's axes in its place: "rows" are split over `data`
+      and `fsdp`, "heads" over `tensor`, None is whole. A role is split only where all axes that
+      have it can be split evenly; else all of its devices compute the same.
+    made: the same of what `run` returns.
+  """
+  parts = _role_parts()
+  if all(count == 1 for count in parts.values()):
+    return run(*given)
+  is_roles = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+  roles, arrays = jax.tree.leaves(lie, is_leaf=is_roles), jax.tree.leaves(given)
+  sizes = [(r, n) for one, x in zip(roles, arrays, strict=True) for r, n in zip(one, x.shape)]
+  split = {r: _ROLES[r] for r in parts if not any(n % parts[r] for role, n in sizes if role == r)}
+  spec = lambda one: P(*(split.get(role) for role in one))
+  specs = jax.tree.map(spec, (lie, made), is_leaf=is_roles)
+  return jax.shard_map(run, in_specs=specs[0], out_specs=specs[1], check_vma=False)(*given)
+
+
 def pad_shares(tree: Any, rows: int) -> Any:
   """Inside jit: each device's rows of every array, zeros behind them up to `rows`."""
 

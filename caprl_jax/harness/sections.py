@@ -21,10 +21,12 @@ from caprl_jax.hub.load import (
   load_policy,
   load_policy_config,
   rounded,
+  with_attention,
   with_new_adapters,
   without_adapters,
 )
 from caprl_jax.json_files import shown
+from caprl_jax.models.attention_choice import AttentionChoice
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import check_pixel_limits
 from caprl_jax.models.trainable import Trainable, merge_params, split_params, trainable_filter
@@ -43,6 +45,8 @@ class PolicySection:
   dtype: of activations.
   param_dtype: of parameters. float32 parameters with bfloat16 activations are master weights.
   remat: compute activations again in the backward pass, which saves memory and costs time.
+  attention: `xla`; `kernel`: kernels for the TPU or GPU here that write no scores to memory; or
+    `auto`: these where they fit the model and give on this chip what XLA gives, else `xla`.
   trainable: `full`; `decoder` (the tower and projector stay); `projector` alone; or `lora`,
     adapters on the decoder's linear maps as `lora` says. What is not trained has no gradient, no
     optimizer state and no place in checkpoints.
@@ -62,6 +66,7 @@ class PolicySection:
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: bool = False
+  attention: AttentionChoice = "xla"
   trainable: Trainable = "full"
   lora: LoraConfig = LoraConfig(rank=16, alpha=32.0)
   min_pixels: int | None = None
@@ -82,8 +87,8 @@ class PolicySection:
       )
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
-    """The captioner; of a training run's, adapters are merged. Raises ValueError as `load_policy`
-    and `load_trained`."""
+    """The captioner; of a training run's, adapters are merged. Raises ValueError as `load_policy`,
+    `with_attention` and `load_trained`."""
     if run := find_run(self.checkpoint):
       return self._load_run(run, mesh)
     loaded = load_policy(
@@ -97,6 +102,7 @@ class PolicySection:
       self.max_pixels,
       self.int8,
     )
+    loaded = with_attention(loaded, self.attention, mesh, self.checkpoint)
     return dataclasses.replace(loaded, bare=self.template == "bare")
 
   def _load_run(self, run: Trained, mesh: jax.sharding.Mesh) -> Loaded:
@@ -114,7 +120,7 @@ class PolicySection:
   def _begun(self, run: Trained) -> "PolicySection":
     """What the run began with, asked and computed as this section says."""
     then = begun_with(run)
-    own = ("instruction", "template", "dtype", "remat")
+    own = ("instruction", "template", "dtype", "remat", "attention")
     limits = {name: getattr(self, name) for name in ("min_pixels", "max_pixels")}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     return dataclasses.replace(then, **{name: getattr(self, name) for name in own}, **limits)

@@ -30,6 +30,7 @@ from caprl_jax.hub.lora import merge_lora, new_lora
 from caprl_jax.hub.opened import open_captioner, open_decoder, read_processor
 from caprl_jax.hub.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
 from caprl_jax.json_files import cut, shown
+from caprl_jax.models.attention_choice import AttentionChoice, choose_attention
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.family import Keys
 from caprl_jax.models.layers import LoraConfig
@@ -293,6 +294,20 @@ def with_new_adapters(loaded: Loaded, lora: LoraConfig, mesh: jax.sharding.Mesh,
   adapters = new_lora(split_lora(abstract)[1], split_lora(shardings)[1])
   params = merge_trees(loaded.params, adapters)
   return dataclasses.replace(loaded, model=Policy(cfg), params=params, shardings=shardings)
+
+
+def with_attention(
+  loaded: Loaded, wanted: AttentionChoice, mesh: jax.sharding.Mesh, name: str
+) -> Loaded:
+  """The same model with the attention that is asked for; logs what must be said. `name`: of the
+  model, for messages. Raises ValueError as `choose_attention`."""
+  if wanted == "xla":  # as it was loaded
+    return loaded
+  platform = mesh.devices.flat[0].platform
+  cfg, notice = choose_attention(loaded.model.cfg, wanted, platform, name)
+  if notice:
+    log.info("%s", notice)
+  return dataclasses.replace(loaded, model=type(loaded.model)(cfg))
 
 
 def new_policy(

@@ -26,7 +26,7 @@ from caprl_jax.data.judge_questions import (
 )
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.int8 import to_int8
-from caprl_jax.hub.load import Loaded, load_judge, load_pixels, load_policy
+from caprl_jax.hub.load import Loaded, load_judge, load_pixels, load_policy, with_attention
 from caprl_jax.inference.endpoint import JudgeEndpoint
 from caprl_jax.inference.image_judge import (
   CAPTION,
@@ -36,6 +36,7 @@ from caprl_jax.inference.image_judge import (
   ScorePrompt,
 )
 from caprl_jax.json_files import shown
+from caprl_jax.models.attention_choice import AttentionChoice
 from caprl_jax.progress import counted
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin, best_and_lead
@@ -57,6 +58,7 @@ class JudgeSection(JudgeConfig):
   dtype: of parameters and activations.
   int8: parameters rounded to int8 before anything is asked; the log and summary.json of a training
     run say how often this changes an answer.
+  attention: as `policy.attention`, of the judge.
   score_prompt: what a judge with `sees_image` is asked, {caption} where the caption goes; None: our
     words.
   score_answer: how its answer begins, up to the score.
@@ -68,6 +70,7 @@ class JudgeSection(JudgeConfig):
   endpoint: JudgeEndpoint | None = None
   dtype: str = "float32"
   int8: bool = False
+  attention: AttentionChoice = "xla"
   score_prompt: str | None = None
   score_answer: str = SCORE_ANSWER
   scores: tuple[str, ...] = SCORES
@@ -90,8 +93,11 @@ class JudgeSection(JudgeConfig):
       raise ValueError(f"score_prompt = {shown(self.score_prompt)} must hold {CAPTION} once")
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
-    """The judge, rounded where `int8` says so. Raises ValueError as `load_judge`, for one behind an
-    endpoint, and where none is named."""
+    """The judge, rounded where `int8` says so. Raises ValueError as `load_judge` and
+    `with_attention`, for one behind an endpoint, and where none is named."""
+    return with_attention(self._load(mesh), self.attention, mesh, self.name)
+
+  def _load(self, mesh: jax.sharding.Mesh) -> Loaded:
     self.check_named()
     if self.endpoint is not None:
       raise ValueError(_NOT_HERE)

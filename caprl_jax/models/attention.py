@@ -12,22 +12,30 @@ and loss are all this one primitive:
 Attention over the pieces is computed piece by piece and merged by log-sum-exp (as flash attention
 merges its blocks; Dao et al., arXiv 2205.14135), so each piece can have its own kernel.
 
+Where a model's `attention` names kernels and queries are many, the pieces are attended to by
+kernels that write no scores to memory (`kernels/`); else, and where there are few, by XLA.
+
 Letters: N branches, R prefix rows, F = N / R, L new tokens, E slots in front of them in their row,
 S slots of a prefix or of a row, H query heads, J key heads, M = H / J, h head width.
 """
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from caprl_jax.masked import NEGATIVE
+from caprl_jax.models.kernels import merged
+from caprl_jax.models.kernels.piece import UNSEEN
 from caprl_jax.models.layers import to_levels
 
 Array = jax.Array
+AttentionKind = Literal["xla"] | merged.KernelKind
 QUERY_CHUNK = 512
 KEY_CHUNK = 256  # of keys of which many queries see none
+SEGMENT = 1 << 16  # slots of a row, at most, in the kernels' numbers, and twice the segments
+KERNEL_QUERIES = 128  # per branch, at least: kernels take so many at a time
 
 
 @flax.struct.dataclass
@@ -239,21 +247,52 @@ class OwnTokens:
     N, L = self.valid_NS.shape
     return jnp.broadcast_to(self.valid_NS[:, None], (N, L, L))
 
+  def seen(self, key_NSJh: Array, value_NSJh: Array) -> merged.Seen:
+    """What `mask` says, in the kernels' numbers: a segment's keys lie from `SEGMENT` times its
+    number on, in order."""
+    N, S = self.valid_NS.shape
+    segment_NS = jnp.zeros((N, S), jnp.int32) if self.segment_NS is None else self.segment_NS
+    low_NS = segment_NS.astype(jnp.int32) * SEGMENT
+    high_NS = low_NS + (jnp.arange(S, dtype=jnp.int32) if self.causal else 0)
+    code_NS = jnp.where(self.valid_NS, high_NS, UNSEEN)
+    new = slice(self.earlier, None)
+    return merged.Seen(key_NSJh, value_NSJh, code_NS, low_NS[:, new], high_NS[:, new])
+
+
+def takes_kernel(kind: AttentionKind, queries: int, slots: int) -> bool:
+  """Whether `attend` takes a kernel for so many queries per branch, in rows of so many slots:
+  decoding and short questions, which wait for their keys rather than for products, do not."""
+  return kind != "xla" and queries >= KERNEL_QUERIES and slots < SEGMENT
+
 
 def attend(
   q_NLHh: Array,
   own: tuple[Array, Array],
   tokens: OwnTokens,
   prefixes: tuple[tuple[KeysOrValues, KeysOrValues, Array], ...] = (),
+  kind: AttentionKind = "xla",
 ) -> Array:
   """Attention of new tokens over prefixes, each (key_RSJh, value_RSJh, valid_RS), and over
   themselves and what stands in front of them in their rows (`own`: keys and values [N, E + L]).
 
   Long runs of queries are taken in chunks of `QUERY_CHUNK`, whose scores are made again in the
-  backward pass: scores of all queries at once would be the largest array in the program.
+  backward pass: scores of all queries at once would be the largest array in the program. With
+  kernels of `kind` they are made block by block and never written.
 
   Returns [N, L, H, h] in the queries' dtype.
   """
+  if kind != "xla" and takes_kernel(kind, q_NLHh.shape[1], tokens.valid_NS.shape[1]):
+    everybody = jnp.zeros(q_NLHh.shape[:2], jnp.int32)
+
+    def wide(x: KeysOrValues) -> Array:
+      return (x.values * x.scale).astype(q_NLHh.dtype) if isinstance(x, Rounded) else x
+
+    before = [
+      merged.Seen(*map(wide, (key, value)), jnp.where(valid, 0, UNSEEN), everybody, everybody)
+      for key, value, valid in prefixes
+      if key.shape[1]
+    ]
+    return merged.attend(q_NLHh, [*before, tokens.seen(*own)], kind)
 
   def some(q_NCHh: Array, own: tuple[Array, Array], mask_NCL: Array) -> Array:
     parts = [attend_seen(q_NCHh, key, value, valid) for key, value, valid in prefixes]

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.json_files import shown
-from caprl_jax.models.attention import EarlierTokens, OwnTokens, Prefix, Rounded, attend
+from caprl_jax.models.attention import (
+  AttentionKind,
+  EarlierTokens,
+  OwnTokens,
+  Prefix,
+  Rounded,
+  attend,
+)
 from caprl_jax.models.layers import GatedMLP, LoraConfig, RMSNorm, linear, rotary_tables, rotate
 
 Array = jax.Array
@@ -47,6 +54,7 @@ class DecoderConfig:
   init_std: float = 0.02
   dtype: Any = jnp.float32  # of activations; parameters keep their own
   remat: bool = False  # recompute each layer in the backward pass
+  attention: AttentionKind = "xla"
   lora: LoraConfig | None = None
   # The keys and values that tokens leave behind are `attention.Rounded`: for what has no gradient.
   int8_cache: bool = False
@@ -177,7 +185,7 @@ class Attention(nn.Module):
     keys_values = (k_NLJh, v_NLJh)
     if earlier is not None:
       keys_values = tuple(map(lambda *x: jnp.concatenate(x, axis=1), earlier, keys_values))
-    out = attend(q_NLHh, keys_values, tokens, prefixes).reshape(N, L, -1)
+    out = attend(q_NLHh, keys_values, tokens, prefixes, cfg.attention).reshape(N, L, -1)
     out = linear(
       cfg.hidden_size,
       ("heads", "embed"),

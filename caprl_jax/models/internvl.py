@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caprl_jax.models.attention import OwnTokens, attend
+from caprl_jax.models.attention import AttentionKind, OwnTokens, attend
 from caprl_jax.models.family import Family, Features, Keys
 from caprl_jax.models.image_processor import CLIP_MEAN, CLIP_STD, Tiles
 from caprl_jax.models.layers import ACTIVATIONS, MLP, LayerNorm, PatchEmbed, RMSNorm, linear
@@ -89,6 +89,7 @@ class InternVisionConfig:
   init_std: float = 0.02
   dtype: Any = jnp.float32
   remat: bool = False
+  attention: AttentionKind = "xla"
 
   @classmethod
   def from_hf(
@@ -163,7 +164,8 @@ class VisionAttention(nn.Module):
     if cfg.qk_norm:
       q, k = RMSNorm(1e-6, name="q_norm")(q), RMSNorm(1e-6, name="k_norm")(k)
     q, k, v = (x.reshape(N, S, cfg.num_heads, cfg.head_dim) for x in (q, k, v))
-    out = attend(q, (k, v), OwnTokens(jnp.ones((N, S), bool), causal=False)).reshape(N, S, D)
+    own = OwnTokens(jnp.ones((N, S), bool), causal=False)
+    out = attend(q, (k, v), own, (), cfg.attention).reshape(N, S, D)
     return linear(D, ("heads", "vision_embed"), "projection_layer", use_bias=True, **options)(out)
 
 

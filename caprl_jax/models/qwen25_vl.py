@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.attention import OwnTokens, attend
+from caprl_jax.models.attention import AttentionKind, OwnTokens, attend, takes_kernel
 from caprl_jax.models.family import Family, Features, Keys
 from caprl_jax.models.image_processor import CLIP_MEAN, CLIP_STD, SmartResize
 from caprl_jax.models.layers import GatedMLP, PatchEmbed, RMSNorm, axial_tables, linear, rotate
@@ -71,6 +71,7 @@ class Qwen25VisionConfig:
   init_std: float = 0.02
   dtype: Any = jnp.float32
   remat: bool = False
+  attention: AttentionKind = "xla"
 
   @classmethod
   def from_hf(
@@ -156,7 +157,12 @@ class VisionAttention(nn.Module):
 
       return run
 
-    out = jax.lax.cond(is_full, within(S), within(cfg.slots_multiple), q, k, v, valid_BS)
+    if takes_kernel(cfg.attention, S, S):  # a window is a segment, and one kernel serves both
+      window_S = jnp.where(is_full, 0, jnp.arange(S) // cfg.slots_multiple)
+      own = OwnTokens(valid_BS, jnp.broadcast_to(window_S, (B, S)), causal=False)
+      out = attend(q, (k, v), own, (), cfg.attention).reshape(B, S, D)
+    else:
+      out = jax.lax.cond(is_full, within(S), within(cfg.slots_multiple), q, k, v, valid_BS)
     return linear(D, ("heads", "vision_embed"), "proj", **options)(out)
 
 

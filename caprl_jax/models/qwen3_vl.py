@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.attention import OwnTokens, attend
+from caprl_jax.models.attention import AttentionKind, OwnTokens, attend
 from caprl_jax.models.family import Family, Features, Keys
 from caprl_jax.models.image_processor import SmartResize
 from caprl_jax.models.layers import MLP, LayerNorm, PatchEmbed, axial_tables, linear
@@ -46,6 +46,7 @@ class Qwen3VisionConfig:
   init_std: float = 0.02
   dtype: Any = jnp.float32
   remat: bool = False
+  attention: AttentionKind = "xla"
 
   @classmethod
   def from_hf(
@@ -107,7 +108,7 @@ class VisionAttention(nn.Module):
     q, k, v = rotated_qkv(
       linear(3 * D, ("vision_embed", "heads"), "qkv", **options)(x_BSD), cfg, cos_BSh, sin_BSh
     )
-    out = attend(q, (k, v), OwnTokens(valid_BS, causal=False)).reshape(B, S, D)
+    out = attend(q, (k, v), OwnTokens(valid_BS, causal=False), (), cfg.attention).reshape(B, S, D)
     return linear(D, ("heads", "vision_embed"), "proj", **options)(out)
 
 

@@ -21,6 +21,7 @@ from caprl_jax.hub.load import init_decoder, init_policy
 from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.inference.image_judge import step_prompt
 from caprl_jax.inference.judge import JudgeSection
+from caprl_jax.models.attention_choice import choose_attention
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
@@ -147,6 +148,8 @@ def model_configs(
   cfg, notice = limit_pixels(cfg, section.min_pixels, section.max_pixels)
   if notice:
     log.warning("%s", notice)
+  platform = "tpu" if plan.topology is not None else jax.default_backend()
+  cfg, _ = choose_attention(cfg, section.attention, platform, section.checkpoint)
   if not settings.judge.named:
     raise ValueError(
       "there is no judge: the step is planned with one on the chips; set judge.source to a small "
@@ -160,10 +163,14 @@ def model_configs(
   judge_config = shallower(read_config(settings.judge.source), plan.layers)
   if settings.judge.sees_image:
     judge_cfg = PolicyConfig.from_hf(judge_config, {}, dtype=jnp.dtype(settings.judge.dtype))
-    return cfg, limit_pixels(judge_cfg, None, settings.judge.max_pixels)[0]
-  if is_vision_language(judge_config):
-    judge_config = family_of(judge_config).text(judge_config)
-  return cfg, DecoderConfig.from_hf(judge_config, dtype=jnp.dtype(settings.judge.dtype))
+    judge_cfg = limit_pixels(judge_cfg, None, settings.judge.max_pixels)[0]
+  else:
+    if is_vision_language(judge_config):
+      judge_config = family_of(judge_config).text(judge_config)
+    judge_cfg = DecoderConfig.from_hf(judge_config, dtype=jnp.dtype(settings.judge.dtype))
+  asked = settings.judge.attention
+  judge_cfg, _ = choose_attention(judge_cfg, asked, platform, settings.judge.name)
+  return cfg, judge_cfg
 
 
 def abstract_parameters(

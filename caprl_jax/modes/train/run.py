@@ -65,6 +65,8 @@ FREE = (
   "optimizer.schedule_steps",
   "policy.checkpoint",
   "policy.remat",
+  "policy.attention",
+  "judge.attention",
   "judge.source",
   "judge.endpoint.url",
   "judge.endpoint.api_key_env",
