@@ -87,6 +87,8 @@ def _run(
         log.info("caprl_jax %s, mode %s%s, in %s", caprl_jax.__version__, name, which, workdir)
         module.run(config, workdir)
       if group:
+        for mirror in mirrors:
+          mirror.push()  # while the others wait, who at their end would not for long
         group.finish()
   except (Exception, KeyboardInterrupt) as raised:  # noqa: BLE001  all of them are said
     error = group.cause_of(raised) if group else raised
