@@ -1,5 +1,6 @@
 """A run's folder in a bucket of Google's protocol: gcsfs and Orbax, and an emulator on loopback."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -30,6 +31,7 @@ def bucket(monkeypatch):
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
   emulator = server.create_server("localhost", port, in_memory=True, default_bucket="caprl")
+  _tell_generations(monkeypatch)
   emulator.start()
   monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks Google which kind it is
   monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
@@ -39,6 +41,23 @@ def bucket(monkeypatch):
   yield "gs://caprl"
   emulator.stop()
   backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def _tell_generations(monkeypatch):
+  """Google's storage says with each file that it sends which generation of it that is; the emulator
+  does not, and Orbax's storage cannot read a file a second time without it."""
+  from gcp_storage_emulator.exceptions import NotFound
+  from gcp_storage_emulator.handlers import objects
+
+  download = objects.download
+
+  def telling(request, response, storage, *args, **more):
+    place = request.params["bucket_name"], request.params["object_id"]
+    with contextlib.suppress(NotFound):
+      response["x-goog-generation"] = storage.get_file_obj(*place)["generation"]
+    return download(request, response, storage, *args, **more)
+
+  monkeypatch.setattr(objects, "download", telling)
 
 
 def test_a_run_s_folder_goes_to_the_bucket_and_comes_back(bucket, tmp_path, monkeypatch):
