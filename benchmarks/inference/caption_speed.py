@@ -260,7 +260,7 @@ def main() -> None:
   )
   parser.add_argument("--batch", type=int, default=8, help="captions that are written at once")
   parser.add_argument("--pixels", type=int, default=112, help="width and height of the images")
-  parser.add_argument("--mean", type=int, default=24, help="tokens of a caption")
+  parser.add_argument("--mean", type=int, default=48, help="tokens of a caption")
   parser.add_argument("--tail", type=float, default=10.0, help="the longest caption, in means")
   parser.add_argument(
     "--lengths", nargs="+", choices=("fixed", "tail"), default=("fixed", "tail"), metavar="KIND"
