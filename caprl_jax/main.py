@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import re
 import sys
 import textwrap
 import traceback
@@ -197,20 +198,27 @@ def _define_flags() -> flags.FlagValues:
 
 
 def _help_page(options: flags.FlagValues) -> str:
-  """What --help prints: every mode with an example, and the flags."""
-  command = "python -m caprl_jax.main"
+  """What --help prints: every mode with an example, and the flags. Where no configs/ is at hand,
+  the examples take the configs that come with the package."""
+  cloned = pathlib.Path("configs/quickstart.py").is_file()
+  command = "python -m caprl_jax.main" if cloned else "caprl_jax"
   lines = [
     "caprl_jax trains an image captioner by reinforcement: a language model that cannot see the",
     "image answers questions from the caption alone, and a caption earns what it gets right.",
     "",
     f"  {command} --config=FILE --workdir=DIR [--config.section.key=value ...]",
-    "  (where the package is installed, the command caprl_jax is the same)",
+    "  (where the package is installed, the command caprl_jax is the same)"
+    if cloned
+    else "  (caprl_jax:NAME is a config that comes with the package; your own is a FILE.py)",
     "",
     "Modes (config.mode; several joined by commas run in a row, e.g. --config.mode=sft,train):",
   ]
   lines.append("")
   for name, mode in registry.MODES.items():
-    lines += [f"  {name:<10}{mode.line}", f"  {'':<10}{command} {mode.example}"]
+    example = mode.example
+    if not cloned:
+      example = re.sub(r"configs/(\w+)\.py", r"caprl_jax:\1", example)
+    lines += [f"  {name:<10}{mode.line}", f"  {'':<10}{command} {example}"]
   table = {
     "--config.section.key=...": "Change one value of the config, in the file or at its default; "
     "None empties it."

@@ -116,7 +116,10 @@ def test_the_source_distribution_holds_all_that_the_repository_does(built):
 
 def test_the_installed_command_helps_from_another_folder(installed, tmp_path):
   printed = run_elsewhere(installed, tmp_path, "-m", "caprl_jax.main", "--help")
-  assert "Modes (config.mode" in printed and "--workdir" in printed
+  assert "Modes (config.mode" in printed
+  # Its examples need no clone.
+  assert "  caprl_jax --config=caprl_jax:quickstart --workdir=runs/quickstart\n" in printed
+  assert "--config=configs/" not in printed
 
 
 def test_the_installed_command_trains_from_its_own_configs_in_an_empty_folder(installed, tmp_path):

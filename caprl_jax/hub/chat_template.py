@@ -1,5 +1,6 @@
 """A checkpoint's chat template, an instruction -> token ids before and after the image."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,7 +170,8 @@ def render(
   Raises:
     ValueError: it fails on them, does not end, or writes what is no text.
   """
-  # late: it takes a second
+  # Late: it takes a second. It would tell the user that PyTorch is missing, which is not needed.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "true")
   from transformers.utils.chat_template_utils import render_jinja_template
 
   if not _is_default(template):

@@ -7,9 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 
 Rows = Sequence[dict[str, Any]]  # read_metrics()
@@ -198,6 +195,8 @@ def _series(rows: Rows, panel: Panel) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def _draw(panel: Panel, series: dict[str, tuple[np.ndarray, np.ndarray]], slug: str) -> str:
+  import matplotlib.figure  # late, here and below: it takes half a second of each start
+
   # Text stays text: it takes the page's font, can be searched, and is read out.
   with matplotlib.rc_context(
     {"svg.fonttype": "none", "svg.hashsalt": slug, "font.size": 9.5, "text.parse_math": False}
@@ -251,6 +250,8 @@ def _key(i: int) -> str:
 
 
 def _style(axes, panel: Panel, log: bool) -> None:
+  import matplotlib.ticker
+
   axes.set_xlabel("step", color=_INK)
   axes.set_ylabel(panel.unit + (", log scale" if log else ""), color=_INK)
   axes.grid(axis="y", color=_GRID, linewidth=0.8)

@@ -430,11 +430,14 @@ def test_a_missing_package_names_its_remedy(tmp_path, monkeypatch, name, package
     trackers.open_trackers([name], tmp_path, {}, 0)
 
 
-def test_no_trackers_need_no_packages(tmp_path):
+def test_no_trackers_need_no_packages_and_modes_start_without_what_few_runs_need(tmp_path):
   program = (
     "import pathlib, sys; from caprl_jax.harness import trackers;assert "
-    "trackers.open_trackers([], pathlib.Path(sys.argv[1]), {}, 0) == [];print([m for m in "
-    "('tensorboardX', 'wandb', 'torch', 'tensorflow') if m in sys.modules])"
+    "trackers.open_trackers([], pathlib.Path(sys.argv[1]), {}, 0) == [];"
+    "from caprl_jax.modes.train import run; from caprl_jax.modes.caption import run;"
+    "from caprl_jax.modes.curate import run; from caprl_jax.modes.gallery import run;print([m for "
+    "m in ('tensorboardX', 'wandb', 'torch', 'tensorflow', 'tensorflow_datasets', 'matplotlib', "
+    "'transformers') if m in sys.modules])"
   )
   output = subprocess.run(
     [sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True, text=True

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from caprl_jax import hub_datasets
 from caprl_jax.data import json_rows
 from caprl_jax.data import rows as rows_lib
-from caprl_jax.data.charts import rows as charts
-from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
+from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl
 from caprl_jax.data.readers.easy_vqa import read_easy_vqa
 from caprl_jax.data.readers.image_sources import list_images
 from caprl_jax.json_files import shown
@@ -83,6 +82,8 @@ def scan_qa_rows(
   if kind == "easy_vqa":
     yield from read_easy_vqa(rest, seed)
   elif kind == "charts":
+    from caprl_jax.data.charts import rows as charts  # only here: it brings matplotlib
+
     match = re.fullmatch(r"([^:]*)(?::(\d+)(?::(\d+)x(\d+))?)?", rest)
     if not match:
       raise ValueError(
@@ -107,6 +108,8 @@ def scan_qa_rows(
         f"data source {shown(source)}: write tfds:FOLDER:SPLIT, e.g. "
         "tfds:data/caprl_qa/default/1.0.0:train"
       )
+    from caprl_jax.data.readers import tfds  # only here: it brings tensorflow_datasets
+
     yield from tfds.scan_tfds(folder, split)
   elif suffix in JSON_SUFFIXES:
     yield from _scan_json(pathlib.Path(source).expanduser(), asked)

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from caprl_jax.atomic_files import write_json
-from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl, tfds
+from caprl_jax.data.readers import caprl_json, caprl_parquet, jsonl
 from caprl_jax.data.rows import QARow
 from caprl_jax.errors import UserError
 from caprl_jax.json_files import read_record, shown
@@ -40,6 +40,8 @@ def check_output(output: str, key: str, name: str, workdir: pathlib.Path) -> Non
 def output_path(output: str, name: str) -> pathlib.Path:
   """The file, or the dataset's own folder, that an output is."""
   if output.startswith("tfds:"):
+    from caprl_jax.data.readers import tfds  # late: it brings tensorflow_datasets
+
     return tfds.dataset_folder(_folder(output), name)
   return pathlib.Path(output).expanduser()
 
@@ -68,6 +70,8 @@ def write_output(
 
 def _write(rows: Sequence[QARow], output: str, split: str, name: str) -> None:
   if output.startswith("tfds:"):
+    from caprl_jax.data.readers import tfds
+
     tfds.write_tfds(_folder(output), {split: rows}, name)
     return
   path = output_path(output, name)
