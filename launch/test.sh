@@ -80,6 +80,10 @@ wait "$tpu_compiler" "$emulator" "$browser"
 if (($# == 0)); then
   bash launch/audit.sh .venv-test # printed for whoever reads the log; no reason to fail
 fi
-# Two at a time, file by file: most of the time goes into compiling, which takes one core. In the order of
-# tests/conftest.py, which puts slow files first.
-exec .venv-test/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --timeout=1200 "$@"
+# File by file, in the order of tests/conftest.py, which puts slow files first. Most of the time goes into compiling,
+# which takes one core, and some of it into waiting for processes: hence one worker more than there are cores, as far as
+# memory allows.
+workers="$(.venv-test/bin/python -c 'import os
+gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+print(max(1, min(os.cpu_count() + 1, int(gib // 4))))')"
+exec .venv-test/bin/python -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder --durations=15 --timeout=1200 "$@"

@@ -152,7 +152,7 @@ CASES = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Pair:
   """transformers' model, ours, and the same parameters."""
 
