@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,9 @@ RULES = (
   ("layers", None),
 )
 P = jax.sharding.PartitionSpec
+
+HOST = "pinned_host"  # what jax calls the memory of the machine that a device is plugged into
+MomentMemory = Literal["device", "host"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,11 +350,18 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def optimizer_shardings(
-  tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: jax.sharding.Mesh
+  tx: optax.GradientTransformation,
+  params: Any,
+  shardings: Any,
+  mesh: jax.sharding.Mesh,
+  memory: MomentMemory = "device",
 ) -> Any:
   """Shardings of the optimizer's state: what lies at a parameter's path and has its shape lies
-  where it lies; the rest (counts, Adafactor's vectors) is replicated."""
+  where it lies, or beside it in the host's memory; the rest (counts, Adafactor's vectors) is
+  replicated on the devices."""
   shapes = dict(jax.tree_util.tree_leaves_with_path(params))
+  if memory == "host":
+    shardings = jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
   places = dict(jax.tree_util.tree_leaves_with_path(shardings))
 
   def place(path, x):
@@ -362,6 +372,26 @@ def optimizer_shardings(
     return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
+
+
+def lies_in_host_memory(x: Any) -> bool:
+  """Of an array, a struct with a sharding, or an array inside jit."""
+  place = getattr(x, "sharding", None)
+  if isinstance(x, jax.core.Tracer) or place is None:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+  return place.memory_kind == HOST
+
+
+def on_devices(tree: Any) -> Any:
+  """Inside jit: with the arrays of the host's memory brought to the devices, split as they were."""
+  bring = lambda x: jax.device_put(x, jax.memory.Space.Device) if lies_in_host_memory(x) else x
+  return jax.tree.map(bring, tree)
+
+
+def where_it_was(tree: Any, before: Any) -> Any:
+  """Inside jit: what takes the place of `before`, in the memory in which that lies."""
+  back = lambda x, old: jax.device_put(x, jax.memory.Space.Host) if lies_in_host_memory(old) else x
+  return jax.tree.map(back, tree, before)
 
 
 def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:

@@ -21,6 +21,8 @@ MESHES = {
   "data2_fsdp2": dict(data=2, fsdp=2),
 }
 
+HOST_MOMENTS = "data2_fsdp2"
+
 # In a process of its own, since the number of CPU devices is set before jax starts. Everything
 # sharded is jitted and every step waited for: XLA's in-process collectives hang otherwise.
 PROGRAM = """
@@ -40,6 +42,7 @@ from caprl_jax.harness.training.state import make_state
 from caprl_jax.harness.training.programs import build_step
 
 config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+HOST = sys.argv[4]  # the mesh whose moments lie in the host's memory
 results = {}
 real, programs = jax.jit, []
 
@@ -63,9 +66,11 @@ for name, sizes in json.loads(sys.argv[2]).items():
   assert len(jax.devices()) == 4
   mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})), devices)
   with jax.set_mesh(mesh):
+    config.optimizer.moment_memory = "host" if name == HOST else "device"
     made = set_up(read_settings(config))
     tx, _ = build_optimizer(made.settings.optimizer, 2)
-    state = make_state(made.policy.params, tx, made.policy.shardings, 0, mesh)
+    memory = made.settings.optimizer.moment_memory
+    state = make_state(made.policy.params, tx, made.policy.shardings, 0, mesh, memory)
     iterator = train_iterator(made.train.example, len(made.train_rows), 8, 0)
     step = build_step(made, tx)
     steps = []
@@ -83,6 +88,8 @@ for name, sizes in json.loads(sys.argv[2]).items():
         jax.tree.leaves(state.params), jax.tree.leaves(made.policy.shardings), strict=True))
     results[name] = dict(steps=steps, share=share(state.params), moments=share(state.opt_state),
                          judge=share(made.frozen.judge), axes=specs, kept=kept,
+                         moments_in=sorted({x.sharding.memory_kind for x in jax.tree.leaves(
+                             state.opt_state) if x.ndim}),
                          flops=hlo.dot_flops(programs[-1]), programs=len(programs),
                          tokens=np.asarray(jax.device_get(samples.captions.tokens_BGT)).tolist())
 pathlib.Path(sys.argv[3]).write_text(json.dumps(results))
@@ -110,6 +117,7 @@ def results(folder, config):
       str(folder / "config.json"),
       json.dumps(MESHES),
       str(folder / "results.json"),
+      HOST_MOMENTS,
     ],
     cwd=ROOT,
     env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
@@ -158,6 +166,12 @@ def test_parameters_lie_where_the_mesh_says(results, name, axes, at_most):
     assert found[tree] <= at_most, tree
     if at_most == 1.0:
       assert found[tree] == 1.0, tree
+
+
+def test_moments_lie_in_the_memory_that_was_asked_for(results):
+  """And stay there: two steps were made, by one program (above)."""
+  for name, found in results.items():
+    assert found["moments_in"] == ["pinned_host" if name == HOST_MOMENTS else "device"], name
 
 
 @pytest.mark.parametrize(

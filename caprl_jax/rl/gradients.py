@@ -135,10 +135,16 @@ def guarded_step(
   tx: optax.GradientTransformation, loss: Array, grads: Params, params: Params, opt_state: Any
 ) -> Stepped:
   """One optimizer step. Where loss or gradient is not finite, parameters and optimizer state stay
-  as they were: such a step must not spoil what the last checkpoint is made from."""
+  as they were: such a step must not spoil what the last checkpoint is made from. Moments that lie
+  in the host's memory come to the devices for it, and go back."""
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(loss)
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+  before = opt_state
+  if any(map(sharding.lies_in_host_memory, jax.tree.leaves(opt_state))):
+    # Not before the gradient is whole: while it is made, the devices need their memory.
+    opt_state, norm = jax.lax.optimization_barrier((opt_state, norm))
+  opt_state = sharding.on_devices(opt_state)
   updates, new_opt_state = tx.update(grads, opt_state, params)
 
   def keep(new: Any, old: Any) -> Any:
@@ -146,7 +152,7 @@ def guarded_step(
 
   return Stepped(
     keep(optax.apply_updates(params, updates), params),
-    keep(new_opt_state, opt_state),
+    sharding.where_it_was(keep(new_opt_state, opt_state), before),
     norm,
     1.0 - finite,
   )

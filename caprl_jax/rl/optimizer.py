@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import optax
 
+from caprl_jax.sharding import MomentMemory
 from caprl_jax.types import Array, Params
 
 
@@ -33,6 +34,10 @@ class OptimizerConfig:
   weight_decay: decoupled, as in AdamW.
   clip_norm: largest global norm of the gradient.
   moment_dtype: of adamw's first moment.
+  moment_memory: where the moments lie between updates: in the `device`'s memory; or in the
+    `host`'s, which leaves the devices more for writing captions, judging them and making gradients,
+    and costs the time of bringing the moments there and back in each update. The numbers are the
+    same.
   """
 
   name: Literal["adamw", "adafactor", "muon"] = "adamw"
@@ -49,6 +54,7 @@ class OptimizerConfig:
   weight_decay: float = 0.0
   clip_norm: float = 1.0
   moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of adamw's first moment
+  moment_memory: MomentMemory = "device"
 
   def __post_init__(self):
     if self.learning_rate <= 0 or self.clip_norm <= 0 or self.warmup_steps < 0:

@@ -63,6 +63,24 @@ def test_state_and_position_come_back_and_go_on_alike(open_in):
   assert_same(counting.step(restored, next(iterator))[0], later)
 
 
+def in_memory(state: TrainState, kind: str) -> TrainState:
+  """With its moments in that memory, as `make_state` places them."""
+  mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(), memory_kind=kind)
+  return state.replace(opt_state=jax.device_put(state.opt_state, place))
+
+
+@pytest.mark.parametrize("saved, restored", [("pinned_host", "device"), ("device", "pinned_host")])
+def test_moments_go_from_one_memory_to_another(saved, restored, open_in):
+  ((state, position),) = states(1)
+  state = in_memory(state, saved)
+  open_in().save(state, position, {}, force=True)
+  found, _ = open_in().restore(in_memory(counting.new_state(), restored))
+  assert_same(found, state)
+  assert float(jnp.abs(found.opt_state[0]).max()) > 0
+  assert {x.sharding.memory_kind for x in found.opt_state} == {restored}
+
+
 def test_steps_that_are_due_or_forced_are_written_once_and_the_newest_kept(open_in, tmp_path):
   checkpoints = open_in(every_steps=2, keep=2)
   assert checkpoints.latest_step() is None and saved_steps(tmp_path) == []

@@ -55,10 +55,9 @@ def rollout(tiny_run):
   )
 
 
-def state_of(tiny_run, tx=TX):
-  return make_state(
-    jax.tree.map(jnp.copy, tiny_run.policy.params), tx, tiny_run.policy.shardings, 0, tiny_run.mesh
-  )
+def state_of(tiny_run, tx=TX, memory="device"):
+  params = jax.tree.map(jnp.copy, tiny_run.policy.params)
+  return make_state(params, tx, tiny_run.policy.shardings, 0, tiny_run.mesh, memory)
 
 
 @functools.cache
@@ -67,9 +66,9 @@ def update_of(model, cfg):
   return jax.jit(functools.partial(update_policy, Learner(model, TX, cfg)))
 
 
-def update(tiny_run, rollout, cfg, frozen=None):
+def update(tiny_run, rollout, cfg, frozen=None, memory="device"):
   run = update_of(tiny_run.policy.model, cfg)
-  state, numbers = run(state_of(tiny_run), frozen or tiny_run.frozen, rollout)
+  state, numbers = run(state_of(tiny_run, memory=memory), frozen or tiny_run.frozen, rollout)
   return state, update_metrics(numbers)
 
 
@@ -86,7 +85,9 @@ def test_minibatches_and_epochs_are_optimizer_steps_in_a_row(tiny_run, rollout, 
     epochs=2,
     microbatches=2,
   )
-  state, metrics = update(tiny_run, rollout, cfg)
+  # The loop over steps carries moments of the host's memory, too.
+  memory = "host" if importance == "none" else "device"
+  state, metrics = update(tiny_run, rollout, cfg, memory=memory)
   learner = Learner(tiny_run.policy.model, TX, cfg)
   params, opt_state = tiny_run.policy.params, TX.init(tiny_run.policy.params)
   if importance != "none":

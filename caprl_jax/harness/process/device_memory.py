@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from caprl_jax.json_files import cut
+from caprl_jax.sharding import lies_in_host_memory
 
 GIB = 1 << 30
 
@@ -18,6 +19,7 @@ KNOBS = (
   ("policy.max_pixels", "tokens per image are in proportion to it"),
   ("policy.trainable=lora", "no gradient and no moments of the model's own parameters"),
   ("optimizer.moment_dtype=bfloat16", "the first moments take half"),
+  ("optimizer.moment_memory=host", "the moments lie in the host's memory but during updates"),
   ("mesh.fsdp", "parameters and moments are split over so many devices; more chips help likewise"),
 )
 
@@ -25,12 +27,14 @@ _held: dict[str, int] = {}  # bytes on one device
 
 
 def hold(kind: str, leaves: Iterable[Any]) -> None:
-  """Takes note of arrays that stay on the devices, in place of what was noted of that kind.
+  """Takes note of arrays that stay on the devices, in place of what was noted of that kind. What
+  lies in the host's memory does not count.
 
   Args:
     leaves: arrays of jax.
   """
-  shards = (x.addressable_shards[0].data for x in leaves if x.addressable_shards)
+  on_devices = (x for x in leaves if x.addressable_shards and not lies_in_host_memory(x))
+  shards = (x.addressable_shards[0].data for x in on_devices)
   hold_bytes(kind, sum(x.size * x.dtype.itemsize for x in shards))
 
 

@@ -160,5 +160,6 @@ def caption_and_judge(
 def _state_shardings(made: Run, tx: optax.GradientTransformation) -> TrainState:
   kind = trainable_filter(made.settings.policy.trainable, made.policy.model.cfg.family)
   params, _ = split_params(made.policy.params, kind)
-  state = abstract_state(params, tx, policy_shardings(made), made.mesh)
+  memory = made.settings.optimizer.moment_memory
+  state = abstract_state(params, tx, policy_shardings(made), made.mesh, memory)
   return jax.tree.map(lambda x: x.sharding, state)

@@ -64,22 +64,33 @@ def policy_shardings(made: Run):
 
 
 def make_state(
-  params: Params, tx: optax.GradientTransformation, shardings, seed: int, mesh
+  params: Params,
+  tx: optax.GradientTransformation,
+  shardings,
+  seed: int,
+  mesh,
+  memory: sharding.MomentMemory = "device",
 ) -> TrainState:
-  """The state before the first step. It owns `params`, and is donated to the step with them."""
+  """The state before the first step, its moments in that memory. It owns `params`, and is donated
+  to the step with them."""
   opt_state = jax.jit(
-    tx.init, out_shardings=sharding.optimizer_shardings(tx, params, shardings, mesh)
+    tx.init, out_shardings=sharding.optimizer_shardings(tx, params, shardings, mesh, memory)
   )(params)
   put = lambda x: jax.device_put(x, sharding.replicated(mesh))
   return TrainState(put(jnp.int32(0)), params, opt_state, put(jax.random.key(seed)))
 
 
-def abstract_state(params: Params, tx: optax.GradientTransformation, shardings, mesh) -> TrainState:
+def abstract_state(
+  params: Params,
+  tx: optax.GradientTransformation,
+  shardings,
+  mesh,
+  memory: sharding.MomentMemory = "device",
+) -> TrainState:
   """Shapes and shardings of the state, for restoring one without having another in memory."""
   params = _abstract(params, shardings)
-  opt_state = _abstract(
-    jax.eval_shape(tx.init, params), sharding.optimizer_shardings(tx, params, shardings, mesh)
-  )
+  places = sharding.optimizer_shardings(tx, params, shardings, mesh, memory)
+  opt_state = _abstract(jax.eval_shape(tx.init, params), places)
   whole = sharding.replicated(mesh)
 
   def scalar(x: Any) -> Any:  # a struct, which stands for an array

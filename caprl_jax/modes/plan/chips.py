@@ -70,6 +70,13 @@ class Machine:
   count: int
   topology: str | None = None
 
+  @property
+  def chips_per_host(self) -> int:
+    """Of v4 and v5p four; of v5e and v6e up to eight, but four where there are several hosts; eight
+    GPUs."""
+    alone = 4 if self.chip.name in ("v4", "v5p") else 8
+    return self.count if self.count <= alone else 4 if self.chip.name.startswith("v") else 8
+
 
 _TPU_MACHINES = {
   "v5e-1": "v5e:1x1",

@@ -100,7 +100,7 @@ def lower_step(
   kind = trainable_filter(section.trainable, cfg.family)
   (chosen, base), chosen_places = split_params(policy_params, kind), split_params(places, kind)[0]
   tx, _ = make_optimizer(settings)
-  state = abstract_state(chosen, tx, chosen_places, mesh)
+  state = abstract_state(chosen, tx, chosen_places, mesh, settings.optimizer.moment_memory)
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = state.replace(
     key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
@@ -183,6 +183,7 @@ def describe(compiled: jax.stages.Compiled) -> dict[str, Any]:
   assert memory is not None
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
   try:
     largest = largest_arrays(compiled.as_text())
   # libtpu may be newer than jaxlib, which then cannot read its programs
@@ -198,6 +199,7 @@ def describe(compiled: jax.stages.Compiled) -> dict[str, Any]:
       "temporaries": temporaries / GIB,
       "output": output / GIB,
       "total": (arguments + temporaries + output) / GIB,
+      **({"host": host / GIB} if host else {}),
     },
     "flops": cost.get("flops"),
     "bytes_accessed": cost.get("bytes accessed"),

@@ -73,12 +73,13 @@ def estimate(settings: Settings, known: Known, machine: Machine, price: float) -
   mesh = cuts.Mesh(*sharding.mesh_sizes(settings.mesh, machine.count))
   if mesh not in known.arguments:
     known.arguments[mesh] = memory.arguments(settings, known.plan, known.shapes, mesh)
+  arguments = known.arguments[mesh]
   return Estimate(
     settings,
     mesh,
     known.step,
-    memory.estimate(settings, known.shapes, known.step, mesh, known.arguments[mesh]),
-    roofline.predict(known.step, settings, mesh, machine.chip),
+    memory.estimate(settings, known.shapes, known.step, mesh, arguments),
+    roofline.predict(known.step, settings, mesh, machine.chip, arguments.host),
     machine.chip.memory,
     price * machine.count,
   )
@@ -96,6 +97,7 @@ def as_json(found: Estimate, plan: PlanConfig) -> dict[str, Any]:
       "temporaries": {stage: gib(kinds) for stage, kinds in found.memory.stages.items()},
       "total": found.memory.total / GIB,
       "room": found.room / GIB,
+      "host": found.memory.host / GIB,
     },
     "needed_flops": wanted,
     "needed_decode_bytes": decode_bytes(found.step, found.mesh.parts),

@@ -36,10 +36,12 @@ class Memory:
   arguments: what lies there between steps, by kind; exact.
   stages: what each stage needs besides, by stage and then by kind; estimated. They follow one
     another, so that the largest counts.
+  host: of what lies in its host's memory in its stead: the moments.
   """
 
   arguments: dict[str, float]
   stages: dict[str, dict[str, float]]
+  host: float = 0.0
 
   @property
   def temporaries(self) -> float:
@@ -66,17 +68,19 @@ def estimate(
   settings: Settings, shapes: Shapes, step: Step, mesh: cuts.Mesh, arguments: "Arguments"
 ) -> Memory:
   """What the step takes on each chip of a mesh."""
-  sizes = _Sizes(settings, shapes, step, mesh, arguments.gradient)
+  sizes = _Sizes(settings, shapes, step, mesh, arguments.gradient, arguments.host)
   stages = {"rollout": sizes.rollout(), "judge": sizes.judge(), "update": sizes.update()}
-  return Memory(arguments.kinds, stages)
+  return Memory(arguments.kinds, stages, arguments.host)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-  """Bytes on one chip of what lies there between steps, by kind, and of a float32 gradient."""
+  """Bytes on one chip of what lies there between steps, by kind, and of a float32 gradient; and in
+  its host's memory."""
 
   kinds: dict[str, float]
   gradient: int
+  host: float
 
 
 def arguments(settings: Settings, plan: PlanConfig, shapes: Shapes, mesh: cuts.Mesh) -> Arguments:
@@ -86,7 +90,9 @@ def arguments(settings: Settings, plan: PlanConfig, shapes: Shapes, mesh: cuts.M
   params, places = placed_parameters(shapes.policy_params, section.param_dtype, devices)
   kind = trainable_filter(section.trainable, shapes.policy.family)
   (chosen, base), chosen_places = split_params(params, kind), split_params(places, kind)[0]
-  state = abstract_state(chosen, make_optimizer(settings)[0], chosen_places, devices)
+  tx, memory = make_optimizer(settings)[0], settings.optimizer.moment_memory
+  state = abstract_state(chosen, tx, chosen_places, devices, memory)
+  host = on_one([x for x in jax.tree.leaves(state.opt_state) if sharding.lies_in_host_memory(x)])
   judge, _ = placed_parameters(shapes.judge_params, settings.judge.dtype, devices)
   if settings.judge.int8:
     judge = rounded(judge)
@@ -95,13 +101,14 @@ def arguments(settings: Settings, plan: PlanConfig, shapes: Shapes, mesh: cuts.M
   found = {
     "policy, trained": trained,
     "policy, frozen": on_one(base),
-    "optimizer": on_one(state.opt_state),
+    "optimizer": on_one(state.opt_state) - host,
     "judge": on_one(judge),
     "reference": trained if settings.step.update.loss.has_kl else 0,
     "batch": on_one(batch),
   }
   gradient = trained * 4 // item_bytes(section.param_dtype)
-  return Arguments({kind: float(count) for kind, count in found.items() if count}, gradient)
+  kinds = {kind: float(count) for kind, count in found.items() if count}
+  return Arguments(kinds, gradient, float(host))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +120,7 @@ class _Sizes:
   step: Step
   mesh: cuts.Mesh
   gradient: int
+  host: float
 
   @property
   def item(self) -> int:
@@ -260,7 +268,9 @@ class _Sizes:
       "keys and values": 2 * keys + 3 * window,
       "activations": kept + 2 * block + 4 * scores,
     }
-    return max(unembedding, captions, key=_total)
+    # Moments from the host's memory, and those that go back to it.
+    optimizer = {"gradients": self.gradient, "moments": 2 * self.host} if self.host else {}
+    return max(unembedding, captions, optimizer, key=_total)
 
 
 def _total(kinds: dict[str, float]) -> float:

@@ -8,7 +8,7 @@ from caprl_jax.modes.plan.changes import Tried
 from caprl_jax.modes.plan.chips import GIB, PRICES_OF, Machine
 from caprl_jax.modes.plan.estimate import Estimate
 from caprl_jax.modes.plan.memory import ERROR, MUCH
-from caprl_jax.modes.plan.roofline import ASSUMED
+from caprl_jax.modes.plan.roofline import ASSUMED, HOST_LINK
 from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.progress import duration
 
@@ -26,6 +26,17 @@ def memory_lines(found: Estimate) -> list[str]:
   lines.append(f"{'arguments + largest stage':>28} {memory.total / GIB:8.2f} GiB")
   lines.append(f"{'a program can have':>28} {found.room / GIB:8.2f} GiB")
   return lines
+
+
+def host_lines(found: Estimate, machine: Machine) -> list[str]:
+  """What lies in the memory of the machine's hosts, where something does."""
+  each, chips = found.memory.host / GIB, machine.chips_per_host
+  if not each:
+    return []
+  return [
+    f"{'optimizer, in host memory':>28} {each:8.2f} GiB a chip, {chips * each:.2f} GiB a host of "
+    f"{chips}; it comes and goes at {HOST_LINK / 1e9:.0f} GB/s a chip, if this holds"
+  ]
 
 
 def work_lines(found: Estimate) -> list[str]:
@@ -63,6 +74,7 @@ def estimate_text(found: Estimate, plan: PlanConfig, machine: Machine) -> str:
       "memory of a chip (arguments exact; temporaries by formulas, which were up to "
       f"{ERROR:.0%} too small and {MUCH:.0%} too large where the program was compiled too):",
       *memory_lines(found),
+      *host_lines(found, machine),
       f"fits: {found.fits}",
       f"work of a step of {step.images} x {step.length_BG.shape[1]} captions ({mean:.0f} tokens, "
       f"the longest {longest}) and {step.prompt} tokens of image and prompt:",

@@ -25,6 +25,7 @@ from caprl_jax.modes.plan.chips import Chip
 
 # Shares of the peaks that are assumed.
 MATRICES, READS, LINKS = 0.4, 0.5, 0.5
+HOST_LINK = 10e9  # bytes/s between a chip and its host's memory
 LATENCY = 10e-6  # seconds of a sum over the chips that share a layer's matrices
 ASSUMED = (
   f"{MATRICES:.0%} of the peak of matrix products, {READS:.0%} of the memory's bandwidth while "
@@ -44,12 +45,17 @@ class Stage:
   secs: float
 
 
-def predict(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> dict[str, Stage]:
-  """The stages on each chip of a mesh."""
+def predict(
+  step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip, host: float = 0.0
+) -> dict[str, Stage]:
+  """The stages on each chip of a mesh. host: bytes of moments that lie in its host's memory; they
+  come and go once in each optimizer step."""
+  update = _update(step, settings, mesh, chip)
+  moved = 2 * host * settings.step.update.steps / HOST_LINK
   return {
     "rollout": _rollout(step, settings, mesh, chip),
     "judge": _judge(step, settings, mesh, chip),
-    "update": _update(step, settings, mesh, chip),
+    "update": dataclasses.replace(update, secs=update.secs + moved),
   }
 
 

@@ -29,6 +29,7 @@ TRAINING = "training"  # folder in the workdir for metrics and checkpoints
 FREE = (
   "pretrain_policy.remat",
   "pretrain.stages.*.microbatches",
+  "pretrain.stages.*.optimizer.moment_memory",
   "pretrain.stages.*.pack.bad_rows",
 )
 

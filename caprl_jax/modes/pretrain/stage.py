@@ -153,14 +153,14 @@ def train_stage(
   checkpoints = Checkpoints(place, run.cfg.checkpoints())
   iterator = packed_batches(packer, batch_size, steps, sharding.batch_share(run.mesh, batch_size))
   if checkpoints.latest_step() is not None:
-    like = abstract_state(params, tx, shardings, run.mesh)
+    like = abstract_state(params, tx, shardings, run.mesh, stage.optimizer.moment_memory)
     for x in jax.tree.leaves(params):
       x.delete()  # or they would lie beside the restored ones
     state, position = checkpoints.restore(like)
     iterator.set_state(position)
     log.info("stage %s goes on after step %d of %d", name, int(state.step), steps)
   else:
-    state = make_state(params, tx, shardings, seed, run.mesh)
+    state = make_state(params, tx, shardings, seed, run.mesh, stage.optimizer.moment_memory)
   settings = dict(microbatches=stage.microbatches, chunk_tokens=run.cfg.chunk_tokens)
   step = jax.jit(
     functools.partial(_step, policy=policy.model, tx=tx, schedule=schedule, **settings),

@@ -383,7 +383,9 @@ def _train_phase(
   if there is one; returns the new ones."""
   mesh, phase, cfg = jax.sharding.get_mesh(), example.phase, example.cfg
   tx, _ = build_optimizer(phase.optimizer, phase.steps)
-  state = make_state(policy.params, tx, policy.shardings, config.seed, mesh)
+  state = make_state(
+    policy.params, tx, policy.shardings, config.seed, mesh, phase.optimizer.moment_memory
+  )
   # The state comes out where it went in: another layout would compile the step anew.
   step = jax.jit(
     functools.partial(sft_step, policy=policy.model, tx=tx, vocabulary=vocabulary),

@@ -17,6 +17,7 @@ FREE = (
   "sft.eval_rows",
   "sft.output",
   "sft.output_dtype",
+  "sft.phases.*.optimizer.moment_memory",
   "sft.recognition",
 )
 

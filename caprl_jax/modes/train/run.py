@@ -62,6 +62,7 @@ FREE = (
   "checkpoint.*",
   "mesh.*",
   "gate.*",
+  "optimizer.moment_memory",
   "optimizer.schedule_steps",
   "policy.checkpoint",
   "policy.remat",
@@ -152,9 +153,10 @@ def _first_state(
   captioner as it was loaded."""
   kind = trainable_filter(made.settings.policy.trainable, made.policy.model.cfg.family)
   params, shardings = split_params(made.policy.params, kind)[0], policy_shardings(made)
+  memory = made.settings.optimizer.moment_memory
   if checkpoints.latest_step() is None:
-    return make_state(params, tx, shardings, made.settings.seed, made.mesh)
-  state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh))
+    return make_state(params, tx, shardings, made.settings.seed, made.mesh, memory)
+  state, position = checkpoints.restore(abstract_state(params, tx, shardings, made.mesh, memory))
   iterator.set_state(position)
   log.info("resuming after step %d", int(state.step))
   return state

@@ -143,8 +143,8 @@ def test_a_judge_that_sees_the_image_is_planned_with_its_tower():
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="pip install libtpu")
 def test_the_step_compiles_for_a_tpu(tmp_path):
-  """The LoRA config on one v5e chip, of reduced depth."""
-  done = command(tmp_path)
+  """The LoRA config on one v5e chip, of reduced depth, its moments in the host's memory."""
+  done = command(tmp_path, "--config.optimizer.moment_memory=host")
   assert done.returncode == 0, done.stderr
   report = json.loads((tmp_path / "plan.json").read_text())
   assert report["devices"] == 1 and 0 < report["gib_per_device"]["total"] < 16
@@ -153,6 +153,11 @@ def test_the_step_compiles_for_a_tpu(tmp_path):
     report["gib_all_devices"]["policy, trained"],
   )
   assert trained < frozen / 100
+  moments = report["gib_all_devices"]["optimizer"]
+  assert report["gib_per_device"]["host"] == pytest.approx(moments, rel=0.01)
+  assert report["gib_per_device"]["arguments"] == pytest.approx(
+    sum(report["gib_all_devices"].values()) - moments, rel=0.02
+  )
   # Nothing of [caption tokens of the batch, vocabulary] in float32 or more: 4 images x 4 captions x
   # 64 tokens.
   assert all("[1024,151936]" not in what for _, what, _, _ in report["largest"])

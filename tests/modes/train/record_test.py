@@ -49,6 +49,8 @@ def test_what_changes_no_step_may_change(config, tmp_path, caplog):
   free = dict(
     mesh__fsdp=1,
     policy__remat=True,
+    policy__tower_remat=False,
+    optimizer__moment_memory="host",
     policy_update__microbatches=2,
     judge__microbatches=4,
     checkpoint__every_steps=7,

@@ -273,7 +273,7 @@ def test_a_workdir_of_another_config_is_refused(finished, config):
     train.run(other, finished)
 
 
-def test_a_killed_run_resumes_bit_for_bit(finished, config, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(finished, config, tmp_path, caplog):
   (tmp_path / "config.json").write_text(config.to_json())
   workdir = tmp_path / "run"
   workdir.mkdir()
@@ -291,9 +291,19 @@ def test_a_killed_run_resumes_bit_for_bit(finished, config, tmp_path):
   # What a kill in the middle of step 3 may leave: a line beyond the checkpoint, and a torn one.
   with open(workdir / "metrics.jsonl", "a") as file:
     file.write(json.dumps({"step": 3, "reward/mean": 9.0}) + '\n{"step": 4, "rew')
+  shutil.copytree(workdir, tmp_path / "host")
   train.run(config, workdir)
-  assert steps_of(workdir) == steps_of(finished)
-  assert_same_policy(workdir, finished)
+  # The same with the moments in the host's memory from there on.
+  elsewhere = config.copy_and_resolve_references()
+  elsewhere.optimizer.moment_memory = "host"
+  caplog.set_level(logging.INFO, "caprl_jax")
+  train.run(elsewhere, tmp_path / "host")
+  assert "optimizer.moment_memory was device and is host" in caplog.text.replace("'", "")
+  assert "CapRL: 0 compilations after the first step" in caplog.text
+  for run in (workdir, tmp_path / "host"):
+    for one, other in zip(steps_of(run), steps_of(finished), strict=True):
+      assert {k: (v, other[k]) for k, v in one.items() if v != other[k]} == {}, run
+    assert_same_policy(run, finished)
   a, b = (tiny.read_back(path / "summary.json") for path in (workdir, finished))
   assert a["before"] == b["before"] and a["after"] == b["after"]
 
