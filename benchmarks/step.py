@@ -32,7 +32,10 @@ from caprl_jax.data.batches import ImagePrompt, image_shape, stack
 from caprl_jax.data.rows import QARow
 from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.models.decoder import Decoder, DecoderConfig
-from caprl_jax.models.policy import Policy, PolicyConfig
+from caprl_jax.models.policy import Policy, PolicyConfig, Remat
+from caprl_jax.modes.plan import arithmetic
+from caprl_jax.modes.plan.arithmetic import Asked, Step
+from caprl_jax.modes.plan.shapes import tower_of
 from caprl_jax.rl.advantages import AdvantageConfig
 from caprl_jax.rl.groups import Rollout
 from caprl_jax.rl.judge_protocol import JudgeConfig
@@ -82,10 +85,7 @@ def make_work(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Work:
   config = tiny_models.CAPTIONER if args.model == "tiny" else CONFIGS[args.model]
   pixels = args.image**2
   cfg = PolicyConfig.from_hf(
-    config, dict(min_pixels=pixels, max_pixels=pixels), dtype=dtype, remat=args.remat
-  )
-  judge_cfg = DecoderConfig.from_hf(
-    tiny_models.JUDGE if args.judge == "tiny" else CONFIGS[args.judge], dtype=dtype
+    config, dict(min_pixels=pixels, max_pixels=pixels), dtype=dtype, remat=Remat.of(args.remat)
   )
   policy, judge = Policy(cfg), Decoder(judge_cfg)
   rng = np.random.default_rng(0)

@@ -28,7 +28,7 @@ from caprl_jax.hub.load import (
 from caprl_jax.json_files import shown
 from caprl_jax.models.attention_choice import AttentionChoice
 from caprl_jax.models.layers import LoraConfig
-from caprl_jax.models.policy import check_pixel_limits
+from caprl_jax.models.policy import Remat, check_pixel_limits
 from caprl_jax.models.trainable import Trainable, merge_params, split_params, trainable_filter
 
 
@@ -44,7 +44,9 @@ class PolicySection:
     turn).
   dtype: of activations.
   param_dtype: of parameters. float32 parameters with bfloat16 activations are master weights.
-  remat: compute activations again in the backward pass, which saves memory and costs time.
+  remat: compute activations of tower and decoder again in the backward pass, which saves memory and
+    costs time.
+  tower_remat, decoder_remat: the same for one of the two; None: as `remat`.
   attention: `xla`; `kernel`: kernels for the TPU or GPU here that write no scores to memory; or
     `auto`: these where they fit the model and give on this chip what XLA gives, else `xla`.
   trainable: `full`; `decoder` (the tower and projector stay); `projector` alone; or `lora`,
@@ -66,6 +68,8 @@ class PolicySection:
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: bool = False
+  tower_remat: bool | None = None
+  decoder_remat: bool | None = None
   attention: AttentionChoice = "xla"
   trainable: Trainable = "full"
   lora: LoraConfig = LoraConfig(rank=16, alpha=32.0)
@@ -86,6 +90,11 @@ class PolicySection:
         f"{what} the captioner as it is; set policy.int8 = 'none'"
       )
 
+  @property
+  def remat_parts(self) -> Remat:
+    """`remat`, `tower_remat` and `decoder_remat` together."""
+    return Remat.of(self.remat, self.tower_remat, self.decoder_remat)
+
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
     """The captioner; of a training run's, adapters are merged. Raises ValueError as `load_policy`,
     `with_attention` and `load_trained`."""
@@ -96,7 +105,7 @@ class PolicySection:
       mesh,
       jnp.dtype(self.dtype),
       jnp.dtype(self.param_dtype),
-      self.remat,
+      self.remat_parts,
       self.lora if self.trainable == "lora" else None,
       self.min_pixels,
       self.max_pixels,

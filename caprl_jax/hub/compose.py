@@ -25,7 +25,7 @@ from caprl_jax.hub.opened import open_captioner, open_decoder
 from caprl_jax.hub.tokenizer import CHAT_SPECIALS, Tokenizer, check_tokenizer, load_tokenizer
 from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.family import Family
-from caprl_jax.models.policy import Policy, PolicyConfig
+from caprl_jax.models.policy import NO_REMAT, Policy, PolicyConfig, Remat
 from caprl_jax.models.trainable import merge_trees, split_params, trainable_filter
 from caprl_jax.types import Params
 
@@ -81,7 +81,7 @@ def compose_policy(
   mesh: jax.sharding.Mesh,
   dtype=jnp.float32,
   param_dtype=jnp.float32,
-  remat: bool = False,
+  remat: Remat = NO_REMAT,
 ) -> Loaded:
   """Loads the tower of `vision`, a captioner, and the language model of `language`; `key` draws the
   projector between them, as torch draws new layers.

@@ -34,7 +34,7 @@ from caprl_jax.models.attention_choice import AttentionChoice, choose_attention
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.family import Keys
 from caprl_jax.models.layers import LoraConfig
-from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
+from caprl_jax.models.policy import NO_REMAT, Policy, PolicyConfig, Remat, limit_pixels
 from caprl_jax.models.trainable import merge_trees, split_lora
 from caprl_jax.progress import going_on
 from caprl_jax.types import Images, Params, Prompts, Vocabulary
@@ -184,7 +184,7 @@ def load_policy(
   mesh: jax.sharding.Mesh,
   dtype=jnp.float32,
   param_dtype=jnp.float32,
-  remat: bool = False,
+  remat: Remat = NO_REMAT,
   lora: LoraConfig | None = None,
   min_pixels: int | None = None,
   max_pixels: int | None = None,

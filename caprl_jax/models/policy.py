@@ -23,6 +23,23 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
+class Remat:
+  """Of which part of a captioner the backward pass makes a layer's activations again. That saves
+  memory and costs time."""
+
+  tower: bool = False
+  decoder: bool = False
+
+  @classmethod
+  def of(cls, both: bool, tower: bool | None = None, decoder: bool | None = None) -> "Remat":
+    """Both parts alike, but for those that have a value of their own."""
+    return cls(both if tower is None else tower, both if decoder is None else decoder)
+
+
+NO_REMAT = Remat()
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicyConfig:
   """Architecture of a captioner and the ids that matter to it."""
 
@@ -33,18 +50,23 @@ class PolicyConfig:
 
   @classmethod
   def from_hf(
-    cls, config: dict, preprocessor: dict | None = None, lora: LoraConfig | None = None, **overrides
+    cls,
+    config: dict,
+    preprocessor: dict | None = None,
+    lora: LoraConfig | None = None,
+    remat: Remat = NO_REMAT,
+    **overrides,
   ) -> "PolicyConfig":
     """Reads config.json (and preprocessor_config.json) of a family in `families.py`.
 
-    `overrides` (dtype, remat) go to tower and decoder, `lora` to the decoder. Raises ValueError for
+    `overrides` (dtype) go to tower and decoder, `lora` to the decoder. Raises ValueError for
     another model_type.
     """
     family = family_of(config)
     try:
       return cls(
-        family.vision(config, preprocessor, **overrides),
-        DecoderConfig.from_hf(family.text(config), lora=lora, **overrides),
+        family.vision(config, preprocessor, remat=remat.tower, **overrides),
+        DecoderConfig.from_hf(family.text(config), lora=lora, remat=remat.decoder, **overrides),
         config[family.image_token],
         family,
       )

@@ -1,5 +1,6 @@
 """Captions of a random captioner against the loss and unshared forward passes; keys and ends."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from PIL import Image
 from caprl_jax.data.image_prompts import build_prompt, stack_prompts
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.image_processor import pad_image
-from caprl_jax.models.policy import Policy, PolicyConfig, merge_image_features
+from caprl_jax.models.policy import Policy, PolicyConfig, Remat, merge_image_features
 from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.rl import rollout as rollout_module
 from caprl_jax.rl import sampling
@@ -95,6 +96,39 @@ def sample(model, seed=0, vocabulary=None, group=G, end_cut=False, **sampling):
   return jax.device_get(
     sampler(policy, cfg)(params, batch, jax.random.key(seed), vocabulary or default)
   )
+
+
+def test_activations_that_are_made_again_change_no_gradient(model):
+  """Of tower and decoder; and of one alone they are that part's."""
+  policy, params, batch, _ = model
+
+  def slopes(remat):
+    vision, text = policy.cfg.vision, policy.cfg.text
+    cfg = dataclasses.replace(
+      policy.cfg,
+      vision=dataclasses.replace(vision, remat=remat.tower),
+      text=dataclasses.replace(text, remat=remat.decoder),
+    )
+
+    def total(params, batch):
+      return jnp.square(Policy(cfg).apply({"params": params}, batch.images, batch.prompts)).mean()
+
+    return jax.grad(total)
+
+  for remat, parts in ((Remat(), 0), (Remat(tower=True), 1), (Remat(decoder=True), 1)):
+    again = str(jax.make_jaxpr(slopes(remat))(params, batch))
+    assert again.count("prevent_cse=False") == parts, remat
+  whole, found = (jax.jit(slopes(Remat(on, on)))(params, batch) for on in (False, True))
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max() + 1e-6))
+
+
+def test_the_parts_of_a_captioner_follow_the_key_of_both():
+  assert Remat.of(True) == Remat(True, True) and Remat.of(False) == Remat()
+  assert Remat.of(True, tower=False) == Remat(False, True)
+  assert Remat.of(False, None, True) == Remat(False, True)
+  cfg = PolicyConfig.from_hf(CONFIG, dict(min_pixels=256, max_pixels=4096), remat=Remat(True))
+  assert cfg.vision.remat and not cfg.text.remat
 
 
 @functools.cache

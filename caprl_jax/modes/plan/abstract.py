@@ -142,7 +142,7 @@ def model_configs(
     config,
     {},
     dtype=jnp.dtype(section.dtype),
-    remat=section.remat,
+    remat=section.remat_parts,
     lora=section.lora if section.trainable == "lora" else None,
   )
   cfg, notice = limit_pixels(cfg, section.min_pixels, section.max_pixels)

@@ -6,7 +6,9 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
-from caprl_jax.harness.settings import Settings
+from caprl_jax.harness.sections import PolicySection
+from caprl_jax.harness.settings import Settings, refuses_rounded
+from caprl_jax.models.policy import Remat
 from caprl_jax.modes.plan.chips import Machine
 from caprl_jax.modes.plan.estimate import Estimate, Known, estimate
 from caprl_jax.modes.plan.section import PlanConfig
@@ -51,8 +53,11 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
     yield f"rollout.sampling.chunks={value}", lambda s, v=value: with_sampling(s, chunks=v)
   for value in (2 * judge.microbatches, 4 * judge.microbatches):
     yield f"judge.microbatches={value}", lambda s, v=value: with_judge(s, microbatches=v)
-  if not policy.remat:
-    yield "policy.remat=True", lambda s: with_policy(s, remat=True)
+  yield from _remats(policy)
+  optimizer = settings.optimizer
+  if optimizer.moment_memory == "device":
+    there = dataclasses.replace(optimizer, moment_memory="host")
+    yield "optimizer.moment_memory=host", lambda s: dataclasses.replace(s, optimizer=there)
   for mesh in _meshes(count):
     if mesh != settings.mesh:
       named = f"mesh.data=1 mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
@@ -79,6 +84,19 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
         dataclasses.replace(s, data=dataclasses.replace(s.data, batch_size=images)), pieces
       ),
     )
+
+
+def _remats(policy: PolicySection) -> Iterator[Change]:
+  """More of a captioner's activations made again."""
+  now = policy.remat_parts
+  for more in (Remat(True, True), Remat(False, True), Remat(True, False)):
+    if more == now or more.tower < now.tower or more.decoder < now.decoder:
+      continue
+    keys = dict(tower_remat=more.tower, decoder_remat=more.decoder)
+    if policy.tower_remat is policy.decoder_remat is None and more == Remat(True, True):
+      keys = dict(remat=True)
+    named = " ".join(f"policy.{key}={value}" for key, value in keys.items())
+    yield named, lambda s, keys=keys: with_policy(s, **keys)
 
 
 def _meshes(count: int) -> Iterator[MeshConfig]:

@@ -148,9 +148,9 @@ class _Sizes:
     """Between an MLP's matrices: two inputs and their product."""
     return 3 * tokens * width / self.mesh.tensor * item
 
-  def kept(self, cfg: Any, layers: int, tokens: float) -> float:
-    """Activations of all layers that a backward pass reads."""
-    if self.settings.policy.remat:
+  def kept(self, cfg: Any, layers: int, tokens: float, again: bool) -> float:
+    """Activations of all layers that a backward pass reads. again: the others are made again."""
+    if again:
       return layers * tokens * cfg.hidden_size * self.item
     each = 8 * cfg.hidden_size + 3 * cfg.intermediate_size / self.mesh.tensor
     return layers * tokens * each * self.item
@@ -243,9 +243,11 @@ class _Sizes:
     window = (
       row.images * (reach + row.size) * self.slot(cfg) * 4 / self.item if row.in_blocks else 0
     )
-    kept = self.kept(cfg, cfg.num_layers, row.images * step.prompt)
+    remat = self.settings.policy.remat_parts
+    kept = self.kept(cfg, cfg.num_layers, row.images * step.prompt, remat.decoder)
     if step.trained[0]:
-      kept += self.kept(vision, vision.depth, row.images * step.tower.patches)
+      patches = row.images * step.tower.patches
+      kept += self.kept(vision, vision.depth, patches, remat.tower)
     head = self.head(cfg, 4) if step.trained[1] else 0
     logits = self.logits(cfg, min(update.chunk_tokens, tokens))
     exact_kl = 3 * logits if update.loss.kl_is_exact else 0
@@ -261,7 +263,7 @@ class _Sizes:
       self.scores(cfg.num_heads, row.images, step.prompt, step.prompt),
       self.scores(cfg.num_heads, row.images, row.size, QUERY_CHUNK + reach),
     )
-    block = self.kept(cfg, cfg.num_layers, row.images * row.size)
+    block = self.kept(cfg, cfg.num_layers, row.images * row.size, remat.decoder)
     captions = {
       "gradients": 5 * self.gradient,
       "unembedding": 2 * head,

@@ -138,7 +138,8 @@ def _update(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Stag
   seen = learned(step)
   once, (tower, decoder) = forward(seen), step.trained
   row = cuts.packed(seen.length_BG, limit, mesh.parts, pieces)
-  again, backward = int(settings.policy.remat), 2 if decoder else 1
+  remat, backward = settings.policy.remat_parts, 2 if decoder else 1
+  again = int(remat.decoder)
   blocks = row.blocks if row.in_blocks else 1.0
   # A row's tokens are as many as its blocks have.
   run = blocks * row.size * row.images * pieces if row.in_blocks else row.slots * seen.images
@@ -147,7 +148,7 @@ def _update(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Stag
   )
   chunked = row.images * row.slots > update.chunk_tokens
   flops = (
-    once.tower / mesh.parts * ((3 + again) if tower else 1)
+    once.tower / mesh.parts * ((3 + remat.tower) if tower else 1)
     + once.prompt / mesh.parts * (1 + again + backward)
     + captions * (1 + again + backward + row.in_blocks)
     + once.head / mesh.parts * (1 + backward + chunked)

@@ -13,7 +13,7 @@ from caprl_jax.harness.sections import PolicySection
 from caprl_jax.hub.compose import compose_policy, with_tower
 from caprl_jax.hub.load import Loaded, with_pixel_limits
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
-from caprl_jax.models.policy import Policy, PolicyConfig, check_pixel_limits
+from caprl_jax.models.policy import Policy, PolicyConfig, Remat, check_pixel_limits
 
 log = logging.getLogger("caprl_jax.modes.pretrain.policy")
 
@@ -39,7 +39,9 @@ class PretrainPolicyConfig:
   texts: further texts whose tokens are kept.
   dtype: of activations.
   param_dtype: of parameters (float32 with bfloat16 activations are master weights).
-  remat: compute activations again in the backward pass, which saves memory and costs time.
+  remat: compute activations of tower and decoder again in the backward pass, which saves memory and
+    costs time.
+  tower_remat, decoder_remat: the same for one of the two; None: as `remat`.
   min_pixels, max_pixels: in place of the model's own limits on image size; written with it.
   """
 
@@ -54,6 +56,8 @@ class PretrainPolicyConfig:
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: bool = False
+  tower_remat: bool | None = None
+  decoder_remat: bool | None = None
   min_pixels: int | None = None
   max_pixels: int | None = None
 
@@ -80,7 +84,8 @@ def make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, m
 
 def _make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, mesh) -> Loaded:
   dtype, param_dtype = jnp.dtype(section.dtype), jnp.dtype(section.param_dtype)
-  options = (mesh, dtype, param_dtype, section.remat)
+  remat = Remat.of(section.remat, section.tower_remat, section.decoder_remat)
+  options = (mesh, dtype, param_dtype, remat)
   if section.checkpoint is not None:
     asked = dict(dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat)
     return PolicySection(section.checkpoint, **asked).load(mesh)
@@ -91,7 +96,7 @@ def _make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, 
   made = policy_from_architecture(
     section.architecture, section.preprocessor, tokenizer, seed=seed, mesh=mesh
   )
-  cfg = PolicyConfig.from_hf(made.config, made.preprocessor, dtype=dtype, remat=section.remat)
+  cfg = PolicyConfig.from_hf(made.config, made.preprocessor, dtype=dtype, remat=remat)
   params = jax.tree.map(lambda x: x.astype(param_dtype), made.params)
   made = dataclasses.replace(made, model=Policy(cfg), params=params)
   return with_tower(made, section.vision) if section.vision else made

@@ -28,6 +28,8 @@ TRAINING = "training"  # folder in the workdir for metrics and checkpoints
 # compared by themselves.
 FREE = (
   "pretrain_policy.remat",
+  "pretrain_policy.tower_remat",
+  "pretrain_policy.decoder_remat",
   "pretrain.stages.*.microbatches",
   "pretrain.stages.*.optimizer.moment_memory",
   "pretrain.stages.*.pack.bad_rows",

@@ -66,6 +66,8 @@ FREE = (
   "optimizer.schedule_steps",
   "policy.checkpoint",
   "policy.remat",
+  "policy.tower_remat",
+  "policy.decoder_remat",
   "policy.attention",
   "judge.attention",
   "judge.source",
