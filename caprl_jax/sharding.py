@@ -288,6 +288,11 @@ def gathered(shardings: Any) -> Any:
   return jax.tree.map(one, shardings)
 
 
+def of_columns(kernel: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
+  """Of one number for each column of a kernel [..., in, out] that lies so."""
+  return jax.sharding.NamedSharding(kernel.mesh, P(*kernel.spec[:-2], kernel.spec[-1]))
+
+
 def splits_parameters(mesh: jax.sharding.Mesh) -> bool:
   """Whether parameters are split along an axis that is gathered on use."""
   return mesh.shape["fsdp"] > 1

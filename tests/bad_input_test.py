@@ -1,6 +1,7 @@
 """Bad input, each met with one clear message: what is wrong, where, and what to do."""
 
 import json
+import logging
 import shutil
 
 import jax
@@ -255,6 +256,25 @@ def test_values_that_do_not_go_together(config, section, values, message):
   for key, value in values.items():
     config[section][key] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
   with pytest.raises(ValueError, match=message):
+    read_settings(config)
+
+
+def test_captions_of_rounded_weights_are_learned_from_with_importance_weights(config, caplog):
+  caplog.set_level(logging.INFO, "caprl_jax")
+  config.rollout.weights, loss = "int8", config.policy_update.loss
+  assert read_settings(config).step.update.loss.importance == "truncate"
+  assert "importance weights are on" in caplog.text
+  loss.importance = "mask"
+  assert read_settings(config).step.update.loss.importance == "mask"
+  loss.update(kl=0.1, kl_in="reward")
+  with pytest.raises(ValueError, match=r"'int8': .*kl_in = 'reward' .*; set it to 'loss', or"):
+    read_settings(config)
+  loss.update(kl=0.0, surrogate="reinforce")
+  config.rollout.end_cut = True
+  with pytest.raises(ValueError, match=r"'int8': rollout.end_cut puts .*; set rollout.end_cut = F"):
+    read_settings(config)
+  config.rollout.weights = "full"
+  with pytest.raises(ValueError, match=r"importance = 'mask': .*to 'none', or end_cut to False"):
     read_settings(config)
 
 

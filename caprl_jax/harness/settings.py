@@ -74,6 +74,7 @@ def read_settings(config: Any) -> Settings:
     section("advantage", AdvantageConfig),
     section("policy_update", UpdateConfig),
   )
+  step = _with_importance(step)
   settings = Settings(
     seed=config.get("seed", 0),
     mesh=section("mesh", sharding.MeshConfig),
@@ -113,6 +114,35 @@ def _without_judge(settings: Settings) -> Settings:
     gate=dataclasses.replace(settings.gate, ideal=None),
     question_filter=dataclasses.replace(settings.question_filter, informed=()),
   )
+
+
+def _with_importance(step: StepConfig) -> StepConfig:
+  """With importance weights, where another model than the one that learns writes the captions."""
+  loss = step.update.loss
+  if step.rollout.weights == "full" or loss.importance != "none":
+    return step
+  log.info(
+    "rollout.weights = 'int8': captions are written by a rounded captioner, so importance weights "
+    "are on (policy_update.loss.importance = 'truncate')"
+  )
+  loss = dataclasses.replace(loss, importance="truncate")
+  return dataclasses.replace(step, update=dataclasses.replace(step.update, loss=loss))
+
+
+def refuses_rounded(step: StepConfig) -> str:
+  """Why captions of a rounded captioner cannot be learned from, and what to do; "" where they
+  can."""
+  if step.rollout.end_cut:
+    return (
+      "rollout.end_cut puts an end token in the place of a drawn one, so that no importance weight "
+      "is known for it; set rollout.end_cut = False, or rollout.weights = 'full'"
+    )
+  if step.update.loss.kl_is_sampled and step.update.loss.kl_in == "reward":
+    return (
+      "policy_update.loss.kl_in = 'reward' estimates the KL from the recorded log-probabilities, "
+      "which would be the rounded captioner's; set it to 'loss', or rollout.weights = 'full'"
+    )
+  return ""
 
 
 def check_training_batch(settings: Settings, mesh: jax.sharding.Mesh) -> None:
@@ -162,6 +192,14 @@ def _check_combinations(settings: Settings) -> None:
     raise ValueError(
       f"rollout.end_cut is for policy_update.loss.surrogate = 'reinforce', not "
       f"{step.update.loss.surrogate!r}, which compares with what was drawn; set it to False"
+    )
+  if step.rollout.weights == "int8" and (why := refuses_rounded(step)):
+    raise ValueError(f"rollout.weights = 'int8': {why}")
+  if step.rollout.end_cut and step.update.loss.importance != "none":
+    raise ValueError(
+      f"policy_update.loss.importance = {step.update.loss.importance!r}: rollout.end_cut puts an "
+      "end token in the place of a drawn one, so that no importance weight is known for it; set "
+      "importance to 'none', or end_cut to False"
     )
   sampling = step.rollout.sampling
   if (

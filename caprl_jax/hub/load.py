@@ -25,7 +25,7 @@ from caprl_jax.hub.chat_template import (
 )
 from caprl_jax.hub.folders.pixels import PREPROCESSOR, PROCESSOR, processor_of
 from caprl_jax.hub.folders.text_files import json_of
-from caprl_jax.hub.int8 import Int8, named, to_int8, while_read, with_int8_cache
+from caprl_jax.hub.int8 import Int8, named, while_read, with_int8_cache
 from caprl_jax.hub.lora import merge_lora, new_lora
 from caprl_jax.hub.opened import open_captioner, open_decoder, read_processor
 from caprl_jax.hub.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
@@ -33,7 +33,7 @@ from caprl_jax.json_files import cut, shown
 from caprl_jax.models.attention_choice import AttentionChoice, choose_attention
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.family import Keys
-from caprl_jax.models.layers import LoraConfig
+from caprl_jax.models.layers import LoraConfig, to_int8
 from caprl_jax.models.policy import NO_REMAT, Policy, PolicyConfig, Remat, limit_pixels
 from caprl_jax.models.trainable import merge_trees, split_lora
 from caprl_jax.progress import going_on

@@ -25,7 +25,6 @@ from caprl_jax.data.judge_questions import (
   question_shape,
 )
 from caprl_jax.data.rows import Question
-from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import Loaded, load_judge, load_pixels, load_policy, with_attention
 from caprl_jax.inference.endpoint import JudgeEndpoint
 from caprl_jax.inference.image_judge import (
@@ -37,6 +36,7 @@ from caprl_jax.inference.image_judge import (
 )
 from caprl_jax.json_files import shown
 from caprl_jax.models.attention_choice import AttentionChoice
+from caprl_jax.models.layers import to_int8
 from caprl_jax.progress import counted
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin, best_and_lead

@@ -7,6 +7,7 @@ Letters: L tokens, D width, h head width. Logical axis names are resolved to mes
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -63,7 +64,7 @@ class LoraConfig:
 class Linear(nn.Module):
   """x @ kernel + bias. The kernel [in, out] carries the logical axes `axes`.
 
-  An int8 kernel (`hub/int8.py`) comes with a `kernel_scale` per column and is widened on use.
+  An int8 kernel (`to_int8`) comes with a `kernel_scale` per column and is widened on use.
   Each device computes its own rows of the batch: left alone, the compiler may rather multiply parts
   of every row with its part of a split kernel, and add up activations over devices.
   """
@@ -123,6 +124,39 @@ def linear(
 ) -> Linear:
   """A `Linear`; call inside a compact method."""
   return Linear(features, axes, use_bias, init_std, dtype, lora, name=name)
+
+
+@jax.jit
+def round_kernel(kernel: Array) -> tuple[Array, Array]:
+  """int8 [..., in, out], and a scale float32 [..., out]: each column is rounded to 255 levels of its
+  largest weight, and `Linear` multiplies the scale back after the product."""
+  values, scale = to_levels(kernel, -2)
+  return values, scale[..., 0, :]
+
+
+def to_int8(params: dict[str, Any]) -> dict[str, Any]:
+  """Every `kernel` [..., in, out] as int8 with a `kernel_scale` float32 [..., out]; the rest as it
+  is.
+  """
+  out = {}
+  for name, value in params.items():
+    if isinstance(value, dict):
+      out[name] = to_int8(value)
+    elif name == "kernel":
+      out["kernel"], out["kernel_scale"] = round_kernel(value)
+    else:
+      out[name] = value
+  return out
+
+
+def int8_shardings(shardings: dict[str, Any]) -> dict[str, Any]:
+  """Where parameters lie once `to_int8` has rounded them: as before, and scales as the columns."""
+  out = {}
+  for name, value in shardings.items():
+    out[name] = int8_shardings(value) if isinstance(value, dict) else value
+    if name == "kernel":
+      out["kernel_scale"] = sharding.of_columns(value)
+  return out
 
 
 class RMSNorm(nn.Module):

@@ -153,14 +153,21 @@ def _in_sets(x_BG: Array, cfg: LossConfig) -> Array:
   return x_BG.T.reshape(-1, cfg.set_captions)
 
 
-def importance_weights(
+def importance_ratio(
   old_logp_BGT: Array, sampled_logp_BGT: Array, counts_BGT: Array, cfg: LossConfig
 ) -> Array:
-  """exp(old - sampled), truncated or masked, float32 [B, G, T] or [B, G, 1]; no gradient."""
+  """exp(old - sampled), float32 [B, G, T] or [B, G, 1]; no gradient."""
   log_ratio = jnp.where(counts_BGT, old_logp_BGT - sampled_logp_BGT, 0.0)
   if cfg.importance_level == "sequence":
     log_ratio = log_ratio.sum(-1, keepdims=True)
-  weight = jnp.exp(log_ratio)
+  return jax.lax.stop_gradient(jnp.exp(log_ratio))
+
+
+def importance_weights(
+  old_logp_BGT: Array, sampled_logp_BGT: Array, counts_BGT: Array, cfg: LossConfig
+) -> Array:
+  """`importance_ratio`, truncated or masked."""
+  weight = importance_ratio(old_logp_BGT, sampled_logp_BGT, counts_BGT, cfg)
   capped = (
     jnp.minimum(weight, cfg.importance_cap)
     if cfg.importance == "truncate"
@@ -230,10 +237,18 @@ def policy_loss(logp_BGT: Array, entropy_BGT: Array, given: LossInputs, cfg: Los
     "logp_difference": masked_sum(off_BGT, counts_BGT),
     "ratio": masked_sum(ratio, counts_BGT),
   }
+  maxima = {
+    "ratio": masked_max(ratio, counts_BGT),
+    "logp_difference": masked_max(off_BGT, counts_BGT),
+  }
   if cfg.importance != "none":
+    whole = importance_ratio(own, sampled, counts_BGT, cfg)
+    whole_BGT = jnp.broadcast_to(whole, counts_BGT.shape)
     weight = importance_weights(own, sampled, counts_BGT, cfg)
     loss_BGT *= weight
     sums["importance"] = masked_sum(jnp.broadcast_to(weight, counts_BGT.shape), counts_BGT)
+    sums["importance_cut"] = masked_sum(whole_BGT > cfg.importance_cap, counts_BGT)
+    maxima["importance"] = masked_max(whole_BGT, counts_BGT)
   kl_BGT = given.exact_kl_BGT
   if kl_BGT is None and given.reference_logp_BGT is not None:
     kl_BGT = kl_estimate(logp, quiet(given.reference_logp_BGT), cfg.kl_estimator)
@@ -254,10 +269,7 @@ def policy_loss(logp_BGT: Array, entropy_BGT: Array, given: LossInputs, cfg: Los
   numbers = TokenNumbers(
     tokens=counts_BGT.sum().astype(jnp.float32),
     sums=sums,
-    maxima={
-      "ratio": masked_max(ratio, counts_BGT),
-      "logp_difference": masked_max(off_BGT, counts_BGT),
-    },
+    maxima=maxima,
     minima={"ratio": masked_min(ratio, counts_BGT)},
   )
   return LossSum(total, loss_count(counts_BGT, cfg), numbers)

@@ -5,7 +5,7 @@ R: slots of a row in which the captions of a group stand one after the other.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -48,12 +48,18 @@ class RolloutConfig:
   end_cut: a caption that reaches the limit gets an end token in the place of its last one, and is
     rewarded and learned from with it, as in the released CapRL-3B (OpenRLHF). For the surrogate
     `reinforce` only: the recorded log-probability stays the drawn token's.
+  weights: captions are written by the captioner's weights in `full` (`policy.dtype`), or with those
+    of its decoder's layers rounded to `int8` once per step, as `judge.int8` rounds, so that each
+    token reads half of them. The recorded log-probabilities are the rounded captioner's, and
+    importance weights (`policy_update.loss.importance`) correct the loss for what the two differ
+    by: they are on, `truncate` where `importance` is `none`. Evaluations are in full.
   """
 
   group_size: int
   sampling: SamplingConfig
   oversample: int = 1
   end_cut: bool = False
+  weights: Literal["full", "int8"] = "full"
 
   def __post_init__(self):
     if self.group_size < 1 or self.oversample < 1:

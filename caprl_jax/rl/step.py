@@ -9,6 +9,7 @@ import jax
 import optax
 
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.layers import int8_shardings, to_int8
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.rl.advantages import AdvantageConfig
@@ -112,10 +113,16 @@ def write_captions(
   cfg: StepConfig,
   rollout_shardings: Any = None,
 ) -> Captions:
-  """The rollout: G captions per image by the parameters as they stand."""
+  """The rollout: G captions per image by the parameters as they stand, or rounded where
+  `cfg.rollout.weights` says so."""
   # In the dtype that is computed in, once: decoding reads all of them for every token.
   dtype = policy.cfg.text.dtype
   params = jax.tree.map(lambda x: x.astype(dtype), merge_params(state.params, frozen.base))
+  if cfg.rollout.weights == "int8":  # before they are gathered, which then sends half
+    params["language_model"] = to_int8(params["language_model"])
+    if rollout_shardings is not None:
+      decoder = int8_shardings(rollout_shardings["language_model"])
+      rollout_shardings = {**rollout_shardings, "language_model": decoder}
   if rollout_shardings is not None:
     params = jax.lax.with_sharding_constraint(params, rollout_shardings)
   key = stage_keys(state.key, state.step).rollout

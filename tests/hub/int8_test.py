@@ -18,13 +18,12 @@ from caprl_jax.harness.gate import gate
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
-from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import load_judge, load_policy, rounded
 from caprl_jax.inference import judge as host
 from caprl_jax.inference.judge import HostJudge, JudgeSection, open_judge
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.decoder import Decoder, head_matrix
-from caprl_jax.models.layers import Linear
+from caprl_jax.models.layers import Linear, to_int8
 from caprl_jax.modes import export as export_mode
 from caprl_jax.modes.plan import run as plan_mode
 from caprl_jax.modes.train import run as train_mode

@@ -16,13 +16,14 @@ from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import CompileCounter, run_loop
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.harness.training.state import make_state
+from caprl_jax.models.layers import int8_shardings, to_int8
 from caprl_jax.rl.advantages import group_advantages
 from caprl_jax.rl.groups import Rollout
 from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.optimizer import build_optimizer
 from caprl_jax.rl.reward import score_captions
 from caprl_jax.rl.rollout import caption_logprobs, sample_captions
-from caprl_jax.rl.step import stage_keys, train_step
+from caprl_jax.rl.step import stage_keys, train_step, write_captions
 from caprl_jax.rl.step_metrics import judge_metrics, update_metrics
 from caprl_jax.rl.update import Learner, UpdateConfig, loss_gradients, update_policy
 from caprl_jax.types import Answers
@@ -196,6 +197,30 @@ def test_sampled_logprobs_are_teacher_forced_and_unshared_ones(tiny_run):
   assert allowed[np.asarray(captions.tokens_BGT)[valid]].all() and not allowed.all()
   ends = np.isin(np.asarray(captions.tokens_BGT), vocabulary.end_ids) & valid
   assert (ends.sum(-1) <= 1).all() and (ends.any(-1) == np.asarray(captions.ended_BG)).all()
+
+
+def test_a_rounded_captioner_writes_captions_and_records_its_own_logprobs(tiny_run):
+  batch, vocabulary = a_batch(tiny_run), tiny_run.frozen.vocabulary
+  rollout = dataclasses.replace(tiny_run.settings.step.rollout, weights="int8")
+  cfg = dataclasses.replace(tiny_run.settings.step, rollout=rollout)
+  model, params = tiny_run.policy.model, tiny_run.policy.params
+  write = jax.jit(functools.partial(write_captions, policy=model, cfg=cfg))
+  captions = write(fresh_state(tiny_run, optimizer(tiny_run)), tiny_run.frozen, batch)
+  score = jax.jit(
+    lambda p, batch, captions: caption_logprobs(
+      model, p, batch, captions, vocabulary=vocabulary, temperature=1.0
+    )[0]
+  )
+  small = {**params, "language_model": to_int8(params["language_model"])}
+  valid, recorded = np.asarray(captions.valid_BGT), np.asarray(captions.logp_BGT)
+  own, whole = (np.asarray(score(p, batch, captions)) for p in (small, params))
+  np.testing.assert_allclose(recorded[valid], own[valid], atol=1e-4)
+  assert 1e-3 < np.abs(recorded - whole)[valid].max() < 0.5
+  # Where the scales lie on a mesh, there are scales.
+  places = int8_shardings(tiny_run.policy.shardings["language_model"])
+  assert jax.tree.structure(places) == jax.tree.structure(small["language_model"])
+  for place, x in zip(jax.tree.leaves(places), jax.tree.leaves(small["language_model"])):
+    assert len(place.spec) <= x.ndim
 
 
 def test_nothing_compiles_after_the_first_step_and_the_state_is_donated(tiny_run):

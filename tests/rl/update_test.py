@@ -120,6 +120,8 @@ def test_importance_weights_correct_what_the_sampler_says(tiny_run, rollout):
   _, plain = update(tiny_run, rollout, UpdateConfig(LossConfig()))
   _, metrics = update(tiny_run, off, UpdateConfig(LossConfig(importance="truncate")))
   np.testing.assert_allclose(metrics["update/importance"], np.exp(-0.3), rtol=1e-4)
+  np.testing.assert_allclose(metrics["update/importance_max"], np.exp(-0.3), rtol=1e-3)
+  assert float(metrics["update/importance_cut"]) == 0
   np.testing.assert_allclose(metrics["update/logp_difference"], 0.3, rtol=1e-4)
   np.testing.assert_allclose(metrics["update/ratio_max"], 1, rtol=1e-5)
   np.testing.assert_allclose(

@@ -16,7 +16,6 @@ from caprl_jax import sharding
 from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.training.state import rollout_images
 from caprl_jax.hub import hub_files
-from caprl_jax.hub.int8 import to_int8
 from caprl_jax.hub.load import init_decoder, init_policy
 from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.inference.image_judge import step_prompt
@@ -24,6 +23,7 @@ from caprl_jax.inference.judge import JudgeSection
 from caprl_jax.models.attention_choice import choose_attention
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of, is_vision_language
+from caprl_jax.models.layers import int8_shardings, to_int8
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
 from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.types import (
@@ -190,24 +190,8 @@ def placed_parameters(boxed: Any, dtype: Any, mesh: Any) -> tuple[Any, Any]:
 
 def rounded(params: Any) -> Any:
   """Shapes and places of a judge's parameters once `judge.int8` has rounded them."""
-  places = {
-    "kernel": lambda x: x.sharding,
-    "kernel_scale": lambda x: jax.sharding.NamedSharding(
-      x.sharding.mesh, sharding.P(*x.sharding.spec[:-2], x.sharding.spec[-1])
-    ),
-  }
-
-  def of(old: Any, new: Any) -> Any:
-    if "kernel" in old:
-      old = old | {"kernel_scale": old["kernel"]}
-    return {
-      key: of(old[key], value)
-      if isinstance(value, dict)
-      else _placed(value, places.get(key, places["kernel"])(old[key]))
-      for key, value in new.items()
-    }
-
-  return of(params, jax.eval_shape(to_int8, params))
+  places = int8_shardings(jax.tree.map(lambda x: x.sharding, params))
+  return _placed(jax.eval_shape(to_int8, params), places)
 
 
 def abstract_prompt(

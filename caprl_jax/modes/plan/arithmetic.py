@@ -73,6 +73,7 @@ class Step:
   text, judge: the decoders.
   learned: images that are learned from, of those that are captioned.
   trained: which of the captioner's weights have a gradient: tower and decoder.
+  layer_item: bytes of a weight of the captioner's layers while captions are written.
   """
 
   tower: Tower
@@ -83,6 +84,7 @@ class Step:
   asked: Asked
   learned: int
   trained: tuple[bool, bool] = (True, True)
+  layer_item: int = 2
 
   @property
   def images(self) -> int:
@@ -193,9 +195,10 @@ def slot_bytes(cfg: DecoderConfig) -> int:
   return 2 * 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
 
 
-def weight_bytes(cfg: DecoderConfig) -> int:
-  """Of what each decoded token multiplies with: the layers' matrices and the unembedding."""
-  return 2 * (layer_weights(cfg) + cfg.vocab_size * cfg.hidden_size)
+def weight_bytes(cfg: DecoderConfig, layer_item: int = 2) -> int:
+  """Of what each decoded token multiplies with: the layers' matrices, in so many bytes a number,
+  and the unembedding, in two."""
+  return layer_item * layer_weights(cfg) + 2 * cfg.vocab_size * cfg.hidden_size
 
 
 def decode_bytes(step: Step, parts: int = 1) -> float:
@@ -207,4 +210,5 @@ def decode_bytes(step: Step, parts: int = 1) -> float:
     return parts * decode_bytes(dataclasses.replace(step, length_BG=share))
   n, slot = step.length_BG.astype(float), slot_bytes(step.text)
   own = slot * (n * (n - 1) / 2).sum()
-  return float(weight_bytes(step.text) * n.max() + slot * step.prompt * n.max(1).sum() + own)
+  weights = weight_bytes(step.text, step.layer_item)
+  return float(weights * n.max() + slot * step.prompt * n.max(1).sum() + own)

@@ -31,11 +31,16 @@ def with_judge(settings: Settings, **changes) -> Settings:
   return dataclasses.replace(settings, judge=judge, step=step)
 
 
+def with_rollout(settings: Settings, **changes) -> Settings:
+  """The same with other keys of the section rollout."""
+  rollout = dataclasses.replace(settings.step.rollout, **changes)
+  return dataclasses.replace(settings, step=dataclasses.replace(settings.step, rollout=rollout))
+
+
 def with_sampling(settings: Settings, **changes) -> Settings:
   """The same with other keys of the section rollout.sampling."""
-  rollout = settings.step.rollout
-  rollout = dataclasses.replace(rollout, sampling=dataclasses.replace(rollout.sampling, **changes))
-  return dataclasses.replace(settings, step=dataclasses.replace(settings.step, rollout=rollout))
+  sampling = dataclasses.replace(settings.step.rollout.sampling, **changes)
+  return with_rollout(settings, sampling=sampling)
 
 
 def with_policy(settings: Settings, **changes) -> Settings:
@@ -64,7 +69,8 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
       yield named, lambda s, mesh=mesh: dataclasses.replace(s, mesh=mesh)
   if not settings.judge.int8 and not judge.sees_image:
     yield "judge.int8=True", lambda s: with_judge(s, int8=True)
-  optimizer = settings.optimizer
+  if settings.step.rollout.weights == "full" and not refuses_rounded(settings.step):
+    yield "rollout.weights=int8", lambda s: with_rollout(s, weights="int8")
   if (optimizer.name, optimizer.moment_dtype) == ("adamw", "float32"):
     small = dataclasses.replace(optimizer, moment_dtype="bfloat16")
     yield "optimizer.moment_dtype=bfloat16", lambda s: dataclasses.replace(s, optimizer=small)

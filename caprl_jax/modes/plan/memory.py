@@ -163,8 +163,10 @@ class _Sizes:
     share = step.images / self.mesh.parts
     rows, slot = round(share * step.length_BG.shape[1]), self.slot(cfg)
     moved = self.mesh.fsdp > 1 or self.settings.policy.param_dtype != self.settings.policy.dtype
-    matrices = layer_weights(cfg) * self.item / self.mesh.tensor
-    weights = (matrices + self.head(cfg, self.item) * (1 if cfg.tie_embeddings else 2)) * moved
+    rounded = self.settings.step.rollout.weights == "int8"
+    matrices = layer_weights(cfg) * (1 if rounded else self.item) / self.mesh.tensor
+    head = self.head(cfg, self.item) * (1 if cfg.tie_embeddings else 2)
+    weights = matrices * (moved or rounded) + head * moved
     trunk, chunks = sampling.cache_stages(sampled.max_tokens)
     prefix = share * step.prompt * slot
     caches = rows * trunk[-1] * slot * (1 if chunks else 2)

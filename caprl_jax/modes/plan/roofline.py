@@ -94,14 +94,15 @@ def _rollout(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Sta
   )
   slot = slot_bytes(text) / mesh.tensor
   prompts = np.where(own > 0, rows, share)
-  read = weight_bytes(text) / mesh.tensor + (rows * slots + prompts * step.prompt) * slot
+  weights = weight_bytes(text, step.layer_item)
+  read = weights / mesh.tensor + (rows * slots + prompts * step.prompt) * slot
   one = decoder_flops(text, 1, step.prompt) + head_flops(text, 1)
   products = rows * one / mesh.tensor
   each = np.maximum(read / (chip.bandwidth * READS), products / (chip.flops * MATRICES))
   each += 2 * text.num_layers * LATENCY * (mesh.tensor > 1)
   once = forward(step)
   flops = (once.tower + once.prompt) / mesh.chips
-  sent = _gathered(weight_bytes(text), mesh) + _layers_summed(step, share * step.prompt, mesh)
+  sent = _gathered(weights, mesh) + _layers_summed(step, share * step.prompt, mesh)
   sent += _layers_summed(step, float((rows * rounds).sum()), mesh)
   found = _stage(chip, flops, sent, float((read * rounds).sum()), float((each * rounds).sum()))
   return dataclasses.replace(found, flops=flops + float((products * rounds).sum()))

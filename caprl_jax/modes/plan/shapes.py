@@ -139,6 +139,7 @@ def step_of(settings: Settings, plan: PlanConfig, shapes: Shapes) -> Step:
     asked_of(settings, plan, shapes),
     learned=settings.data.batch_size,
     trained=(trainable == "full", trainable in ("full", "decoder")),
+    layer_item=1 if rollout.weights == "int8" else 2,
   )
 
 

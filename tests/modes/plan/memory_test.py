@@ -87,6 +87,67 @@ def test_rounding_the_judge_and_training_adapters_take_less():
   assert few["policy, frozen"] == pytest.approx(whole["policy, trained"] / 2, rel=0.01)
 
 
+def test_moments_in_the_hosts_memory_leave_the_chips(tmp_path):
+  settings, plan = read("caprl_3b_v5e16")
+  there = dataclasses.replace(settings.optimizer, moment_memory="host")
+  machine = machine_of("v5e-16")
+  whole, found = (
+    estimate(one, Known.of(one, plan), machine, 1.0)
+    for one in (settings, dataclasses.replace(settings, optimizer=there))
+  )
+  moments = whole.memory.arguments["optimizer"]
+  assert found.memory.host == pytest.approx(moments, rel=1e-4) and whole.memory.host == 0
+  assert found.memory.arguments.get("optimizer", 0) < 100  # a count
+  # While an update runs they are on the chip, beside the gradient.
+  least = 2 * moments + found.memory.stages["update"]["gradients"] / 5
+  assert sum(found.memory.stages["update"].values()) >= least
+  assert found.memory.total < whole.memory.total - 0.9 * moments
+  assert found.secs > whole.secs
+  text = report.estimate_text(found, plan, machine)
+  assert f"{4 * moments / GIB:.2f} GiB a host of 4" in text
+  assert "in host memory" not in report.estimate_text(whole, plan, machine)
+  assert as_json(found, plan)["gib_per_chip"]["host"] == pytest.approx(moments / GIB, rel=1e-4)
+  named = [one.named for one in changes.alternatives(settings, plan, machine, 1.0)]
+  assert "optimizer.moment_memory=host" in named
+  counts = [machine_of(name).chips_per_host for name in ("v5e-8", "v5e:4x8", "v5p-16", "H100x16")]
+  assert counts == [8, 4, 4, 8]
+
+
+def test_activations_of_one_part_are_made_again():
+  """Of the tower alone they take less than of nothing, and more than of both."""
+  total = lambda **keys: estimated(
+    "caprl_3b_v5e16", change=lambda s: changes.with_policy(s, **keys)
+  ).stages["update"]["activations"]
+  none, both = total(remat=False), total(remat=True)
+  tower, decoder = total(remat=False, tower_remat=True), total(remat=True, tower_remat=False)
+  assert both < min(tower, decoder) and max(tower, decoder) < none
+  settings, _ = read("caprl_3b_v5e16")
+  named = lambda **keys: {
+    name for name, _ in changes.changes(changes.with_policy(settings, **keys), 8) if "remat" in name
+  }
+  assert named() == set() and named(remat=False) == {
+    "policy.remat=True",
+    "policy.tower_remat=False policy.decoder_remat=True",
+    "policy.tower_remat=True policy.decoder_remat=False",
+  }
+  assert named(tower_remat=False) == {"policy.tower_remat=True policy.decoder_remat=True"}
+
+
+def test_a_rollout_with_rounded_weights_reads_and_sends_less():
+  settings, plan = read("caprl_3b_v5e16")
+  rounded = changes.with_rollout(settings, weights="int8", end_cut=False)
+  machine = machine_of("v5e-16")
+  whole, small = (estimate(one, Known.of(one, plan), machine, 1.0) for one in (settings, rounded))
+  assert small.stages["rollout"].read < 0.8 * whole.stages["rollout"].read
+  assert small.stages["rollout"].sent < whole.stages["rollout"].sent
+  gathered = [one.memory.stages["rollout"]["weights"] for one in (small, whole)]
+  assert 0.5 < gathered[0] / gathered[1] < 0.65
+  named = lambda s: [name for name, _ in changes.changes(s, 16)]
+  assert "rollout.weights=int8" not in named(settings)  # it ends captions by hand
+  assert "rollout.weights=int8" in named(changes.with_rollout(settings, end_cut=False))
+  assert "rollout.weights=int8" not in named(rounded)
+
+
 def test_what_does_not_fit_is_said_with_what_would():
   settings, plan = read("caprl_3b_v5e16")
   machine, settings = machine_of("v5e-16"), changes.with_sampling(settings, chunks=4)
