@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.parts.timing import best_secs
-from benchmarks.step import Work, decoder_flops, make_work, needed
+from benchmarks.step import Work, make_work, needed
 from caprl_jax import sharding
+from caprl_jax.modes.plan.arithmetic import decoder_flops
 from caprl_jax.rl.groups import Rollout
 from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.rollout import sample_captions

@@ -3,10 +3,10 @@
   python -m benchmarks.step [--model tiny|Qwen/Qwen2.5-VL-3B-Instruct] [--lengths geometric:40]
 
 Random weights, captions of given lengths. Rollout, judge, update and the whole step are programs of
-their own; each is timed on its device. "needed" is the arithmetic that the captions call for,
-image, prompt and judge's head once each; "executed" is counted while the program's outline runs
-with its real values (`benchmarks/parts/executed.py`), "peak" is a large matrix product in the same
-precision in the same process. Nothing else should run beside it.
+their own; each is timed on its device. "needed" is the arithmetic that the captions call for, as
+mode `plan` reckons it: image, prompt and judge's head once each. "executed" is counted while the
+program's outline runs with its real values (`benchmarks/parts/executed.py`), "peak" is a large
+matrix product in the same precision in the same process. Nothing else should run beside it.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from caprl_jax.rl.rollout import RolloutConfig, sample_captions
 from caprl_jax.rl.sampling import SamplingConfig
 from caprl_jax.rl.step import StepConfig, ask_judge, train_step
 from caprl_jax.rl.update import Learner, UpdateConfig, update_policy
-from caprl_jax.types import Batch, Frozen, JudgePrompt, Questions, TrainState, Vocabulary
+from caprl_jax.types import Batch, Captions, Frozen, JudgePrompt, Questions, TrainState, Vocabulary
 
 
 def lengths(spec: str, shape: tuple[int, int], limit: int, rng: np.random.Generator) -> np.ndarray:
@@ -75,6 +75,7 @@ class Work:
   state: TrainState
   frozen: Frozen
   batch: Batch
+  image: tuple[int, int]  # height and width
   length_BG: jax.Array
   tx: optax.GradientTransformation
 
@@ -82,11 +83,12 @@ class Work:
 def make_work(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Work:
   """Random models of the shapes asked for, drawn images and questions."""
   dtype = jnp.dtype(args.dtype)
-  config = tiny_models.CAPTIONER if args.model == "tiny" else CONFIGS[args.model]
+  config = _config(args.model, tiny_models.CAPTIONER)
   pixels = args.image**2
   cfg = PolicyConfig.from_hf(
     config, dict(min_pixels=pixels, max_pixels=pixels), dtype=dtype, remat=Remat.of(args.remat)
   )
+  judge_cfg = DecoderConfig.from_hf(_config(args.judge, tiny_models.JUDGE), dtype=dtype)
   policy, judge = Policy(cfg), Decoder(judge_cfg)
   rng = np.random.default_rng(0)
   pictures = rng.integers(0, 255, (args.images, args.image, args.image, 3), np.uint8)
@@ -140,7 +142,15 @@ def make_work(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Work:
   )
   drawn = lengths(args.lengths, (B, args.group), args.max_tokens, rng)
   frozen = Frozen(judge_params, judge_prompt, vocabulary)
-  return Work(policy, judge, step, state, frozen, batch, jnp.asarray(drawn), tx)
+  size = (args.image, args.image)
+  return Work(policy, judge, step, state, frozen, batch, size, jnp.asarray(drawn), tx)
+
+
+def _config(model: str | dict, tiny: dict) -> dict:
+  """config.json of "tiny", of a published model, or the one given."""
+  if isinstance(model, dict):
+    return model
+  return tiny if model == "tiny" else CONFIGS[model]
 
 
 def images_of(batch: Batch) -> tuple[Any, Any]:
@@ -162,13 +172,27 @@ def _row(picture: np.ndarray, number: int) -> QARow:
   return QARow(file.getvalue(), (), f"{number}")
 
 
+def _write(work: Work, params, frozen, batch, length_BG) -> Captions:
+  """Captions of the given lengths."""
+  key, cfg = jax.random.key(3), work.cfg.rollout
+  return sample_captions(work.policy, params, batch, key, frozen.vocabulary, cfg, length_BG)
+
+
+def whole_step(work: Work) -> tuple[Any, tuple]:
+  """The whole step as a function, and what it is given."""
+
+  def whole(state, frozen, batch, length_BG):
+    captions = _write(work, state.params, frozen, batch, length_BG)
+    models = dict(policy=work.policy, judge=work.judge, tx=work.tx, cfg=work.cfg)
+    return train_step(state, frozen, batch, captions, **models)
+
+  return whole, (work.state, work.frozen, work.batch, work.length_BG)
+
+
 def stages(work: Work) -> dict[str, tuple[Any, tuple]]:
   """Name -> the stage as a function, and what it is given."""
   cfg, policy = work.cfg, work.policy
-
-  def rollout(params, frozen, batch, length_BG):
-    key = jax.random.key(3)
-    return sample_captions(policy, params, batch, key, frozen.vocabulary, cfg.rollout, length_BG)
+  rollout = functools.partial(_write, work)
 
   def judge(state, frozen, batch, captions):
     return ask_judge(state, frozen, batch, captions, judge=work.judge, cfg=cfg)
@@ -178,12 +202,6 @@ def stages(work: Work) -> dict[str, tuple[Any, tuple]]:
     scored = jnp.ones(advantage_BG.shape, bool)
     return update_policy(learner, state, frozen, Rollout(batch, captions, scored, advantage_BG))
 
-  def whole(state, frozen, batch, length_BG):
-    captions = rollout(state.params, frozen, batch, length_BG)
-    return train_step(
-      state, frozen, batch, captions, policy=policy, judge=work.judge, tx=work.tx, cfg=cfg
-    )
-
   captions = jax.jit(rollout)(work.state.params, work.frozen, work.batch, work.length_BG)
   np.testing.assert_array_equal(captions.valid_BGT.sum(-1) <= work.length_BG, True)
   advantage = jax.random.normal(jax.random.key(4), captions.ended_BG.shape)
@@ -192,64 +210,35 @@ def stages(work: Work) -> dict[str, tuple[Any, tuple]]:
     "rollout": (rollout, (work.state.params, work.frozen, work.batch, work.length_BG)),
     "judge": (judge, (*given, captions)),
     "update": (update, (*given, captions, advantage)),
-    "whole": (whole, (*given, work.length_BG)),
+    "whole": whole_step(work),
   }
 
 
-def decoder_flops(cfg: DecoderConfig, tokens: float, pairs: float) -> float:
-  """Of a forward pass over so many tokens, which see `pairs` tokens in all; no unembedding."""
-  heads = cfg.num_heads * cfg.head_dim
-  width = cfg.num_kv_heads * cfg.head_dim
-  matrices = cfg.hidden_size * (2 * heads + 2 * width + 3 * cfg.intermediate_size)
-  return cfg.num_layers * (2 * matrices * tokens + 4 * heads * pairs)
+def planned(work: Work, written_BG: np.ndarray) -> Step:
+  """A step with captions of these lengths, as mode `plan` reckons it."""
+  q, params = work.batch.questions, work.state.params
+  K, Q, A, O = *q.stem_BKQ.shape[1:], *q.option_BKAO.shape[2:]
+  return Step(
+    tower_of(work.policy.cfg, params, work.image),
+    work.policy.cfg.text,
+    work.batch.prompts.tokens_BP.shape[1],
+    written_BG,
+    work.judge.cfg,
+    Asked(len(work.frozen.prompt.head_L), K, Q, A, O - 1, logits=1 + A * (O - 1)),
+    learned=len(written_BG),
+  )
 
 
 def needed(work: Work, written_BG: np.ndarray) -> dict[str, float]:
   """FLOPs that captions of these lengths call for, by stage."""
-  text, judge, B = work.policy.cfg.text, work.judge.cfg, len(written_BG)
-  P = work.batch.prompts.tokens_BP.shape[1]
-  vision, _ = executed(
-    lambda params, images: work.policy.apply(
-      {"params": params}, images, method=lambda m, images: m.visual(images)
-    ),
-    work.state.params,
-    work.batch.images,
-  )
-  n = written_BG.astype(float)
-  prefix = vision + B * decoder_flops(text, P, P * (P + 1) / 2)
-  run = np.maximum(n - 1, 0)  # the last token never runs
-  captions = decoder_flops(text, run.sum(), (run * P + run * (run + 1) / 2).sum())
-  head = 2 * text.vocab_size * text.hidden_size * (n.sum() - n.size + B)
-  q = work.batch.questions
-  K, Q, A, O = *q.stem_BKQ.shape[1:], *q.option_BKAO.shape[2:]
-  L = len(work.frozen.prompt.head_L)
-  each = K * (Q + A * (O - 1))
-  context = n + L
-  pairs = n * L + n * (n + 1) / 2 + K * (Q * context + Q * (Q + 1) / 2)
-  pairs += K * A * (O - 1) * (context + Q + O / 2)
-  asked = decoder_flops(judge, L + n.sum() + n.size * each, L * (L + 1) / 2 + pairs.sum())
-  asked += 2 * judge.vocab_size * judge.hidden_size * n.size * K * (1 + A * (O - 1))
-  forward = prefix + captions + head
-  # While captions are written their first token's logits are the image's own, for all of a group.
-  return {
-    "rollout": forward,
-    "judge": asked,
-    "update": 3 * forward,
-    "whole": 4 * forward + asked,
-  }
+  found = arithmetic.needed(planned(work, written_BG))
+  return {**found, "whole": sum(found.values())}
 
 
 def needed_decode_bytes(work: Work, written_BG: np.ndarray) -> float:
-  """Bytes of weights and of keys and values that decoding must read: the weights once a token of
-  the longest caption, the image's keys once a token of its group's longest, a caption's own as long
-  as it is written."""
-  text = work.policy.cfg.text
-  item = jnp.dtype(text.dtype).itemsize
-  slot = 2 * text.num_layers * text.num_kv_heads * text.head_dim * item
-  weights = item * (decoder_flops(text, 1, 0) / 2 + text.vocab_size * text.hidden_size)
-  n = written_BG.astype(float)
-  P = work.batch.prompts.tokens_BP.shape[1]
-  return float(weights * n.max() + slot * P * n.max(1).sum() + slot * (n * (n - 1) / 2).sum())
+  """Bytes of weights and of keys and values that decoding must read."""
+  item = jnp.dtype(work.policy.cfg.text.dtype).itemsize
+  return arithmetic.decode_bytes(planned(work, written_BG)) * item / 2
 
 
 def peak_flops(dtype: Any) -> float:
