@@ -380,11 +380,10 @@ def optimizer_shardings(
 
 
 def lies_in_host_memory(x: Any) -> bool:
-  """Of an array, a struct with a sharding, or an array inside jit."""
-  place = getattr(x, "sharding", None)
-  if isinstance(x, jax.core.Tracer) or place is None:
-    return jax.typeof(x).memory_space == jax.memory.Space.Host
-  return place.memory_kind == HOST
+  """Of an array, inside jit or not, or a struct with a sharding."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return x.sharding is not None and x.sharding.memory_kind == HOST
+  return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def on_devices(tree: Any) -> Any:

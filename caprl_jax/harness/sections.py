@@ -129,7 +129,8 @@ class PolicySection:
   def _begun(self, run: Trained) -> "PolicySection":
     """What the run began with, asked and computed as this section says."""
     then = begun_with(run)
-    own = ("instruction", "template", "dtype", "remat", "attention")
+    parts = ("tower_remat", "decoder_remat")
+    own = ("instruction", "template", "dtype", "remat", *parts, "attention")
     limits = {name: getattr(self, name) for name in ("min_pixels", "max_pixels")}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     return dataclasses.replace(then, **{name: getattr(self, name) for name in own}, **limits)

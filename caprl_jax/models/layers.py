@@ -128,8 +128,8 @@ def linear(
 
 @jax.jit
 def round_kernel(kernel: Array) -> tuple[Array, Array]:
-  """int8 [..., in, out], and a scale float32 [..., out]: each column is rounded to 255 levels of its
-  largest weight, and `Linear` multiplies the scale back after the product."""
+  """int8 [..., in, out], and a scale float32 [..., out]: each column is rounded to 255 levels of
+  its largest weight, and `Linear` multiplies the scale back after the product."""
   values, scale = to_levels(kernel, -2)
   return values, scale[..., 0, :]
 

@@ -87,7 +87,8 @@ def _make_model(section: PretrainPolicyConfig, texts: Sequence[str], seed: int, 
   remat = Remat.of(section.remat, section.tower_remat, section.decoder_remat)
   options = (mesh, dtype, param_dtype, remat)
   if section.checkpoint is not None:
-    asked = dict(dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat)
+    asked = dict(dtype=section.dtype, param_dtype=section.param_dtype)
+    asked |= dict(tower_remat=remat.tower, decoder_remat=remat.decoder)
     return PolicySection(section.checkpoint, **asked).load(mesh)
   if section.language is not None:
     return compose_policy(section.vision, section.language, jax.random.key(seed), *options)
