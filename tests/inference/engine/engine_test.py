@@ -128,7 +128,7 @@ def test_a_caption_is_its_own_whatever_is_beside_it(folder, one_device, monkeypa
 
 
 def test_int8_weights_and_cache_are_their_dequantised_selves(folder, monkeypatch):
-  """Greedy ids over three pages of a cache."""
+  """Greedy ids over three pages of a cache; the rollout, which evaluation uses, has them too."""
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   rows = [numbered(folder)[i] for i in (0, 2, 5)]
   cfg = CaptionerConfig("Describe it.", max_tokens=20, batch_size=2, repetition_penalty=1.0)
@@ -142,6 +142,17 @@ def test_int8_weights_and_cache_are_their_dequantised_selves(folder, monkeypatch
   assert max(map(len, sum(found.values(), []))) == 20
   monkeypatch.setattr(Rounded, "of", lambda x: of(x).values * of(x).scale)
   assert ids(dataclasses.replace(small, params=tiny.dequantised(small.params))) == found
+  monkeypatch.undo()
+  model, pieces = small.model, small.prompt_pieces("Describe it.")
+  shape = image_shape([row for _, row in rows], model.cfg)
+  prompts = [ImagePrompt(model.cfg, pieces, shape)(row) for _, row in rows]
+  batch = stack([Batch(*prompt, None, np.int32(0)) for prompt in prompts])
+  vocabulary = captioner_module.caption_vocabulary(small)
+  rollout = RolloutConfig(1, SamplingConfig(20, temperature=0.0))
+  run = lambda *given: sample_captions(model, *given, jax.random.key(0), vocabulary, rollout)
+  made = jax.device_get(jax.jit(run)(small.params, batch))
+  for (number, _), tokens_1T, valid_1T in zip(rows, made.tokens_BGT, made.valid_BGT, strict=True):
+    assert tokens_1T[valid_1T].tolist() == found[number][0]
 
 
 PROGRAM = """
