@@ -4,6 +4,7 @@ A block of commands has a mark in the line before it:
 
   <!-- run: ARGUMENTS -->          run here; ARGUMENTS come after those of each command and so win
   <!-- run first: ARGUMENTS -->    the same, before all others, which need what it leaves
+  <!-- run in order: ARGUMENTS -->   in the page's order, by a test of its own (of your_images.md)
   <!-- parsed only: WHY -->        flags, config file and keys are checked by main's own parsing
 
 {tiny} in ARGUMENTS is a folder of tiny models and data, {tiny_data} sets a training config's data
@@ -31,7 +32,8 @@ from caprl_jax.rl import step
 
 TRUE_TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [*TRUE_TODAY, ROOT / "CHANGELOG.md"]  # which names what is no more
-MARK = re.compile(r"<!-- (?P<kind>run first|run|parsed only):(?P<text>.*?) ?-->", re.DOTALL)
+KINDS = "run first|run in order|run|parsed only"
+MARK = re.compile(rf"<!-- (?P<kind>{KINDS}):(?P<text>.*?) ?-->", re.DOTALL)
 STEP_MARK = "<!-- the step: tests/docs_test.py compares -->"
 SHELL = ("bash", "sh", "console")
 

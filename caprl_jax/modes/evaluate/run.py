@@ -93,9 +93,10 @@ class Evaluator:
     reward = f"reward {figures['reward']:.3f}" if "reward" in figures else ""
     if not run.judged:
       return f"{reward or 'no reward'} on {figures['images'] - figures['unscored']} images"
-    known = [name for name in run.kinds if f"accuracy/{name}" in figures]
+    known = [name for name in run.kinds if name and f"accuracy/{name}" in figures]
     by_kind = ", ".join(f"{name} {figures[f'accuracy/{name}']:.3f}" for name in known)
-    accuracy = f"accuracy {figures['accuracy']:.3f} on {figures['questions']} questions ({by_kind})"
+    accuracy = f"accuracy {figures['accuracy']:.3f} on {figures['questions']} questions"
+    accuracy += f" ({by_kind})" if by_kind else ""
     return f"{accuracy}, {reward}" if reward else accuracy
 
   def _flat_groups(self, params: Params) -> dict[str, float]:
