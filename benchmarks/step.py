@@ -2,6 +2,9 @@
 
   python -m benchmarks.step [--model tiny|Qwen/Qwen2.5-VL-3B-Instruct] [--lengths geometric:40]
 
+Images of several sizes (`--image 224x224,896x448`) are padded to the largest, as a training batch
+without buckets of shapes is.
+
 Random weights, captions of given lengths. Rollout, judge, update and the whole step are programs of
 their own; each is timed on its device. "needed" is the arithmetic that the captions call for, as
 mode `plan` reckons it: image, prompt and judge's head once each. "executed" is counted while the
@@ -13,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import time
@@ -65,6 +69,12 @@ def lengths(spec: str, shape: tuple[int, int], limit: int, rng: np.random.Genera
   return np.clip(np.round(drawn), 1, limit).astype(np.int32)
 
 
+def image_sizes(spec: str | int, count: int) -> list[tuple[int, int]]:
+  """Width and height of each image in pixels: `448`, `896x448`, or several of these in turn."""
+  sides = [[int(side) for side in one.split("x")] for one in str(spec).split(",")]
+  return [(side[0], side[-1]) for side, _ in zip(itertools.cycle(sides), range(count))]
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
   """Everything that the stages take."""
@@ -84,17 +94,21 @@ def make_work(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Work:
   """Random models of the shapes asked for, drawn images and questions."""
   dtype = jnp.dtype(args.dtype)
   config = _config(args.model, tiny_models.CAPTIONER)
-  pixels = args.image**2
+  sizes = image_sizes(args.image, args.images)
+  areas = [width * height for width, height in sizes]
   cfg = PolicyConfig.from_hf(
-    config, dict(min_pixels=pixels, max_pixels=pixels), dtype=dtype, remat=Remat.of(args.remat)
+    config,
+    dict(min_pixels=min(areas), max_pixels=max(areas)),
+    dtype=dtype,
+    remat=Remat.of(args.remat),
   )
   judge_cfg = DecoderConfig.from_hf(_config(args.judge, tiny_models.JUDGE), dtype=dtype)
   policy, judge = Policy(cfg), Decoder(judge_cfg)
   rng = np.random.default_rng(0)
-  pictures = rng.integers(0, 255, (args.images, args.image, args.image, 3), np.uint8)
+  pictures = (rng.integers(0, 255, (height, width, 3), np.uint8) for width, height in sizes)
   rows = [_row(picture, number) for number, picture in enumerate(pictures)]
   pieces = (list(range(10, 16)), list(range(20, 20 + args.prompt)))
-  prompt = ImagePrompt(cfg, pieces, image_shape(rows[:1], cfg))
+  prompt = ImagePrompt(cfg, pieces, image_shape(rows, cfg))
   images, prompts = zip(*map(prompt, rows))
   B, K, A, O, Q = args.images, args.questions, 4, 2, args.question_tokens
   questions = Questions(
@@ -269,7 +283,7 @@ def arguments() -> argparse.Namespace:
   add("--dtype", default="float32", help="of activations and the judge's parameters")
   add("--params", default="float32", help="of the captioner's parameters")
   add("--images", type=int, default=8)
-  add("--image", type=int, default=56, help="width and height in pixels")
+  add("--image", default="56", help="pixels: a square's side, or 224x224,896x448 in turn")
   add("--group", type=int, default=8)
   add("--prompt", type=int, default=12, help="tokens of the instruction")
   add("--max_tokens", type=int, default=64)
