@@ -1,9 +1,10 @@
 """Name of a published recipe -> the settings of its algorithm.
 
 A preset fills in what a config leaves open: sections judge, rollout, reward, advantage,
-policy_update, optimizer. What the config file or the command line says stands; an optimizer whose
-learning rate the file gives is the file's altogether, because a schedule belongs to its rate. Paper
-and released code differ, so each has its own.
+policy_update, optimizer; those of released code also how batches are made of images (`data`). What
+the config file or the command line says stands; an optimizer whose learning rate the file gives is
+the file's altogether, because a schedule belongs to its rate. Paper and released code differ, so
+each has its own.
 """
 
 import logging
@@ -25,6 +26,7 @@ _OFFICIAL_JUDGE = dict(
   replacement=True,
   independent=True,
 )
+_OFFICIAL_DATA = dict(shape_buckets=1)  # a batch is any images
 _SAMPLING = dict(max_tokens=4096, temperature=1.0)
 # 75,285 images x 8 captions are 588 batches of 1,024, times 30 episodes. The release stopped near
 # step 1,800, where the rate is still 0.978 of its peak.
@@ -55,6 +57,7 @@ PRESETS = {
       loss=dict(surrogate="reinforce", aggregation="set_token_mean", set_captions=4, kl=0.0)
     ),
     optimizer=_OFFICIAL_OPTIMIZER,
+    data=_OFFICIAL_DATA,
   ),
   # The released training script of CapRL++ (verl) for images: options shuffled with "F) Can not
   # answer" after them, a length term, the sampler's log-probabilities as the old ones, a mean
@@ -86,6 +89,7 @@ PRESETS = {
       weight_decay=0.01,
       clip_norm=1.0,
     ),
+    data=_OFFICIAL_DATA,
   ),
   # What arXiv 2509.22647 describes: shuffled options, GRPO with its KL. It prints no G, N, KL
   # weight, clip range or learning rate: 8 and 8 are the released code's, 0.04 and 0.2 those of

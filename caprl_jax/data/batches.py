@@ -21,6 +21,7 @@ from caprl_jax.data.judge_questions import (
   pick_questions,
 )
 from caprl_jax.data.rows import CaptionRow, QARow, image_place, open_image, read_image
+from caprl_jax.data.shapes.order import BatchOrder
 from caprl_jax.models.image_processor import pad_image
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.types import Batch, Images, Prompts, Sight
@@ -45,7 +46,7 @@ def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageS
   """The smallest shape that holds every image; reads only the files' headers. Raises ValueError as
   `read_image`, and for an extreme aspect ratio."""
   slots, tokens = 0, 0
-  found = {(_header_size(row), getattr(row, "limits", None)): row for row in rows}
+  found = {(header_size(row), getattr(row, "limits", None)): row for row in rows}
   for ((width, height), _), row in found.items():
     try:
       shape = pixels_for(cfg.vision.pixels, row).shape(height, width)
@@ -55,7 +56,9 @@ def image_shape(rows: Sequence[QARow | CaptionRow], cfg: PolicyConfig) -> ImageS
   return ImageShape(slots, tokens)
 
 
-def _header_size(row) -> tuple[int, int]:
+def header_size(row: QARow | CaptionRow) -> tuple[int, int]:
+  """Width and height of the row's image, upright, by the file's header. Raises ValueError as
+  `read_image`."""
   try:
     with open_image(row) as image:
       # turned by EXIF; of a TIFF, Pillow gives the size after that
@@ -85,6 +88,10 @@ class ImagePrompt:
     self.cfg, self.shape = cfg, shape
     self.before, self.after = pieces
     self.length = len(self.before) + shape.tokens + len(self.after)
+
+  def padded_to(self, shape: ImageShape) -> "ImagePrompt":
+    """The same, padded to another shape."""
+    return ImagePrompt(self.cfg, (self.before, self.after), shape)
 
   def __call__(
     self, row: QARow | CaptionRow, image: Image.Image | None = None
@@ -117,9 +124,14 @@ class QABatcher:
     questions: int,
     shape: QuestionShape,
     sight: ImagePrompt | None = None,
+    shapes: Callable[[int], Sequence[ImageShape]] | None = None,
   ):
-    """sight: what a judge that sees the image is shown."""
-    self.sight = sight
+    """
+    Args:
+      sight: what a judge that sees the image is shown.
+      shapes: what the image of a row is padded to for each of the two, where that is not their own.
+    """
+    self.sight, self.shapes = sight, shapes
     self.rows, self.tokenized, self.prompt, self.count, self.shape = (
       rows,
       tokenized,
@@ -128,13 +140,24 @@ class QABatcher:
       shape,
     )
 
+  def padded(self, shapes: Callable[[int], Sequence[ImageShape]] | None) -> "QABatcher":
+    """The same, with each row's image padded as `shapes` says."""
+    return QABatcher(
+      self.rows, self.tokenized, self.prompt, self.count, self.shape, self.sight, shapes
+    )
+
   def example(self, index: int, rng: np.random.Generator) -> Batch:
     """One row's arrays without a batch axis; `rng` picks its questions."""
     row, image, sight = self.rows[index], None, None
-    if self.sight is not None:
+    prompt, seeing = self.prompt, self.sight
+    if self.shapes is not None:
+      shape, *others = self.shapes(index)
+      prompt = prompt.padded_to(shape)
+      seeing = seeing.padded_to(*others) if seeing else None
+    if seeing is not None:
       image = read_image(row)  # for both
-      sight = Sight(*self.sight(row, image))
-    images, prompts = self.prompt(row, image)
+      sight = Sight(*seeing(row, image))
+    images, prompts = prompt(row, image)
     picked = pick_questions(self.tokenized[index], self.count, rng)
     questions = [self.tokenized[index][i] for i in picked]
     return Batch(
@@ -178,6 +201,7 @@ def train_iterator(
   seed: int,
   share: Sequence[int] | None = None,
   threads: int | None = None,
+  buckets: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches; `get_state` / `set_state` resume it exactly, with any number of
   processes.
@@ -190,14 +214,20 @@ def train_iterator(
       None: all.
     threads: that make examples, by default one per core, 16 at most. They are ahead of the training
       by a few batches.
+    buckets: of each row, where a batch is to be of rows of one bucket (`shapes/order.py`).
   """
   places = range(batch_size) if share is None else [int(i) for i in share]
   threads = threads or min(16, os.cpu_count() or 1)
-  stream = index_stream([(parts, None)] if isinstance(parts, int) else parts, seed).random_map(
-    lambda index, rng: example(int(index), rng)
-  )
+  rows = index_stream([(parts, None)] if isinstance(parts, int) else parts, seed)
+  stream = rows.random_map(lambda index, rng: example(int(index), rng))
+  in_turn = lambda number: range(number * batch_size, (number + 1) * batch_size)
+  order = in_turn if buckets is None else BatchOrder(rows, buckets, batch_size)
   pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="examples")
-  made = lambda number: stack(list(pool.map(lambda i: stream[number * batch_size + i], places)))
+
+  def made(number: int) -> Any:
+    batch = order(number)
+    return stack(list(pool.map(lambda i: stream[int(batch[i])], places)))
+
   dataset = grain.MapDataset.range(len(stream) // batch_size).map(made)
   return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 

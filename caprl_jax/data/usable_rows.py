@@ -141,6 +141,22 @@ def fits(pixels) -> Check:
   return check
 
 
+def shapes_of(
+  rows: Iterable[HasImage], facts: Iterable[ImageFacts], pixels: Sequence[Any]
+) -> list[tuple[ImageShape, ...]]:
+  """The shapes of each row's image, which `fits` has taken, by each of several processors."""
+  known: dict[Any, tuple[ImageShape, ...]] = {}
+  found = []
+  for row, fact in zip(rows, facts, strict=True):
+    key = (fact.height, fact.width, getattr(row, "limits", None))
+    if key not in known:
+      size = (fact.height, fact.width)
+      cut = [pixels_for(one, row).shape(*size) if fact.width else (0, 0) for one in pixels]
+      known[key] = tuple(ImageShape(*shape) for shape in cut)
+    found.append(known[key])
+  return found
+
+
 def shape_of(facts: Iterable[ImageFacts], pixels) -> ImageShape:
   """The smallest shape that holds all of the images, which `fits` has taken."""
   sizes = {(fact.height, fact.width) for fact in facts if fact.width}
@@ -165,6 +181,8 @@ class NextUsable:
     mark: what is made of an example that stands in for another; None takes it as it is.
     places: what the indices are of, where that is not `rows`: the row in each place, -1 for one
       that is not there any more (`row_places.py`).
+    buckets: of each place, where only one of its bucket may stand in for another: it is padded as
+      the others of the batch are.
   """
 
   def __init__(
@@ -174,14 +192,17 @@ class NextUsable:
     bad: BadRowList,
     mark: Callable[[Any], Any] | None = None,
     places: Sequence[int] | None = None,
+    buckets: Sequence[int] | None = None,
   ):
+    self.buckets = buckets
     self.example, self.rows, self.bad, self.mark = example, rows, bad, mark
     self.places = range(len(rows)) if places is None else places
 
   def __call__(self, index: int, rng: np.random.Generator) -> Any:
     for further in range(len(self.places)):
-      number = self.places[(index + further) % len(self.places)]
-      if number < 0:
+      place = (index + further) % len(self.places)
+      number = self.places[place]
+      if number < 0 or (self.buckets is not None and self.buckets[place] != self.buckets[index]):
         continue
       try:
         made = self.example(number, rng)
@@ -189,4 +210,9 @@ class NextUsable:
         self.bad.late(bad_row(self.rows[number], error))
         continue
       return self.mark(made) if self.mark and further else made
-    raise ValueError(f"none of {len(self.rows)} rows can be read any more; see the log for why")
+    some = (
+      "of the rows of a bucket of image shapes"
+      if self.buckets is not None
+      else f"of {len(self.rows)} rows"
+    )
+    raise ValueError(f"none {some} can be read any more; see the log for why")

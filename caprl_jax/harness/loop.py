@@ -23,7 +23,7 @@ from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.log_files import settle_log_files
 from caprl_jax.harness.process.signals import Deferred
 from caprl_jax.harness.trackers import Tracker
-from caprl_jax.harness.training.compile_times import timed_first
+from caprl_jax.harness.training.compile_times import StepPrograms
 from caprl_jax.harness.watch import Heartbeat, Watch
 from caprl_jax.types import TrainState
 
@@ -42,6 +42,11 @@ class CompileCounter:
   def _on_event(self, event: str, *_, **__) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
       self.count += 1
+
+  def settle(self, metrics: Any, known: int) -> None:
+    """After the first step of a shape, whose metrics are waited for: counts on from `known`."""
+    jax.block_until_ready(metrics)
+    self.count = known
 
   @contextlib.contextmanager
   def excused(self) -> Iterator[None]:
@@ -226,7 +231,8 @@ class StepReports:
 
 
 def _next_batch(iterator: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, float]:
-  """A batch on the host, the same on the devices, and the seconds that both took."""
+  """A batch on the host, the same on the devices, and the seconds that both took. (The copy runs
+  beside the step before, whose numbers are read later.)"""
   began = time.perf_counter()
   batch = next(iterator)
   on_device = sharding.put_batch(batch, mesh)
@@ -283,31 +289,31 @@ def run_loop(
   )
   position = iterator.get_state()  # after the batch of the last step
   save = lambda last=False: reports.save(checkpoints, state, position, config, last=last)
-  step_fn = timed_first(step_fn, f"{what}: compiling the step")
+  programs = StepPrograms(step_fn, f"{what}: compiling the step")
   with CompileCounter() as compiles, Interrupts() as interrupts:
     try:
       reports.evaluate_again(start, state, _due(evaluate, evaluate_every, start))
       for step in range(start + 1, steps + 1):
-        # The copy to the devices runs beside step n - 1, whose numbers are read below.
         batch, on_device, data_secs = _next_batch(iterator, mesh)
         interrupts.check()
+        if new := programs.is_new(on_device):
+          reports.heart.pause()  # compiling is no step that hangs
+        known = compiles.count if len(programs) else 0
         found = [before(state, on_device)] if before else []
         with interrupts.deferred.held():  # the step has the state, which a checkpoint would want
-          state, metrics, samples = step_fn(state, on_device, *found)
+          state, metrics, samples = programs(state, on_device, *found)
           position = iterator.get_state()
           reports.add(step, metrics, batch, samples, data_secs)
         interrupts.deferred.release()
         reports.read(most_pending=1)  # step n - 1, while the devices work on step n
-        if step == start + 1:
-          jax.block_until_ready(metrics)
-          compiles.count = 0
+        if new:
+          compiles.settle(metrics, known)
         with compiles.excused():
           reports.evaluate(step, state, _due(evaluate, evaluate_every, step))
           _save_if_due(step, checkpoints, reports, save)
       reports.read()
       interrupts.check()
-      if start < steps:
-        log.info("%s: %d compilations after the first step", what, compiles.count)
+      _say_compiled(what, compiles, len(programs))
     except (Exception, KeyboardInterrupt) as error:
       if interrupts.can_save(error, state):
         _keep(error, save, reports)
@@ -316,6 +322,13 @@ def run_loop(
       reports.close()
     save(last=True)
   return state
+
+
+def _say_compiled(what: str, compiles: CompileCounter, shapes: int) -> None:
+  if not shapes:
+    return
+  of = f" of each of {shapes} image shapes" if shapes > 1 else ""
+  log.info("%s: %d compilations after the first step%s", what, compiles.count, of)
 
 
 def _note_memory(state: TrainState) -> None:

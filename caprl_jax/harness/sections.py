@@ -245,6 +245,9 @@ class DataSection:
   bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it. Every image is
     decoded for that once, before the first step. A row that fails all the same when its turn comes
     (a disk error) ends the run, or the next row takes its place.
+  shape_buckets: the most shapes that images of training batches are padded to. A batch has images
+    of one, and the step is compiled once for each. 1: all have the shape that holds the largest.
+    None: up to 4, where sizes differ so much that each saves a tenth of the patches.
   """
 
   train: str
@@ -255,8 +258,14 @@ class DataSection:
   max_train_rows: int | None = None
   max_eval_rows: int | None = None
   bad_rows: BadRows = "refuse"
+  shape_buckets: int | None = None
 
   def __post_init__(self):
+    if self.shape_buckets is not None and self.shape_buckets < 1:
+      raise ValueError(
+        f"data.shape_buckets = {self.shape_buckets} must be at least 1 (one shape for all images), "
+        "or None"
+      )
     if self.questions_per_image is not None and self.questions_per_image < 1:
       raise ValueError(
         f"data.questions_per_image = {self.questions_per_image} must be at least 1, or None"

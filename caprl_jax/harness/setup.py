@@ -16,7 +16,8 @@ from caprl_jax.data.batches import ImagePrompt, QABatcher
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.judge_questions import QuestionShape, question_shape
 from caprl_jax.data.rows import QARow, kinds
-from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, shape_of
+from caprl_jax.data.shapes.buckets import Shapes
+from caprl_jax.data.usable_rows import Check, ImageFacts, RowError, shape_of, shapes_of
 from caprl_jax.harness.process.device_memory import hold
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.run_record import RunRecord
@@ -41,7 +42,7 @@ log = logging.getLogger("caprl_jax.harness.setup")
 @dataclasses.dataclass(frozen=True)
 class Run:
   """What train and evaluate work with. Rows hold curated questions only; batchers make device
-  batches of them. digests: of the training rows (`row_digests`).
+  batches of them. digests: of the training rows (`row_digests`). shapes: of their images.
   """
 
   settings: Settings
@@ -61,6 +62,7 @@ class Run:
   counts: dict[str, float]
   bad: BadRowList  # what could not be used, and what is done with what fails later
   digests: Sequence[str] = ()
+  shapes: Sequence[Shapes] = ()
   translator: Translator | None = None  # where captioner and judge have different vocabularies
   custom: CustomReward | None = None  # the user's reward function
 
@@ -149,6 +151,7 @@ def set_up(
     counts=counts,
     bad=bad,
     digests=row_digests(data.train_rows, images(data.train_rows)),
+    shapes=_shapes(train, images),
     translator=translator,
     custom=custom,
   )
@@ -228,6 +231,12 @@ def _batchers(
     for split, tokens in zip(splits, tokenized, strict=True)
   )
   return train, held_out, shape
+
+
+def _shapes(batcher: QABatcher, images: ImageCheck) -> list[Shapes]:
+  """Of the rows' images, for each model that sees them."""
+  pixels = [one.cfg.vision.pixels for one in (batcher.prompt, batcher.sight) if one]
+  return shapes_of(batcher.rows, images(batcher.rows), pixels)
 
 
 def _relate(

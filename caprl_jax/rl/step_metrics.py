@@ -34,12 +34,22 @@ class Stages:
 def step_metrics(stages: Stages, batch: Batch, kinds: tuple[str, ...]) -> dict[str, Array]:
   """All metrics of a step, stage by stage. `kinds`: names of the questions' kinds."""
   return {
+    **batch_metrics(batch),
     **rollout_metrics(stages.captions),
     **judge_metrics(stages.answers, batch.questions.kind_BK, kinds),
     **reward_metrics(stages.scored),
     **advantage_metrics(stages.scored, stages.groups, stages.advantage_BG),
     **update_metrics(stages.update),
   }
+
+
+def batch_metrics(batch: Batch) -> dict[str, Array]:
+  """Image tokens that each image of the batch is padded to (which tells its bucket of shapes), and
+  the share of them that is padding."""
+  I = batch.images.unit_BI.shape[1]
+  text = batch.prompts.valid_BP.shape[1] - I
+  tokens_B = batch.prompts.valid_BP.sum(-1) - text
+  return {"data/image_tokens": jnp.float32(I), "data/padding": 1.0 - tokens_B.mean() / I}
 
 
 def rollout_metrics(captions: Captions) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from caprl_jax.masked import masked_sum
 from caprl_jax.models.policy import Policy
 from caprl_jax.rl.gradients import LossSum, TokenNumbers, guarded_step, mean_gradient
 from caprl_jax.rl.rollout import caption_logprobs
+from caprl_jax.rl.step_metrics import batch_metrics
 from caprl_jax.types import Array, Batch, Captions, Params, TrainState, Vocabulary
 
 
@@ -67,6 +68,7 @@ def sft_step(
     state, step=state.step + 1, params=stepped.params, opt_state=stepped.opt_state
   )
   metrics = {
+    **batch_metrics(example.batch),
     "update/loss": mean.value,
     "update/grad_norm": stepped.grad_norm,
     "update/nonfinite": stepped.nonfinite,

@@ -103,6 +103,7 @@ def test_every_preset_is_read(name, config, tmp_path):
   )
   assert made.step.advantage.estimator == preset["advantage"]["estimator"]
   assert made.step.update.loss.kl == preset["policy_update"]["loss"].get("kl", 0)
+  assert made.data.shape_buckets == (1 if name.startswith("official") else None)
   if config != "caprl_3b":  # models, sizes and optimizer are the file's
     file = config_file.load_config(str(ROOT / "configs" / f"{config}.py"))
     assert (

@@ -141,3 +141,17 @@ def test_an_evaluation_knows_which_stand_in():
   example = NextUsable(Disk(2, 3), ROWS, BadRowList("drop", None), mark)
   rows = np.concatenate([batch["row"][:real] for batch, real in eval_batches(example, 7, 4, 0)])
   np.testing.assert_array_equal(rows, [0, 1, -1, -1, 4, 5, 6])
+
+
+def test_only_a_row_of_its_bucket_stands_in():
+  bad, buckets = BadRowList("drop", None), [0, 1, 0, 1, 1, 0, 1]
+  example = NextUsable(Disk(2, 3, 6), ROWS, bad, buckets=buckets)
+  rng = np.random.default_rng(0)
+  assert [int(example(i, rng)["row"]) for i in range(7)] == [0, 1, 5, 4, 4, 5, 1]
+  alone = NextUsable(Disk(0, 2, 5), ROWS, bad, buckets=buckets)
+  assert alone(1, rng)["row"] == 1
+  with pytest.raises(ValueError, match="none of the rows of a bucket of image shapes can be read"):
+    alone(0, rng)
+  # places, of which two are lost
+  moved = NextUsable(Disk(), ROWS, bad, places=[3, -1, 1, -1], buckets=[0, 1, 1, 0])
+  assert [int(moved(i, rng)["row"]) for i in range(4)] == [3, 1, 1, 3]

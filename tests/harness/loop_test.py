@@ -1,6 +1,7 @@
 """The loop on steps that cost nothing: numbers, samples, checkpoints, stops and going on."""
 
 import logging
+import re
 import signal
 
 import jax
@@ -15,6 +16,8 @@ from caprl_jax.harness.checkpoints import CheckpointConfig, Checkpoints
 from caprl_jax.harness.loop import CompileCounter, run_loop
 from caprl_jax.harness.metrics import MetricsWriter, read_metrics
 from caprl_jax.harness.process.signals import Preempted, notices
+from caprl_jax.harness.training import compile_times
+from caprl_jax.types import Images
 
 
 def run(workdir, steps, step=counting.step, every_steps=100, **more):
@@ -269,3 +272,45 @@ def test_compilations_are_counted_while_it_is_entered():
   last = compiles.count
   program(jnp.ones(9))
   assert compiles.count == last
+
+
+def test_a_new_shape_of_batches_compiles_once_and_only_then(tmp_path, caplog, monkeypatch):
+  caplog.set_level(logging.INFO, "caprl_jax")
+  monkeypatch.setattr(compile_times, "LEAST_SECS", 0.0)
+  widths = [3, 5, 3, 5, 5, 3]
+
+  class Wide:
+    """Batches whose images have room for so many tokens."""
+
+    def __init__(self):
+      self.made = 0
+
+    def __next__(self):
+      images = Images(*np.zeros((3, 4, 2)), np.zeros((4, widths[self.made]), np.int32))
+      self.made += 1
+      return {"images": images, **next(counted)}
+
+    def get_state(self):
+      return {"made": self.made}
+
+  counted = counting.batches()
+  program = jax.jit(
+    lambda state, batch: counting.step(state, {k: batch[k] for k in ("row", "noise")})
+  )
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(100))
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  settings = dict(mesh=mesh, checkpoints=checkpoints, config={}, workdir=tmp_path)
+  state = lambda: jax.device_put(counting.new_state(), sharding.replicated(mesh))  # as it comes out
+  loop = lambda step, steps: run_loop(
+    step, state(), Wide(), steps=steps, what="test", reward_name="loss", **settings
+  )
+  loop(program, 6)
+  assert "test: 0 compilations after the first step of each of 2 image shapes" in caplog.text
+  said = [line for line in caplog.messages if "compiling the step" in line]
+  assert len(said) == 2 and "compiling the step took" in said[0]
+  assert "compiling the step for images of up to 5 tokens took" in said[1]
+  # a program that compiles at a known shape is still found
+  changing = lambda state, batch: jax.jit(lambda *x: program(*x))(state, batch)
+  loop(changing, 4)
+  checkpoints.close()
+  assert re.search(r"test: [1-9]\d* compilations after the first step of each of 2", caplog.text)

@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import jax
+import pytest
 from helpers.paths import ROOT
 
 from caprl_jax import sharding
-from caprl_jax.harness.sections import PolicySection
+from caprl_jax.harness.sections import DataSection, PolicySection
+from caprl_jax.modes.sft.section import SFTConfig
 
 # What only training and its evaluation work with.
 HEAVY = ("setup", "settings", "gate", "question_filter", "trackers", "loop", "metrics")
@@ -23,6 +25,13 @@ def test_who_reads_a_section_does_not_load_what_trains():
   assert "caprl_jax.harness.sections" in done.stdout
   for name in [f"caprl_jax.harness.{name}" for name in HEAVY] + ["caprl_jax.rl.update"]:
     assert repr(name) not in done.stdout, name
+
+
+def test_no_number_of_shapes_is_below_one():
+  for section in (DataSection("a", "b", 1, 1), SFTConfig("a", ())):
+    assert section.shape_buckets is None
+    with pytest.raises(ValueError, match="shape_buckets = 0 must be at least 1"):
+      dataclasses.replace(section, shape_buckets=0)
 
 
 def test_a_bare_prompt_is_the_released_prisms_to_the_byte():

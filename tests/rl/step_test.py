@@ -33,6 +33,8 @@ GOLDEN = {
   "advantage/abs": 0.607308,
   "advantage/excluded_groups": 0,
   "advantage/flat_groups": 0.25,
+  "data/image_tokens": 9,
+  "data/padding": 0.125,
   "judge/abstained": 0,
   "judge/accuracy": 0.453125,
   "judge/accuracy/color": 0.28125,

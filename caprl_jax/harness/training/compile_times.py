@@ -1,4 +1,4 @@
-"""A function whose first call compiles -> the same, which says how long that took."""
+"""A function that compiles when it is called first -> the same, which says how long that took."""
 
 import logging
 import time
@@ -40,6 +40,42 @@ class CompileTimes:
   def __exit__(self, *_) -> None:
     jax.monitoring.unregister_event_duration_listener(self._on_duration)
     jax.monitoring.unregister_event_listener(self._on_event)
+
+
+class StepPrograms:
+  """A step `(state, batch, ...)`, of which each shape of batches has a program: the same. The first
+  call with each says how long compiling took, as of `timed_first`."""
+
+  def __init__(self, step: Callable[..., Any], what: str):
+    self._step, self._what = step, what
+    self._programs: dict[tuple, Callable[..., Any]] = {}
+
+  def __len__(self) -> int:
+    return len(self._programs)
+
+  def is_new(self, batch: Any) -> bool:
+    """Whether no batch of this shape has come yet."""
+    return _shapes(batch) not in self._programs
+
+  def __call__(self, state: Any, batch: Any, *more: Any) -> Any:
+    key = _shapes(batch)
+    if key not in self._programs:
+      tokens = _image_tokens(batch) if self._programs else 0
+      of = f" for images of up to {tokens} tokens" if tokens else ""
+      self._programs[key] = timed_first(self._step, f"{self._what}{of}")
+    return self._programs[key](state, batch, *more)
+
+
+def _shapes(batch: Any) -> tuple:
+  return tuple(x.shape for x in jax.tree.leaves(batch))
+
+
+def _image_tokens(batch: Any) -> int:
+  """That the images of a batch have room for; 0 where it has none."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    if getattr(path[-1], "name", "") == "unit_BI":
+      return leaf.shape[-1]
+  return 0
 
 
 def timed_first(call: Call, what: str) -> Call:

@@ -3,7 +3,8 @@
 Which rows can be used may change while a run is stopped: a file is lost, a bad one is mended. The
 stream of batches is drawn over the rows of the first start, so that a run that goes on makes the
 batches that it would have made: a row that is lost has the next one in its place
-(`usable_rows.NextUsable`), and one that is new is not used.
+(`usable_rows.NextUsable`), and one that is new is not used. The buckets of image shapes, too, are
+those of the first start.
 """
 
 import dataclasses
@@ -12,12 +13,14 @@ import json
 import logging
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from caprl_jax.atomic_files import write_text
+from caprl_jax.data.batches import ImageShape
+from caprl_jax.data.shapes.buckets import ShapeBuckets, Shapes, bucket_text
 from caprl_jax.data.usable_rows import HasImage
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.json_files import read_record, shown
@@ -32,10 +35,22 @@ class RowPlaces:
   """rows: of each row of the first start its number now, -1 where it cannot be used any more.
   parts: rows and weight of each source, as `batches.train_iterator` takes them, at the first
   start.
+  buckets: of the places, as the first start chose them; None where all images have one shape.
   """
 
   rows: list[int]
   parts: Parts
+  buckets: ShapeBuckets | None = None
+
+  def row_buckets(self, shapes: Sequence[Shapes]) -> ShapeBuckets | None:
+    """The buckets of the rows as they are numbered now. shapes: of their images."""
+    if self.buckets is None:
+      return None
+    of_row = [-1] * len(shapes)
+    for row, bucket in zip(self.rows, self.buckets.of_row, strict=True):
+      if row >= 0:
+        of_row[row] = bucket
+    return self.buckets.moved(of_row, shapes)
 
 
 def row_places(
@@ -44,6 +59,7 @@ def row_places(
   parts: Parts,
   goes_on: bool,
   digests: Sequence[str] = (),
+  choose: Callable[[], ShapeBuckets | None] | None = None,
 ) -> RowPlaces:
   """The places of a run's rows. All processes call it.
 
@@ -52,6 +68,8 @@ def row_places(
     goes_on: the run has made steps already, with the rows that the file names. Without the file (of
       an older version) the rows are taken as they are.
     digests: of the rows' contents (`row_digests`): then a row is known by these, wherever it lies.
+    choose: gives the buckets of the rows; those of a run that has made steps are the file's, or
+      none. None: all images have one shape.
 
   Raises:
     ValueError: none of the rows of the first start is left, some have other contents, or the file
@@ -61,10 +79,13 @@ def row_places(
   first = jax.process_index() == 0
   begun = from_first(lambda: _read(path) if goes_on and path.exists() else None)
   if begun is None:
+    buckets = choose() if choose and not goes_on else None
     if first and not goes_on:
       held = {"parts": [list(part) for part in parts], "rows": keys, "digests": list(digests)}
-      write_text(path, json.dumps(held) + "\n")
-    return RowPlaces(list(range(len(rows))), parts)
+      if buckets is not None:
+        held |= {"shapes": buckets.shapes, "buckets": list(buckets.of_row)}
+      write_text(path, json.dumps(held, default=dataclasses.astuple) + "\n")
+    return _said(RowPlaces(list(range(len(rows))), parts, buckets))
   number = {key: i for i, key in enumerate(keys)}
   found = [number.get(key, -1) for key in begun["rows"]]
   if digests and begun.get("digests"):
@@ -84,7 +105,22 @@ def row_places(
       gone,
       new,
     )
-  return RowPlaces(found, [(count, weight) for count, weight in begun["parts"]])
+  parts = [(count, weight) for count, weight in begun["parts"]]
+  return _said(RowPlaces(found, parts, _buckets(begun)))
+
+
+def _said(places: RowPlaces) -> RowPlaces:
+  if places.buckets is not None:
+    log.info("%s", bucket_text(places.buckets, places.parts))
+  return places
+
+
+def _buckets(begun: dict[str, Any]) -> ShapeBuckets | None:
+  """What a file says of buckets; None where it says nothing."""
+  if "buckets" not in begun:
+    return None
+  shapes = tuple(tuple(ImageShape(*shape) for shape in one) for one in begun["shapes"])
+  return ShapeBuckets(shapes, begun["buckets"])
 
 
 def _by_contents(
@@ -136,6 +172,21 @@ def _keys(rows: Sequence[HasImage]) -> list[str]:
 def _read(path: pathlib.Path) -> dict[str, Any]:
   begun = read_record(path)
   whole = isinstance(begun, dict) and begun.get("rows") and "parts" in begun
-  if not whole or len(begun.get("digests") or begun["rows"]) != len(begun["rows"]):
+  if (
+    not whole
+    or len(begun.get("digests") or begun["rows"]) != len(begun["rows"])
+    or not _has_buckets(begun)
+  ):
     raise ValueError(f"{path} is damaged: it must name rows and parts; use another --workdir")
   return begun
+
+
+def _has_buckets(begun: dict[str, Any]) -> bool:
+  """Whether each row has a bucket, and each bucket a shape; or there are none."""
+  try:
+    found = _buckets(begun)
+    return found is None or (
+      len(found.of_row) == len(begun["rows"]) and {*found.of_row} <= {*range(len(found.shapes))}
+    )
+  except (TypeError, KeyError):
+    return False

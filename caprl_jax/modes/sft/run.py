@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -22,7 +22,7 @@ from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.bad_rows import BadRowList
-from caprl_jax.data.batches import ImagePrompt, ImageShape, eval_batches, train_iterator
+from caprl_jax.data.batches import ImagePrompt, ImageShape, eval_batches
 from caprl_jax.data.captions import (
   caption_ids,
   captions_fit,
@@ -34,10 +34,12 @@ from caprl_jax.data.captions import (
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers.qa_sources import read_caption_rows, read_qa_rows
 from caprl_jax.data.rows import QARow, read_image
+from caprl_jax.data.shapes.buckets import Shapes
 from caprl_jax.data.usable_rows import (
   NextUsable,
   fits,
   shape_of,
+  shapes_of,
   usable,
 )
 from caprl_jax.harness.buckets.shared import saved_steps
@@ -47,8 +49,8 @@ from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.process.workdir_lock import only_run
 from caprl_jax.harness.sections import PolicySection
+from caprl_jax.harness.training.row_batches import TrainingRows, training_batches
 from caprl_jax.harness.training.row_digests import row_digests
-from caprl_jax.harness.training.row_places import row_places
 from caprl_jax.harness.training.state import make_state
 from caprl_jax.hub.load import Loaded, save_policy
 from caprl_jax.hub.new_policy import policy_from_architecture, shared_tokenizer
@@ -69,8 +71,16 @@ class CaptionExample:
   """
 
   def __init__(
-    self, rows: list, tokenizer: Tokenizer, prompt: ImagePrompt, phase: PhaseConfig, cfg: SFTConfig
+    self,
+    rows: list,
+    tokenizer: Tokenizer,
+    prompt: ImagePrompt,
+    phase: PhaseConfig,
+    cfg: SFTConfig,
+    shapes: Callable[[int], Shapes] | None = None,
   ):
+    """shapes: what the image of a row is padded to, where that is not `prompt`'s shape."""
+    self.shapes = shapes
     self.rows, self.tokenizer, self.prompt, self.phase, self.cfg = (
       rows,
       tokenizer,
@@ -79,6 +89,10 @@ class CaptionExample:
       cfg,
     )
     self.weights = np.array([weight for weight, _ in phase.templates])
+
+  def padded(self, shapes: Callable[[int], Shapes] | None) -> "CaptionExample":
+    """The same, with each row's image padded as `shapes` says."""
+    return CaptionExample(self.rows, self.tokenizer, self.prompt, self.phase, self.cfg, shapes)
 
   def __call__(self, index: int, rng: np.random.Generator) -> SFTExample:
     row = self.rows[index]
@@ -90,7 +104,8 @@ class CaptionExample:
     else:
       caption = row.caption
     image = shift_and_mirror(read_image(row), rng) if self.cfg.augment else None
-    batch = Batch(*self.prompt(row, image), None, np.int32(index))
+    prompt = self.prompt.padded_to(*self.shapes(index)) if self.shapes else self.prompt
+    batch = Batch(*prompt(row, image), None, np.int32(index))
     return SFTExample(batch, *caption_ids(self.tokenizer, row, caption, self.cfg.max_tokens))
 
 
@@ -255,12 +270,14 @@ def _bind(record: RunRecord, section: NewPolicyConfig, policy: Loaded) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CheckedRows:
-  """The rows that can be used, to train on and to measure with, and the shape of their images."""
+  """The rows that can be used, to train on and to measure with, and a shape that holds all of their
+  images. digests, shapes: of `train` and its images."""
 
   train: list
   eval: list[QARow]
   shape: ImageShape
-  digests: list[str]  # of `train`
+  digests: list[str]
+  shapes: list[Shapes]
 
 
 def _check_rows(
@@ -282,7 +299,10 @@ def _check_rows(
   held_out = left(eval_rows, recognised)
   bad.settle()
   shape = shape_of(images([*train, *held_out]), pixels)
-  return CheckedRows(train, held_out, shape, row_digests(train, images(train)))
+  facts = images(train)
+  return CheckedRows(
+    train, held_out, shape, row_digests(train, facts), shapes_of(train, facts, [pixels])
+  )
 
 
 def _rows(cfg: SFTConfig, seed: int, bad: BadRowList) -> list:
@@ -346,7 +366,7 @@ def _train_phases(
       place=_place(workdir, number),
       bad=bad,
       checkpoint=checkpoint,
-      digests=made.digests,
+      made=made,
     )
     steps += phase.steps
     if eval_rows and cfg.recognition:
@@ -377,7 +397,7 @@ def _train_phase(
   place: pathlib.Path,
   bad: BadRowList,
   checkpoint: CheckpointConfig,
-  digests: Sequence[str],
+  made: CheckedRows,
 ) -> Params:
   """Trains `policy.params`, which are used up, for one phase, from its newest checkpoint in `place`
   if there is one; returns the new ones."""
@@ -394,14 +414,17 @@ def _train_phase(
   )
   place.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(place, checkpoint)
-  parts, goes_on = [(len(example.rows), None)], bool(checkpoints.latest_step())
-  places = row_places(place / "train_rows.json", example.rows, parts, goes_on, digests)
-  iterator = train_iterator(
-    NextUsable(example, example.rows, bad, places=places.rows),
-    places.parts,
-    cfg.batch_size,
-    config.seed + number,
-    sharding.batch_share(mesh, cfg.batch_size),
+  rows = TrainingRows(made.train, [(len(made.train), None)], made.digests, made.shapes, bad)
+  iterator = training_batches(
+    place / "train_rows.json",
+    rows,
+    example.padded,
+    cfg=policy.model.cfg,
+    batch_size=cfg.batch_size,
+    shape_buckets=cfg.shape_buckets,
+    seed=config.seed + number,
+    share=sharding.batch_share(mesh, cfg.batch_size),
+    goes_on=bool(checkpoints.latest_step()),
   )
   if checkpoints.latest_step():
     state, position = checkpoints.restore(state)

@@ -19,6 +19,7 @@ FREE = (
   "sft.output_dtype",
   "sft.phases.*.optimizer.moment_memory",
   "sft.recognition",
+  "sft.shape_buckets",
 )
 
 
@@ -52,6 +53,8 @@ class SFTConfig:
     true.
   bad_rows: "refuse" to start while a row cannot be used (its image cannot be decoded or is too
     narrow, its caption is too long), or "drop" and log it; as `data.bad_rows`.
+  shape_buckets: the most shapes that images are padded to, one per batch; as
+    `data.shape_buckets`.
   output: folder of the captioner, below the workdir.
   output_dtype: of the written checkpoint.
   """
@@ -65,8 +68,16 @@ class SFTConfig:
   max_tokens: int = 32
   augment: bool = False
   bad_rows: BadRows = "refuse"
+  shape_buckets: int | None = None
   output: str = "policy"
   output_dtype: str = "bfloat16"
+
+  def __post_init__(self):
+    if self.shape_buckets is not None and self.shape_buckets < 1:
+      raise ValueError(
+        f"sft.shape_buckets = {self.shape_buckets} must be at least 1 (one shape for all images), "
+        "or None"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,6 @@ import optax
 from caprl_jax import sharding
 from caprl_jax.config import registry
 from caprl_jax.config import schema as configuration
-from caprl_jax.data.batches import train_iterator
-from caprl_jax.data.usable_rows import NextUsable
 from caprl_jax.errors import UserError
 from caprl_jax.harness.buckets.shared import saved_steps
 from caprl_jax.harness.checkpoints import Checkpoints
@@ -34,7 +32,7 @@ from caprl_jax.harness.trackers import Tracker, open_trackers
 from caprl_jax.harness.training.made_of import bind_models
 from caprl_jax.harness.training.profile import Profile
 from caprl_jax.harness.training.programs import StepApart, build_step
-from caprl_jax.harness.training.row_places import row_places
+from caprl_jax.harness.training.row_batches import TrainingRows, training_batches
 from caprl_jax.harness.training.state import (
   abstract_state,
   make_optimizer,
@@ -83,6 +81,7 @@ FREE = (
   "policy_update.chunk_tokens",
   "rollout.sampling.chunks",
   "data.bad_rows",
+  "data.shape_buckets",
   "evaluate.batch_size",
   "evaluate.every_steps",
   "evaluate.samples",
@@ -100,15 +99,17 @@ def train(
   images = rollout_images(settings)
   share = sharding.batch_share(made.mesh, images)
   checkpoints = Checkpoints(workdir, settings.checkpoint)
-  places = row_places(
+  iterator = training_batches(
     workdir / "train_rows.json",
-    made.train_rows,
-    made.mixture,
+    TrainingRows(made.train_rows, made.mixture, made.digests, made.shapes, made.bad),
+    lambda shapes: made.train.padded(shapes).example,
+    cfg=made.policy.model.cfg,
+    batch_size=images,
+    shape_buckets=settings.data.shape_buckets,
+    seed=settings.seed,
+    share=share,
     goes_on=checkpoints.latest_step() is not None,
-    digests=made.digests,
   )
-  example = NextUsable(made.train.example, made.train_rows, made.bad, places=places.rows)
-  iterator = train_iterator(example, places.parts, images, settings.seed, share)
   state = _first_state(made, tx, checkpoints, iterator)
   trackers = _open_trackers(settings, workdir, config, int(state.step))
   best = Best(made.policy, workdir, _headline(settings))

@@ -1,13 +1,15 @@
 """A run that goes on has the rows in the places that they had when it was begun."""
 
+import json
 import logging
 
 import numpy as np
 import pytest
 
 from caprl_jax.data.bad_rows import BadRowList
-from caprl_jax.data.batches import train_iterator
+from caprl_jax.data.batches import ImageShape, train_iterator
 from caprl_jax.data.rows import QARow
+from caprl_jax.data.shapes.buckets import ShapeBuckets
 from caprl_jax.data.usable_rows import NextUsable
 from caprl_jax.harness.training.row_places import RowPlaces, row_places
 
@@ -89,3 +91,29 @@ def test_rows_are_known_by_their_contents_wherever_they_lie(tmp_path):
   with pytest.raises(ValueError, match="is damaged"):
     path.write_text('{"parts": [[4, null]], "rows": ["x"], "digests": ["1", "2"]}')
     places(some, ["1", "2", "3", "2"])
+
+
+def test_buckets_are_those_of_the_first_start(tmp_path, caplog):
+  caplog.set_level(logging.INFO, "caprl_jax")
+  small, large = (ImageShape(64, 16),), (ImageShape(256, 64),)
+  begun = ShapeBuckets((small, large), [0, 1, 0, 1])
+  path, some, parts = tmp_path / "train_rows.json", rows(*"abcd"), [(4, None)]
+  open_ = lambda some, goes_on, choose: row_places(path, some, parts, goes_on, choose=choose)
+  assert open_(some, False, lambda: begun) == RowPlaces([0, 1, 2, 3], parts, begun)
+  assert "images in 2 buckets of shapes: 50.0% of up to 16 tokens" in caplog.text
+  # two rows are lost, and the others would be in other buckets now
+  again = open_(rows("d", "x", "a"), True, lambda: ShapeBuckets((large,), [0, 0, 0]))
+  assert again == RowPlaces([2, -1, -1, 0], parts, begun)
+  assert again.row_buckets([large, small, small]) == ShapeBuckets((small, large), [1, -1, 0])
+  # a run that was begun without buckets goes on without
+  open_(some, False, None)
+  assert open_(some, True, lambda: begun).buckets is None
+  path.unlink()
+  plain = open_(some, True, lambda: begun)
+  assert plain.buckets is None and plain.row_buckets([small] * 4) is None
+  open_(some, False, lambda: begun)
+  held = json.loads(path.read_text())
+  for key, value in (("buckets", [0, 1]), ("buckets", [0, 1, 0, 2]), ("shapes", 3)):
+    path.write_text(json.dumps({**held, key: value}))
+    with pytest.raises(ValueError, match="is damaged"):
+      open_(some, True, None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 
 import jax
@@ -16,6 +17,7 @@ from caprl_jax.data.batches import ImagePrompt, train_iterator
 from caprl_jax.data.readers.jsonl import read_jsonl, write_caption_jsonl
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.data.usable_rows import NextUsable
+from caprl_jax.harness import loop
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.hub.load import load_policy
 from caprl_jax.modes.sft import run as sft
@@ -46,8 +48,13 @@ def config(policy, **settings):
   )
 
 
+def rows_of(path):
+  timed = lambda row: {k: v for k, v in row.items() if not k.startswith("time/")}
+  return [timed(row) for row in read_metrics(path / "metrics.jsonl")]
+
+
 def losses(path):
-  return [row["update/loss"] for row in read_metrics(path / "metrics.jsonl")]
+  return [row["update/loss"] for row in rows_of(path)]
 
 
 def load(path):
@@ -241,3 +248,38 @@ def test_dropped_ones_are_in_no_batch(folder, mixed, tmp_path, monkeypatch, capl
   for batch in batches[2:]:
     jax.tree.map(np.testing.assert_array_equal, next(again), batch)
   assert caplog.text.count("dropped, though it could be read when the run began") == 1
+
+
+def test_a_mixed_data_set_in_two_shapes_goes_on_bit_for_bit(folder, tmp_path, caplog, monkeypatch):
+  """Half of the images take 6 tokens, half 9: a batch has one kind; each compiles once."""
+  caplog.set_level(logging.INFO, "caprl_jax")
+  made = lambda: config(
+    dict(checkpoint=str(folder / "policy")),
+    train=str(folder / "data" / "captions.jsonl"),
+    phases=(dict(steps=7, optimizer=dict(learning_rate=1e-2)),),
+    shape_buckets=2,
+  )
+  sft.run(made(), tmp_path / "whole")
+  assert "0 compilations after the first step of each of 2 image shapes" in caplog.text
+  assert "2 buckets of shapes: 50.0% of up to 6 tokens, 50.0% of up to 9 tokens" in caplog.text
+  rows = rows_of(tmp_path / "whole" / "phase_0")
+  assert {row["data/image_tokens"] for row in rows} == {6, 9} and len(rows) == 7
+  assert all(row["data/padding"] == 0 for row in rows)
+
+  take, left = loop._next_batch, [4]
+
+  def interrupted(*args):
+    left[0] -= 1
+    if not left[0]:
+      raise KeyboardInterrupt
+    return take(*args)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(loop, "_next_batch", interrupted)
+    sft.run(made(), tmp_path / "cut")
+  again = made()
+  again.sft.shape_buckets = 1  # the run keeps those that it was begun with
+  sft.run(again, tmp_path / "cut")
+  assert rows_of(tmp_path / "cut" / "phase_0") == rows
+  a, b = (load(tmp_path / name / "policy").params for name in ("whole", "cut"))
+  np.testing.assert_array_equal(leaves(a), leaves(b))

@@ -56,6 +56,7 @@ def test_what_changes_no_step_may_change(config, tmp_path, caplog):
     checkpoint__every_steps=7,
     evaluate__batch_size=4,
     data__bad_rows="drop",
+    data__shape_buckets=2,
     train__sample_every=1,
   )
   begin(tmp_path, changed(config, **free), config)
