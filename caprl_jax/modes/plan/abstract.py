@@ -17,6 +17,7 @@ from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.training.state import rollout_images
 from caprl_jax.hub import hub_files
 from caprl_jax.hub.load import init_decoder, init_policy
+from caprl_jax.hub.opened import read_processor
 from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.inference.image_judge import step_prompt
 from caprl_jax.inference.judge import JudgeSection
@@ -135,12 +136,14 @@ def abstract_batch(
 def model_configs(
   settings: Settings, plan: PlanConfig
 ) -> tuple[PolicyConfig, DecoderConfig | PolicyConfig]:
-  """Architectures of captioner and judge, from their config.json alone."""
+  """Architectures of captioner and judge, from their config.json alone. How a captioner cuts images
+  is read from its folder, where it has one here."""
   section = settings.policy
   config = shallower(read_config(section.base()), plan.layers)
+  here = pathlib.Path(section.base()).expanduser().is_dir()
   cfg = PolicyConfig.from_hf(
     config,
-    {},
+    read_processor(section.base())[1] if here else {},
     dtype=jnp.dtype(section.dtype),
     remat=section.remat_parts,
     lora=section.lora if section.trainable == "lora" else None,

@@ -28,8 +28,10 @@ from caprl_jax.modes.plan.chips import (
   read_prices,
 )
 from caprl_jax.modes.plan.compiling import can_compile, compile_apart, compile_here
+from caprl_jax.modes.plan.data_shapes import DataShapes, read_data_shapes
 from caprl_jax.modes.plan.estimate import Estimate, Known, as_json, estimate
 from caprl_jax.modes.plan.section import PlanConfig
+from caprl_jax.modes.plan.shapes import read_shapes
 
 log = logging.getLogger("caprl_jax.modes.plan.run")
 
@@ -45,7 +47,14 @@ def run(config, workdir: pathlib.Path) -> None:
   settings.policy.check_exact("mode plan is about training, which changes")
   if plan.topology is not None:
     jax.config.update("jax_platforms", "cpu")  # whatever chips this machine may have
+  data = None
+  if plan.data:
+    shapes = read_shapes(settings, plan)
+    data = read_data_shapes(settings, shapes.seeing)
+    plan = data.buckets[-1].plan(plan)
   if plan.topology == AUTO:
+    if data is not None:
+      log.info("%s", data.text())
     _usual_machines(settings, plan, prices, workdir)
     return
   machine = machine_here(jax.devices()) if plan.topology is None else machine_of(plan.topology)
@@ -61,7 +70,12 @@ def run(config, workdir: pathlib.Path) -> None:
   if machine is not None:
     found = _estimated(settings, plan, machine, prices[machine.chip.name])
     written["estimate"] = as_json(found, plan)
+    if data is not None:
+      written["data"] = _with_buckets(settings, plan, machine, data)
     write_json(workdir / "plan.json", written)
+  elif data is not None:
+    written["data"] = data.as_json()
+    log.info("%s", data.text())
   if compiles and plan.compile is None and found is not None and not can_compile(topology):
     log.info(
       "not compiled, since libtpu is not installed: `pip install libtpu` compiles for TPUs on any "
@@ -101,6 +115,16 @@ def _estimated(settings: Settings, plan: PlanConfig, machine: Machine, price: fl
     tried = alternatives(settings, plan, machine, price)
     log.info("%s", report.alternatives_text(tried))
   return found
+
+
+def _with_buckets(
+  settings: Settings, plan: PlanConfig, machine: Machine, data: DataShapes
+) -> dict[str, Any]:
+  """What a step takes with images of each bucket, said and for plan.json."""
+  known = [Known.of(settings, bucket.plan(plan)) for bucket in data.buckets]
+  secs = [estimate(settings, one, machine, 0.0).secs for one in known]
+  log.info("%s", data.text(secs))
+  return data.as_json() | {"step_secs": secs}
 
 
 def _usual_machines(

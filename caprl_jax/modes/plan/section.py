@@ -11,6 +11,9 @@ class PlanConfig:
     of the usual machines; None: the devices here.
   compile: also compile the step, in minutes, rather than only estimate what it takes, in seconds;
     None: where one TPU topology is named and libtpu is installed, and for the devices here.
+  data: read the rows of `data.train` and the sizes of their images: then the largest of these is
+    `image`, and the buckets of shapes (`data.shape_buckets`) are named. What is on the hub is
+    downloaded for that.
   image: height and width of the largest image.
   prompt_tokens: of the instruction, the image's not counted.
   stem_tokens: of a question without its options.
@@ -29,6 +32,7 @@ class PlanConfig:
 
   topology: str | None = "v5p:2x2x2"
   compile: bool | None = None
+  data: bool = False
   image: tuple[int, ...] = (1000, 1000)
   prompt_tokens: int = 64  # the image's not counted
   stem_tokens: int = 48

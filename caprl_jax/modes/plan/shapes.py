@@ -36,6 +36,11 @@ class Shapes:
   judge_params: Any
 
   @property
+  def seeing(self) -> list[PolicyConfig]:
+    """Those that see the images, the captioner first."""
+    return [cfg for cfg in (self.policy, self.judge) if isinstance(cfg, PolicyConfig)]
+
+  @property
   def judge_text(self) -> DecoderConfig:
     """The judge's decoder."""
     return self.judge.text if isinstance(self.judge, PolicyConfig) else self.judge
