@@ -3,7 +3,7 @@
   python -m benchmarks.step [--model tiny|Qwen/Qwen2.5-VL-3B-Instruct] [--lengths geometric:40]
 
 Images of several sizes (`--image 224x224,896x448`) are padded to the largest, as a training batch
-without buckets of shapes is.
+without buckets of shapes is; "needed" has all of them as large.
 
 Random weights, captions of given lengths. Rollout, judge, update and the whole step are programs of
 their own; each is timed on its device. "needed" is the arithmetic that the captions call for, as
@@ -156,7 +156,8 @@ def make_work(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Work:
   )
   drawn = lengths(args.lengths, (B, args.group), args.max_tokens, rng)
   frozen = Frozen(judge_params, judge_prompt, vocabulary)
-  size = (args.image, args.image)
+  width, height = max(sizes, key=math.prod)
+  size = (height, width)
   return Work(policy, judge, step, state, frozen, batch, size, jnp.asarray(drawn), tx)
 
 
