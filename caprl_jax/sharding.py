@@ -18,6 +18,8 @@ import numpy as np
 import optax
 from jax.experimental import mesh_utils
 
+from caprl_jax.host_memory import HOST
+
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES = (
   ("vocab", "tensor"),
@@ -31,7 +33,6 @@ RULES = (
 )
 P = jax.sharding.PartitionSpec
 
-HOST = "pinned_host"  # what jax calls the memory of the machine that a device is plugged into
 MomentMemory = Literal["device", "host"]
 
 
@@ -377,25 +378,6 @@ def optimizer_shardings(
     return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
-
-
-def lies_in_host_memory(x: Any) -> bool:
-  """Of an array, inside jit or not, or a struct with a sharding."""
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return x.sharding is not None and x.sharding.memory_kind == HOST
-  return jax.typeof(x).memory_space == jax.memory.Space.Host
-
-
-def on_devices(tree: Any) -> Any:
-  """Inside jit: with the arrays of the host's memory brought to the devices, split as they were."""
-  bring = lambda x: jax.device_put(x, jax.memory.Space.Device) if lies_in_host_memory(x) else x
-  return jax.tree.map(bring, tree)
-
-
-def where_it_was(tree: Any, before: Any) -> Any:
-  """Inside jit: what takes the place of `before`, in the memory in which that lies."""
-  back = lambda x, old: jax.device_put(x, jax.memory.Space.Host) if lies_in_host_memory(old) else x
-  return jax.tree.map(back, tree, before)
 
 
 def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:

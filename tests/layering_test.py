@@ -14,6 +14,7 @@ ORDER = [
   "errors",
   "progress",
   "masked",
+  "host_memory",
   "sharding",
   "rungs",
   "atomic_files",

@@ -32,7 +32,7 @@ gc.disable()  # tracing makes many objects, and they stay
 jax.config.update("jax_num_cpu_devices", 4)
 import ml_collections
 import numpy as np
-from helpers import hlo
+from helpers.programs import hlo
 from caprl_jax import sharding
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.rl.optimizer import build_optimizer

@@ -182,6 +182,16 @@ def _check_combinations(settings: Settings) -> None:
       "None and question_filter.informed = ()"
     )
   check_trackers(settings.train.trackers)
+  _check_step(step)
+  if settings.data.batch_size < 1 or (judge.named and settings.data.questions < 1):
+    raise ValueError(
+      f"config.data: questions = {settings.data.questions} and batch_size = "
+      f"{settings.data.batch_size} must be at least 1"
+    )
+
+
+def _check_step(step: StepConfig) -> None:
+  """The same of what a step is made with."""
   if step.update.steps > 1 and step.update.loss.surrogate == "reinforce":
     raise ValueError(
       "policy_update.loss.surrogate = 'reinforce' knows no ratio, so only the first of "
@@ -214,11 +224,6 @@ def _check_combinations(settings: Settings) -> None:
       f"{sampling.repetition_penalty}: the policy gradient needs samples of the "
       "whole distribution; use a positive temperature, top_p 1, top_k 0 and "
       "repetition_penalty 1"
-    )
-  if settings.data.batch_size < 1 or (judge.named and settings.data.questions < 1):
-    raise ValueError(
-      f"config.data: questions = {settings.data.questions} and batch_size = "
-      f"{settings.data.batch_size} must be at least 1"
     )
 
 

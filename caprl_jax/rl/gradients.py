@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from caprl_jax import sharding
+from caprl_jax import host_memory, sharding
 from caprl_jax.types import Array, Params
 
 
@@ -141,10 +141,10 @@ def guarded_step(
   finite = jnp.isfinite(norm) & jnp.isfinite(loss)
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
   before = opt_state
-  if any(map(sharding.lies_in_host_memory, jax.tree.leaves(opt_state))):
+  if any(map(host_memory.lies_in_host_memory, jax.tree.leaves(opt_state))):
     # Not before the gradient is whole: while it is made, the devices need their memory.
     opt_state, norm = jax.lax.optimization_barrier((opt_state, norm))
-  opt_state = sharding.on_devices(opt_state)
+  opt_state = host_memory.on_devices(opt_state)
   updates, new_opt_state = tx.update(grads, opt_state, params)
 
   def keep(new: Any, old: Any) -> Any:
@@ -152,7 +152,7 @@ def guarded_step(
 
   return Stepped(
     keep(optax.apply_updates(params, updates), params),
-    sharding.where_it_was(keep(new_opt_state, opt_state), before),
+    host_memory.where_it_was(keep(new_opt_state, opt_state), before),
     norm,
     1.0 - finite,
   )

@@ -160,7 +160,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import jax.numpy as jnp
 import numpy as np
-from helpers import hlo
+from helpers.programs import hlo
 from caprl_jax import sharding
 from caprl_jax.models.head import token_kl, token_logprobs
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from caprl_jax.json_files import cut
-from caprl_jax.sharding import lies_in_host_memory
 
 GIB = 1 << 30
 
@@ -33,6 +32,8 @@ def hold(kind: str, leaves: Iterable[Any]) -> None:
   Args:
     leaves: arrays of jax.
   """
+  from caprl_jax.host_memory import lies_in_host_memory  # jax's; --help does without
+
   on_devices = (x for x in leaves if x.addressable_shards and not lies_in_host_memory(x))
   shards = (x.addressable_shards[0].data for x in on_devices)
   hold_bytes(kind, sum(x.size * x.dtype.itemsize for x in shards))

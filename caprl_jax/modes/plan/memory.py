@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import jax
 
-from caprl_jax import sharding
+from caprl_jax import host_memory, sharding
 from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.training.state import abstract_state, make_optimizer
 from caprl_jax.models.attention import QUERY_CHUNK
@@ -92,7 +92,7 @@ def arguments(settings: Settings, plan: PlanConfig, shapes: Shapes, mesh: cuts.M
   (chosen, base), chosen_places = split_params(params, kind), split_params(places, kind)[0]
   tx, memory = make_optimizer(settings)[0], settings.optimizer.moment_memory
   state = abstract_state(chosen, tx, chosen_places, devices, memory)
-  host = on_one([x for x in jax.tree.leaves(state.opt_state) if sharding.lies_in_host_memory(x)])
+  host = on_one([x for x in jax.tree.leaves(state.opt_state) if host_memory.lies_in_host_memory(x)])
   judge, _ = placed_parameters(shapes.judge_params, settings.judge.dtype, devices)
   if settings.judge.int8:
     judge = rounded(judge)
