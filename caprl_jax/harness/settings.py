@@ -203,14 +203,7 @@ def _check_step(step: StepConfig) -> None:
       f"rollout.end_cut is for policy_update.loss.surrogate = 'reinforce', not "
       f"{step.update.loss.surrogate!r}, which compares with what was drawn; set it to False"
     )
-  if step.rollout.weights == "int8" and (why := refuses_rounded(step)):
-    raise ValueError(f"rollout.weights = 'int8': {why}")
-  if step.rollout.end_cut and step.update.loss.importance != "none":
-    raise ValueError(
-      f"policy_update.loss.importance = {step.update.loss.importance!r}: rollout.end_cut puts an "
-      "end token in the place of a drawn one, so that no importance weight is known for it; set "
-      "importance to 'none', or end_cut to False"
-    )
+  _check_importance(step)
   sampling = step.rollout.sampling
   if (
     sampling.temperature == 0
@@ -224,6 +217,18 @@ def _check_step(step: StepConfig) -> None:
       f"{sampling.repetition_penalty}: the policy gradient needs samples of the "
       "whole distribution; use a positive temperature, top_p 1, top_k 0 and "
       "repetition_penalty 1"
+    )
+
+
+def _check_importance(step: StepConfig) -> None:
+  """Raises ValueError where there would be importance weights that nothing is known of."""
+  if step.rollout.weights == "int8" and (why := refuses_rounded(step)):
+    raise ValueError(f"rollout.weights = 'int8': {why}")
+  if step.rollout.end_cut and step.update.loss.importance != "none":
+    raise ValueError(
+      f"policy_update.loss.importance = {step.update.loss.importance!r}: rollout.end_cut puts an "
+      "end token in the place of a drawn one, so that no importance weight is known for it; set "
+      "importance to 'none', or end_cut to False"
     )
 
 
