@@ -61,6 +61,7 @@ def write_metrics(workdir, steps):
           "judge/accuracy": 0.5,
           "judge/accuracy/shape": 0.4,
           "eval/accuracy": 0.5,
+          "eval/reward": 0.5,
           "judge/abstained": 0.1,
           "judge/misled": 0.4,
           "reward/accuracy": 0.5,
