@@ -342,17 +342,19 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     used = [a for a in axes if a is not None]
     if len(used) != len(set(used)):
       raise ValueError(f"logical axes {names} put two dimensions on one mesh axis: {axes}")
-    return jax.sharding.NamedSharding(
-      mesh,
-      P(
-        *(
-          a if a and mesh.shape[a] > 1 and size % mesh.shape[a] == 0 else None
-          for a, size in zip(axes, shape)
-        )
-      ),
-    )
+    return fitted(jax.sharding.NamedSharding(mesh, P(*axes)), shape)
 
   return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def fitted(place: Any, shape: tuple[int, ...], without: int | None = None) -> Any:
+  """A NamedSharding for an array of this shape, but for its axis `without`; an axis that its mesh
+  axis does not divide, or that has one device, is whole."""
+  axes, sizes = list(place.spec), place.mesh.shape
+  if without is not None:
+    del axes[without]
+  axes = [a if a and sizes[a] > 1 and n % sizes[a] == 0 else None for a, n in zip(axes, shape)]
+  return jax.sharding.NamedSharding(place.mesh, P(*axes))
 
 
 def optimizer_shardings(

@@ -81,6 +81,16 @@ class PolicySection:
     check_pixel_limits(self.min_pixels, self.max_pixels)
     if self.int8 not in (kinds := get_args(Int8)):  # where it was not read from a config
       raise ValueError(f"int8 = {shown(self.int8)} is none of {', '.join(kinds)}")
+    if self.lora.base_weights is not None and self.trainable != "lora":
+      raise ValueError(
+        f"lora.base_weights = {self.lora.base_weights!r} and trainable = {self.trainable!r}: only "
+        "what is not trained can be rounded; set trainable = 'lora', or lora.base_weights = None"
+      )
+    if self.lora.base_weights is not None and self.int8 != "none":
+      raise ValueError(
+        f"int8 = {self.int8!r} and lora.base_weights = {self.lora.base_weights!r}: a captioner is "
+        "rounded once; set int8 = 'none'"
+      )
 
   def check_exact(self, what: str) -> None:
     """Raises ValueError where the captioner is rounded. `what`: needs it as it is."""
@@ -116,6 +126,16 @@ class PolicySection:
 
   def _load_run(self, run: Trained, mesh: jax.sharding.Mesh) -> Loaded:
     section, param_dtype = self._begun(run), jnp.dtype(self.param_dtype)
+    if self.lora.base_weights is not None:
+      raise UserError(
+        f"{run.place}: a run's parameters cannot be rounded while they are read, as "
+        f"policy.lora.base_weights = {self.lora.base_weights!r} asks; name the folder "
+        f"{run.workdir / 'policy'}, or write one with mode export"
+      )
+    # adapters are merged into what their base was before it was rounded
+    section = dataclasses.replace(
+      section, lora=dataclasses.replace(section.lora, base_weights=None)
+    )
     if section.trainable != "lora":  # adapters are merged with the precision of their training
       section = dataclasses.replace(section, param_dtype=self.param_dtype)
     loaded = without_adapters(load_trained(section, run, mesh)[0])

@@ -183,10 +183,21 @@ def _check_combinations(settings: Settings) -> None:
     )
   check_trackers(settings.train.trackers)
   _check_step(step)
+  _check_rounding(settings)
   if settings.data.batch_size < 1 or (judge.named and settings.data.questions < 1):
     raise ValueError(
       f"config.data: questions = {settings.data.questions} and batch_size = "
       f"{settings.data.batch_size} must be at least 1"
+    )
+
+
+def _check_rounding(settings: Settings) -> None:
+  """The same of what rounds the captioner's weights."""
+  base_weights = settings.policy.lora.base_weights
+  if settings.step.rollout.weights == "int8" and base_weights is not None:
+    raise ValueError(
+      f"rollout.weights = 'int8' and policy.lora.base_weights = {base_weights!r}: the captioner is "
+      "rounded already, and captions are written by it as it is; set rollout.weights = 'full'"
     )
 
 

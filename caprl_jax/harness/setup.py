@@ -32,6 +32,7 @@ from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.judge import Ask, HostJudge
 from caprl_jax.inference.retokenise import Translator
 from caprl_jax.inference.run_judge import RunJudge
+from caprl_jax.models.quantized.codes import parameter_count
 from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.rl.caption_form import stamp_table
 from caprl_jax.types import Frozen, Params, Vocabulary
@@ -321,4 +322,4 @@ def asks_to_compare(rows: Iterable[QARow], gate: GateSection, most: int = 256) -
 
 
 def _millions(params: Params) -> float:
-  return sum(x.size for x in jax.tree.leaves(params)) / 1e6
+  return parameter_count(params) / 1e6

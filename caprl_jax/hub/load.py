@@ -24,6 +24,7 @@ from caprl_jax.hub.chat_template import (
   text_prompt,
 )
 from caprl_jax.hub.folders.pixels import PREPROCESSOR, PROCESSOR, processor_of
+from caprl_jax.hub.folders.quantized import MergedTensors, Stored
 from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.int8 import Int8, named, while_read, with_int8_cache
 from caprl_jax.hub.lora import merge_lora, new_lora
@@ -35,6 +36,7 @@ from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.family import Keys
 from caprl_jax.models.layers import LoraConfig, to_int8
 from caprl_jax.models.policy import NO_REMAT, Policy, PolicyConfig, Remat, limit_pixels
+from caprl_jax.models.quantized.codes import BaseWeights, quantized_places
 from caprl_jax.models.trainable import merge_trees, split_lora
 from caprl_jax.progress import going_on
 from caprl_jax.types import Images, Params, Prompts, Vocabulary
@@ -46,7 +48,8 @@ log = logging.getLogger("caprl_jax.hub")
 class Loaded:
   """A model with its parameters on the mesh. `config` and `preprocessor` are the checkpoint's JSON
   files, `files` its other small ones (tokenizer, chat template, ...) as they stand. `bare`: it is
-  asked in ChatML with the turns that are given and no other, whatever its template would add."""
+  asked in ChatML with the turns that are given and no other, whatever its template would add.
+  `stored`: where kernels are rounded, the checkpoint's own weights, which `save_policy` writes."""
 
   model: Any
   params: Params
@@ -56,6 +59,7 @@ class Loaded:
   shardings: Any
   files: dict[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
   bare: bool = False
+  stored: Stored | None = dataclasses.field(default=None, repr=False)
 
   def prompt_pieces(
     self, instruction: str, system: str | None = None
@@ -132,7 +136,16 @@ def init_decoder(cfg: DecoderConfig) -> Callable[[jax.Array], Any]:
   return init
 
 
-def _fill(init, keys: Keys, tensors, source, mesh, dtype, int8: bool = False) -> tuple[Params, Any]:
+def _fill(
+  init,
+  keys: Keys,
+  tensors,
+  source,
+  mesh,
+  dtype,
+  int8: bool = False,
+  base_weights: BaseWeights | None = None,
+) -> tuple[Params, Any]:
   try:
     boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
   # Sizes that contradict each other show as whatever the layers stumble over.
@@ -148,9 +161,14 @@ def _fill(init, keys: Keys, tensors, source, mesh, dtype, int8: bool = False) ->
   base_shardings, adapter_shardings = split_lora(shardings)
   with going_on(f"loading {cut(source, 100)}"):
     each = while_read if int8 else None
-    params = weights.params_from_tensors(base, tensors, keys, source, base_shardings, each)
+    params = weights.params_from_tensors(
+      base, tensors, keys, source, base_shardings, each, base_weights
+    )
   params = named(params) if int8 else params
-  return merge_trees(params, new_lora(adapters, adapter_shardings)), shardings
+  params = merge_trees(params, new_lora(adapters, adapter_shardings))
+  if base_weights:
+    shardings = quantized_places(abstract, shardings, base_weights)
+  return params, shardings
 
 
 def load_judge(source: str, mesh: jax.sharding.Mesh, dtype=jnp.float32) -> Loaded:
@@ -191,7 +209,7 @@ def load_policy(
   int8: Int8 = "none",
 ) -> Loaded:
   """Loads a captioner of any family from a Hugging Face directory or hub name. Raises ValueError as
-  `load_judge`.
+  `load_judge`. `lora.base_weights`: its decoder's kernels are rounded to that as they are read.
 
   `int8`: what is rounded, for captions alone: the decoder's weights, its cache, or both.
   `min_pixels` and `max_pixels` take the place of the preprocessor's, and are written with the
@@ -211,6 +229,7 @@ def load_policy(
   small = hub_files.read_small_files(found.path)
   empty = Loaded(Policy(cfg), {}, tokenizer, found.config, preprocessor, {}, small)
   empty = with_pixel_limits(empty, min_pixels, max_pixels)
+  base_weights = lora.base_weights if lora else None
   params, shardings = _fill(
     init_policy(empty.model.cfg),
     found.keys,
@@ -219,9 +238,11 @@ def load_policy(
     mesh,
     param_dtype,
     int8 in ("weights", "both"),
+    base_weights,
   )
   model = with_int8_cache(empty.model) if int8 in ("cache", "both") else empty.model
-  return dataclasses.replace(empty, model=model, params=params, shardings=shardings)
+  stored = Stored(found.tensors, found.keys, jnp.dtype(param_dtype)) if base_weights else None
+  return dataclasses.replace(empty, model=model, params=params, shardings=shardings, stored=stored)
 
 
 def rounded(loaded: Loaded, int8: Int8) -> Loaded:
@@ -360,16 +381,22 @@ def save_policy(
   card: str | None = None,
 ) -> None:
   """Writes a directory that transformers, vLLM and `load_policy` read. `dtype` casts the
-  parameters; adapters are merged into the matrices that they adapt; `card` becomes README.md. All
-  processes call it, the first one writes."""
-  family = loaded.model.cfg.family
-  params = merge_lora(params, loaded.model.cfg.text.lora)
-  tensors = weights.TensorsOfParams(params, family.keys, dtype)
+  parameters; adapters are merged into the matrices that they adapt, where these are rounded into
+  the checkpoint's own; `card` becomes README.md. All processes call it, the first one writes."""
+  family, lora = loaded.model.cfg.family, loaded.model.cfg.text.lora
+  if loaded.stored is not None:
+    tensors = MergedTensors(loaded.stored, params, lora, dtype)
+    stored_dtype = loaded.stored.dtype
+  else:
+    params = merge_lora(params, lora)
+    tensors = weights.TensorsOfParams(params, family.keys, dtype)
+    stored_dtype = jax.tree.leaves(params)[0].dtype
   if jax.process_index() > 0:
-    for name in tensors:
-      tensors[name]  # its part in gathering them  # pylint: disable=pointless-statement
+    if loaded.stored is None:
+      for name in tensors:
+        tensors[name]  # its part in gathering them  # pylint: disable=pointless-statement
     return
-  config = {**loaded.config, "dtype": np.dtype(dtype or jax.tree.leaves(params)[0].dtype).name}
+  config = {**loaded.config, "dtype": np.dtype(dtype or stored_dtype).name}
   config.pop("torch_dtype", None)  # the same under its old name
   small = loaded.files or new_policy_files(loaded.tokenizer, family)
   small = {**small, **({"README.md": card.encode()} if card else {})}

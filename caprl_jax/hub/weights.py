@@ -3,6 +3,7 @@
 Nothing is read before the device that needs it asks for its part, so the host never holds a model.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 
 from caprl_jax import sharding
 from caprl_jax.hub.folders.notices import warn_once
+from caprl_jax.hub.folders.quantized import RoundedLeaf
 from caprl_jax.hub.folders.tensors import ChangedTensors
 from caprl_jax.json_files import shown
 from caprl_jax.models.family import Keys
+from caprl_jax.models.quantized.codes import BaseWeights, is_base_kernel
 from caprl_jax.types import Params
 
 _EMPTY = (
@@ -23,7 +26,9 @@ _EMPTY = (
 )
 
 
-def _entries(params: Params, keys: Keys) -> Iterator[tuple[tuple, str, list[str], bool, Any]]:
+def _entries(
+  params: Params, keys: "Keys | _OfLayer"
+) -> Iterator[tuple[tuple, str, list[str], bool, Any]]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = ".".join(p.key for p in path)
     yield path, name, *keys.candidates(name), leaf
@@ -32,7 +37,14 @@ def _entries(params: Params, keys: Keys) -> Iterator[tuple[tuple, str, list[str]
 class _Leaf:
   """One parameter's tensors in the checkpoint; `read` gives any part of it."""
 
-  def __init__(self, tensors: Mapping, names: list[str], stacked: bool, transposed: bool, dtype):
+  def __init__(
+    self,
+    tensors: Mapping,
+    names: list[str],
+    stacked: bool,
+    transposed: bool,
+    dtype: Any,
+  ):
     self.tensors, self.names, self.stacked, self.transposed, self.dtype = (
       tensors,
       names,
@@ -135,10 +147,11 @@ def _equal(tensors: Mapping, one: str, other: str) -> bool:
 def params_from_tensors(
   abstract: Params,
   tensors: Mapping,
-  keys: Keys,
+  keys: "Keys | _OfLayer",
   source: str,
   shardings: Any = None,
   each: Callable[[str, jax.Array], Any] | None = None,
+  base_weights: BaseWeights | None = None,
 ) -> Params:
   """Fills a tree of ShapeDtypeStructs from a checkpoint.
 
@@ -149,29 +162,69 @@ def params_from_tensors(
     source: names the checkpoint in errors.
     shardings: a tree like `abstract`; each device is given its part and no more is read for it.
     each: (dotted name, parameter) -> what is kept in its place, before the next one is read.
+    base_weights: what the decoder's kernels are rounded to, one by one (`models/quantized.py`).
 
   Raises:
     ValueError: tensors missing or left over (both listed), or a shape that does not fit, all before
-    any is read.
+    any is read; a kernel that is to be rounded has weights that are not finite.
   """
   leaves = _find_leaves(abstract, tensors, keys, source)
   structure = jax.tree_util.tree_structure(abstract)
   shapes = jax.tree.leaves(abstract)
   places = [None] * len(leaves) if shardings is None else structure.flatten_up_to(shardings)
   names = (name for _, name, *_ in _entries(abstract, keys))
-  filled = []
+  filled: list[Any] = []
   for name, leaf, shape, place in zip(names, leaves, shapes, places):
-    if place is None:
+    if base_weights and is_base_kernel(name):
+      kernel = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+      where = f"{source}: tensors {leaf.names[0]} to {leaf.names[-1]}"
+      value = RoundedLeaf(leaf.read, shape.shape, base_weights, shape.dtype, where).arrays(kernel)
+    elif place is None:
       value = jax.numpy.asarray(leaf.read((slice(None),) * len(shape.shape)))
     else:
       value = jax.make_array_from_callback(shape.shape, place, leaf.read)
-      leaf.known.clear()
+    leaf.known.clear()
     filled.append(value if each is None else jax.block_until_ready(each(name, value)))
     del value
-  return jax.tree_util.tree_unflatten(structure, filled)
+  params = jax.tree_util.tree_unflatten(structure, filled)
+  return _entries_in_place(params) if base_weights else params
 
 
-def _find_leaves(abstract: Params, tensors: Mapping, keys: Keys, source: str) -> list[_Leaf]:
+def _entries_in_place(params: Params) -> Params:
+  """A tree in which the entries of a rounded kernel stand under its name -> in its place."""
+  out = {}
+  for name, value in params.items():
+    if name == "kernel" and isinstance(value, dict):
+      out |= value
+    else:
+      out[name] = _entries_in_place(value) if isinstance(value, dict) else value
+  return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfLayer:
+  """The keys of one layer's parameters, which are not stacked."""
+
+  keys: Keys
+  number: int
+  unused: str = ".*"
+
+  def candidates(self, path: str) -> tuple[list[str], bool]:
+    names, transposed = self.keys.candidates(path)
+    return [name.format(self.number) for name in names], transposed
+
+
+def layer_from_tensors(
+  abstract: Params, tensors: Mapping, keys: Keys, number: int, source: str, shardings: Any
+) -> Params:
+  """As `params_from_tensors`, of one layer of a stack: `abstract` has the names of the whole model
+  and no axis of layers."""
+  return params_from_tensors(abstract, tensors, _OfLayer(keys, number), source, shardings)
+
+
+def _find_leaves(
+  abstract: Params, tensors: Mapping, keys: "Keys | _OfLayer", source: str
+) -> list[_Leaf]:
   """Which tensors each parameter is read from. Raises ValueError as `params_from_tensors` says."""
   used, missing, leaves = set(), [], []
   for _, name, candidates, transposed, leaf in _entries(abstract, keys):

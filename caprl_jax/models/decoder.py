@@ -26,6 +26,7 @@ from caprl_jax.models.attention import (
   attend,
 )
 from caprl_jax.models.layers import GatedMLP, LoraConfig, RMSNorm, linear, rotary_tables, rotate
+from caprl_jax.types import Params
 
 Array = jax.Array
 
@@ -328,10 +329,7 @@ class Decoder(nn.Module):
     """
     cfg = self.cfg
     assert valid_NL.shape == x_NLD.shape[:2], (valid_NL.shape, x_NLD.shape)
-    if cfg.mrope_sections is not None and position.ndim == 2:  # text: the three positions are one
-      position = jnp.broadcast_to(position[:, None], (position.shape[0], 3, position.shape[1]))
-    cos, sin = rotary_tables(position, cfg.frequency_h, cfg.mrope_sections, cfg.mrope_interleaved)
-    cos, sin = cos.astype(cfg.dtype), sin.astype(cfg.dtype)
+    cos, sin = _rotary(cfg, position)
     keys_values = tuple((p.key_YRSJh, p.value_YRSJh) for p in prefixes)
     own = OwnTokens(valid_NL, segment_NL, reach=reach)
     if earlier is not None:
@@ -354,6 +352,37 @@ class Decoder(nn.Module):
       None if deep_XNLD is None else deep_XNLD.astype(x_NLD.dtype),
     )
     return self.norm(x_NLD), Prefix(key, value, valid_NL)
+
+
+def _rotary(cfg: DecoderConfig, position: Array) -> tuple[Array, Array]:
+  """Cosines and sines of positions as `Decoder` takes them, in the activations' dtype."""
+  if cfg.mrope_sections is not None and position.ndim == 2:  # text: the three positions are one
+    position = jnp.broadcast_to(position[:, None], (position.shape[0], 3, position.shape[1]))
+  cos, sin = rotary_tables(position, cfg.frequency_h, cfg.mrope_sections, cfg.mrope_interleaved)
+  return cos.astype(cfg.dtype), sin.astype(cfg.dtype)
+
+
+def run_layer(
+  cfg: DecoderConfig,
+  params: Params,
+  number: Array,
+  x_NLD: Array,
+  position: Array,
+  valid_NL: Array,
+  deep_XNLD: Array | None = None,
+) -> Array:
+  """One layer of a decoder by itself, for models that are read layer by layer: x after it.
+
+  Args:
+    params: the layer's, without the axis of layers.
+    number: which layer it is.
+    position, valid_NL, deep_XNLD: as of `Decoder`.
+  """
+  deep_XNLD = None if deep_XNLD is None else deep_XNLD.astype(x_NLD.dtype)
+  own = OwnTokens(valid_NL, None, reach=None)
+  given = (x_NLD, (), None, number, (), *_rotary(cfg, position), own, deep_XNLD)
+  out: Any = DecoderLayer(cfg).apply({"params": params}, *given)
+  return out[0]
 
 
 def head_matrix(cfg: DecoderConfig, params) -> Array:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax import sharding
+from caprl_jax.models.quantized import codes as quantized
+from caprl_jax.models.quantized.codes import BaseWeights
 
 Array = jax.Array
 
@@ -42,6 +44,10 @@ class LoraConfig:
   rank: columns of A, rows of B.
   alpha: what the adapters add is multiplied by alpha / rank.
   targets: names of the decoder's linear maps that get adapters.
+  base_weights: what the decoder's matrices are rounded to, since they are not trained: `nf4` or
+    `int4`, a quarter of bfloat16's memory, or `int8`, half of it. None: they stay as `param_dtype`
+    says. Tower, embeddings and norms stay in any case. What is exported is merged with the weights
+    as the checkpoint has them.
   """
 
   rank: int
@@ -55,6 +61,7 @@ class LoraConfig:
     "up_proj",
     "down_proj",
   )
+  base_weights: BaseWeights | None = None
 
   @property
   def scale(self) -> float:
@@ -64,7 +71,7 @@ class LoraConfig:
 class Linear(nn.Module):
   """x @ kernel + bias. The kernel [in, out] carries the logical axes `axes`.
 
-  An int8 kernel (`to_int8`) comes with a `kernel_scale` per column and is widened on use.
+  A kernel may be there as codes and scales (`to_int8`, `quantized/codes.py`), widened on use.
   Each device computes its own rows of the batch: left alone, the compiler may rather multiply parts
   of every row with its part of a split kernel, and add up activations over devices.
   """
@@ -78,13 +85,9 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    init = nn.initializers.normal(self.init_std)
     shape = (x.shape[-1], self.features)
-    kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
     x = sharding.over_batch(x.astype(self.dtype), 0)
-    y = x @ kernel.astype(self.dtype)
-    if self.has_variable("params", "kernel_scale"):
-      y = y * self.get_variable("params", "kernel_scale").astype(self.dtype)
+    y = self._product(x, shape)
     if self.lora is not None and self.name in self.lora.targets:
       # A starts random and B at zero, so that the model starts as it was.
       a = self.param(
@@ -110,6 +113,17 @@ class Linear(nn.Module):
       )
       y = y + bias.astype(self.dtype)
     return sharding.over_batch(y, 0)
+
+  def _product(self, x: Array, shape: tuple[int, int]) -> Array:
+    if self.has_variable("params", "kernel_scale"):
+      scale = self.get_variable("params", "kernel_scale")
+      stored = {kind: f"kernel_{kind}" for kind in quantized.FOUR_BITS} | {"int8": "kernel"}
+      kind = next(kind for kind, name in stored.items() if self.has_variable("params", name))
+      return quantized.product(
+        x, self.get_variable("params", stored[kind]), scale, kind, self.dtype
+      )
+    init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes)
+    return x @ self.param("kernel", init, shape).astype(self.dtype)
 
 
 def linear(

@@ -176,6 +176,18 @@ class Policy(nn.Module):
     segment_BP: Array | None = None,
   ) -> tuple[Array, Prefix]:
     """Puts features where the image tokens stand, and runs the decoder."""
+    x_BPD, position, deep_XBPD = self._embed(features, unit_BI, prompts)
+    return self.language_model(x_BPD, position, prompts.valid_BP, (), deep_XBPD, segment_BP)
+
+  def embed(self, images: Images, prompts: Prompts) -> tuple[Array, Array, Array | None]:
+    """What the decoder is given of images and prompts: embeddings [B, P, D], positions, and what
+    its first layers add (DeepStack) or None."""
+    features = self.visual(images)
+    return self._embed(features, images.unit_BI, prompts)
+
+  def _embed(
+    self, features: Features | None, unit_BI: Array | None, prompts: Prompts
+  ) -> tuple[Array, Array, Array | None]:
     x_BPD, deep_XBPD = self.language_model.embed(prompts.tokens_BP), None
     if features is not None:
       is_image_BP = (prompts.tokens_BP == self.cfg.image_token) & prompts.valid_BP
@@ -185,7 +197,7 @@ class Policy(nn.Module):
       x_BPD = place(x_BPD, features.main_BUD)
     mrope = self.cfg.text.mrope_sections is not None
     position = prompts.position_B3P if mrope else prompts.position_B3P[:, 0]
-    return self.language_model(x_BPD, position, prompts.valid_BP, (), deep_XBPD, segment_BP)
+    return x_BPD, position, deep_XBPD
 
   def extend(
     self,

@@ -11,6 +11,7 @@ import optax
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.layers import int8_shardings, to_int8
 from caprl_jax.models.policy import Policy
+from caprl_jax.models.quantized import codes as quantized
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.rl.advantages import AdvantageConfig
 from caprl_jax.rl.groups import advantages, select_groups
@@ -117,7 +118,7 @@ def write_captions(
   `cfg.rollout.weights` says so."""
   # In the dtype that is computed in, once: decoding reads all of them for every token.
   dtype = policy.cfg.text.dtype
-  params = jax.tree.map(lambda x: x.astype(dtype), merge_params(state.params, frozen.base))
+  params = quantized.cast(merge_params(state.params, frozen.base), dtype)
   if cfg.rollout.weights == "int8":  # before they are gathered, which then sends half
     params["language_model"] = to_int8(params["language_model"])
     if rollout_shardings is not None:

@@ -17,6 +17,7 @@ KNOBS = (
   ("data.batch_size, rollout.group_size", "all that is no parameter is in proportion to both"),
   ("policy.max_pixels", "tokens per image are in proportion to it"),
   ("policy.trainable=lora", "no gradient and no moments of the model's own parameters"),
+  ("policy.lora.base_weights=nf4", "with adapters: the decoder's matrices in 4 bits, not in 16"),
   ("optimizer.moment_dtype=bfloat16", "the first moments take half"),
   ("optimizer.moment_memory=host", "the moments lie in the host's memory but during updates"),
   ("mesh.fsdp", "parameters and moments are split over so many devices; more chips help likewise"),

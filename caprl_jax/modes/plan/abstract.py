@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax import sharding
+from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.training.state import rollout_images
 from caprl_jax.hub import hub_files
@@ -26,6 +27,7 @@ from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.layers import int8_shardings, to_int8
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
+from caprl_jax.models.quantized.codes import quantized_structs
 from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.types import (
   Batch,
@@ -189,6 +191,13 @@ def placed_parameters(boxed: Any, dtype: Any, mesh: Any) -> tuple[Any, Any]:
   places = sharding.param_shardings(boxed, mesh)
   cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), nn.unbox(boxed))
   return _placed(cast, places), places
+
+
+def policy_parameters(section: PolicySection, boxed: Any, mesh: Any) -> tuple[Any, Any]:
+  """As `placed_parameters`, of a captioner: rounded where `lora.base_weights` says so."""
+  params, _ = placed_parameters(boxed, section.param_dtype, mesh)
+  params = quantized_structs(params, section.lora.base_weights, jnp.dtype(section.param_dtype))
+  return params, jax.tree.map(lambda x: x.sharding, params)
 
 
 def rounded(params: Any) -> Any:

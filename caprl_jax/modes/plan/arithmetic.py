@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.quantized.codes import BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,10 +196,24 @@ def slot_bytes(cfg: DecoderConfig) -> int:
   return 2 * 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
 
 
-def weight_bytes(cfg: DecoderConfig, layer_item: int = 2) -> int:
-  """Of what each decoded token multiplies with: the layers' matrices, in so many bytes a number,
-  and the unembedding, in two."""
-  return layer_item * layer_weights(cfg) + 2 * cfg.vocab_size * cfg.hidden_size
+def weight_bytes(cfg: DecoderConfig, layer_item: int = 2) -> float:
+  """Of what each decoded token multiplies with: the layers' matrices, in so many bytes a number
+  where they are not rounded under adapters, and the unembedding, in two."""
+  return matrix_bytes(cfg, layer_item) + 2 * cfg.vocab_size * cfg.hidden_size
+
+
+def matrix_bytes(cfg: DecoderConfig, layer_item: int = 2) -> float:
+  """Of the layers' matrices as they are stored: rounded under adapters, or in so many bytes a
+  number."""
+  kind = cfg.lora.base_weights if cfg.lora else None
+  each = layer_item if kind is None else 1 if kind == "int8" else 0.5 + 2 / BLOCK
+  return each * layer_weights(cfg)
+
+
+def widened_bytes(cfg: DecoderConfig) -> int:
+  """Of a rounded layer's matrices, in bfloat16 while it runs; 0 where none is rounded."""
+  rounded = cfg.lora is not None and cfg.lora.base_weights is not None
+  return 2 * layer_weights(cfg) // cfg.num_layers if rounded else 0
 
 
 def decode_bytes(step: Step, parts: int = 1) -> float:

@@ -69,7 +69,8 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
       yield named, lambda s, mesh=mesh: dataclasses.replace(s, mesh=mesh)
   if not settings.judge.int8 and not judge.sees_image:
     yield "judge.int8=True", lambda s: with_judge(s, int8=True)
-  if settings.step.rollout.weights == "full" and not refuses_rounded(settings.step):
+  whole = settings.step.rollout.weights == "full" and policy.lora.base_weights is None
+  if whole and not refuses_rounded(settings.step):
     yield "rollout.weights=int8", lambda s: with_rollout(s, weights="int8")
   if (optimizer.name, optimizer.moment_dtype) == ("adamw", "float32"):
     small = dataclasses.replace(optimizer, moment_dtype="bfloat16")
@@ -79,6 +80,9 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
   if policy.trainable != "lora":
     lora = dict(trainable="lora", param_dtype="bfloat16")
     yield "policy.trainable=lora policy.param_dtype=bfloat16", lambda s: with_policy(s, **lora)
+  elif policy.lora.base_weights != "nf4" and settings.step.rollout.weights == "full":
+    few = dataclasses.replace(policy.lora, base_weights="nf4")
+    yield "policy.lora.base_weights=nf4", lambda s: with_policy(s, lora=few)
   if sampling.max_tokens >= 512:
     half = sampling.max_tokens // 2
     yield f"rollout.sampling.max_tokens={half}", lambda s: with_sampling(s, max_tokens=half)

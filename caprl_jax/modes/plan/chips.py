@@ -39,12 +39,13 @@ class Chip:
 # TPUs: docs.cloud.google.com/tpu/docs, a page for each version ("System architecture"); `link` is
 # half of the bidirectional figure. libtpu leaves a program 15.75 of v5e's 16 GiB, and the others
 # are taken to lose as small a share. GPUs: NVIDIA's data sheets, without sparsity; `link` is half
-# of NVLink's figure; a tenth of the memory is left to the driver, NCCL and XLA's own buffers.
+# of NVLink's figure; a tenth of the memory is left to the driver, NCCL and XLA's own buffers. A T4
+# has no bfloat16: its figure is of float32. Nobody rents an RTX 4060.
 _TPU, _GPU = 15.75 / 16 * GIB, 0.9 * GIB
 
 PRICES_OF = (
   "TPUs: cloud.google.com/tpu/pricing, on demand, US regions, as known in 2025; GPUs: what a large "
-  "renter of GPUs (runpod.io) listed in spring 2026"
+  "renter of GPUs (runpod.io) listed in spring 2026; T4: cloud.google.com/compute/gpus-pricing"
 )
 CHIPS = {
   chip.name: chip
@@ -55,8 +56,10 @@ CHIPS = {
     Chip("v6e", 918e12, 1638e9, 32 * _TPU, 400e9, 2.70),
     Chip("H100", 989e12, 3350e9, 79.6 * _GPU, 450e9, 2.79),
     Chip("A100", 312e12, 2039e9, 79.2 * _GPU, 300e9, 1.39),
+    Chip("T4", 8.1e12, 320e9, 15 * _GPU, 0, 0.35),
     Chip("L4", 121e12, 300e9, 22.5 * _GPU, 0, 0.44),
     Chip("RTX4090", 165e12, 1008e9, 24 * _GPU, 0, 0.34),
+    Chip("RTX4060", 30e12, 272e9, 8 * _GPU, 0, 0.0),
   )
 }
 

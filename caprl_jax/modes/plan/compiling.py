@@ -43,6 +43,7 @@ from caprl_jax.modes.plan.abstract import (
   abstract_prompt,
   judge_of,
   model_configs,
+  policy_parameters,
   rounded,
   struct_of,
 )
@@ -92,7 +93,8 @@ def lower_step(
   check_training_batch(settings, mesh)
   section = settings.policy
   cfg, judge_cfg = model_configs(settings, plan)
-  policy_params, places = abstract_parameters(init_policy(cfg), section.param_dtype, mesh)
+  boxed = sharding.abstract_params(lambda: init_policy(cfg)(jax.random.key(0)))
+  policy_params, places = policy_parameters(section, boxed, mesh)
   judge, text, init = judge_of(judge_cfg)
   judge_params, _ = abstract_parameters(init, settings.judge.dtype, mesh)
   if settings.judge.int8:

@@ -20,8 +20,19 @@ from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.modes.plan import cuts
-from caprl_jax.modes.plan.abstract import abstract_batch, placed_parameters, rounded
-from caprl_jax.modes.plan.arithmetic import Step, layer_weights, slot_bytes
+from caprl_jax.modes.plan.abstract import (
+  abstract_batch,
+  placed_parameters,
+  policy_parameters,
+  rounded,
+)
+from caprl_jax.modes.plan.arithmetic import (
+  Step,
+  layer_weights,
+  matrix_bytes,
+  slot_bytes,
+  widened_bytes,
+)
 from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.modes.plan.shapes import Shapes, item_bytes
 from caprl_jax.rl import sampling
@@ -87,7 +98,7 @@ def arguments(settings: Settings, plan: PlanConfig, shapes: Shapes, mesh: cuts.M
   """What a step is given, as its shapes and shardings say."""
   devices = sharding.abstract_mesh(sharding.MeshConfig(*dataclasses.astuple(mesh)), mesh.chips)
   section = settings.policy
-  params, places = placed_parameters(shapes.policy_params, section.param_dtype, devices)
+  params, places = policy_parameters(section, shapes.policy_params, devices)
   kind = trainable_filter(section.trainable, shapes.policy.family)
   (chosen, base), chosen_places = split_params(params, kind), split_params(places, kind)[0]
   tx, memory = make_optimizer(settings)[0], settings.optimizer.moment_memory
@@ -148,6 +159,11 @@ class _Sizes:
     """Between an MLP's matrices: two inputs and their product."""
     return 3 * tokens * width / self.mesh.tensor * item
 
+  def widened(self) -> dict[str, float]:
+    """A layer's matrices while it runs, where they are stored in 8 or 4 bits."""
+    count = widened_bytes(self.step.text) * self.item / 2 / self.mesh.tensor
+    return {"widened weights": count} if count else {}
+
   def kept(self, cfg: Any, layers: int, tokens: float, again: bool) -> float:
     """Activations of all layers that a backward pass reads. again: the others are made again."""
     if again:
@@ -165,6 +181,8 @@ class _Sizes:
     moved = self.mesh.fsdp > 1 or self.settings.policy.param_dtype != self.settings.policy.dtype
     rounded = self.settings.step.rollout.weights == "int8"
     matrices = layer_weights(cfg) * (1 if rounded else self.item) / self.mesh.tensor
+    if widened_bytes(cfg):  # codes are not cast
+      matrices = matrix_bytes(cfg) / self.mesh.tensor * (self.mesh.fsdp > 1)
     head = self.head(cfg, self.item) * (1 if cfg.tie_embeddings else 2)
     weights = matrices * (moved or rounded) + head * moved
     trunk, chunks = sampling.cache_stages(sampled.max_tokens)
@@ -176,6 +194,7 @@ class _Sizes:
       prefix += 3 * chunk * step.prompt * slot
     decode = {
       "weights": weights,
+      **self.widened(),
       "prompts": prefix,
       "decode caches": caches,
       "logits": 3 * self.logits(cfg, rows),
@@ -183,6 +202,7 @@ class _Sizes:
     images = cuts.prefill_images(max(round(share), 1), step.tower.patches)
     encode = {
       "weights": weights,
+      **self.widened(),
       "prompts": share * step.prompt * slot,
       "activations": self._encoding(self.shapes.policy, step.tower.patches, step.prompt, images),
     }
@@ -255,6 +275,7 @@ class _Sizes:
     exact_kl = 3 * logits if update.loss.kl_is_exact else 0
     unembedding = {
       "gradients": self.gradient,
+      **self.widened(),
       "unembedding": head + self.head(cfg, self.item),
       "logits": 2.5 * logits + exact_kl,
       "keys and values": keys,
@@ -268,6 +289,7 @@ class _Sizes:
     block = self.kept(cfg, cfg.num_layers, row.images * row.size, remat.decoder)
     captions = {
       "gradients": 5 * self.gradient,
+      **self.widened(),
       "unembedding": 2 * head,
       "keys and values": 2 * keys + 3 * window,
       "activations": kept + 2 * block + 4 * scores,

@@ -20,6 +20,7 @@ from caprl_jax.modes.plan.arithmetic import (
   learned,
   slot_bytes,
   weight_bytes,
+  widened_bytes,
 )
 from caprl_jax.modes.plan.chips import Chip
 
@@ -94,7 +95,8 @@ def _rollout(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Sta
   )
   slot = slot_bytes(text) / mesh.tensor
   prompts = np.where(own > 0, rows, share)
-  weights = weight_bytes(text, step.layer_item)
+  # Matrices rounded under adapters are widened for each token: written to memory and read again.
+  weights = weight_bytes(text, step.layer_item) + 2 * text.num_layers * widened_bytes(text)
   read = weights / mesh.tensor + (rows * slots + prompts * step.prompt) * slot
   one = decoder_flops(text, 1, step.prompt) + head_flops(text, 1)
   products = rows * one / mesh.tensor

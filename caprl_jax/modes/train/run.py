@@ -32,6 +32,7 @@ from caprl_jax.harness.trackers import Tracker, open_trackers
 from caprl_jax.harness.training.made_of import bind_models
 from caprl_jax.harness.training.profile import Profile
 from caprl_jax.harness.training.programs import StepApart, build_step
+from caprl_jax.harness.training.rounding import rounding_effect
 from caprl_jax.harness.training.row_batches import TrainingRows, training_batches
 from caprl_jax.harness.training.state import (
   abstract_state,
@@ -259,6 +260,10 @@ def _run(settings: Settings, plain: dict, workdir: pathlib.Path) -> None:
     summary.put(
       gate=figures, counts=made.counts, versions=versions(), config=plain, wall_secs=clock.secs
     )
+    if settings.policy.lora.base_weights and "rounding" not in summary.values:
+      with clock("rounding"):
+        effect = rounding_effect(made)
+      summary.put(rounding=effect, wall_secs=clock.secs)
     evaluator = Evaluator(made)
     if "before" not in summary.values:
       with clock("before"):

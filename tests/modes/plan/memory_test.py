@@ -148,6 +148,33 @@ def test_a_rollout_with_rounded_weights_reads_and_sends_less():
   assert "rollout.weights=int8" not in named(rounded)
 
 
+def test_a_base_in_four_bits_takes_a_quarter():
+  half = dict(trainable="lora", param_dtype="bfloat16")
+  settings, plan = read("caprl_3b_v5e16")
+  settings = changes.with_policy(dataclasses.replace(settings, mesh=MeshConfig(1, 1, 1)), **half)
+  few = changes.with_policy(
+    settings, lora=dataclasses.replace(settings.policy.lora, base_weights="nf4")
+  )
+  found, rounded = (
+    estimate(one, Known.of(one, plan), machine_of("v5e-1"), 1.0).memory for one in (settings, few)
+  )
+  matrices = 2_774_532_096  # of the decoder's layers (arithmetic_test.py)
+  saved = found.arguments["policy, frozen"] - rounded.arguments["policy, frozen"]
+  assert saved == matrices * (2 - 0.5 - 2 / 64)
+  tried = changes.alternatives(settings, plan, machine_of("v5e-1"), 1.2)
+  assert any("policy.lora.base_weights=nf4" in one.named for one in tried)
+
+
+@pytest.mark.parametrize(
+  "name, machine",
+  [("qlora_7b_16gb", "v5e-1"), ("qlora_7b_16gb", "T4"), ("qlora_3b_8gb", "RTX4060")],
+)
+def test_the_recipes_in_four_bits_fit_small_chips(name, machine):
+  settings, plan = read(name)
+  found = estimate(settings, Known.of(settings, plan), machine_of(machine), 1.0)
+  assert found.fits == "yes", found.memory
+
+
 def test_what_does_not_fit_is_said_with_what_would():
   settings, plan = read("caprl_3b_v5e16")
   machine, settings = machine_of("v5e-16"), changes.with_sampling(settings, chunks=4)

@@ -54,6 +54,22 @@ SAME = {
       *("evaluate.batch_size", "evaluate.group_images", "plan.topology", "plan.image"),
     },
   ),
+  "qlora_7b_16gb": (
+    "gpu_24gb_lora",
+    {
+      *("policy.checkpoint", "policy.max_pixels", "policy.lora.rank", "policy.lora.alpha"),
+      *(
+        "policy.lora.base_weights",
+        "judge.source",
+        "judge.int8",
+        "data.batch_size",
+        "rollout.group_size",
+        "rollout.sampling.max_tokens",
+      ),
+      *("policy_update.microbatches", "evaluate.batch_size", "plan.topology", "plan.image"),
+    },
+  ),
+  "qlora_3b_8gb": ("qlora_7b_16gb", {"policy.checkpoint", "judge.source", "plan.topology"}),
   "ablations/judge_size": ("caprl_3b", {"judge.source"}),
   "ablations/data_domain": ("caprl_3b", {"data.max_train_rows"}),
   "ablations/leakage": ("caprl_3b", {"data.max_train_rows"}),
@@ -188,7 +204,9 @@ def test_a_recipe_differs_only_in_models_and_data(name):
 
 def test_no_recipe_is_left_out():
   of_caprl = {
-    path.stem for kind in ("caprl", "gpu") for path in (ROOT / "configs").glob(f"{kind}_*.py")
+    path.stem
+    for kind in ("caprl", "gpu", "qlora")
+    for path in (ROOT / "configs").glob(f"{kind}_*.py")
   }
   ablations = {f"ablations/{path.stem}" for path in (ROOT / "configs/ablations").glob("*.py")}
   assert of_caprl | ablations == {name for name, *_ in map(values, RUN + TRACED)} | {*SAME}

@@ -1,0 +1,1 @@
+"""Kernels stored in 8 or 4 bits."""
