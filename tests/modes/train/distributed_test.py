@@ -15,17 +15,18 @@ from caprl_jax.data.batches import eval_batches, train_iterator
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.hub.load import load_policy
 
-# After mode `train`, in the same processes: two steps of LoRA, with captions that are tokenised
-# anew between rollout and judge, as where the vocabularies differ. And the captioner of mode
-# `train`, read from its checkpoints.
+# After mode `train`, in the same processes: two steps of LoRA on a rounded base, with captions that
+# are tokenised anew between rollout and judge, as where the vocabularies differ. And the captioner
+# of mode `train`, read from its checkpoints.
 LORA_MODE = """
-import dataclasses
+import dataclasses, json
 import jax, ml_collections
 from caprl_jax import sharding
 from caprl_jax.config import schema as configuration
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.harness.setup import set_up
+from caprl_jax.harness.training.rounding import rounding_effect
 from caprl_jax.hub.load import save_policy
 from caprl_jax.inference.retokenise import Translator
 from caprl_jax.models.trainable import merge_params
@@ -34,6 +35,7 @@ from caprl_jax.modes.train.run import save_captioner, train
 def run(config, workdir):
   config = ml_collections.ConfigDict(config.to_dict())
   config.policy.trainable, config.train.steps = "lora", 2
+  config.policy.lora = dict(rank=16, alpha=32.0, base_weights="nf4")
   settings, place = read_settings(config), workdir / "lora"
   with jax.set_mesh(sharding.make_mesh(settings.mesh)):
     made = set_up(settings)
@@ -41,9 +43,12 @@ def run(config, workdir):
     translator = Translator(made.policy.tokenizer, made.judge.tokenizer, limit)
     made = dataclasses.replace(made, translator=translator)
     place.mkdir(exist_ok=True)
+    effect = rounding_effect(made)
+    if jax.process_index() == 0:
+      (place / "rounding.json").write_text(json.dumps(effect))
     state = train(made, configuration.to_plain(config), place)
     params = merge_params(state.params, made.frozen.base)
-    save_captioner(settings, place, made.policy, params, ["adapters"])
+    save_captioner(settings, place, made.policy, params, ["adapters", "policy"])
     read = PolicySection(str(workdir)).load(made.mesh)
     save_policy(place / "read", read, read.params)
 """
@@ -153,13 +158,15 @@ def test_adapters_are_those_of_one_process(one, two):
   assert len(rows[1]) == 2 and rows[1][1]["update/kl"] > 0 and "judge/cut" in rows[1][1]
   for a, b in zip(*rows, strict=True):
     assert_close(a, b, f"step {a['step']}")
-  a, b = (
-    safetensors.numpy.load_file(workdir / "lora" / "adapters" / "adapter_model.safetensors")
-    for workdir in (one, two)
-  )
-  assert a.keys() == b.keys() and any(x.any() for name, x in a.items() if "lora_B" in name)
-  for name, x in a.items():
-    np.testing.assert_allclose(b[name], x, atol=2e-4, err_msg=name)
+  for file in ("adapters/adapter_model.safetensors", "policy/model.safetensors"):
+    a, b = (safetensors.numpy.load_file(workdir / "lora" / file) for workdir in (one, two))
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+      np.testing.assert_allclose(b[name], x, atol=2e-4, err_msg=name)
+    assert "policy" in file or any(x.any() for name, x in a.items() if "lora_B" in name)
+  a, b = (tiny.read_back(workdir / "lora" / "rounding.json") for workdir in (one, two))
+  assert_close(a, b, "rounding", rtol=1e-3)
+  assert a["kl"] > 0
 
 
 def test_a_run_goes_on_on_another_mesh_and_number_of_processes(two, moved):
