@@ -72,7 +72,7 @@ def _prompts(made: Run) -> tuple[Batch, np.ndarray]:
   parts = sharding.batch_parts(made.mesh)
   size = parts * -(-IMAGES // parts)
   example = NextUsable(made.eval.example, made.eval_rows, made.bad)
-  share = sharding.batch_share(made.mesh, size)
+  share = sharding.batch_share(made.mesh, size).tolist()
   batches = eval_batches(example, len(made.eval_rows), size, made.settings.seed, share)
   batch = sharding.put_batch(next(iter(batches))[0], made.mesh)
   prompts = batch.prompts
