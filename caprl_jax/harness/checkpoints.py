@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -69,6 +70,7 @@ class Checkpoints:
     self.cfg, self.workdir = cfg, workdir
     place = checkpoints_of(workdir)
     self._wall_time = WallTime(cfg.every_minutes)
+    self._failure = _Failure()
     self.manager = ocp.CheckpointManager(
       place,
       options=ocp.CheckpointManagerOptions(
@@ -95,6 +97,7 @@ class Checkpoints:
     step = int(state.step)
     if not force and step % self.cfg.every_steps:
       return
+    self.wait()  # for the one before
     if step in self._steps():
       return
     packed = dataclasses.replace(state, key=jax.random.key_data(state.key))
@@ -114,6 +117,9 @@ class Checkpoints:
   def wait(self) -> None:
     """Returns when all that was saved is on the disk. Raises what went wrong with it."""
     with going_on("writing a checkpoint"):
+      while self.manager.is_saving_in_progress():
+        self._failure.check()
+        time.sleep(0.02)
       self.manager.wait_until_finished()
 
   def latest_step(self) -> int | None:
@@ -204,6 +210,25 @@ class Checkpoints:
 
   def close(self) -> None:
     self.manager.close()
+
+
+class _Failure(logging.Handler):
+  """What went wrong in the background in this process. Orbax raises it only after all processes
+  have met, which they do not where one has failed; but it logs it at once."""
+
+  def __init__(self):
+    super().__init__(logging.ERROR)
+    self._error: BaseException | None = None
+    logging.getLogger("absl").addHandler(self)
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if record.exc_info and "background save thread" in record.getMessage():
+      self._error = record.exc_info[1]
+
+  def check(self) -> None:
+    """Raises it, in several processes; one alone has nobody to wait for."""
+    if self._error and jax.process_count() > 1:
+      raise self._error
 
 
 def _words(why: Exception | None) -> str:

@@ -73,3 +73,11 @@ def test_two_processes_end_together_and_go_on_whatever_ends_one(begin):
   np.testing.assert_allclose(figures[0][4], figures[1][4], rtol=1e-5)
   said = (workdir / "log.txt").read_text()
   assert said.count("step 5 was saved before its evaluation had ended") == 1
+
+
+def test_a_checkpoint_that_one_cannot_write_ends_both(begin):
+  """Orbax alone would let both wait for one another for twenty minutes."""
+  started, workdir = begin("full", 2, "0:3:full")
+  said = wait(started, workdir, 74, secs=60)
+  assert all("No space left on device" in text for text in said)
+  assert saved_steps(workdir) == []

@@ -6,7 +6,7 @@ before step 4, or 0:after 8:error.
 """
 
 FAKE_MODE = """
-import functools, os, signal
+import errno, functools, os, signal
 import jax, jax.numpy as jnp, numpy as np
 from caprl_jax import main, sharding
 from caprl_jax.config import schema as configuration
@@ -19,12 +19,18 @@ from caprl_jax.types import TrainState
 def example(index, rng):
   return dict(row=np.int32(index), noise=rng.normal())
 
+def full(*_, **__):
+  raise OSError(errno.ENOSPC, "No space left on device")
+
 def event(place):  # what FAKE_EVENT says of this process there, e.g. 1:4:SIGTERM
   process, where, what = os.environ.get("FAKE_EVENT", "::").split(":")
   if (process, where) != (str(jax.process_index()), str(place)):
     return
   if what == "error":
     raise ValueError("row 7 has no image")
+  if what == "full":  # from now on no checkpoint is finished
+    os.rename = os.replace = full
+    return
   os.kill(os.getpid(), signal.Signals[what])
 
 class Batches:  # an event may come while that of a step is made
