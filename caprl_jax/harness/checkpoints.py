@@ -210,6 +210,7 @@ class Checkpoints:
 
   def close(self) -> None:
     self.manager.close()
+    logging.getLogger("absl").removeHandler(self._failure)
 
 
 class _Failure(logging.Handler):
