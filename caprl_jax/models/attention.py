@@ -161,6 +161,9 @@ def attend_seen(
   """`attend_part`, `KEY_CHUNK` keys at a time, and not those that no query sees: so the time
   follows the keys that are there, and the scores of all keys never exist at once. The backward pass
   makes them again.
+
+  Shapes, `mask` and dtypes are those of `attend_part`; one query, or keys of two chunks or fewer,
+  are taken in one piece.
   """
   (S, L), chunks = (key_RSJh.shape[1], q_NLHh.shape[1]), -(-key_RSJh.shape[1] // KEY_CHUNK)
   if L == 1 or chunks <= 2:
@@ -190,7 +193,8 @@ def attend_seen(
 
 
 def joined(parts: list[Part]) -> Part:
-  """Several pieces as one."""
+  """Several pieces as one, not normalised either: sums are brought to the largest of their tops, as
+  flash attention merges its blocks."""
   top = parts[0].top_NLH
   for part in parts[1:]:
     top = jnp.maximum(top, part.top_NLH)

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from helpers.servers.background import in_background
+
 
 class Server(http.server.ThreadingHTTPServer):
   """Answers the n-th attempt (from 1) of the request with user text `name` by `behave(handler,
@@ -84,12 +86,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def serving(behave) -> Iterator[Server]:
   """A server that answers by `behave` while it is entered."""
   server = Server(behave)
-  threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-  try:
+  with in_background(server):
     yield server
-  finally:
-    server.shutdown()
-    server.server_close()
 
 
 LINE = re.compile(r"^ *- ([A-Z])\) (.*?) *$", re.MULTILINE)

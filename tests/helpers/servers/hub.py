@@ -5,9 +5,10 @@ import contextlib
 import hashlib
 import http.server
 import json
-import threading
 import urllib.parse
 from collections.abc import Iterator
+
+from helpers.servers.background import in_background
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -96,9 +97,5 @@ def _info(name: str, data: bytes) -> dict:
 def hub_of(repo: str, token: str) -> Iterator[Hub]:
   """The hub while it is entered."""
   hub = Hub(repo, token)
-  threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-  try:
+  with in_background(hub):
     yield hub
-  finally:
-    hub.shutdown()
-    hub.server_close()

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.faults.interrupts import interrupted_before
 from PIL import Image
 
 from caprl_jax import sharding
@@ -17,7 +18,6 @@ from caprl_jax.data.batches import ImagePrompt, train_iterator
 from caprl_jax.data.readers.jsonl import read_jsonl, write_caption_jsonl
 from caprl_jax.data.rows import CaptionRow
 from caprl_jax.data.usable_rows import NextUsable
-from caprl_jax.harness import loop
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.hub.load import load_policy
 from caprl_jax.modes.sft import run as sft
@@ -250,7 +250,7 @@ def test_dropped_ones_are_in_no_batch(folder, mixed, tmp_path, monkeypatch, capl
   assert caplog.text.count("dropped, though it could be read when the run began") == 1
 
 
-def test_a_mixed_data_set_in_two_shapes_goes_on_bit_for_bit(folder, tmp_path, caplog, monkeypatch):
+def test_a_mixed_data_set_in_two_shapes_goes_on_bit_for_bit(folder, tmp_path, caplog):
   """Half of the images take 6 tokens, half 9: a batch has one kind; each compiles once."""
   caplog.set_level(logging.INFO, "caprl_jax")
   made = lambda: config(
@@ -266,16 +266,7 @@ def test_a_mixed_data_set_in_two_shapes_goes_on_bit_for_bit(folder, tmp_path, ca
   assert {row["data/image_tokens"] for row in rows} == {6, 9} and len(rows) == 7
   assert all(row["data/padding"] == 0 for row in rows)
 
-  take, left = loop._next_batch, [4]
-
-  def interrupted(*args):
-    left[0] -= 1
-    if not left[0]:
-      raise KeyboardInterrupt
-    return take(*args)
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(loop, "_next_batch", interrupted)
+  with interrupted_before(batch=4):
     sft.run(made(), tmp_path / "cut")
   again = made()
   again.sft.shape_buckets = 1  # the run keeps those that it was begun with

@@ -6,10 +6,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from helpers.faults.interrupts import interrupted_before
 
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.data.shapes.buckets import Shapes
-from caprl_jax.harness import loop
 from caprl_jax.harness.metrics import read_metrics
 from caprl_jax.modes.train import run as train
 from caprl_jax.rl.step_metrics import batch_metrics
@@ -48,7 +48,7 @@ def begin(tiny_run, monkeypatch):
   return run
 
 
-def test_batches_of_one_shape_and_after_a_kill_the_same(begin, tiny_run, tmp_path, monkeypatch):
+def test_batches_of_one_shape_and_after_a_kill_the_same(begin, tiny_run, tmp_path):
   whole = begin(tmp_path / "whole", 2)
   of_row: list[Shapes] = list(tiny_run.shapes)
   assert len(of_row) == 12 and len({*of_row}) == 2
@@ -64,16 +64,7 @@ def test_batches_of_one_shape_and_after_a_kill_the_same(begin, tiny_run, tmp_pat
   ]
   assert all(row["data/padding"] == 0 for row in numbers)
 
-  take, left = loop._next_batch, [6]
-
-  def interrupted(*args):
-    left[0] -= 1
-    if not left[0]:
-      raise KeyboardInterrupt
-    return take(*args)
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(loop, "_next_batch", interrupted)
+  with interrupted_before(batch=6):
     begin(tmp_path / "cut", 2)
   after = begin(tmp_path / "cut", None)  # the key is not looked at any more
   assert [step for step, *_ in after] == [5, 6, 7]
