@@ -29,7 +29,7 @@ import matplotlib.figure
 import ml_collections
 import numpy as np
 
-from caprl_jax import sharding
+from caprl_jax import atomic_files, sharding
 from caprl_jax.config.loading import load_config
 from caprl_jax.data.batches import train_iterator
 from caprl_jax.data.readers.easy_vqa import COLORS, SHAPES
@@ -232,15 +232,23 @@ def main() -> None:
   config = training_config(args.data, checkpoint, args.margin, args.steps)
   arms = rewards([float(weight) for weight in args.weights.split(",")])
   results: dict[str, list] = {name: [] for name in arms}
+  about = {"data": args.data, "margin": args.margin, "steps": args.steps}
+  about |= {"sft_steps": args.sft_steps}
+  written = args.workdir / "misled.json"
+  if written.exists():
+    earlier = json.loads(written.read_text())
+    if all(earlier.get(key) == value for key, value in about.items()):  # goes on where it was cut
+      results |= {name: runs for name, runs in earlier["results"].items() if name in arms}
   with jax.set_mesh(sharding.make_mesh(read_settings(config).mesh)):
     experiment = Experiment(config, args.data, args.workdir)
     before = experiment.evaluate(experiment.made.policy.params, "before")
     for seed in range(args.seeds):
       for name, weights in arms.items():
+        if seed < len(results[name]):
+          continue
         results[name].append(experiment.train(name, weights, seed))
-        report = {"before": before, "results": results, "data": args.data}
-        report |= {"margin": args.margin, "steps": args.steps}
-        (args.workdir / "misled.json").write_text(json.dumps(report, indent=1))
+        report = {**about, "before": before, "results": results}
+        atomic_files.write_text(written, json.dumps(report, indent=1))
   if args.data == "easy_vqa":
     draw(before, results, args.workdir / "misled.png")
   draw_curve(before, results, args.workdir / "misled_curve.png")

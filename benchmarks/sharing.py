@@ -173,6 +173,7 @@ def main() -> None:
     question_tokens=20,
     chunk_tokens=1024,
     remat=False,
+    attention="xla",
   )
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   device, rows = jax.devices()[0].device_kind, []

@@ -35,6 +35,7 @@ from caprl_jax import sharding
 from caprl_jax.data.batches import ImagePrompt, image_shape, stack
 from caprl_jax.data.rows import QARow
 from caprl_jax.hub.published_configs import CONFIGS
+from caprl_jax.models.attention_choice import choose_attention
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.policy import Policy, PolicyConfig, Remat
 from caprl_jax.modes.plan import arithmetic
@@ -103,6 +104,9 @@ def make_work(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Work:
     remat=Remat.of(args.remat),
   )
   judge_cfg = DecoderConfig.from_hf(_config(args.judge, tiny_models.JUDGE), dtype=dtype)
+  platform = jax.default_backend()
+  cfg, _ = choose_attention(cfg, args.attention, platform, "captioner")
+  judge_cfg, _ = choose_attention(judge_cfg, args.attention, platform, "judge")
   policy, judge = Policy(cfg), Decoder(judge_cfg)
   rng = np.random.default_rng(0)
   pictures = (rng.integers(0, 255, (height, width, 3), np.uint8) for width, height in sizes)
@@ -293,6 +297,7 @@ def arguments() -> argparse.Namespace:
   add("--question_tokens", type=int, default=20)
   add("--microbatches", type=int, default=1)
   add("--chunk_tokens", type=int, default=4096)
+  add("--attention", default="xla", help="xla, kernel, or both joined by a comma, in one run")
   add("--remat", action="store_true")
   add("--stages", default="rollout,judge,update,whole", help="which are run")
   add("--repeats", type=int, default=2)
@@ -301,8 +306,8 @@ def arguments() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def main() -> None:
-  args = arguments()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+  """One table, and its numbers."""
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
     work = make_work(args, mesh)
@@ -310,7 +315,8 @@ def main() -> None:
     written = np.asarray(made["judge"][1][3].valid_BGT.sum(-1))
     asked_for, peak, bandwidth = needed(work, written), peak_flops(args.dtype), peak_bandwidth()
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, {args.model}, judge {args.judge}, {args.dtype}")
+    models = f"{args.model}, judge {args.judge}, {args.dtype}, attention {args.attention}"
+    print(f"{device}, jax {jax.__version__}, {models}")
     print(
       f"{args.images} images x {args.group} captions, limit {args.max_tokens}, written: mean "
       f"{written.mean():.0f}, longest {written.max()}; prompt of "
@@ -357,9 +363,19 @@ def main() -> None:
     report["peak_bytes"] = stats.get("peak_bytes_in_use")
     if report["peak_bytes"]:
       print(f"peak memory {report['peak_bytes'] / 2**30:.2f} GiB")
+  return report
+
+
+def main() -> None:
+  args = arguments()
+  kinds = args.attention.split(",")
+  reports = [measure(argparse.Namespace(**dict(vars(args), attention=kind))) for kind in kinds]
+  for name, row in reports[0]["stages"].items() if len(kinds) > 1 else ():
+    times = [row["secs"] / other["stages"][name]["secs"] for other in reports[1:]]
+    print(f"{name}: {kinds[0]} takes {', '.join(f'{x:.2f}' for x in times)} times as long")
   if args.json:
     with open(args.json, "w", encoding="utf-8") as file:
-      json.dump(report, file, indent=2)
+      json.dump(reports[0] if len(reports) == 1 else reports, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
   show_traceback = "--traceback" in argv  # known before the flags are, for errors in the flags
   try:
     if any(arg in ("-h", "--help", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
-      print(_help_page(options))
+      _print_help(options)
       return OK
     config, workdir, mirrors = _parse(options, argv)
     modes = registry.modes_of(config)
@@ -63,6 +63,14 @@ def main(argv: list[str]) -> int:
 def console() -> int:
   """`caprl_jax`, the command that the package installs: `main` with the command line."""
   return main(sys.argv)
+
+
+def _print_help(options: flags.FlagValues) -> None:
+  try:
+    print(_help_page(options), flush=True)
+  except BrokenPipeError:  # `| head` has read enough
+    # or Python complains once more, when it flushes at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(

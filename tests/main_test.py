@@ -430,6 +430,15 @@ def test_help_is_a_page_about_this_program_only():
   assert "verbosity" not in out and len(out.splitlines()) < 50
 
 
+def test_help_may_be_cut_off_by_who_reads_it():
+  read, write = os.pipe()
+  os.close(read)
+  command = [sys.executable, "-m", "caprl_jax.main", "--help"]
+  ended = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60)
+  os.close(write)
+  assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
   "sent, code, said",
   [

@@ -152,7 +152,7 @@ def arguments() -> argparse.Namespace:
   fixed = dict(
     params="float32", lengths="fixed", question_tokens=20, microbatches=1, chunk_tokens=4096
   )
-  base = argparse.Namespace(**{**vars(args), **fixed, "remat": False})
+  base = argparse.Namespace(**{**vars(args), **fixed, "remat": False, "attention": "xla"})
   base.model, base.judge = (
     shrunk(config, args) for config in (tiny_models.CAPTIONER, tiny_models.JUDGE)
   )

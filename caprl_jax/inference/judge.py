@@ -54,7 +54,7 @@ class JudgeSection(JudgeConfig):
     neither is named, there is no judge, and `reward.custom` scores captions by itself.
   endpoint: a server that answers in the place of a model here, with `reading` generate: for judges
     that do not fit beside the captioner. A training step is then several programs with the host
-    between them. In every mode but plan.
+    between them.
   dtype: of parameters and activations.
   int8: parameters rounded to int8 before anything is asked; the log and summary.json of a training
     run say how often this changes an answer.

@@ -66,5 +66,6 @@ def test_the_page_leads_from_a_folder_to_a_gallery(tmp_path, monkeypatch):
   for captions in written.values():
     assert captions[0]["caption"].split()[-1] in gallery
   assert tiny.read_back(mine / "gallery" / "gallery.json")["questions"] == 4
+  assert "no kind" not in gallery  # such a column would say what "right" says
   assert len(lines_of(tmp_path / "captions.jsonl")) == 12
   assert (tmp_path / "my_captioner" / "model.safetensors").is_file()

@@ -119,12 +119,10 @@ def _summary(f: dict[str, Any]) -> str:
   ]
   if f.get("questions"):
     names = list(f["questions_by_kind"])
-    head = [
-      "judge's answers",
-      "right",
-      "wrong",
-      *(f"{markup.text(kind or 'no kind')}" for kind in names),
-    ]
+    if names == [""]:  # where no question has a kind, their column would repeat "right"
+      names = []
+    kinds = [markup.text(kind or "no kind") for kind in names]
+    head = ["judge's answers", "right", "wrong", *kinds]
     rows = [
       [
         markup.text(who),
@@ -134,10 +132,8 @@ def _summary(f: dict[str, Any]) -> str:
       ]
       for who, row in f["captioners"].items()
     ]
-    rows.append(
-      ["questions", *(f"{n:,}" for n in (f["questions"], *f["questions_by_kind"].values()))]
-    )
-    rows[-1].insert(2, "")
+    counts = [f"{f['questions_by_kind'][kind]:,}" for kind in names]
+    rows.append(["questions", f"{f['questions']:,}", "", *counts])
     parts.append(
       f"<p class=soft style='margin-top:20px'>Questions about {f['judged_images']:,} of "
       "these images, drawn at random, put to the judge with each caption, and with "

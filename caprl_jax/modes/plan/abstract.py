@@ -30,9 +30,11 @@ from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
 from caprl_jax.models.quantized.codes import quantized_structs
 from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.types import (
+  Answers,
   Batch,
   Images,
   JudgePrompt,
+  OwnReward,
   Prompts,
   Questions,
   Sight,
@@ -97,11 +99,11 @@ def abstract_batch(
   settings: Settings,
   plan: PlanConfig,
   cfg: PolicyConfig,
-  judge_cfg: DecoderConfig | PolicyConfig,
+  judge_cfg: DecoderConfig | PolicyConfig | None,
   mesh: jax.sharding.Mesh,
 ) -> Batch:
-  """A batch's shapes, split over the mesh."""
-  B, K = rollout_images(settings), settings.data.questions
+  """A batch's shapes, split over the mesh. There are questions where there is a judge."""
+  B, K = rollout_images(settings), settings.data.questions if settings.judge.named else 0
   A, Q, O = plan.options, plan.stem_tokens, plan.option_tokens
   flag = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bool_)
   i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -115,7 +117,6 @@ def abstract_batch(
       Prompts(i32(B, P), flag(B, P), i32(B, 3, P), i32(B)),
     )
 
-  sees = isinstance(judge_cfg, PolicyConfig)
   batch = Batch(
     *shown(cfg, plan.prompt_tokens),
     Questions(
@@ -130,16 +131,44 @@ def abstract_batch(
     ),
     i32(B),
     i32(B, K),
-    Sight(*shown(judge_cfg, plan.judge_prompt_tokens)) if sees else None,
+    Sight(*shown(judge_cfg, plan.judge_prompt_tokens))
+    if isinstance(judge_cfg, PolicyConfig)
+    else None,
   )
   return _placed(batch, sharding.batch_sharding(mesh))
 
 
+def abstract_answers(settings: Settings, plan: PlanConfig, mesh: jax.sharding.Mesh) -> Answers:
+  """Shapes of the answers of a judge that is not on the mesh, split over it."""
+  count = settings.step.judge.draws or settings.data.questions
+  shape = (rollout_images(settings), settings.step.rollout.group_size, count)
+  flag, i32, f32 = (jax.ShapeDtypeStruct(shape, kind) for kind in (bool, jnp.int32, jnp.float32))
+  answers = Answers(
+    choice_BGK=i32,
+    correct_BGK=flag,
+    credit_BGK=f32,
+    misled_BGK=f32,
+    asked_BGK=flag,
+    valid_BGK=flag,
+    question_BGK=i32,
+    score_BGKA=jax.ShapeDtypeStruct((*shape, plan.options), jnp.float32),
+  )
+  return _placed(answers, sharding.batch_sharding(mesh))
+
+
+def abstract_reward(settings: Settings, mesh: jax.sharding.Mesh) -> OwnReward:
+  """Shapes of what a reward function of one's own gave, split over the mesh."""
+  shape = (rollout_images(settings), settings.step.rollout.group_size)
+  found = OwnReward(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.float32, bool)))
+  return _placed(found, sharding.batch_sharding(mesh))
+
+
 def model_configs(
   settings: Settings, plan: PlanConfig
-) -> tuple[PolicyConfig, DecoderConfig | PolicyConfig]:
-  """Architectures of captioner and judge, from their config.json alone. How a captioner cuts images
-  is read from its folder, where it has one here."""
+) -> tuple[PolicyConfig, DecoderConfig | PolicyConfig | None]:
+  """Architectures of captioner and judge, from their config.json alone; None where no judge is on
+  the chips (`judge.endpoint`, or none at all). How a captioner cuts images is read from its folder,
+  where it has one here."""
   section = settings.policy
   config = shallower(read_config(section.base()), plan.layers)
   here = pathlib.Path(section.base()).expanduser().is_dir()
@@ -155,16 +184,8 @@ def model_configs(
     log.warning("%s", notice)
   platform = "tpu" if plan.topology is not None else jax.default_backend()
   cfg, _ = choose_attention(cfg, section.attention, platform, section.checkpoint)
-  if not settings.judge.named:
-    raise ValueError(
-      "there is no judge: the step is planned with one on the chips; set judge.source to a small "
-      "one, and take its part off what is told"
-    )
-  if settings.judge.endpoint is not None:
-    raise ValueError(
-      "judge.endpoint: the step is planned with its judge on the chips; set judge.source, and "
-      "judge.endpoint = None"
-    )
+  if not judge_is_here(settings):
+    return cfg, None
   judge_config = shallower(read_config(settings.judge.source), plan.layers)
   if settings.judge.sees_image:
     judge_cfg = PolicyConfig.from_hf(judge_config, {}, dtype=jnp.dtype(settings.judge.dtype))
@@ -176,6 +197,11 @@ def model_configs(
   asked = settings.judge.attention
   judge_cfg, _ = choose_attention(judge_cfg, asked, platform, settings.judge.name)
   return cfg, judge_cfg
+
+
+def judge_is_here(settings: Settings) -> bool:
+  """Whether a judge lies on the chips."""
+  return settings.judge.named and settings.judge.endpoint is None
 
 
 def abstract_parameters(

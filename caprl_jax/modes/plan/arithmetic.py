@@ -72,6 +72,7 @@ class Step:
   prompt: P, image tokens included.
   length_BG: tokens of each caption, int.
   text, judge: the decoders.
+  asked: None, as `judge`, where no judge is on the chips.
   learned: images that are learned from, of those that are captioned.
   trained: which of the captioner's weights have a gradient: tower and decoder.
   layer_item: bytes of a weight of the captioner's layers while captions are written.
@@ -81,8 +82,8 @@ class Step:
   text: DecoderConfig
   prompt: int
   length_BG: np.ndarray
-  judge: DecoderConfig
-  asked: Asked
+  judge: DecoderConfig | None
+  asked: Asked | None
   learned: int
   trained: tuple[bool, bool] = (True, True)
   layer_item: int = 2
@@ -160,8 +161,10 @@ def learned(step: Step) -> Step:
 
 def judge_flops(step: Step) -> float:
   """The judge's prompt once (or once per image), each caption once after it, each presentation once
-  after its caption, with the tokens that the judge writes."""
+  after its caption, with the tokens that the judge writes. 0 without a judge."""
   a, cfg = step.asked, step.judge
+  if a is None or cfg is None:
+    return 0.0
   n = step.length_BG.astype(float).ravel()
   if a.blind:
     n = np.concatenate([n, np.zeros(step.images)])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.harness.settings import Settings, refuses_rounded
 from caprl_jax.models.policy import Remat
+from caprl_jax.modes.plan.abstract import judge_is_here
 from caprl_jax.modes.plan.chips import Machine
 from caprl_jax.modes.plan.estimate import Estimate, Known, estimate
 from caprl_jax.modes.plan.section import PlanConfig
@@ -56,7 +57,8 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
     yield f"policy_update.microbatches={value}", lambda s, v=value: with_update(s, v)
   for value in (2 * sampling.chunks, 4 * sampling.chunks):
     yield f"rollout.sampling.chunks={value}", lambda s, v=value: with_sampling(s, chunks=v)
-  for value in (2 * judge.microbatches, 4 * judge.microbatches):
+  here = judge_is_here(settings)
+  for value in (2 * judge.microbatches, 4 * judge.microbatches) if here else ():
     yield f"judge.microbatches={value}", lambda s, v=value: with_judge(s, microbatches=v)
   yield from _remats(policy)
   optimizer = settings.optimizer
@@ -67,7 +69,7 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
     if mesh != settings.mesh:
       named = f"mesh.data=1 mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
       yield named, lambda s, mesh=mesh: dataclasses.replace(s, mesh=mesh)
-  if not settings.judge.int8 and not judge.sees_image:
+  if here and not settings.judge.int8 and not judge.sees_image:
     yield "judge.int8=True", lambda s: with_judge(s, int8=True)
   whole = settings.step.rollout.weights == "full" and policy.lora.base_weights is None
   if whole and not refuses_rounded(settings.step):
@@ -167,11 +169,12 @@ def best(settings: Settings, plan: PlanConfig, machine: Machine, price: float) -
   """
   known = Known.of(settings, plan)
   found: list[Estimate] = []
+  asked = (1, 4, 16, 64) if judge_is_here(settings) else (1,)
   meshes = [MeshConfig(machine.count, 1, 1), *_meshes(machine.count)]
   for mesh in dict.fromkeys(meshes):
     share = settings.data.batch_size // (mesh.data * mesh.fsdp) // settings.step.update.minibatches
     pieces = [n for n in range(1, max(share, 1) + 1) if share % n == 0]
-    for micro, chunks, judged in itertools.product(pieces, (4, 8, 16), (1, 4, 16, 64)):
+    for micro, chunks, judged in itertools.product(pieces, (4, 8, 16), asked):
       changed = dataclasses.replace(settings, mesh=mesh)
       changed = with_judge(with_update(changed, micro), microbatches=judged)
       changed = with_sampling(changed, chunks=chunks)

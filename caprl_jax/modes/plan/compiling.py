@@ -35,12 +35,15 @@ from caprl_jax.harness.training.programs import rollout_shardings
 from caprl_jax.harness.training.state import abstract_state, make_optimizer
 from caprl_jax.hub.load import init_policy
 from caprl_jax.json_files import read_json
-from caprl_jax.models.policy import Policy
+from caprl_jax.models.decoder import Decoder, DecoderConfig
+from caprl_jax.models.policy import Policy, PolicyConfig
 from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.modes.plan.abstract import (
+  abstract_answers,
   abstract_batch,
   abstract_parameters,
   abstract_prompt,
+  abstract_reward,
   judge_of,
   model_configs,
   policy_parameters,
@@ -51,7 +54,7 @@ from caprl_jax.modes.plan.chips import GIB
 from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.progress import going_on
 from caprl_jax.rl.step import train_step
-from caprl_jax.types import Frozen, Vocabulary
+from caprl_jax.types import Frozen, JudgePrompt, Vocabulary
 
 log = logging.getLogger("caprl_jax.modes.plan.compiling")
 
@@ -87,7 +90,7 @@ def lower_step(
   settings: Settings, plan: PlanConfig, devices: list
 ) -> tuple[jax.stages.Lowered, dict[str, int]]:
   """The training step, lowered for some devices, and the bytes of its arguments by kind, all
-  devices together.
+  devices together. What an endpoint answers and a function of one's own gives are arguments then.
   """
   mesh = sharding.make_mesh(settings.mesh, devices)
   check_training_batch(settings, mesh)
@@ -95,10 +98,8 @@ def lower_step(
   cfg, judge_cfg = model_configs(settings, plan)
   boxed = sharding.abstract_params(lambda: init_policy(cfg)(jax.random.key(0)))
   policy_params, places = policy_parameters(section, boxed, mesh)
-  judge, text, init = judge_of(judge_cfg)
-  judge_params, _ = abstract_parameters(init, settings.judge.dtype, mesh)
-  if settings.judge.int8:
-    judge_params = rounded(judge_params)
+  whole = sharding.replicated(mesh)
+  judge, judge_params, prompt = _judge(settings, plan, judge_cfg, mesh)
   kind = trainable_filter(section.trainable, cfg.family)
   (chosen, base), chosen_places = split_params(policy_params, kind), split_params(places, kind)[0]
   tx, _ = make_optimizer(settings)
@@ -108,9 +109,7 @@ def lower_step(
     key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
   )
 
-  whole = sharding.replicated(mesh)
   V, struct = cfg.text.vocab_size, functools.partial(struct_of, whole)
-  prompt = abstract_prompt(settings.judge, text.vocab_size, plan, whole)
   stamps = struct(V, 3, dtype=jnp.uint8) if settings.step.reward.timestamps else None
   vocabulary = Vocabulary(struct(V, dtype=jnp.bool_), struct(V), (0,), 0, stamps)
   frozen = Frozen(
@@ -121,6 +120,11 @@ def lower_step(
     base or None,
   )
   batch = abstract_batch(settings, plan, cfg, judge_cfg, mesh)
+
+  elsewhere = dict(
+    answers=abstract_answers(settings, plan, mesh) if settings.judge.endpoint else None,
+    own=abstract_reward(settings, mesh) if settings.step.reward.custom else None,
+  )
 
   stages = functools.partial(
     train_step,
@@ -133,7 +137,7 @@ def lower_step(
   state_places = jax.tree.map(lambda x: x.sharding, state)
   with jax.set_mesh(mesh):
     lowered = jax.jit(stages, donate_argnums=0, out_shardings=(state_places, None, None)).lower(
-      state, frozen, batch
+      state, frozen, batch, **elsewhere
     )
   return lowered, {
     "policy, trained": size_bytes(state.params),
@@ -143,6 +147,26 @@ def lower_step(
     "reference": size_bytes(frozen.reference),
     "batch": size_bytes(batch),
   }
+
+
+def _judge(
+  settings: Settings,
+  plan: PlanConfig,
+  cfg: DecoderConfig | PolicyConfig | None,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Decoder | Policy | None, Any, JudgePrompt | None]:
+  """The judge's model, parameters and prompt, if there is one on the mesh."""
+  if cfg is None:
+    return None, None, None
+  judge, text, init = judge_of(cfg)
+  params, _ = abstract_parameters(init, settings.judge.dtype, mesh)
+  if settings.judge.int8:
+    params = rounded(params)
+  return (
+    judge,
+    params,
+    abstract_prompt(settings.judge, text.vocab_size, plan, sharding.replicated(mesh)),
+  )
 
 
 def size_bytes(tree: Any) -> int:

@@ -27,6 +27,7 @@ from caprl_jax.modes.plan.abstract import (
   rounded,
 )
 from caprl_jax.modes.plan.arithmetic import (
+  Asked,
   Step,
   layer_weights,
   matrix_bytes,
@@ -80,7 +81,10 @@ def estimate(
 ) -> Memory:
   """What the step takes on each chip of a mesh."""
   sizes = _Sizes(settings, shapes, step, mesh, arguments.gradient, arguments.host)
-  stages = {"rollout": sizes.rollout(), "judge": sizes.judge(), "update": sizes.update()}
+  stages = {"rollout": sizes.rollout()}
+  if step.asked is not None:
+    stages["judge"] = sizes.judge(step.asked)
+  stages["update"] = sizes.update()
   return Memory(arguments.kinds, stages, arguments.host)
 
 
@@ -104,9 +108,11 @@ def arguments(settings: Settings, plan: PlanConfig, shapes: Shapes, mesh: cuts.M
   tx, memory = make_optimizer(settings)[0], settings.optimizer.moment_memory
   state = abstract_state(chosen, tx, chosen_places, devices, memory)
   host = on_one([x for x in jax.tree.leaves(state.opt_state) if host_memory.lies_in_host_memory(x)])
-  judge, _ = placed_parameters(shapes.judge_params, settings.judge.dtype, devices)
-  if settings.judge.int8:
-    judge = rounded(judge)
+  judge = None
+  if shapes.judge is not None:
+    judge, _ = placed_parameters(shapes.judge_params, settings.judge.dtype, devices)
+    if settings.judge.int8:
+      judge = rounded(judge)
   batch = abstract_batch(settings, plan, shapes.policy, shapes.judge, devices)
   trained = on_one(state.params)
   found = {
@@ -216,12 +222,13 @@ class _Sizes:
     decoder = 2.5 * self.scores(cfg.text.num_heads, images, prompt, prompt)
     return max(tower, decoder, self.inner(cfg.text.intermediate_size, images * prompt, self.item))
 
-  def judge(self) -> dict[str, float]:
+  def judge(self, asked: Asked) -> dict[str, float]:
     """One piece of the captions, and what is asked about each."""
-    step, cfg, asked = self.step, self.step.judge, self.step.asked
+    step, cfg = self.step, self.step.judge
     limit = self.settings.step.rollout.sampling.max_tokens
     if isinstance(self.shapes.judge, PolicyConfig):
-      return self._image_judge(self.shapes.judge, limit)
+      return self._image_judge(self.shapes.judge, asked, limit)
+    assert cfg is not None
     cut = cuts.judged(
       step.length_BG, limit, self.mesh.parts, self.settings.step.judge.microbatches, asked.blind
     )
@@ -239,9 +246,9 @@ class _Sizes:
       * self.logits(cfg, min(runs * asked.logits, self.settings.step.judge.chunk_tokens)),
     }
 
-  def _image_judge(self, cfg: PolicyConfig, limit: int) -> dict[str, float]:
+  def _image_judge(self, cfg: PolicyConfig, asked: Asked, limit: int) -> dict[str, float]:
     """Image and prompt once, and a group's captions, an empty one with them, after each."""
-    step, asked = self.step, self.step.asked
+    step = self.step
     assert asked.images is not None
     images = max(step.images / self.mesh.parts / self.settings.step.judge.microbatches, 1)
     captions, tokens = images * (step.length_BG.shape[1] + asked.blind), limit + asked.tokens

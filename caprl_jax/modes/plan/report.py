@@ -56,6 +56,19 @@ def work_lines(found: Estimate) -> list[str]:
   return lines
 
 
+def elsewhere_lines(found: Estimate) -> list[str]:
+  """What a step waits for that is not on the chips."""
+  judge, custom = found.settings.judge, found.settings.step.reward.custom
+  lines = []
+  if judge.endpoint is not None:
+    lines.append(f"the judge is {judge.name}: the time that a step waits for it is not counted")
+  elif not judge.named:
+    lines.append("there is no judge")
+  if custom:
+    lines.append(f"reward.custom = {custom} is not counted")
+  return lines
+
+
 def run_line(found: Estimate, images: int, what: str) -> str:
   """Hours and cost of so many images."""
   hours = found.hours(images)
@@ -79,6 +92,7 @@ def estimate_text(found: Estimate, plan: PlanConfig, machine: Machine) -> str:
       f"work of a step of {step.images} x {step.length_BG.shape[1]} captions ({mean:.0f} tokens, "
       f"the longest {longest}) and {step.prompt} tokens of image and prompt:",
       *work_lines(found),
+      *elsewhere_lines(found),
       f"a step: {secs_text(found.secs)}; {rate * step.learned:,.0f} images and "
       f"{rate * step.length_BG.size:,.0f} captions an hour, if this holds: {ASSUMED}",
       run_line(found, steps * step.learned, f"train.steps = {steps:,}"),

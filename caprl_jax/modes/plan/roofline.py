@@ -9,8 +9,10 @@ import dataclasses
 import numpy as np
 
 from caprl_jax.harness.settings import Settings
+from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.modes.plan import cuts
 from caprl_jax.modes.plan.arithmetic import (
+  Asked,
   Step,
   decoder_flops,
   forward,
@@ -53,11 +55,10 @@ def predict(
   come and go once in each optimizer step."""
   update = _update(step, settings, mesh, chip)
   moved = 2 * host * settings.step.update.steps / HOST_LINK
-  return {
-    "rollout": _rollout(step, settings, mesh, chip),
-    "judge": _judge(step, settings, mesh, chip),
-    "update": dataclasses.replace(update, secs=update.secs + moved),
-  }
+  found = {"rollout": _rollout(step, settings, mesh, chip)}
+  if step.judge is not None and step.asked is not None:
+    found["judge"] = _judge(step, step.judge, step.asked, settings, mesh=mesh, chip=chip)
+  return {**found, "update": dataclasses.replace(update, secs=update.secs + moved)}
 
 
 def _stage(
@@ -110,8 +111,15 @@ def _rollout(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Sta
   return dataclasses.replace(found, flops=flops + float((products * rounds).sum()))
 
 
-def _judge(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Stage:
-  cfg, asked = step.judge, step.asked
+def _judge(
+  step: Step,
+  cfg: DecoderConfig,
+  asked: Asked,
+  settings: Settings,
+  *,
+  mesh: cuts.Mesh,
+  chip: Chip,
+) -> Stage:
   limit = settings.step.rollout.sampling.max_tokens
   micro = settings.step.judge.microbatches
   if asked.images:  # captions at the limit's length

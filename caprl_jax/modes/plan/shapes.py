@@ -28,10 +28,11 @@ LABEL_TOKENS = TAIL_TOKENS = 8  # before each listed option, and after them all
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-  """Captioner and judge: their architectures, and their parameters boxed with logical axes."""
+  """Captioner and judge: their architectures, and their parameters boxed with logical axes. The
+  judge's are None where none is on the chips."""
 
   policy: PolicyConfig
-  judge: DecoderConfig | PolicyConfig
+  judge: DecoderConfig | PolicyConfig | None
   policy_params: Any
   judge_params: Any
 
@@ -41,7 +42,7 @@ class Shapes:
     return [cfg for cfg in (self.policy, self.judge) if isinstance(cfg, PolicyConfig)]
 
   @property
-  def judge_text(self) -> DecoderConfig:
+  def judge_text(self) -> DecoderConfig | None:
     """The judge's decoder."""
     return self.judge.text if isinstance(self.judge, PolicyConfig) else self.judge
 
@@ -49,7 +50,8 @@ class Shapes:
 def read_shapes(settings: Settings, plan: PlanConfig) -> Shapes:
   """Raises ValueError where a model's config.json cannot be had."""
   policy, judge = model_configs(settings, plan)
-  return Shapes(policy, judge, _policy_params(policy), _judge_params(judge))
+  judge_params = None if judge is None else _judge_params(judge)
+  return Shapes(policy, judge, _policy_params(policy), judge_params)
 
 
 @functools.lru_cache(maxsize=8)
@@ -88,8 +90,10 @@ def tower_of(cfg: PolicyConfig, boxed: Any, image: tuple[int, ...]) -> Tower:
   return Tower(per_patch, per_unit, vision.hidden_size, patches * seen, patches, units)
 
 
-def asked_of(settings: Settings, plan: PlanConfig, shapes: Shapes) -> Asked:
-  """What the judge is shown about each caption."""
+def asked_of(settings: Settings, plan: PlanConfig, shapes: Shapes) -> Asked | None:
+  """What the judge is shown about each caption; None without one."""
+  if shapes.judge is None:
+    return None
   cfg: JudgeConfig = settings.step.judge
   if isinstance(shapes.judge, PolicyConfig):
     tower = tower_of(shapes.judge, shapes.judge_params, plan.image)

@@ -21,9 +21,11 @@ from caprl_jax.hub.published_configs import CONFIGS
 from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.families import is_vision_language
 from caprl_jax.models.policy import PolicyConfig
-from caprl_jax.modes.plan import compiling
+from caprl_jax.modes.plan import changes, compiling, report
 from caprl_jax.modes.plan import run as plan_run
 from caprl_jax.modes.plan.abstract import shallower
+from caprl_jax.modes.plan.chips import machine_of
+from caprl_jax.modes.plan.estimate import Known, estimate
 from caprl_jax.modes.plan.section import PlanConfig
 
 LIBTPU = os.environ.get("CAPRL_JAX_LIBTPU", "")  # launch/test.sh puts it where jax does not see it
@@ -138,6 +140,42 @@ def test_a_judge_that_sees_the_image_is_planned_with_its_tower():
   judge = shallower(CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"], 1)
   assert sizes["judge"] == 2 * parameter_count(judge)  # bytes in bfloat16
   assert "while" in lowered.as_text()  # the rollout's loop: it is the whole step
+
+
+@pytest.mark.parametrize("kind", ["endpoint", "custom"])
+def test_a_step_without_a_judge_on_the_chips(kind, tmp_path, caplog):
+  """Estimated, and lowered at reduced depth for this machine."""
+  path = str(ROOT / "configs" / "caprl_3b_v5e16.py")
+  whole = estimate_of(config_file.load_config(path))
+  config = config_file.load_config(path).unlock()
+  if kind == "endpoint":
+    config.judge.endpoint = dict(url="http://localhost:1/v1", model="big")
+    config.judge.update(reading="generate", abstain="last")
+  else:
+    config.judge.source, config.reward = "", dict(custom="mine.py:words")
+  found = estimate_of(config)
+  assert "judge" not in found.memory.arguments and list(found.stages) == ["rollout", "update"]
+  judge = whole.memory.arguments["judge"]
+  assert found.memory.total <= whole.memory.total - judge
+  said = report.estimate_text(found, PlanConfig(), machine_of("v5e:4x4"))
+  named = {"endpoint": "big (http://localhost:1/v1)", "custom": "there is no judge"}[kind]
+  assert named in said and "judge.int8" not in said
+  assert all("judge" not in name for name, _ in changes.changes(found.settings, 16))
+
+  config.data.update(batch_size=2)
+  config.rollout = dict(group_size=2, sampling=dict(max_tokens=8))
+  config.policy_update.microbatches = config.judge.microbatches = 1
+  config.mesh = dict(data=1, fsdp=1, tensor=1)
+  lowered, sizes = compiling.lower_step(
+    read_settings(config), PlanConfig(None, (56, 84), layers=1), jax.devices()[:1]
+  )
+  assert sizes["judge"] == 0 and sizes["policy, trained"] > 0
+  assert "while" in lowered.as_text()
+
+
+def estimate_of(config):
+  settings, plan = read_settings(config), PlanConfig()
+  return estimate(settings, Known.of(settings, plan), machine_of("v5e:4x4"), 1.0)
 
 
 @pytest.mark.slow
