@@ -163,16 +163,31 @@ from inference.engine import engine_test as here
 from caprl_jax import sharding
 from caprl_jax.hub.load import load_policy
 folder = pathlib.Path(sys.argv[1])
-mesh = sharding.make_mesh(sharding.MeshConfig(data=2))
 here.captioner_module.caption_vocabulary = here.often_ending
-with jax.set_mesh(mesh):
-  loaded = load_policy(str(folder / "policy"), mesh)
-  with here.open_one(loaded, mesh, 2) as captioner:
-    print(json.dumps(here.tokens_of(captioner, here.numbered(folder))))
+found = []
+for axis, int8 in (("data", "none"), ("tensor", "both")):
+  mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, "fsdp": 1, axis: 2}))
+  with jax.set_mesh(mesh):
+    loaded = load_policy(str(folder / "policy"), mesh, int8=int8)
+    kernel = loaded.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert (str(kernel.dtype), kernel.sharding.is_fully_replicated) == (
+      ("float32", True) if int8 == "none" else ("int8", False)
+    )
+    with here.open_one(loaded, mesh, 2) as captioner:
+      found.append(here.tokens_of(captioner, here.numbered(folder)))
+print(json.dumps(found))
 """
 
 
-def test_two_devices_write_the_same(folder, one_device):
+def test_two_devices_write_the_same(folder, one_device, monkeypatch):
+  """As they are, with the images split over them; in int8, with the matrices split."""
+  mesh = one_device[1]
+  monkeypatch.setattr(captioner_module, "caption_vocabulary", often_ending)
+  with jax.set_mesh(mesh):
+    small = load_policy(str(folder / "policy"), mesh, int8="both")
+    with open_one(small, mesh, 2) as captioner:
+      rounded = tokens_of(captioner, numbered(folder))
+  assert rounded != one_device[2]  # the test could tell
   done = subprocess.run(
     [sys.executable, "-c", PROGRAM, str(folder)],
     cwd=ROOT,
@@ -183,7 +198,8 @@ def test_two_devices_write_the_same(folder, one_device):
   )
   assert done.returncode == 0, done.stderr[-2000:]
   found = json.loads(done.stdout.splitlines()[-1])
-  assert {int(number): ids for number, ids in found.items()} == one_device[2]
+  for ids, want in zip(found, (one_device[2], rounded), strict=True):
+    assert {int(number): captions for number, captions in ids.items()} == want
 
 
 def test_prompts_are_run_before_they_are_needed():

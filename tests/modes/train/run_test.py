@@ -101,6 +101,13 @@ def test_mode_evaluate_finds_what_the_run_found_and_needs_no_training_data(
   ]
   assert captions("evaluation.json") == captions("after.json")
   assert {path: path.read_bytes() for path in kept} == kept
+  alone.policy.int8 = "both"
+  evaluate.run(alone, tmp_path / "int8")
+  rounded = tiny.read_back(tmp_path / "int8" / "evaluation.json")
+  assert (
+    rounded["figures"].keys() == found["figures"].keys() and rounded["counts"] == found["counts"]
+  )
+  assert rounded["figures"] != found["figures"]
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
     loaded, base, summary = export.open_run(str(workdir), mesh)
