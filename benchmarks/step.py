@@ -214,7 +214,7 @@ def stages(work: Work) -> dict[str, tuple[Any, tuple]]:
   rollout = functools.partial(_write, work)
 
   def judge(state, frozen, batch, captions):
-    return ask_judge(state, frozen, batch, captions, judge=work.judge, cfg=cfg)
+    return ask_judge(state, frozen, batch, captions, work.judge, cfg)
 
   def update(state, frozen, batch, captions, advantage_BG):
     learner = Learner(policy, work.tx, cfg.update, cfg.rollout.sampling.temperature)

@@ -58,6 +58,9 @@ class JudgeSection(JudgeConfig):
   dtype: of parameters and activations.
   int8: parameters rounded to int8 before anything is asked; the log and summary.json of a training
     run say how often this changes an answer.
+  gather_once: while it is asked, each device holds all of its matrices that `mesh.fsdp` splits;
+    otherwise they are gathered anew for each piece (`microbatches`) and for each token that it
+    writes, which takes less memory.
   attention: as `policy.attention`, of the judge.
   score_prompt: what a judge with `sees_image` is asked, {caption} where the caption goes; None: our
     words.
@@ -70,6 +73,7 @@ class JudgeSection(JudgeConfig):
   endpoint: JudgeEndpoint | None = None
   dtype: str = "float32"
   int8: bool = False
+  gather_once: bool = True
   attention: AttentionChoice = "xla"
   score_prompt: str | None = None
   score_answer: str = SCORE_ANSWER

@@ -73,6 +73,7 @@ def train_step(
   cfg: StepConfig,
   kinds: tuple[str, ...] = (),
   rollout_shardings: Any = None,
+  judge_shardings: Any = None,
   schedule: Callable[[Array], Array] | None = None,
   custom: ArrayReward | None = None,
 ) -> tuple[TrainState, dict[str, Array], Samples]:
@@ -86,6 +87,7 @@ def train_step(
     kinds: names of the questions' kinds, for metrics.
     rollout_shardings: where the policy's parameters lie while captions are written, if elsewhere
       than in the update.
+    judge_shardings: where the judge's lie while it is asked, if elsewhere than between steps.
     schedule: of the learning rate, for its metric.
     custom: the user's reward function of arrays.
 
@@ -95,7 +97,7 @@ def train_step(
   learner = Learner(policy, tx, cfg.update, cfg.rollout.sampling.temperature, schedule)
   batch = see_once(policy, state.params, frozen.base, batch)
   captions = captions or write_captions(state, frozen, batch, policy, cfg, rollout_shardings)
-  answers = answers or ask_judge(state, frozen, batch, captions, judge=judge, cfg=cfg)
+  answers = answers or ask_judge(state, frozen, batch, captions, judge, cfg, judge_shardings)
   own = own or own_reward(custom, captions, answers, batch.questions)
   scored = score_captions(answers, captions, frozen.vocabulary, cfg.reward, own)
   groups = select_groups(scored, captions, batch, rollout=cfg.rollout, advantage=cfg.advantage)
@@ -135,14 +137,16 @@ def ask_judge(
   frozen: Frozen,
   batch: Batch,
   captions: Captions,
-  retokenised: JudgeIds | None = None,
-  *,
   judge: Decoder | Policy | None,
   cfg: StepConfig,
+  judge_shardings: Any = None,
+  *,
+  retokenised: JudgeIds | None = None,
 ) -> Answers:
   """The judge's answers from the captions; none of a batch without questions (K = 0).
 
   Args:
+    judge, judge_shardings: as of `train_step`.
     retokenised: the captions in the judge's ids, where no table relates the vocabularies
       (`inference/retokenise.py`).
   """
@@ -151,9 +155,12 @@ def ask_judge(
   key = stage_keys(state.key, state.step).judge
   ids = JudgeIds.of(captions, frozen.vocabulary) if retokenised is None else retokenised
   assert judge is not None and frozen.prompt is not None, "an endpoint is asked by the host"
+  params = frozen.judge
+  if judge_shardings is not None:
+    params = jax.lax.with_sharding_constraint(params, judge_shardings)
   if isinstance(judge, Decoder):
-    model = Judge(judge, frozen.judge, frozen.prompt)
+    model = Judge(judge, params, frozen.prompt)
     return judge_ids(model, ids, batch.questions, key, cfg.judge)
   assert batch.sight is not None, "made without the judge's images"
-  seeing = ImageJudge(judge, frozen.judge, frozen.prompt)
+  seeing = ImageJudge(judge, params, frozen.prompt)
   return score_with_images(seeing, ids, batch.sight, batch.questions.valid_BK, key, cfg.judge)

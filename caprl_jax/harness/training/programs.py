@@ -16,6 +16,7 @@ from caprl_jax.harness.setup import Run
 from caprl_jax.harness.training.compile_times import timed_first
 from caprl_jax.harness.training.stages import Made, Numbers, StagesBefore
 from caprl_jax.harness.training.state import abstract_state, policy_shardings
+from caprl_jax.inference.judge import JudgeSection
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import split_params, trainable_filter
@@ -37,6 +38,14 @@ def rollout_shardings(shardings: Any, mesh: jax.sharding.Mesh) -> Any:
   return sharding.gathered(shardings) if sharding.splits_parameters(mesh) else None
 
 
+def judge_shardings(section: JudgeSection, params: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Of the judge's parameters while it is asked; None where they need not move. params: arrays, or
+  structs that say where they lie; None without a judge on the mesh."""
+  if params is None or not section.gather_once or not sharding.splits_parameters(mesh):
+    return None
+  return sharding.gathered(jax.tree.map(lambda x: x.sharding, params))
+
+
 def build_step(
   made: Run,
   tx: optax.GradientTransformation,
@@ -48,7 +57,7 @@ def build_step(
   The judge is an argument of the program, never a constant in it.
   """
   cfg, everywhere = made.settings.step, sharding.replicated(made.mesh)
-  moved = rollout_shardings(made.policy.shardings, made.mesh)
+  moved = _moved(made)
   stages = functools.partial(
     train_step,
     policy=made.policy.model,
@@ -57,8 +66,8 @@ def build_step(
     cfg=cfg,
     kinds=made.kinds,
     schedule=schedule,
-    rollout_shardings=moved,
     custom=array_reward(made),
+    **moved,
   )
   # The state comes out where it went in: another layout would compile the step anew. Metrics and
   # samples are for every process to read.
@@ -70,6 +79,14 @@ def build_step(
   if made.settings.train.fused and not made.several_programs:
     return lambda state, batch: step(state, made.frozen, batch)
   return StepApart(made.frozen, StagesBefore(made, cfg, moved, made.train), step)
+
+
+def _moved(made: Run) -> dict[str, Any]:
+  """Where parameters lie while captions are written and while the judge is asked."""
+  return dict(
+    rollout_shardings=rollout_shardings(made.policy.shardings, made.mesh),
+    judge_shardings=judge_shardings(made.settings.judge, made.frozen.judge, made.mesh),
+  )
 
 
 class StepApart:
@@ -106,7 +123,7 @@ def build_evaluation(
 ) -> Callable[[Any, Batch, jax.Array], tuple[Batch, Samples]]:
   """Evaluation's `(params, batch, key) -> (the batch without its images, samples)`, of all of a
   captioner's parameters: one program, or several where the host stands between them."""
-  frozen = dataclasses.replace(made.frozen, base=None, reference=None)
+  frozen, moved = dataclasses.replace(made.frozen, base=None, reference=None), _moved(made)
   judged = jax.jit(
     functools.partial(
       caption_and_judge,
@@ -114,12 +131,13 @@ def build_evaluation(
       judge=made.judge.model if made.judge else None,
       cfg=cfg,
       custom=array_reward(made),
+      **moved,
     ),
     # every process reads the whole batch's figures
     out_shardings=sharding.replicated(made.mesh),
   )
   judged = timed_first(judged, "compiling the evaluation")
-  before = StagesBefore(made, cfg, None, made.eval) if made.several_programs else None
+  before = StagesBefore(made, cfg, moved, made.eval) if made.several_programs else None
 
   def evaluate(params: Any, batch: Batch, key: jax.Array) -> tuple[Batch, Samples]:
     state = TrainState(jnp.int32(0), params, (), key)
@@ -146,11 +164,13 @@ def caption_and_judge(
   policy: Policy,
   judge: Decoder | Policy | None,
   cfg: StepConfig,
+  rollout_shardings: Any = None,
+  judge_shardings: Any = None,
   custom: ArrayReward | None = None,
 ) -> tuple[Batch, Samples]:
   """As `train_step`, but without an update: the batch without its images, and samples."""
-  captions = captions or write_captions(state, frozen, batch, policy, cfg)
-  answers = answers or ask_judge(state, frozen, batch, captions, judge=judge, cfg=cfg)
+  captions = captions or write_captions(state, frozen, batch, policy, cfg, rollout_shardings)
+  answers = answers or ask_judge(state, frozen, batch, captions, judge, cfg, judge_shardings)
   own = own or own_reward(custom, captions, answers, batch.questions)
   scored = score_captions(answers, captions, frozen.vocabulary, cfg.reward, own)
   samples = Samples(captions, answers, scored.reward_BG, scored.scored_BG)

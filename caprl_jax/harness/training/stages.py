@@ -37,19 +37,30 @@ class StagesBefore:
   """Rollout, judge and a reward of texts, each on its own.
 
   Args:
-    moved: where the captioner's parameters lie while captions are written (`rollout_shardings`).
+    moved: where the captioner's parameters lie while captions are written, and the judge's while it
+      is asked (`rollout_shardings` and `judge_shardings` of `programs.py`).
     batcher: what the batches are made by, whose rows they count.
   """
 
-  def __init__(self, made: Run, cfg: StepConfig, moved: Any, batcher: QABatcher):
+  def __init__(self, made: Run, cfg: StepConfig, moved: dict[str, Any], batcher: QABatcher):
     self.made, self.cfg, self.batcher = made, cfg, batcher
     split = sharding.batch_sharding(made.mesh)  # each process reads the captions of its images
     jit = functools.partial(jax.jit, out_shardings=split)
     self._write = jit(
-      functools.partial(write_captions, policy=made.policy.model, cfg=cfg, rollout_shardings=moved)
+      functools.partial(
+        write_captions,
+        policy=made.policy.model,
+        cfg=cfg,
+        rollout_shardings=moved["rollout_shardings"],
+      )
     )
     self._ask = jit(
-      functools.partial(ask_judge, judge=made.judge.model if made.judge else None, cfg=cfg)
+      functools.partial(
+        ask_judge,
+        judge=made.judge.model if made.judge else None,
+        cfg=cfg,
+        judge_shardings=moved["judge_shardings"],
+      )
     )
     self._draw = jit(self._presentations)
     self._mean = jax.jit(jnp.mean, out_shardings=sharding.replicated(made.mesh))
@@ -84,7 +95,7 @@ class StagesBefore:
       return jax.block_until_ready(self._ask(state, frozen, batch, captions)), {}
     mine = sharding.own_rows((captions.tokens_BGT, captions.valid_BGT))
     ids, keep, cut = sharding.put_batch(made.translator(*mine), mesh)
-    answers = self._ask(state, frozen, batch, captions, JudgeIds(ids, keep))
+    answers = self._ask(state, frozen, batch, captions, retokenised=JudgeIds(ids, keep))
     return jax.block_until_ready(answers), {"judge/cut": self._mean(cut)}
 
   def _presentations(self, key: Array, step: Array, batch: Batch) -> Any:

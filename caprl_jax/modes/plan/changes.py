@@ -69,6 +69,8 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
     if mesh != settings.mesh:
       named = f"mesh.data=1 mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
       yield named, lambda s, mesh=mesh: dataclasses.replace(s, mesh=mesh)
+  if here and settings.judge.gather_once:
+    yield "judge.gather_once=False", lambda s: with_judge(s, gather_once=False)
   if here and not settings.judge.int8 and not judge.sees_image:
     yield "judge.int8=True", lambda s: with_judge(s, int8=True)
   whole = settings.step.rollout.weights == "full" and policy.lora.base_weights is None

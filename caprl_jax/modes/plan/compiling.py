@@ -31,7 +31,7 @@ from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json
 from caprl_jax.config import schema as configuration
 from caprl_jax.harness.settings import Settings, check_training_batch, read_settings
-from caprl_jax.harness.training.programs import rollout_shardings
+from caprl_jax.harness.training.programs import judge_shardings, rollout_shardings
 from caprl_jax.harness.training.state import abstract_state, make_optimizer
 from caprl_jax.hub.load import init_policy
 from caprl_jax.json_files import read_json
@@ -133,6 +133,7 @@ def lower_step(
     tx=tx,
     cfg=settings.step,
     rollout_shardings=rollout_shardings(places, mesh),
+    judge_shardings=judge_shardings(settings.judge, judge_params, mesh),
   )
   state_places = jax.tree.map(lambda x: x.sharding, state)
   with jax.set_mesh(mesh):

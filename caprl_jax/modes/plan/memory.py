@@ -226,9 +226,10 @@ class _Sizes:
     """One piece of the captions, and what is asked about each."""
     step, cfg = self.step, self.step.judge
     limit = self.settings.step.rollout.sampling.max_tokens
-    if isinstance(self.shapes.judge, PolicyConfig):
-      return self._image_judge(self.shapes.judge, asked, limit)
     assert cfg is not None
+    weights = self._judge_weights(cfg)
+    if isinstance(self.shapes.judge, PolicyConfig):
+      return weights | self._image_judge(self.shapes.judge, asked, limit)
     cut = cuts.judged(
       step.length_BG, limit, self.mesh.parts, self.settings.step.judge.microbatches, asked.blind
     )
@@ -239,12 +240,21 @@ class _Sizes:
     after = self.scores(cfg.num_heads, options, asked.branch_tokens, keys + asked.branch_tokens)
     tokens = max(runs * asked.tokens, options * asked.branch_tokens)
     left = runs * asked.tokens if asked.answer_tokens or asked.branches else 0
-    return {
+    return weights | {
       "captions' keys": (cut.rows * limit + left) * self.slot(cfg),
       "activations": max(1.9 * max(scores, after), self.inner(cfg.intermediate_size, tokens, 4)),
       "logits": 2
       * self.logits(cfg, min(runs * asked.logits, self.settings.step.judge.chunk_tokens)),
     }
+
+  def _judge_weights(self, cfg: DecoderConfig) -> dict[str, float]:
+    """The judge's matrices, where they are gathered along `fsdp` before it is asked."""
+    section = self.settings.judge
+    if self.mesh.fsdp == 1 or not section.gather_once:
+      return {}
+    item = 1 if section.int8 else item_bytes(section.dtype)
+    head = self.head(cfg, item) * (1 if cfg.tie_embeddings else 2)
+    return {"weights": layer_weights(cfg) * item / self.mesh.tensor + head}
 
   def _image_judge(self, cfg: PolicyConfig, asked: Asked, limit: int) -> dict[str, float]:
     """Image and prompt once, and a group's captions, an empty one with them, after each."""

@@ -136,6 +136,7 @@ def _judge(
     passes = cut.pieces * (cut.slots / block + 1 + asked.answer_tokens)
     tokens = run + cut.rows * cut.pieces * asked.questions * (asked.tokens + asked.answer_tokens)
   item = 1 if settings.judge.int8 else 2
+  passes = 1 if settings.judge.gather_once else passes
   sent = passes * _gathered(layer_weights(cfg) * item, mesh)
   sent += _summed(2 * cfg.num_layers * tokens * cfg.hidden_size * 2, mesh)
   return _stage(chip, flops, sent)

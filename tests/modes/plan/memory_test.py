@@ -30,12 +30,14 @@ def estimated(name="caprl_3b", topology="v5e:4x4", layers=None, change=lambda s:
 
 
 def on(mesh, **update):
-  """The same on another mesh, with other microbatches or chunks."""
+  """The same on another mesh, with other microbatches or chunks, or a judge gathered anew."""
 
   def change(settings):
     settings = dataclasses.replace(settings, mesh=mesh)
     if "microbatches" in update:
       settings = changes.with_update(settings, update["microbatches"])
+    if "gather_once" in update:
+      settings = changes.with_judge(settings, gather_once=update["gather_once"])
     return (
       changes.with_sampling(settings, chunks=update["chunks"]) if "chunks" in update else settings
     )
@@ -57,9 +59,9 @@ def test_arguments_and_temporaries_are_those_of_the_compiled_step():
     # Stages compiled alone for v5e:4x4 on 2026-11-29 (benchmarks/LOG.md).
     ("rollout", 11.13, None, MeshConfig(1, 8, 2), dict(chunks=8)),
     ("rollout", 16.75, None, MeshConfig(1, 8, 2), dict(chunks=4)),
-    ("judge", 4.24, None, MeshConfig(1, 8, 2), {}),
+    ("judge", 4.24, None, MeshConfig(1, 8, 2), dict(gather_once=False)),
     ("update", 8.87, None, MeshConfig(1, 8, 2), {}),
-    ("judge", 4.30, 2, MeshConfig(1, 16, 1), dict(microbatches=8)),
+    ("judge", 4.30, 2, MeshConfig(1, 16, 1), dict(microbatches=8, gather_once=False)),
     ("update", 3.97, 2, MeshConfig(1, 16, 1), dict(microbatches=8)),
   ],
 )
@@ -68,12 +70,15 @@ def test_a_stage_is_estimated_within_the_error_that_is_said(stage, gib, layers, 
   assert sum(kinds.values()) / GIB == pytest.approx(gib, rel=memory.ERROR), kinds
 
 
-def test_on_one_chip_the_estimate_is_careful():
-  """configs/colab_lora.py with one layer, compiled for v5e:1x1 on 2026-11-29."""
+def test_an_estimate_is_careful():
+  """configs/colab_lora.py with one layer, compiled for v5e:1x1; the judge of
+  configs/caprl_3b_v5e16.py, gathered once, alone. Both on 2026-11-29."""
+  low, high = 1 - memory.ERROR, 1 + memory.MUCH
   found = estimated("colab_lora", "v5e:1x1", layers=1)
   assert sum(found.arguments.values()) / GIB == pytest.approx(1.124, rel=0.01)
-  low, high = 1 - memory.ERROR, 1 + memory.MUCH
   assert low < found.temporaries / GIB / 0.805 < high
+  judge = estimated("caprl_3b_v5e16").stages["judge"]
+  assert low < sum(judge.values()) / GIB / 5.13 < high
 
 
 def test_rounding_the_judge_and_training_adapters_take_less():

@@ -1,0 +1,64 @@
+"""Where weights are gathered in the program that a TPU slice runs: before captions are written and
+judged, not for each token of them. Looked up in what libtpu compiled; no TPU is needed."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import ROOT
+from modes.plan.run_test import HAS_LIBTPU, LIBTPU
+
+# CapRL-3B's widths at two layers, on four chips: two parts of the batch, two of each matrix.
+PROGRAM = """
+import sys
+import jax
+from caprl_jax.config.loading import load_config
+from caprl_jax.harness.settings import read_settings
+from caprl_jax.modes.plan import compiling
+from caprl_jax.modes.plan.section import PlanConfig
+from caprl_jax.rl.step import ask_judge, write_captions
+
+def before_the_update(state, frozen, batch, *, policy, judge, cfg, **places):
+  moved = places["rollout_shardings"], places["judge_shardings"]
+  if sys.argv[1] == "anew":
+    moved = None, None
+  captions = write_captions(state, frozen, batch, policy, cfg, moved[0])
+  return state, ask_judge(state, frozen, batch, captions, judge, cfg, moved[1]), captions
+
+jax.config.update("jax_platforms", "cpu")
+compiling.train_step = before_the_update
+config = load_config("configs/caprl_3b_v5e16.py").unlock()
+config.data.update(batch_size=4, questions=1)
+config.rollout.update(group_size=2, sampling=dict(max_tokens=8))
+config.policy_update.microbatches = config.judge.microbatches = 1
+config.mesh = dict(data=1, fsdp=2, tensor=2)
+small = dict(image=(56, 84), prompt_tokens=16, judge_prompt_tokens=16, stem_tokens=8, layers=2)
+devices = compiling.topology_devices("v5e:2x2")
+lowered, _ = compiling.lower_step(read_settings(config), PlanConfig("v5e:2x2", **small), devices)
+print(lowered.compile().as_text())
+"""
+
+
+def gathers(how):
+  """Where in the source the program's gathers come from."""
+  path = os.pathsep.join(filter(None, [LIBTPU, str(ROOT), os.environ.get("PYTHONPATH")]))
+  done = subprocess.run(
+    [sys.executable, "-c", PROGRAM, how],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": path},
+    capture_output=True,
+    text=True,
+    timeout=1100,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return re.findall(r'= [^=]*all-gather(?:-start)?\(.*op_name="([^"]*)"', done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="pip install libtpu")
+def test_weights_are_gathered_before_the_loops():
+  found = gathers("once")
+  assert len(found) > 10  # they are split, then
+  assert not [name for name in found if "while" in name and name.endswith("dot_general")]
