@@ -157,7 +157,10 @@ PRESETS = {
 
 # What of a section is no part of an algorithm, and stays when a preset takes the section's place.
 _RESOURCES = {
-  "judge": ("source", "endpoint", "dtype", "int8", "microbatches", "chunk_tokens", "blind"),
+  "judge": (
+    *("source", "endpoint", "dtype", "int8", "attention", "gather_once"),
+    *("microbatches", "chunk_tokens", "blind"),
+  ),
   "reward": (),
   "advantage": (),
   "policy_update": ("microbatches", "chunk_tokens"),

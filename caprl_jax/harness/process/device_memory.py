@@ -12,6 +12,7 @@ KNOBS = (
   ("policy_update.microbatches", "twice as many halve what the update computes and keeps"),
   ("policy.remat=True", "the update computes activations twice and keeps few of them"),
   ("judge.microbatches", "twice as many halve what the judge computes and keeps"),
+  ("judge.gather_once=False", "a judge split over mesh.fsdp stays split while it is asked; slower"),
   ("rollout.sampling.chunks", "twice as many halve the caches of the captions that end last"),
   ("rollout.sampling.max_tokens", "caches and activations of captions are in proportion to it"),
   ("data.batch_size, rollout.group_size", "all that is no parameter is in proportion to both"),

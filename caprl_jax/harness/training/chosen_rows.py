@@ -75,12 +75,8 @@ def _kept_questions(
   chooses = settings.question_filter.informed or settings.data.questions_per_image is not None
   if workdir is None or not chooses:
     return None
-  speed = (
-    "source",
-    "endpoint",
-    "microbatches",
-    "chunk_tokens",
-  )  # and a place: none of them decides
+  # and a place: none of them decides
+  speed = ("source", "endpoint", "microbatches", "chunk_tokens", "gather_once", "attention")
   decides = {
     "filter": settings.question_filter,
     "questions_per_image": settings.data.questions_per_image,

@@ -69,6 +69,7 @@ FREE = (
   "policy.decoder_remat",
   "policy.attention",
   "judge.attention",
+  "judge.gather_once",
   "judge.source",
   "judge.endpoint.url",
   "judge.endpoint.api_key_env",
