@@ -20,6 +20,7 @@ from caprl_jax.models.family import Keys
 from caprl_jax.models.quantized.codes import BaseWeights, is_base_kernel
 from caprl_jax.types import Params
 
+TRANSPOSED_ROWS = 256
 _EMPTY = (
   ". Empty tensors are what DeepSpeed's ZeRO-3 saves without gathering: `python zero_to_fp32.py . "
   "OUT --safe_serialization` in the checkpoint's folder writes the whole ones"
@@ -57,23 +58,39 @@ class _Leaf:
   def read(self, index: tuple[slice, ...]) -> np.ndarray:
     key = tuple((s.start, s.stop) for s in index)
     if key not in self.known:  # replicas on several devices ask for the same part
-      if self.stacked:
-        names, inner = self.names[index[0]], index[1:]
-        parts = [self._one(name, inner) for name in names[:1]]
-        whole = np.empty((len(names), *parts[0].shape), self.dtype)
-        whole[0] = parts.pop()
-        for i, name in enumerate(names[1:], 1):
-          whole[i] = self._one(name, inner)
-        self.known = {key: whole}
-      else:
-        self.known = {key: self._one(self.names[0], index).astype(self.dtype)}
+      names, inner = self.names[index[0]] if self.stacked else self.names, index[self.stacked :]
+      first = self._one(names[0], inner)
+      shape = first.shape[::-1] if self.transposed else first.shape
+      whole = np.empty((len(names), *shape), self.dtype)
+      self._put(first, whole[0, ...])
+      del first
+      for i, name in enumerate(names[1:], 1):
+        self._put(self._one(name, inner), whole[i, ...])
+      self.known = {key: whole if self.stacked else whole[0]}
     return self.known[key]
 
   def _one(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor as it is stored."""
     index = index[::-1] if self.transposed else index
     read = getattr(self.tensors, "read_part", None)
-    tensor = read(name, index) if read else np.asarray(self.tensors[name])[index]
-    return tensor.T if self.transposed else tensor
+    return read(name, index) if read else np.asarray(self.tensors[name])[index]
+
+  def _put(self, tensor: np.ndarray, out: np.ndarray) -> None:
+    if self.transposed:
+      put_transposed(tensor, out)
+    else:
+      out[...] = tensor
+
+
+def put_transposed(tensor: np.ndarray, out: np.ndarray) -> None:
+  """Puts tensor.T into an array, in its dtype: some rows of a matrix at a time, which a core's cache
+  holds. All at once, each number would wait for memory, five times as long."""
+  if tensor.ndim != 2:
+    out[...] = tensor.T
+    return
+  for first in range(0, len(tensor), TRANSPOSED_ROWS):
+    rows = slice(first, first + TRANSPOSED_ROWS)
+    out[:, rows] = tensor[rows].astype(out.dtype, copy=False).T
 
 
 def _shape(tensors: Mapping, name: str) -> tuple[int, ...]:
@@ -278,8 +295,12 @@ class TensorsOfParams(Mapping):
   def __getitem__(self, name: str) -> np.ndarray:
     leaf, number, transposed = self.sources[name]
     array = np.asarray(sharding.to_host(leaf if number is None else leaf[number]))
-    array = array.T if transposed else array
-    return np.ascontiguousarray(array if self.dtype is None else array.astype(self.dtype))
+    dtype = array.dtype if self.dtype is None else self.dtype
+    if not transposed:
+      return np.ascontiguousarray(array, dtype)
+    out = np.empty(array.shape[::-1], dtype)
+    put_transposed(array, out)
+    return out
 
   def __iter__(self) -> Iterator[str]:
     return iter(self.sources)
