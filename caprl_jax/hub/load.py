@@ -34,7 +34,7 @@ from caprl_jax.json_files import cut, shown
 from caprl_jax.models.attention_choice import AttentionChoice, choose_attention
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.family import Keys
-from caprl_jax.models.layers import LoraConfig, to_int8
+from caprl_jax.models.layers import LoraConfig, int8_shardings, to_int8
 from caprl_jax.models.policy import NO_REMAT, Policy, PolicyConfig, Remat, limit_pixels
 from caprl_jax.models.quantized.codes import BaseWeights, quantized_places
 from caprl_jax.models.trainable import merge_trees, split_lora
@@ -164,7 +164,8 @@ def _fill(
     params = weights.params_from_tensors(
       base, tensors, keys, source, base_shardings, each, base_weights
     )
-  params = named(params) if int8 else params
+  if int8:
+    params, shardings = named(params), _rounded_places(shardings)
   params = merge_trees(params, new_lora(adapters, adapter_shardings))
   if base_weights:
     shardings = quantized_places(abstract, shardings, base_weights)
@@ -249,10 +250,19 @@ def rounded(loaded: Loaded, int8: Int8) -> Loaded:
   """The captioner with that of it rounded: as `load_policy` with `int8`, of one that is whole."""
   if int8 in ("weights", "both"):
     decoder = to_int8(loaded.params["language_model"])
-    loaded = dataclasses.replace(loaded, params={**loaded.params, "language_model": decoder})
+    loaded = dataclasses.replace(
+      loaded,
+      params={**loaded.params, "language_model": decoder},
+      shardings=_rounded_places(loaded.shardings),
+    )
   if int8 in ("cache", "both"):
     loaded = dataclasses.replace(loaded, model=with_int8_cache(loaded.model))
   return loaded
+
+
+def _rounded_places(shardings: Any) -> Any:
+  """Where a captioner's parameters lie once its decoder is rounded to int8."""
+  return {**shardings, "language_model": int8_shardings(shardings["language_model"])}
 
 
 def load_pixels(source: str, min_pixels: int | None = None, max_pixels: int | None = None):

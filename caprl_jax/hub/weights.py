@@ -66,7 +66,7 @@ class _Leaf:
       del first
       for i, name in enumerate(names[1:], 1):
         self._put(self._one(name, inner), whole[i, ...])
-      self.known = {key: whole if self.stacked else whole[0]}
+      self.known = {key: whole if self.stacked else whole[0, ...]}
     return self.known[key]
 
   def _one(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -83,8 +83,8 @@ class _Leaf:
 
 
 def put_transposed(tensor: np.ndarray, out: np.ndarray) -> None:
-  """Puts tensor.T into an array, in its dtype: some rows of a matrix at a time, which a core's cache
-  holds. All at once, each number would wait for memory, five times as long."""
+  """Puts tensor.T into an array, in its dtype: some rows of a matrix at a time, which a core's
+  cache holds. All at once, each number would wait for memory, five times as long."""
   if tensor.ndim != 2:
     out[...] = tensor.T
     return

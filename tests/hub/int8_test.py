@@ -81,6 +81,9 @@ def test_a_rounded_captioner_is_its_dequantised_self(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, small.params, again.params)
   jax.tree.map(np.testing.assert_array_equal, small.params["visual"], whole.params["visual"])
   assert again.model.cfg == small.model.cfg and rounded(whole, "none") is whole
+  for one in (small, again):  # evaluations move parameters to such places
+    places = jax.tree.map(lambda x, place: place.shard_shape(x.shape), one.params, one.shardings)
+    assert places == jax.tree.map(jnp.shape, one.params)
   assert up_kernel(text).dtype == jnp.int8
 
   @functools.partial(jax.jit, static_argnums=0)
