@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 
-from caprl_jax.models.layers import round_kernel
+from caprl_jax.models.layers import int8_shardings, round_kernel
 from caprl_jax.models.policy import Policy
 from caprl_jax.types import Params
 
@@ -23,6 +23,11 @@ def while_read(name: str, value: jax.Array) -> Any:
   nowhere whole. `named` then makes parameters of what was read."""
   of_decoder = name.startswith(DECODER) and name.endswith(".kernel")
   return round_kernel(value) if of_decoder else value
+
+
+def rounded_places(shardings: dict[str, Any]) -> dict[str, Any]:
+  """Where a captioner's parameters lie once its decoder is rounded."""
+  return {**shardings, "language_model": int8_shardings(shardings["language_model"])}
 
 
 def named(params: Params) -> Params:

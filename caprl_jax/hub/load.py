@@ -26,7 +26,7 @@ from caprl_jax.hub.chat_template import (
 from caprl_jax.hub.folders.pixels import PREPROCESSOR, PROCESSOR, processor_of
 from caprl_jax.hub.folders.quantized import MergedTensors, Stored
 from caprl_jax.hub.folders.text_files import json_of
-from caprl_jax.hub.int8 import Int8, named, while_read, with_int8_cache
+from caprl_jax.hub.int8 import Int8, named, rounded_places, while_read, with_int8_cache
 from caprl_jax.hub.lora import merge_lora, new_lora
 from caprl_jax.hub.opened import open_captioner, open_decoder, read_processor
 from caprl_jax.hub.tokenizer import Tokenizer, check_tokenizer, id_table, load_tokenizer
@@ -34,7 +34,7 @@ from caprl_jax.json_files import cut, shown
 from caprl_jax.models.attention_choice import AttentionChoice, choose_attention
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.family import Keys
-from caprl_jax.models.layers import LoraConfig, int8_shardings, to_int8
+from caprl_jax.models.layers import LoraConfig, to_int8
 from caprl_jax.models.policy import NO_REMAT, Policy, PolicyConfig, Remat, limit_pixels
 from caprl_jax.models.quantized.codes import BaseWeights, quantized_places
 from caprl_jax.models.trainable import merge_trees, split_lora
@@ -165,7 +165,7 @@ def _fill(
       base, tensors, keys, source, base_shardings, each, base_weights
     )
   if int8:
-    params, shardings = named(params), _rounded_places(shardings)
+    params, shardings = named(params), rounded_places(shardings)
   params = merge_trees(params, new_lora(adapters, adapter_shardings))
   if base_weights:
     shardings = quantized_places(abstract, shardings, base_weights)
@@ -253,16 +253,11 @@ def rounded(loaded: Loaded, int8: Int8) -> Loaded:
     loaded = dataclasses.replace(
       loaded,
       params={**loaded.params, "language_model": decoder},
-      shardings=_rounded_places(loaded.shardings),
+      shardings=rounded_places(loaded.shardings),
     )
   if int8 in ("cache", "both"):
     loaded = dataclasses.replace(loaded, model=with_int8_cache(loaded.model))
   return loaded
-
-
-def _rounded_places(shardings: Any) -> Any:
-  """Where a captioner's parameters lie once its decoder is rounded to int8."""
-  return {**shardings, "language_model": int8_shardings(shardings["language_model"])}
 
 
 def load_pixels(source: str, min_pixels: int | None = None, max_pixels: int | None = None):

@@ -239,10 +239,11 @@ class _Sizes:
     options = runs * asked.branches
     after = self.scores(cfg.num_heads, options, asked.branch_tokens, keys + asked.branch_tokens)
     tokens = max(runs * asked.tokens, options * asked.branch_tokens)
+    beside = 1.2 if weights else 1.9  # or what is gathered anew lies beside the scores
     left = runs * asked.tokens if asked.answer_tokens or asked.branches else 0
     return weights | {
       "captions' keys": (cut.rows * limit + left) * self.slot(cfg),
-      "activations": max(1.9 * max(scores, after), self.inner(cfg.intermediate_size, tokens, 4)),
+      "activations": max(beside * max(scores, after), self.inner(cfg.intermediate_size, tokens, 4)),
       "logits": 2
       * self.logits(cfg, min(runs * asked.logits, self.settings.step.judge.chunk_tokens)),
     }
