@@ -87,9 +87,11 @@ def split_half(right: Sequence[np.ndarray], seed: int) -> Reliability:
 
 
 def stepped_up(reliability: float, times: float) -> float:
-  """The reliability of a test that is `times` as long (Spearman 1910, Brown 1910)."""
-  below = 1 + (times - 1) * reliability
-  return times * reliability / below if below > 0 else float("nan")
+  """The reliability of a test that is `times` as long (Spearman 1910, Brown 1910). One below 0 is
+  chance, of which more is no less reliable: it stays as it is."""
+  if reliability < 0:
+    return reliability
+  return times * reliability / (1 + (times - 1) * reliability)
 
 
 def agreement(right: Sequence[np.ndarray]) -> Agreement:

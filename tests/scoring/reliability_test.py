@@ -62,3 +62,7 @@ def test_questions_that_separate_no_captions():
   assert found.always_right.tolist() == [True, False, False, False]
   assert found.always_wrong.tolist() == [False, False, True, False]
   assert found.separates.tolist() == [False, True, False, True]
+
+
+def test_chance_is_not_stepped_up():
+  assert reliability.stepped_up(-0.3, 8) == -0.3 and reliability.stepped_up(0.5, 2) == 2 / 3
