@@ -237,8 +237,9 @@ def main() -> None:
   written = args.workdir / "misled.json"
   if written.exists():
     earlier = json.loads(written.read_text())
-    if all(earlier.get(key) == value for key, value in about.items()):  # goes on where it was cut
-      results |= {name: runs for name, runs in earlier["results"].items() if name in arms}
+    if any(earlier.get(key) != value for key, value in about.items()):
+      parser.error(f"{written} is of other settings; name another --workdir")
+    results |= earlier["results"]  # goes on where it was cut
   with jax.set_mesh(sharding.make_mesh(read_settings(config).mesh)):
     experiment = Experiment(config, args.data, args.workdir)
     before = experiment.evaluate(experiment.made.policy.params, "before")

@@ -58,7 +58,9 @@ class _Leaf:
   def read(self, index: tuple[slice, ...]) -> np.ndarray:
     key = tuple((s.start, s.stop) for s in index)
     if key not in self.known:  # replicas on several devices ask for the same part
-      names, inner = self.names[index[0]] if self.stacked else self.names, index[self.stacked :]
+      names, inner = self.names, index
+      if self.stacked:
+        names, inner = self.names[index[0]], index[1:]
       first = self._one(names[0], inner)
       shape = first.shape[::-1] if self.transposed else first.shape
       whole = np.empty((len(names), *shape), self.dtype)

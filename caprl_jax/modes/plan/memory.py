@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any, cast
 
+import flax.linen as nn
 import jax
 
 from caprl_jax import host_memory, sharding
@@ -249,13 +250,16 @@ class _Sizes:
     }
 
   def _judge_weights(self, cfg: DecoderConfig) -> dict[str, float]:
-    """The judge's matrices, where they are gathered along `fsdp` before it is asked."""
+    """The judge's parameters, where they are gathered along `fsdp` before it is asked."""
     section = self.settings.judge
     if self.mesh.fsdp == 1 or not section.gather_once:
       return {}
     item = 1 if section.int8 else item_bytes(section.dtype)
     head = self.head(cfg, item) * (1 if cfg.tie_embeddings else 2)
-    return {"weights": layer_weights(cfg) * item / self.mesh.tensor + head}
+    tower = 0
+    if isinstance(self.shapes.judge, PolicyConfig):
+      tower = sum(x.size for x in jax.tree.leaves(nn.unbox(self.shapes.judge_params["visual"])))
+    return {"weights": (layer_weights(cfg) + tower) * item / self.mesh.tensor + head}
 
   def _image_judge(self, cfg: PolicyConfig, asked: Asked, limit: int) -> dict[str, float]:
     """Image and prompt once, and a group's captions, an empty one with them, after each."""

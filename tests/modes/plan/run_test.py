@@ -135,7 +135,7 @@ def test_a_judge_that_sees_the_image_is_planned_with_its_tower():
   config.rollout = dict(group_size=2, sampling=dict(max_tokens=8))
   config.policy_update.microbatches = config.judge.microbatches = 1
   settings = read_settings(config)
-  small = PlanConfig(None, (56, 84), judge_prompt_tokens=16, layers=1)
+  small = PlanConfig(topology=None, image=(56, 84), judge_prompt_tokens=16, layers=1)
   lowered, sizes = compiling.lower_step(settings, small, jax.devices()[:1])
   judge = shallower(CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"], 1)
   assert sizes["judge"] == 2 * parameter_count(judge)  # bytes in bfloat16
@@ -167,7 +167,7 @@ def test_a_step_without_a_judge_on_the_chips(kind, tmp_path, caplog):
   config.policy_update.microbatches = config.judge.microbatches = 1
   config.mesh = dict(data=1, fsdp=1, tensor=1)
   lowered, sizes = compiling.lower_step(
-    read_settings(config), PlanConfig(None, (56, 84), layers=1), jax.devices()[:1]
+    read_settings(config), PlanConfig(topology=None, image=(56, 84), layers=1), jax.devices()[:1]
   )
   assert sizes["judge"] == 0 and sizes["policy, trained"] > 0
   assert "while" in lowered.as_text()
