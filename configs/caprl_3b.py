@@ -11,8 +11,8 @@ passes over 75,285 images, where the rate is still 0.978 of its peak. --config.p
 official_caprlpp or caprl_jax trains with another algorithm. Written for a v5p-16 slice (8 chips);
 for another one, --config.mode=plan --config.plan.topology=... says whether the step fits.
 
-Not run yet; configs/caprl_3b_v5e16.py is the same for sixteen small chips (docs/tpu.md has what
-each takes).
+Not run yet. Compiled for v5p:2x2x2, a step takes 25.3 GiB of a chip's 95; configs/caprl_3b_v5e16.py
+is the same for sixteen small chips (docs/tpu.md).
 """
 
 import ml_collections
@@ -43,6 +43,9 @@ def get_config():
   config.question_filter = dict(informed=())  # the released questions are filtered already
   config.gate = dict(ideal=None)  # they come without facts, of which true captions could be made
 
+  # What is still written when most captions have ended goes on in eighths of them rather than
+  # quarters: less memory (docs/tpu.md), and no other captions.
+  config.rollout = dict(sampling=dict(chunks=8))
   # Judge protocol, sampling, reward, advantages, loss and learning rate are the preset's
   # (caprl_jax/config/presets.py).
   config.policy_update = dict(microbatches=16)  # 8 images x 8 captions at once

@@ -4,8 +4,7 @@
     --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
 
 The same steps: two chips share each layer's matrices, so that the weights that captions are written
-with fit beside the captions' caches, and captions that are still written when most have ended go on
-in eighths rather than quarters of them.
+with fit beside the captions' caches.
 
 Not run yet. Compiled for v5e:4x4, a step takes 14.3 GiB of a chip's 16 (docs/tpu.md).
 """
@@ -19,6 +18,5 @@ def get_config():
   config = load_config(str(pathlib.Path(__file__).with_name("caprl_3b.py")))
   with config.unlocked():
     config.mesh.tensor = 2
-    config.rollout = dict(sampling=dict(chunks=8))
     config.plan.topology = "v5e:4x4"
   return config

@@ -44,13 +44,14 @@ TRACED = [
 # What differs from a recipe that is run only in models and data.
 SAME = {
   "caprl_qwen3vl_2b": ("caprl_qwen3vl_4b", {"policy.checkpoint"}),
-  "caprl_3b_v5e16": ("caprl_3b", {"mesh.tensor", "rollout.sampling.chunks", "plan.topology"}),
+  "caprl_3b_v5e16": ("caprl_3b", {"mesh.tensor", "plan.topology"}),
   "gpu_h100x8": ("caprl_3b", {"plan.topology"}),
   "gpu_24gb_lora": (
     "caprl_3b",
     {
       *("mesh.data", "mesh.fsdp", "policy.param_dtype", "policy.trainable", "policy.max_pixels"),
-      *("data.batch_size", "rollout.sampling.max_tokens", "optimizer.learning_rate"),
+      *("data.batch_size", "rollout.sampling.max_tokens", "rollout.sampling.chunks"),
+      "optimizer.learning_rate",
       *("evaluate.batch_size", "evaluate.group_images", "plan.topology", "plan.image"),
     },
   ),
