@@ -21,8 +21,7 @@ EntropyKind = Literal["none", "figure", "differentiable"]
 # A chunk adds its gradient of the unembedding to the others', so chunks must not be too small; but
 # what fills the last one up is computed for nothing.
 MOST_CHUNKS, SMALLEST_CHUNK = 16, 512
-# Of tokens whose probabilities all fit: at least so many, and more while they are large ones.
-KEPT_CHUNKS, LARGE_KEPT_CHUNK = 8, 256
+KEPT_CHUNKS, LARGEST_KEPT_CHUNK = 8, 192  # of tokens whose probabilities all fit
 
 
 def scaled_logits(
@@ -288,11 +287,10 @@ def token_logprobs(
   if wanted_M is None:
     wanted_M = jnp.ones(M, bool)
   else:
-    finest = -(-own // MOST_CHUNKS)
     if keep:
-      rows = min(-(-own // KEPT_CHUNKS), max(finest, LARGE_KEPT_CHUNK))
+      rows = min(-(-own // KEPT_CHUNKS), LARGEST_KEPT_CHUNK)
     else:
-      rows = min(rows, max(finest, SMALLEST_CHUNK))
+      rows = min(rows, max(-(-own // MOST_CHUNKS), SMALLEST_CHUNK))
   arrays = (hidden_MD, target_MX, wanted_M)
   hidden_MD, target_MX, wanted_M = sharding.split_over_batch(arrays) if shards > 1 else arrays
   how = _Scoring(temperature, entropy, rows, shards, keep)
