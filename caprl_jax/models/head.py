@@ -21,7 +21,8 @@ EntropyKind = Literal["none", "figure", "differentiable"]
 # A chunk adds its gradient of the unembedding to the others', so chunks must not be too small; but
 # what fills the last one up is computed for nothing.
 MOST_CHUNKS, SMALLEST_CHUNK = 16, 512
-KEPT_CHUNKS, LARGEST_KEPT_CHUNK = 8, 192  # of tokens whose probabilities all fit
+# Of tokens whose probabilities all fit: a microbatch wants few of the slots that its captions have.
+KEPT_CHUNKS, LARGEST_KEPT_CHUNK = 8, 192
 
 
 def scaled_logits(
@@ -286,11 +287,10 @@ def token_logprobs(
   keep, rows = own <= chunk_tokens, min(own, chunk_tokens)
   if wanted_M is None:
     wanted_M = jnp.ones(M, bool)
+  elif keep:
+    rows = min(-(-own // KEPT_CHUNKS), LARGEST_KEPT_CHUNK)
   else:
-    if keep:
-      rows = min(-(-own // KEPT_CHUNKS), LARGEST_KEPT_CHUNK)
-    else:
-      rows = min(rows, max(-(-own // MOST_CHUNKS), SMALLEST_CHUNK))
+    rows = min(rows, max(-(-own // MOST_CHUNKS), SMALLEST_CHUNK))
   arrays = (hidden_MD, target_MX, wanted_M)
   hidden_MD, target_MX, wanted_M = sharding.split_over_batch(arrays) if shards > 1 else arrays
   how = _Scoring(temperature, entropy, rows, shards, keep)

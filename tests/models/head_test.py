@@ -104,6 +104,18 @@ def test_tokens_that_are_not_wanted_cost_nothing_and_change_nothing(chunk):
   assert some == all_of_them * 2 / 6
 
 
+def test_many_slots_of_which_few_are_wanted():
+  slots = 4096
+  hidden = jax.random.normal(jax.random.key(3), (slots, D))
+  target = jnp.zeros((slots, 1), int)
+
+  def f(wanted):
+    return token_logprobs(hidden, HEAD, target, wanted_M=wanted, chunk_tokens=slots)[0].sum()
+
+  flops, _ = executed(f, jnp.arange(slots) < 560)
+  assert flops < 1.1 * 2 * 560 * D * V
+
+
 def test_a_divergence_costs_what_is_wanted_of_it():
   other = HIDDEN[::-1] * 0.5
 

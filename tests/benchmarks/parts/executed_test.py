@@ -43,3 +43,20 @@ def test_a_gradient_and_its_recomputation_count():
 
 def test_bytes_are_those_that_products_read_and_write():
   assert executed(lambda x: x @ W, X)[1] == 4 * (4 * 8 + 8 * 8 + 4 * 8)
+
+
+def test_the_body_of_a_loop_is_compiled_once(monkeypatch):
+  made = []
+  jit = jax.jit
+  monkeypatch.setattr(jax, "jit", lambda function: made.append(function) or jit(function))
+
+  def until(x, limit):  # a choice in its body, so that it is run piece by piece
+    body = lambda c: (c[0] + 1, jax.lax.cond(c[0] > 0, lambda x: x @ W, jnp.sin, c[1] + 1))
+    return jax.lax.while_loop(lambda c: c[0] < limit, body, (0, x))[1]
+
+  def programs(limit):
+    made.clear()
+    executed(until, X, limit)
+    return len(made)
+
+  assert programs(2) == programs(9)
