@@ -33,7 +33,8 @@ from caprl_jax.types import (
 # a device all the same: with fewer it would wait for weights rather than save work.
 MOST_BLOCKS, ENOUGH_TOKENS = 16, 2048
 MOST_PATCHES = 32_768  # that a device encodes at once while captions are written
-SMALLEST_BLOCK = 256  # slots; smaller ones save less than a further round costs
+# Smaller blocks, in slots of a row and in tokens of a device, save less than a further round costs.
+SMALLEST_BLOCK, FEWEST_TOKENS = 128, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +277,8 @@ class CaptionStates:
 
 def block_slots(slots: int, rows: int) -> int:
   """Slots of the blocks in which `rows` rows of packed captions, those of a device, are run."""
-  blocks = min(slots // SMALLEST_BLOCK, max(MOST_BLOCKS, slots * rows // ENOUGH_TOKENS))
+  smallest = max(SMALLEST_BLOCK, FEWEST_TOKENS // rows)
+  blocks = min(slots // smallest, max(MOST_BLOCKS, slots * rows // ENOUGH_TOKENS))
   return -(-slots // max(blocks, 1))
 
 

@@ -45,7 +45,7 @@ for name, sizes in json.loads(sys.argv[2]).items():
   if sizes:  # one device does all in one size
     sampling.SMALLEST_CACHE, sampling.SMALLEST_CHUNK = T // 4, 2
     judge_module.SMALLEST_CAPTION, judge_module.SMALLEST_PIECE = T // 4, 1
-    rollout_module.SMALLEST_BLOCK = G * (T - 1) // 4
+    rollout_module.SMALLEST_BLOCK = rollout_module.FEWEST_TOKENS = G * (T - 1) // 4
   devices = jax.devices() if sizes else jax.devices()[:1]
   mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})), devices)
   with jax.set_mesh(mesh):

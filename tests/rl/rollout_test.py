@@ -407,7 +407,9 @@ def test_a_tower_of_which_something_is_trained_is_asked_each_time(model):
   "slots, rows, size",
   [
     (60, 8, 60),  # short rows are one block
-    (2040, 8, 292),
+    (504, 8, 168),
+    (2040, 8, 136),
+    (2040, 1, 292),  # 7 blocks of at least 256 tokens
     (8184, 8, 264),  # 31 blocks, of more than 2,048 tokens each
     (8184, 1, 512),  # 16 blocks
     (32_760, 1, 2048),
