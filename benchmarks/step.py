@@ -308,6 +308,11 @@ def arguments() -> argparse.Namespace:
   return parser.parse_args()
 
 
+def times(ratio: float | None) -> str:
+  """Of the table; `-` where it was not counted."""
+  return "-" if ratio is None else f"{ratio:.2f}x"
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
   """One table, and its numbers."""
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
@@ -337,29 +342,29 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
       jax.block_until_ready(compiled(*given))
       first = time.perf_counter() - start
       secs = best_secs(functools.partial(compiled, *given), args.repeats)
-      flops, moved = executed(function, *given) if args.count else (math.nan, math.nan)
+      flops, moved = executed(function, *given) if args.count else (None, None)
       report["stages"][name] = row = dict(
         secs=secs,
         first_secs=first,
         tokens_per_sec=written.sum() / secs,
         captions_per_sec=written.size / secs,
         needed_gflop=asked_for[name] / 1e9,
-        executed_over_needed=flops / asked_for[name],
+        executed_over_needed=flops and flops / asked_for[name],
         needed_over_peak=asked_for[name] / secs / peak,
       )
       if name == "rollout":
         least = needed_decode_bytes(work, written)
-        row["decode_bytes_over_needed"] = moved / least
+        row["decode_bytes_over_needed"] = moved and moved / least
         row["decode_bytes_over_bandwidth"] = least / secs / bandwidth
       print(
         f"{name:>10} {secs:>10.2f} {first - secs:>10.1f} {row['tokens_per_sec']:>10.0f} "
         f"{row['captions_per_sec']:>10.1f} {asked_for[name] / 1e9:>8.1f} G "
-        f"{row['executed_over_needed']:>9.2f}x {row['needed_over_peak']:>9.0%}"
+        f"{times(row['executed_over_needed']):>10} {row['needed_over_peak']:>9.0%}"
       )
     if rollout := report["stages"].get("rollout"):
       print(
-        f"decode: bytes of products over needed {rollout['decode_bytes_over_needed']:.2f}, needed "
-        f"over bandwidth {rollout['decode_bytes_over_bandwidth']:.0%}"
+        f"decode: bytes of products over needed {times(rollout['decode_bytes_over_needed'])}, "
+        f"needed over bandwidth {rollout['decode_bytes_over_bandwidth']:.0%}"
       )
     stats = jax.devices()[0].memory_stats() or {}
     report["peak_bytes"] = stats.get("peak_bytes_in_use")
@@ -373,8 +378,8 @@ def main() -> None:
   kinds = args.attention.split(",")
   reports = [measure(argparse.Namespace(**dict(vars(args), attention=kind))) for kind in kinds]
   for name, row in reports[0]["stages"].items() if len(kinds) > 1 else ():
-    times = [row["secs"] / other["stages"][name]["secs"] for other in reports[1:]]
-    print(f"{name}: {kinds[0]} takes {', '.join(f'{x:.2f}' for x in times)} times as long")
+    ratios = [row["secs"] / other["stages"][name]["secs"] for other in reports[1:]]
+    print(f"{name}: {kinds[0]} takes {', '.join(f'{x:.2f}' for x in ratios)} times as long")
   if args.json:
     with open(args.json, "w", encoding="utf-8") as file:
       json.dump(reports[0] if len(reports) == 1 else reports, file, indent=2)

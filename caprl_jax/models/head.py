@@ -1,5 +1,5 @@
-"""Hidden states -> log-probabilities of given tokens, in chunks: [tokens, vocabulary] never exists
-whole.
+"""Hidden states -> log-probabilities of given tokens, or a loss of them and its gradient: in
+chunks, so that [tokens, vocabulary] never exists whole.
 
 Letters: M tokens, D width, V vocabulary, X targets per token.
 """
@@ -7,22 +7,25 @@ Letters: M tokens, D width, V vocabulary, X targets per token.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from caprl_jax import rungs, sharding
-from caprl_jax.masked import NEGATIVE
+from caprl_jax.masked import NEGATIVE, masked_sum
 
 Array = jax.Array
 EntropyKind = Literal["none", "figure", "differentiable"]
+# (log-probabilities [m, X], entropies [m], what is given of these tokens) -> their losses' sum
+TokenLoss = Callable[[Array, Array, Any], Array]
 # A chunk adds its gradient of the unembedding to the others', so chunks must not be too small; but
 # what fills the last one up is computed for nothing.
 MOST_CHUNKS, SMALLEST_CHUNK = 16, 512
-# Of tokens whose probabilities all fit: a microbatch wants few of the slots that its captions have.
-KEPT_CHUNKS, LARGEST_KEPT_CHUNK = 8, 192
+# Of tokens that would fit at once: a microbatch wants few of the slots that its captions have, and
+# small chunks of logits stay near the cores.
+FITTING_CHUNKS, LARGEST_FITTING_CHUNK = 8, 192
 
 
 def scaled_logits(
@@ -48,17 +51,102 @@ class _Scoring:
 
   rows: tokens of a chunk on each device.
   shards: parts of the batch that the tokens lie in, one after the other.
-  keep: probabilities are kept for the backward pass rather than made again.
   """
 
   temperature: float
   entropy: EntropyKind
   rows: int
   shards: int
-  keep: bool
+
+  @classmethod
+  def of(
+    cls, tokens: int, some: bool, chunk_tokens: int, temperature: float, entropy: EntropyKind
+  ) -> "_Scoring":
+    """Of so many tokens. some: not all of them are wanted."""
+    shards = sharding.batch_shards()
+    shards = 1 if tokens % shards else shards
+    own = tokens // shards
+    rows = min(own, chunk_tokens)
+    if some and own <= chunk_tokens:
+      rows = min(-(-own // FITTING_CHUNKS), LARGEST_FITTING_CHUNK)
+    elif some:
+      rows = min(rows, max(-(-own // MOST_CHUNKS), SMALLEST_CHUNK))
+    return cls(temperature, entropy, rows, shards)
 
   def chunks(self, tokens: int) -> int:
     return -(-tokens // self.shards // self.rows)
+
+  def own(self, hidden_MD: Array, target_MX: Array, wanted_M: Array | None, given: Any) -> Any:
+    """The same, of which a device computes the rows that lie on it; unsaid, all are wanted."""
+    if wanted_M is None:
+      wanted_M = jnp.ones(len(hidden_MD), bool)
+    arrays = (hidden_MD, target_MX, wanted_M, given)
+    return sharding.split_over_batch(arrays) if self.shards > 1 else arrays
+
+  def order(self, wanted_M: Array) -> "_Order":
+    return _Order.wanted_first(wanted_M, self.rows, self.shards)
+
+
+class _Measured(NamedTuple):
+  """Of some tokens: what is asked for, and what their logits' gradient is made from."""
+
+  logp_MX: Array
+  entropy_M: Array
+  logits_MV: Array
+  weight_MV: Array  # probabilities times `mass`
+  mass_M1: Array
+  norm_M1: Array  # log of the sum of exp(logits)
+
+
+def _measured(
+  hidden_MD: Array, head_VD: Array, target_MX: Array, allowed_V: Array | None, how: _Scoring
+) -> _Measured:
+  logits = scaled_logits(hidden_MD, head_VD, allowed_V, how.temperature)
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  weight = jnp.exp(logits - top)
+  mass = weight.sum(-1, keepdims=True)
+  norm = top + jnp.log(mass)
+  entropy = jnp.zeros(len(logits))
+  if how.entropy != "none":
+    entropy = norm[:, 0] - (weight * logits).sum(-1) / mass[:, 0]
+  logp = jnp.take_along_axis(logits, target_MX, axis=1) - norm
+  return _Measured(logp, entropy, logits, weight, mass, norm)
+
+
+def _slopes(
+  made: _Measured, d_logp_MX: Array, d_entropy_M: Array, target_MX: Array, allowed_V, how: _Scoring
+) -> Array:
+  """The gradient of the logits before the temperature [M, V], in one pass, where autodiff would
+  scatter into an array of their size."""
+  share = made.weight_MV / made.mass_M1
+  slope = -d_logp_MX.sum(-1, keepdims=True)
+  if how.entropy == "differentiable":
+    slope -= d_entropy_M[:, None] * (made.logits_MV - made.norm_M1 + made.entropy_M[:, None])
+  d_logits = share * slope
+  for x in range(target_MX.shape[1]):
+    hit = jnp.arange(share.shape[1]) == target_MX[:, x : x + 1]
+    d_logits += jnp.where(hit, d_logp_MX[:, x : x + 1], 0.0)
+  if allowed_V is not None:
+    d_logits = jnp.where(allowed_V, d_logits, 0.0)
+  return d_logits / how.temperature
+
+
+def _pulled(
+  d_logits_MV: Array, hidden_MD: Array, head_VD: Array, head_moves: bool
+) -> tuple[Array | None, Array]:
+  """Gradients of the unembedding in float32 (None where it has none), and of hidden states."""
+  d_logits_MV = d_logits_MV.astype(hidden_MD.dtype)
+
+  def product(letters: str, other: Array) -> Array:
+    return jnp.einsum(letters, d_logits_MV, other, preferred_element_type=jnp.float32)
+
+  d_head = product("mv,md->vd", hidden_MD) if head_moves else None
+  return d_head, product("mv,vd->md", head_VD).astype(hidden_MD.dtype)
+
+
+def _working_head(head_VD: Array, dtype: Any) -> Array:
+  """The unembedding as chunks read it: in their dtype, and gathered once for all of them."""
+  return sharding.gathered_head(head_VD.astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -70,48 +158,71 @@ def _scores(
   allowed_V: Array | None,
   how: _Scoring,
 ) -> tuple[Array, Array]:
-  """Log-probabilities of the targets [M, X], and the entropies [M], from one pass over logits.
-
-  With a backward pass of its own, which makes the gradient of the logits in one pass too, where
-  autodiff would scatter into an array of their size.
-  """
-  return _run(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how)[0]
-
-
-def _working_head(head_VD: Array, dtype: Any) -> Array:
-  """The unembedding as chunks read it: in their dtype, and gathered once for all of them."""
-  return sharding.gathered_head(head_VD.astype(dtype))
-
-
-def _run(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how):
-  """Scores as of `_scores`, and what is kept of them for the backward pass."""
+  """Log-probabilities of the targets [M, X], and the entropies [M], from one pass over logits."""
   head = _working_head(head_VD, hidden_MD.dtype)
 
-  def score(hidden, target) -> tuple[tuple[Array, Array, Array], Any]:
-    logits = scaled_logits(hidden, head, allowed_V, how.temperature)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weight = jnp.exp(logits - top)
-    mass = weight.sum(-1, keepdims=True)
-    norm = top + jnp.log(mass)
-    entropy = jnp.zeros(len(logits))
-    if how.entropy != "none":
-      entropy = norm[:, 0] - (weight * logits).sum(-1) / mass[:, 0]
-    logp = jnp.take_along_axis(logits, target, axis=1) - norm
-    kept = (weight, mass, logits if how.entropy == "differentiable" else None)
-    return (logp, norm, entropy), kept if how.keep else None
+  def score(hidden: Array, target: Array) -> tuple[None, tuple[Array, Array]]:
+    made = _measured(hidden, head, target, allowed_V, how)
+    return None, (made.logp_MX, made.entropy_M)
 
-  if how.chunks(len(hidden_MD)) == 1:
-    (logp, norm, entropy), kept = score(hidden_MD, target_MX)
-    return (logp, entropy), (norm, entropy, kept)
+  return _in_pieces(score, wanted_M, (hidden_MD, target_MX), how)[1]
 
-  def chunk(x: tuple[Array, ...]) -> tuple[tuple[Array, Array, Array], Any]:
-    hidden, target, wanted = x
-    return rungs.where_any(wanted, score, hidden, target)
 
-  order = _Order.wanted_first(wanted_M, how.rows, how.shards)
-  numbers, kept = jax.lax.map(chunk, order.chunks((hidden_MD, target_MX, wanted_M)))
-  logp, norm, entropy = order.joined(numbers)
-  return (logp, entropy), (norm, entropy, kept)
+def _in_pieces(work: Callable, wanted_M: Array, arrays: tuple, how: _Scoring) -> tuple[Any, Any]:
+  """work(*arrays) -> (sums over the tokens, numbers of each token), a chunk of tokens at a time;
+  chunks of which nothing is wanted add nothing, and their numbers are zero."""
+  if how.chunks(len(wanted_M)) == 1:
+    return work(*arrays)
+
+  def zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+  order = how.order(wanted_M)
+  pieces = order.chunks((wanted_M, arrays))
+  shapes = jax.eval_shape(work, *jax.tree.map(lambda x: x[0], pieces[1]))
+
+  def chunk(sums: Any, piece: tuple[Array, tuple]) -> tuple[Any, Any]:
+    wanted, arrays = piece
+
+    def added(sums: Any) -> tuple[Any, Any]:
+      new, numbers = work(*arrays)
+      return jax.tree.map(jnp.add, sums, new), numbers
+
+    return jax.lax.cond(wanted.any(), added, lambda sums: (sums, zeros(shapes[1])), sums)
+
+  sums, numbers = jax.lax.scan(chunk, zeros(shapes[0]), pieces)
+  return sums, order.joined(numbers)
+
+
+@flax.struct.dataclass
+class _Given:
+  """What `_scores` was given. `head_moves`: whether the unembedding has a gradient."""
+
+  arrays: tuple
+  head_moves: bool = flax.struct.field(pytree_node=False)
+
+
+def _forward(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how):
+  given = _values((hidden_MD, head_VD, target_MX, wanted_M, allowed_V))
+  return _scores(*given, how), _Given(given, bool(head_VD.perturbed))
+
+
+def _backward(how, given, cotangents):
+  hidden_MD, head_VD, target_MX, wanted_M, allowed_V = given.arrays
+  head = _working_head(head_VD, hidden_MD.dtype)
+  d_logp_MX, d_entropy_M = map(_instantiated, cotangents)
+
+  def again(hidden, target, d_logp, d_entropy) -> tuple[Array | None, Array]:
+    made = _measured(hidden, head, target, allowed_V, how)
+    d_logits = _slopes(made, d_logp, d_entropy, target, allowed_V, how)
+    return _pulled(d_logits, hidden, head, given.head_moves)
+
+  arrays = (hidden_MD, target_MX, d_logp_MX, d_entropy_M)
+  d_head, d_hidden = _in_pieces(again, wanted_M, arrays, how)
+  return d_hidden, None if d_head is None else d_head.astype(head_VD.dtype), None, None, None
+
+
+_scores.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @flax.struct.dataclass
@@ -145,79 +256,10 @@ def _taken(x_M: Array, places_SM: Array) -> Array:
   return taken.reshape(x_M.shape)
 
 
-@flax.struct.dataclass
-class _Kept:
-  """What the backward pass needs. `head_moves`: whether the unembedding has a gradient."""
-
-  given: tuple
-  made: tuple
-  head_moves: bool = flax.struct.field(pytree_node=False)
-
-
-def _forward(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how):
-  moves = bool(head_VD.perturbed)
-  allowed_V = None if allowed_V is None else allowed_V.value
-  given = (hidden_MD.value, head_VD.value, target_MX.value, wanted_M.value, allowed_V)
-  out, made = _run(*given, how)
-  return out, _Kept(given, made, moves)
-
-
-def _backward(how, kept, cotangents):
-  hidden_MD, head_VD, target_MX, wanted_M, allowed_V = kept.given
-  norm, entropy, made = kept.made
-  head = _working_head(head_VD, hidden_MD.dtype)
-  d_logp_MX, d_entropy_M = map(_instantiated, cotangents)
-
-  def slopes(made, hidden, target, norm, entropy, d_logp, d_entropy) -> tuple[Array, Any]:
-    """Gradients of hidden states, and of the unembedding in float32 (None where it has none)."""
-    if made is None:
-      logits = scaled_logits(hidden, head, allowed_V, how.temperature)
-      share = jnp.exp(logits - norm)
-    else:
-      weight, mass, logits = made
-      share = weight / mass
-    slope = -d_logp.sum(-1, keepdims=True)
-    if how.entropy == "differentiable":
-      slope = slope - d_entropy[:, None] * (logits - norm + entropy[:, None])
-    d_logits = share * slope
-    for x in range(target.shape[1]):
-      hit = jnp.arange(share.shape[1]) == target[:, x : x + 1]
-      d_logits = d_logits + jnp.where(hit, d_logp[:, x : x + 1], 0.0)
-    if allowed_V is not None:
-      d_logits = jnp.where(allowed_V, d_logits, 0.0)
-    d_logits = (d_logits / how.temperature).astype(hidden.dtype)
-
-    def product(letters: str, other: Array) -> Array:
-      return jnp.einsum(letters, d_logits, other, preferred_element_type=jnp.float32)
-
-    d_head = product("mv,md->vd", hidden) if kept.head_moves else None
-    return product("mv,vd->md", head).astype(hidden.dtype), d_head
-
-  arrays = (hidden_MD, target_MX, norm, entropy, d_logp_MX, d_entropy_M)
-  if how.chunks(len(hidden_MD)) == 1:
-    d_hidden, d_head = slopes(made, *arrays)
-  else:
-
-    def chunk(d_head: Any, x: tuple[Array, Any, tuple[Array, ...]]) -> tuple[Any, Array]:
-      wanted, made, arrays = x
-
-      def work(d_head: Any) -> tuple[Any, Array]:
-        d_hidden, new = slopes(made, *arrays)
-        return jax.tree.map(jnp.add, d_head, new), d_hidden
-
-      return jax.lax.cond(
-        wanted.any(), work, lambda d_head: (d_head, jnp.zeros_like(arrays[0])), d_head
-      )
-
-    order = _Order.wanted_first(wanted_M, how.rows, how.shards)
-    nothing = jnp.zeros(head_VD.shape, jnp.float32) if kept.head_moves else None
-    pieces = (order.chunks(wanted_M), made, order.chunks(arrays))
-    d_head, d_hidden = jax.lax.scan(chunk, nothing, pieces)
-    d_hidden = order.joined(d_hidden)
-  return d_hidden, None if d_head is None else d_head.astype(head_VD.dtype), None, None, None
-
-
-_scores.defvjp(_forward, _backward, symbolic_zeros=True)
+def _values(tree: Any) -> Any:
+  """What a forward rule that is told of symbolic zeros was given."""
+  primal = jax.custom_derivatives.CustomVJPPrimal
+  return jax.tree.map(lambda x: x.value, tree, is_leaf=lambda x: isinstance(x, primal))
 
 
 def _instantiated(x: Any) -> Array:
@@ -265,7 +307,8 @@ def token_logprobs(
 ) -> tuple[Array, Array]:
   """Log-probabilities of target tokens and the entropy of the distribution they come from.
 
-  Where they are not all in one chunk, each chunk's logits are made again in the backward pass.
+  Logits are made again in the backward pass; where the loss is known beforehand, `token_loss` needs
+  them once.
 
   Args:
     hidden_MD: hidden state that predicts the target.
@@ -281,20 +324,92 @@ def token_logprobs(
   Returns:
     float32 [M, X] and [M], the entropy in nats.
   """
-  M, shards = hidden_MD.shape[0], sharding.batch_shards()
-  shards = 1 if M % shards else shards
-  own = M // shards
-  keep, rows = own <= chunk_tokens, min(own, chunk_tokens)
-  if wanted_M is None:
-    wanted_M = jnp.ones(M, bool)
-  elif keep:
-    rows = min(-(-own // KEPT_CHUNKS), LARGEST_KEPT_CHUNK)
-  else:
-    rows = min(rows, max(-(-own // MOST_CHUNKS), SMALLEST_CHUNK))
-  arrays = (hidden_MD, target_MX, wanted_M)
-  hidden_MD, target_MX, wanted_M = sharding.split_over_batch(arrays) if shards > 1 else arrays
-  how = _Scoring(temperature, entropy, rows, shards, keep)
+  how = _Scoring.of(len(hidden_MD), wanted_M is not None, chunk_tokens, temperature, entropy)
+  hidden_MD, target_MX, wanted_M, _ = how.own(hidden_MD, target_MX, wanted_M, None)
   return _scores(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _losses(
+  hidden_MD: Array,
+  head_VD: Array,
+  target_MX: Array,
+  wanted_M: Array,
+  allowed_V: Array | None,
+  given: Any,
+  loss: TokenLoss,
+  how: _Scoring,
+) -> tuple[Array, Array, Array]:
+  """The summed loss, log-probabilities [M, X] and entropies [M]."""
+  logp, entropy = _scores(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how)
+  return loss(logp, entropy, given), logp, entropy
+
+
+def _losses_forward(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, given, loss, how):
+  moves = bool(head_VD.perturbed)
+  arrays = _values((hidden_MD, head_VD, target_MX, wanted_M, allowed_V, given))
+  hidden, head, target, wanted, allowed, given = arrays
+  place, head = jnp.zeros((), head.dtype), _working_head(head, hidden.dtype)
+
+  def work(hidden, target, given) -> tuple[tuple[Array, Any], tuple[Array, Array, Array]]:
+    made = _measured(hidden, head, target, allowed, how)
+    total, slopes = jax.value_and_grad(loss, (0, 1))(made.logp_MX, made.entropy_M, given)
+    d_logits = _slopes(made, *slopes, target, allowed, how)
+    d_head, d_hidden = _pulled(d_logits, hidden, head, moves)
+    return (total, d_head), (made.logp_MX, made.entropy_M, d_hidden)
+
+  (total, d_head), numbers = _in_pieces(work, wanted, (hidden, target, given), how)
+  logp, entropy, d_hidden = numbers
+  return (total, logp, entropy), (d_hidden, d_head, place)
+
+
+def _losses_backward(loss, how, kept, cotangents):
+  del loss, how
+  d_hidden, d_head, place = kept
+  slope = _instantiated(cotangents[0])
+  d_head = None if d_head is None else (slope * d_head).astype(place.dtype)
+  return (slope * d_hidden).astype(d_hidden.dtype), d_head, None, None, None, None
+
+
+_losses.defvjp(_losses_forward, _losses_backward, symbolic_zeros=True)
+
+
+def token_loss(
+  hidden_MD: Array,
+  head_VD: Array,
+  target_MX: Array,
+  given: Any,
+  loss: TokenLoss,
+  *,
+  wanted_M: Array | None = None,
+  allowed_V: Array | None = None,
+  temperature: float = 1.0,
+  chunk_tokens: int = 1024,
+  entropy: EntropyKind = "none",
+) -> tuple[Array, Array, Array]:
+  """A loss of target tokens, whose gradient is made while their logits are there: these are neither
+  kept for a backward pass nor made again in it.
+
+  Args:
+    given: a pytree of arrays [M, ...] that the loss reads too, of each token; without gradient.
+    loss: a sum over tokens, of which each part depends on one token's own numbers; a chunk of them
+      is given at a time. Tokens that are not wanted must add nothing.
+    others: as of `token_logprobs`.
+
+  Returns:
+    The sum, float32, differentiable in hidden states and unembedding; log-probabilities [M, X] and
+    entropies [M], without gradient.
+  """
+  how = _Scoring.of(len(hidden_MD), wanted_M is not None, chunk_tokens, temperature, entropy)
+  hidden_MD, target_MX, wanted_M, given = how.own(hidden_MD, target_MX, wanted_M, given)
+  total, logp, nats = _losses(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, given, loss, how)
+  return total, jax.lax.stop_gradient(logp), jax.lax.stop_gradient(nats)
+
+
+def negative_log_likelihood(logp_MX: Array, entropy_M: Array, counts_MX: Array) -> Array:
+  """The `TokenLoss` of supervised training."""
+  del entropy_M
+  return -masked_sum(logp_MX, counts_MX)
 
 
 def token_kl(

@@ -88,6 +88,12 @@ class LossConfig:
       )
 
   @property
+  def by_token(self) -> bool:
+    """Whether a token's loss depends on nothing but the token's own numbers."""
+    of_sequence = self.importance != "none" and self.importance_level == "sequence"
+    return self.surrogate != "gspo" and not of_sequence and not self.kl_is_exact
+
+  @property
   def has_kl(self) -> bool:
     """Whether there is a KL term, and so a reference."""
     return self.kl > 0
@@ -117,6 +123,12 @@ class LossInputs:
   # the exact KL of each token's distribution, in place of an estimate from the reference's
   exact_kl_BGT: Array | None = None
 
+  def of_tokens(self, cfg: LossConfig) -> tuple["LossInputs", Array]:
+    """The same with every number per token [B, G, T], and what each token weighs in the sum."""
+    advantage_BGT = jnp.broadcast_to(self.advantage_BG[..., None], self.counts_BGT.shape)
+    spread = dataclasses.replace(self, advantage_BG=advantage_BGT)
+    return spread, token_weights(self.counts_BGT, cfg)
+
 
 def kl_estimate(logp: Array, reference_logp: Array, estimator: str) -> Array:
   """KL(policy || reference) a token from samples of the policy; see `LossConfig`."""
@@ -144,6 +156,19 @@ def loss_count(counts_BGT: Array, cfg: LossConfig) -> Array:
   if cfg.aggregation == "set_token_mean":
     return (_in_sets(counts_BGT.sum(-1), cfg).sum(-1) > 0).sum()
   return counts_BGT.sum() if cfg.aggregation == "token_mean" else counts_BGT.any(-1).sum()
+
+
+def token_weights(counts_BGT: Array, cfg: LossConfig) -> Array:
+  """What each token's loss is multiplied by before all are summed, float32 [B, G, T]."""
+  tokens_BG = counts_BGT.sum(-1)
+  if cfg.aggregation == "set_token_mean":
+    tokens_SC = _in_sets(tokens_BG, cfg)
+    of_set_SC = jnp.broadcast_to(tokens_SC.sum(-1, keepdims=True), tokens_SC.shape)
+    tokens_BG = of_set_SC.reshape(tokens_BG.T.shape).T
+  elif cfg.aggregation != "sequence_mean":
+    tokens_BG = jnp.ones_like(tokens_BG)
+  weight_BG = 1.0 / jnp.maximum(tokens_BG, 1)
+  return jnp.broadcast_to(weight_BG[..., None], counts_BGT.shape)
 
 
 def _in_sets(x_BG: Array, cfg: LossConfig) -> Array:
@@ -220,6 +245,31 @@ def policy_loss(logp_BGT: Array, entropy_BGT: Array, given: LossInputs, cfg: Los
   Tokens that do not count may hold anything, nan and infinities too: they have no part in the loss
   and no gradient.
   """
+  loss_BGT, numbers = _token_losses(logp_BGT, entropy_BGT, given, cfg)
+  counts_BGT = given.counts_BGT
+  total = masked_sum(loss_BGT * token_weights(counts_BGT, cfg), counts_BGT)
+  return LossSum(total, loss_count(counts_BGT, cfg), numbers)
+
+
+def summed_loss(
+  logp_MX: Array, entropy_M: Array, given: tuple[LossInputs, Array], cfg: LossConfig
+) -> Array:
+  """`policy_loss`'s total over some tokens, of what `LossInputs.of_tokens` says of them, where
+  `cfg.by_token`: a `models.head.TokenLoss`."""
+  inputs, weight_MX = given
+  # Tokens as captions of one token.
+  tokens = jax.tree.map(lambda x: x[..., None], inputs)
+  tokens = dataclasses.replace(tokens, advantage_BG=inputs.advantage_BG)
+  logp_MX1 = logp_MX[..., None]
+  entropy_MX1 = jnp.broadcast_to(entropy_M[:, None, None], logp_MX1.shape)
+  loss_MX1, _ = _token_losses(logp_MX1, entropy_MX1, tokens, cfg)
+  return masked_sum(loss_MX1 * weight_MX[..., None], tokens.counts_BGT)
+
+
+def _token_losses(
+  logp_BGT: Array, entropy_BGT: Array, given: LossInputs, cfg: LossConfig
+) -> tuple[Array, TokenNumbers]:
+  """Each token's loss, which may be anything where it does not count; and statistics."""
   counts_BGT = given.counts_BGT
 
   def quiet(x: Array) -> Array:  # before exp: inf times a zero mask would be nan
@@ -258,18 +308,9 @@ def policy_loss(logp_BGT: Array, entropy_BGT: Array, given: LossInputs, cfg: Los
     sums["kl"] = masked_sum(kl_BGT, counts_BGT)
   if cfg.entropy:
     loss_BGT -= cfg.entropy * entropy_BGT
-  if cfg.aggregation == "sequence_mean":
-    total = masked_mean(loss_BGT, counts_BGT, axis=-1).sum()
-  elif cfg.aggregation == "set_token_mean":
-    loss_SC = _in_sets(masked_sum(loss_BGT, counts_BGT, axis=-1), cfg)
-    tokens_SC = _in_sets(counts_BGT.sum(-1), cfg)
-    total = (loss_SC.sum(-1) / jnp.maximum(tokens_SC.sum(-1), 1)).sum()
-  else:
-    total = masked_sum(loss_BGT, counts_BGT)
-  numbers = TokenNumbers(
+  return loss_BGT, TokenNumbers(
     tokens=counts_BGT.sum().astype(jnp.float32),
     sums=sums,
     maxima=maxima,
     minima={"ratio": masked_min(ratio, counts_BGT)},
   )
-  return LossSum(total, loss_count(counts_BGT, cfg), numbers)

@@ -5,6 +5,7 @@ R: slots of a row in which the captions of a group stand one after the other.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.struct
@@ -15,7 +16,7 @@ from caprl_jax import sharding
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.blocks import Row, extend_in_blocks, running
 from caprl_jax.models.decoder import head_matrix
-from caprl_jax.models.head import EntropyKind, token_logprobs
+from caprl_jax.models.head import EntropyKind, TokenLoss, token_logprobs, token_loss
 from caprl_jax.models.policy import Policy, last_hidden
 from caprl_jax.rl.sampling import SamplingConfig, decode
 from caprl_jax.types import (
@@ -209,6 +210,12 @@ class PackedGroups:
   target_BR: Array  # int32 index into the group's G * T tokens of the one that the slot predicts
   slot_BGT: Array  # int32, the slot that predicts each token but the first
 
+  def by_slot(self, x_BGT: Array) -> Array:
+    """Numbers of tokens -> [B, R], each at the slot that predicts it; zero in the padding."""
+    B = len(self.target_BR)
+    x_BR = jnp.take_along_axis(x_BGT.reshape(B, -1), self.target_BR, axis=1)
+    return jnp.where(self.valid_BR, x_BR, jnp.zeros((), x_BR.dtype))
+
 
 def group_slots(captions: Captions) -> Array:
   """Slots that each image's packed captions take, int32 [B]."""
@@ -264,14 +271,14 @@ class CaptionStates:
   packed: PackedGroups
 
   def by_caption(self, first_B: Array, rest_BR: Array | None) -> Array:
-    """Numbers of hidden states -> [B, G, T]; `first_B` may be [B, G]. Where there is no token, it
-    holds a number that nobody may read."""
+    """Numbers of hidden states -> [B, G, T]; `first_B` may be [B, G], `rest_BR` flat. Where there
+    is no token, it holds a number that nobody may read."""
     B, G, T = self.packed.slot_BGT.shape
     first_BG = jnp.broadcast_to(first_B.reshape(B, -1), (B, G))
     if rest_BR is None:
       return first_BG[..., None]
     packed = self.packed
-    rest = _by_caption(rest_BR, packed.target_BR, packed.slot_BGT, packed.valid_BR)
+    rest = _by_caption(rest_BR.reshape(B, -1), packed.target_BR, packed.slot_BGT, packed.valid_BR)
     return jnp.where(jnp.arange(T) == 0, first_BG[..., None], rest)
 
 
@@ -344,13 +351,8 @@ def states_logprobs(
   entropy: EntropyKind = "none",
 ) -> tuple[Array, Array]:
   """`caption_logprobs` from `caption_states`."""
-  B, G, T = captions.tokens_BGT.shape
-  # A pad token may be forbidden: score any allowed one in its place, nobody reads it.
-  target_BGT = jnp.where(captions.valid_BGT, captions.tokens_BGT, vocabulary.end_ids[0])
 
-  def score(
-    hidden_MD: Array, target_MX: Array, wanted_M: Array | None = None
-  ) -> tuple[Array, Array]:
+  def score(hidden_MD, target_MX, wanted_M, _) -> tuple[Array, Array]:
     return token_logprobs(
       hidden_MD,
       head_matrix(policy.cfg.text, params["language_model"]),
@@ -362,15 +364,75 @@ def states_logprobs(
       entropy=entropy,
     )
 
-  first_logp_BG, first_entropy_B = score(states.first_BD, target_BGT[..., 0])
+  (logp_BG, entropy_B), rest = _scored(score, states, captions, vocabulary)
+  logp_M, entropy_M = rest or (None, None)
+  return states.by_caption(logp_BG, logp_M), states.by_caption(entropy_B, entropy_M)
+
+
+def states_loss(
+  policy: Policy,
+  params: Params,
+  states: CaptionStates,
+  captions: Captions,
+  given_BGT: Any,
+  loss: TokenLoss,
+  *,
+  vocabulary: Vocabulary,
+  temperature: float = 1.0,
+  chunk_tokens: int = 1024,
+  entropy: EntropyKind = "none",
+) -> tuple[Array, Array, Array]:
+  """A loss of given captions' tokens, differentiable; and without gradient their log-probabilities
+  and entropies, float32 [B, G, T] each.
+
+  Args:
+    given_BGT: arrays [B, G, T] that the loss reads; all zero must make a token without any part in
+      it, since there is padding between captions.
+    loss: as of `models.head.token_loss`.
+    others: as of `states_logprobs`.
+  """
+
+  def score(hidden_MD, target_MX, wanted_M, given_MX) -> tuple[Array, Array, Array]:
+    return token_loss(
+      hidden_MD,
+      head_matrix(policy.cfg.text, params["language_model"]),
+      target_MX,
+      given_MX,
+      loss,
+      wanted_M=wanted_M,
+      allowed_V=vocabulary.allowed_V,
+      temperature=temperature or 1.0,
+      chunk_tokens=chunk_tokens,
+      entropy=entropy,
+    )
+
+  (total, logp_BG, entropy_B), rest = _scored(score, states, captions, vocabulary, given_BGT)
+  more, logp_M, entropy_M = rest or (0.0, None, None)
+  return total + more, states.by_caption(logp_BG, logp_M), states.by_caption(entropy_B, entropy_M)
+
+
+def _scored(
+  score: Callable[..., Any],
+  states: CaptionStates,
+  captions: Captions,
+  vocabulary: Vocabulary,
+  given_BGT: Any = None,
+) -> tuple[Any, Any]:
+  """score(hidden states [M, D], targets [M, X], which are wanted, what is given of them [M, X]) of
+  the captions' first tokens, an image's in one row, and of the others (None where there are
+  none)."""
+  end = vocabulary.end_ids[0]
+  # A pad token may be forbidden: score any allowed one in its place, nobody reads it.
+  target_BGT = jnp.where(captions.valid_BGT, captions.tokens_BGT, end)
+  given_BG = jax.tree.map(lambda x: x[..., 0], given_BGT)
+  first = score(states.first_BD, target_BGT[..., 0], None, given_BG)
   if states.rest_BRD is None:
-    return states.by_caption(first_logp_BG, None), states.by_caption(first_entropy_B, None)
-  packed = states.packed
-  target_BR = jnp.take_along_axis(target_BGT.reshape(B, G * T), packed.target_BR, axis=1)
-  target_BR = jnp.where(packed.valid_BR, target_BR, vocabulary.end_ids[0])
-  rest = states.rest_BRD.reshape(-1, states.rest_BRD.shape[-1])
-  logp_M1, entropy_M = score(rest, target_BR.reshape(-1, 1), packed.valid_BR.reshape(-1))
-  return (
-    states.by_caption(first_logp_BG, logp_M1.reshape(B, -1)),
-    states.by_caption(first_entropy_B, entropy_M.reshape(B, -1)),
-  )
+    return first, None
+
+  def by_slot(x_BGT: Array) -> Array:
+    return states.packed.by_slot(x_BGT).reshape(-1, 1)
+
+  valid_M = states.packed.valid_BR.reshape(-1)
+  target_M1 = jnp.where(valid_M[:, None], by_slot(target_BGT), end)
+  rest_MD = states.rest_BRD.reshape(-1, states.rest_BRD.shape[-1])
+  return first, score(rest_MD, target_M1, valid_M, jax.tree.map(by_slot, given_BGT))

@@ -3,6 +3,7 @@ steps.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +21,14 @@ from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.rl.gradients import LossSum, MeanLoss, guarded_step, mean_gradient
 from caprl_jax.rl.groups import Groups, Rollout
-from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, policy_loss
+from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, policy_loss, summed_loss
 from caprl_jax.rl.rollout import (
   CaptionStates,
   caption_logprobs,
   caption_states,
   group_slots,
   states_logprobs,
+  states_loss,
 )
 from caprl_jax.sharding import join_microbatches, microbatches
 from caprl_jax.types import Array, Batch, Captions, Frozen, Params, TrainState
@@ -42,8 +44,9 @@ class UpdateConfig:
   microbatches: pieces of whole groups into which each minibatch is cut, to save memory; the
     gradient is the same. Groups of like lengths share a piece, which takes the time of its longest
     group.
-  chunk_tokens: tokens whose logits exist at once on a device. Where they are all, their
-    probabilities are kept for the backward pass; else each chunk's are made again.
+  chunk_tokens: tokens whose logits exist at once on a device, at most. Their gradient is made while
+    they are there; where a token's loss depends on others (`gspo`, importance weights of a
+    `sequence`, the `full` KL), they are made again in the backward pass.
   """
 
   loss: LossConfig = LossConfig()
@@ -180,16 +183,6 @@ def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Roll
   cfg, captions = learner.cfg, rollout.captions
   everything = merge_params(params, frozen.base)
   states = caption_states(learner.policy, everything, rollout.batch, captions)
-  logp_BGT, entropy_BGT = states_logprobs(
-    learner.policy,
-    everything,
-    states,
-    captions,
-    vocabulary=frozen.vocabulary,
-    temperature=learner.temperature,
-    chunk_tokens=cfg.chunk_tokens,
-    entropy="differentiable" if cfg.loss.entropy else "figure",
-  )
   counts_BGT = captions.valid_BGT & rollout.scored_BG[..., None]
   if cfg.loss.mask_truncated:
     counts_BGT &= captions.ended_BG[..., None]
@@ -204,7 +197,19 @@ def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Roll
     reference_logp_BGT=rollout.reference_logp_BGT,
     exact_kl_BGT=exact_kl_BGT,
   )
-  return policy_loss(logp_BGT, entropy_BGT, given, cfg.loss)
+  scored = (learner.policy, everything, states, captions)
+  settings: dict[str, Any] = dict(
+    vocabulary=frozen.vocabulary,
+    temperature=learner.temperature,
+    chunk_tokens=cfg.chunk_tokens,
+    entropy="differentiable" if cfg.loss.entropy else "figure",
+  )
+  if cfg.loss.by_token:
+    loss = functools.partial(summed_loss, cfg=cfg.loss)
+    inputs = given.of_tokens(cfg.loss)
+    total, logp_BGT, entropy_BGT = states_loss(*scored, inputs, loss, **settings)
+    return dataclasses.replace(policy_loss(logp_BGT, entropy_BGT, given, cfg.loss), total=total)
+  return policy_loss(*states_logprobs(*scored, **settings), given, cfg.loss)
 
 
 def _exact_kl(

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from caprl_jax.masked import masked_sum
+from caprl_jax.models.head import negative_log_likelihood
 from caprl_jax.models.policy import Policy
 from caprl_jax.rl.gradients import LossSum, TokenNumbers, guarded_step, mean_gradient
-from caprl_jax.rl.rollout import caption_logprobs
+from caprl_jax.rl.rollout import caption_logprobs, caption_states, states_loss
 from caprl_jax.rl.step_metrics import batch_metrics
 from caprl_jax.types import Array, Batch, Captions, Params, TrainState, Vocabulary
 
@@ -55,11 +56,11 @@ def sft_step(
 
   def loss(params: Params, example: SFTExample) -> LossSum:
     captions = example.captions()
-    logp_BGT, _ = caption_logprobs(
-      policy, params, example.batch, captions, vocabulary=vocabulary, temperature=1.0
+    states = caption_states(policy, params, example.batch, captions)
+    scored, count = (policy, params, states, captions), captions.valid_BGT.sum()
+    total, _, _ = states_loss(
+      *scored, captions.valid_BGT, negative_log_likelihood, vocabulary=vocabulary
     )
-    count = captions.valid_BGT.sum()
-    total = -masked_sum(logp_BGT, captions.valid_BGT)
     return LossSum(total, count, TokenNumbers(count.astype(jnp.float32)))
 
   mean = mean_gradient(loss, state.params, example, 1)

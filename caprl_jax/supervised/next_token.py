@@ -6,9 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from caprl_jax.masked import masked_sum
 from caprl_jax.models.decoder import head_matrix
-from caprl_jax.models.head import token_logprobs
+from caprl_jax.models.head import negative_log_likelihood, token_loss
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.rl.gradients import LossSum, TokenNumbers, guarded_step, mean_gradient
@@ -24,13 +23,16 @@ def packed_loss(
   )
   # An example's first token is never wanted, so none is predicted from another example.
   target_BL, wanted_BL = batch.prompts.tokens_BP[:, 1:], batch.wanted_BL[:, 1:]
-  logp, _ = token_logprobs(
+  total, _, _ = token_loss(
     hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1]),
     head_matrix(policy.cfg.text, params["language_model"]),
     target_BL.reshape(-1, 1),
+    wanted_BL.reshape(-1, 1),
+    negative_log_likelihood,
+    wanted_M=wanted_BL.reshape(-1),
     chunk_tokens=chunk_tokens,
   )
-  return -masked_sum(logp.reshape(target_BL.shape), wanted_BL), wanted_BL.sum()
+  return total, wanted_BL.sum()
 
 
 def pretrain_step(

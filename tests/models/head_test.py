@@ -1,5 +1,7 @@
-"""Log-probabilities and entropies from the head: chunked, of allowed tokens, gradients, a mesh."""
+"""Log-probabilities, entropies and losses from the head: chunked, of allowed tokens, gradients, a
+mesh."""
 
+import functools
 import json
 import os
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 from helpers.paths import ROOT
 
 from benchmarks.parts.executed import executed
-from caprl_jax.models.head import scaled_logits, token_kl, token_logprobs
+from caprl_jax.models.head import scaled_logits, token_kl, token_logprobs, token_loss
 
 M, D, V, X = 11, 6, 17, 3
 HIDDEN = jax.random.normal(jax.random.key(0), (M, D))
@@ -85,7 +87,7 @@ def test_gradients_do_not_depend_on_chunks(allowed):
 SCATTERED = jnp.isin(jnp.arange(M), jnp.array([1, 6, 10]))
 
 
-@pytest.mark.parametrize("chunk", [2, 1024], ids=["made again", "kept"])
+@pytest.mark.parametrize("chunk", [2, 1024], ids=["as asked", "as fits"])
 def test_tokens_that_are_not_wanted_cost_nothing_and_change_nothing(chunk):
   def f(hidden, head, wanted, chunk=chunk):
     logp, entropy = token_logprobs(
@@ -102,6 +104,72 @@ def test_tokens_that_are_not_wanted_cost_nothing_and_change_nothing(chunk):
   all_of_them, _ = executed(grad, HIDDEN, HEAD, jnp.ones(M, bool))
   some, _ = executed(grad, HIDDEN, HEAD, SCATTERED)
   assert some == all_of_them * 2 / 6
+
+
+GIVEN = jax.random.normal(jax.random.key(4), (M, X))
+
+
+def curved(logp, entropy, given):
+  """A loss whose slopes depend on the log-probabilities; tokens given zero have no part in it."""
+  return jnp.sum(given * (jnp.sin(logp) + 0.3 * entropy[:, None] ** 2))
+
+
+def in_two_passes(hidden, head, given, wanted=None, **settings):
+  logp, entropy = token_logprobs(hidden, head, TARGET, wanted_M=wanted, **settings)
+  return curved(logp, entropy, given), (logp, entropy)
+
+
+@pytest.mark.parametrize("wanted", [None, SCATTERED], ids=["all", "some"])
+@pytest.mark.parametrize("allowed", [None, ALLOWED], ids=["any", "allowed"])
+@pytest.mark.parametrize("chunk", [2, 4, 1024])
+def test_a_loss_has_the_gradient_of_two_passes(chunk, allowed, wanted):
+  settings = dict(allowed_V=allowed, temperature=0.7, entropy="differentiable")
+  given = GIVEN if wanted is None else jnp.where(wanted[:, None], GIVEN, 0.0)
+
+  def loss(hidden, head):
+    total, *measured = token_loss(
+      hidden, head, TARGET, given, curved, wanted_M=wanted, chunk_tokens=chunk, **settings
+    )
+    return total, measured
+
+  run = functools.partial(jax.value_and_grad, has_aux=True)
+  (got, measured), slopes = run(loss, (0, 1))(HIDDEN, HEAD)
+  (want, expected), wanted_slopes = run(in_two_passes, (0, 1))(HIDDEN, HEAD, given, **settings)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for a, b in zip(slopes, wanted_slopes, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+  rows = jnp.arange(M) if wanted is None else jnp.flatnonzero(wanted)
+  for a, b in zip(measured, expected, strict=True):
+    np.testing.assert_allclose(a[rows], b[rows], atol=1e-5)
+  np.testing.assert_allclose(loss(HIDDEN, HEAD)[0], want, rtol=1e-5)  # without a gradient
+  # A multiple of the loss has the same multiple of its gradient.
+  thrice = jax.grad(lambda h: 3 * loss(h, HEAD)[0])(HIDDEN)
+  np.testing.assert_allclose(thrice, 3 * slopes[0], rtol=1e-6)
+
+
+def test_a_loss_costs_three_products_and_two_where_the_head_is_not_trained():
+  def loss(hidden, head):
+    return token_loss(hidden, head, TARGET, GIVEN, curved, chunk_tokens=4)[0]
+
+  def two_passes(hidden, head):
+    return in_two_passes(hidden, head, GIVEN, chunk_tokens=4)[0]
+
+  one = 2 * 12 * D * V  # three chunks of four
+  flops = lambda function, which: executed(jax.grad(function, which), HIDDEN, HEAD)[0]
+  assert flops(loss, (0, 1)) == 3 * one and flops(loss, 0) == 2 * one
+  assert flops(two_passes, (0, 1)) == 4 * one
+  only, _ = executed(loss, HIDDEN, HEAD)
+  assert only == one
+
+
+def test_a_loss_in_bfloat16_has_a_float32_sum_and_gradients_of_its_arguments():
+  half = HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
+  loss = lambda *arrays: token_loss(arrays[0], arrays[1], TARGET, GIVEN, curved, chunk_tokens=4)[0]
+  value, slopes = jax.value_and_grad(loss, (0, 1))(*half)
+  assert value.dtype == jnp.float32 and all(x.dtype == jnp.bfloat16 for x in slopes)
+  want = jax.grad(lambda *arrays: in_two_passes(*arrays, GIVEN)[0], (0, 1))(HIDDEN, HEAD)
+  for a, b in zip(slopes, want, strict=True):
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
 
 
 def test_many_slots_of_which_few_are_wanted():
@@ -174,7 +242,7 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.programs import hlo
 from caprl_jax import sharding
-from caprl_jax.models.head import token_kl, token_logprobs
+from caprl_jax.models.head import token_kl, token_logprobs, token_loss
 
 B, L, D, V = 8, 90, 16, 50
 rng = np.random.default_rng(0)
@@ -188,7 +256,12 @@ def f(hidden, head, other, target):
     flat(hidden), head, flat(target), wanted_M=wanted, chunk_tokens=32, entropy="differentiable"
   )
   kl = token_kl(flat(hidden), head, flat(other), head, wanted_M=wanted, chunk_tokens=32)
-  return jnp.where(wanted, logp.sum(1) + entropy + kl, 0) @ jnp.arange(B * L)
+  weight = jnp.where(wanted, jnp.arange(B * L), 0)
+  total, _, _ = token_loss(
+    flat(hidden), head, flat(target), weight[:, None],
+    lambda logp, _, weight: jnp.sum(weight * jnp.cos(logp)), wanted_M=wanted, chunk_tokens=32,
+  )
+  return jnp.where(wanted, logp.sum(1) + entropy + kl, 0) @ jnp.arange(B * L) + total
 
 found = {}
 meshes = dict(

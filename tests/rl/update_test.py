@@ -182,6 +182,52 @@ def test_rows_of_other_lengths_give_the_same(tiny_run, rollout, monkeypatch):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  "loss",
+  [
+    LossConfig(),
+    LossConfig(surrogate="reinforce", aggregation="sequence_mean", entropy=0.01),
+    LossConfig(surrogate="cispo", aggregation="set_token_mean", set_captions=2),
+    LossConfig(dual_clip=3.0, aggregation="constant", kl=0.2, kl_estimator="k3_k2"),
+    LossConfig(importance="truncate", mask_truncated=True),
+  ],
+  ids=lambda loss: loss.surrogate + "-" + loss.aggregation,
+)
+def test_a_loss_of_tokens_is_that_of_two_passes(tiny_run, rollout, loss, monkeypatch):
+  """The gradient that is made while the logits are there, and that of autodiff through
+  log-probabilities; off the policy, so that ratios matter."""
+  noise = 0.2 * jax.random.normal(jax.random.key(5), rollout.captions.logp_BGT.shape)
+  captions = rollout.captions.replace(logp_BGT=rollout.captions.logp_BGT + noise)
+  rollout = dataclasses.replace(
+    rollout, captions=captions, reference_logp_BGT=captions.logp_BGT if loss.has_kl else None
+  )
+
+  def gradients():
+    learner = Learner(tiny_run.policy.model, TX, UpdateConfig(loss))
+    run = jax.jit(functools.partial(loss_gradients, learner))
+    return run(tiny_run.policy.params, tiny_run.frozen, rollout)
+
+  assert loss.by_token
+  one = gradients()
+  monkeypatch.setattr(LossConfig, "by_token", False)
+  two = gradients()
+  assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(two.grads)) > 1e-4
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [
+    LossConfig(surrogate="gspo"),
+    LossConfig(importance="mask", importance_level="sequence"),
+    LossConfig(kl=0.1, kl_estimator="full"),
+  ],
+)
+def test_losses_of_whole_captions_take_two_passes(loss):
+  assert not loss.by_token
+
+
 def test_an_entropy_bonus_raises_entropy(tiny_run, rollout):
   flat = dataclasses.replace(rollout, advantage_BG=jnp.zeros(rollout.scored_BG.shape))
   _, before = update(tiny_run, flat, UpdateConfig(LossConfig()))

@@ -158,12 +158,11 @@ def _update(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Stag
   captions = once.captions / mesh.parts + decoder_flops(
     step.text, max(run - (seen.tokens - seen.length_BG.size) / mesh.parts, 0.0), 0
   )
-  chunked = row.images * row.slots > update.chunk_tokens
   flops = (
     once.tower / mesh.parts * ((3 + remat.tower) if tower else 1)
     + once.prompt / mesh.parts * (1 + again + backward)
     + captions * (1 + again + backward + row.in_blocks)
-    + once.head / mesh.parts * (1 + backward + chunked)
+    + once.head / mesh.parts * (1 + backward + (not update.loss.by_token))
   ) / mesh.tensor
   passes = 1 + again + 1  # of gathering: forward, again, backward
   layers = pieces * (passes + blocks * (passes + row.in_blocks))
