@@ -7,6 +7,7 @@ captions of the image, blind ones are the empty caption and true captions of ima
 fact with it: a question answered right from those needs no caption of this image.
 """
 
+import collections
 import dataclasses
 import itertools
 import logging
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from caprl_jax.data.readers.conversations import check_kinds, of_kinds
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.judge import HostJudge
@@ -28,12 +30,15 @@ class QuestionFilterConfig:
   answered right is above `min_informed` and that of blind ones (the empty caption and
   `mismatched` others) is below `max_blind`.
 
-  informed: templates of true captions with {fact} places; none: every question is kept as it is.
+  kinds: of questions that are used; the others are left out, unasked. Empty: all.
+  informed: templates of true captions with {fact} places; none: no question is asked, and all of
+    these kinds are kept.
   mismatched: true captions of other images that count as blind.
   min_informed: least share answered right when informed, exclusive; CapRL's.
   max_blind: greatest share answered right when blind, exclusive; CapRL's.
   """
 
+  kinds: tuple[str, ...] = ()
   informed: tuple[str, ...] = ()
   mismatched: int = 4
   min_informed: float = 0.75
@@ -85,13 +90,19 @@ def filter_questions(
 
   Returns:
     Per split: the rows with the questions kept (rows without any are left out),
-    and counts `kept/<kind>`, `dropped/<kind>`.
+    and counts `kept/<kind>`, `dropped/<kind>`, `left out/<kind>`.
 
   Raises:
-    ValueError: nothing is left of a split.
+    ValueError: nothing is left of a split; a kind that no row has.
   """
+  check_kinds([row for _, rows in splits for row in rows], cfg.kinds, "question_filter.kinds")
+  left_out = [_left_out(rows, cfg.kinds) for _, rows in splits]
+  for (where, rows), counts in zip(splits, left_out, strict=True):
+    if rows and sum(counts.values()) == sum(len(row.questions) for row in rows):
+      raise ValueError(f"{where}: no question is of question_filter.kinds = {cfg.kinds}")
+  splits = [(where, of_kinds(rows, cfg.kinds or None)) for where, rows in splits]
   if not cfg.informed:
-    return [(rows, {}) for _, rows in splits]
+    return [(rows, counts) for (_, rows), counts in zip(splits, left_out, strict=True)]
   assert host_judge is not None, "checked with the settings"
   known = [
     [(row, q) for row in rows for q in row.questions if _knows(row, cfg)] for _, rows in splits
@@ -99,9 +110,19 @@ def filter_questions(
   alive = _judge(list(itertools.chain(*known)), host_judge, cfg, seed)
   ends = np.cumsum([len(pairs) for pairs in known])[:-1]
   return [
-    _collect(rows, pairs, kept, where)
-    for (where, rows), pairs, kept in zip(splits, known, np.split(alive, ends), strict=True)
+    _collect(rows, pairs, kept, where, counts)
+    for (where, rows), pairs, kept, counts in zip(
+      splits, known, np.split(alive, ends), left_out, strict=True
+    )
   ]
+
+
+def _left_out(rows: Sequence[QARow], kinds: Sequence[str]) -> dict[str, int]:
+  """How many questions are of other kinds, `left out/<kind>`."""
+  asked = [question for row in rows for question in row.questions] if kinds else []
+  return dict(
+    collections.Counter(f"left out/{q.kind or 'question'}" for q in asked if q.kind not in kinds)
+  )
 
 
 def _judge(
@@ -152,9 +173,15 @@ def _knows(row: QARow, cfg: QuestionFilterConfig) -> bool:
   return True
 
 
-def _collect(rows: list[QARow], pairs: list[tuple[QARow, Question]], alive: np.ndarray, where: str):
+def _collect(
+  rows: list[QARow],
+  pairs: list[tuple[QARow, Question]],
+  alive: np.ndarray,
+  where: str,
+  left_out: dict[str, int],
+) -> tuple[list[QARow], dict[str, int]]:
   kept: dict[int, list[Question]] = {}  # by row: two may have one name
-  counts: dict[str, int] = {}
+  counts = dict(left_out)
   for (row, question), keep in zip(pairs, alive):
     kind = question.kind or "question"
     for verdict in ("kept", "dropped"):

@@ -112,7 +112,7 @@ def _without_judge(settings: Settings) -> Settings:
     step=dataclasses.replace(settings.step, reward=reward),
     data=dataclasses.replace(settings.data, questions=0),
     gate=dataclasses.replace(settings.gate, ideal=None),
-    question_filter=dataclasses.replace(settings.question_filter, informed=()),
+    question_filter=dataclasses.replace(settings.question_filter, kinds=(), informed=()),
   )
 
 

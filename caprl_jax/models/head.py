@@ -18,14 +18,22 @@ from caprl_jax.masked import NEGATIVE, masked_sum
 
 Array = jax.Array
 EntropyKind = Literal["none", "figure", "differentiable"]
-# (log-probabilities [m, X], entropies [m], what is given of these tokens) -> their losses' sum
+# (log-probabilities [m, X], entropies [m], what is given of these tokens) -> their losses [m, X]
 TokenLoss = Callable[[Array, Array, Any], Array]
-# A chunk adds its gradient of the unembedding to the others', so chunks must not be too small; but
-# what fills the last one up is computed for nothing.
-MOST_CHUNKS, SMALLEST_CHUNK = 16, 512
-# Of tokens that would fit at once: a microbatch wants few of the slots that its captions have, and
-# small chunks of logits stay near the cores.
-FITTING_CHUNKS, LARGEST_FITTING_CHUNK = 8, 192
+# What fills the last chunk up is computed for nothing, but each chunk adds its gradient of the
+# whole unembedding to the others': a chunk needs more tokens where that is large.
+MOST_CHUNKS, SMALLEST_CHUNK, SMALLEST_OF_LARGE_HEAD, LARGE_HEAD = 24, 192, 512, 2**25
+
+
+def chunk_rows(tokens: int, chunk_tokens: int, head_size: int) -> int:
+  """Tokens that a device takes at once, of those that it has; not all of them are wanted.
+
+  Args:
+    chunk_tokens: the most.
+    head_size: numbers of the unembedding.
+  """
+  smallest = SMALLEST_OF_LARGE_HEAD if head_size > LARGE_HEAD else SMALLEST_CHUNK
+  return min(tokens, chunk_tokens, max(-(-tokens // MOST_CHUNKS), smallest))
 
 
 def scaled_logits(
@@ -59,19 +67,12 @@ class _Scoring:
   shards: int
 
   @classmethod
-  def of(
-    cls, tokens: int, some: bool, chunk_tokens: int, temperature: float, entropy: EntropyKind
-  ) -> "_Scoring":
-    """Of so many tokens. some: not all of them are wanted."""
-    shards = sharding.batch_shards()
+  def of(cls, hidden_MD, head_VD, wanted_M, chunk_tokens: int, **settings: Any) -> "_Scoring":
+    tokens, shards = len(hidden_MD), sharding.batch_shards()
     shards = 1 if tokens % shards else shards
     own = tokens // shards
-    rows = min(own, chunk_tokens)
-    if some and own <= chunk_tokens:
-      rows = min(-(-own // FITTING_CHUNKS), LARGEST_FITTING_CHUNK)
-    elif some:
-      rows = min(rows, max(-(-own // MOST_CHUNKS), SMALLEST_CHUNK))
-    return cls(temperature, entropy, rows, shards)
+    rows = chunk_rows(own, chunk_tokens, head_VD.size)
+    return cls(rows=min(own, chunk_tokens) if wanted_M is None else rows, shards=shards, **settings)
 
   def chunks(self, tokens: int) -> int:
     return -(-tokens // self.shards // self.rows)
@@ -324,7 +325,8 @@ def token_logprobs(
   Returns:
     float32 [M, X] and [M], the entropy in nats.
   """
-  how = _Scoring.of(len(hidden_MD), wanted_M is not None, chunk_tokens, temperature, entropy)
+  settings = dict(temperature=temperature, entropy=entropy)
+  how = _Scoring.of(hidden_MD, head_VD, wanted_M, chunk_tokens, **settings)
   hidden_MD, target_MX, wanted_M, _ = how.own(hidden_MD, target_MX, wanted_M, None)
   return _scores(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how)
 
@@ -342,32 +344,38 @@ def _losses(
 ) -> tuple[Array, Array, Array]:
   """The summed loss, log-probabilities [M, X] and entropies [M]."""
   logp, entropy = _scores(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, how)
-  return loss(logp, entropy, given), logp, entropy
+  return _summed(loss, wanted_M)(logp, entropy, given), logp, entropy
+
+
+def _summed(loss: TokenLoss, wanted_M: Array) -> Callable[[Array, Array, Any], Array]:
+  """The sum of what is wanted: other rows, which may fill a chunk up, hold anything."""
+  return lambda *numbers: masked_sum(loss(*numbers), wanted_M[:, None])
 
 
 def _losses_forward(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, given, loss, how):
   moves = bool(head_VD.perturbed)
   arrays = _values((hidden_MD, head_VD, target_MX, wanted_M, allowed_V, given))
   hidden, head, target, wanted, allowed, given = arrays
-  place, head = jnp.zeros((), head.dtype), _working_head(head, hidden.dtype)
+  like, head = jnp.zeros((), head.dtype), _working_head(head, hidden.dtype)
 
-  def work(hidden, target, given) -> tuple[tuple[Array, Any], tuple[Array, Array, Array]]:
+  def work(hidden, target, wanted, given) -> tuple[tuple[Array, Any], tuple[Array, Array, Array]]:
     made = _measured(hidden, head, target, allowed, how)
-    total, slopes = jax.value_and_grad(loss, (0, 1))(made.logp_MX, made.entropy_M, given)
+    slope_of = jax.value_and_grad(_summed(loss, wanted), (0, 1))
+    total, slopes = slope_of(made.logp_MX, made.entropy_M, given)
     d_logits = _slopes(made, *slopes, target, allowed, how)
     d_head, d_hidden = _pulled(d_logits, hidden, head, moves)
     return (total, d_head), (made.logp_MX, made.entropy_M, d_hidden)
 
-  (total, d_head), numbers = _in_pieces(work, wanted, (hidden, target, given), how)
+  (total, d_head), numbers = _in_pieces(work, wanted, (hidden, target, wanted, given), how)
   logp, entropy, d_hidden = numbers
-  return (total, logp, entropy), (d_hidden, d_head, place)
+  return (total, logp, entropy), (d_hidden, d_head, like)
 
 
 def _losses_backward(loss, how, kept, cotangents):
   del loss, how
-  d_hidden, d_head, place = kept
+  d_hidden, d_head, like = kept
   slope = _instantiated(cotangents[0])
-  d_head = None if d_head is None else (slope * d_head).astype(place.dtype)
+  d_head = None if d_head is None else (slope * d_head).astype(like.dtype)
   return (slope * d_hidden).astype(d_hidden.dtype), d_head, None, None, None, None
 
 
@@ -392,15 +400,16 @@ def token_loss(
 
   Args:
     given: a pytree of arrays [M, ...] that the loss reads too, of each token; without gradient.
-    loss: a sum over tokens, of which each part depends on one token's own numbers; a chunk of them
-      is given at a time. Tokens that are not wanted must add nothing.
+    loss: of tokens, from their own numbers alone: a chunk of them is given at a time. It may read
+      no other array that is being traced.
     others: as of `token_logprobs`.
 
   Returns:
-    The sum, float32, differentiable in hidden states and unembedding; log-probabilities [M, X] and
-    entropies [M], without gradient.
+    The sum over what is wanted, float32, differentiable in hidden states and unembedding;
+    log-probabilities [M, X] and entropies [M], without gradient.
   """
-  how = _Scoring.of(len(hidden_MD), wanted_M is not None, chunk_tokens, temperature, entropy)
+  settings = dict(temperature=temperature, entropy=entropy)
+  how = _Scoring.of(hidden_MD, head_VD, wanted_M, chunk_tokens, **settings)
   hidden_MD, target_MX, wanted_M, given = how.own(hidden_MD, target_MX, wanted_M, given)
   total, logp, nats = _losses(hidden_MD, head_VD, target_MX, wanted_M, allowed_V, given, loss, how)
   return total, jax.lax.stop_gradient(logp), jax.lax.stop_gradient(nats)
@@ -409,7 +418,7 @@ def token_loss(
 def negative_log_likelihood(logp_MX: Array, entropy_M: Array, counts_MX: Array) -> Array:
   """The `TokenLoss` of supervised training."""
   del entropy_M
-  return -masked_sum(logp_MX, counts_MX)
+  return jnp.where(counts_MX, -logp_MX, 0.0)
 
 
 def token_kl(

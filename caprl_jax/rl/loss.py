@@ -251,11 +251,11 @@ def policy_loss(logp_BGT: Array, entropy_BGT: Array, given: LossInputs, cfg: Los
   return LossSum(total, loss_count(counts_BGT, cfg), numbers)
 
 
-def summed_loss(
+def token_loss(
   logp_MX: Array, entropy_M: Array, given: tuple[LossInputs, Array], cfg: LossConfig
 ) -> Array:
-  """`policy_loss`'s total over some tokens, of what `LossInputs.of_tokens` says of them, where
-  `cfg.by_token`: a `models.head.TokenLoss`."""
+  """What each token adds to `policy_loss`'s total [M, X], from what `LossInputs.of_tokens` says of
+  it, where `cfg.by_token`: a `models.head.TokenLoss`."""
   inputs, weight_MX = given
   # Tokens as captions of one token.
   tokens = jax.tree.map(lambda x: x[..., None], inputs)
@@ -263,7 +263,7 @@ def summed_loss(
   logp_MX1 = logp_MX[..., None]
   entropy_MX1 = jnp.broadcast_to(entropy_M[:, None, None], logp_MX1.shape)
   loss_MX1, _ = _token_losses(logp_MX1, entropy_MX1, tokens, cfg)
-  return masked_sum(loss_MX1 * weight_MX[..., None], tokens.counts_BGT)
+  return jnp.where(inputs.counts_BGT, loss_MX1[..., 0] * weight_MX, 0.0)
 
 
 def _token_losses(

@@ -386,8 +386,8 @@ def states_loss(
   and entropies, float32 [B, G, T] each.
 
   Args:
-    given_BGT: arrays [B, G, T] that the loss reads; all zero must make a token without any part in
-      it, since there is padding between captions.
+    given_BGT: arrays [B, G, T] that the loss reads. Tokens that are no part of a caption must have
+      none in the loss.
     loss: as of `models.head.token_loss`.
     others: as of `states_logprobs`.
   """

@@ -21,7 +21,7 @@ from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.rl.gradients import LossSum, MeanLoss, guarded_step, mean_gradient
 from caprl_jax.rl.groups import Groups, Rollout
-from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, policy_loss, summed_loss
+from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, policy_loss, token_loss
 from caprl_jax.rl.rollout import (
   CaptionStates,
   caption_logprobs,
@@ -205,7 +205,7 @@ def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Roll
     entropy="differentiable" if cfg.loss.entropy else "figure",
   )
   if cfg.loss.by_token:
-    loss = functools.partial(summed_loss, cfg=cfg.loss)
+    loss = functools.partial(token_loss, cfg=cfg.loss)
     inputs = given.of_tokens(cfg.loss)
     total, logp_BGT, entropy_BGT = states_loss(*scored, inputs, loss, **settings)
     return dataclasses.replace(policy_loss(logp_BGT, entropy_BGT, given, cfg.loss), total=total)

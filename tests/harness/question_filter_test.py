@@ -159,6 +159,23 @@ def test_no_templates_keeps_every_row():
   assert not host_judge.asked
 
 
+def test_questions_of_other_kinds_are_left_out_unasked():
+  host_judge = FakeJudge(honest)
+  rows, counts = filter_split(ROWS, host_judge, config(kinds=("color",)), 0, "train")
+  assert [r.questions for r in rows] == [(COLOR,)]
+  assert counts == {"kept/color": 1, "dropped/color": 2, "left out/shape": 3}
+  assert {question for _, _, question in host_judge.asked} == {COLOR}
+  only_color = dataclasses.replace(ROWS[0], questions=(COLOR,))
+  split = [only_color, ROWS[1]]
+  rows, counts = filter_split(split, None, QuestionFilterConfig(kinds=("shape",)), 0, "train")
+  assert [(r.name, r.questions) for r in rows] == [("b", (SHAPE,))]
+  assert counts == {"left out/color": 2}
+  with pytest.raises(
+    ValueError, match=r"question_filter.kinds = \('colour',\): no row has 'colour'"
+  ):
+    filter_split(ROWS, None, QuestionFilterConfig(kinds=("colour",)), 0, "train")
+
+
 def test_splits_are_judged_together_and_kept_apart():
   host_judge = FakeJudge(honest)
   (train, counts), (test, test_counts) = module.filter_questions(

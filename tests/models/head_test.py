@@ -14,7 +14,13 @@ import pytest
 from helpers.paths import ROOT
 
 from benchmarks.parts.executed import executed
-from caprl_jax.models.head import scaled_logits, token_kl, token_logprobs, token_loss
+from caprl_jax.models.head import (
+  chunk_rows,
+  scaled_logits,
+  token_kl,
+  token_logprobs,
+  token_loss,
+)
 
 M, D, V, X = 11, 6, 17, 3
 HIDDEN = jax.random.normal(jax.random.key(0), (M, D))
@@ -87,9 +93,8 @@ def test_gradients_do_not_depend_on_chunks(allowed):
 SCATTERED = jnp.isin(jnp.arange(M), jnp.array([1, 6, 10]))
 
 
-@pytest.mark.parametrize("chunk", [2, 1024], ids=["as asked", "as fits"])
-def test_tokens_that_are_not_wanted_cost_nothing_and_change_nothing(chunk):
-  def f(hidden, head, wanted, chunk=chunk):
+def test_tokens_that_are_not_wanted_cost_nothing_and_change_nothing():
+  def f(hidden, head, wanted, chunk=2):
     logp, entropy = token_logprobs(
       hidden, head, TARGET, wanted_M=wanted, chunk_tokens=chunk, entropy="differentiable"
     )
@@ -97,7 +102,7 @@ def test_tokens_that_are_not_wanted_cost_nothing_and_change_nothing(chunk):
     return jnp.sum(jnp.where(SCATTERED, each * jnp.arange(M), 0))
 
   grad = jax.value_and_grad(f, (0, 1))
-  want, got = grad(HIDDEN, HEAD, None, 1024), grad(HIDDEN, HEAD, SCATTERED, chunk)
+  want, got = grad(HIDDEN, HEAD, None, 1024), grad(HIDDEN, HEAD, SCATTERED)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
   # Three of eleven tokens lie apart, and fill two chunks of two.
@@ -110,13 +115,13 @@ GIVEN = jax.random.normal(jax.random.key(4), (M, X))
 
 
 def curved(logp, entropy, given):
-  """A loss whose slopes depend on the log-probabilities; tokens given zero have no part in it."""
-  return jnp.sum(given * (jnp.sin(logp) + 0.3 * entropy[:, None] ** 2))
+  """A loss whose slopes depend on the log-probabilities."""
+  return given * (jnp.sin(logp) + 0.3 * entropy[:, None] ** 2)
 
 
 def in_two_passes(hidden, head, given, wanted=None, **settings):
   logp, entropy = token_logprobs(hidden, head, TARGET, wanted_M=wanted, **settings)
-  return curved(logp, entropy, given), (logp, entropy)
+  return curved(logp, entropy, given).sum(), (logp, entropy)
 
 
 @pytest.mark.parametrize("wanted", [None, SCATTERED], ids=["all", "some"])
@@ -128,7 +133,7 @@ def test_a_loss_has_the_gradient_of_two_passes(chunk, allowed, wanted):
 
   def loss(hidden, head):
     total, *measured = token_loss(
-      hidden, head, TARGET, given, curved, wanted_M=wanted, chunk_tokens=chunk, **settings
+      hidden, head, TARGET, GIVEN, curved, wanted_M=wanted, chunk_tokens=chunk, **settings
     )
     return total, measured
 
@@ -145,6 +150,32 @@ def test_a_loss_has_the_gradient_of_two_passes(chunk, allowed, wanted):
   # A multiple of the loss has the same multiple of its gradient.
   thrice = jax.grad(lambda h: 3 * loss(h, HEAD)[0])(HIDDEN)
   np.testing.assert_allclose(thrice, 3 * slopes[0], rtol=1e-6)
+
+
+def test_what_fills_a_chunk_up_adds_nothing():
+  loss = lambda hidden: token_loss(
+    hidden, HEAD, TARGET, None, lambda logp, *_: 1.0 - logp, chunk_tokens=4
+  )[0]
+  value, slope = jax.value_and_grad(loss)(HIDDEN)
+  logp, _ = by_hand(HIDDEN, HEAD, TARGET, None, 1.0)
+  np.testing.assert_allclose(value, (1 - logp).sum(), rtol=1e-5)
+  np.testing.assert_allclose(loss(HIDDEN), value, rtol=1e-6)
+  assert jnp.isfinite(slope).all()
+
+
+@pytest.mark.parametrize(
+  "tokens, most, size, rows",
+  [
+    (100, 1024, 10**7, 100),
+    (1024, 4096, 10**7, 192),
+    (4080, 4096, 10**7, 192),
+    (4080, 4096, 10**8, 512),
+    (16_376, 4096, 10**8, 683),
+    (100_000, 1024, 10**8, 1024),
+  ],
+)
+def test_chunks_are_small_where_the_unembedding_is(tokens, most, size, rows):
+  assert chunk_rows(tokens, most, size) == rows
 
 
 def test_a_loss_costs_three_products_and_two_where_the_head_is_not_trained():
@@ -259,7 +290,7 @@ def f(hidden, head, other, target):
   weight = jnp.where(wanted, jnp.arange(B * L), 0)
   total, _, _ = token_loss(
     flat(hidden), head, flat(target), weight[:, None],
-    lambda logp, _, weight: jnp.sum(weight * jnp.cos(logp)), wanted_M=wanted, chunk_tokens=32,
+    lambda logp, _, weight: weight * jnp.cos(logp), wanted_M=wanted, chunk_tokens=32,
   )
   return jnp.where(wanted, logp.sum(1) + entropy + kl, 0) @ jnp.arange(B * L) + total
 

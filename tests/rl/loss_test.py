@@ -2,6 +2,7 @@
 
 import functools
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, loss_count, policy_loss
+from caprl_jax.rl.loss import (
+  LossConfig,
+  LossInputs,
+  kl_estimate,
+  loss_count,
+  policy_loss,
+  token_loss,
+)
 
 k3_kl = lambda logp, reference: kl_estimate(logp, reference, "k3")
 
@@ -153,6 +161,53 @@ def test_a_token_mean_within_sets(case):
   assert abs(np.mean(of_sets) - mean("token_mean")) > 0.01
   np.testing.assert_allclose(mean("set_token_mean", B * G), mean("token_mean"), rtol=1e-5)
   np.testing.assert_allclose(mean("set_token_mean", 1), mean("sequence_mean"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", typing.get_args(LossConfig.__annotations__["aggregation"]))
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(kl=0.3, kl_estimator="k1"),
+    dict(kl=0.3, kl_estimator="k2", surrogate="reinforce", entropy=0.1),
+    dict(kl=0.3, kl_in="reward", surrogate="cispo"),
+    dict(importance="mask", importance_cap=1.1, dual_clip=2.0),
+    dict(importance="truncate", kl=0.1, kl_estimator="k3_clamped"),
+  ],
+  ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_tokens_one_by_one_add_up_to_the_loss(case, aggregation, changes):
+  logp, old, reference, entropy, advantage, counts = case
+  counts = jnp.asarray(counts)
+  odd = lambda x: jnp.where(counts, x, jnp.nan)  # where nothing counts there may be anything
+  cfg = LossConfig(aggregation=aggregation, set_captions=3, **changes)
+  given = LossInputs(
+    odd(old), advantage, counts, odd(old) if "importance" in changes else None, odd(reference)
+  )
+
+  def whole(logp):
+    return policy_loss(odd(logp), odd(entropy), given, cfg).total
+
+  def apart(logp):
+    flat = lambda x: x.reshape(B * G, T)  # a hidden state each, as it were, with T targets
+    inputs = jax.tree.map(flat, given.of_tokens(cfg))
+    terms = [
+      token_loss(
+        flat(odd(logp))[:, t : t + 1],
+        flat(odd(entropy))[:, t],
+        jax.tree.map(lambda x, t=t: x[:, t : t + 1], inputs),
+        cfg,
+      )
+      for t in range(T)
+    ]
+    return sum(term.sum() for term in terms)
+
+  assert cfg.by_token
+  (want, want_slope), (got, slope) = (
+    jax.value_and_grad(f)(jnp.asarray(logp)) for f in (whole, apart)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  np.testing.assert_allclose(slope, want_slope, atol=1e-6)
+  assert np.isfinite(want) and float(jnp.abs(want_slope).max()) > 1e-3
 
 
 def test_counts():

@@ -191,7 +191,7 @@ def test_rows_of_other_lengths_give_the_same(tiny_run, rollout, monkeypatch):
     LossConfig(dual_clip=3.0, aggregation="constant", kl=0.2, kl_estimator="k3_k2"),
     LossConfig(importance="truncate", mask_truncated=True),
   ],
-  ids=lambda loss: loss.surrogate + "-" + loss.aggregation,
+  ids=["clip", "reinforce", "cispo", "dual clip and kl", "importance"],
 )
 def test_a_loss_of_tokens_is_that_of_two_passes(tiny_run, rollout, loss, monkeypatch):
   """The gradient that is made while the logits are there, and that of autodiff through

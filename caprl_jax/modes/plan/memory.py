@@ -18,6 +18,7 @@ from caprl_jax.harness.settings import Settings
 from caprl_jax.harness.training.state import abstract_state, make_optimizer
 from caprl_jax.models.attention import QUERY_CHUNK
 from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.head import chunk_rows
 from caprl_jax.models.policy import PolicyConfig
 from caprl_jax.models.trainable import split_params, trainable_filter
 from caprl_jax.modes.plan import cuts
@@ -293,8 +294,11 @@ class _Sizes:
       patches = row.images * step.tower.patches
       kept += self.kept(vision, vision.depth, patches, remat.tower)
     head = self.head(cfg, 4) if step.trained[1] else 0
-    logits = self.logits(cfg, min(update.chunk_tokens, tokens))
-    exact_kl = 3 * logits if update.loss.kl_is_exact else 0
+    size = cfg.vocab_size * cfg.hidden_size
+    logits = self.logits(cfg, chunk_rows(tokens, update.chunk_tokens, size))
+    exact_kl = 0.0
+    if update.loss.kl_is_exact:
+      exact_kl = 3 * self.logits(cfg, min(tokens, update.chunk_tokens))
     unembedding = {
       "gradients": self.gradient,
       **self.widened(),
