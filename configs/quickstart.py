@@ -7,7 +7,7 @@ Images and questions of easy-VQA; the judge is SmolLM2-135M-Instruct; the captio
 configs/quickstart_policy, which sees colour and shape but mostly does not say them
 (configs/quickstart_sft.py makes it; `--config.policy.checkpoint=DIR` takes another one).
 
-Expected: accuracy on 245 held-out questions from 0.604 to 0.988, in 8 min and 3 GB on two
+Expected: accuracy on 244 held-out questions from 0.602 to 0.996, in 8 min and 3 GB on two
 CPU cores (docs/results.md).
 """
 

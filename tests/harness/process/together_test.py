@@ -33,6 +33,7 @@ def begin(tmp_path_factory):
   return begin
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_two_processes_end_together_and_go_on_whatever_ends_one(begin):
   """One workdir, taken up again after each end; at last it holds the run of one process that
   nothing stopped. The state is split over both processes."""
