@@ -157,6 +157,8 @@ def ask_judge(
   assert judge is not None and frozen.prompt is not None, "an endpoint is asked by the host"
   params = frozen.judge
   if judge_shardings is not None:
+    # Gathered when the captions are there, not before: what writes them needs the memory.
+    params, ids = jax.lax.optimization_barrier((params, ids))
     params = jax.lax.with_sharding_constraint(params, judge_shardings)
   if isinstance(judge, Decoder):
     model = Judge(judge, params, frozen.prompt)
