@@ -22,7 +22,7 @@ EntropyKind = Literal["none", "figure", "differentiable"]
 TokenLoss = Callable[[Array, Array, Any], Array]
 # What fills the last chunk up is computed for nothing, but each chunk adds its gradient of the
 # whole unembedding to the others': a chunk needs more tokens where that is large.
-MOST_CHUNKS, SMALLEST_CHUNK, SMALLEST_OF_LARGE_HEAD, LARGE_HEAD = 24, 192, 512, 2**25
+MOST_CHUNKS, SMALLEST_CHUNK, SMALL_CHUNK, LARGE_HEAD = 24, 512, 192, 2**25
 
 
 def chunk_rows(tokens: int, chunk_tokens: int, head_size: int) -> int:
@@ -32,8 +32,9 @@ def chunk_rows(tokens: int, chunk_tokens: int, head_size: int) -> int:
     chunk_tokens: the most.
     head_size: numbers of the unembedding.
   """
-  smallest = SMALLEST_OF_LARGE_HEAD if head_size > LARGE_HEAD else SMALLEST_CHUNK
-  return min(tokens, chunk_tokens, max(-(-tokens // MOST_CHUNKS), smallest))
+  if head_size <= LARGE_HEAD:
+    return min(tokens, chunk_tokens, SMALL_CHUNK)
+  return min(tokens, chunk_tokens, max(-(-tokens // MOST_CHUNKS), SMALLEST_CHUNK))
 
 
 def scaled_logits(

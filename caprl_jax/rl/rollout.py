@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from caprl_jax import sharding
 from caprl_jax.models.attention import Prefix
 from caprl_jax.models.blocks import Row, extend_in_blocks, running
-from caprl_jax.models.decoder import head_matrix
+from caprl_jax.models.decoder import DecoderConfig, head_matrix
 from caprl_jax.models.head import EntropyKind, TokenLoss, token_logprobs, token_loss
 from caprl_jax.models.policy import Policy, last_hidden
 from caprl_jax.rl.sampling import SamplingConfig, decode
@@ -31,8 +31,9 @@ from caprl_jax.types import (
 )
 
 # Rows of packed captions are run in MOST_BLOCKS blocks, or in more where each has ENOUGH_TOKENS on
-# a device all the same: with fewer it would wait for weights rather than save work.
-MOST_BLOCKS, ENOUGH_TOKENS = 16, 2048
+# a device all the same: with fewer it would wait for weights rather than save work. Matrices of up
+# to SMALL_MATRIX numbers are not waited for.
+MOST_BLOCKS, ENOUGH_TOKENS, SMALL_MATRIX = 16, 2048, 2**20
 MOST_PATCHES = 32_768  # that a device encodes at once while captions are written
 # Smaller blocks, in slots of a row and in tokens of a device, save less than a further round costs.
 SMALLEST_BLOCK, FEWEST_TOKENS = 128, 256
@@ -282,10 +283,12 @@ class CaptionStates:
     return jnp.where(jnp.arange(T) == 0, first_BG[..., None], rest)
 
 
-def block_slots(slots: int, rows: int) -> int:
+def block_slots(slots: int, rows: int, cfg: DecoderConfig) -> int:
   """Slots of the blocks in which `rows` rows of packed captions, those of a device, are run."""
+  small = cfg.hidden_size * cfg.intermediate_size <= SMALL_MATRIX
+  enough = FEWEST_TOKENS if small else ENOUGH_TOKENS
   smallest = max(SMALLEST_BLOCK, FEWEST_TOKENS // rows)
-  blocks = min(slots // smallest, max(MOST_BLOCKS, slots * rows // ENOUGH_TOKENS))
+  blocks = min(slots // smallest, max(MOST_BLOCKS, slots * rows // enough))
   return -(-slots // max(blocks, 1))
 
 
@@ -305,7 +308,7 @@ def caption_states(
   position_BR = batch.prompts.next_position_B[:, None] + packed.step_BR
   row = Row(packed.tokens_BR, position_BR, packed.valid_BR, packed.caption_BR)
   rows, slots = packed.tokens_BR.shape
-  size = block_slots(slots, -(-rows // sharding.batch_shards()))
+  size = block_slots(slots, -(-rows // sharding.batch_shards()), policy.cfg.text)
   rest_BRD = extend_in_blocks(running(policy), params, row, (prefix,), T - 1, size)
   return CaptionStates(first_BD, rest_BRD, packed)
 

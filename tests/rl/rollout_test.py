@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -404,17 +405,20 @@ def test_a_tower_of_which_something_is_trained_is_asked_each_time(model):
 
 
 @pytest.mark.parametrize(
-  "slots, rows, size",
+  "slots, rows, width, size",
   [
-    (60, 8, 60),  # short rows are one block
-    (504, 8, 168),
-    (2040, 8, 136),
-    (2040, 1, 292),  # 7 blocks of at least 256 tokens
-    (8184, 8, 264),  # 31 blocks, of more than 2,048 tokens each
-    (8184, 1, 512),  # 16 blocks
-    (32_760, 1, 2048),
-    (32_760, 4, 520),
+    (60, 8, 2048, 60),  # short rows are one block
+    (504, 8, 2048, 168),
+    (2040, 8, 2048, 136),
+    (2040, 1, 2048, 292),  # 7 blocks of at least 256 tokens
+    (8184, 8, 2048, 264),  # 31 blocks, of more than 2,048 tokens each
+    (8184, 1, 2048, 512),  # 16 blocks
+    (8184, 1, 256, 264),  # of 256 tokens each, since the matrices are small
+    (8184, 2, 256, 130),
+    (32_760, 1, 2048, 2048),
+    (32_760, 4, 2048, 520),
   ],
 )
-def test_blocks_are_small_where_there_are_many_rows(slots, rows, size):
-  assert block_slots(slots, rows) == size
+def test_blocks_are_small_where_there_are_many_rows_or_small_matrices(slots, rows, width, size):
+  cfg = types.SimpleNamespace(hidden_size=width, intermediate_size=4 * width)
+  assert block_slots(slots, rows, cfg) == size

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.rl import judge as judging
 from caprl_jax.rl import sampling
 from caprl_jax.rl.rollout import MOST_PATCHES, block_slots
@@ -100,7 +101,9 @@ class Packed:
     return self.slots > self.size
 
 
-def packed(length_BG: np.ndarray, limit: int, parts: int, pieces: int) -> Packed:
+def packed(
+  length_BG: np.ndarray, limit: int, parts: int, pieces: int, cfg: DecoderConfig
+) -> Packed:
   """Groups of like lengths share a piece, which runs as many blocks as its longest group needs on
   any device.
 
@@ -111,7 +114,7 @@ def packed(length_BG: np.ndarray, limit: int, parts: int, pieces: int) -> Packed
   B, G = length_BG.shape
   slots = max(G * (limit - 1), 1)
   images = max(B // parts // pieces, 1)
-  size = block_slots(slots, images)
+  size = block_slots(slots, images, cfg)
   whole = np.maximum(length_BG - 1, 0).sum(1)[: parts * images * pieces]
   totals = np.sort(whole.reshape(parts, -1), axis=1).reshape(parts, -1, images)
   blocks = np.ceil(totals.max(axis=(0, 2)) / size) if slots > size else np.ones(1)

@@ -281,7 +281,8 @@ class _Sizes:
     step, cfg, update = self.step, self.step.text, self.settings.step.update
     limit = self.settings.step.rollout.sampling.max_tokens
     length_BG = step.length_BG[: step.learned]
-    row = cuts.packed(length_BG, limit, self.mesh.parts, update.minibatches * update.microbatches)
+    pieces = update.minibatches * update.microbatches
+    row = cuts.packed(length_BG, limit, self.mesh.parts, pieces, cfg)
     tokens, vision = row.images * row.slots, cast(Any, self.shapes.policy.vision)
     reach = min(limit - 1, row.slots - row.size) if row.in_blocks else 0
     keys = row.images * (reach + row.slots) * self.slot(cfg)

@@ -149,7 +149,7 @@ def _update(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Stag
   pieces = update.minibatches * update.microbatches
   seen = learned(step)
   once, (tower, decoder) = forward(seen), step.trained
-  row = cuts.packed(seen.length_BG, limit, mesh.parts, pieces)
+  row = cuts.packed(seen.length_BG, limit, mesh.parts, pieces, step.text)
   remat, backward = settings.policy.remat_parts, 2 if decoder else 1
   again = int(remat.decoder)
   blocks = row.blocks if row.in_blocks else 1.0

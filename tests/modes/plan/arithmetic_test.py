@@ -130,10 +130,10 @@ def test_decoding_follows_the_captions():
 def test_packed_groups_run_as_many_blocks_as_their_longest():
   lengths = np.full((8, 4), 65)
   lengths[0] = 257
-  found = cuts.packed(lengths, 257, parts=2, pieces=4)
+  found = cuts.packed(lengths, 257, 2, 4, QWEN)
   assert (found.images, found.slots, found.size) == (1, 1024, 256)
   assert found.blocks == (1 + 1 + 1 + 4) / 4  # the long one with the other device's longest
-  assert cuts.packed(lengths, 33, 2, 4).in_blocks is False
+  assert cuts.packed(lengths, 33, 2, 4, QWEN).in_blocks is False
 
 
 def test_the_judges_pieces_run_as_far_as_their_longest():
