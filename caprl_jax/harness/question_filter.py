@@ -98,7 +98,7 @@ def filter_questions(
   check_kinds([row for _, rows in splits for row in rows], cfg.kinds, "question_filter.kinds")
   left_out = [_left_out(rows, cfg.kinds) for _, rows in splits]
   for (where, rows), counts in zip(splits, left_out, strict=True):
-    if rows and sum(counts.values()) == sum(len(row.questions) for row in rows):
+    if rows and cfg.kinds and sum(counts.values()) == sum(len(row.questions) for row in rows):
       raise ValueError(f"{where}: no question is of question_filter.kinds = {cfg.kinds}")
   splits = [(where, of_kinds(rows, cfg.kinds or None)) for where, rows in splits]
   if not cfg.informed:

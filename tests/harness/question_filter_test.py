@@ -157,6 +157,8 @@ def test_no_templates_keeps_every_row():
   host_judge = FakeJudge(honest)
   assert filter_split(ROWS, host_judge, QuestionFilterConfig(), 0, "train") == (ROWS, {})
   assert not host_judge.asked
+  unasked = [dataclasses.replace(row, questions=()) for row in ROWS]
+  assert filter_split(unasked, None, QuestionFilterConfig(), 0, "train") == (unasked, {})
 
 
 def test_questions_of_other_kinds_are_left_out_unasked():
