@@ -78,7 +78,7 @@ def language_model(args, told: str, workdir: pathlib.Path) -> pathlib.Path:
       f"--config={ROOT / 'configs/pretrain_language.py'}",
       f"--workdir={folder}",
       f"--config.pretrain.stages.read.data={args.train}",
-      f"--config.pretrain.stages.read.told={told}",
+      f"--config.pretrain.stages.read.context_text={told}",
     )
   return args.language or folder / "read"
 
@@ -136,7 +136,7 @@ def main() -> None:
     "warm start": caption("warm_start", args.warm, images, workdir, tokens),
     "CapRL": caption("caprl", args.caprl, images, workdir, tokens),
   }
-  language = language_model(args, further.told, workdir)
+  language = language_model(args, further.context_text, workdir)
   lessons = text_lessons(args.train, further.max_rows, workdir)
   found: dict[str, list[dict]] = {name: [] for name in corpora}
   for seed in range(args.first_seed, args.first_seed + args.seeds):

@@ -11,8 +11,8 @@ passes over 75,285 images, where the rate is still 0.978 of its peak. --config.p
 official_caprlpp or caprl_jax trains with another algorithm. Written for a v5p-16 slice (8 chips);
 for another one, --config.mode=plan --config.plan.topology=... says whether the step fits.
 
-Not run yet. Compiled for v5p:2x2x2, a step takes 25.3 GiB of a chip's 95; configs/caprl_3b_v5e16.py
-is the same for sixteen small chips (docs/tpu.md).
+Not run yet. An earlier version of the step, compiled for v5p:2x2x2, took 25.3 GiB of a chip's 95;
+configs/caprl_3b_v5e16.py is the same for sixteen small chips (docs/tpu.md).
 """
 
 import ml_collections

@@ -6,7 +6,7 @@
 The same steps: two chips share each layer's matrices, so that the weights that captions are written
 with fit beside the captions' caches.
 
-Not run yet. Compiled for v5e:4x4, a step takes 14.3 GiB of a chip's 16 (docs/tpu.md).
+Not run yet. Compiled for v5e:4x4, a step takes 14.0 GiB of a chip's 16 (docs/tpu.md).
 """
 
 import pathlib

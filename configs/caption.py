@@ -3,8 +3,8 @@
   python -m caprl_jax.main --config=configs/caption.py --config.policy.checkpoint=DIR_OR_HUB_NAME \\
     --config.caption.input=IMAGES --config.caption.output=captions.jsonl
 
-IMAGES is an image or a folder of them, a .jsonl with an `image` on each line, a .tar (WebDataset),
-a .parquet, a folder or a pattern of those ('shards/*.tar'), tfds:FOLDER:SPLIT or
+IMAGES is an image or a folder of them, a list (.jsonl or .json with an `image` in each row, .csv,
+.tsv, .txt), a .tar (WebDataset), a .parquet, a folder or a pattern of those ('shards/*.tar'), tfds:FOLDER:SPLIT or
 hf:OWNER/NAME:SPLIT. The output is a .jsonl or a .parquet; --config.caption.format can also be txt
 (a .txt per image), hf (a folder for datasets.load_dataset), webdataset, tfds or caprl_2m (JSON
 lines of image and caption alone). A JSON row has `image`, `caption`, `tokens` (ids) and `finish`

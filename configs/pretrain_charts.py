@@ -11,7 +11,7 @@ configs/pretrain_letters.py on the charts of configs/charts_sft.py, with the tow
 captioner: run configs/charts_sft.py first. Stage `further` repeats the language model's lessons on
 400 charts (max_rows). To add captions, write those 400 lessons to a file of their own and set
 max_rows=None, since max_rows also limits captions. Stage `instruct` asks what a chart shows ("which
-bar is tallest?"), and the model says it ("red"). About 7 minutes on 2 CPU cores.
+bar is tallest?"), and the model says it ("red"). About 7 minutes on 2 CPU cores without captions.
 benchmarks/captions_teach.py compares captioners with it.
 
 Expected: without captions, about 0.46 of 1,445 open questions about 300 held-out charts

@@ -7,8 +7,8 @@ The judge of the quickstart reads the options, as in training. Run configs/quick
 captioner after CapRL is the one that it leaves in runs/quickstart/policy
 (`--config.prism.captioners=a=DIR,b=DIR` names others).
 
-Expected: the warm start 51.9 [47.4, 56.5] percent, CapRL 62.7 [57.3, 68.1], blind 37.5
-(docs/evaluation.md).
+Expected, of an earlier version of the quickstart's captioner: the warm start 51.9 [47.4, 56.5]
+percent, CapRL 62.7 [57.3, 68.1], blind 37.5 (docs/evaluation.md).
 """
 
 import pathlib

@@ -12,6 +12,8 @@ from caprl_jax.config import keys, presets, registry
 from caprl_jax.config import loading as config_file
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.readers.benchmarks.row import BENCHMARKS
+from caprl_jax.data.readers.qa_sources import read_qa_rows
+from caprl_jax.data.rows import kinds
 from caprl_jax.harness.sections import TrainSection
 from caprl_jax.harness.settings import read_settings
 from caprl_jax.modes.gallery import run as gallery
@@ -85,6 +87,63 @@ CHECKS = {
   optimizer.OptimizerConfig: _check_optimizer,
   TrainSection: _check_train,
 }
+
+
+# Rows such as a config's data have, which need no download.
+ROWS = {"easy_vqa": "easy_vqa:test", "data/charts/": "charts:test:6:96x72"}
+
+
+def settings_of(value, place=""):
+  """(dotted key, value) of all that a config sets."""
+  if isinstance(value, dict):
+    for key, held in value.items():
+      yield from settings_of(held, f"{place}.{key}" if place else key)
+  elif isinstance(value, (list, tuple)) and any(isinstance(held, (dict, tuple)) for held in value):
+    for held in value:
+      yield from settings_of(held, place)
+  else:
+    yield place, value
+
+
+def named(settings):
+  """The kinds of questions and the {facts} of rows that settings name."""
+  chosen, facts = set(), set()
+  for key, value in settings:
+    texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
+    if key.endswith("kinds"):
+      chosen |= set(texts)
+    elif re.search(r"(informed|ideal|templates|context_text)$", key):
+      texts = [text for text in texts if isinstance(text, str)]
+      facts |= {name for text in texts for name in re.findall(r"\{(\w+)\}", text)}
+  return chosen, facts
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_kinds_and_facts_that_a_config_names_are_those_of_its_rows(path):
+  """Configs inherit from each other, and their data differ."""
+  settings = list(settings_of(configuration.to_plain(config_file.load_config(str(path)))))
+  sources = {
+    rows
+    for _, value in settings
+    for prefix, rows in ROWS.items()
+    if isinstance(value, str) and value.startswith(prefix)
+  }
+  chosen, facts = named(settings)
+  assert len(sources) < 2
+  if not sources:  # data of the user's own, of which a config cannot know more
+    assert not chosen, "kinds of which questions?"
+    return
+  rows = read_qa_rows(sources.pop(), 0)
+  assert chosen <= set(kinds(rows))
+  assert facts <= {name for row in rows for name in row.facts or {}}
+
+
+def test_a_kind_that_the_rows_do_not_have_is_found():
+  config = config_file.load_config(str(ROOT / "configs" / "charts.py"))
+  with config.unlocked():
+    config.question_filter.kinds = ("shape",)
+  chosen, facts = named(settings_of(configuration.to_plain(config)))
+  assert chosen == {"shape"} and facts == {"description"}
 
 
 def test_the_quickstart_s_files_are_here():

@@ -17,6 +17,7 @@ import configparser
 import functools
 import inspect
 import json
+import math
 import pathlib
 import re
 import shlex
@@ -26,8 +27,9 @@ from typing import NamedTuple
 import pytest
 from helpers.paths import ROOT
 
-from caprl_jax import main
+from caprl_jax import main, sharding
 from caprl_jax.config import keys, registry
+from caprl_jax.harness.settings import read_settings
 from caprl_jax.rl import step
 
 TRUE_TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -116,6 +118,8 @@ def check(command: list[str]) -> None:
     case ["sbatch", *arguments]:
       place = arguments.index("launch/slurm.sbatch")
       check(["python", "-m", "caprl_jax.main", *arguments[place + 1 :]])
+      sizes = dict(re.findall(r"--(nodes|ntasks-per-node)=(\d+)", shlex.join(arguments[:place])))
+      check_split(arguments[place + 1 :], math.prod(map(int, sizes.values())))
     case ["python", "-m", module, *arguments] if module.startswith("benchmarks."):
       check(["python", f"{module.replace('.', '/')}.py", *arguments])
     case ["python", script, *arguments] if script.startswith("benchmarks/"):
@@ -149,6 +153,19 @@ def check(command: list[str]) -> None:
       pass  # tools of others, of which nothing is known here
     case _:
       raise ValueError(f"this test does not know the program of {shlex.join(command)!r}")
+
+
+def check_split(arguments: list[str], devices: int) -> None:
+  """Raises ValueError where so many devices cannot share the batch of a command of mode train."""
+  config, *_ = main._parse(main._define_flags(), ["main", *arguments])
+  settings = read_settings(config)
+  update = settings.step.update
+  sharding.check_batch_size(
+    settings.data.batch_size,
+    sharding.abstract_mesh(settings.mesh, devices),
+    "data.batch_size",
+    {"minibatches": update.minibatches, "microbatches": update.microbatches},
+  )
 
 
 @functools.cache
@@ -269,6 +286,13 @@ def test_commands_run(block, sandbox, monkeypatch):
     ("bash", "<!-- run: -->", "caprl_jax --config=caprl_jax:quickstrat", "mean 'quickstart'"),
     ("bash", "<!-- run: -->", "bash launch/local.sh 2 --confg=a", "unknown flag --confg=a"),
     ("bash", "<!-- run: -->", "sbatch launch/slurm.sbatch --confg=a", "unknown flag --confg=a"),
+    (
+      "bash",
+      "<!-- run: -->",
+      "sbatch --nodes=2 --ntasks-per-node=8 launch/slurm.sbatch --config=configs/caprl_3b.py"
+      " --workdir=a",
+      "microbatches = 16 cuts data.batch_size = 128 into pieces of 8 images",
+    ),
     ("bash", "<!-- run: -->", "frobnicate", "does not know"),
   ],
 )

@@ -23,6 +23,8 @@ from caprl_jax.inference.judge import HostJudge
 
 log = logging.getLogger("caprl_jax.harness.question_filter")
 
+_TAKE_ALL = "; --config.question_filter.kinds='()' takes all"
+
 
 @dataclasses.dataclass(frozen=True)
 class QuestionFilterConfig:
@@ -95,11 +97,12 @@ def filter_questions(
   Raises:
     ValueError: nothing is left of a split; a kind that no row has.
   """
-  check_kinds([row for _, rows in splits for row in rows], cfg.kinds, "question_filter.kinds")
+  all_rows = [row for _, rows in splits for row in rows]
+  check_kinds(all_rows, cfg.kinds, "question_filter.kinds", _TAKE_ALL)
   left_out = [_left_out(rows, cfg.kinds) for _, rows in splits]
   for (where, rows), counts in zip(splits, left_out, strict=True):
     if rows and cfg.kinds and sum(counts.values()) == sum(len(row.questions) for row in rows):
-      raise ValueError(f"{where}: no question is of question_filter.kinds = {cfg.kinds}")
+      raise ValueError(f"{where}: no question is of question_filter.kinds = {cfg.kinds}{_TAKE_ALL}")
   splits = [(where, of_kinds(rows, cfg.kinds or None)) for where, rows in splits]
   if not cfg.informed:
     return [(rows, counts) for (_, rows), counts in zip(splits, left_out, strict=True)]

@@ -161,19 +161,23 @@ def context_facts(context_text: str | None) -> set[str]:
   return {name for name, _, _ in places}
 
 
-def check_kinds(rows: Sequence[QARow], wanted: Sequence[str] | None, place: str = "kinds") -> None:
+def check_kinds(
+  rows: Sequence[QARow], wanted: Sequence[str] | None, place: str = "kinds", remedy: str = ""
+) -> None:
   """Raises ValueError, starting with `place`, for a kind of questions that no row has."""
-  _check_known(f"{place} = {wanted}", wanted or (), kinds_of(rows), "kinds")
+  _check_known(f"{place} = {wanted}", wanted or (), kinds_of(rows), "kinds", remedy)
 
 
-def _check_known(setting: str, wanted: Iterable[str], known: Iterable[str], what: str) -> None:
+def _check_known(
+  setting: str, wanted: Iterable[str], known: Iterable[str], what: str, remedy: str = ""
+) -> None:
   """Raises ValueError, starting with `setting`, where something is wanted that no row has."""
   known = sorted(known)
   for name in wanted:
     if name not in known:
       raise ValueError(
         f"{setting}: no row has {shown(name)}{did_you_mean(name, known)} ({what}: "
-        f"{', '.join(map(shown, known)) or 'none'})"
+        f"{', '.join(map(shown, known)) or 'none'}){remedy}"
       )
 
 

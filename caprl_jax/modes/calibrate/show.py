@@ -46,7 +46,7 @@ def table(figures: dict, yardstick: str) -> str:
     lines += [
       f"  {r['margin']:6.3f}  {r['ideal_accuracy']:.3f} / {r['generic_abstained']:.3f} "
       f"{r['shuffled_abstained']:.3f} {r['empty_abstained']:.3f}"
-      f"{'   <- judge.margin' if r['margin'] == pmi['margin'] else ''}"
+      f"{f"   <- judge.margin={pmi['margin']:g} would be best" if r['margin'] == pmi['margin'] else ''}"
       for r in pmi["margins"]
     ]
   return "\n".join(lines)
