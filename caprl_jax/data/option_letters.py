@@ -136,6 +136,8 @@ def gold_index(gold: Any, options: Sequence[str], where: str, letters: str = "")
 
 def _fitting(gold: str, options: Sequence[str], letters: str) -> set[int]:
   by_text = {i for i, option in enumerate(options) if folded(option) == folded(gold)}
+  exactly = {i for i in by_text if options[i].strip() == gold.strip()}  # 5 mW is not 5 MW
+  by_text = exactly or by_text
   plain = unicodedata.normalize("NFKC", gold).strip()
   if match := _LETTER.fullmatch(plain):
     place = letters.find(match.group(1).upper())

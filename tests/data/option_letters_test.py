@@ -82,6 +82,8 @@ def test_letters_of_some_or_out_of_order_are_refused(options, message):
     ("B. blue", ["red", "blue"], 1),
     ("(b) Blue", ["red", "blue"], 1),
     ("B: blue ", ["red", "blue"], 1),
+    ("5 mW", ["5 MW", "5 mW", "5 kW"], 1),  # exactly, where several are the same but for capitals
+    ("Aa ", ["AA", "Aa", "aa"], 1),
     (1.0, ["red", "blue"], 1),
     ("1", ["red", "blue"], 1),
     (["blue"], ["red", "blue"], 1),

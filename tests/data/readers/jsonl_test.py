@@ -95,7 +95,7 @@ def test_gold_forms(gold, options, index, picture, tmp_path):
   [
     (line(gold="green"), r"questions\[0\]: gold 'green' fits none of the options .*red.*blue"),
     (line(gold="A", options=["B", "A"]), "gold 'A' fits 'B' and 'A' of the options"),
-    (line(gold="red", options=["red", "Red"]), "gold 'red' fits 'red' and 'Red'"),
+    (line(gold="RED", options=["red", "Red"]), "gold 'RED' fits 'red' and 'Red'"),
     (line(gold=""), "gold '' fits none"),
     (line(gold=2), r"questions\[0\]: question .* has gold 2"),
     (line(gold=True), r"questions\[0\]: gold is True, but it must be an index, a letter or a text"),
