@@ -4,14 +4,14 @@
     --config.caption.input=IMAGES --config.caption.output=captions.jsonl
 
 IMAGES is an image or a folder of them, a list (.jsonl or .json with an `image` in each row, .csv,
-.tsv, .txt), a .tar (WebDataset), a .parquet, a folder or a pattern of those ('shards/*.tar'), tfds:FOLDER:SPLIT or
-hf:OWNER/NAME:SPLIT. The output is a .jsonl or a .parquet; --config.caption.format can also be txt
-(a .txt per image), hf (a folder for datasets.load_dataset), webdataset, tfds or caprl_2m (JSON
-lines of image and caption alone). A JSON row has `image`, `caption`, `tokens` (ids) and `finish`
-("end", or "length" where it was cut at max_tokens); an image that failed has `error`. Next to the
-output are captions.stats.json and captions.html. docs/captioning.md: captions that are there
-already, text before and after, several prompts, filters, a dry run, repairs, images from the web,
-upload to the hub.
+.tsv, .txt), a .tar (WebDataset), a .parquet, a folder or a pattern of those ('shards/*.tar'),
+tfds:FOLDER:SPLIT or hf:OWNER/NAME:SPLIT. The output is a .jsonl or a .parquet;
+--config.caption.format can also be txt (a .txt per image), hf (a folder for datasets.load_dataset),
+webdataset, tfds or caprl_2m (JSON lines of image and caption alone). A JSON row has `image`,
+`caption`, `tokens` (ids) and `finish` ("end", or "length" where it was cut at max_tokens); an image
+that failed has `error`. Next to the output are captions.stats.json and captions.html.
+docs/captioning.md: captions that are there already, text before and after, several prompts,
+filters, a dry run, repairs, images from the web, upload to the hub.
 
 --config.caption.prompt is `detailed`, `medium`, `short`, `document` or any text. The same command
 goes on where it was stopped. Several machines that see one folder share the work: automatically

@@ -26,9 +26,7 @@ def get_config():
     max_train_rows=150,
     max_eval_rows=40,
   )
-  config.question_filter.update(
-    kinds=(), informed=("{description}",), mismatched=1, max_blind=0.3
-  )
+  config.question_filter.update(kinds=(), informed=("{description}",), mismatched=1, max_blind=0.3)
   config.gate.update(ideal="{description}", generic="a chart.")
   config.rollout.sampling.max_tokens = 72  # room for a complete description
   config.train.steps = 40

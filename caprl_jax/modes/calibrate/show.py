@@ -38,6 +38,7 @@ def table(figures: dict, yardstick: str) -> str:
   lines += _reward_lines(figures)
   pmi = figures["readings"].get("option_pmi")
   if pmi:
+    best = f"   <- judge.margin={pmi['margin']:g} would be best"
     lines += [
       "",
       "option_pmi by judge.margin: right with ideal captions / abstains with generic, "
@@ -46,7 +47,7 @@ def table(figures: dict, yardstick: str) -> str:
     lines += [
       f"  {r['margin']:6.3f}  {r['ideal_accuracy']:.3f} / {r['generic_abstained']:.3f} "
       f"{r['shuffled_abstained']:.3f} {r['empty_abstained']:.3f}"
-      f"{f"   <- judge.margin={pmi['margin']:g} would be best" if r['margin'] == pmi['margin'] else ''}"
+      f"{best if r['margin'] == pmi['margin'] else ''}"
       for r in pmi["margins"]
     ]
   return "\n".join(lines)
