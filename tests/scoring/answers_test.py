@@ -562,3 +562,13 @@ def test_the_official_scorer_needs_math_verify(monkeypatch):
   monkeypatch.setitem(sys.modules, "math_verify", None)
   with pytest.raises(ValueError, match=r"pip install -e '\.\[maths\]'"):
     official_score("1", "1", "MMStar")
+
+
+def test_the_package_has_the_two_functions_that_score_an_answer():
+  import caprl_jax.scoring
+  from caprl_jax.scoring import extract_answer
+  from caprl_jax.scoring import score as of_package
+
+  assert of_package is score and extract_answer("The answer is B.", 4, "ours") == "B"
+  with pytest.raises(AttributeError, match="has no attribute 'scores'"):
+    caprl_jax.scoring.scores  # noqa: B018
