@@ -20,6 +20,9 @@ os.environ.setdefault(
   + " --xla_cpu_use_fusion_emitters=false"
   * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
+# PyTorch's threads wait for each other at full speed: with several workers on few cores most of an
+# oracle's time went into that. Tiny models need no second thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Many tests need the same program: the first to compile it leaves it to the others, to the other
 # workers and to the processes that tests start. The folder goes when the tests end.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
