@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from caprl_jax.data.rows import CaptionRow
+from caprl_jax.data.rows import CaptionRow, to_rgb
 from caprl_jax.json_files import shown
 
 # what PNG has a place for; images in other modes become RGB
@@ -71,7 +71,7 @@ def _encoded(image: Image.Image) -> bytes:
   """The pixels as a PNG that is not compressed, upright as the image's EXIF asks."""
   upright = ImageOps.exif_transpose(image)
   if upright.mode not in _PNG_MODES:
-    upright = upright.convert("RGB")
+    upright = to_rgb(upright)
   png = io.BytesIO()
   upright.save(png, "PNG", compress_level=0)
   return png.getvalue()

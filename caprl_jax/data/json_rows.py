@@ -2,13 +2,13 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from caprl_jax import json_files
 from caprl_jax.data.rows import BadRow, Row
 
-_WRAPPERS = ("data", "rows", "examples")  # {"data": [rows]}
+WRAPPERS = ("data", "rows", "examples")  # {"data": [rows]}
 _PACKED = {
   b"\x1f\x8b": "gunzip",
   b"BZh": "bunzip2",
@@ -33,26 +33,45 @@ def read_items(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
   if start == "[":
     yield from _of_list(json_files.read_json(path), str(path))
     return
-  lines = json_files.json_lines(path)
-  first = next(lines, None)
-  if first is None:
-    return
-  where, value = first
-  if value == {}:
+  whole = whole_object(path) if start == "{" else None
+  if whole is None:
+    for where, value in json_files.json_lines(path):
+      yield where, _or_bad(where, value)
+  elif whole:
+    key = _wrapped(whole)
+    yield from _of_list(whole[key], f"{path}, {key}") if key else [(str(path), whole)]
+  else:
     raise ValueError(f"{path}: holds dict, but it must be a list of rows, or one row per line")
-  if start == "{" and (isinstance(value, ValueError) or _wrapped(value)):
-    # an object on several lines, or one that holds all rows
-    try:
-      whole = json_files.read_json(path)
-    except ValueError:
-      whole = None  # lines, the first of them bad
-    if isinstance(whole, dict):
-      key = _wrapped(whole)
-      yield from _of_list(whole[key], f"{path}, {key}") if key else [(str(path), whole)]
-      return
-  yield where, _or_bad(where, value)
-  for where, value in lines:
-    yield where, _or_bad(where, value)
+
+
+def whole_object(
+  path: pathlib.Path, wrappers: Sequence[str] = WRAPPERS, halves: bool = False
+) -> dict | None:
+  """The object of a file that begins with a brace and is one: on several lines, or with all rows
+  under one of the keys `wrappers`. None for an object a line.
+
+  Raises:
+    ValueError: it is on several lines and cannot be read, with the place of the fault.
+  """
+  lines = json_files.json_lines(path, halves=halves)
+  value = next(lines)[1]
+  if not isinstance(value, ValueError):
+    holds = value == {} or _wrapped(value, wrappers)
+    return value if holds and next(lines, None) is None else None
+  try:
+    whole = json_files.read_json(path, halves=halves)
+  except ValueError:
+    if _goes_on(path) and not any(isinstance(value, dict) and value for _, value in lines):
+      raise
+    return None  # lines, the first of them bad
+  return whole if isinstance(whole, dict) else None
+
+
+def _goes_on(path: pathlib.Path) -> bool:
+  """Whether a file's first line ends where an object on several lines may: {"data": ["""
+  with path.open("rb") as file:
+    line = file.read(1 << 16).strip().split(b"\n")[0].strip()
+  return line.endswith((b"{", b"[", b","))
 
 
 def read_rows(path: pathlib.Path, parse: Callable[[Any, str], Row]) -> Iterator[Row | BadRow]:
@@ -89,9 +108,9 @@ def _of_list(items: list, place: str) -> Iterator[tuple[str, Any]]:
     yield f"{place}, item {number}", item
 
 
-def _wrapped(value: Any) -> str:
+def _wrapped(value: Any, wrappers: Sequence[str] = WRAPPERS) -> str:
   """The key that a file's one object holds its rows under, or ""."""
-  held = [key for key in _WRAPPERS if isinstance(value, dict) and isinstance(value.get(key), list)]
+  held = [key for key in wrappers if isinstance(value, dict) and isinstance(value.get(key), list)]
   return held[0] if len(held) == 1 else ""
 
 

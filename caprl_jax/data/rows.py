@@ -251,7 +251,7 @@ def read_image(row: QARow | CaptionRow) -> Image.Image:
   """
   try:
     with image_files.load_image(_encoded(row)) as image:
-      return _to_rgb(_upright(image))
+      return to_rgb(_upright(image))
   # PIL's decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, IndexError…
   except Exception as error:
     raise unreadable(row, what_failed(error)) from error
@@ -261,7 +261,7 @@ def decode(data: bytes) -> tuple[Image.Image, str]:
   """An encoded image's pixels as `read_image` gives them, and the name of its format. Raises
   whatever PIL stumbles over."""
   with image_files.load_image(data) as image:
-    return _to_rgb(_upright(image)), image.format or "unknown"
+    return to_rgb(_upright(image)), image.format or "unknown"
 
 
 def what_failed(error: Exception) -> str:
@@ -319,7 +319,8 @@ def failure_reason(error: BaseException) -> str:
   )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+  """An image of any mode as RGB: 16 bits and floats are scaled, what is transparent is white."""
   if image.mode in ("I", "F") or image.mode.startswith("I;16"):
     return Image.fromarray(_to_8_bits(np.asarray(image), image.mode)).convert("RGB")
   if "A" in image.getbands() or image.info.get("transparency") is not None:

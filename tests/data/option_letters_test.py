@@ -24,6 +24,13 @@ from caprl_jax.data.option_letters import gold_index, without_letters
     ["Option A: red", "option B: blue"],
     ["A) red", "B. blue "],
     ["A) A. red", "B) B. blue"],
+    ["A - red", "B - blue"],
+    ["**A.** red", "**B.** blue"],
+    ["选项A：red", "选项B：blue"],
+    ["A ) red", "B ) blue"],
+    ["<A> red", "<B> blue"],
+    ["Choice A: red", "Choice B: blue"],
+    ["+ A) red", "+ B) blue"],
   ],
 )
 def test_letters_in_order_are_taken_off(options):
@@ -31,8 +38,34 @@ def test_letters_in_order_are_taken_off(options):
 
 
 @pytest.mark.parametrize(
+  "options, texts",
+  [
+    (["A.5", "B.6"], ("5", "6")),
+    (["A.50%", "B.5"], ("50%", "5")),
+    (["A.$5", "B.-1"], ("$5", "-1")),
+    (["A:1", "B:2"], ("1", "2")),
+    (["A.是", "B.否"], ("是", "否")),
+    (["A. Yes", "B.No", "C.?"], ("Yes", "No", "?")),
+    (["(A) (a) and (b)", "(B) (b) and (c)"], ("(a) and (b)", "(b) and (c)")),
+  ],
+)
+def test_letters_of_short_texts_are_taken_off_where_all_have_theirs(options, texts):
+  assert without_letters(options, "x") == texts
+
+
+@pytest.mark.parametrize(
   "options",
   [
+    ["(a) and (b)", "(b) and (c)", "(c) and (a)"],
+    ["(a) only", "(b) only", "(c) only"],
+    ["a.txt", "b.txt"],
+    ["A.1", "A.2"],
+    ["A-1", "B-2"],
+    ["E. coli", "S. aureus", "B. subtilis", "P. aeruginosa"],
+    ["E. coli", "B. subtilis", "Yeast"],
+    ["P. vivax", "P. falciparum"],
+    ["(R)-2-butanol", "(S)-2-butanol"],
+    ["x: 3, y: 2", "x: 2, y: 3"],
     ["red", "A) blue"],  # a letter at another place
     ["x", "y", "A) x"],
     ["(A)", "(B)"],  # nothing behind the letters
@@ -84,6 +117,10 @@ def test_letters_of_some_or_out_of_order_are_refused(options, message):
     ("B: blue ", ["red", "blue"], 1),
     ("5 mW", ["5 MW", "5 mW", "5 kW"], 1),  # exactly, where several are the same but for capitals
     ("Aa ", ["AA", "Aa", "aa"], 1),
+    ("【B】", ["red", "blue"], 1),
+    ("**B**", ["red", "blue"], 1),
+    ("B。", ["red", "blue"], 1),
+    ("0", ["1. red", "2. blue"], 0),
     (1.0, ["red", "blue"], 1),
     ("1", ["red", "blue"], 1),
     (["blue"], ["red", "blue"], 1),
@@ -106,6 +143,9 @@ def test_spellings_of_the_right_option(gold, options, index):
     ("C", ["red", "blue"], "fits none"),
     ("2", ["red", "blue"], "fits none"),
     ("", ["red", "blue"], "fits none"),
+    ("1", ["1. red", "2. blue"], "may be an index from 0 or a number that the options"),
+    ("1", ["1.0", "2.0"], "may be an index from 0 or a number"),
+    ("②", ["red", "blue", "green"], "fits none"),
     (True, ["yes", "no"], "gold is True"),
     (0.5, ["yes", "no"], "gold is 0.5"),
     (None, ["yes", "no"], "gold is None"),

@@ -86,9 +86,20 @@ def question_of(
     )
   options = without_letters([option for _, option in kept], where)
   try:
-    gold = gold_index(answer, options, where, letters)
+    if len(kept) < len(parts) and (not letters or not isinstance(answer, str)):
+      # An index, and a letter where none is written, count all choices.
+      whole = gold_index(answer, [option for _, option in parts], where)
+      gold = [i for i, (_, option) in enumerate(parts) if not _ABSTAIN.fullmatch(option)].index(
+        whole
+      )
+    else:
+      gold = gold_index(answer, options, where, letters)
   except ValueError:
     names = sorted(letters) or list(options)
+    if not choices:
+      raise ValueError(
+        f"{where}: no option stands behind {asked}; write each on a line of its own, as in 'A) red'"
+      ) from None
     raise ValueError(
       f"{where}: the answer {shown(answer)} of {asked} is none of its options "
       f"{shown(names)}, or fits several; correct it or drop the question"

@@ -24,7 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from caprl_jax.atomic_files import whole_file
+from caprl_jax.data.option_letters import options_in_order
 from caprl_jax.data.readers.caprl_json import choices_of, question_of
+from caprl_jax.data.readers.image_folders import PassedOver, folder_files
 from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions
 from caprl_jax.data.readers.jsonl import image_suffix
 from caprl_jax.data.readers.parquet_images import (
@@ -91,7 +93,9 @@ def parquet_files(source: Source) -> list[pathlib.Path]:
     return list(source)
   path = pathlib.Path(source).expanduser()
   if path.is_dir():
-    found = sorted(path.rglob("*.parquet"))
+    passed = PassedOver()
+    found = [file for file in folder_files(path, passed) if file.suffix.lower() == ".parquet"]
+    passed.say(str(path))
   else:
     found = [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(str(path))))
   if not found:
@@ -186,6 +190,9 @@ def image_column(
   layout: in words, what the file should have.
   """
   names = file.schema_arrow.names
+  twice = next((name for name in (asked, "image", "images") if names.count(name) > 1), None)
+  if twice is not None:
+    raise ValueError(f"{path}: two columns are called {shown(twice)}; rename one of them")
   if asked is not None and asked not in names:
     raise ValueError(
       f"{path}: no column {asked!r}, which caption.column names; it has {shown(names, 400)}"
@@ -221,6 +228,8 @@ def read_columns(
 def _parse_row(row: dict[str, Any], image: ImageSource, named: str, where: str) -> QARow:
   extra = _extra_info(row, where)
   model = row["reward_model"]
+  if isinstance(model, str):
+    model = parse_json(model, f"{where}: reward_model")
   asked = model.get("ground_truth") if isinstance(model, dict) else None
   if isinstance(asked, str):
     asked = parse_json(asked, f"{where}: reward_model.ground_truth")
@@ -255,11 +264,13 @@ def _parse_question(item: Any, kind: str, ours: bool, where: str) -> Question:
   """ours: the file is `write_parquet`'s, whose texts are kept to the byte."""
   item = item if isinstance(item, dict) else {}
   stem, choices, answer = (item.get(key) for key in ("question", "choices", "answer"))
+  choices = options_in_order(choices)
   if not (stem and choices and answer not in (None, "")):
     raise ValueError(
       f"{where}: question, choices and answer must all be there, not {shown(item or None)}"
     )
-  if not isinstance(stem, str) or not all(isinstance(choice, str) for choice in choices):
+  texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+  if not isinstance(stem, str) or not texts:
     raise ValueError(f"{where}: question and choices must be texts, not {shown(item)}")
   marks = [f"{letter}) " for letter in string.ascii_uppercase[: len(choices)]]
   options = tuple(choice[3:] for choice in choices)

@@ -4,6 +4,7 @@ assistant.
 
 import dataclasses
 import logging
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from caprl_jax.data.json_rows import read_items
 from caprl_jax.data.readers.image_spellings import find_image
 from caprl_jax.data.rows import BadRow, ImageSource
-from caprl_jax.json_files import shown
+from caprl_jax.json_files import cut, shown
 
 log = logging.getLogger("caprl_jax.data")
 
@@ -19,6 +20,8 @@ Role = Literal["system", "user", "assistant"]
 PLACE = "<image>"  # what LLaVA's data writes where the image goes
 # what changes a row's meaning and is not read here
 _UNREAD = ("video", "videos", "audio", "audios", "tools", "functions")
+# where a part of a turn's content has its image: OpenAI's, transformers' and Anthropic's names
+_PART_KEYS = ("image", "image_url", "path", "url", "base64", "data", "source")
 _ROLES = {
   "human": "user",
   "user": "user",
@@ -57,7 +60,7 @@ class Conversation:
     asked = roles[1:] if roles[:1] == ["system"] else roles
     if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
       raise ValueError(
-        f"its turns are of {', '.join(roles) or 'nobody'}; after an optional system turn they "
+        f"its turns are of {cut(', '.join(roles)) or 'nobody'}; after an optional system turn they "
         "must be user and assistant in turn, the assistant last"
       )
     if any(turn.role == "assistant" and not turn.text.strip() for turn in self.turns):
@@ -83,7 +86,7 @@ def scan_conversations(
     empty = False
     if isinstance(item, BadRow):
       yield item
-    elif isinstance(item, dict) and "error" in item and "caption" not in item:
+    elif isinstance(item, dict) and _failed(item):
       failed += 1
     else:
       try:
@@ -97,6 +100,11 @@ def scan_conversations(
     log.warning("%s: left out %d rows that have an error in place of a caption", path, failed)
 
 
+def _failed(item: dict) -> bool:
+  """Whether a row of mode caption has an error and no caption."""
+  return item.get("error") is not None and item.get("caption") is None
+
+
 def _parse(
   item: Any, instruction: str, folder: pathlib.Path, image_root: str | None
 ) -> Conversation:
@@ -106,19 +114,22 @@ def _parse(
     if item.get(key):
       raise ValueError(f"it has {key} = {shown(item[key])}, which are not supported; drop the row")
   images = _images(item)
-  if "caption" in item:
+  said = [key for key in ("caption", "conversations", "messages") if item.get(key) is not None]
+  if len(said) != 1:
+    has = f"it has {' and '.join(said)}" if said else f"it has the keys {shown(sorted(item))}"
+    raise ValueError(f"{has}; one of caption, conversations and messages must be there")
+  [key] = said
+  if key == "caption":
     turns = [Turn("user", instruction, 0), Turn("assistant", _text(item["caption"], "caption"))]
-  elif "conversations" in item:
-    turns = [_turn(turn) for turn in _list(item["conversations"], "conversations")]
-  elif "messages" in item:
-    messages = _list(item["messages"], "messages")
-    turns = [_turn(turn) for turn in messages]
-    images = images or _image_parts(messages)
   else:
-    raise ValueError(
-      f"it has the keys {shown(sorted(item))}; one of caption, conversations and messages must be "
-      "there"
-    )
+    messages = _list(item[key], key)
+    turns = [_turn(turn) for turn in messages]
+    parts = _image_parts(messages)
+    if images and parts and images != parts:
+      raise ValueError(
+        f"it names the image {shown(images[0])} and, in its turns, {shown(parts[0])}; keep one"
+      )
+    images = images or parts
   turns = _with_system(item.get("system"), turns)
   if len(images) > 1:
     raise ValueError(
@@ -142,12 +153,24 @@ def _parse(
 
 def _images(item: dict) -> list:
   """The images that a row names beside its turns; null, "" and [] name none."""
-  value = item.get("image") or item.get("images")
-  if isinstance(value, bool) or not isinstance(value, (str, list, dict, type(None))):
-    raise ValueError(f"image {shown(value)} must be a path, images a list of them")
-  if not isinstance(value, list):
-    value = [value]
-  return [one for one in value if one is not None and one != ""]
+  found = []
+  for key in ("image", "images"):
+    value = item.get(key)
+    if isinstance(value, float) and math.isnan(value):
+      value = None  # pandas' way to say nothing
+    if isinstance(value, (bool, int, float)):
+      raise ValueError(f"{key} {shown(value)} must be a path, images a list of them")
+    values = value if isinstance(value, list) else [value]
+    found.append([one for one in values if not _is_nothing(one)])
+  if found[0] and found[1] and found[0] != found[1]:
+    raise ValueError(f"image is {shown(found[0][0])}, and images {shown(found[1])}; keep one")
+  return found[0] or found[1]
+
+
+def _is_nothing(value: Any) -> bool:
+  """null, "" and an object of such, {"bytes": null, "path": null}."""
+  values = value.values() if isinstance(value, dict) else [value]
+  return all(one is None or one == "" for one in values)
 
 
 def _with_system(system: Any, turns: list[Turn]) -> list[Turn]:
@@ -163,8 +186,13 @@ def _turn(turn: Any) -> Turn:
   """One turn of either layout; an image that it holds is placed, and its sign taken out of the
   text.
   """
-  keys = ("role", "content") if isinstance(turn, dict) and "role" in turn else ("from", "value")
-  role_key, text_key = keys
+  held = turn if isinstance(turn, dict) else {}
+  role_key = "role" if held.get("role") is not None else "from"
+  own, other = ("content", "value") if role_key == "role" else ("value", "content")
+  text_key = own if held.get(own) is not None or held.get(other) is None else other
+  for key in ("tool_calls", "function_call"):
+    if held.get(key):
+      raise ValueError(f"a turn has {key} = {shown(held[key])}, which are not supported")
   if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str):
     raise ValueError(f"{shown(turn)} is no turn of 'from' and 'value', or 'role' and 'content'")
   if turn[role_key] not in _ROLES:
@@ -180,9 +208,7 @@ def _turn(turn: Any) -> Turn:
           )
         at = sum(map(len, texts))
       else:
-        texts.append(
-          _text(part.get("text") if isinstance(part, dict) else None, "a part of the content")
-        )
+        texts.append(_part_text(part))
     return Turn(role, "".join(texts), at)
   text = _text(content, text_key)
   if role != "user" or PLACE not in text:
@@ -198,8 +224,18 @@ def _turn(turn: Any) -> Turn:
   return Turn(role, before + after, len(before))
 
 
+def _part_text(part: Any) -> str:
+  """The text of a part of a turn's content."""
+  if isinstance(part, str):
+    return part
+  if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise ValueError(f"a part of the content is {shown(kind)}; text and one image are supported")
+  return part["text"]
+
+
 def _is_image(part: Any) -> bool:
-  return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+  return isinstance(part, dict) and part.get("type") in ("image", "image_url", "input_image")
 
 
 def _image_parts(messages: list) -> list:
@@ -208,10 +244,10 @@ def _image_parts(messages: list) -> list:
   for part in (
     p for m in messages if isinstance(m.get("content"), list) for p in m["content"] if _is_image(p)
   ):
-    value = next((part[key] for key in ("image", "image_url", "path") if part.get(key)), None)
+    value = next((part[key] for key in _PART_KEYS if part.get(key)), None)
     value = value.get("url") if isinstance(value, dict) and "url" in value else value
     if not value or (isinstance(value, str) and value.lower().startswith(("http:", "https:"))):
-      raise ValueError(f"image {shown(value)} is no path of a file; save it as one")
+      raise ValueError(f"image {shown(value or part)} is no path of a file; save it as one")
     found.append(value)
   return found
 

@@ -39,12 +39,18 @@ _SYSTEM = (
   "icon\r",
   "@eadir",
   "#recycle",
+  "@recycle",
+  "@recently-snapshot",
+  "network trash folder",
+  "temporary items",
   "$recycle.bin",
   "system volume information",
   "lost+found",
 )
 _PARTIAL = (
   ".part",
+  ".filepart",
+  ".!qb",
   ".partial",
   ".crdownload",
   ".download",

@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from caprl_jax.data.readers.image_spellings import spelled_image
+from caprl_jax.data.json_rows import WRAPPERS, whole_object
+from caprl_jax.data.readers.image_spellings import spelled_image, spelled_or_found
 from caprl_jax.data.readers.inputs.options import NOTHING_MORE, ListingOptions, address_of
 from caprl_jax.data.rows import CaptionRow, ImageSource
 from caprl_jax.image_files import HEAD_BYTES, sniff
@@ -18,6 +19,7 @@ LIST_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv")
 IMAGE_KEYS = ("image", "image_path", "images", "file_name", "path")  # the first that is there
 _LONGEST_NAME = 256  # characters: what is longer is named by its place
 _COLUMNS = {".csv": ",", ".tsv": "\t"}
+_WRAPPERS = (*WRAPPERS, "images")  # COCO's too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +79,36 @@ def scan_list(path: pathlib.Path, options: ListingOptions = NOTHING_MORE) -> Ite
   Raises:
     ValueError: no list; a row that is none, with its line; no row; a column that is not there.
   """
-  empty = True
+  waiting: list[_ListRow] | None = []  # rows of text alone, until one names an image
   for row in _rows(path, options):
-    empty = False
-    yield _caption_row(row, path, options)
-  if empty:
+    alone = _is_text_alone(row.value, options.column)
+    if waiting is None:
+      yield _without_image(row) if alone else _caption_row(row, path, options)
+    elif alone:
+      waiting.append(row)
+    else:
+      yield from map(_without_image, waiting)
+      waiting = None
+      yield _caption_row(row, path, options)
+  if waiting:
+    raise _no_row(waiting[0].where, f"it has the keys {shown(list(waiting[0].value))}")
+  if waiting is not None:
     raise ValueError(f"{path} has no rows; write one image a line")
+
+
+def _is_text_alone(value: Any, column: str | None) -> bool:
+  """Whether a row says that it has no image, as text-only rows of mixed data do."""
+  if not isinstance(value, dict):
+    return False
+  held = [value[key] for key in (IMAGE_KEYS if column is None else (column,)) if key in value]
+  nothing = all(one is None or one == "" or one != one for one in held)  # NaN, pandas' nothing
+  return nothing and (bool(held) or "conversations" in value or "messages" in value)
+
+
+def _without_image(row: _ListRow) -> CaptionRow:
+  """It fails when its turn comes, and is counted."""
+  message = f"{row.where}: it names no image; add one or drop the row"
+  return CaptionRow(UnreadableImage(row.where, message), "", pathlib.PurePath(row.where).name)
 
 
 def _caption_row(row: _ListRow, path: pathlib.Path, options: ListingOptions) -> CaptionRow:
@@ -100,7 +126,7 @@ def _image(
   if address is not None and options.fetch is not None:
     return options.fetch.image(address, row.where), address
   try:
-    found = spelled_image(value, path.parent, row.where)
+    found = spelled_or_found(value, path.parent, row.where)
   except ValueError as error:
     short = isinstance(value, str) and value.strip() and len(value) <= _LONGEST_NAME
     name = address or (value if short else pathlib.PurePath(row.where).name)
@@ -142,7 +168,8 @@ def _said(value: Any, where: str, column: str | None) -> tuple[Any, str | None]:
 
 def _no_row(where: str, what: str) -> ValueError:
   return ValueError(
-    f"{where}: not a JSON object with an 'image' path ({what}); mend or drop the line"
+    f"{where}: not a JSON object with an 'image' path ({what}); mend or drop the line, or name the "
+    "key of the images in caption.column"
   )
 
 
@@ -153,18 +180,21 @@ def _rows(path: pathlib.Path, options: ListingOptions) -> Iterator[_ListRow]:
   except OSError as error:
     raise ValueError(f"{path}: cannot be read: {error.strerror}; check the path") from error
   marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))  # UTF-16 and 32
-  if head.startswith(b"PK\3\4") or (b"\0" in head and not marked) or sniff(head):
+  suffix, start = path.suffix.lower(), starts_with(path)
+  binary = b"\0" in head and not marked
+  # A name may begin like a picture, as in "GIF89a_1.png".
+  if head.startswith(b"PK\3\4") or binary or (sniff(head) and suffix not in LIST_SUFFIXES):
     raise ValueError(
       f"{path} is neither a list of images nor a tar file that can be read; unpack an archive "
       f"first and name its folder, or name a list ({', '.join(LIST_SUFFIXES)})"
     )
-  suffix, start = path.suffix.lower(), starts_with(path)
-  if start == "[" and suffix != ".jsonl":
-    values = read_json(path, halves=True)
-    yield from (_ListRow(f"{path}[{i}]", value) for i, value in enumerate(values))
-  elif suffix in _COLUMNS:
+  if suffix in _COLUMNS:
     yield from _of_table(path, _COLUMNS[suffix], options)
-  elif suffix == ".txt" and start != "{":
+    return
+  values = _values(path, start, suffix)
+  if values is not None:
+    yield from (_ListRow(f"{path}[{i}]", value) for i, value in enumerate(values))
+  elif suffix == ".txt" and not (start == "{" and (marked or _is_json(head))):
     for number, line in enumerate(io.StringIO(_text(path), newline=None), 1):
       if line.strip():
         yield _ListRow(f"{path}:{number}", line.strip())
@@ -174,6 +204,30 @@ def _rows(path: pathlib.Path, options: ListingOptions) -> Iterator[_ListRow]:
     )
   else:
     yield from _of_lines(path)
+
+
+def _values(path: pathlib.Path, start: str, suffix: str) -> list | None:
+  """The rows of a file that is one JSON value: a list, an object with a list, or one row on several
+  lines. None for rows a line, and for names a line that only begin like JSON."""
+  if start == "[":
+    try:
+      return read_json(path, halves=True)
+    except ValueError:
+      if suffix in (".json", ""):
+        raise
+      return None
+  if start != "{":
+    return None
+  whole = whole_object(path, _WRAPPERS, halves=True)
+  if whole is None:
+    return None
+  key = next((key for key in _WRAPPERS if isinstance(whole.get(key), list)), None)
+  return whole[key] if key and "image" not in whole else [whole]
+
+
+def _is_json(head: bytes) -> bool:
+  """Whether a text that begins with a brace goes on like an object."""
+  return head.lstrip(b"\xef\xbb\xbf \r\n\t")[1:].lstrip()[:1] in (b'"', b"}", b"")
 
 
 def _of_lines(path: pathlib.Path) -> Iterator[_ListRow]:
@@ -199,7 +253,11 @@ def _good(value: Any, where: str) -> Any:
 
 def _of_table(path: pathlib.Path, delimiter: str, options: ListingOptions) -> Iterator[_ListRow]:
   csv.field_size_limit(1 << 30)  # base64 is longer than the 131,072 characters that csv allows
-  reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
+  text = _text(path)
+  blank = len(text) - len(text.lstrip("\r\n"))
+  before = len(text[:blank].splitlines())  # lines in front of the first
+  reader = csv.DictReader(io.StringIO(text[blank:], newline=""), delimiter=delimiter, strict=True)
+  line = before + 1
   try:
     names = reader.fieldnames or []
     wanted = IMAGE_KEYS if options.column is None else (options.column,)
@@ -208,13 +266,32 @@ def _of_table(path: pathlib.Path, delimiter: str, options: ListingOptions) -> It
       raise ValueError(
         f"{path}: no column {', '.join(wanted)} among {shown(list(names), 400)}; name one so in "
         "the first line, or name the column of images in caption.column"
+        + _other_separator(list(names), delimiter)
       )
+    line = before + reader.line_num + 1
     for row in reader:
-      row.pop(None, None)  # what stands behind the last column
+      where = f"{path}:{before + reader.line_num}"
+      if any(cell.strip() for cell in row.pop(None, None) or ()):
+        raise ValueError(
+          f"{where}: it has more cells than the first line names; put quotes around a text with "
+          f"{shown(delimiter)} in it"
+        )
       more = row if options.fields else {"name": row["name"]} if row.get("name") else {}
-      yield _ListRow(f"{path}:{reader.line_num}", {**more, key: row[key] or ""})
+      yield _ListRow(where, {**more, key: row[key] or ""})
+      line = before + reader.line_num + 1
   except csv.Error as error:
-    raise ValueError(f"{path}:{reader.line_num}: not CSV ({error}); mend the line") from error
+    raise ValueError(
+      f"{path}:{line}: not CSV ({error}); mend the row that begins there, where a quote may be open"
+    ) from error
+
+
+def _other_separator(names: list[str], delimiter: str) -> str:
+  """What to say of a first line whose cells another separator keeps apart."""
+  other = next((mark for mark in ";,\t|" if mark != delimiter and mark in "".join(names)), None)
+  return (
+    f" (its cells seem to be kept apart by {shown(other)}; save it with {shown(delimiter)})"
+    * bool(other)
+  )
 
 
 def _text(path: pathlib.Path) -> str:

@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import pathlib
 import re
+import unicodedata
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from caprl_jax.image_files import HEAD_BYTES, open_image, sniff
@@ -78,6 +79,12 @@ def spelled_image(value: Any, root: pathlib.Path, where: str) -> SpelledImage:
   return SpelledImage(data, name or f"sha256-{hashlib.sha256(data).hexdigest()[:16]}")
 
 
+def spelled_or_found(value: Any, root: pathlib.Path, where: str) -> SpelledImage:
+  """As `spelled_image`; a text that is the name of a file, however it is spelled, is that file."""
+  path = next(filter(is_file, _places(value, root)), None)
+  return SpelledImage(path, value) if path is not None else spelled_image(value, root, where)
+
+
 def find_image(
   value: Any, roots: Sequence[pathlib.Path], where: str, remedy: str = "correct it"
 ) -> SpelledImage:
@@ -107,10 +114,9 @@ def _find_image(value: Any, roots: Sequence[pathlib.Path], where: str, remedy: s
   if isinstance(value, str) and not value.strip():
     raise ValueError(f"{where}: image {shown(value)} is not a file; name one or drop the row")
   # Looked for now: otherwise a wrong root would show after the compile, in the middle of training.
-  for text in _texts(value):
-    for root in roots:
-      if is_file(root / text):
-        return SpelledImage(root / text, value if isinstance(value, str) else text)
+  for root in roots:
+    if (path := next(filter(is_file, _places(value, root)), None)) is not None:
+      return SpelledImage(path, value)
   found: list[SpelledImage] = []
   for root in roots:
     found.append(spelled_image(value, root, where))
@@ -125,11 +131,15 @@ def _find_image(value: Any, roots: Sequence[pathlib.Path], where: str, remedy: s
   raise ValueError(f"{where}: image {shown(found[0].name)} is not a file in {places}; {remedy}")
 
 
-def _texts(value: Any) -> list[str]:
-  """Names of files that would be read in another way, if they were not there."""
+def _places(value: Any, root: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Where a text's file may be that would be read in another way, if it were not there; with
+  slashes for backslashes, and with accents composed or apart, as macOS writes names."""
   if not isinstance(value, str) or not 0 < len(value) <= LONGEST_PATH:
-    return []
-  return [value, value.removeprefix("file://")] if value.startswith("file://") else [value]
+    return
+  for text in dict.fromkeys((value, value.removeprefix("file://"))):
+    spelled = (text, text.replace("\\", "/"))
+    forms = (unicodedata.normalize(form, text) for text in spelled for form in ("NFC", "NFD"))
+    yield from (root / form for form in dict.fromkeys((*spelled, *forms)))
 
 
 def is_file(path: pathlib.Path) -> bool:

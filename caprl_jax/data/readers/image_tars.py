@@ -145,11 +145,24 @@ def index_tar(
     ) from error
   except OSError as error:
     raise ValueError(f"{path}: {error.strerror}; check the file") from error
+  _check_end(path, end)
+
+
+def _check_end(path: pathlib.Path, end: int) -> None:
+  """Raises ValueError where the end of a tar file does not begin behind its last member; warns
+  where it has no end mark."""
   # tarfile takes whatever it cannot read for the end; the real one is marked by zeros.
   with open(path, "rb") as file:
     size = file.seek(0, os.SEEK_END)
     file.seek(end)
     block = file.read(_BLOCK)
+    while (more := file.read(1 << 20)) and not any(more):
+      pass
+  if more and not any(block):
+    raise ValueError(
+      f"{path}: more stands behind the end mark at byte {end} of {size}, as where files are joined "
+      "by cat or a download left a hole; fetch it again, or unpack it with tar -i and pack it anew"
+    )
   if any(block) or 0 < len(block) < _BLOCK:
     raise ValueError(
       f"{path} is damaged at byte {end} of {size}: no member begins there, nor is "

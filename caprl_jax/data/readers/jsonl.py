@@ -11,7 +11,7 @@ from typing import Any
 from caprl_jax.atomic_files import whole_file, write_bytes
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.json_rows import read_rows
-from caprl_jax.data.option_letters import gold_index, without_letters
+from caprl_jax.data.option_letters import gold_index, options_in_order, without_letters
 from caprl_jax.data.readers.image_spellings import find_image, spelled_image
 from caprl_jax.data.rows import (
   BadRow,
@@ -111,6 +111,7 @@ _QA_KEYS = {"image": object, "questions": list, "name": str, "facts": dict}
 _QUESTION_KEYS = {"stem": str, "options": list, "gold": object, "kind": str, "provenance": str}
 # of mode `caption`, too
 _CAPTION_KEYS = {"image": object, "caption": str, "name": str, "tokens": list, "finish": str}
+_CAPTION_KEYS |= {"error": str}  # null, in what pandas makes of our parquet
 _TYPE_NAMES = {str: "a string", list: "a list", dict: "an object"}
 
 
@@ -129,6 +130,8 @@ def parse_row(item: Any, image_root: pathlib.Path, where: str, asked: bool = Tru
 
 def parse_question(item: Any, where: str) -> Question:
   """One of `plain_questions`, or as people write them. Raises ValueError, starting with `where`."""
+  if isinstance(item, dict) and isinstance(item.get("options"), dict):
+    item = item | {"options": options_in_order(item["options"])}
   _check_object(item, _QUESTION_KEYS, ("stem", "options", "gold"), where)
   for i, option in enumerate(item["options"]):
     _check_type(option, str, f"{where}: options[{i}]")
@@ -141,7 +144,7 @@ def parse_question(item: Any, where: str) -> Question:
 
 
 def _parse_caption_row(item: Any, image_root: pathlib.Path, where: str) -> CaptionRow:
-  if isinstance(item, dict) and "error" in item:
+  if isinstance(item, dict) and item.get("error") is not None:
     raise ValueError(
       f"{where}: an error stands in the caption's place ({str(item['error']):.80}); caption "
       "it anew or drop it"

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from caprl_jax.data.readers.image_spellings import find_image
 from caprl_jax.data.readers.inputs.options import Fetch, is_address
 from caprl_jax.data.rows import ImageSource
+from caprl_jax.image_files import HEAD_BYTES, sniff
 from caprl_jax.json_files import cut, shown
 
 KEPT_BYTES = 1 << 30  # of decoded row groups
@@ -36,7 +37,7 @@ class ParquetImage:
   def read(self) -> bytes:
     """Raises ValueError, with `where`, for a row without an image, or one that cannot be read."""
     value = _groups.get(self)
-    if isinstance(value, bytes):
+    if isinstance(value, bytes) and (sniff(value[:HEAD_BYTES]) or not value):
       return value
     if value is None:
       named = f", and {shown(self.name)} is no file beside it" if self.name else ""
@@ -102,15 +103,16 @@ def is_image(kind: pa.DataType) -> bool:
 
 
 def is_list(kind: pa.DataType) -> bool:
-  return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+  return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-  return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+  return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
-  return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+  tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+  return any(is_kind(kind) for is_kind in tests)
 
 
 def damaged(path: pathlib.Path, error: Exception) -> ValueError:
@@ -119,7 +121,8 @@ def damaged(path: pathlib.Path, error: Exception) -> ValueError:
 
 def _read_column(file: pq.ParquetFile, group: int, column: str) -> pa.ChunkedArray:
   """A column of a row group, or the field `bytes` of one, named "image.bytes"."""
-  name, _, field = column.partition(".")
+  whole = column in file.schema_arrow.names  # which may have a dot in its name
+  name, field = (column, "") if whole else column.rsplit(".", 1)
   found = file.read_row_group(group, columns=[column])[name].combine_chunks()
   return found.field(field) if field else found
 
@@ -158,7 +161,12 @@ def read_pictures(
     except (OSError, pa.ArrowException) as error:
       raise damaged(path, error) from error
     for row in range(rows):
-      value = paths[row].as_py()
+      try:
+        value = paths[row].as_py()
+      except UnicodeDecodeError as error:
+        value = ParquetImage(path, group, row, lazy)
+        yield Picture(value, "", f"its path is no UTF-8 ({error.reason} at {error.start})")
+        continue
       value = value["path"] if isinstance(value, dict) and lazy != column else value
       image = ParquetImage(path, group, row, lazy, value if isinstance(value, str) else "")
       if fetch is not None and empty[row] and is_address(value):

@@ -45,7 +45,7 @@ def test_labels_in_use(form):
     (TEXT, "", "is none of its options"),
     (TEXT.replace("- B", "- A"), "A", "two options 'A': 'Brown' and 'White'"),
     (TEXT.replace("White", "brown"), "A", "differ at most in case"),
-    ("no options at all", "A", "is none of its options"),
+    ("no options at all", "A", "no option stands behind"),
     ("- A) red\n- B) blue", "A", "has no text"),
   ],
 )

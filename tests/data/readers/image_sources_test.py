@@ -194,7 +194,7 @@ def test_lines_that_are_none(tmp_path):
     (b'{"image": "a.png"}\n{"image": 3}\n', r"rows\.jsonl:2: not a JSON object"),
     (b'{"image": "a.png"}\n\xff\n', r"rows\.jsonl:2: .*codec can't decode"),
     (b"\n\n", "has no rows"),
-    (b"[1]\n", "rows.jsonl:1"),
+    (b"[1]\n", r"rows\.jsonl\[0\]"),
   ):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message):

@@ -12,6 +12,7 @@ list of such.
 """
 
 import dataclasses
+import math
 import pathlib
 import re
 import string
@@ -148,7 +149,9 @@ def _years(item: dict[str, Any]) -> tuple[bool, ...] | None:
 def _gold(answer: Any, where: str) -> str | tuple[str, ...]:
   golds = answer if isinstance(answer, list) else [answer]
   for gold in golds:
-    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)) or not str(gold).strip():
+    finite = not isinstance(gold, float) or math.isfinite(gold)  # NaN is pandas' way to say nothing
+    text = isinstance(gold, (str, int, float)) and not isinstance(gold, bool) and str(gold).strip()
+    if not text or not finite:
       raise ValueError(
         f"{where}: the answer is {shown(answer)}, but it must be a text, a number, or a list of "
         "them"

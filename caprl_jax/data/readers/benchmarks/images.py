@@ -8,7 +8,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from caprl_jax.data.readers.image_spellings import MAX_IMAGE_BYTES, find_image, spelled_image
+from caprl_jax.data.readers.image_spellings import (
+  MAX_IMAGE_BYTES,
+  find_image,
+  is_file,
+  spelled_image,
+)
 from caprl_jax.data.rows import ImageSource, PixelLimits
 from caprl_jax.json_files import shown
 
@@ -90,7 +95,7 @@ class Finder:
   def _look(self, candidate: str) -> ImageSource | None:
     if self.members is None:
       file = self.root / candidate
-      return file if file.is_file() else None
+      return file if is_file(file) else None
     info = self.members.get(candidate)
     if info is None:
       return None
