@@ -16,6 +16,7 @@ from caprl_jax.scoring.choices import LETTER, index_of, multiple_choice, option_
 from caprl_jax.scoring.mathematics import maths
 from caprl_jax.scoring.metrics import anls, chartqapro, open_answer, relaxed_accuracy, same
 from caprl_jax.scoring.plain_text import tidied
+from caprl_jax.scoring.statements import IF
 
 Metric = Literal["multiple_choice", "relaxed", "chartqapro", "same", "anls", "maths"]
 
@@ -154,6 +155,8 @@ def _readings(prediction: str | None) -> tuple[str | None, ...]:
     verbs = list(_VERB.finditer(last))
     sentence = bool(re.search(r"\b(?:is|are|was|were|has|have|had|equals?)\b|[:=≈→是为]", last))
     for verb in verbs[-4:] if sentence else ():
+      if IF.search(last[: verb.start()]):
+        continue
       said = tidied(last[verb.end() :])
       found += [said, tidied(_ADDED.sub("", said)), _AT.sub("", said)]
     if not sentence:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from caprl_jax.scoring.labels import label_of
 from caprl_jax.scoring.plain_text import normal_form
+from caprl_jax.scoring.quantities import read_quantity
 from caprl_jax.scoring.statements import (
   DENIES,
   IF,
@@ -124,13 +125,34 @@ def _read(text: str, options: int | None, *, whole: bool) -> str | None:
   if letter:
     return letter
   said, said_at = _last_said(text)
+  if options is None and said:
+    said, said_at = _corrected(text, said_at) or (said, said_at)
   if boxed and not (said and said_at > box_at and options is None):
     return boxed
   if said or whole:
     return said or text.strip()
+  if options is None and read_quantity(lines[0]) and not read_quantity(lines[-1]):
+    return lines[0]  # and its explanation below
   # the last line of a list of the options is no answer
   listed = options and len(lines) > 1 and label_of(lines[-1], options)
   return None if listed else lines[-1]
+
+
+_CORRECTS = re.compile(
+  r"\b(?:wait|actually|correction|sorry|no(?=\s?,)|i\smean)\b[\s,:;.…-]+"
+  r"(?:(?:it|that|this|the\s\w+)(?:['’]s|\sis|\sshould\sbe)\s)?",
+  re.IGNORECASE,
+)
+
+
+def _corrected(text: str, at: int) -> tuple[str, int] | None:
+  """The last quantity behind a place that corrects what was said there, and where it stands."""
+  for match in reversed([*_CORRECTS.finditer(text, at)]):
+    line = text[match.end() :].partition("\n")[0]
+    said = _first_sentence(line).strip().strip("*")
+    if read_quantity(said) is not None:
+      return said, match.end()
+  return None
 
 
 def _value_of_answer(text: str) -> str | None:
@@ -210,8 +232,15 @@ def _last_boxed(text: str) -> tuple[str | None, int]:
       opened.append((match.end(), match.group(1) is not None))
     elif opened:
       begin, boxed = opened.pop()
-      last = max(last, (begin, match.start())) if boxed else last
+      if boxed and not _negated(text, begin):
+        last = max(last, (begin, match.start()))
   return (text[last[0] : last[1]].strip() or None if last[0] >= 0 else None), last[1]
+
+
+def _negated(text: str, at: int) -> bool:
+  """Whether the box that begins at a place is what an answer is not."""
+  before = re.sub(r"[$*\\]*(?:\\f?boxed\s?)?\{?$", "", text[max(0, at - 160) : at])
+  return bool(re.search(r"(?:\bnot|n['’]t|\bnever)\s*$", re.split(r"[.!?;\n]", before)[-1]))
 
 
 def _first_sentence(text: str) -> str:

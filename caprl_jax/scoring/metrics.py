@@ -3,6 +3,7 @@
 Letters are in `choices.py`, mathematics in `mathematics.py`.
 """
 
+import ast
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -85,6 +86,12 @@ def _items(text: str, *, tight: bool = False) -> list[str]:
   space part them too, as they do in brackets.
   """
   text = tidied(text[:2000])
+  try:
+    held = ast.literal_eval(text) if text.startswith("[") else None
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
+    held = None
+  if isinstance(held, list) and all(isinstance(one, str) for one in held):
+    return [tidied(one) for one in held]
   bracketed = re.fullmatch(r"[\[({](.*)[\])}]", text, re.DOTALL)
   inner = bracketed[1] if bracketed else text
   parts = re.split(
@@ -120,6 +127,8 @@ def chartqapro(prediction: str | None, gold: str, years: Sequence[bool] | None =
     return 0.0
   bracketed = re.fullmatch(r"\s*\[.*\][\s.]*", gold, re.DOTALL)
   golds = _items(gold) if bracketed else [gold]
+  if not bracketed and re.fullmatch(r"\s*\[.*\]\s*", prediction, re.DOTALL):
+    prediction = ", ".join(_items(prediction))  # as the benchmark does, which reads lists of both
   ours = _items(prediction, tight=True) if bracketed else [prediction]
   if bracketed and len(golds) == 1 and not re.match(r"\s*\[", prediction):
     ours = [prediction]

@@ -26,6 +26,7 @@ def readable(text: str) -> str:
   """A text without the signs of Markdown, LaTeX and HTML; boxes' edges are private characters."""
   text = re.sub(r"<\|(?:im_end|endoftext|eot_id|end)\|>|</s>", " ", normal_form(text))
   text = re.sub(r"~~[^~\n]{1,200}~~", " ", text)
+  text = re.sub(r"【\s?(答案|正确答案|参考答案)\s?】", r"\1:", text)
   for _ in range(2):  # one in the other
     text = re.sub(
       r"\\(?:text|math|bf|rm|mbox|operatorname)[a-z]{0,6}\s?\{([^{}]{0,200})\}", r"\1", text
@@ -50,7 +51,7 @@ MENTION = re.compile(
 # What may follow a letter that is no word. Not a verb, of which it would be the subject.
 FOLLOWS = re.compile(
   rf"\s?$|\s?[,;!?。、…{CLOSES}]|\s?[.:](?![A-Za-z]\b)(?!\d)|\s-|\s?[/&→]|,?\s(?:because|since|as|and|or|not|"
-  r"but|rather|instead|over|which|where|with|in|on|for|based|due|given|here|too|the|this|that|est|"
+  r"but|if|rather|instead|over|which|where|with|in|on|for|based|due|given|here|too|the|this|that|est|"
   r"porque|weil|car|perché)\b|\s?(?![型级班组点座栋])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]",
   re.IGNORECASE,
 )

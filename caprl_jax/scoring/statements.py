@@ -82,7 +82,8 @@ def _segments(text: str) -> list[str]:
 # Phrases that a letter follows.
 
 NOUN = (
-  r"(?:answers?|ans|option|choice|selection|pick|response|solution|conclusion|guess|letter|decision|"
+  r"(?:answers?|ans|option|choice|selection|statement|description|match|fit|candidate|interpretation|"
+  r"pick|response|solution|conclusion|guess|letter|decision|"
   r"prediction|label|réponse|respuesta|resposta|risposta|antwort|lösung|ответ|đáp án|opción|opção|"
   r"答案|正解|答え|回答|解答|正确选项|正确的选项|选项|答|정답은|정답|답)"
 )
@@ -104,7 +105,7 @@ _STATES = re.compile(
 # "Answer B", at the beginning of a sentence
 _ANSWER = re.compile(
   r"^(?:(?:so|the|my|final|correct|right|best)\s){0,3}(?:answer|réponse|respuesta|antwort)(?=\s\S)|"
-  r"(?:答案|정답|正解)(?=\s?[(A-Z])",
+  r"【?(?:答案|정답|正解)】?(?=\s?[(A-Z])",
   re.IGNORECASE,
 )
 _LEADS = re.compile(
@@ -116,7 +117,11 @@ _LEADS = re.compile(
   r"consistent\swith|align(?:s|ed)?\swith|lean(?:ing)?\stowards?|"
   r"(?:it|this|that)(?:['’]s|\sis|\swas|\s(?:must|should|would|will|has\sto)(?:\s[a-z]+ly)?\sbe)|"
   r"which\sis|so|thus|therefore|hence|consequently|accordingly|definitely|clearly|finally|"
-  r"in\sconclusion|ultimately|overall|probably|presumably|likely|(?:no|wait|sorry|hmm|actually|correction|i\smean|rather|nein|non)\s?"
+  r"in\sconclusion|or\srather|i\smeant?|make\sthat|(?:chang(?:e|ed|ing)|revis(?:e|ed|ing)|"
+  r"switch(?:ed|ing)?|updat(?:e|ed|ing)|correct(?:ed|ing)?)(?:\s(?:my|the|this))?(?:\sanswer)?"
+  r"(?:\sfrom\s(?:option\s)?\(?[A-Z]\)?)?\sto|ultimately|overall|probably|presumably|likely|"
+  r"(?:no|wait|sorry|oops|hmm|actually|correction|edit|yes|(?:my\s)?mistake|apologies|i\smean|rather|"
+  r"nein|non|scratch\sthat|strike\sthat|on\s(?:second\sthought|reflection))\s?"
   r"(?:[,:.…-]|\.\.\.)+|elijo|escojo|elegir|je\schoisis|c['’]est|ich\swähle|wähle)"
   r"(?![A-Za-z'’])|"
   r"->|=>|→|⇒|(?:选择?(?![项項])|選擇?(?![項択])|选项[是为]|应该?是|应当是|就是|是|为|因此|所以|故|即|選択)",
@@ -172,7 +177,8 @@ _BREAK = re.compile(
 )
 IF = re.compile(
   r"(?<!even )\b(?:if|unless|otherwise|suppose|supposing|assuming|whether|imagine|sofern|wenn)\b"
-  r"(?!\s(?:we|you|one|i|i'm)\b(?!\s(?:were|assume|choose|chose|pick|had)))|^(?:were|had)\b|如果|假如|假设|若",
+  r"(?!\s(?:we|you|one|i|i'm)\b(?!\s(?:were(?!\sto\s(?:guess|choose|pick))|assume|choose|chose|pick|"
+  r"had(?!\sto\b))))|^(?:were|had)\b(?!\si\sto\b)|如果|假如|假设|若",
   re.IGNORECASE,
 )
 _IF_BEHIND = re.compile(
@@ -186,6 +192,7 @@ DENIES = re.compile(
   re.IGNORECASE,
 )
 _TENTATIVE = re.compile(
+  r"\b(?:(?:even\s)?though|although|while|whereas|runner-up|second[-\s]best)\b[^,;]*$|"
   r"\b(?:at\sfirst|initially|originally|thought|tempt\w*|assumed|first\sguess|one\s(?:could|might|may)|"
   r"(?:some|many|people|you|one|others|they)\s(?:might|may|would|could)|might\s(?:think|say|guess|choose|seem)|"
   r"to\s(?:check|see|test|verify))\b[^;]*$",
@@ -209,9 +216,9 @@ _RIGHT = re.compile(
   r"(?P<gap>\s?(?:,?\s?(?:\([^()]{0,60}\)|[^.;?!]{1,60}?),?))?\s(?:(?:is|are|was|seems(?:\sto\sbe)?|"
   r"appears(?:\sto\sbe)?|looks|remains|'s|(?:must|would|should|has\sto|will|can\sonly)\s(?:\w+ly\s)?be)\s"
   r"(?:(?!unlikely|hardly|partially|partly|scarcely|barely|incorrectly)(?:[a-z]+ly|the|most|more|also|indeed|thus|therefore|best|"
-  r"one|a|better|closest|my|our|all)\s){0,5}(?:correct|right|best|true|accurate|answer|appropriate|"
-  r"suitable|valid|supported|consistent|closest|likely|better|choice|option|fit|match|plausible|"
-  r"reasonable|it)(?:\s(?:final\s|correct\s)?(?:answer|option|choice|one|selection|fit|match|description|statement))?"
+  r"one|a|better|closest|my|our|all|final|only)\s){0,5}(?:correct|right|best|true|accurate|answer|appropriate|"
+  r"suitable|valid|complete|specific|fitting|precise|supported|pick|guess|consistent|closest|likely|"
+  r"better|choice|option|fit|match|plausible|reasonable|it)(?:\s(?:final\s|correct\s)?(?:answer|option|choice|one|selection|fit|match|description|statement))?"
   r"(?=\s?(?:$|[.,;:!)]|because|since|as\b|based|given|here|for\b|according|in\sthis|with\b|by\b|"
   r"among|of\b|from\b|to\b))|(?:best|most\sclosely|most\saccurately|correctly|accurately)\s[a-z]+s\b|"
   r"(?:fits|matches|describes)\s(?:best|the\s|perfectly|exactly|this|it\b|what)|wins\b|it\sis(?=\s?(?:$|[.,!])))",
@@ -258,7 +265,7 @@ def _behind_phrases(segment: str, following: str, count: int) -> Iterator[_Found
       if pattern is _MAYBE or phrase.groupdict().get("may"):
         force = force and "weak"
       text, at = segment, phrase.end()
-      if at >= len(segment) - 1 and pattern is _STATES:  # "Answer:" and the letter in the next line
+      if at >= len(segment) and pattern is _STATES:  # "Answer:" and the letter in the next line
         text, at = following, 0
       named = _named_behind(text, at, count, small=pattern in (_STATES, _ANSWER))
       if named and force:

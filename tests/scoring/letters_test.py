@@ -609,3 +609,46 @@ MANY = tuple("red orange yellow green blue violet black white grey pink".split()
 def test_other_letters(output, letter, options):
   right = [chr(65 + i) for i in range(len(options)) if read(output, chr(65 + i), options) == 1]
   assert right == [letter]
+
+
+@pytest.mark.parametrize(
+  "output, letter",
+  [
+    ("Answer:B\nC: the fox is not in the caption.", "B"),
+    ("Final answer:D\nB. dog is not mentioned", "D"),
+    ("答案：C\nA. 没有提到。", "C"),
+    ("ANSWER:C\n(A) is the cat.", "C"),
+    ("The answer is A, or rather C.", "C"),
+    ("The answer is A. Oops, I meant C.", "C"),
+    ("The answer is A. On second thought, C.", "C"),
+    ("The answer is A. Scratch that, C.", "C"),
+    ("The answer is A. Make that C.", "C"),
+    ("My answer is A. Edit: C", "C"),
+    ("The answer is A. On reflection, I change my answer to C.", "C"),
+    ("The answer is C, although A is also correct to a degree.", "C"),
+    ("The answer is C, even though A is a plausible choice.", "C"),
+    ("C is the answer; the runner-up answer is A.", "C"),
+    ("A is correct to some extent, yet C is the most complete.", "C"),
+    ("The correct statement is C.", "C"),
+    ("The most accurate description is C.", "C"),
+    ("The best match is D.", "D"),
+    ("C is the final answer.", "C"),
+    ("C is my pick.", "C"),
+    ("If I had to guess, I would say B.", "B"),
+    ("I'd choose B if I had to guess.", "B"),
+    ("If I were to guess, C.", "C"),
+    ("None of the options match, but if I had to choose, I'd pick B.", "B"),
+    ("【答案】B", "B"),
+  ],
+)
+def test_corrections_concessions_and_hedges(output, letter):
+  options = ("cat", "dog", "fox", "hen")
+  found = extract_answer(output, 4, "ours")
+  scores = [score(found, gold, "MMStar", options).value for gold in "ABCD"]
+  assert scores == [float(gold == letter) for gold in "ABCD"]
+
+
+def test_a_box_behind_a_denial_is_no_answer():
+  options = ("cat", "dog", "fox", "hen")
+  found = extract_answer("So the answer is not \\boxed{A}.", 4, "ours")
+  assert score(found, "A", "MMStar", options).value == 0

@@ -250,3 +250,22 @@ def test_chartqapro(output, gold, years, value):
 )  # fmt: skip
 def test_other_benchmarks(output, gold, benchmark, value):
   assert read(output, gold, benchmark) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+  "benchmark, output, gold, right",
+  [
+    ("ChartQA", "The answer is not \\boxed{12}.", "12", 0),
+    ("ChartQA", "The answer is 45. Wait, it is 60.", "60", 1),
+    ("ChartQA", "The answer is 45. Wait, it is 60.", "45", 0),
+    ("ChartQA", "Answer: 45\nCorrection: 60", "60", 1),
+    ("ChartQA", "If the total were 45, it would be 12.", "12", 0),
+    ("ChartQA", "45\n\nExplanation: the bar is at 45, next to 30.", "45", 1),
+    ("ChartQA", "**45**\n\nThe bar for 2014 reads 45.", "45", 1),
+    ("ChartQAPro", "[45]", "45", 1),
+    ("ChartQAPro", "['Germany']", "Germany", 1),
+    ("ChartQAPro", '["A, B", "C"]', "['A, B', 'C']", 1),
+  ],
+)
+def test_corrections_conditions_and_lists(benchmark, output, gold, right):
+  assert score(extract_answer(output, None, "ours"), gold, benchmark).value == right
