@@ -179,7 +179,7 @@ def read_directory(path: str | os.PathLike) -> tuple[dict[str, Any], Mapping[str
     tensors = open_tensors(path, config)
     check_state(path, config, tensors, tensors.dtype_of)
     return config, tensors
-  if not (path / "config.json").exists():
+  if adapter.base != str(path):
     _, base = read_directory(_base_of(adapter))
   else:
     base = open_tensors(path, config)

@@ -9,8 +9,11 @@ from caprl_jax.hub import hub_files, weights
 from caprl_jax.hub.folders.numbers import check_numbers
 from caprl_jax.hub.folders.pixels import complete_processor
 from caprl_jax.hub.folders.settings import complete_text, complete_vision
+from caprl_jax.hub.tokenizer import load_tokenizer
 from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.family import DECODER_KEYS, Family, Keys
+
+_IMAGE_TOKEN = "<IMG_CONTEXT>"  # of InternVL's own layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +87,27 @@ def _adapted(
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   check_numbers(config, path)
-  config, tensors = family.adapt(config, tensors) if family.adapt else (config, tensors)
+  if family.adapt is None:
+    return config, tensors, family
+  try:
+    config, tensors = family.adapt(_with_image_token(config, path), tensors)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
   return config, tensors, family
+
+
+def _with_image_token(config: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+  """A config of InternVL's own layout that says which token stands for the image, as its tokenizer
+  does."""
+  if config.get("model_type") != "internvl_chat" or config.get("img_context_token_id") is not None:
+    return config
+  token_id = load_tokenizer(path).backend.token_to_id(_IMAGE_TOKEN)
+  if token_id is None:
+    raise ValueError(
+      f"the tokenizer has no {_IMAGE_TOKEN}, and config.json no img_context_token_id; copy the "
+      "tokenizer's files from the checkpoint that this one was made from"
+    )
+  return config | {"img_context_token_id": token_id}
 
 
 def _completed(config: dict[str, Any], family: Family | None, path: pathlib.Path) -> dict[str, Any]:

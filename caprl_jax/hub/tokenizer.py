@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from caprl_jax.hub import gguf, hub_files
+from caprl_jax.hub.folders.added_tokens import listed_tokens
 from caprl_jax.hub.folders.kinds import ADAPTER_CONFIG
 from caprl_jax.hub.folders.notices import warn_once
 from caprl_jax.hub.folders.text_files import read_bytes, read_json
@@ -178,16 +179,13 @@ def _compare_vocabulary(backend: tokenizers.Tokenizer, places: Mapping[str, path
 
 def _add_the_lacking(backend: tokenizers.Tokenizer, places: Mapping[str, pathlib.Path]) -> None:
   """Adds what tokenizer_config.json lists and tokenizer.json lacks, as transformers does."""
-  if "tokenizer_config.json" not in places:
-    return
-  listed = [token for _, token in _added_tokens(places["tokenizer_config.json"])]
-  lacking = [token for token in listed if backend.token_to_id(token["content"]) is None]
+  listed = listed_tokens(places)
+  lacking = {t["content"]: t for _, t in listed if backend.token_to_id(t["content"]) is None}
   if lacking:
-    backend.add_tokens([tokenizers.AddedToken(**token) for token in lacking])
+    backend.add_tokens([tokenizers.AddedToken(**token) for token in lacking.values()])
     warn_once(
-      f"{places['tokenizer.json'].parent}: tokenizer_config.json lists "
-      f"{shown([token['content'] for token in lacking])}, which tokenizer.json lacks; added at its "
-      "end, as transformers does"
+      f"{places['tokenizer.json'].parent}: tokenizer_config.json or added_tokens.json lists "
+      f"{shown([*lacking])}, which tokenizer.json lacks; added at its end, as transformers does"
     )
 
 
@@ -239,39 +237,16 @@ def _from_vocab_and_merges(
       f"{path}: vocab.json and merges.txt do not fit each other: {cut(error, 200)}. Download both "
       "again."
     ) from error
-  if "tokenizer_config.json" in places:
-    for token_id, token in _added_tokens(places["tokenizer_config.json"]):
-      backend.add_tokens([tokenizers.AddedToken(**token)])
-      actual = backend.token_to_id(token["content"])
-      if actual != token_id:
-        raise ValueError(
-          f"{path}: tokenizer_config.json gives {shown(token['content'])} the id "
-          f"{token_id}, but after vocab.json ({len(vocab)} tokens) it is {actual}. "
-          "Use the model's tokenizer.json."
-        )
+  for token_id, token in listed_tokens(places):
+    backend.add_tokens([tokenizers.AddedToken(**token)])
+    actual = backend.token_to_id(token["content"])
+    if token_id is not None and actual != token_id:
+      raise ValueError(
+        f"{path}: tokenizer_config.json or added_tokens.json gives {shown(token['content'])} the "
+        f"id {token_id}, but after vocab.json ({len(vocab)} tokens) it is {actual}. "
+        "Use the model's tokenizer.json."
+      )
   return backend
-
-
-_ADDED = dict(content=str, special=bool, normalized=bool)
-_ADDED |= dict(single_word=bool, lstrip=bool, rstrip=bool)
-
-
-def _added_tokens(file: pathlib.Path) -> list[tuple[int, dict[str, Any]]]:
-  """The ids and settings in a tokenizer_config.json's `added_tokens_decoder`, in order."""
-  added = read_json(file).get("added_tokens_decoder", {})
-  good = isinstance(added, dict) and all(
-    token_id.isdecimal()
-    and isinstance(token, dict)
-    and "content" in token
-    and all(isinstance(value, _ADDED.get(key, ())) for key, value in token.items())
-    for token_id, token in added.items()
-  )
-  if not good:
-    raise ValueError(
-      f"{file}: added_tokens_decoder = {shown(added)} must give ids, each with the content of a "
-      "token and whether it is special, normalized and so on. Download it again."
-    )
-  return sorted((int(token_id), token) for token_id, token in added.items())
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, source: str | os.PathLike) -> None:

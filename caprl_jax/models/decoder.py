@@ -71,10 +71,10 @@ class DecoderConfig:
     # Where a file has both, transformers takes the older one.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "mrope", "llama3"):
+    if rope_type not in ("default", "mrope", "llama3", "dynamic"):
       raise ValueError(
         f"rope type {shown(rope_type)} of model_type {kind!r} is not supported; "
-        "supported: default, mrope, llama3"
+        "supported: default, mrope, llama3, dynamic"
       )
     if config.get("use_sliding_window"):
       raise ValueError(

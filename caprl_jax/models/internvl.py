@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from caprl_jax.json_files import shown
 from caprl_jax.models.attention import AttentionKind, OwnTokens, attend
 from caprl_jax.models.family import Family, Features, Keys
 from caprl_jax.models.image_processor import CLIP_MEAN, CLIP_STD, Tiles
@@ -330,11 +331,38 @@ class _ChatTensors(Mapping):
     return len(self.sources)
 
 
+# What changes a result of InternVL's own code: key -> the values that are read here, the default
+# first.
+_CHAT: dict[str, tuple] = {
+  "use_thumbnail": (True,),
+  "ps_version": ("v2",),
+  "select_layer": (-1,),
+  "pad2square": (False,),
+}
+
+
 def from_chat(config: dict, tensors: Mapping) -> tuple[dict, Mapping]:
-  """An "internvl_chat" checkpoint (InternVL's own code) as a transformers one."""
+  """An "internvl_chat" checkpoint (InternVL's own code) as a transformers one.
+
+  config: with `img_context_token_id`, which not all published files have.
+
+  Raises:
+    ValueError: a setting that changes the result and is not read here.
+  """
   if config.get("model_type") != "internvl_chat":
     return config, tensors
+  for key, read in _CHAT.items():
+    if config.get(key, read[0]) not in read:
+      raise ValueError(
+        f"{key} = {shown(config[key])} in config.json; {shown(read[0])} alone is supported"
+      )
   vision, text = dict(config["vision_config"]), dict(config["llm_config"])
+  if config.get("force_image_size") not in (None, vision.get("image_size")):
+    raise ValueError(
+      f"force_image_size = {shown(config['force_image_size'])} in config.json, but the tower's "
+      f"image_size is {shown(vision.get('image_size'))}; only the same is supported"
+    )
+  tiled = config.get("dynamic_image_size", True)
   vision |= dict(
     attention_bias=vision.pop("qkv_bias", True),
     use_qk_norm=vision.pop("qk_normalization", False),
@@ -349,10 +377,10 @@ def from_chat(config: dict, tensors: Mapping) -> tuple[dict, Mapping]:
     "text_config": text,
     "downsample_ratio": config.get("downsample_ratio", 0.5),
     "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
-    "image_token_id": config.get("img_context_token_id") or 151671,
+    "image_token_id": config["img_context_token_id"],
     "tiles": {
-      "min_patches": config.get("min_dynamic_patch", 1),
-      "max_patches": config.get("max_dynamic_patch", 12),
+      "min_patches": config.get("min_dynamic_patch", 1) if tiled else 1,
+      "max_patches": config.get("max_dynamic_patch", 12) if tiled else 1,
       "image_mean": IMAGENET_MEAN,
       "image_std": IMAGENET_STD,
     },

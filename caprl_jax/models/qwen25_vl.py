@@ -242,7 +242,7 @@ class VisionTower(nn.Module):
 
 def text_config(config: dict) -> dict:
   """The decoder's part of config.json, nested (transformers 5) or flat (the published files)."""
-  text = {**config, **(config.get("text_config") or {}), "model_type": "qwen2_5_vl_text"}
+  text = {**(config.get("text_config") or config), "model_type": "qwen2_5_vl_text"}
   # Writers disagree about where the tie is said; transformers reads either.
   text["tie_word_embeddings"] = bool(
     config.get("tie_word_embeddings") or text.get("tie_word_embeddings")

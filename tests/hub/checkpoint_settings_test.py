@@ -21,6 +21,7 @@ from caprl_jax.hub.folders.pixels import complete_processor
 from caprl_jax.hub.folders.settings import complete_text, complete_vision
 from caprl_jax.hub.opened import open_captioner, read_processor
 from caprl_jax.inference.captioner import end_ids
+from caprl_jax.models import qwen25_vl
 from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.policy import PolicyConfig
 
@@ -251,3 +252,32 @@ def test_what_ends_a_text(generation, config, ends, warned, caplog):
   for _ in range(2):
     assert end_ids(loaded) == ends
   assert len(warnings_of(caplog)) == warned
+
+
+def test_dynamic_rope_is_the_plain_one_up_to_its_length(caplog):
+  """As published InternVL3 has it."""
+  held = TEXTS["qwen2"].to_dict() | {"rope_parameters": None, "rope_theta": 1e6}
+  text = complete_text(held | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "x")
+  assert DecoderConfig.from_hf(text) == DecoderConfig.from_hf(complete_text(held, "y"))
+  assert "'dynamic' in config.json is read as 'default'" in caplog.text
+
+
+def test_a_decoder_of_its_own_has_nothing_from_outside_of_it():
+  text = {k: v for k, v in CONFIG["text_config"].items() if k != "rms_norm_eps"}
+  config = {**CONFIG, "text_config": text, "rms_norm_eps": 0.5}
+  theirs = transformers.Qwen2_5_VLConfig(**config).text_config.rms_norm_eps
+  ours = DecoderConfig.from_hf(complete_text(qwen25_vl.text_config(config), "x"))
+  assert ours.rms_norm_eps == theirs != 0.5
+
+
+def test_an_unknown_activation_between_tower_and_decoder_is_refused():
+  config = oracle.CASES["internvl-qwen3"]()[0].to_dict() | {"projector_hidden_act": "relu"}
+  with pytest.raises(ValueError, match="activation 'relu' in config.json is not supported"):
+    complete_vision(config, "x")
+
+
+def test_sizes_that_are_written_as_whole_floats(tmp_path):
+  size = {"shortest_edge": 3136.0, "longest_edge": 16384.0}
+  said = read_processor(str(ROOT / "configs" / "quickstart_policy"))[1]
+  found = complete_processor(said | {"size": size}, CONFIG, tmp_path)["size"]
+  assert found == size and all(isinstance(value, int) for value in found.values())

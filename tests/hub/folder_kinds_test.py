@@ -166,6 +166,7 @@ def made(root: pathlib.Path, *names: str) -> pathlib.Path:
     (("config.json.old", "summary.json", "checkpoints/5/x"), "export.run"),
     (("zero_to_fp32.py", "latest", "global_step5/x"), "DeepSpeed.*zero_to_fp32"),
     (("__0_0.distcp", ".metadata"), "FSDP.*merge-weights"),
+    (("model_world_size_8_rank_0.pt", "huggingface/config.json"), "verl.*model_merger"),
     (("_CHECKPOINT_METADATA", "state/x"), "Orbax"),
     (("model_index.json", "unet/diffusion.bin"), "diffusers"),
     (("params.json", "consolidated.00.pth"), "its maker's own layout"),
@@ -280,6 +281,26 @@ def test_adapters_beside_the_weights_of_their_base(folder, caplog):
   assert len(told) == 2
   assert "model.safetensors and adapter_model.safetensors; the adapters are merged" in told[0]
   assert "passed over" in told[1]
+
+
+def test_adapters_beside_a_config_alone_are_merged_into_their_base(tmp_path):
+  pair = pair_of("model.layers.0.self_attn.q_proj")
+  folder = adapter_folder(tmp_path / "a", BASE, pair)
+  merged = open_captioner(str(folder)).tensors[QUERY]
+  shutil.copy(BASE / "config.json", folder)
+  np.testing.assert_array_equal(open_captioner(str(folder)).tensors[QUERY], merged)
+  assert not np.array_equal(merged, TENSORS[QUERY])
+
+
+@pytest.mark.parametrize(
+  "tensor, name",
+  [(".W_q", "HQQ"), (".weight._data", "Quanto"), (".codebooks", "AQLM"), ("_blocks", "MXFP4")],
+)
+def test_weights_that_others_quantised(folder, tensor, name):
+  kept = {key: value for key, value in TENSORS.items() if key != QUERY}
+  stem = QUERY.removesuffix(".weight")
+  write_weights(folder / "model.safetensors", kept | {f"{stem}{tensor}": np.zeros(4, np.uint8)})
+  assert re.search(rf"its weights are quantised .*{name}", refusal(folder))
 
 
 def test_own_files_of_adapters_go_before_the_bases(tmp_path):

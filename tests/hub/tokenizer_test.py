@@ -156,6 +156,40 @@ def test_load_from_vocab_and_merges(tmp_path, full):
     tokenizer_lib.load_tokenizer(tmp_path)
 
 
+def test_the_oldest_layout_has_its_added_tokens_apart(tmp_path, full):
+  model = json.loads(full.to_json())["model"]
+  (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+  (tmp_path / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]))
+  added = {full.backend.id_to_token(token_id): token_id for token_id in full.special_ids}
+  (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+  loaded = tokenizer_lib.load_tokenizer(tmp_path)
+  assert [loaded.encode(text) for text in TEXTS] == [full.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"additional_special_tokens": ["<|new|>"]},
+    {"extra_special_tokens": {"new_token": "<|new|>"}},
+    {"pad_token": "<|first|>", "extra_special_tokens": ["<|new|>", "<|unused|>"]},
+    {"eos_token": {"content": "<|new|>"}},
+  ],
+)
+def test_special_tokens_that_a_template_writes_are_added(settings, tmp_path, full, caplog):
+  (tmp_path / "tokenizer.json").write_text(full.to_json())
+  template = "{{ eos_token }}" if "eos_token" in settings else "<|new|>"
+  (tmp_path / "tokenizer_config.json").write_text(
+    json.dumps(settings | {"chat_template": template})
+  )
+  loaded = tokenizer_lib.load_tokenizer(tmp_path)
+  first = "pad_token" in settings  # it is listed before, so that ids are transformers'
+  assert loaded.encode("<|new|>") == [full.vocab_size + first]
+  assert loaded.vocab_size == full.vocab_size + first + 1 and "<|new|>" in caplog.text
+  other = {"chat_template": "<|im_start|>"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | other))
+  assert tokenizer_lib.load_tokenizer(tmp_path).vocab_size == full.vocab_size
+
+
 def test_load_from_gguf(smollm2):
   assert smollm2.vocab_size == 49152
   assert smollm2.end_ids == (2, 0)

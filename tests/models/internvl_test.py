@@ -6,10 +6,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from helpers import oracle
+from helpers import oracle, tiny
 
 from caprl_jax.hub import weights
 from caprl_jax.hub.load import init_policy
+from caprl_jax.hub.opened import _with_image_token
+from caprl_jax.hub.tokenizer import Tokenizer, compact_tokenizer
 from caprl_jax.models.image_processor import Tiles
 from caprl_jax.models.internvl import FAMILY, from_chat
 from caprl_jax.models.policy import PolicyConfig
@@ -94,6 +96,40 @@ def test_the_own_layout_is_read():
     jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(pair.params), strict=True
   ):
     np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("use_thumbnail", False),
+    ("ps_version", "v1"),
+    ("select_layer", -2),
+    ("pad2square", True),
+    ("force_image_size", 112),
+  ],
+)
+def test_settings_of_the_own_layout_that_are_not_read_are_refused(key, value):
+  config, tensors = chat_layout(oracle.make_pair("internvl-qwen3"))
+  with pytest.raises(ValueError, match=f"{key} = {value!r} in config.json"):
+    from_chat(config | {key: value}, tensors)
+
+
+def test_the_own_layout_without_tiles():
+  config, tensors = chat_layout(oracle.make_pair("internvl-qwen3"))
+  config, _ = from_chat(config | {"dynamic_image_size": False}, tensors)
+  assert PolicyConfig.from_hf(config).vision.pixels.grid(1344, 1344) == (1, 1)
+
+
+def test_the_own_layout_has_its_image_token_from_the_tokenizer(tmp_path):
+  config, _ = chat_layout(oracle.make_pair("internvl-qwen3"))
+  del config["img_context_token_id"]
+  (tmp_path / "tokenizer.json").write_text(tiny.tokenizer(True).to_json())
+  with pytest.raises(ValueError, match="the tokenizer has no <IMG_CONTEXT>"):
+    _with_image_token(config, tmp_path)
+  tokenizer = Tokenizer(compact_tokenizer(tiny.tokenizer(True), ["a"], ["<IMG_CONTEXT>"])[0])
+  (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+  found = _with_image_token(config, tmp_path)["img_context_token_id"]
+  assert found == tokenizer.id_of("<IMG_CONTEXT>")
 
 
 @pytest.mark.parametrize(

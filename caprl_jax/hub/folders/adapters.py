@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from caprl_jax.hub.folders.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from caprl_jax.hub.folders.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS
 from caprl_jax.hub.folders.tensors import ChangedTensors, StoredTensors, open_safetensors
 from caprl_jax.hub.folders.text_files import read_json
 from caprl_jax.json_files import shown
@@ -106,7 +106,8 @@ def read_adapter(folder: pathlib.Path) -> Adapter | None:
         "file from where the adapters were trained"
       )
   base = settings.get("base_model_name_or_path")
-  whole = (folder / "config.json").exists()  # then the folder itself is the base
+  held = any((folder / name).exists() for name in (WEIGHTS, INDEX))
+  whole = (folder / "config.json").exists() and (held or not base)  # the folder itself is the base
   if not whole and (not isinstance(base, str) or not base):
     raise ValueError(
       f"{file}: base_model_name_or_path = {shown(base)}: write there the directory or hub name of "

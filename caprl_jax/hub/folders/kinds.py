@@ -37,6 +37,10 @@ _QUANTISED_NAMES = (
   (r"\.g_idx$", "GPTQ"),
   (r"\.(qweight|qzeros)$", "AWQ or GPTQ"),
   (r"(\.weight_scale|\.input_scale|_scale_inv|\.weight_zero_point)$", "fp8 or int8"),
+  (r"\.W_q$", "HQQ"),
+  (r"\.weight\._(data|scale)$", "Quanto"),
+  (r"\.(codes|codebooks)$", "AQLM"),
+  (r"_proj_(blocks|scales)$", "MXFP4"),
 )
 _PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 
@@ -100,6 +104,11 @@ def _training_state(path: pathlib.Path, names: set[str]) -> str | None:
     return (
       "is a DeepSpeed checkpoint: `python zero_to_fp32.py . OUT --safe_serialization` in it writes "
       "the weights; put config.json and the tokenizer's files beside them"
+    )
+  if any(re.fullmatch(r"model_world_size_\d+_rank_\d+\.pt", name) for name in names):
+    return (
+      "is a checkpoint of verl: `python -m verl.model_merger merge --backend fsdp --local_dir "
+      f"{path} --target_dir OUT` writes the weights; name OUT"
     )
   if any(name.endswith(".distcp") or name.startswith("pytorch_model_fsdp") for name in names):
     return (

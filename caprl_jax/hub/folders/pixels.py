@@ -130,6 +130,7 @@ def _limits(said: Mapping[str, Any], where: pathlib.Path) -> tuple[dict[str, int
       size.pop(old, None)
       size[new] = said[old]
       by_default = tuple(key for key in by_default if key != new)
+  size = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in size.items()}
   wrong = any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in size.values())
   if set(size) != set(_SIZE) or wrong:
     raise ValueError(

@@ -46,7 +46,8 @@ _VISION = {
     "patch_size": [14, 14],
   },
 }
-_ROPE = ("default", "mrope", "llama3")
+# "dynamic" is "default" up to max_position_embeddings tokens.
+_ROPE = ("default", "mrope", "llama3", "dynamic")
 # Settings that change what a decoder computes and that ours does not have: key -> what is harmless.
 _PLAIN = {
   "use_sliding_window": (False,),
@@ -120,6 +121,11 @@ def _check_rope(rope: Any, where: str | pathlib.Path) -> None:
       f"{where}: rope type {shown(kind)} in config.json is not supported; supported: "
       f"{', '.join(_ROPE)}. Use the checkpoint without it"
     )
+  if kind == "dynamic":
+    warn_once(
+      f"{where}: rope type 'dynamic' in config.json is read as 'default', which it is for texts of "
+      "up to max_position_embeddings tokens"
+    )
 
 
 def complete_vision(config: Mapping[str, Any], where: str | pathlib.Path) -> dict[str, Any]:
@@ -138,9 +144,9 @@ def complete_vision(config: Mapping[str, Any], where: str | pathlib.Path) -> dic
   filled = {key: value for key, value in defaults.items() if vision.get(key) is None}
   _say(filled, where, "vision_config of config.json")
   vision = {**vision, **filled}
-  for key in ("hidden_act", "projector_hidden_act"):
-    if vision.get(key) is not None:
-      _check_activation(vision[key], where)
+  for name in (vision.get("hidden_act"), config.get("projector_hidden_act")):
+    if name is not None:
+      _check_activation(name, where)
   return {**config, "vision_config": vision}
 
 
