@@ -134,7 +134,7 @@ _ADDED = re.compile(
   r"[,;]?\s(?:in|for|during|by|at|on|as\sof|from|since|because|which|according|based|\()\s?[^\s].*$"
 )
 _AT = re.compile(r"^(?:in|at|on|by|during|from)\s", re.IGNORECASE)
-_YES_NO = re.compile(r"(yes|no|true|false|是|否)\b\s?[,.;:!-]", re.IGNORECASE)
+_YES_NO = re.compile(r"(yes|no|true|false|是|否)\b\s?(?:\.(?!\s?\d)|[,;:!-])", re.IGNORECASE)
 
 
 def _readings(prediction: str | None) -> tuple[str | None, ...]:
@@ -160,5 +160,5 @@ def _readings(prediction: str | None) -> tuple[str | None, ...]:
       said = tidied(last[verb.end() :])
       found += [said, tidied(_ADDED.sub("", said)), _AT.sub("", said)]
     if not sentence:
-      found.append(tidied(_ADDED.sub("", text)))
+      found += [tidied(_ADDED.sub("", text)), _AT.sub("", text)]
   return tuple(dict.fromkeys(found))

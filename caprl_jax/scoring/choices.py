@@ -11,6 +11,12 @@ from caprl_jax.scoring.plain_text import without_markup
 from caprl_jax.scoring.statements import IF, implied_letter, stated_letter
 
 LETTER = re.compile(r"[A-Z]")
+_CHINESE = re.compile(r"[\u4e00-\u9fff]+")
+_CHINESE_NOT = re.compile(r"(?:不|没有?|並?并?非|未)[^，。；]{0,4}$")
+_NO_ANSWER = re.compile(
+  r"(?:idea|answer|clue|info|information|data|way|one|option|mention|caption|image|evidence)\b"
+)
+_IS_NOT_THERE = re.compile(r"(?:is|are|was|were) (?:absent|missing|not|nowhere)\b")
 _LONGEST = 4000  # of an answer that is read, in characters
 
 
@@ -86,16 +92,22 @@ def _mentioned(prediction: str, options: Sequence[str]) -> int | None:
   spans: list[tuple[int, int, int]] = []
   for index, option in enumerate(options):
     words = words_of(option)
-    if not re.search(r"\w", words) or len(words.strip()) < 2 and not words.strip().isdigit():
+    chinese = _CHINESE.fullmatch(words.strip()) is not None  # which has no spaces between words
+    words = words.strip() if chinese else words
+    short_text = len(words.strip()) < 2 and not words.strip().isdigit() and not chinese
+    if not re.search(r"\w", words) or short_text:
       continue
     if refused and not refuses(option):
       continue
     short = words.strip() in ("yes", "no", "true", "false")
     at = text.find(words)
     while at >= 0:
-      if short and at > 0:
+      behind = text[at + len(words) :]
+      if short and (at > 0 or _NO_ANSWER.match(behind) and words.strip() == "no"):
         break
-      if not NEGATES.search(text[max(0, at - 60) : at + 1]):
+      before = text[max(0, at - 60) : at] if chinese else text[max(0, at - 60) : at + 1]
+      denied = _CHINESE_NOT.search(before) if chinese else NEGATES.search(before)
+      if not denied and not _IS_NOT_THERE.match(behind):
         spans.append((at, at + len(words), index))
       at = text.find(words, at + 1)
   kept = {

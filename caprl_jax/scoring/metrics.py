@@ -256,6 +256,6 @@ def words_of(text: str) -> str:
 
 
 NEGATES = re.compile(
-  r" (?:not|no|n't|never|without|neither|nor|isn't|aren't|wasn't|doesn't|don't|cannot|than|"
-  r"instead of|unlike|except)(?: [^ .;]+){0,3} $"
+  r" (?:not|no|[a-z]*n['’]t|never|without|neither|nor|cannot|than|instead of|unlike|except|"
+  r"lack|lacks|lacking)(?: [^ .;]+){0,3} $"
 )

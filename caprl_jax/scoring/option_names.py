@@ -32,12 +32,13 @@ def readable(text: str) -> str:
       r"\\(?:text|math|bf|rm|mbox|operatorname)[a-z]{0,6}\s?\{([^{}]{0,200})\}", r"\1", text
     )
   text = re.sub(
-    r"\\f?boxed\s?\{([^{}]{0,200})\}",
+    r"\\(?:f?boxed|fbox)\s?\{([^{}]{0,200})\}",
     lambda box: f" {BOX}{' '.join(box[1].split())}{END_BOX}",
     text,
   )
   text = text.replace("<|begin_of_box|>", BOX).replace("<|end_of_box|>", END_BOX)
-  text = re.sub(r"</?[a-zA-Z]{1,10}\s?/?>", " ", text)
+  text = re.sub(r"</?[a-zA-Z][a-zA-Z_]{0,13}\s?/?>|\[/answer\]", " ", text, flags=re.IGNORECASE)
+  text = re.sub(r"\[answer\]", " answer: ", text, flags=re.IGNORECASE)
   text = re.sub(r"\\(?:[,;:! ()\[\]]|quad|qquad|left|right)(?![a-zA-Z])", " ", text)
   return re.sub(r"[*`$]|__", "", text)
 

@@ -61,13 +61,13 @@ _NUMBER = re.compile(
   r"[万亿])s?(?![^\W\d_])|(?P<letter>k|mn|bn|tn|m|b|t)(?![^\W\d_]))?"
   rf"\s*(?P<unit>(?:{_CURRENCY})|°\s*[cf]?|(?:(?<=\s)|(?<=\d)(?=[^\W\d_]{{2}}))"
   rf"{_WORD}(?:[ /]{_WORD})?|"
-  r"(?<=\d)[a-z](?![^\W_]))?\.?",
+  r"(?<=\d)[a-z](?![^\W_])|[年个人岁次件名位台家所])?\.?",
   re.IGNORECASE,
 )
 _HEDGE = re.compile(
   r"(?:(?:is|are|was|were|at|it|only|just|exactly|precisely|approximately|approx\.?|about|around|"
   r"roughly|nearly|almost|circa|ca\.|estimated|a\stotal\sof|total\sof|some|to\sbe|close\sto|"
-  r"i(?:s|t['’]s)\sequal\sto|equal\sto)(?!\w)|[~≈=])[\s,]*",
+  r"i(?:s|t['’]s)\sequal\sto|equal\sto)(?!\w)|[~≈=]|大约|大概|约)[\s,]*",
   re.IGNORECASE,
 )
 # A unit in another spelling.
@@ -112,6 +112,7 @@ def read_quantity(text: str) -> Quantity | None:
   for _ in range(3):
     hedge = _HEDGE.match(text)
     text = text[hedge.end() :] if hedge else text
+  text = re.sub(r"^(?:minus|negative)\s(?=\d)", "-", text, flags=re.IGNORECASE)
   if text.startswith("(") and text.endswith(")") and not set("(),") & set(text[1:-1]):
     text = text[1:-1].strip()
   text = re.sub(

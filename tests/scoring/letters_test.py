@@ -639,6 +639,12 @@ def test_other_letters(output, letter, options):
     ("If I were to guess, C.", "C"),
     ("None of the options match, but if I had to choose, I'd pick B.", "B"),
     ("【答案】B", "B"),
+    ("[ANSWER]B[/ANSWER]", "B"),
+    ("<final_answer>B</final_answer>", "B"),
+    ("I can't see a fox.", ""),
+    ("It lacks a fox.", ""),
+    ("The fox is absent.", ""),
+    ("I see a fox.", "C"),
   ],
 )
 def test_corrections_concessions_and_hedges(output, letter):
@@ -652,3 +658,20 @@ def test_a_box_behind_a_denial_is_no_answer():
   options = ("cat", "dog", "fox", "hen")
   found = extract_answer("So the answer is not \\boxed{A}.", 4, "ours")
   assert score(found, "A", "MMStar", options).value == 0
+
+
+@pytest.mark.parametrize(
+  "output, options, letter",
+  [
+    ("No idea", ("Yes", "No", "Unknown"), ""),
+    ("no answer", ("Yes", "No", "Unknown"), ""),
+    ("No, it is not.", ("Yes", "No", "Unknown"), "B"),
+    ("No it isn't", ("Yes", "No", "Unknown"), "B"),
+    ("这是一只狗。", ("猫", "狗", "狐狸"), "B"),
+    ("图中是狐狸", ("猫", "狗", "狐狸"), "C"),
+    ("这不是狗。", ("猫", "狗", "狐狸"), ""),
+  ],
+)
+def test_options_that_a_sentence_has(output, options, letter):
+  right = [chr(65 + i) for i in range(len(options)) if read(output, chr(65 + i), options) == 1]
+  assert right == [*letter]
