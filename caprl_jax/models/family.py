@@ -82,7 +82,8 @@ class Keys:
     raise KeyError(path)
 
 
-DECODER_KEYS = Keys((("lm_head.", ("lm_head.",)), ("", ("model.",))))
+# Saved without its head, as `Qwen2Model`, a decoder has no prefix.
+DECODER_KEYS = Keys((("lm_head.", ("lm_head.",)), ("", ("model.", ""))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -281,3 +281,10 @@ def test_sizes_that_are_written_as_whole_floats(tmp_path):
   said = read_processor(str(ROOT / "configs" / "quickstart_policy"))[1]
   found = complete_processor(said | {"size": size}, CONFIG, tmp_path)["size"]
   assert found == size and all(isinstance(value, int) for value in found.values())
+
+
+def test_tiles_of_which_the_processor_says_no_size_are_the_towers(caplog, tmp_path):
+  config = oracle.CASES["internvl-qwen3"]()[0].to_dict()
+  said = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_patches": 1, "max_patches": 6}
+  complete_processor(said, config, tmp_path)
+  assert "does not say size; tiles are the tower's" in " ".join(warnings_of(caplog))

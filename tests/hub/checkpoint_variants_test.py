@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from helpers import oracle
+from helpers import oracle, tiny
 from helpers.paths import ROOT
 
 from caprl_jax import sharding
@@ -307,3 +307,19 @@ def test_a_vocabulary_beside_tokenizer_json(folder, caplog):
   assert load_tokenizer(folder).backend.get_vocab() == expected == ours.backend.get_vocab()
   [told] = warnings_of(caplog)
   assert "tokenizer.json is read" in told and "vocab.json" in told
+
+
+def test_a_decoder_saved_without_its_head_has_no_prefix(tmp_path):
+  """As `Qwen2Model.save_pretrained` writes it."""
+  folder = tiny.write_judge(tmp_path / "judge")
+  config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+  (folder / "config.json").write_text(json.dumps(config))
+  held = safetensors.numpy.load_file(folder / "model.safetensors")
+  held.pop("lm_head.weight", None)
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  found = []
+  for prefix in ("model.", ""):
+    named = {prefix + name.removeprefix("model."): tensor for name, tensor in held.items()}
+    safetensors.numpy.save_file(named, folder / "model.safetensors")
+    found.append(load_judge(str(folder), mesh).params)
+  jax.tree.map(np.testing.assert_array_equal, *found)

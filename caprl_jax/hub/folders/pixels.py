@@ -81,6 +81,12 @@ def complete_processor(
   found |= {key: value for key, value in filled.items() if key != "size"}
   for key in ("image_mean", "image_std"):
     found[key] = _channels(found[key], key, where)
+  if family == "internvl" and not found.get("size"):
+    tile = config["vision_config"]["image_size"]
+    warn_once(
+      f"{where}: the image processor's file does not say size; tiles are the tower's, "
+      f"{shown(tile)} pixels, where transformers would take its own default and fail"
+    )
   if filled:
     told = ", ".join(f"{key} = {shown(value)}" for key, value in filled.items())
     warn_once(f"{where}: the image processor's file does not say {told}; transformers' own default")
