@@ -1,5 +1,6 @@
 """Rows and lists as exports, joined files and other programs leave them."""
 
+import base64
 import io
 import json
 import tarfile
@@ -56,6 +57,14 @@ def test_lists_that_are_read(name, text, found, folder):
   rows = image_sources.find_images(str(folder / name))
   assert [row.name for row in rows] == found
   assert all(row.image.is_file() for row in rows)
+
+
+def test_one_row_with_a_list_of_its_image_keeps_its_name(folder):
+  """It is no list of rows, as COCO's file of images is."""
+  image = {"bytes": base64.b64encode((folder / "a.png").read_bytes()).decode(), "path": None}
+  (folder / "a.jsonl").write_text(json.dumps({"images": [image], "name": "first"}) + "\n")
+  [row] = image_sources.find_images(str(folder / "a.jsonl"))
+  assert row.name == "first"
 
 
 def test_rows_of_text_alone_fail_when_their_turn_comes(folder):

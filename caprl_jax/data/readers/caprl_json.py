@@ -88,10 +88,8 @@ def question_of(
   try:
     if len(kept) < len(parts) and (not letters or not isinstance(answer, str)):
       # An index, and a letter where none is written, count all choices.
-      whole = gold_index(answer, [option for _, option in parts], where)
-      gold = [i for i, (_, option) in enumerate(parts) if not _ABSTAIN.fullmatch(option)].index(
-        whole
-      )
+      places = [i for i, (_, option) in enumerate(parts) if not _ABSTAIN.fullmatch(option)]
+      gold = places.index(gold_index(answer, [option for _, option in parts], where))
     else:
       gold = gold_index(answer, options, where, letters)
   except ValueError:

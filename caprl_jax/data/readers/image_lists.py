@@ -19,7 +19,6 @@ LIST_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv")
 IMAGE_KEYS = ("image", "image_path", "images", "file_name", "path")  # the first that is there
 _LONGEST_NAME = 256  # characters: what is longer is named by its place
 _COLUMNS = {".csv": ",", ".tsv": "\t"}
-_WRAPPERS = (*WRAPPERS, "images")  # COCO's too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,11 +217,15 @@ def _values(path: pathlib.Path, start: str, suffix: str) -> list | None:
       return None
   if start != "{":
     return None
-  whole = whole_object(path, _WRAPPERS, halves=True)
+  whole = whole_object(path, (*WRAPPERS, "images"), halves=True)
   if whole is None:
     return None
-  key = next((key for key in _WRAPPERS if isinstance(whole.get(key), list)), None)
-  return whole[key] if key and "image" not in whole else [whole]
+  key = next((key for key in WRAPPERS if isinstance(whole.get(key), list)), None)
+  if key and not any(name in whole for name in IMAGE_KEYS):
+    return whole[key]
+  images = whole.get("images")
+  of_coco = isinstance(images, list) and ("annotations" in whole or len(images) > 1)
+  return images if of_coco else [whole]  # a row may have a list of its one image
 
 
 def _is_json(head: bytes) -> bool:
