@@ -131,11 +131,24 @@ def _read(text: str, options: int | None, *, whole: bool) -> str | None:
     return boxed
   if said or whole:
     return said or text.strip()
-  if options is None and read_quantity(lines[0]) and not read_quantity(lines[-1]):
-    return lines[0]  # and its explanation below
+  if options is None and _is_explained(text, lines):
+    return lines[0]
   # the last line of a list of the options is no answer
   listed = options and len(lines) > 1 and label_of(lines[-1], options)
   return None if listed else lines[-1]
+
+
+def _is_explained(text: str, lines: list[str]) -> bool:
+  """Whether a quantity stands alone in the first line, and below an empty one a text that gives no
+  other at its end: "45", "The bar for 2014 reads 45." """
+  first = read_quantity(lines[0])
+  if first is None or len(lines) < 2 or not re.match(r"\s*\S.*\n\s*\n", text):
+    return False
+  if re.match(r"(?:explanation|reason(?:ing)?|because|note)\b", lines[-1], re.IGNORECASE):
+    return True
+  last = re.findall(r"(?:\b(?:is|are|was|were)|[:=])\s*([-\d$€£][^\s]*)", lines[-1])
+  other = read_quantity(last[-1].rstrip(".,;")) if last else None
+  return other is None or other == first
 
 
 _CORRECTS = re.compile(
