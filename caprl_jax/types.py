@@ -130,6 +130,11 @@ class Answers:
     """Whether there is a judge: without one, K is 0."""
     return self.asked_BGK.shape[-1] > 0
 
+  def without_blind(self) -> "Answers":
+    """Where the last caption of each group is the empty one: it apart, as `blind`."""
+    of_part = lambda part: jax.tree.map(lambda x: x[:, part], self)
+    return of_part(slice(None, -1)).replace(blind=of_part(slice(-1, None)))
+
 
 @flax.struct.dataclass
 class OwnReward:

@@ -2,11 +2,11 @@
 our filters.
 
   python -m caprl_jax.main --config=configs/curate_official.py --workdir=runs/curate \\
-    --config.curate.input=IMAGES --config.curate.output=qa.json \\
-    --config.curate.prompt=CapRL/QA_data_curation/1_generate_qa/gen_qa.py
+    --config.curate.input=IMAGES --config.curate.output=qa.json
 
-The prompt is read from a clone of github.com/InternLM/CapRL; the log says whether it is the
-released one to the byte. Qwen2.5-VL-72B writes five questions per image at temperature 0.1
+The prompt is the released one to the byte: it is downloaded once from github.com/InternLM/CapRL and
+known by its digest; where there is no network, --config.curate.prompt=FOLDER/gen_qa.py names a copy
+of the release's file. Qwen2.5-VL-72B writes five questions per image at temperature 0.1
 (repetition penalty 1.05, 2,048 tokens). Qwen2.5-VL-3B answers each four times with the image and
 four times without, over options that are shuffled anew each time; an answer of up to 4 tokens is
 right if the right letter is anywhere in it. With the image one option more is shown. Kept are
@@ -29,7 +29,7 @@ def get_config():
   config.generator.checkpoint = "Qwen/Qwen2.5-VL-72B-Instruct"
   del config.generator.max_pixels
   del config.answerer.max_pixels
-  config.curate.prompt = "CapRL/QA_data_curation/1_generate_qa/gen_qa.py"
+  config.curate.prompt = "official"
   config.curate.answers = dict(protocol="official", permutations=4, none_of_above=True)
   config.curate.similar_bits = None
   config.curate.similar_questions = 1.0

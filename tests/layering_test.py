@@ -21,6 +21,7 @@ ORDER = [
   "json_files",
   "image_files",
   "hub_datasets",
+  "released_texts",
   "config",
   "scoring",
   "pages",

@@ -81,7 +81,8 @@ class Run:
   def several_programs(self) -> bool:
     """Whether the host stands between rollout and update."""
     of_texts = self.custom is not None and self.custom.of_texts
-    return bool(self.translator or self.endpoint) or of_texts
+    written = self.settings.judge.writes_scores
+    return bool(self.translator or self.endpoint) or of_texts or written
 
 
 def set_up(
@@ -203,8 +204,8 @@ def _askable(asker: RunJudge, settings: Settings) -> Check:
 
 
 def _written(judge: Loaded | None, settings: Settings) -> int | None:
-  """Rows of the embedding of a judge that writes; None where it is read, or not here."""
-  if judge is None or settings.judge.reading != "generate":
+  """Rows of the embedding of a judge that writes letters; None where it is read, or not here."""
+  if judge is None or settings.judge.sees_image or settings.judge.reading != "generate":
     return None
   return judge.model.cfg.vocab_size
 

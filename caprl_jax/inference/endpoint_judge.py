@@ -4,7 +4,6 @@ The server writes its answers; the letter in each is read as written answers are
 (`scoring`). What fails has no answer: its caption is left out, never scored.
 """
 
-import dataclasses
 import logging
 import re
 import string
@@ -259,7 +258,7 @@ class EndpointJudge:
       question_BGK=np.asarray(drawn.question_BGK),
       score_BGKA=np.zeros(drawn.order_BGKA.shape, np.float32),
     )
-    return _without_blind(found) if blind else found
+    return found.without_blind() if blind else found
 
 
 def _by_itself(look: Callable[[], Any]) -> Any:
@@ -269,15 +268,3 @@ def _by_itself(look: Callable[[], Any]) -> Any:
 def as_text(caption: str) -> str:
   """A caption in which no server's tokenizer reads a chat's own token."""
   return MARKUP.sub(lambda match: match[0] + " ", caption)
-
-
-def _without_blind(answers: Answers) -> Answers:
-  """The empty caption of each group apart."""
-  of = lambda part: Answers(
-    **{
-      field.name: getattr(answers, field.name)[:, part]
-      for field in dataclasses.fields(answers)
-      if field.name != "blind"
-    }
-  )
-  return dataclasses.replace(of(slice(None, -1)), blind=of(slice(-1, None)))

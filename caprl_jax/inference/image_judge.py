@@ -1,15 +1,22 @@
-"""A judge that sees the image -> its prompt as token ids, cut at the image and at the caption."""
+"""A judge that sees the image: its prompt as token ids, cut at the image and at the caption, and
+what it wrote as answers."""
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from caprl_jax import released_texts
 from caprl_jax.data.rows import QARow, Question
 from caprl_jax.hub.load import Loaded
-from caprl_jax.json_files import shown
-from caprl_jax.types import JudgePrompt
+from caprl_jax.hub.vocabulary import own_vocabulary
+from caprl_jax.json_files import cut, shown
+from caprl_jax.scoring.captions.judge_scores import weighted_score
+from caprl_jax.types import Answers, JudgePrompt, Vocabulary
+
+log = logging.getLogger("caprl_jax.inference.image_judge")
 
 CAPTION = "{caption}"  # where the caption goes
 # Our words: the prompts of the paper's figures 16 and 17 have an overall score from 1 to 5, too.
@@ -23,7 +30,46 @@ Caption:
 Give it one overall score from 1 (useless) to 5 (excellent)."""
 SCORE_ANSWER = "Overall score: "
 SCORES = ("1", "2", "3", "4", "5")
+# Ours, too, for a judge that writes; {names} are those of `judge.score_weights`.
+WRITTEN_PROMPT = """\
+You see an image and a caption that was written about it. Judge how well the caption describes the \
+image.
+
+Caption:
+{caption}
+
+Give it a score from 0 (useless) to 1 (perfect) for each of these: {names}. Write one JSON object \
+with these keys and nothing else."""
 KIND = "score"
+SHOWN_FAILURES = 20
+
+
+def score_text(score_prompt: str | None, written: Sequence[str] | None) -> str:
+  """What the judge is asked, with `CAPTION` in it.
+
+  Args:
+    score_prompt: `judge.score_prompt`.
+    written: names of the scores that it is to write; None where they are read from logits.
+
+  Raises:
+    UserError: as `released_texts.read_strings`.
+    ValueError: a released program's text has no place for the caption, or several.
+  """
+  if score_prompt is not None and released_texts.names_program(score_prompt):
+    released = released_texts.IMAGE_JUDGE
+    text = released_texts.read_strings(released, score_prompt, "judge.score_prompt")
+    try:  # a format string: its braces are written twice
+      return text[released.variable].format(CAPTION)
+    except (IndexError, KeyError, ValueError) as error:
+      raise ValueError(
+        f"judge.score_prompt = {score_prompt!r}: {released.variable} has no place {{}} for a "
+        f"caption, or others too ({error!r})"
+      ) from error
+  if score_prompt is not None:
+    return score_prompt
+  if written is None:
+    return SCORE_PROMPT
+  return WRITTEN_PROMPT.replace("{names}", ", ".join(written))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +92,7 @@ class ScorePrompt:
     Raises:
       ValueError: a score that is not one token there; as `Loaded.prompt_pieces`.
     """
-    before, after = judge.prompt_texts(text)
-    between, _, rest = after.partition(CAPTION)
-    if after.count(CAPTION) != 1 or CAPTION in before:
-      raise ValueError(
-        f"the judge's chat template writes {shown(after, 300)} for an image and judge.score_prompt;"
-        f" {CAPTION} must stand in it once, after the image"
-      )
+    before, between, rest = _cut_prompt(judge, text)
     encode = judge.tokenizer.encode
     written = [encode(rest + answer + score) for score in scores]
     tails, ids = {tuple(one[:-1]) for one in written}, [one[-1] for one in written]
@@ -64,10 +104,39 @@ class ScorePrompt:
     tail_L, score_A = np.array(tails.pop(), np.int32), np.array(ids, np.int32)
     return cls((encode(before), encode(between)), step_prompt(tail_L, score_A))
 
+  @classmethod
+  def of_writer(cls, judge: Loaded, text: str) -> "ScorePrompt":
+    """The same of a judge that writes its scores. Raises ValueError for a model that does not know
+    how to end a text; as `Loaded.prompt_pieces`."""
+    before, between, rest = _cut_prompt(judge, text)
+    tokenizer, size = judge.tokenizer, judge.model.cfg.text.vocab_size
+    if not tokenizer.end_ids:
+      raise ValueError(
+        "judge.source: the model's files name no end token: its scores would never stop; add "
+        "eos_token_id to its config.json"
+      )
+    words = own_vocabulary(np.ones(size, bool), tokenizer.end_ids)
+    encode = tokenizer.encode
+    tail_L = np.array(encode(rest), np.int32)
+    return cls((encode(before), encode(between)), step_prompt(tail_L, tail_L[:0], words))
 
-def step_prompt(tail_L: Any, score_A: Any) -> JudgePrompt:
+
+def _cut_prompt(judge: Loaded, text: str) -> tuple[str, str, str]:
+  """What the judge's chat template writes before the image, between it and the caption, and after
+  the caption. Raises ValueError as `ScorePrompt.of`."""
+  before, after = judge.prompt_texts(text)
+  between, _, rest = after.partition(CAPTION)
+  if after.count(CAPTION) != 1 or CAPTION in before:
+    raise ValueError(
+      f"the judge's chat template writes {shown(after, 300)} for an image and judge.score_prompt;"
+      f" {CAPTION} must stand in it once, after the image"
+    )
+  return before, between, rest
+
+
+def step_prompt(tail_L: Any, score_A: Any, words: Vocabulary | None = None) -> JudgePrompt:
   """What the step reads of the prompt, but for the images' part of it: what follows a caption, and
-  the scores."""
+  the scores, or what the judge may write."""
   nothing = np.zeros(0, np.int32)
   return JudgePrompt(
     head_L=nothing,
@@ -76,6 +145,7 @@ def step_prompt(tail_L: Any, score_A: Any) -> JudgePrompt:
     tail_L=tail_L,
     letter_A=score_A,
     abstain_L=nothing,
+    words=words,
   )
 
 
@@ -84,3 +154,60 @@ def with_score(row: QARow, scores: Sequence[str]) -> QARow:
   the right answer."""
   question = Question("How good is the caption?", tuple(scores), len(scores) - 1, KIND)
   return dataclasses.replace(row, questions=(question,))
+
+
+def written_answers(
+  texts: Sequence[Sequence[str]],
+  valid_BK: np.ndarray,
+  scores: int,
+  weights: Mapping[str, float],
+  *,
+  unread_is_zero: bool,
+  blind: bool,
+) -> tuple[Answers, np.ndarray]:
+  """Answers, of numpy arrays, from what a judge wrote about captions, and the share of each image's
+  texts in which not all scores could be read, [B].
+
+  Args:
+    texts: about the captions of each image; with `blind` the last is about an empty one.
+    valid_BK: bool, which of an image's questions exist; each is answered by the same score.
+    scores: A, steps of a scale from 0 to 1 on which the choice is the nearest.
+    weights: as of `weighted_score`.
+    unread_is_zero: what cannot be read counts 0; otherwise it is no answer.
+  """
+  found = [[weighted_score(text, weights) for text in of_image] for of_image in texts]
+  score_BG = np.array([[score for score, _ in row] for row in found], np.float32)
+  read_BG = np.array([[whole for _, whole in row] for row in found], bool)
+  unread = [texts[b][g] for b, g in zip(*np.nonzero(~read_BG))]
+  if unread:
+    done = "counts 0" if unread_is_zero else "is left out"
+    log.warning(
+      "%d of %d texts of the judge lack scores, and what they lack %s: %s%s",
+      len(unread),
+      read_BG.size,
+      done,
+      "; ".join(cut(repr(text), 120) for text in unread[:SHOWN_FAILURES]),
+      ", ..." if len(unread) > SHOWN_FAILURES else "",
+    )
+  valid_BG = np.ones_like(read_BG) if unread_is_zero else read_BG
+
+  def for_each(x_BG: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(x_BG[:, :, None], (*x_BG.shape, valid_BK.shape[1]))
+
+  asked_BGK = np.broadcast_to(valid_BK[:, None], for_each(valid_BG).shape)
+  valid_BGK = asked_BGK & for_each(valid_BG)
+  nearest_BG = np.rint(score_BG * (scores - 1)).astype(np.int32)
+  choice_BGK = np.where(valid_BGK, for_each(nearest_BG), -1)
+  credit_BGK = np.where(valid_BGK, for_each(score_BG), 0.0).astype(np.float32)
+  answers = Answers(
+    choice_BGK=choice_BGK,
+    correct_BGK=valid_BGK & (choice_BGK == scores - 1),
+    credit_BGK=credit_BGK,
+    misled_BGK=np.zeros_like(credit_BGK),
+    asked_BGK=asked_BGK,
+    valid_BGK=valid_BGK,
+    question_BGK=np.broadcast_to(np.arange(valid_BK.shape[1], dtype=np.int32), choice_BGK.shape),
+    score_BGKA=np.zeros((*choice_BGK.shape, scores), np.float32),
+  )
+  unread_B = (~read_BG).mean(1).astype(np.float32)
+  return (answers.without_blind() if blind else answers), unread_B

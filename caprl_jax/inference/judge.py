@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caprl_jax import sharding
+from caprl_jax import released_texts, sharding
 from caprl_jax.data.batches import stack
 from caprl_jax.data.judge_prompts import JudgeTemplate, template_for
 from caprl_jax.data.judge_questions import (
@@ -30,9 +31,9 @@ from caprl_jax.inference.endpoint import JudgeEndpoint
 from caprl_jax.inference.image_judge import (
   CAPTION,
   SCORE_ANSWER,
-  SCORE_PROMPT,
   SCORES,
   ScorePrompt,
+  score_text,
 )
 from caprl_jax.json_files import shown
 from caprl_jax.models.attention_choice import AttentionChoice
@@ -40,6 +41,7 @@ from caprl_jax.models.layers import to_int8
 from caprl_jax.progress import counted
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin, best_and_lead
+from caprl_jax.scoring.captions.judge_scores import RELEASED_WEIGHTS, read_weights
 
 log = logging.getLogger("caprl_jax.inference.judge")
 
@@ -63,9 +65,15 @@ class JudgeSection(JudgeConfig):
     writes, which takes less memory.
   attention: as `policy.attention`, of the judge.
   score_prompt: what a judge with `sees_image` is asked, {caption} where the caption goes; None: our
-    words.
-  score_answer: how its answer begins, up to the score.
-  scores: the scores it may give, the worst first, each one token there.
+    words; "official", the prompt of CapRL++'s judge of videos to the byte, which is downloaded from
+    the release once, or a .py file: the VL_JUDGE_PROMPT that it assigns.
+  score_answer: how its answer begins, up to the score. Not read with `generate`.
+  scores: the scores it may give, the worst first, each one token there; with `generate` steps of a
+    scale from 0 to 1, of which the nearest counts as chosen.
+  score_weights: with `generate`, the scores that it writes and how much each counts, as
+    "name=weight,...": by default those of CapRL++'s judge of videos.
+  score_unread: what becomes of a caption for which `generate` did not write all scores: it is
+    "left_out", or each missing one counts "zero", as released.
   max_pixels: the largest image that it is shown; None: its checkpoint's own limit.
   """
 
@@ -78,6 +86,8 @@ class JudgeSection(JudgeConfig):
   score_prompt: str | None = None
   score_answer: str = SCORE_ANSWER
   scores: tuple[str, ...] = SCORES
+  score_weights: str = RELEASED_WEIGHTS
+  score_unread: Literal["left_out", "zero"] = "left_out"
   max_pixels: int | None = None
 
   def __post_init__(self):
@@ -93,8 +103,21 @@ class JudgeSection(JudgeConfig):
       raise ValueError("int8 and sees_image: a judge that sees the image is not rounded; drop int8")
     if len(self.scores) < 2 or len(set(self.scores)) < len(self.scores) or "" in self.scores:
       raise ValueError(f"scores = {self.scores}: name two or more that differ, the worst first")
-    if self.score_prompt is not None and self.score_prompt.count(CAPTION) != 1:
-      raise ValueError(f"score_prompt = {shown(self.score_prompt)} must hold {CAPTION} once")
+    prompt = self.score_prompt
+    of_ours = prompt is not None and not released_texts.names_program(prompt)
+    if of_ours and prompt.count(CAPTION) != 1:
+      raise ValueError(f"score_prompt = {shown(prompt)} must hold {CAPTION} once")
+    _ = self.weights  # checked
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """Name of a score that the judge writes -> its weight. Raises ValueError as `read_weights`."""
+    return read_weights(self.score_weights, "score_weights")
+
+  @property
+  def writes_scores(self) -> bool:
+    """Whether the judge sees the image and writes its scores, which the host reads."""
+    return self.sees_image and self.reading == "generate"
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
     """The judge, rounded where `int8` says so. Raises ValueError as `load_judge` and
@@ -134,8 +157,12 @@ class JudgeSection(JudgeConfig):
     return load_pixels(self.source, None, self.max_pixels)
 
   def score_of(self, judge: Loaded) -> ScorePrompt:
-    """The prompt of a judge that sees the image. Raises ValueError as `ScorePrompt.of`."""
-    return ScorePrompt.of(judge, self.score_prompt or SCORE_PROMPT, self.score_answer, self.scores)
+    """The prompt of a judge that sees the image. Raises ValueError as `score_text`,
+    `ScorePrompt.of` and `ScorePrompt.of_writer`."""
+    text = score_text(self.score_prompt, [*self.weights] if self.writes_scores else None)
+    if self.writes_scores:
+      return ScorePrompt.of_writer(judge, text)
+    return ScorePrompt.of(judge, text, self.score_answer, self.scores)
 
 
 _NO_SOURCE = (

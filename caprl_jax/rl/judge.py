@@ -132,9 +132,7 @@ def with_blind(ask: Callable[[JudgeIds], Answers], captions: JudgeIds, cfg: Judg
   def with_empty(x_BGT: Array) -> Array:  # the empty caption is one more member of each group
     return jnp.pad(x_BGT, ((0, 0), (0, 1), (0, 0)))
 
-  answers = ask(jax.tree.map(with_empty, captions))
-  blind = jax.tree.map(lambda x: x[:, -1:], answers)
-  return jax.tree.map(lambda x: x[:, :-1], answers).replace(blind=blind)
+  return ask(jax.tree.map(with_empty, captions)).without_blind()
 
 
 def answer_questions(

@@ -18,7 +18,8 @@ from caprl_jax.types import Answers, Array, JudgePrompt, Questions
 Scores = TypeVar("Scores", Array, np.ndarray)
 
 MARGIN_READINGS = ("option_pmi", "letter_argmax")  # those that compare scores with each other
-IMAGE_READINGS = ("letter_prob", "letter_argmax", "letter_sample")  # of a judge that sees the image
+# Of a judge that sees the image.
+IMAGE_READINGS = ("letter_prob", "letter_argmax", "letter_sample", "generate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,10 @@ class JudgeConfig:
     there are more where captions differ in length, since each piece takes the time of its longest.
   sees_image: the judge is a vision-language model, which scores each caption beside its image in
     place of answering questions (the paper's Table 3 compares with such judges): `letter_prob`
-    takes the expected score, `letter_argmax` the likeliest, `letter_sample` a draw. The reward's
-    term `accuracy` is the score, from 0 for the worst to 1 for the best, which alone counts as
-    right in `judge/accuracy`.
+    takes the expected score, `letter_argmax` the likeliest, `letter_sample` a draw; with `generate`
+    it writes several scores as JSON, as CapRL++'s judge of videos does. The reward's term
+    `accuracy` is the score, from 0 for the worst to 1 for the best, which alone counts as right in
+    `judge/accuracy`.
   """
 
   reading: Literal["option_pmi", "letter_argmax", "letter_prob", "letter_sample", "generate"] = (

@@ -15,7 +15,9 @@ from caprl_jax.models.quantized import codes as quantized
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.rl.advantages import AdvantageConfig
 from caprl_jax.rl.groups import advantages, select_groups
-from caprl_jax.rl.image_judge.scores import ImageJudge, score_with_images
+from caprl_jax.rl.image_judge.branches import ImageJudge
+from caprl_jax.rl.image_judge.scores import score_with_images
+from caprl_jax.rl.image_judge.texts import write_about_captions
 from caprl_jax.rl.judge import Judge, JudgeIds, judge_ids
 from caprl_jax.rl.judge_protocol import JudgeConfig, no_answers
 from caprl_jax.rl.reward import ArrayReward, RewardConfig, own_reward, score_captions
@@ -154,6 +156,37 @@ def ask_judge(
     return no_answers(captions.ended_BG.shape, batch.questions)
   key = stage_keys(state.key, state.step).judge
   ids = JudgeIds.of(captions, frozen.vocabulary) if retokenised is None else retokenised
+  model, ids = _judge_of(frozen, judge, ids, judge_shardings)
+  if isinstance(model, Judge):
+    return judge_ids(model, ids, batch.questions, key, cfg.judge)
+  assert batch.sight is not None, "made without the judge's images"
+  return score_with_images(model, ids, batch.sight, batch.questions.valid_BK, key, cfg.judge)
+
+
+def judge_texts(
+  state: TrainState,
+  frozen: Frozen,
+  batch: Batch,
+  captions: Captions,
+  judge: Policy,
+  cfg: StepConfig,
+  judge_shardings: Any = None,
+  *,
+  retokenised: JudgeIds | None = None,
+) -> tuple[Array, Array]:
+  """What a judge that sees the image writes about the captions (reading `generate`), as
+  `write_about_captions`; arguments as of `ask_judge`."""
+  key = stage_keys(state.key, state.step).judge
+  ids = JudgeIds.of(captions, frozen.vocabulary) if retokenised is None else retokenised
+  model, ids = _judge_of(frozen, judge, ids, judge_shardings)
+  assert isinstance(model, ImageJudge) and batch.sight is not None
+  return write_about_captions(model, ids, batch.sight, key, cfg.judge)
+
+
+def _judge_of(
+  frozen: Frozen, judge: Decoder | Policy | None, ids: JudgeIds, judge_shardings: Any
+) -> tuple[Judge | ImageJudge, JudgeIds]:
+  """The judge with its parameters where they lie while it is asked, and the captions for it."""
   assert judge is not None and frozen.prompt is not None, "an endpoint is asked by the host"
   params = frozen.judge
   if judge_shardings is not None:
@@ -161,8 +194,5 @@ def ask_judge(
     params, ids = jax.lax.optimization_barrier((params, ids))
     params = jax.lax.with_sharding_constraint(params, judge_shardings)
   if isinstance(judge, Decoder):
-    model = Judge(judge, params, frozen.prompt)
-    return judge_ids(model, ids, batch.questions, key, cfg.judge)
-  assert batch.sight is not None, "made without the judge's images"
-  seeing = ImageJudge(judge, params, frozen.prompt)
-  return score_with_images(seeing, ids, batch.sight, batch.questions.valid_BK, key, cfg.judge)
+    return Judge(judge, params, frozen.prompt), ids
+  return ImageJudge(judge, params, frozen.prompt), ids

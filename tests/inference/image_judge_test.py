@@ -17,9 +17,18 @@ from caprl_jax.data.batches import ImagePrompt, QABatcher, image_shape, stack
 from caprl_jax.data.judge_questions import TokenizedQuestion, question_shape
 from caprl_jax.data.rows import QARow
 from caprl_jax.hub.load import load_policy
-from caprl_jax.inference.image_judge import CAPTION, KIND, ScorePrompt, with_score
+from caprl_jax.inference.image_judge import (
+  CAPTION,
+  KIND,
+  ScorePrompt,
+  score_text,
+  with_score,
+  written_answers,
+)
 from caprl_jax.inference.judge import JudgeSection, open_judge
-from caprl_jax.rl.image_judge.scores import ImageJudge, score_with_images
+from caprl_jax.rl.image_judge.branches import ImageJudge
+from caprl_jax.rl.image_judge.scores import score_with_images
+from caprl_jax.rl.image_judge.texts import write_about_captions
 from caprl_jax.rl.judge import JudgeIds
 from caprl_jax.rl.judge_protocol import JudgeConfig
 
@@ -63,8 +72,8 @@ def batch_of(loaded, score, rows):
   return stack([batcher.example(i, rng) for i in range(len(rows))])
 
 
-def their_logprobs(folder, score, image, caption):
-  """Of each score, by transformers on the whole prompt."""
+def their_inputs(folder, score, image, caption):
+  """The model and the whole prompt with a caption, by transformers."""
   model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
   processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
   pixels = dict(processor([Image.open(image).convert("RGB")], return_tensors="pt"))
@@ -72,8 +81,14 @@ def their_logprobs(folder, score, image, caption):
   before, between = score.image
   ids = torch.tensor([[*before, *pad, *between, *caption, *score.prompt.tail_L.tolist()]])
   kinds = (ids == model.config.image_token_id).int()
+  return model.eval(), dict(input_ids=ids, mm_token_type_ids=kinds, **pixels)
+
+
+def their_logprobs(folder, score, image, caption):
+  """Of each score."""
+  model, inputs = their_inputs(folder, score, image, caption)
   with torch.no_grad():
-    logits = model.eval()(input_ids=ids, mm_token_type_ids=kinds, **pixels).logits[0, -1]
+    logits = model(**inputs).logits[0, -1]
   return torch.log_softmax(logits, -1)[score.prompt.letter_A.tolist()].numpy()
 
 
@@ -101,6 +116,78 @@ def test_scores_are_transformers_own(folder):
   np.testing.assert_allclose(got.blind.score_BGKA[0, 0], got.score_BGKA[0, 2], atol=1e-5)
   assert got.asked_BGK[..., 0].all() and not got.asked_BGK[..., 1].any()  # one question each
   assert np.ptp(got.credit_BGK[..., 0]) > 0.01  # the test could tell
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_texts_are_transformers_own(folder, microbatches):
+  loaded, mesh = load(folder)
+  rows = [QARow(folder / f"{i}.png", (), f"{i}") for i in range(2)]
+  # as good as greedy
+  cfg = JudgeConfig(
+    sees_image=True,
+    reading="generate",
+    temperature=1e-4,
+    max_tokens=8,
+    microbatches=microbatches,
+  )
+  with jax.set_mesh(mesh):
+    score = ScorePrompt.of_writer(loaded, TEXT)
+    batch = batch_of(loaded, score, rows)
+    asked = captions(loaded.tokenizer.vocab_size - 20)
+    judge = ImageJudge(loaded.model, loaded.params, score.prompt)
+    write = jax.jit(functools.partial(write_about_captions, cfg=cfg))
+    tokens, valid = jax.device_get(write(judge, asked, batch.sight, jax.random.key(0)))
+  assert tokens.shape == valid.shape == (2, 4, 8)  # the last is about an empty caption
+  found = set()
+  for b, row in enumerate(rows):
+    for g in range(4):
+      caption = asked.tokens_BGT[b, g][asked.keep_BGT[b, g]].tolist() if g < 3 else []
+      model, inputs = their_inputs(folder, score, row.image, caption)
+      ends = loaded.tokenizer.end_ids
+      with torch.no_grad():
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=8, eos_token_id=[*ends])
+      want = out[0, inputs["input_ids"].shape[1] :].tolist()
+      assert tokens[b, g][valid[b, g]].tolist() == want
+      found.add(tuple(want))
+  assert len(found) > 2  # the test could tell
+
+
+def test_what_was_written_becomes_answers(caplog):
+  texts = [
+    ['{"factuality": 1, "temporal_alignment": 1, "coverage": 1, "hallucination_penalty": 1}', "no"],
+    ['{"factuality": 0.5}', '```json\n{"coverage": 0.8, "factuality": 0.5}\n```'],
+  ]
+  valid_BK = np.array([[True, False], [True, False]])
+  weights = {"factuality": 0.5, "coverage": 0.5}
+
+  def answers(zero, blind=False):
+    return written_answers(texts, valid_BK, 5, weights, unread_is_zero=zero, blind=blind)
+
+  got, unread_B = answers(zero=False)
+  np.testing.assert_allclose(got.credit_BGK[..., 0], [[1, 0], [0, 0.65]])
+  np.testing.assert_array_equal(got.valid_BGK[..., 0], [[True, False], [False, True]])
+  np.testing.assert_array_equal(got.choice_BGK[..., 0], [[4, -1], [-1, 3]])  # "5" and "4" of 1 to 5
+  np.testing.assert_array_equal(got.correct_BGK[..., 0], [[True, False], [False, False]])
+  assert got.asked_BGK[..., 0].all() and not got.asked_BGK[..., 1].any()
+  np.testing.assert_array_equal(unread_B, [0.5, 0.5])
+  assert (
+    "2 of 4 texts of the judge lack scores, and what they lack is left out: 'no';" in caplog.text
+  )
+  released, _ = answers(zero=True)
+  np.testing.assert_allclose(released.credit_BGK[..., 0], [[1, 0], [0.25, 0.65]])
+  assert released.valid_BGK[..., 0].all()
+  apart, _ = answers(zero=False, blind=True)
+  np.testing.assert_array_equal(apart.blind.credit_BGK, got.credit_BGK[:, 1:])
+  np.testing.assert_array_equal(apart.credit_BGK, got.credit_BGK[:, :1])
+
+
+def test_what_a_judge_that_writes_is_asked(tmp_path):
+  assert score_text(None, ["truth", "detail"]).count("truth, detail") == 1
+  (tmp_path / "serve_rm.py").write_text('VL_JUDGE_PROMPT = """Like {{"a": 1}}.\n{}"""')
+  assert score_text(str(tmp_path / "serve_rm.py"), ["a"]) == f'Like {{"a": 1}}.\n{CAPTION}'
+  (tmp_path / "other.py").write_text("VL_JUDGE_PROMPT = '{a}'")
+  with pytest.raises(ValueError, match="VL_JUDGE_PROMPT has no place {} for a caption"):
+    score_text(str(tmp_path / "other.py"), ["a"])
 
 
 def test_the_prompt_is_the_templates(folder):
@@ -135,6 +222,12 @@ def test_a_row_is_one_question():
     (dict(int8=True), "int8 and sees_image"),
     (dict(scores=("1",)), "name two or more that differ"),
     (dict(score_prompt="Good?"), "must hold {caption} once"),
+    (dict(score_weights="a=1,b"), "'b' must be name=value"),
+    (dict(score_weights="a=much"), "score_weights = 'a=much': could not convert"),
+    (dict(score_weights="a=0.7,b=0.7"), "add up to 1 at most"),
+    (dict(score_weights="a=nan"), "add up to 1 at most"),
+    (dict(score_weights="a=-0.5,b=1"), "weights are 0 or more"),
+    (dict(score_weights=""), "name one score at least"),
   ],
 )
 def test_settings_refused(change, message):

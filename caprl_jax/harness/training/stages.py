@@ -1,5 +1,6 @@
 """The stages of a step before its update as programs of their own, with the host between them: for
-captions that have to be tokenised again, a judge behind an endpoint, and a reward of texts."""
+captions that have to be tokenised again, a judge behind an endpoint or one that writes its scores,
+and a reward of texts."""
 
 import functools
 from typing import Any
@@ -15,9 +16,10 @@ from caprl_jax.harness.metrics import StageClock
 from caprl_jax.harness.rewards.texts import TextReward
 from caprl_jax.harness.setup import Run
 from caprl_jax.inference.endpoint_judge import EndpointJudge
+from caprl_jax.inference.image_judge import written_answers
 from caprl_jax.rl.judge import JudgeIds
 from caprl_jax.rl.judge_protocol import presentations
-from caprl_jax.rl.step import StepConfig, ask_judge, stage_keys, write_captions
+from caprl_jax.rl.step import StepConfig, ask_judge, judge_texts, stage_keys, write_captions
 from caprl_jax.types import (
   Answers,
   Array,
@@ -54,9 +56,10 @@ class StagesBefore:
         rollout_shardings=moved["rollout_shardings"],
       )
     )
+    self._written = made.settings.judge.writes_scores
     self._ask = jit(
       functools.partial(
-        ask_judge,
+        judge_texts if self._written else ask_judge,
         judge=made.judge.model if made.judge else None,
         cfg=cfg,
         judge_shardings=moved["judge_shardings"],
@@ -91,12 +94,38 @@ class StagesBefore:
     made, mesh = self.made, self.made.mesh
     if made.endpoint is not None:
       return self._asked(made.endpoint, state, batch, captions), {}
-    if made.translator is None:
-      return jax.block_until_ready(self._ask(state, frozen, batch, captions)), {}
-    mine = sharding.own_rows((captions.tokens_BGT, captions.valid_BGT))
-    ids, keep, cut = sharding.put_batch(made.translator(*mine), mesh)
-    answers = self._ask(state, frozen, batch, captions, retokenised=JudgeIds(ids, keep))
-    return jax.block_until_ready(answers), {"judge/cut": self._mean(cut)}
+    retokenised, numbers = None, {}
+    if made.translator is not None:
+      mine = sharding.own_rows((captions.tokens_BGT, captions.valid_BGT))
+      ids, keep, cut = sharding.put_batch(made.translator(*mine), mesh)
+      retokenised, numbers = JudgeIds(ids, keep), {"judge/cut": self._mean(cut)}
+    found = self._ask(state, frozen, batch, captions, retokenised=retokenised)
+    if self._written:
+      found, unread = self._scored(batch, *found)
+      numbers["judge/unread"] = unread
+    return jax.block_until_ready(found), numbers
+
+  def _scored(self, batch: Batch, tokens: Array, valid: Array) -> tuple[Answers, Array]:
+    """Answers from what the judge wrote about the captions, and the share that could not be read.
+    Each process reads what is about its own images."""
+    judge, section = self.made.judge, self.made.settings.judge
+    assert judge is not None
+    tokens_BGT, valid_BGT, valid_BK = sharding.own_rows((tokens, valid, batch.questions.valid_BK))
+    text_of = judge.tokenizer.decode_written
+    texts = [
+      [text_of(ids[kept]) for ids, kept in zip(tokens_GT, valid_GT)]
+      for tokens_GT, valid_GT in zip(tokens_BGT, valid_BGT)
+    ]
+    answers, unread_B = written_answers(
+      texts,
+      valid_BK,
+      len(section.scores),
+      section.weights,
+      unread_is_zero=section.score_unread == "zero",
+      blind=self.cfg.judge.blind,  # not of an evaluation
+    )
+    answers, unread_B = sharding.put_batch((answers, unread_B), self.made.mesh)
+    return answers, self._mean(unread_B)
 
   def _presentations(self, key: Array, step: Array, batch: Batch) -> Any:
     """What is asked about each caption, and about an empty one where the judge's blind answers are

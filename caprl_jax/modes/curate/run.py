@@ -201,6 +201,7 @@ def run(config, workdir: pathlib.Path) -> None:
     ("curate.answers.batch_size", cfg.answers.batch_size),
   ):
     sharding.check_batch_size(size, mesh, name)
+  prompt = None if cfg.questions == "given" else read_prompt(cfg.prompt)
   bad = BadRowList(cfg.bad_rows_rule, workdir / "bad_rows.jsonl", "--config.curate.bad_rows")
   rows = _read(cfg, seed, bad)
   shown = [answerer_section]
@@ -222,8 +223,8 @@ def run(config, workdir: pathlib.Path) -> None:
       f"no image of {cfg.input} is left: {dict(gone)}; see curate.min_side and similar_bits"
     )
   written, provenance = None, ""
-  if cfg.questions != "given":
-    written, provenance = _questions_stage(stages, config, cfg, kept, mesh, seed)
+  if prompt is not None:
+    written, provenance = _questions_stage(stages, config, cfg, prompt, kept, mesh, seed)
   answers = _answers_stage(
     stages,
     cfg,
@@ -275,10 +276,9 @@ def _read(cfg: CurateConfig, seed: int, bad: BadRowList) -> Sequence[CaptionRow 
 
 
 def _questions_stage(
-  stages: Stages, config, cfg: CurateConfig, rows, mesh, seed
+  stages: Stages, config, cfg: CurateConfig, prompt: GenerationPrompt, rows, mesh, seed
 ) -> tuple[ShardedJob, str]:
   sampling = {key: getattr(cfg, key) for key in ("max_tokens", "temperature", "repetition_penalty")}
-  prompt = read_prompt(cfg.prompt)
   settings = prompt._asdict()
   if cfg.questions == "endpoint":
     endpoint_cfg = configuration.load_section(config, "endpoint", EndpointConfig)

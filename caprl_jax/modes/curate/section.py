@@ -19,8 +19,9 @@ class CurateConfig:
   answers_output: FILE.jsonl or FILE.json for every question that was asked, kept or not, with each
     single answer, in the form of the released curation's third step (`released_rows.py`).
   questions: from the model of section `generator`, from an `endpoint`, or `given` in the input.
-  prompt: what the generator is told; None: our words. A .py file: the SYS_PROMPT that it assigns,
-    which makes CapRL's gen_qa.py the released prompt to the byte. Another file: its text.
+  prompt: what the generator is told: "ours", our words; "official", the released prompt to the
+    byte, which is downloaded from the release once; a .py file: the SYS_PROMPT that it assigns, as
+    a copy of CapRL's gen_qa.py does; another file: its text.
   max_tokens, temperature, repetition_penalty, batch_size: of the generator; CapRL's own by
     default.
   answers: how the questions are asked.
@@ -45,7 +46,7 @@ class CurateConfig:
   name: str = "curated"
   answers_output: str | None = None
   questions: Literal["generator", "endpoint", "given"] = "generator"
-  prompt: str | None = None
+  prompt: str = "ours"
   max_tokens: int = 2048
   temperature: float = 0.1
   repetition_penalty: float = 1.05

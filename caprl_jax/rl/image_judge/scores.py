@@ -5,34 +5,16 @@ from there, with what follows it up to where the score stands. The scores stand 
 question's options (A), the worst first; an image's one question is what its caption is worth.
 """
 
-from typing import Any
-
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from caprl_jax.masked import NEGATIVE
-from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.head import token_logprobs
-from caprl_jax.models.policy import Policy, last_hidden
+from caprl_jax.rl.image_judge.branches import ImageJudge, read_captions
 from caprl_jax.rl.judge import JudgeIds, with_blind
 from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.sharding import join_microbatches, microbatches
-from caprl_jax.types import Answers, Array, JudgePrompt, Params, Sight
-
-
-@flax.struct.dataclass
-class ImageJudge:
-  """The judge as the stage needs it. Of `prompt` it reads `tail_L`, what follows a caption, and
-  `letter_A`, the scores."""
-
-  model: Policy = flax.struct.field(pytree_node=False)
-  params: Params
-  prompt: JudgePrompt
-
-  def run(self, method: str, *inputs: Any) -> Any:
-    """A method of the model with the judge's parameters."""
-    return self.model.apply({"params": self.params}, *inputs, method=method)
+from caprl_jax.types import Answers, Array, Sight
 
 
 def score_with_images(
@@ -106,20 +88,10 @@ def _score(
 
 def _score_logprobs(judge: ImageJudge, captions: JudgeIds, sight: Sight, cfg: JudgeConfig) -> Array:
   """Log-probability of each score after each caption, float32 [B, G, A]."""
-  B, G, T = captions.tokens_BGT.shape
-  _, prefix = judge.run("prefill", sight.images, sight.prompts)
-  tail_NL = jnp.broadcast_to(judge.prompt.tail_L, (B * G, judge.prompt.tail_L.shape[0]))
-  tokens_NL = jnp.concatenate([captions.tokens_BGT.reshape(B * G, T), tail_NL], axis=1)
-  keep_NT = captions.keep_BGT.reshape(B * G, T)
-  valid_NL = jnp.concatenate([keep_NT, jnp.ones_like(tail_NL, bool)], axis=1)
-  start_N = jnp.repeat(sight.prompts.next_position_B, G)
-  position_NL = jnp.maximum(start_N[:, None] + jnp.cumsum(valid_NL, axis=1) - 1, 0)
-  hidden_NLD, _ = judge.run("extend", tokens_NL, position_NL, valid_NL, (prefix,))
+  B, G, _ = captions.tokens_BGT.shape
+  read = read_captions(judge, captions, sight)
   letter_NA = jnp.broadcast_to(judge.prompt.letter_A, (B * G, judge.prompt.letter_A.shape[0]))
   logp_NA, _ = token_logprobs(
-    last_hidden(hidden_NLD, valid_NL),
-    head_matrix(judge.model.cfg.text, judge.params["language_model"]),
-    letter_NA,
-    chunk_tokens=cfg.chunk_tokens,
+    read.hidden_ND, judge.head_VD, letter_NA, chunk_tokens=cfg.chunk_tokens
   )
   return logp_NA.reshape(B, G, -1)

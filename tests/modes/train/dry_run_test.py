@@ -32,6 +32,7 @@ RUN = [
   ("caprl_3b", None, "qwen2_5_vl", "qwen2"),
   pytest.param("caprl_internvl35_8b", None, "internvl-qwen3", "qwen2", marks=pytest.mark.slow),
   ("ablations/judge_sees_image", None, "qwen2_5_vl", "qwen2_5_vl"),
+  ("ablations/judge_writes_scores", None, "qwen2_5_vl", "qwen2_5_vl"),
 ]
 # Other algorithms: their step is traced, not compiled. (tests/modes/your_images_test.py trains a
 # Qwen3-VL to the end.)
@@ -87,6 +88,7 @@ SIZES = {
   "evaluate.group_images": 0,
 }
 REPLACED = {*SIZES, "policy.checkpoint", "judge.source", "data.train", "data.eval"}
+REPLACED |= {"judge.score_prompt"}  # a program of the release, which would be downloaded
 
 
 def values(recipe):
@@ -120,6 +122,7 @@ def made(tmp_path_factory):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / kind)
     (folder / kind / "tokenizer.json").write_text(vocabulary.to_json())
   tiny.write_data(folder / "data", 4)
+  (folder / "serve_rm.py").write_text("VL_JUDGE_PROMPT = 'Judge this: {}'")
   return folder
 
 
@@ -153,6 +156,8 @@ def command(made, workdir, name, preset, policy, judge):
     "data.eval": made / "data" / "rows.jsonl",
   }
   changes |= {"preset": preset} if preset else {}
+  if name.endswith("writes_scores"):
+    changes["judge.score_prompt"] = made / "serve_rm.py"
   overrides = [f"--config.{key}={value}" for key, value in changes.items()]
   return ["main", f"--config={path_of(name)}", f"--workdir={workdir}", *overrides]
 
