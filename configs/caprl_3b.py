@@ -27,13 +27,9 @@ def get_config():
 
   config.policy = dict(
     checkpoint="Qwen/Qwen2.5-VL-3B-Instruct",
-    instruction="Please describe this image in detail.",
     dtype="bfloat16",
-    param_dtype="float32",
     remat=True,
     trainable="full",
-    min_pixels=3136,  # 56x56: four tokens
-    max_pixels=1_000_000,  # as released; the checkpoint allows 12.8 million
   )
   config.judge = dict(source="Qwen/Qwen2.5-3B-Instruct", dtype="bfloat16", microbatches=16)
 
@@ -46,10 +42,9 @@ def get_config():
   # What is still written when most captions have ended goes on in eighths of them rather than
   # quarters: less memory (docs/tpu.md), and no other captions.
   config.rollout = dict(sampling=dict(chunks=8))
-  # Judge protocol, sampling, reward, advantages, loss and learning rate are the preset's
-  # (caprl_jax/config/presets.py).
+  # Prompt, pixels, judge protocol, sampling, reward, advantages, loss and optimizer are the
+  # preset's (caprl_jax/config/presets.py).
   config.policy_update = dict(microbatches=16)  # 8 images x 8 captions at once
-  config.optimizer = dict(moment_dtype="float32")
 
   config.train = dict(steps=1800, sample_every=50, fused=True, trackers=())
   config.evaluate = dict(every_steps=200, batch_size=64, temperature=0.0, group_images=128)

@@ -18,6 +18,6 @@ def get_config():
   config = load_config(str(pathlib.Path(__file__).with_name("caprl_3b.py"))).unlock()
   config.policy.checkpoint = "OpenGVLab/InternVL3_5-8B-HF"
   # Images are cut into up to 12 tiles, not limited in pixels.
-  del config.policy.min_pixels
-  del config.policy.max_pixels
+  config.policy.min_pixels = None
+  config.policy.max_pixels = None
   return config

@@ -4,8 +4,12 @@
     --config.data.train='CapRL-QA-75K/*.parquet' --config.data.eval=held_out.parquet
 
 What was released for CapRL++ on images (preset official_caprlpp), on the batch and number of steps
-of configs/caprl_3b.py: parameters in bfloat16, and the processor's own limits of pixels, as verl's
-script leaves them. Its README names Qwen3-4B-Instruct as judge: the 2507 release.
+of configs/caprl_3b.py: parameters in bfloat16, and the checkpoint's own limits of pixels. All
+images of a batch are padded to the largest of all rows; the script's prompts end at 4,096 tokens,
+so its data has none much above 4 million pixels: where yours has, give
+--config.policy.max_pixels=4000000.
+Its README names Qwen3-4B-Instruct as judge: the 2507 release. 1,800 steps are CapRL-3B's; the
+script's three epochs of its own data would be 1,764 steps of the 75,285 rows.
 
 Not run yet.
 """
@@ -18,11 +22,6 @@ from caprl_jax.config.loading import load_config
 def get_config():
   config = load_config(str(pathlib.Path(__file__).with_name("caprl_3b.py"))).unlock()
   config.policy.checkpoint = "Qwen/Qwen3-VL-2B-Instruct"
-  # verl cuts the data's "<image> Please ..." at the marker and leaves the space.
-  config.policy.instruction = " Please describe this image in detail."
-  config.policy.param_dtype = "bfloat16"
-  del config.policy.min_pixels
-  del config.policy.max_pixels
   config.judge.source = "Qwen/Qwen3-4B-Instruct-2507"
   config.preset = "official_caprlpp"
   return config

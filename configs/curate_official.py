@@ -1,5 +1,5 @@
-"""Questions as the release made them: its prompt, its way of asking and its thresholds, and none of
-our filters.
+"""Questions as the release made them: its prompt, its way of asking and its thresholds, without our
+filters of images and questions that are alike or small.
 
   python -m caprl_jax.main --config=configs/curate_official.py --workdir=runs/curate \\
     --config.curate.input=IMAGES --config.curate.output=qa.json
@@ -13,8 +13,10 @@ right if the right letter is anywhere in it. With the image one option more is s
 questions answered right more than 3 times in 4 with the image and less than once in 4 without;
 --config.curate.answers_output=FILE.jsonl writes all questions and answers as the release's third
 step does. No limit of pixels but the checkpoint's; no image and no question is left out because it
-is like another. docs/faithful.md has what is not known of the release; configs/curate.py has our
-defaults.
+is like another. What the generator wrote is read by our parser, which leaves out what it cannot
+read without a guess (left_out.jsonl); the release's own, its second step, was not found, nor its
+fourth.
+configs/curate.py has our defaults.
 
 Not run yet with these checkpoints; tests run it with tiny ones.
 """
@@ -32,5 +34,7 @@ def get_config():
   config.curate.prompt = "official"
   config.curate.answers = dict(protocol="official", permutations=4, none_of_above=True)
   config.curate.similar_bits = None
-  config.curate.similar_questions = 1.0
+  config.curate.similar_questions = None
+  config.curate.repeated_questions = True
+  config.curate.min_side = 1
   return config

@@ -21,4 +21,6 @@ def get_config():
   config.mode = "dataset"
   config.seed = 0
   config.dataset = dict(input="easy_vqa:test")
+  # Only with dataset.image_kinds, as in configs/image_kinds.py.
+  config.answerer = dict(checkpoint="Qwen/Qwen2.5-VL-3B-Instruct")
   return config

@@ -19,7 +19,8 @@ the instruction of captions. Its benchmarks (InfoVQA, DocVQA, ...) are not part 
 `pretrain.eval` asks multiple-choice questions of your own, and every stage's model is a directory
 that lmms-eval or VLMEvalKit can load.
 
-The paper's set-up (b) is --config.pretrain_policy.language=Qwen/Qwen2.5-7B-Instruct; (c),
+The paper's set-up (b) is --config.pretrain_policy.vision=Qwen/Qwen2.5-VL-7B-Instruct
+--config.pretrain_policy.language=Qwen/Qwen2.5-7B-Instruct, as in the notebook for 7B; (c),
 InternLM2.5 with CLIP-ViT-L, needs families that this package does not have.
 
 Sizes for 3B on 8 accelerators of 80 GB or more, or a TPU slice of as much memory. Raise

@@ -127,19 +127,25 @@ def load_config(path: PathLike, changes: Mapping[str, Any] | None = None) -> Con
 
   Args:
     path: as --config of the command line takes it.
-    changes: values by dotted key, as {"train.steps": 10}.
+    changes: values by dotted key, as {"train.steps": 10}. A `preset` goes first, as on the command
+      line.
 
   Raises:
     ValueError: the file is no config, or a key of `changes` is none.
   """
-  config = loading.load_config(os.fspath(path))
-  presets.expand(config)
-  config.unlock()
+  config = loading.load_config(os.fspath(path)).unlock()
+  changes = dict(changes or {})
+  if "preset" in changes:
+    own = config.get("preset")
+    config.preset = changes.pop("preset")
+    presets.rename(config, own)
+  else:
+    presets.expand(config)
   for mode in registry.modes_of(config).values():
     for name in mode.sections:
       if name not in config:
         config[name] = ml_collections.ConfigDict()
-  for key, value in (changes or {}).items():
+  for key, value in changes.items():
     if keys.annotation_of(key) is None:
       raise ValueError(f"{cut(key)!r} is no key of a config{schema.did_you_mean(key, keys.keys())}")
     *sections, leaf = key.split(".")

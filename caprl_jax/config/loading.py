@@ -93,7 +93,7 @@ def apply_overrides(
 ) -> None:
   """Applies matches of `OVERRIDE` in place, and expands the preset, which goes first: what it fills
   in can then be overridden like what the file says. One named here takes the place of the file's
-  own algorithm (`presets.replace`).
+  own preset or algorithm (`presets.rename`).
 
   The modules that declare the sections are imported, which takes a second, only where a key is not
   in the file.
@@ -103,12 +103,16 @@ def apply_overrides(
       such preset.
   """
   named = [override for override in overrides if override["key"] == "preset"]
+  own = config.get("preset")
   if named and "preset" not in config:
     with config.unlocked():
       config.preset = None
   for override in named:
     _override(config, override, file)
-  (presets.replace if named else presets.expand)(config)
+  if named:
+    presets.rename(config, own)
+  else:
+    presets.expand(config)
   for override in overrides:
     if override not in named:
       _override(config, override, file)

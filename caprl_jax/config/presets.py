@@ -1,10 +1,10 @@
 """Name of a published recipe -> the settings of its algorithm.
 
 A preset fills in what a config leaves open: sections judge, rollout, reward, advantage,
-policy_update, optimizer; those of released code also how batches are made of images (`data`). What
-the config file or the command line says stands; an optimizer whose learning rate the file gives is
-the file's altogether, because a schedule belongs to its rate. Paper and released code differ, so
-each has its own.
+policy_update, optimizer; the captioner's prompt, limits of pixels and type of parameters; those of
+released code also how batches are made of images (`data`). What the config file or the command line
+says stands; an optimizer whose learning rate the file gives, and a captioner whose instruction it
+gives, are the file's altogether. Paper and released code differ, so each has its own.
 """
 
 import logging
@@ -27,6 +27,11 @@ _OFFICIAL_JUDGE = dict(
   independent=True,
 )
 _OFFICIAL_DATA = dict(shape_buckets=1)  # a batch is any images
+_PROMPT = "Please describe this image in detail."
+# 3,136 pixels are 56x56, four tokens. Qwen2.5-VL's own limit is 12.8 million.
+_OFFICIAL_POLICY = dict(
+  instruction=_PROMPT, param_dtype="float32", min_pixels=3136, max_pixels=1_000_000
+)
 _SAMPLING = dict(max_tokens=4096, temperature=1.0)
 # 75,285 images x 8 captions are 588 batches of 1,024, times 30 episodes. The release stopped near
 # step 1,800, where the rate is still 0.978 of its peak.
@@ -58,6 +63,7 @@ PRESETS = {
     ),
     optimizer=_OFFICIAL_OPTIMIZER,
     data=_OFFICIAL_DATA,
+    policy=_OFFICIAL_POLICY,
   ),
   # The released training script of CapRL++ (verl) for images: options shuffled with "F) Can not
   # answer" after them, a length term, the sampler's log-probabilities as the old ones, a mean
@@ -88,8 +94,14 @@ PRESETS = {
       b2=0.999,
       weight_decay=0.01,
       clip_norm=1.0,
+      moment_dtype="bfloat16",  # torch's are of the parameters' type
     ),
     data=_OFFICIAL_DATA,
+    # verl cuts the data's "<image> Please ..." at the marker and leaves the space. The script sets
+    # no limits of pixels: the checkpoint's are in force.
+    policy=dict(
+      instruction=f" {_PROMPT}", param_dtype="bfloat16", min_pixels=None, max_pixels=None
+    ),
   ),
   # What arXiv 2509.22647 describes: shuffled options, GRPO with its KL. It prints no G, N, KL
   # weight, clip range or learning rate: 8 and 8 are the released code's, 0.04 and 0.2 those of
@@ -111,6 +123,7 @@ PRESETS = {
       )
     ),
     optimizer=_OFFICIAL_OPTIMIZER,
+    policy=_OFFICIAL_POLICY,  # of pixels and types the paper says nothing
   ),
   # Ours: every question once, read from logits over two rotated orders, the same for a group;
   # false statements cost what true ones earn half of; no token of a cut caption is learned from.
@@ -151,9 +164,14 @@ PRESETS = {
       weight_decay=0.0,
       clip_norm=1.0,
     ),
+    policy=_OFFICIAL_POLICY,
   ),
 }
 
+
+# A section that has this key is the config's altogether: a schedule belongs to its rate, and a
+# captioner's size of images and type of parameters to the task that its instruction says.
+_OWN = (("optimizer", "learning_rate"), ("policy", "instruction"))
 
 # What of a section is no part of an algorithm, and stays when a preset takes the section's place.
 _RESOURCES = {
@@ -167,13 +185,24 @@ _RESOURCES = {
 }
 
 
-def replace(config: ml_collections.ConfigDict) -> None:
-  """Puts judge protocol, reward, advantage and loss of `config.preset` in the place of the
-  config's, in place; sizes, models and optimizer stay. Raises ValueError as `expand`."""
-  if isinstance(name := config.get("preset"), str) and name in PRESETS:
-    with config.unlocked():
-      for section, kept in _RESOURCES.items():
-        old: Any = config.get(section, {})
+def rename(config: ml_collections.ConfigDict, own: Any) -> None:
+  """Expands `config.preset` where it has taken the place of the config's `own` one, in place.
+
+  What a config says beside a preset of its own goes with any preset, and stays. Of a config without
+  one, judge protocol, reward, advantage and loss make room for the preset's; sizes, models and
+  optimizer stay, and so does a judge that sees the images, to which no preset's questions apply.
+
+  Raises:
+    ValueError: as `expand`.
+  """
+  name, judge = config.get("preset"), config.get("judge", {})
+  if own is not None or not isinstance(name, str) or name not in PRESETS:
+    expand(config)
+    return
+  with config.unlocked():
+    for section, kept in _RESOURCES.items():
+      old: Any = config.get(section, {})
+      if section != "judge" or not judge.get("sees_image"):
         config[section] = ml_collections.ConfigDict({key: old[key] for key in old if key in kept})
   expand(config)
 
@@ -183,24 +212,51 @@ def expand(config: ml_collections.ConfigDict) -> None:
   once.
 
   Raises:
-    ValueError: no such preset.
+    ValueError: no such preset; or the config was filled in by another one before.
   """
   name = config.get("preset")
   if name is None:
     return
   if not isinstance(name, str) or name not in PRESETS:
     raise ValueError(f"config.preset = {shown(name)} is none of {sorted(PRESETS)}")
+  _check_not_filled(config, name)
   kept: list[str] = []
   values = dict(PRESETS[name])
-  own: Any = config.get("optimizer", {})
-  if "learning_rate" in own:
-    preset = values.pop("optimizer")
-    if any(own.get(key) != value for key, value in preset.items()):
-      kept.append("optimizer")
+  for section, key in _OWN:
+    own: Any = config.get(section, {})
+    if key in own:
+      preset = values.pop(section)
+      if any(own.get(key) != value for key, value in preset.items()):
+        kept.append(section)
   with config.unlocked():
     _fill(config, values, "", kept)
   if kept:
     log.info("preset %s, but for what the config says: %s", name, ", ".join(kept))
+
+
+def _check_not_filled(config: ml_collections.ConfigDict, name: str) -> None:
+  """Raises ValueError where all that makes another preset differ from this one is in the config:
+  its name was changed too late, when that one had been filled in."""
+  found, wanted = _leaves(config), _leaves(PRESETS[name])
+  for other, preset in PRESETS.items():
+    differing = {key: value for key, value in _leaves(preset).items() if wanted.get(key) != value}
+    if differing and all(key in found and found[key] == differing[key] for key in differing):
+      raise ValueError(
+        f"config.preset = {name!r}, but the config is filled in with {other!r} already: name the "
+        f"preset where the config is loaded, as load_config(FILE, {{'preset': {name!r}}}) or "
+        f"--config.preset={name}"
+      )
+
+
+def _leaves(section: Any, place: str = "") -> dict[str, Any]:
+  """Dotted key -> value."""
+  found = {}
+  for key, value in section.items():
+    if isinstance(value, (dict, ml_collections.ConfigDict)):
+      found |= _leaves(value, f"{place}{key}.")
+    else:
+      found[f"{place}{key}"] = value
+  return found
 
 
 def _fill(config: Any, values: dict, place: str, kept: list[str]) -> None:

@@ -133,9 +133,14 @@ MODES: dict[str, Mode] = {
   ),
   "dataset": Mode(
     "caprl_jax.modes.dataset.run",
-    "what is in a QA dataset and what is wrong with it; a copy in another format",
+    "what is in a QA dataset and what is wrong with it; a copy in another format, or one for each "
+    "kind of images",
     "--config=configs/dataset.py --config.dataset.input=easy_vqa:test",
-    {"dataset": "modes.dataset.run:DatasetConfig"},
+    {
+      "dataset": "modes.dataset.section:DatasetConfig",
+      "answerer": "harness.sections:PolicySection",
+      **_MESH,
+    },
     workdir="runs/dataset",
   ),
   "caption": Mode(

@@ -44,6 +44,7 @@ class PolicySection:
     turn).
   dtype: of activations.
   param_dtype: of parameters. float32 parameters with bfloat16 activations are master weights.
+    Adapters are float32 whatever it is.
   remat: compute activations of tower and decoder again in the backward pass, which saves memory and
     costs time.
   tower_remat, decoder_remat: the same for one of the two; None: as `remat`.
@@ -143,7 +144,7 @@ class PolicySection:
       params = jax.tree.map(lambda x: x.astype(param_dtype), loaded.params)
       loaded = dataclasses.replace(loaded, params=params)
     if self.trainable == "lora":
-      loaded = with_new_adapters(loaded, self.lora, mesh, param_dtype)
+      loaded = with_new_adapters(loaded, self.lora, mesh)
     return dataclasses.replace(rounded(loaded, self.int8), bare=self.template == "bare")
 
   def _begun(self, run: Trained) -> "PolicySection":
@@ -262,6 +263,7 @@ class DataSection:
   questions_per_image: keep so many of each training image's questions, drawn once by the seed, and
     ask no others: the paper's ablation. None keeps all.
   max_train_rows, max_eval_rows: keep the first rows only, of each source.
+  draw_train_rows: keep rows that are drawn by the seed rather than the first ones.
   bad_rows: "refuse" to start while a row cannot be used, or "drop" and log it. Every image is
     decoded for that once, before the first step. A row that fails all the same when its turn comes
     (a disk error) ends the run, or the next row takes its place.
@@ -276,6 +278,7 @@ class DataSection:
   questions: int = 0
   questions_per_image: int | None = None
   max_train_rows: int | None = None
+  draw_train_rows: bool = False
   max_eval_rows: int | None = None
   bad_rows: BadRows = "refuse"
   shape_buckets: int | None = None

@@ -243,6 +243,17 @@ def _check_importance(step: StepConfig) -> None:
     )
 
 
+# A bfloat16 weight of usual size (0.02) moves by steps of some 4e-5 at least; Adam's are as large
+# as the rate. At 1e-5, CapRL++'s, a sixth of the weights moves; at 1e-6, CapRL-3B's, one in fifty.
+LEAST_BFLOAT16_RATE = 5e-6
+
+
+def rounds_steps_away(policy: PolicySection, optimizer: OptimizerConfig) -> bool:
+  """Whether nearly all trained parameters are too coarse for the optimizer's steps."""
+  coarse = policy.param_dtype == "bfloat16" and policy.trainable != "lora"
+  return coarse and optimizer.learning_rate < LEAST_BFLOAT16_RATE
+
+
 def _warn_of_combinations(settings: Settings) -> None:
   """Logs what is allowed but will not do what one may expect of it."""
   step, judge = settings.step, settings.judge
@@ -254,6 +265,14 @@ def _warn_of_combinations(settings: Settings) -> None:
       "%d",
       limit,
       step.reward.length_full_tokens,
+    )
+  if rounds_steps_away(settings.policy, settings.optimizer):
+    log.warning(
+      "policy.param_dtype = 'bfloat16' with optimizer.learning_rate = %s: most steps are smaller "
+      "than what a bfloat16 parameter can move by, and are rounded away. Set policy.param_dtype = "
+      "'float32' (policy.dtype may stay bfloat16), or a rate of %s or more",
+      settings.optimizer.learning_rate,
+      LEAST_BFLOAT16_RATE,
     )
   if step.update.loss.kl and (step.update.loss.kl_estimator, step.update.loss.kl_in) == (
     "k1",

@@ -309,15 +309,14 @@ def without_adapters(loaded: Loaded) -> Loaded:
   )
 
 
-def with_new_adapters(loaded: Loaded, lora: LoraConfig, mesh: jax.sharding.Mesh, dtype) -> Loaded:
+def with_new_adapters(loaded: Loaded, lora: LoraConfig, mesh: jax.sharding.Mesh) -> Loaded:
   """The same captioner, which has none, with adapters as they begin."""
   cfg = loaded.model.cfg
   cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, lora=lora))
   init = init_policy(cfg)
   boxed = sharding.abstract_params(lambda: init(jax.random.key(0)))
   shardings = sharding.param_shardings(boxed, mesh)
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
-  adapters = new_lora(split_lora(abstract)[1], split_lora(shardings)[1])
+  adapters = new_lora(split_lora(nn.unbox(boxed))[1], split_lora(shardings)[1])
   params = merge_trees(loaded.params, adapters)
   return dataclasses.replace(loaded, model=Policy(cfg), params=params, shardings=shardings)
 

@@ -18,17 +18,19 @@ from caprl_jax.types import Params
 
 
 def new_lora(abstract: Params, shardings: Any, seed: int = 0) -> Params:
-  """Adapters as they begin: A uniform within 1 / sqrt(inputs), as PEFT has it, B zero."""
+  """Adapters as they begin: A uniform within 1 / sqrt(inputs), as PEFT has it, B zero. Float32
+  whatever the base is, as PEFT makes them: bfloat16 would round most of their updates away."""
 
   def make(path, leaf, sharding):
     if path[-1].key == "lora_b":
-      return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+      return jnp.zeros(leaf.shape, jnp.float32, device=sharding)
     # the same adapter starts the same in every model
     number = sum("/".join(p.key for p in path).encode())
     key = jax.random.fold_in(jax.random.key(seed), number)
     bound = 1 / math.sqrt(leaf.shape[-2])
     draw = jax.jit(
-      lambda k: jax.random.uniform(k, leaf.shape, leaf.dtype, -bound, bound), out_shardings=sharding
+      lambda k: jax.random.uniform(k, leaf.shape, jnp.float32, -bound, bound),
+      out_shardings=sharding,
     )
     return draw(key)
 

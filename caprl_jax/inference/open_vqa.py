@@ -73,13 +73,18 @@ def write_answers(
   prompts: Prompts | None,
   tokens_BML: Array,
   valid_BML: Array,
+  place_B2: Array,
   *,
   vocabulary: Vocabulary,
   cfg: SamplingConfig,
   seed: int = 0,
 ) -> tuple[Array, Array]:
   """The tokens written after each presentation, and which are valid, [B, M, T] each; the image, if
-  any, runs once.
+  any, runs once. Each presentation, with the image and without it, draws by itself, whatever is
+  asked beside it.
+
+  Args:
+    place_B2: as of `VqaRunner.run`.
   """
   B, M, _ = tokens_BML.shape
   hidden_ND, next_position_N, prefixes = branch(
@@ -96,13 +101,25 @@ def write_answers(
     next_position_N,
     prefixes=prefixes,
     vocabulary=vocabulary,
-    key=jax.random.key(seed),
+    key=_keys(seed, place_B2, M, with_image=images is not None),
     cfg=cfg,
     seen_NV=_seen(prompts, tokens_BML, valid_BML, policy.cfg.text.vocab_size)
     if cfg.repetition_penalty != 1
     else None,
   )
   return end.tokens_NT.reshape(B, M, -1), end.valid_NT.reshape(B, M, -1)
+
+
+def _keys(seed: int, place_B2: Array, presentations: int, with_image: bool) -> Array:
+  """A random key for each presentation, [B * M]."""
+  key = jax.random.fold_in(jax.random.key(seed), int(with_image))
+
+  def of_presentation(place_2: Array, number: Array) -> Array:
+    of_row = jax.random.fold_in(jax.random.fold_in(key, place_2[0]), place_2[1])
+    return jax.random.fold_in(of_row, number)
+
+  of_row = jax.vmap(of_presentation, in_axes=(None, 0))
+  return jax.vmap(of_row, in_axes=(0, None))(place_B2, jnp.arange(presentations)).reshape(-1)
 
 
 def _seen(prompts: Prompts | None, tokens_BML: Array, valid_BML: Array, size: int) -> Array:
@@ -156,15 +173,23 @@ class OpenAnswerer(VqaRunner):
     return [open_text(self.wording, question)]
 
   def run(
-    self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array
+    self,
+    images: Images | None,
+    prompts: Prompts | None,
+    tokens_BML: Array,
+    valid_BML: Array,
+    place_B2: Array,
   ) -> Array:
-    tokens, valid = self._write(self.loaded.params, images, prompts, tokens_BML, valid_BML)
+    tokens, valid = self._write(
+      self.loaded.params, images, prompts, tokens_BML, valid_BML, place_B2
+    )
     return jnp.where(valid, tokens, -1)
 
   def _text(self, tokens_T: np.ndarray) -> str:
     return self.loaded.tokenizer.decode_written([t for t in tokens_T.tolist() if t >= 0]).strip()
 
-  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> VqaAnswer:
+  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray | None) -> VqaAnswer:
+    assert blind is not None
     written, blind_written = self._text(visual[0]), self._text(blind[0])
     right = [float(is_right(text, question)) for text in (written, blind_written)]
     return OpenVqaAnswer(*right, written=written, blind_written=blind_written)
@@ -194,7 +219,8 @@ class OfficialAnswerer(OpenAnswerer):
       for order in shuffled_orders(question, self.cfg.permutations, self.seed)
     ]
 
-  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> VqaAnswer:
+  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray | None) -> VqaAnswer:
+    assert blind is not None
     if len(question.options) > MAX_OPTIONS:
       return VqaAnswer(error=f"{len(question.options)} options, more than {MAX_OPTIONS}")
     gold = [

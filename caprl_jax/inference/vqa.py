@@ -178,6 +178,7 @@ class VqaRunner(abc.ABC):
   makes of them. A context manager: it has threads."""
 
   presentations = 1  # of each question
+  blind = True  # ask without the image, too
 
   def __init__(self, loaded: Loaded, cfg: AnswerConfig, mesh: jax.sharding.Mesh, seed: int):
     self.loaded, self.cfg, self.mesh, self.seed = loaded, cfg, mesh, seed
@@ -191,13 +192,23 @@ class VqaRunner(abc.ABC):
 
   @abc.abstractmethod
   def run(
-    self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array
+    self,
+    images: Images | None,
+    prompts: Prompts | None,
+    tokens_BML: Array,
+    valid_BML: Array,
+    place_B2: Array,
   ) -> Array:
-    """What the model makes of each presentation, [B, M, ...]."""
+    """What the model makes of each presentation, [B, M, ...].
+
+    Args:
+      place_B2: int32, number of the row and of its first question that is asked, for random draws.
+    """
 
   @abc.abstractmethod
-  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> VqaAnswer:
-    """Of what `run` gave for a question's presentations, with the image and without it."""
+  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray | None) -> VqaAnswer:
+    """Of what `run` gave for a question's presentations, with the image and without it (None where
+    that is not asked)."""
 
   def __enter__(self) -> Self:
     return self
@@ -237,20 +248,24 @@ class VqaRunner(abc.ABC):
     shown, blind = (self._presentations(ask.questions, sight) for sight in (True, False))
     return _ReadyAsk(example, shown, blind)
 
-  def _dispatch(self, batch: HostBatch["_Ask", "_ReadyAsk"]) -> tuple[Array, Array] | None:
+  def _dispatch(self, batch: HostBatch["_Ask", "_ReadyAsk"]) -> tuple[Array, Array | None] | None:
     """Begins to ask a batch with the images and without them; None where all images failed."""
     if not batch.items:
       return None
     images, prompts = stack([ready.example for ready in batch.ready])
+    places = [(ask.number, ask.first) for ask in batch.items]
+    fillers = len(batch.ready) - len(places)
+    place_B2 = np.array(places + places[-1:] * fillers, np.int32)
+    shown, blind = ([ready.shown for ready in batch.ready], [ready.blind for ready in batch.ready])
     return (
-      self._run([ready.shown for ready in batch.ready], images, prompts),
-      self._run([ready.blind for ready in batch.ready]),
+      self._run(shown, place_B2, images, prompts),
+      self._run(blind, place_B2) if self.blind else None,
     )
 
   def _collect(
     self,
     batch: HostBatch["_Ask", "_ReadyAsk"],
-    readings: tuple[Array, Array] | None,
+    readings: tuple[Array, Array | None] | None,
     answers: dict[int, list[VqaAnswer | None]],
   ) -> list[VqaResult]:
     """Puts a batch's answers in their places; gives the rows of which nothing is left to ask, which
@@ -266,7 +281,8 @@ class VqaRunner(abc.ABC):
       if ask.number not in answers:
         continue
       for k, question in enumerate(ask.questions):
-        answers[ask.number][ask.first + k] = self._verdict(question, k, ready, visual[b], blind[b])
+        unseen = blind[b] if self.blind else None
+        answers[ask.number][ask.first + k] = self._verdict(question, k, ready, visual[b], unseen)
       if None not in answers[ask.number]:
         finished.append(VqaResult(ask.number, ask.row, answers.pop(ask.number)))
     return finished
@@ -295,6 +311,7 @@ class VqaRunner(abc.ABC):
   def _run(
     self,
     shown: Sequence[Sequence[list[int] | None]],
+    place_B2: np.ndarray,
     images: Images | None = None,
     prompts: Prompts | None = None,
   ) -> Array:
@@ -308,7 +325,7 @@ class VqaRunner(abc.ABC):
       for m, ids in enumerate([*row, *[None] * (M - len(row))]):
         ids = ids or filler
         tokens[b, m, : len(ids)], valid[b, m, : len(ids)] = ids, True
-    return self.run(*sharding.put_batch((images, prompts, tokens, valid), self.mesh))
+    return self.run(*sharding.put_batch((images, prompts, tokens, valid, place_B2), self.mesh))
 
   def _verdict(
     self,
@@ -316,12 +333,12 @@ class VqaRunner(abc.ABC):
     k: int,
     ready: "_ReadyAsk",
     visual_M: np.ndarray,
-    blind_M: np.ndarray,
+    blind_M: np.ndarray | None,
   ) -> VqaAnswer:
     its = slice(k * self.presentations, (k + 1) * self.presentations)
     if None in ready.shown[its] or None in ready.blind[its]:
       return VqaAnswer(error="it spells a token of the chat template")
-    return self.verdict(question, visual_M[its], blind_M[its])
+    return self.verdict(question, visual_M[its], None if blind_M is None else blind_M[its])
 
 
 class Answerer(VqaRunner):
@@ -340,11 +357,18 @@ class Answerer(VqaRunner):
     ]
 
   def run(
-    self, images: Images | None, prompts: Prompts | None, tokens_BML: Array, valid_BML: Array
+    self,
+    images: Images | None,
+    prompts: Prompts | None,
+    tokens_BML: Array,
+    valid_BML: Array,
+    place_B2: Array,
   ) -> Array:
+    del place_B2  # nothing is drawn
     return self._logits(self.loaded.params, images, prompts, tokens_BML, valid_BML, self.letters_A)
 
-  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray) -> VqaAnswer:
+  def verdict(self, question: Question, visual: np.ndarray, blind: np.ndarray | None) -> VqaAnswer:
+    assert blind is not None
     if len(question.options) > MAX_OPTIONS:
       return VqaAnswer(error=f"{len(question.options)} options, more than {MAX_OPTIONS}")
     right, probability = {}, {}

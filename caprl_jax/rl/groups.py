@@ -23,6 +23,8 @@ class Rollout:
   reference_logp_BGT: Array | None = None  # float32, where a KL term samples it
   # float32, of the update's own forward pass before the first of several optimizer steps
   old_logp_BGT: Array | None = None
+  # int32, tokens that count in the set of each caption, where the loss is a mean over sets
+  set_tokens_BG: Array | None = None
 
 
 @flax.struct.dataclass

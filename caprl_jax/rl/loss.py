@@ -32,7 +32,8 @@ class LossConfig:
     OpenRLHF, and so the released CapRL-3B, makes of a token mean with micro-batches of 4: the
     longer the captions beside it, the less a token weighs; `constant`: sum over the largest number
     of tokens that there could be (Dr. GRPO, 2503.20783).
-  set_captions: captions per set of `set_token_mean`, of different images where there are enough.
+  set_captions: captions per set of `set_token_mean`: one each of so many neighbouring images of the
+    batch.
   kl: weight of KL(policy || reference); 0 needs no reference (CapRL's released recipe).
   kl_estimator: k1, k2, k3 (http://joschu.net/blog/kl-approx.html); `k3_clamped`, verl's
     low_var_kl; `k3_k2`, the value of k3 with the gradient of k2, which is the true one on samples
@@ -122,12 +123,14 @@ class LossInputs:
   reference_logp_BGT: Array | None = None
   # the exact KL of each token's distribution, in place of an estimate from the reference's
   exact_kl_BGT: Array | None = None
+  # of `set_tokens`, where these captions are but a piece of those that the sets are made of
+  set_tokens_BG: Array | None = None
 
   def of_tokens(self, cfg: LossConfig) -> tuple["LossInputs", Array]:
     """The same with every number per token [B, G, T], and what each token weighs in the sum."""
+    weight_BGT = token_weights(self.counts_BGT, cfg, self.set_tokens_BG)
     advantage_BGT = jnp.broadcast_to(self.advantage_BG[..., None], self.counts_BGT.shape)
-    spread = dataclasses.replace(self, advantage_BG=advantage_BGT)
-    return spread, token_weights(self.counts_BGT, cfg)
+    return dataclasses.replace(self, advantage_BG=advantage_BGT, set_tokens_BG=None), weight_BGT
 
 
 def kl_estimate(logp: Array, reference_logp: Array, estimator: str) -> Array:
@@ -147,35 +150,36 @@ def kl_estimate(logp: Array, reference_logp: Array, estimator: str) -> Array:
   return k2 + jax.lax.stop_gradient(k3 - k2)
 
 
-def loss_count(counts_BGT: Array, cfg: LossConfig) -> Array:
+def loss_count(counts_BGT: Array, cfg: LossConfig, set_tokens_BG: Array | None = None) -> Array:
   """What the summed loss is divided by: counted tokens, captions or sets that have one, or all the
-  tokens that could be.
+  tokens that could be. Of a piece of the sets' captions: their part of the sets.
   """
   if cfg.aggregation == "constant":
     return jnp.asarray(counts_BGT.size)
   if cfg.aggregation == "set_token_mean":
-    return (_in_sets(counts_BGT.sum(-1), cfg).sum(-1) > 0).sum()
+    return (token_weights(counts_BGT, cfg, set_tokens_BG) * counts_BGT).sum()
   return counts_BGT.sum() if cfg.aggregation == "token_mean" else counts_BGT.any(-1).sum()
 
 
-def token_weights(counts_BGT: Array, cfg: LossConfig) -> Array:
+def token_weights(counts_BGT: Array, cfg: LossConfig, set_tokens_BG: Array | None = None) -> Array:
   """What each token's loss is multiplied by before all are summed, float32 [B, G, T]."""
   tokens_BG = counts_BGT.sum(-1)
   if cfg.aggregation == "set_token_mean":
-    tokens_SC = _in_sets(tokens_BG, cfg)
-    of_set_SC = jnp.broadcast_to(tokens_SC.sum(-1, keepdims=True), tokens_SC.shape)
-    tokens_BG = of_set_SC.reshape(tokens_BG.T.shape).T
+    tokens_BG = set_tokens(counts_BGT, cfg) if set_tokens_BG is None else set_tokens_BG
   elif cfg.aggregation != "sequence_mean":
     tokens_BG = jnp.ones_like(tokens_BG)
   weight_BG = 1.0 / jnp.maximum(tokens_BG, 1)
   return jnp.broadcast_to(weight_BG[..., None], counts_BGT.shape)
 
 
-def _in_sets(x_BG: Array, cfg: LossConfig) -> Array:
-  """A number per caption in sets of `set_captions`, [sets, captions]: neighbours are of different
-  images, as in a shuffled replay buffer."""
-  assert x_BG.size % cfg.set_captions == 0, (x_BG.shape, cfg.set_captions)
-  return x_BG.T.reshape(-1, cfg.set_captions)
+def set_tokens(counts_BGT: Array, cfg: LossConfig) -> Array:
+  """Counted tokens of the set that each caption is in, int32 [B, G]. A set has one caption each of
+  `set_captions` neighbouring images, as a shuffled replay buffer would mix them."""
+  tokens_BG = counts_BGT.sum(-1)
+  assert tokens_BG.size % cfg.set_captions == 0, (tokens_BG.shape, cfg.set_captions)
+  tokens_SC = tokens_BG.T.reshape(-1, cfg.set_captions)
+  of_set_SC = jnp.broadcast_to(tokens_SC.sum(-1, keepdims=True), tokens_SC.shape)
+  return of_set_SC.reshape(tokens_BG.T.shape).T
 
 
 def importance_ratio(
@@ -247,8 +251,9 @@ def policy_loss(logp_BGT: Array, entropy_BGT: Array, given: LossInputs, cfg: Los
   """
   loss_BGT, numbers = _token_losses(logp_BGT, entropy_BGT, given, cfg)
   counts_BGT = given.counts_BGT
-  total = masked_sum(loss_BGT * token_weights(counts_BGT, cfg), counts_BGT)
-  return LossSum(total, loss_count(counts_BGT, cfg), numbers)
+  sets = (counts_BGT, cfg, given.set_tokens_BG)
+  total = masked_sum(loss_BGT * token_weights(*sets), counts_BGT)
+  return LossSum(total, loss_count(*sets), numbers)
 
 
 def token_loss(

@@ -21,7 +21,14 @@ from caprl_jax.models.policy import Policy
 from caprl_jax.models.trainable import merge_params
 from caprl_jax.rl.gradients import LossSum, MeanLoss, guarded_step, mean_gradient
 from caprl_jax.rl.groups import Groups, Rollout
-from caprl_jax.rl.loss import LossConfig, LossInputs, kl_estimate, policy_loss, token_loss
+from caprl_jax.rl.loss import (
+  LossConfig,
+  LossInputs,
+  kl_estimate,
+  policy_loss,
+  set_tokens,
+  token_loss,
+)
 from caprl_jax.rl.rollout import (
   CaptionStates,
   caption_logprobs,
@@ -122,12 +129,12 @@ def check_microbatches(batch_size: int, group_size: int, cfg: UpdateConfig) -> N
       raise ValueError(
         f"config.policy_update.{name} = {value} does not divide {of} images; use one of {fitting}"
       )
-  captions = batch_size // (cfg.minibatches * cfg.microbatches) * group_size
+  captions = batch_size // cfg.minibatches * group_size
   if cfg.loss.aggregation == "set_token_mean" and captions % cfg.loss.set_captions:
     raise ValueError(
       f"config.policy_update.loss.set_captions = {cfg.loss.set_captions} does not divide the "
-      f"{captions} captions of a microbatch; change policy_update.microbatches, or use aggregation "
-      "'token_mean'"
+      f"{captions} captions of an optimizer step; change data.batch_size or "
+      "policy_update.minibatches, or use aggregation 'token_mean'"
     )
 
 
@@ -183,9 +190,7 @@ def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Roll
   cfg, captions = learner.cfg, rollout.captions
   everything = merge_params(params, frozen.base)
   states = caption_states(learner.policy, everything, rollout.batch, captions)
-  counts_BGT = captions.valid_BGT & rollout.scored_BG[..., None]
-  if cfg.loss.mask_truncated:
-    counts_BGT &= captions.ended_BG[..., None]
+  counts_BGT = counted_tokens(rollout, cfg.loss)
   exact_kl_BGT = None
   if cfg.loss.kl_is_exact:
     exact_kl_BGT = _exact_kl(learner, everything, frozen, rollout, states)
@@ -196,6 +201,7 @@ def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Roll
     old_logp_BGT=rollout.old_logp_BGT,
     reference_logp_BGT=rollout.reference_logp_BGT,
     exact_kl_BGT=exact_kl_BGT,
+    set_tokens_BG=rollout.set_tokens_BG,
   )
   scored = (learner.policy, everything, states, captions)
   settings: dict[str, Any] = dict(
@@ -210,6 +216,12 @@ def rollout_loss(learner: Learner, params: Params, frozen: Frozen, rollout: Roll
     total, logp_BGT, entropy_BGT = states_loss(*scored, inputs, loss, **settings)
     return dataclasses.replace(policy_loss(logp_BGT, entropy_BGT, given, cfg.loss), total=total)
   return policy_loss(*states_logprobs(*scored, **settings), given, cfg.loss)
+
+
+def counted_tokens(rollout: Rollout, cfg: LossConfig) -> Array:
+  """Which tokens are learned from, bool [B, G, T]."""
+  counts_BGT = rollout.captions.valid_BGT & rollout.scored_BG[..., None]
+  return counts_BGT & rollout.captions.ended_BG[..., None] if cfg.mask_truncated else counts_BGT
 
 
 def _exact_kl(
@@ -257,8 +269,10 @@ def loss_gradients(learner: Learner, params: Params, frozen: Frozen, rollout: Ro
   def of_piece(params: Params, piece: Rollout) -> LossSum:
     return rollout_loss(learner, params, frozen, piece)
 
-  # The sets of `set_token_mean` must stay as they were drawn.
-  if count > 1 and learner.cfg.loss.aggregation != "set_token_mean":
+  if learner.cfg.loss.aggregation == "set_token_mean":  # its sets are of the whole rollout
+    tokens_BG = set_tokens(counted_tokens(rollout, learner.cfg.loss), learner.cfg.loss)
+    rollout = dataclasses.replace(rollout, set_tokens_BG=tokens_BG)
+  if count > 1:
     order_B = rungs.like_sizes(group_slots(rollout.captions), count)
     rollout = rungs.reorder(rollout, order_B)
   return mean_gradient(of_piece, params, rollout, count)

@@ -24,10 +24,11 @@ def get_config():
   config.judge.update(
     source="Qwen/Qwen2.5-VL-3B-Instruct",
     sees_image=True,
-    max_pixels=config.policy.max_pixels,
+    max_pixels=1_000_000,  # as the captioner
     reading="letter_prob",
     prompt="plain",
     abstain="none",
+    permutations=1,
     draws=0,
   )
   return config

@@ -5,8 +5,8 @@
 
 The recipe of configs/caprl_3b.py with N = 1 draw from an image's questions, where the release has
 8; --config.judge.draws=2, 4 or 8 for the others. In the paper (arXiv 2509.22647) 1, 2, 4 and 8 give
-a Prism average of 47.3, 47.6, 48.4 and 48.3 over five benchmarks. It shuffles the options anew at
-each draw, as here; the released script does not.
+a Prism average of 47.3, 47.6, 48.4 and 48.3 over five benchmarks. Options are shuffled anew at each
+draw, as in the paper; the released script does not.
 
 Not run yet.
 """

@@ -5,9 +5,12 @@ import pytest
 from helpers.paths import ROOT
 
 from caprl_jax import main
+from caprl_jax.api import training
 from caprl_jax.config import loading as config_file
 from caprl_jax.config import presets
 from caprl_jax.harness.settings import read_settings
+
+PROMPT = "Please describe this image in detail."
 
 
 def settings(*overrides: str, config="caprl_3b", tmp_path=None):
@@ -77,11 +80,12 @@ def test_paper_and_released_code_differ_where_they_do(tmp_path):
 )
 def test_the_recipes_of_other_captioners(config, judge, tmp_path):
   made = settings(config=config, tmp_path=tmp_path)
-  assert made.judge.source == judge and made.policy.max_pixels is None
+  assert made.judge.source == judge
+  assert made.policy.min_pixels is made.policy.max_pixels is None
   verl = "qwen3vl" in config
   assert made.policy.param_dtype == ("bfloat16" if verl else "float32")
   space = " " if verl else ""  # verl keeps the one behind the data's <image>
-  assert made.policy.instruction == f"{space}Please describe this image in detail."
+  assert made.policy.instruction == f"{space}{PROMPT}"
 
 
 def test_an_optimizer_with_its_own_rate_is_the_files(tmp_path):
@@ -127,6 +131,65 @@ def test_what_the_config_says_stands(tmp_path):
   once = config.to_dict()
   presets.expand(config)
   assert config.judge.draws == 3 and config.judge.reading == "generate" and config.to_dict() == once
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_an_ablation_stays_what_it_is_under_another_preset(preset, tmp_path):
+  flag = f"--config.preset={preset}"
+  made = settings(flag, config="ablations/sampling_rounds", tmp_path=tmp_path)
+  assert made.step.judge.draws == 1 and made.step.judge.shuffle
+  assert made.step.advantage.estimator == presets.PRESETS[preset]["advantage"]["estimator"]
+  for name, reading in (("sees_image", "letter_prob"), ("writes_scores", "generate")):
+    made = settings(flag, config=f"ablations/judge_{name}", tmp_path=tmp_path)
+    assert made.judge.sees_image and made.judge.reading == reading and made.judge.draws == 0
+
+
+def test_a_judge_that_sees_the_image_keeps_its_section():
+  judge = dict(source="x", sees_image=True, reading="letter_prob", temperature=0.3)
+  config = ml_collections.ConfigDict(dict(preset="paper", judge=judge, reward=dict(length=0.7)))
+  presets.rename(config, None)
+  assert config.judge.reading == "letter_prob" and config.judge.temperature == 0.3
+  assert "length" not in config.reward
+
+
+@pytest.mark.parametrize(
+  "config, preset, policy",
+  [
+    ("caprl_qwen3vl_4b", "official_caprl_3b", ("float32", PROMPT, 3136, 1_000_000)),
+    ("caprl_3b", "official_caprlpp", ("bfloat16", f" {PROMPT}", None, None)),
+    ("caprl_3b", "paper", ("float32", PROMPT, 3136, 1_000_000)),
+    ("quickstart", "official_caprlpp", ("float32", PROMPT, None, None)),  # the file's
+  ],
+)
+def test_prompt_pixels_and_parameters_are_the_presets(config, preset, policy, tmp_path):
+  made = settings(f"--config.preset={preset}", config=config, tmp_path=tmp_path).policy
+  found = (made.param_dtype, made.instruction, made.min_pixels, made.max_pixels)
+  assert found == policy
+
+
+def test_a_preset_named_in_python_is_the_command_lines(tmp_path):
+  path = str(ROOT / "configs" / "caprl_3b.py")
+  for name in presets.PRESETS:
+    made = read_settings(training.load_config(path, {"judge.draws": 3, "preset": name}))
+    flags = (f"--config.preset={name}", "--config.judge.draws=3")
+    assert made == settings(*flags, tmp_path=tmp_path), name
+
+
+def test_a_preset_named_too_late_is_refused():
+  config = training.load_config(ROOT / "configs" / "caprl_3b.py")
+  config.preset = "paper"
+  with pytest.raises(ValueError, match="filled in with 'official_caprl_3b' already.*load_config"):
+    read_settings(config)
+
+
+def test_bfloat16_parameters_that_would_not_move_are_told(tmp_path, caplog):
+  flag = "--config.policy.param_dtype=bfloat16"
+  settings(flag, tmp_path=tmp_path)
+  assert "most steps are smaller than what a bfloat16 parameter can move by" in caplog.text
+  caplog.clear()
+  settings(config="caprl_qwen3vl_4b", tmp_path=tmp_path)  # at 1e-5
+  settings(config="gpu_24gb_lora", tmp_path=tmp_path)  # its adapters are float32
+  assert "bfloat16 parameter" not in caplog.text
 
 
 def test_an_unknown_preset_is_named(tmp_path):

@@ -151,6 +151,30 @@ def test_the_released_way_of_asking_is_transformers_own(folder):
     assert (answer.visual, answer.blind) == tuple(shares) and not answer.error
 
 
+class Uniform(Recorder):
+  """Draws all tokens alike, so that what is written shows the random numbers alone."""
+
+  temperature = 1e4
+
+  def verdict(self, question, visual, blind):
+    self.written.setdefault(question, []).extend(map(bytes, (*visual, *blind)))
+    return super(Recorder, self).verdict(question, visual, blind)
+
+
+def test_each_presentation_draws_by_itself(folder, monkeypatch):
+  """With the image and without it, in every row, whatever is asked beside it."""
+  loaded, mesh = load(folder)
+  rows = [QARow(folder / "0.png", QUESTIONS[:1], str(i)) for i in range(3)]
+  found = []
+  for size in (1, 2):
+    monkeypatch.setattr(Uniform, "written", {})
+    cfg = AnswerConfig(protocol="official", permutations=2, questions_per_row=1, batch_size=size)
+    with jax.set_mesh(mesh), Uniform(loaded, cfg, mesh, seed=5) as answerer:
+      assert sum(len(batch) for batch in answerer(enumerate(rows))) == 3
+    found.append(Uniform.written[QUESTIONS[0]])
+  assert found[0] == found[1] and len(found[0]) == len(set(found[0])) == 12
+
+
 def test_a_letter_anywhere_counts_in_the_released_way(folder):
   loaded, mesh = load(folder)
   cfg = AnswerConfig(protocol="official", permutations=4)

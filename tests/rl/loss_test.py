@@ -16,6 +16,7 @@ from caprl_jax.rl.loss import (
   kl_estimate,
   loss_count,
   policy_loss,
+  set_tokens,
   token_loss,
 )
 
@@ -245,17 +246,27 @@ def test_on_policy_the_gradient_is_minus_the_advantage(case):
   )
 
 
-def test_microbatches_add_up(case):
-  cfg = LossConfig(aggregation="sequence_mean", kl=0.1)
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "set_token_mean"])
+def test_microbatches_add_up(case, aggregation):
+  cfg = LossConfig(aggregation=aggregation, kl=0.1, set_captions=B)
   logp, old, reference, entropy, advantage, counts = (jnp.asarray(x) for x in case)
 
+  sets_BG = set_tokens(counts, cfg)
+
   def loss(rows):
-    given = LossInputs(old[rows], advantage[rows], counts[rows], reference_logp_BGT=reference[rows])
+    given = LossInputs(
+      old[rows],
+      advantage[rows],
+      counts[rows],
+      reference_logp_BGT=reference[rows],
+      set_tokens_BG=sets_BG[rows],
+    )
     return policy_loss(logp[rows], entropy[rows], given, cfg)
 
   whole, parts = loss(slice(None)), [loss(slice(b, b + 1)) for b in range(B)]
   joined = functools.reduce(lambda a, b: a.joined(b), parts)
-  assert joined.count == whole.count and joined.numbers.tokens == counts.sum()
+  np.testing.assert_allclose(joined.count, whole.count, rtol=1e-6)
+  assert joined.numbers.tokens == counts.sum()
   for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

@@ -149,7 +149,10 @@ def test_the_first_update_is_on_policy(tiny_run):
   assert float(numbers["update/ratio_max"]) != float(numbers["update/ratio_min"])
 
 
-@pytest.mark.parametrize("aggregation, counts", [("token_mean", (1, 2)), ("sequence_mean", (1, 8))])
+@pytest.mark.parametrize(
+  "aggregation, counts",
+  [("token_mean", (1, 2)), ("sequence_mean", (1, 8)), ("set_token_mean", (1, 8, 2))],
+)
 def test_gradients_do_not_depend_on_microbatches(tiny_run, aggregation, counts):
   batch = a_batch(tiny_run)
   captions = sample(tiny_run, batch, 1)

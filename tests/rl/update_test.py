@@ -377,8 +377,8 @@ def test_the_step_in_three_programs_is_the_fused_one(tiny_run):
     ),
     (dict(epochs=0), "epochs = 0"),
     (
-      dict(microbatches=4, loss=LossConfig(aggregation="set_token_mean", set_captions=3)),
-      "set_captions = 3 does not divide the 8 captions of a microbatch",
+      dict(minibatches=4, loss=LossConfig(aggregation="set_token_mean", set_captions=3)),
+      "set_captions = 3 does not divide the 8 captions of an optimizer step",
     ),
   ],
 )

@@ -5,6 +5,8 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from caprl_jax import hub_datasets
 from caprl_jax.data import json_rows
 from caprl_jax.data import rows as rows_lib
@@ -157,6 +159,7 @@ def read_parts(
   max_rows: int | None = None,
   bad_rows: rows_lib.BadRows | rows_lib.RowKeeper = "refuse",
   asked: bool = True,
+  drawn: bool = False,
 ) -> list[tuple[Part, list[rows_lib.QARow]]]:
   """Reads and checks the sources of a mixture, each by itself.
 
@@ -164,6 +167,7 @@ def read_parts(
     max_rows: keeps the first rows only, of each source.
     bad_rows: "refuse" them all with an error, or "drop" and log them; or who takes note of them.
     asked: as of `scan_qa_rows`.
+    drawn: `max_rows` keeps rows drawn by the seed, in their order, rather than the first ones.
 
   Raises:
     ValueError: an unknown source, bad rows that are to be refused, or what `rows.check_rows`
@@ -172,7 +176,11 @@ def read_parts(
   read = []
   for part in parse_mixture(mixture):
     with going_on(f"reading {part.source}"):
-      found = rows_lib.good_rows(scan_qa_rows(part.source, seed, asked), bad_rows)[:max_rows]
+      found = rows_lib.good_rows(scan_qa_rows(part.source, seed, asked), bad_rows)
+      if drawn and max_rows is not None and max_rows < len(found):
+        chosen = np.random.default_rng(seed).choice(len(found), max_rows, replace=False)
+        found = [found[i] for i in sorted(chosen)]
+      found = found[:max_rows]
     rows_lib.check_rows(found, part.source, asked)
     read.append((part, found))
   return read

@@ -148,7 +148,10 @@ def _read_data(settings: Settings, training: bool, bad: BadRowList) -> Data:
   """Both splits as they are, without bad rows, which `bad` takes note of; the training split is
   empty where nothing is trained."""
   data, seed, asked = settings.data, settings.seed, settings.judge.named
-  parts = read_parts(data.train, seed, data.max_train_rows, bad, asked) if training else []
+  parts = []
+  if training:
+    drawn = data.draw_train_rows
+    parts = read_parts(data.train, seed, data.max_train_rows, bad, asked, drawn=drawn)
   of_train = len(bad.rows)
   held_out = read_qa_rows(data.eval, seed, data.max_eval_rows, bad, asked)
   return Data(parts, held_out, of_train, len(bad.rows) - of_train)

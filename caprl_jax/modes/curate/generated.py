@@ -38,7 +38,7 @@ class Failure:
   reason: str
 
 
-def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
+def parse_generated(text: str, repeats: bool = False) -> tuple[list[Question], list[Failure]]:
   """Reads the questions of a model's reply, in their order.
 
   Understood besides the layout that `prompts.GENERATION_SYSTEM` asks for: any of the headers
@@ -68,7 +68,8 @@ def parse_generated(text: str) -> tuple[list[Question], list[Failure]]:
       continue
     try:
       question = _read(block, numbered)
-      _check_new(question, questions)
+      if not repeats:
+        _check_new(question, questions)
       questions.append(question)
     except ValueError as error:
       failures.append(Failure("\n".join(block.lines).strip(), str(error)))

@@ -1,9 +1,10 @@
 """Answered questions -> rows in the form of the released curation's third step.
 
 A row is [sample, with the image, without it]: the sample as the release's curation writes it,
-{"image_path", "qa_list"}, and two flat lists with a number for each time that a question was shown,
-1 where the answer was right and 0 where it was not, the first question's before the second's. By
-these its fourth step keeps a question or drops it.
+{"image_path", "qa_list"}, its questions with a last option "Can not answer based on the caption",
+which the release takes away before it asks; and two flat lists with a number for each time that a
+question was shown, 1 where the answer was right and 0 where it was not, the first question's before
+the second's. By these its fourth step keeps a question or drops it.
 """
 
 import json
@@ -16,6 +17,12 @@ from caprl_jax.data.readers.caprl_json import question_pair
 from caprl_jax.data.readers.jsonl import parse_question
 from caprl_jax.data.rows import QARow
 from caprl_jax.harness.row_shards import RowResult
+
+# Options of a question -> the line behind them. It knows the letters E and F only.
+RELEASED_ABSTAIN = {
+  4: "\n   - E) Can not answer based on the caption",
+  5: "\n   - F) Can not answer based on the caption",
+}
 
 
 def released_row(item: RowResult[QARow], times: int) -> list[Any] | None:
@@ -39,7 +46,10 @@ def released_row(item: RowResult[QARow], times: int) -> list[Any] | None:
         f"row {item.source.name!r}: its answers were made by an older version, which kept only "
         "shares; delete the folder stages/3_answers of the workdir to ask again"
       )
-    text, letter = question_pair(parse_question(said, f"{item.source.name}: question {i}"))
+    question = parse_question(said, f"{item.source.name}: question {i}")
+    text, letter = question_pair(question)
+    if len(question.options) in RELEASED_ABSTAIN:
+      text += RELEASED_ABSTAIN[len(question.options)]
     asked.append({"question": text, "answer": letter})
     visual += seen
     blind += unseen

@@ -143,11 +143,14 @@ def _ask(endpoint: Endpoint, prompt: GenerationPrompt, rows: Numbered) -> Iterat
 # ---- 3: answers ----
 
 
-def parse(item: RowResult, provenance: str) -> tuple[list[Question], list[dict[str, str]]]:
-  """A generator's text -> its questions, and what of it could not be read, with the reasons."""
+def parse(
+  item: RowResult, provenance: str, repeats: bool = False
+) -> tuple[list[Question], list[dict[str, str]]]:
+  """A generator's text -> its questions, and what of it could not be read, with the reasons.
+  repeats: `curate.repeated_questions`."""
   if item.row.get("error"):
     return [], [{"reason": "no reply", "text": item.row["error"]}]
-  questions, failures = generated.parse_generated(item.row["text"] or "")
+  questions, failures = generated.parse_generated(item.row["text"] or "", repeats)
   cut = item.row.get("finish") == "length"
   return (
     [dataclasses.replace(question, provenance=provenance) for question in questions],
@@ -332,10 +335,12 @@ def _answers_stage(
     "seed": seed,
     "questions": written.manifest if written else cfg.input,
   }
+  if cfg.repeated_questions:
+    settings["repeated_questions"] = True
   asked = list(rows)
   if written:
     for item in written.read():
-      questions, failures[item.number] = parse(item, provenance)
+      questions, failures[item.number] = parse(item, provenance, cfg.repeated_questions)
       asked[item.number] = QARow(item.source.image, tuple(questions), item.source.name)
   with jax.set_mesh(mesh):
     return stages.run(

@@ -33,7 +33,8 @@ class CurateConfig:
     hashes differ (`perceptual_hash.py`); None keeps all.
   benchmarks: sources of images; an image that is like one of these is left out.
   similar_questions: of an image's questions that share more than this part of their words, one
-    stays.
+    stays; None keeps all.
+  repeated_questions: keep a question that asks what an earlier one of the same reply asks, too.
   shard_rows: images that are one host's work at a time.
   bad_rows: "refuse" to go on while an image or a given row cannot be used (it cannot be decoded, or
     is too narrow for the models), or "drop" and list it. None: given rows are refused; images that
@@ -57,7 +58,8 @@ class CurateConfig:
   min_side: int = 28
   similar_bits: int | None = perceptual_hash.DEFAULT_BITS
   benchmarks: tuple[str, ...] = ()
-  similar_questions: float = 0.8
+  similar_questions: float | None = 0.8
+  repeated_questions: bool = False
   shard_rows: int = 1000
   bad_rows: BadRows | None = None
 

@@ -53,12 +53,13 @@ def select(item: RowResult[QARow], cfg: CurateConfig) -> Selected:
           found,
         )
       )
-  stay, similar_ones = generated.drop_similar_questions(
-    [question for question, _ in kept], cfg.similar_questions
-  )
-  verdicts = {question: found for question, found in kept}
-  dropped += [(question, verdicts[question], "asks nearly the same") for question in similar_ones]
-  kept = [(question, verdicts[question]) for question in stay]
+  if cfg.similar_questions is not None:
+    stay, similar_ones = generated.drop_similar_questions(
+      [question for question, _ in kept], cfg.similar_questions
+    )
+    verdicts = {question: found for question, found in kept}
+    dropped += [(question, verdicts[question], "asks nearly the same") for question in similar_ones]
+    kept = [(question, verdicts[question]) for question in stay]
   left = tuple(question for question, _ in kept)
   return Selected(QARow(row.image, left, row.name, row.facts), kept, dropped)
 

@@ -2,7 +2,8 @@
 copy in another format.
 
 Every row is read, every image decoded, every question checked. Rows that cannot be used are listed
-with file and line; they are refused, or dropped where the config says so.
+with file and line; they are refused, or dropped where the config says so. Where the config names
+kinds of images, a model says which each image is, and each kind has a copy of its own.
 """
 
 import dataclasses
@@ -12,23 +13,26 @@ import logging
 import pathlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
+from caprl_jax import sharding
 from caprl_jax.atomic_files import write_json, write_text
 from caprl_jax.config import schema as configuration
 from caprl_jax.data.bad_rows import reasons_text
 from caprl_jax.data.batches import ImageShape, shape_bucket
 from caprl_jax.data.image_check import ImageCheck
 from caprl_jax.data.readers.qa_sources import parse_mixture, scan_qa_rows
-from caprl_jax.data.rows import BadRow, BadRows, QARow, image_bytes
+from caprl_jax.data.rows import BadRow, QARow, image_bytes
 from caprl_jax.data.usable_rows import ImageFacts, fits, usable
 from caprl_jax.harness.process.first import one_process_only
 from caprl_jax.harness.process.workdir_lock import only_writer
 from caprl_jax.harness.sections import PolicySection
 from caprl_jax.models.image_processor import SmartResize
+from caprl_jax.modes.dataset import image_kinds
+from caprl_jax.modes.dataset.image_kinds import ImageKind
 from caprl_jax.modes.dataset.outputs import check_output, output_path, write_output
+from caprl_jax.modes.dataset.section import DatasetConfig
 from caprl_jax.pages import cards
 from caprl_jax.pages.markup import card, embedded, page, percent, table, text
 from caprl_jax.progress import counted
@@ -41,32 +45,6 @@ QWEN25_VL = SmartResize(
 PAGE_IMAGES = 24
 PAGE_QUESTIONS = 12  # of each
 LISTED = 20  # bad rows and repeated images in the log; files hold all of them
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetConfig:
-  """The section `dataset`.
-
-  input: a source or mixture (`qa_sources.py`).
-  output: where to write the rows too, as FILE.jsonl or FILE.json (images in FILE_images/),
-    FILE.parquet, or tfds:FOLDER; None only looks.
-  split, name: of the dataset in a tfds:FOLDER.
-  bad_rows: "refuse" ends with an error when the table is printed and writes no output; "drop"
-    leaves them out of it. Rows whose image the processor refuses are among them.
-  repeated_images: "keep" them, or "merge" their questions into the first row that has the image.
-  max_rows: of each source.
-  checkpoint: whose image processor counts tokens; None: Qwen2.5-VL's, with CapRL's limit of one
-    million pixels.
-  """
-
-  input: str
-  output: str | None = None
-  split: str = "train"
-  name: str = "default"
-  bad_rows: BadRows = "refuse"
-  repeated_images: Literal["keep", "merge"] = "keep"
-  max_rows: int | None = None
-  checkpoint: str | None = None
 
 
 def read_all(
@@ -248,8 +226,10 @@ def write_page(
   figures: dict,
   bad: Sequence[BadRow],
   seed: int,
+  shown: Sequence[ImageKind] = (),
 ) -> None:
-  """A page that shows the figures, some rows and what is wrong with the others."""
+  """A page that shows the figures, some rows and what is wrong with the others. shown: the kind of
+  each row's image, where that was asked."""
   numbers = [
     card("images", f"{figures['images']:,}", f"{figures['repeated_images']:,} repeated"),
     card("questions", f"{figures['questions']:,}", f"{len(figures['kinds'])} kinds"),
@@ -266,7 +246,11 @@ def write_page(
     for kind, f in figures["kinds"].items()
   ]
   order = np.random.default_rng(seed).permutation(len(rows))[:PAGE_IMAGES]
-  samples = [_sample(rows[i]) for i in sorted(order)]
+  samples = [_sample(rows[i], shown[i] if shown else None) for i in sorted(order)]
+  of_images = [
+    [text(name), f"{f['images']:,}", percent(f["share"]), f"{f['unsure']:,}"]
+    for name, f in figures.get("image_kinds", {}).items()
+  ]
   problems = "".join(f"<li>{text(row.message)}</li>" for row in bad[:200])
   write_text(
     path,
@@ -278,6 +262,10 @@ def write_page(
         + table(["kind", "questions", "options", "best letter", "longest option"], kinds)
         + "<p class=soft>What always saying the same letter, or the longest option, would get "
         "right.</p>",
+        "<h2>Images by what they show</h2>"
+        + table(["kind", "images", "share", "not sure (below 0.9)"], of_images)
+        if of_images
+        else "",
         f"<h2>Bad rows</h2><ul>{problems}</ul>" if bad else "",
         f"<h2>{len(samples)} rows at random</h2><div class=samples>{''.join(samples)}</div>",
       ],
@@ -285,8 +273,8 @@ def write_page(
   )
 
 
-def _sample(row: QARow) -> str:
-  """A row as the page shows it: image, name, its first questions, facts."""
+def _sample(row: QARow, kind: ImageKind | None) -> str:
+  """A row as the page shows it: image, name, what it shows, its first questions, facts."""
   listed = cards.question_list(
     [cards.question(q.stem, q.options, q.gold, kind=q.kind) for q in row.questions[:PAGE_QUESTIONS]]
   )
@@ -295,7 +283,9 @@ def _sample(row: QARow) -> str:
   facts = (
     f"<p class=soft>{text(json.dumps(row.facts, ensure_ascii=False))}</p>" if row.facts else ""
   )
-  return cards.image_card(embedded(image_bytes(row), row.name), row.name, listed + more + facts)
+  shown = f"<p class=soft>{text(kind.name)} ({kind.probability:.2f})</p>" if kind else ""
+  image = embedded(image_bytes(row), row.name)
+  return cards.image_card(image, row.name, shown + listed + more + facts)
 
 
 def _processor(checkpoint: str | None):
@@ -310,15 +300,25 @@ def run(config, workdir: pathlib.Path) -> None:
   cfg = configuration.load_section(config, "dataset", DatasetConfig)
   seed = config.get("seed", 0)
   one_process_only("dataset")
-  written = [workdir / "dataset.json"]
-  if cfg.output is not None:
-    check_output(cfg.output, "dataset.output", cfg.name, workdir)
-    written.append(output_path(cfg.output, cfg.name))
-  with only_writer(*written):
-    _run(cfg, seed, workdir)
+  outputs = cfg.outputs()
+  for output in outputs.values():
+    check_output(output, "dataset.output", cfg.name, workdir)
+  asked = None
+  if cfg.image_kinds:
+    answerer = configuration.load_section(config, "answerer", PolicySection)
+    asked = answerer, configuration.load_section(config, "mesh", sharding.MeshConfig)
+  paths = [output_path(output, cfg.name) for output in outputs.values()]
+  with only_writer(workdir / "dataset.json", *paths):
+    _run(cfg, seed, workdir, asked)
 
 
-def _run(cfg: DatasetConfig, seed: int, workdir: pathlib.Path) -> None:
+def _run(
+  cfg: DatasetConfig,
+  seed: int,
+  workdir: pathlib.Path,
+  asked: tuple[PolicySection, sharding.MeshConfig] | None,
+) -> None:
+  """asked: who says what images show, and on which mesh."""
   pixels = _processor(cfg.checkpoint)
   rows, facts, bad = read_all(cfg, seed, pixels, workdir)
   figures = survey(rows, facts, bad, pixels)
@@ -347,10 +347,22 @@ def _run(cfg: DatasetConfig, seed: int, workdir: pathlib.Path) -> None:
   if bad:
     dropped = f"dropped {len(bad)} of {figures['rows']} rows ({reasons_text(bad)})"
     log.warning("%s; all are in %s", dropped, bad_file)
-  if cfg.output is not None:
-    if not rows:
-      raise ValueError(f"{cfg.input}: no good row is left to write")
-    if cfg.repeated_images == "merge":
-      rows, facts = merge_repeated(rows, facts)
-    path = write_output(rows, cfg.output, cfg.split, cfg.name, workdir)
-    log.info("wrote %d rows to %s", len(rows), path)
+  if (cfg.output is not None or asked) and not rows:
+    raise ValueError(f"{cfg.input}: no good row is left to write")
+  if cfg.repeated_images == "merge":
+    rows, facts = merge_repeated(rows, facts)
+  shown: list[ImageKind] = []
+  if asked:
+    kinds, size = cfg.image_kinds, cfg.batch_size
+    shown = image_kinds.kinds_of(rows, kinds, *asked, batch_size=size, workdir=workdir, seed=seed)
+    figures["image_kinds"] = image_kinds.figures(shown, [*kinds])
+    log.info("what the images show\n%s", image_kinds.figures_text(figures["image_kinds"]))
+    write_json(workdir / "dataset.json", figures)
+    write_page(workdir / "dataset.html", cfg.input, rows, figures, bad, seed, shown)
+  for kind, output in cfg.outputs().items():
+    some = [row for i, row in enumerate(rows) if not kind or shown[i].name == kind]
+    if not some:
+      log.warning("%s is not written: no image shows %s", output, cfg.image_kinds[kind])
+      continue
+    path = write_output(some, output, cfg.split, cfg.name, workdir)
+    log.info("wrote %d rows to %s", len(some), path)

@@ -28,6 +28,7 @@ from caprl_jax.models.families import family_of, is_vision_language
 from caprl_jax.models.layers import int8_shardings, to_int8
 from caprl_jax.models.policy import Policy, PolicyConfig, limit_pixels
 from caprl_jax.models.quantized.codes import quantized_structs
+from caprl_jax.models.trainable import merge_trees, split_lora
 from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.types import (
   Answers,
@@ -220,8 +221,11 @@ def placed_parameters(boxed: Any, dtype: Any, mesh: Any) -> tuple[Any, Any]:
 
 
 def policy_parameters(section: PolicySection, boxed: Any, mesh: Any) -> tuple[Any, Any]:
-  """As `placed_parameters`, of a captioner: rounded where `lora.base_weights` says so."""
-  params, _ = placed_parameters(boxed, section.param_dtype, mesh)
+  """As `placed_parameters`, of a captioner: rounded where `lora.base_weights` says so, adapters in
+  float32."""
+  base = placed_parameters(boxed, section.param_dtype, mesh)[0]
+  adapters = placed_parameters(boxed, jnp.float32, mesh)[0]
+  params = merge_trees(split_lora(base)[0], split_lora(adapters)[1])
   params = quantized_structs(params, section.lora.base_weights, jnp.dtype(section.param_dtype))
   return params, jax.tree.map(lambda x: x.sharding, params)
 

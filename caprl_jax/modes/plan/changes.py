@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from caprl_jax.harness.sections import PolicySection
-from caprl_jax.harness.settings import Settings, refuses_rounded
+from caprl_jax.harness.settings import Settings, refuses_rounded, rounds_steps_away
 from caprl_jax.models.policy import Remat
 from caprl_jax.modes.plan.abstract import judge_is_here
 from caprl_jax.modes.plan.chips import Machine
@@ -79,7 +79,8 @@ def changes(settings: Settings, count: int) -> Iterator[Change]:
   if (optimizer.name, optimizer.moment_dtype) == ("adamw", "float32"):
     small = dataclasses.replace(optimizer, moment_dtype="bfloat16")
     yield "optimizer.moment_dtype=bfloat16", lambda s: dataclasses.replace(s, optimizer=small)
-  if policy.param_dtype == "float32":
+  half = dataclasses.replace(policy, param_dtype="bfloat16")
+  if policy.param_dtype == "float32" and not rounds_steps_away(half, optimizer):
     yield "policy.param_dtype=bfloat16", lambda s: with_policy(s, param_dtype="bfloat16")
   if policy.trainable != "lora":
     lora = dict(trainable="lora", param_dtype="bfloat16")

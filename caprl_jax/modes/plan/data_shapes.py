@@ -82,7 +82,8 @@ def read_data_shapes(settings: Settings, models: Sequence[PolicyConfig]) -> Data
     ValueError: as `read_parts`; none of the images can be opened.
   """
   bad = BadRowList("drop", None)
-  read = read_parts(settings.data.train, settings.seed, settings.data.max_train_rows, bad)
+  data = settings.data
+  read = read_parts(data.train, settings.seed, data.max_train_rows, bad, drawn=data.draw_train_rows)
 
   def look(row: QARow) -> tuple[Shapes, tuple[int, int]] | None:
     try:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 from caprl_jax.models.attention import Prefix
@@ -53,3 +54,11 @@ def read_captions(judge: ImageJudge, captions: JudgeIds, sight: Sight) -> Read:
   position_NL = jnp.maximum(start_N[:, None] + jnp.cumsum(valid_NL, axis=1) - 1, 0)
   hidden_NLD, own = judge.run("extend", tokens_NL, position_NL, valid_NL, (prefix,))
   return Read(last_hidden(hidden_NLD, valid_NL), start_N + valid_NL.sum(1), (prefix, own))
+
+
+def row_keys(key: Array, captions: JudgeIds) -> Array:
+  """A key a caption, [B, G], by its place in the batch: it draws the same in whatever pieces the
+  batch is cut."""
+  B, G, _ = captions.tokens_BGT.shape
+  fold = jax.vmap(lambda row: jax.random.fold_in(key, row))
+  return fold(jnp.arange(B * G)).reshape(B, G)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from caprl_jax.masked import NEGATIVE
 from caprl_jax.models.head import token_logprobs
-from caprl_jax.rl.image_judge.branches import ImageJudge, read_captions
+from caprl_jax.rl.image_judge.branches import ImageJudge, read_captions, row_keys
 from caprl_jax.rl.judge import JudgeIds, with_blind
 from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.sharding import join_microbatches, microbatches
@@ -34,30 +34,30 @@ def score_with_images(
   """
 
   def of_piece(piece: tuple[Array, JudgeIds, Sight, Array]) -> Answers:
-    number, captions, sight, valid_BK = piece
-    return _score(judge, captions, sight, valid_BK, jax.random.fold_in(key, number), cfg)
+    return _score(judge, *piece, cfg)
 
   def ask(captions: JudgeIds) -> Answers:
+    batch = (row_keys(key, captions), captions, sight, valid_BK)
     if cfg.microbatches == 1:
-      return _score(judge, captions, sight, valid_BK, key, cfg)
-    pieces = microbatches((captions, sight, valid_BK), cfg.microbatches)
-    return join_microbatches(jax.lax.map(of_piece, (jnp.arange(cfg.microbatches), *pieces)))
+      return of_piece(batch)
+    return join_microbatches(jax.lax.map(of_piece, microbatches(batch, cfg.microbatches)))
 
   return with_blind(ask, captions, cfg)
 
 
 def _score(
   judge: ImageJudge,
+  key_BG: Array,
   captions: JudgeIds,
   sight: Sight,
   valid_BK: Array,
-  key: Array,
   cfg: JudgeConfig,
 ) -> Answers:
   logp_BGA = _score_logprobs(judge, captions, sight, cfg)
   A = logp_BGA.shape[-1]
   if cfg.reading == "letter_sample":
-    choice_BG = jax.random.categorical(key, logp_BGA / cfg.temperature)
+    draw = jax.vmap(jax.vmap(jax.random.categorical))
+    choice_BG = draw(key_BG, logp_BGA / cfg.temperature)
   else:
     choice_BG = jnp.argmax(logp_BGA, axis=-1)
   worth_A = jnp.arange(A) / (A - 1)

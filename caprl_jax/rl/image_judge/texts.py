@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax.models.attention import Prefix
-from caprl_jax.rl.image_judge.branches import ImageJudge, read_captions
+from caprl_jax.rl.image_judge.branches import ImageJudge, read_captions, row_keys
 from caprl_jax.rl.judge import JudgeIds
 from caprl_jax.rl.judge_protocol import JudgeConfig
 from caprl_jax.rl.sampling import SamplingConfig, decode
@@ -24,19 +24,18 @@ def write_about_captions(
   """
   if cfg.blind:
     captions = jax.tree.map(lambda x_BGT: jnp.pad(x_BGT, ((0, 0), (0, 1), (0, 0))), captions)
-  if cfg.microbatches == 1:
-    return _write(judge, captions, sight, key, cfg)
 
   def of_piece(piece: tuple[Array, JudgeIds, Sight]) -> tuple[Array, Array]:
-    number, captions, sight = piece
-    return _write(judge, captions, sight, jax.random.fold_in(key, number), cfg)
+    return _write(judge, *piece, cfg)
 
-  pieces = microbatches((captions, sight), cfg.microbatches)
-  return join_microbatches(jax.lax.map(of_piece, (jnp.arange(cfg.microbatches), *pieces)))
+  batch = (row_keys(key, captions), captions, sight)
+  if cfg.microbatches == 1:
+    return of_piece(batch)
+  return join_microbatches(jax.lax.map(of_piece, microbatches(batch, cfg.microbatches)))
 
 
 def _write(
-  judge: ImageJudge, captions: JudgeIds, sight: Sight, key: Array, cfg: JudgeConfig
+  judge: ImageJudge, key_BG: Array, captions: JudgeIds, sight: Sight, cfg: JudgeConfig
 ) -> tuple[Array, Array]:
   read = read_captions(judge, captions, sight)
   assert judge.prompt.words is not None, "made for another reading"
@@ -54,7 +53,7 @@ def _write(
     read.next_position_N,
     prefixes=read.prefixes,
     vocabulary=judge.prompt.words,
-    key=key,
+    key=key_BG.reshape(-1),
     cfg=SamplingConfig(cfg.max_tokens, temperature=cfg.temperature),
   )
   B, G, _ = captions.tokens_BGT.shape

@@ -43,6 +43,13 @@ def test_every_format_reads_the_same_rows(rows, tmp_path):
     ], source
   assert [row.name for row in read_qa_rows(f"tfds:{folder}:train", 0)] == [row.name for row in rows]
   assert len(read_qa_rows("easy_vqa:test", 0, max_rows=3)) == 3
+  whole = [row.name for row in read_qa_rows("easy_vqa:test", 0)]
+  drawn = [
+    [row.name for _, rows in read_parts("easy_vqa:test", seed, 50, drawn=True) for row in rows]
+    for seed in (0, 0, 1)
+  ]
+  assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 50
+  assert drawn[0] == [name for name in whole if name in drawn[0]] != whole[:50]
   charts = read_qa_rows("charts:test:2:96x72", 0)
   assert len(charts) == 2 and read_image(charts[0]).size == (96, 72)
 

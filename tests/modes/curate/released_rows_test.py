@@ -36,7 +36,8 @@ def test_a_row():
     "image_path": "images/a.png",
     "qa_list": [
       {
-        "question": "What color\nis it?\n   - A) red\n   - B) green\n   - C) blue\n   - D) grey",
+        "question": "What color\nis it?\n   - A) red\n   - B) green\n   - C) blue\n   - D) grey\n"
+        "   - E) Can not answer based on the caption",
         "answer": "C",
       },
       {"question": "Which shape?\n   - A) circle\n   - B) square", "answer": "A"},

@@ -300,7 +300,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
           {
             "index": 0,
             "finish_reason": "length",
-            "message": {"role": "assistant", "content": REPLY},
+            "message": {"role": "assistant", "content": self.server.reply},
           }
         ],
       }
@@ -311,7 +311,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def serving(dead: bool = False):
   """A server with the list of what it was `asked`; a dead one lists its model and refuses all."""
   made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-  made.asked, made.dead = [], dead
+  made.asked, made.dead, made.reply = [], dead, REPLY
   threading.Thread(target=made.serve_forever, daemon=True).start()
   yield made
   made.shutdown()
@@ -372,6 +372,58 @@ def test_images_to_questions_through_an_endpoint(tmp_path, checkpoint, images, s
   )
   # nothing is asked twice
   assert run(tmp_path, checkpoint, images, *more) == 0 and len(server.asked) == 6
+
+
+ALIKE = [
+  Question("Is the dog left of the cat?", ("yes", "no", "perhaps", "never"), 0),
+  Question("Is the cat left of the dog?", ("yes", "no", "perhaps", "never"), 1),
+]
+
+
+def test_the_released_curation_has_none_of_our_filters(tmp_path, checkpoint, images, server):
+  """configs/curate_official.py, all of its settings in force: images that are alike or small,
+  questions that are alike or repeated. Its prompt is what the model is told, and its answers are in
+  the form of the release."""
+  server.reply = generated.format_questions([*ALIKE, ALIKE[0]])
+  (tmp_path / "gen_qa.py").write_text("SYS_PROMPT = 'As released.'\nPROMPT = 'Look'\n")
+  status = main.main(
+    [
+      "main",
+      "--config=configs/curate_official.py",
+      f"--workdir={tmp_path / 'work'}",
+      f"--config.curate.input={images}",
+      f"--config.curate.output={tmp_path / 'out.jsonl'}",
+      f"--config.curate.answers_output={tmp_path / 'answers.jsonl'}",
+      f"--config.curate.prompt={tmp_path / 'gen_qa.py'}",
+      f"--config.answerer.checkpoint={checkpoint}",
+      "--config.answerer.dtype=float32",
+      "--config.answerer.param_dtype=float32",
+      "--config.curate.questions=endpoint",
+      f"--config.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
+      "--config.endpoint.model=writer",
+      "--config.curate.min_visual=None",  # a random model answers nothing
+      "--config.curate.max_blind=None",
+    ]
+  )
+  assert status == 0
+  (system, user), request = server.asked[0]["messages"], server.asked[0]
+  assert system["content"] == "As released." and user["content"][-1]["text"] == "Look"
+  assert (request["temperature"], request["max_tokens"], request["repetition_penalty"]) == (
+    0.1,
+    2048,
+    1.05,
+  )
+  figures = json.loads((tmp_path / "work" / "funnel.json").read_text())
+  assert figures["images"]["left out"] == {"unreadable": 1} and figures["images"]["kept"] == 9
+  assert figures["questions"]["parsed"] == figures["questions"]["kept"] == 27
+  lines = read_lines(tmp_path / "answers.jsonl")
+  assert len(lines) == 9
+  for sample, visual, blind in lines:
+    assert len(sample["qa_list"]) == 3 and {*visual, *blind} <= {0, 1}
+    assert len(visual) == len(blind) == 12  # four times each
+    assert sample["qa_list"][0]["question"].endswith(
+      "\n   - E) Can not answer based on the caption"
+    )
 
 
 def test_a_server_that_dies_has_refused_no_image(tmp_path, checkpoint, images, server, capsys):
@@ -438,7 +490,7 @@ def test_images_that_cannot_be_used_are_refused_where_the_config_says_so(
   more = [f"--config.generator.checkpoint={checkpoint}", "--config.curate.bad_rows=refuse"]
   reached = []
 
-  def questions(stages, config, cfg, rows, *rest):
+  def questions(stages, config, cfg, prompt, rows, *rest):
     reached.append(rows)
     raise ValueError("far enough")
 
