@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Any, Literal, get_args
 
 import jax
@@ -24,12 +25,16 @@ from caprl_jax.hub.load import (
   with_attention,
   with_new_adapters,
   without_adapters,
+  without_penalty,
 )
 from caprl_jax.json_files import shown
 from caprl_jax.models.attention_choice import AttentionChoice
 from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import Remat, check_pixel_limits
 from caprl_jax.models.trainable import Trainable, merge_params, split_params, trainable_filter
+
+# Names of the released captioners, and folders that are called as they.
+CAPRL = re.compile(r"(^|/)caprl-(?!eval)[^/]*/?$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,8 @@ class PolicySection:
       self.int8,
     )
     loaded = with_attention(loaded, self.attention, mesh, self.checkpoint)
+    if CAPRL.search(self.checkpoint):
+      loaded = without_penalty(loaded)
     return dataclasses.replace(loaded, bare=self.template == "bare")
 
   def _load_run(self, run: Trained, mesh: jax.sharding.Mesh) -> Loaded:
@@ -248,6 +255,7 @@ def load_trained(
   del params
   loaded = dataclasses.replace(loaded, params={})  # none of it lies beside what is read now
   step, trained = run.restore(like)
+  loaded = without_penalty(loaded)
   return dataclasses.replace(loaded, params=merge_params(trained, base or None)), step
 
 

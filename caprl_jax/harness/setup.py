@@ -27,7 +27,7 @@ from caprl_jax.harness.settings import Settings, check_training_batch
 from caprl_jax.harness.training.chosen_rows import Data, choose_questions, usable_data, was_begun
 from caprl_jax.harness.training.made_of import bind_models, bind_reward
 from caprl_jax.harness.training.row_digests import row_digests
-from caprl_jax.hub.load import Loaded, relate_vocabularies
+from caprl_jax.hub.load import Loaded, relate_vocabularies, without_penalty
 from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.judge import Ask, HostJudge
 from caprl_jax.inference.retokenise import Translator
@@ -114,7 +114,7 @@ def set_up(
   if record is not None:
     bind_models(record, settings, goes_on=was_begun(workdir))
     bind_reward(record, custom)
-  policy = settings.policy.load(mesh)
+  policy = without_penalty(settings.policy.load(mesh))
   names = tuple(kinds([*data.train_rows, *data.eval])) if settings.judge.named else ()
   asker = RunJudge.open(
     settings.judge,

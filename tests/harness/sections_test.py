@@ -1,6 +1,8 @@
 """The sections that all modes share stand alone."""
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from helpers.paths import ROOT
 
 from caprl_jax import sharding
 from caprl_jax.harness.sections import DataSection, PolicySection
+from caprl_jax.hub.load import without_penalty
 from caprl_jax.modes.sft.section import SFTConfig
 
 # What only training and its evaluation work with.
@@ -52,3 +55,25 @@ def test_a_bare_prompt_is_the_released_prisms_to_the_byte():
   )
   identities = [PolicySection(checkpoint, template=t).identity() for t in ("checkpoint", "bare")]
   assert identities[1] == identities[0] | {"template": "bare"}
+
+
+@pytest.mark.parametrize(
+  "name, penalty",
+  [
+    ("CapRL-3B", 1.0),
+    ("caprl-qwen3vl-2b", 1.0),
+    ("CapRL-Eval-3B", 1.05),  # no captioner
+    ("my-caprl-3b", 1.05),
+    ("Qwen2.5-VL-3B-Instruct", 1.05),
+  ],
+)
+def test_caprls_captioners_are_sampled_without_a_penalty(name, penalty, tmp_path):
+  """Their files name Qwen2.5-VL's, 1.05; the README samples without."""
+  folder = tmp_path / name
+  shutil.copytree(ROOT / "configs" / "quickstart_policy", folder)
+  path = folder / "generation_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.05}))
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  found = PolicySection(str(folder)).load(mesh)
+  assert json.loads(found.files["generation_config.json"])["repetition_penalty"] == penalty
+  assert without_penalty(found).params is found.params

