@@ -17,6 +17,7 @@ from caprl_jax.config.loading import load_config
 def get_config():
   config = load_config(str(pathlib.Path(__file__).with_name("caprl_3b.py"))).unlock()
   config.policy.checkpoint = "OpenGVLab/InternVL3_5-8B-HF"
+  config.rollout.sampling.chunks = 16  # its prompts are long, so less is left for caches
   # Images are cut into up to 12 tiles, not limited in pixels.
   config.policy.min_pixels = None
   config.policy.max_pixels = None

@@ -90,7 +90,8 @@ def lower_step(
   settings: Settings, plan: PlanConfig, devices: list
 ) -> tuple[jax.stages.Lowered, dict[str, int]]:
   """The training step, lowered for some devices, and the bytes of its arguments by kind, all
-  devices together. What an endpoint answers and a function of one's own gives are arguments then.
+  devices together. What an endpoint answers, a judge writes or a function of one's own gives are
+  arguments then, which other programs make.
   """
   mesh = sharding.make_mesh(settings.mesh, devices)
   check_training_batch(settings, mesh)
@@ -121,8 +122,9 @@ def lower_step(
   )
   batch = abstract_batch(settings, plan, cfg, judge_cfg, mesh)
 
+  told = settings.judge.endpoint is not None or settings.judge.writes_scores
   elsewhere = dict(
-    answers=abstract_answers(settings, plan, mesh) if settings.judge.endpoint else None,
+    answers=abstract_answers(settings, plan, mesh) if told else None,
     own=abstract_reward(settings, mesh) if settings.step.reward.custom else None,
   )
 

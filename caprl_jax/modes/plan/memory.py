@@ -268,11 +268,12 @@ class _Sizes:
     assert asked.images is not None
     images = max(step.images / self.mesh.parts / self.settings.step.judge.microbatches, 1)
     captions, tokens = images * (step.length_BG.shape[1] + asked.blind), limit + asked.tokens
+    kept = tokens + asked.answer_tokens
     scores = self.scores(cfg.text.num_heads, captions, tokens, asked.head + tokens)
     inner = self.inner(cfg.text.intermediate_size, captions * tokens, self.item)
     encoding = self._encoding(cfg, asked.images.patches, asked.head, round(images))
     return {
-      "captions' keys": (images * asked.head + captions * tokens) * self.slot(cfg.text),
+      "captions' keys": (images * asked.head + captions * kept) * self.slot(cfg.text),
       "activations": max(1.9 * scores, inner, encoding),
     }
 

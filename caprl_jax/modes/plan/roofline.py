@@ -122,10 +122,17 @@ def _judge(
 ) -> Stage:
   limit = settings.step.rollout.sampling.max_tokens
   micro = settings.step.judge.microbatches
+  read = 0.0
   if asked.images:  # captions at the limit's length
     padded = dataclasses.replace(step, length_BG=np.full_like(step.length_BG, limit))
     passes, flops = micro, judge_flops(padded) / mesh.chips
     tokens = limit * step.length_BG.size / mesh.parts
+    # Each token that it writes reads its matrices, and what stands before it.
+    images = step.images / mesh.parts / micro
+    captions = images * (step.length_BG.shape[1] + asked.blind)
+    slots = images * asked.head + captions * (limit + asked.tokens + asked.answer_tokens)
+    each = (weight_bytes(cfg) + slots * slot_bytes(cfg)) / mesh.tensor
+    read = micro * asked.answer_tokens * each
   else:
     cut = cuts.judged(step.length_BG, limit, mesh.parts, micro, asked.blind)
     run = cut.slots * cut.rows * cut.pieces  # a device's captions, with their padding
@@ -139,7 +146,7 @@ def _judge(
   passes = 1 if settings.judge.gather_once else passes
   sent = passes * _gathered(layer_weights(cfg) * item, mesh)
   sent += _summed(2 * cfg.num_layers * tokens * cfg.hidden_size * 2, mesh)
-  return _stage(chip, flops, sent)
+  return _stage(chip, flops, sent, read, read / (chip.bandwidth * READS))
 
 
 def _update(step: Step, settings: Settings, mesh: cuts.Mesh, chip: Chip) -> Stage:

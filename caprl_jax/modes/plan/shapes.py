@@ -98,7 +98,8 @@ def asked_of(settings: Settings, plan: PlanConfig, shapes: Shapes) -> Asked | No
   if isinstance(shapes.judge, PolicyConfig):
     tower = tower_of(shapes.judge, shapes.judge_params, plan.image)
     head = tower.units + plan.judge_prompt_tokens
-    return Asked(head, 1, ANSWER_TOKENS, blind=cfg.blind, images=tower)
+    written = cfg.max_tokens if cfg.reading == "generate" else 0
+    return Asked(head, 1, ANSWER_TOKENS, answer_tokens=written, blind=cfg.blind, images=tower)
   # A question drawn again is run once where its options stand in one order.
   once = cfg.reading == "option_pmi" or (not cfg.shuffle and cfg.reading != "generate")
   questions = settings.data.questions if once or not cfg.draws else cfg.draws

@@ -170,6 +170,21 @@ def test_a_base_in_four_bits_takes_a_quarter():
   assert any("policy.lora.base_weights=nf4" in one.named for one in tried)
 
 
+RECIPES = sorted(
+  path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+  for pattern in ("caprl_*.py", "gpu_*.py", "qlora_*.py", "colab_*.py", "ablations/*.py")
+  for path in (ROOT / "configs").glob(pattern)
+)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_fits_the_machine_that_its_file_names(name):
+  settings, plan = read(name)
+  found = estimate(settings, Known.of(settings, plan), machine_of(plan.topology), 1.0)
+  least = "perhaps" if name == "caprl_3b_v5e16" else "yes"  # compiled whole, it fits
+  assert found.fits in ("yes", least), found.memory
+
+
 @pytest.mark.parametrize(
   "name, machine",
   [("qlora_7b_16gb", "v5e-1"), ("qlora_7b_16gb", "T4"), ("qlora_3b_8gb", "RTX4060")],

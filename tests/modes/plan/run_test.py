@@ -131,9 +131,10 @@ def command(tmp_path, *more, config="colab_lora"):
   )
 
 
-def test_a_judge_that_sees_the_image_is_planned_with_its_tower():
+@pytest.mark.parametrize("name", ["sees_image", "writes_scores"])
+def test_a_judge_that_sees_the_image_is_planned_with_its_tower(name):
   """Lowered for this machine, of reduced depth."""
-  path = ROOT / "configs" / "ablations" / "judge_sees_image.py"
+  path = ROOT / "configs" / "ablations" / f"judge_{name}.py"
   config = config_file.load_config(str(path)).unlock()
   config.data.update(batch_size=2)
   config.rollout = dict(group_size=2, sampling=dict(max_tokens=8))
@@ -144,6 +145,18 @@ def test_a_judge_that_sees_the_image_is_planned_with_its_tower():
   judge = shallower(CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"], 1)
   assert sizes["judge"] == 2 * parameter_count(judge)  # bytes in bfloat16
   assert "while" in lowered.as_text()  # the rollout's loop: it is the whole step
+
+
+def test_a_judge_that_writes_scores_takes_time_for_them():
+  scored, written = (
+    estimate_of(
+      config_file.load_config(str(ROOT / "configs" / "ablations" / f"judge_{name}.py")),
+      "v5p:2x2x2",
+    )
+    for name in ("sees_image", "writes_scores")
+  )
+  assert written.stages["judge"].secs > 1.2 * scored.stages["judge"].secs
+  assert sum(written.memory.stages["judge"].values()) > sum(scored.memory.stages["judge"].values())
 
 
 @pytest.mark.parametrize("kind", ["endpoint", "custom"])
@@ -177,9 +190,9 @@ def test_a_step_without_a_judge_on_the_chips(kind, tmp_path, caplog):
   assert "while" in lowered.as_text()
 
 
-def estimate_of(config):
+def estimate_of(config, machine="v5e:4x4"):
   settings, plan = read_settings(config), PlanConfig()
-  return estimate(settings, Known.of(settings, plan), machine_of("v5e:4x4"), 1.0)
+  return estimate(settings, Known.of(settings, plan), machine_of(machine), 1.0)
 
 
 @pytest.mark.slow
