@@ -195,7 +195,8 @@ def rename(config: ml_collections.ConfigDict, own: Any) -> None:
   Raises:
     ValueError: as `expand`.
   """
-  name, judge = config.get("preset"), config.get("judge", {})
+  name: Any = config.get("preset")
+  judge: Any = config.get("judge", {})
   if own is not None or not isinstance(name, str) or name not in PRESETS:
     expand(config)
     return

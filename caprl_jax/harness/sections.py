@@ -14,6 +14,7 @@ from caprl_jax.data.rows import BadRows
 from caprl_jax.errors import UserError
 from caprl_jax.harness.training.trained import Trained, find_run
 from caprl_jax.harness.watch import STOP_IF, WARN_IF, Watch
+from caprl_jax.hub.folders.text_files import json_of
 from caprl_jax.hub.hub_files import fingerprint
 from caprl_jax.hub.int8 import Int8
 from caprl_jax.hub.load import (
@@ -25,7 +26,6 @@ from caprl_jax.hub.load import (
   with_attention,
   with_new_adapters,
   without_adapters,
-  without_penalty,
 )
 from caprl_jax.json_files import shown
 from caprl_jax.models.attention_choice import AttentionChoice
@@ -257,6 +257,17 @@ def load_trained(
   step, trained = run.restore(like)
   loaded = without_penalty(loaded)
   return dataclasses.replace(loaded, params=merge_params(trained, base or None)), step
+
+
+def without_penalty(loaded: Loaded) -> Loaded:
+  """The same captioner, whose files no longer name a repetition penalty: CapRL samples without one,
+  and its captioners are to be sampled as they were trained (Qwen2.5-VL's files say 1.05)."""
+  name = "generation_config.json"
+  said = json_of(loaded.files, name)
+  if said.get("repetition_penalty") in (None, 1, 1.0):
+    return loaded
+  data = json.dumps(said | {"repetition_penalty": 1.0}, indent=2).encode()
+  return dataclasses.replace(loaded, files={**loaded.files, name: data})
 
 
 @dataclasses.dataclass(frozen=True)

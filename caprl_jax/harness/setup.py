@@ -22,12 +22,12 @@ from caprl_jax.harness.process.device_memory import hold
 from caprl_jax.harness.process.first import from_first
 from caprl_jax.harness.process.run_record import RunRecord
 from caprl_jax.harness.rewards.function import CustomReward, load_custom_reward
-from caprl_jax.harness.sections import GateSection
+from caprl_jax.harness.sections import GateSection, without_penalty
 from caprl_jax.harness.settings import Settings, check_training_batch
 from caprl_jax.harness.training.chosen_rows import Data, choose_questions, usable_data, was_begun
 from caprl_jax.harness.training.made_of import bind_models, bind_reward
 from caprl_jax.harness.training.row_digests import row_digests
-from caprl_jax.hub.load import Loaded, relate_vocabularies, without_penalty
+from caprl_jax.hub.load import Loaded, relate_vocabularies
 from caprl_jax.inference.endpoint_judge import EndpointJudge
 from caprl_jax.inference.judge import Ask, HostJudge
 from caprl_jax.inference.retokenise import Translator

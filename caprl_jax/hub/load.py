@@ -296,17 +296,6 @@ def with_pixel_limits(loaded: Loaded, min_pixels: int | None, max_pixels: int | 
   )
 
 
-def without_penalty(loaded: Loaded) -> Loaded:
-  """The same captioner, whose files no longer name a repetition penalty: CapRL samples without one,
-  and its captioners are to be sampled as they were trained (Qwen2.5-VL's files say 1.05)."""
-  name = "generation_config.json"
-  said = json_of(loaded.files, name)
-  if said.get("repetition_penalty") in (None, 1, 1.0):
-    return loaded
-  data = json.dumps(said | {"repetition_penalty": 1.0}, indent=2).encode()
-  return dataclasses.replace(loaded, files={**loaded.files, name: data})
-
-
 def without_adapters(loaded: Loaded) -> Loaded:
   """The same captioner with its adapters merged into the matrices that they adapt."""
   cfg = loaded.model.cfg

@@ -5,12 +5,8 @@ reward function of CapRL++ (verl); gen_qa.py and the filter of the curation; Eva
 README's call of a captioner; the ScaleCap notebooks that CapRL links.
 """
 
-import functools
-
 import pytest
-from helpers.paths import ROOT
-
-from caprl_jax.config import keys, loading, presets, registry, schema
+from config.values import value_of
 
 JUDGE = {
   "judge.reading": "generate",
@@ -191,24 +187,6 @@ ORIGINALS = {
 NUMBERS = [(name, key, value) for name, found in ORIGINALS.items() for key, value in found.items()]
 
 
-@functools.cache
-def sections_of(name):
-  """The sections of a config, its preset's settings and all defaults among them, and its top."""
-  config = loading.load_config(str(ROOT / "configs" / f"{name}.py"))
-  presets.expand(config)
-  (mode,) = registry.modes_of(config).values()
-  sections = {
-    section: schema.load_section(config, section, keys.resolve(where))
-    for section, where in mode.sections.items()
-  }
-  return sections | {"seed": config.seed}
-
-
 @pytest.mark.parametrize("name, key, value", NUMBERS, ids=lambda x: str(x)[:40])
 def test_the_original_has(name, key, value):
-  found = functools.reduce(
-    lambda holder, part: holder[part] if isinstance(holder, dict) else getattr(holder, part),
-    key.split("."),
-    sections_of(name),
-  )
-  assert found == value
+  assert value_of(name, key) == value

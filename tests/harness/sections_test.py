@@ -11,8 +11,7 @@ import pytest
 from helpers.paths import ROOT
 
 from caprl_jax import sharding
-from caprl_jax.harness.sections import DataSection, PolicySection
-from caprl_jax.hub.load import without_penalty
+from caprl_jax.harness.sections import DataSection, PolicySection, without_penalty
 from caprl_jax.modes.sft.section import SFTConfig
 
 # What only training and its evaluation work with.
