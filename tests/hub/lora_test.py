@@ -4,6 +4,7 @@ import functools
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,7 +13,7 @@ import transformers
 from helpers import oracle, tiny
 
 from caprl_jax import sharding
-from caprl_jax.hub.load import load_policy
+from caprl_jax.hub.load import load_policy, with_new_adapters, without_adapters
 from caprl_jax.hub.lora import merge_lora, save_adapters
 from caprl_jax.models.decoder import head_matrix
 from caprl_jax.models.layers import LoraConfig
@@ -103,6 +104,19 @@ def test_new_adapters_change_nothing(base):
   a, b = (flat(adapters)[f"language_model.layers.self_attn.q_proj.lora_{x}"] for x in "ab")
   assert a.shape == (3, 48, 3) and b.shape == (3, 3, 48)
   assert 0.9 / np.sqrt(48) < np.abs(a).max() < 1 / np.sqrt(48) and not np.asarray(b).any()
+
+
+def test_adapters_are_float32_on_a_base_of_any_type(base):
+  """bfloat16 would round most steps of an optimizer away."""
+  folder, loaded, _, _ = base
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  coarse = load_policy(str(folder), mesh, jnp.bfloat16, jnp.bfloat16, lora=LORA)
+  again = with_new_adapters(without_adapters(coarse), LORA, mesh)
+  for one in (coarse, again):
+    rest, adapters = split_lora(one.params)
+    assert {x.dtype for x in jax.tree.leaves(rest)} == {jnp.dtype("bfloat16")}
+    for name, x in flat(adapters).items():
+      np.testing.assert_array_equal(x, flat(split_lora(loaded.params)[1])[name])
 
 
 def test_merged_adapters_give_the_same_logits(base):
