@@ -159,10 +159,13 @@ class JudgeSection(JudgeConfig):
   def score_of(self, judge: Loaded) -> ScorePrompt:
     """The prompt of a judge that sees the image. Raises ValueError as `score_text`,
     `ScorePrompt.of` and `ScorePrompt.of_writer`."""
-    text = score_text(self.score_prompt, [*self.weights] if self.writes_scores else None)
     if self.writes_scores:
-      return ScorePrompt.of_writer(judge, text)
-    return ScorePrompt.of(judge, text, self.score_answer, self.scores)
+      return ScorePrompt.of_writer(judge, self.score_text())
+    return ScorePrompt.of(judge, self.score_text(), self.score_answer, self.scores)
+
+  def score_text(self) -> str:
+    """What a judge that sees the image is asked. Raises ValueError as `score_text`."""
+    return score_text(self.score_prompt, [*self.weights] if self.writes_scores else None)
 
 
 _NO_SOURCE = (
