@@ -40,7 +40,7 @@ from caprl_jax.modes.plan.section import PlanConfig
 from caprl_jax.modes.plan.shapes import Shapes, item_bytes
 from caprl_jax.rl import sampling
 
-ERROR, MUCH = 0.15, 0.3  # of the temporaries: too small, too large
+ERROR, MUCH = 0.15, 0.45  # of the temporaries: too small, too large
 
 
 @dataclasses.dataclass(frozen=True)
