@@ -58,12 +58,14 @@ IMAGE_JUDGE = Released(
 
 
 def names_program(source: str) -> bool:
-  """Whether a setting names the release, or a program of it."""
-  return source == OFFICIAL or source.endswith(".py")
+  """Whether a setting names the release, or a program of it; a text with places for values does
+  not."""
+  return source == OFFICIAL or (source.endswith(".py") and "{" not in source)
 
 
 def read_strings(released: Released, source: str, key: str) -> dict[str, str]:
-  """The strings that a program assigns at its top level, `released.variable` among them.
+  """The strings that a program assigns at its top level, `released.variable` among them; of the
+  release that one alone, since it alone is compared.
 
   Args:
     source: `OFFICIAL`: the release, downloaded once and kept in the user's cache; or a .py file,
@@ -95,17 +97,16 @@ def read_strings(released: Released, source: str, key: str) -> dict[str, str]:
 
 
 def _official(released: Released, key: str) -> dict[str, str]:
-  kept = _kept(released)
-  try:
-    found = _strings(decode(kept.read_bytes()), str(kept))
+  name, kept = released.variable, _kept(released)
+  if kept is not None and kept.exists():
+    try:
+      found = _strings(decode(kept.read_bytes()), str(kept))
+    except (OSError, ValueError):
+      found = {}
     if released.is_in(found):
       log.info("%s: the released text, from %s", key, kept)
-      return found
+      return {name: found[name]}
     log.warning("%s is not the released program; it is downloaded again", kept)
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError) as error:
-    log.warning("%s cannot be read (%s); it is downloaded again", kept, error)
   data = _download(released, key)
   try:
     found = _strings(decode(data), released.address)
@@ -116,13 +117,21 @@ def _official(released: Released, key: str) -> dict[str, str]:
       f"{key} = {OFFICIAL!r}: {released.address} does not hold the released {released.variable} "
       f"(its digest is another one); {_by_hand(released, key)}"
     )
-  write_bytes(kept, data)
   log.info("%s: the released text, from %s", key, released.address)
-  return found
+  try:
+    if kept is not None:
+      write_bytes(kept, data)
+  except OSError as error:
+    log.warning("it cannot be kept in %s (%s), and is downloaded each time", kept, error)
+  return {name: found[name]}
 
 
-def _kept(released: Released) -> pathlib.Path:
-  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+def _kept(released: Released) -> pathlib.Path | None:
+  """Where it is kept; None for a user without a home."""
+  try:
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+  except RuntimeError:
+    return None
   return cache / "caprl_jax" / "released" / released.commit / pathlib.PurePosixPath(released.path)
 
 
@@ -130,7 +139,10 @@ def _download(released: Released, key: str) -> bytes:
   log.info("downloading %s", released.address)
   try:
     with urllib.request.urlopen(released.address, timeout=_SECONDS) as answer:
-      return answer.read(_LARGEST)
+      data = answer.read(_LARGEST)
+      if answer.length:
+        raise OSError(f"{answer.length} bytes of it did not come")
+      return data
   except (OSError, http.client.HTTPException, ValueError) as error:
     raise UserError(
       f"{key} = {OFFICIAL!r}: {released.address} cannot be downloaded ({error}); "
@@ -162,4 +174,4 @@ def _strings(code: str, where: str) -> dict[str, str]:
 
 
 def _digest(text: str) -> str:
-  return hashlib.sha256(text.encode()).hexdigest()
+  return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -24,6 +24,7 @@ def get_config():
   config.dataset = dict(
     input="CapRL-QA-75K/*.parquet",
     bad_rows="drop",
+    repeated_questions="keep",  # as training does
     image_kinds=dict(
       chart_or_document="A chart, a diagram, a table, a document, a screen or other text",
       natural="A natural image, such as a photograph of people, animals, things or places",

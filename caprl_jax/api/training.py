@@ -136,9 +136,7 @@ def load_config(path: PathLike, changes: Mapping[str, Any] | None = None) -> Con
   config = loading.load_config(os.fspath(path)).unlock()
   changes = dict(changes or {})
   if "preset" in changes:
-    own = config.get("preset")
-    config.preset = changes.pop("preset")
-    presets.rename(config, own)
+    presets.rename(config, changes.pop("preset"))
   else:
     presets.expand(config)
   for mode in registry.modes_of(config).values():

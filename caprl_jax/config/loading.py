@@ -110,7 +110,10 @@ def apply_overrides(
   for override in named:
     _override(config, override, file)
   if named:
-    presets.rename(config, own)
+    name = config.preset
+    with config.unlocked():
+      config.preset = own
+    presets.rename(config, name)
   else:
     presets.expand(config)
   for override in overrides:

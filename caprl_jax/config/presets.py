@@ -173,6 +173,8 @@ PRESETS = {
 # captioner's size of images and type of parameters to the task that its instruction says.
 _OWN = (("optimizer", "learning_rate"), ("policy", "instruction"))
 
+_FILLED_BY = "_filled_by_preset"  # an attribute of a config: the preset that was expanded in it
+
 # What of a section is no part of an algorithm, and stays when a preset takes the section's place.
 _RESOURCES = {
   "judge": (
@@ -185,32 +187,30 @@ _RESOURCES = {
 }
 
 
-def rename(config: ml_collections.ConfigDict, own: Any) -> None:
-  """Expands `config.preset` where it has taken the place of the config's `own` one, in place.
+def rename(config: ml_collections.ConfigDict, name: Any) -> None:
+  """Gives a config another preset and expands it, in place.
 
   What a config says beside a preset of its own goes with any preset, and stays. Of a config without
   one, judge protocol, reward, advantage and loss make room for the preset's; sizes, models and
-  optimizer stay, and so does a judge that sees the images, to which no preset's questions apply.
+  optimizer stay.
 
   Raises:
     ValueError: as `expand`.
   """
-  name: Any = config.get("preset")
-  judge: Any = config.get("judge", {})
-  if own is not None or not isinstance(name, str) or name not in PRESETS:
-    expand(config)
-    return
+  own, judge = config.get("preset"), _judge(config)
   with config.unlocked():
-    for section, kept in _RESOURCES.items():
-      old: Any = config.get(section, {})
-      if section != "judge" or not judge.get("sees_image"):
-        config[section] = ml_collections.ConfigDict({key: old[key] for key in old if key in kept})
+    config.preset = name
+    if own is None and isinstance(name, str) and name in PRESETS:
+      for section, kept in _RESOURCES.items():
+        old: Any = config.get(section, {})
+        if section != "judge" or not judge.get("sees_image"):
+          config[section] = ml_collections.ConfigDict({key: old[key] for key in old if key in kept})
   expand(config)
 
 
 def expand(config: ml_collections.ConfigDict) -> None:
   """Fills in what `config.preset` says and the config does not, in place; twice is the same as
-  once.
+  once. A judge that sees the images, to which no preset's questions apply, is left as it is.
 
   Raises:
     ValueError: no such preset; or the config was filled in by another one before.
@@ -220,44 +220,34 @@ def expand(config: ml_collections.ConfigDict) -> None:
     return
   if not isinstance(name, str) or name not in PRESETS:
     raise ValueError(f"config.preset = {shown(name)} is none of {sorted(PRESETS)}")
-  _check_not_filled(config, name)
+  before = vars(config).get(_FILLED_BY, name)
+  if before != name:
+    raise ValueError(
+      f"config.preset = {name!r}, but the config is filled in with {before!r} already: name the "
+      f"preset where the config is loaded, as load_config(FILE, {{'preset': {name!r}}}) or "
+      f"--config.preset={name}"
+    )
   kept: list[str] = []
   values = dict(PRESETS[name])
+  if _judge(config).get("sees_image"):
+    del values["judge"]
   for section, key in _OWN:
     own: Any = config.get(section, {})
     if key in own:
-      preset = values.pop(section)
-      if any(own.get(key) != value for key, value in preset.items()):
-        kept.append(section)
+      kept += [
+        f"{section}.{key} = {own.get(key)!r}"
+        for key, value in values.pop(section).items()
+        if own.get(key) != value
+      ]
   with config.unlocked():
     _fill(config, values, "", kept)
+  object.__setattr__(config, _FILLED_BY, name)  # no key of it
   if kept:
     log.info("preset %s, but for what the config says: %s", name, ", ".join(kept))
 
 
-def _check_not_filled(config: ml_collections.ConfigDict, name: str) -> None:
-  """Raises ValueError where all that makes another preset differ from this one is in the config:
-  its name was changed too late, when that one had been filled in."""
-  found, wanted = _leaves(config), _leaves(PRESETS[name])
-  for other, preset in PRESETS.items():
-    differing = {key: value for key, value in _leaves(preset).items() if wanted.get(key) != value}
-    if differing and all(key in found and found[key] == differing[key] for key in differing):
-      raise ValueError(
-        f"config.preset = {name!r}, but the config is filled in with {other!r} already: name the "
-        f"preset where the config is loaded, as load_config(FILE, {{'preset': {name!r}}}) or "
-        f"--config.preset={name}"
-      )
-
-
-def _leaves(section: Any, place: str = "") -> dict[str, Any]:
-  """Dotted key -> value."""
-  found = {}
-  for key, value in section.items():
-    if isinstance(value, (dict, ml_collections.ConfigDict)):
-      found |= _leaves(value, f"{place}{key}.")
-    else:
-      found[f"{place}{key}"] = value
-  return found
+def _judge(config: ml_collections.ConfigDict) -> Any:
+  return config.get("judge", {})
 
 
 def _fill(config: Any, values: dict, place: str, kept: list[str]) -> None:

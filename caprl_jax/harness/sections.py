@@ -33,8 +33,8 @@ from caprl_jax.models.layers import LoraConfig
 from caprl_jax.models.policy import Remat, check_pixel_limits
 from caprl_jax.models.trainable import Trainable, merge_params, split_params, trainable_filter
 
-# Names of the released captioners, and folders that are called as they.
-CAPRL = re.compile(r"(^|/)caprl-(?!eval)[^/]*/?$", re.IGNORECASE)
+# Names of the released captioners, folders that are called as they, and the hub's cache of them.
+CAPRL = re.compile(r"(^|/|--)caprl-(?!eval)[^/]*(/snapshots/[^/]*)?/?$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,12 @@ class PolicySection:
       )
 
   @property
+  def sampled_as_trained(self) -> bool:
+    """Whether the repetition penalty that the captioner's files may name is left aside
+    (`without_penalty`)."""
+    return bool(CAPRL.search(self.checkpoint)) or find_run(self.checkpoint) is not None
+
+  @property
   def remat_parts(self) -> Remat:
     """`remat`, `tower_remat` and `decoder_remat` together."""
     return Remat.of(self.remat, self.tower_remat, self.decoder_remat)
@@ -128,7 +134,7 @@ class PolicySection:
       self.int8,
     )
     loaded = with_attention(loaded, self.attention, mesh, self.checkpoint)
-    if CAPRL.search(self.checkpoint):
+    if self.sampled_as_trained:
       loaded = without_penalty(loaded)
     return dataclasses.replace(loaded, bare=self.template == "bare")
 

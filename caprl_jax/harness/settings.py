@@ -92,7 +92,8 @@ def read_settings(config: Any) -> Settings:
   if not judge.named:
     settings = _without_judge(settings)
   _check_combinations(settings)
-  _warn_of_combinations(settings)
+  modes = {name.strip() for name in str(config.get("mode")).split(",")}
+  _warn_of_combinations(settings, learns=bool(modes & {"train", "plan"}))
   return settings
 
 
@@ -251,11 +252,13 @@ LEAST_BFLOAT16_RATE = 5e-6
 def rounds_steps_away(policy: PolicySection, optimizer: OptimizerConfig) -> bool:
   """Whether nearly all trained parameters are too coarse for the optimizer's steps."""
   coarse = policy.param_dtype == "bfloat16" and policy.trainable != "lora"
-  return coarse and optimizer.learning_rate < LEAST_BFLOAT16_RATE
+  by_rate = optimizer.name == "adamw" and optimizer.learning_rate < LEAST_BFLOAT16_RATE
+  return coarse and by_rate
 
 
-def _warn_of_combinations(settings: Settings) -> None:
-  """Logs what is allowed but will not do what one may expect of it."""
+def _warn_of_combinations(settings: Settings, *, learns: bool) -> None:
+  """Logs what is allowed but will not do what one may expect of it. learns: a mode of the config
+  trains, or plans to."""
   step, judge = settings.step, settings.judge
   limit = step.rollout.sampling.max_tokens
   if step.reward.length and step.reward.length_full_tokens >= limit:
@@ -266,7 +269,7 @@ def _warn_of_combinations(settings: Settings) -> None:
       limit,
       step.reward.length_full_tokens,
     )
-  if rounds_steps_away(settings.policy, settings.optimizer):
+  if learns and rounds_steps_away(settings.policy, settings.optimizer):
     log.warning(
       "policy.param_dtype = 'bfloat16' with optimizer.learning_rate = %s: most steps are smaller "
       "than what a bfloat16 parameter can move by, and are rounded away. Set policy.param_dtype = "

@@ -48,7 +48,8 @@ class CaptionerConfig:
   max_tokens, temperature, top_p, top_k: of each caption. 0 is greedy, and a caption then depends on
     its image alone; a sampled one depends also on the seed, on its row's number and on its own
     number among the captions of the image. Neither depends on which images are captioned beside it.
-  repetition_penalty: None takes the checkpoint's own (generation_config.json).
+  repetition_penalty: None takes the checkpoint's own (generation_config.json), but for captioners
+    of CapRL (`PolicySection.sampled_as_trained`).
   batch_size: images that are captioned at once; when one is done, the next takes its place. A
     quarter as many, all of one bucket of shapes, are encoded at once.
   """

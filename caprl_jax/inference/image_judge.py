@@ -38,10 +38,10 @@ image.
 Caption:
 {caption}
 
-Give it a score from 0 (useless) to 1 (perfect) for each of these: {names}. Write one JSON object \
-with these keys and nothing else."""
+Give it a score from 0 (worst) to 1 (best) for each of these: {names}. Write one JSON object with \
+these keys and nothing else."""
 KIND = "score"
-SHOWN_FAILURES = 20
+SHOWN_FAILURES = 3  # of a step
 
 
 def score_text(score_prompt: str | None, written: Sequence[str] | None) -> str:
@@ -59,12 +59,15 @@ def score_text(score_prompt: str | None, written: Sequence[str] | None) -> str:
     released = released_texts.IMAGE_JUDGE
     text = released_texts.read_strings(released, score_prompt, "judge.score_prompt")
     try:  # a format string: its braces are written twice
-      return text[released.variable].format(CAPTION)
-    except (IndexError, KeyError, ValueError) as error:
+      asked = text[released.variable].format(CAPTION)
+    except (IndexError, KeyError, ValueError):
+      asked = ""
+    if asked.count(CAPTION) != 1:
       raise ValueError(
-        f"judge.score_prompt = {score_prompt!r}: {released.variable} has no place {{}} for a "
-        f"caption, or others too ({error!r})"
-      ) from error
+        f"judge.score_prompt = {score_prompt!r}: {released.variable} must have one place {{}}, for "
+        "the caption, and no other"
+      )
+    return asked
   if score_prompt is not None:
     return score_prompt
   if written is None:

@@ -41,11 +41,12 @@ from caprl_jax.models.layers import to_int8
 from caprl_jax.progress import counted
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin, best_and_lead
-from caprl_jax.scoring.captions.judge_scores import RELEASED_WEIGHTS, read_weights
+from caprl_jax.scoring.captions.judge_scores import OUR_WEIGHTS, RELEASED_WEIGHTS, read_weights
 
 log = logging.getLogger("caprl_jax.inference.judge")
 
 Ask = tuple[str, Question]  # a caption and a question about it
+SCORE_TOKENS = 16  # that a name and a number take in JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,8 @@ class JudgeSection(JudgeConfig):
   scores: the scores it may give, the worst first, each one token there; with `generate` steps of a
     scale from 0 to 1, of which the nearest counts as chosen.
   score_weights: with `generate`, the scores that it writes and how much each counts, as
-    "name=weight,...": by default those of CapRL++'s judge of videos.
+    "name=weight,...". None: those of CapRL++'s judge of videos where `score_prompt` is its prompt
+    or a program's, else truth and completeness, a half each.
   score_unread: what becomes of a caption for which `generate` did not write all scores: it is
     "left_out", or each missing one counts "zero", as released.
   max_pixels: the largest image that it is shown; None: its checkpoint's own limit.
@@ -86,7 +88,7 @@ class JudgeSection(JudgeConfig):
   score_prompt: str | None = None
   score_answer: str = SCORE_ANSWER
   scores: tuple[str, ...] = SCORES
-  score_weights: str = RELEASED_WEIGHTS
+  score_weights: str | None = None
   score_unread: Literal["left_out", "zero"] = "left_out"
   max_pixels: int | None = None
 
@@ -103,16 +105,38 @@ class JudgeSection(JudgeConfig):
       raise ValueError("int8 and sees_image: a judge that sees the image is not rounded; drop int8")
     if len(self.scores) < 2 or len(set(self.scores)) < len(self.scores) or "" in self.scores:
       raise ValueError(f"scores = {self.scores}: name two or more that differ, the worst first")
-    prompt = self.score_prompt
-    of_ours = prompt is not None and not released_texts.names_program(prompt)
-    if of_ours and prompt.count(CAPTION) != 1:
+    self._check_scores()
+
+  def _check_scores(self) -> None:
+    prompt, weights = self.score_prompt, self.weights
+    if prompt is not None and not self._asks_as_released and prompt.count(CAPTION) != 1:
       raise ValueError(f"score_prompt = {shown(prompt)} must hold {CAPTION} once")
-    _ = self.weights  # checked
+    if self._asks_as_released and self.sees_image and not self.writes_scores:
+      raise ValueError(
+        f"score_prompt = {shown(prompt)} asks for a JSON object: set reading = 'generate'"
+      )
+    if self.writes_scores and self.max_tokens < SCORE_TOKENS * len(weights):
+      raise ValueError(
+        f"max_tokens = {self.max_tokens}: a judge that writes {len(weights)} scores as JSON needs "
+        f"{SCORE_TOKENS * len(weights)} tokens at least; set 256, as released"
+      )
+    others = sorted(set(weights) - set(read_weights(RELEASED_WEIGHTS, "")))
+    if prompt == released_texts.OFFICIAL and others:
+      raise ValueError(
+        f"score_weights names {', '.join(others)}, for which score_prompt = {prompt!r} does not ask"
+      )
+
+  @property
+  def _asks_as_released(self) -> bool:
+    return self.score_prompt is not None and released_texts.names_program(self.score_prompt)
 
   @property
   def weights(self) -> dict[str, float]:
     """Name of a score that the judge writes -> its weight. Raises ValueError as `read_weights`."""
-    return read_weights(self.score_weights, "score_weights")
+    given = RELEASED_WEIGHTS if self._asks_as_released else OUR_WEIGHTS
+    return read_weights(
+      given if self.score_weights is None else self.score_weights, "score_weights"
+    )
 
   @property
   def writes_scores(self) -> bool:

@@ -80,8 +80,8 @@ def write_answers(
   seed: int = 0,
 ) -> tuple[Array, Array]:
   """The tokens written after each presentation, and which are valid, [B, M, T] each; the image, if
-  any, runs once. Each presentation, with the image and without it, draws by itself, whatever is
-  asked beside it.
+  any, runs once. Each presentation, with the image and without it, draws by itself, whatever rows
+  are in its batch.
 
   Args:
     place_B2: as of `VqaRunner.run`.

@@ -32,8 +32,8 @@ class LossConfig:
     OpenRLHF, and so the released CapRL-3B, makes of a token mean with micro-batches of 4: the
     longer the captions beside it, the less a token weighs; `constant`: sum over the largest number
     of tokens that there could be (Dr. GRPO, 2503.20783).
-  set_captions: captions per set of `set_token_mean`: one each of so many neighbouring images of the
-    batch.
+  set_captions: captions per set of `set_token_mean`: one each of so many neighbouring images of an
+    optimizer step, where it has so many.
   kl: weight of KL(policy || reference); 0 needs no reference (CapRL's released recipe).
   kl_estimator: k1, k2, k3 (http://joschu.net/blog/kl-approx.html); `k3_clamped`, verl's
     low_var_kl; `k3_k2`, the value of k3 with the gradient of k2, which is the true one on samples
@@ -174,7 +174,8 @@ def token_weights(counts_BGT: Array, cfg: LossConfig, set_tokens_BG: Array | Non
 
 def set_tokens(counts_BGT: Array, cfg: LossConfig) -> Array:
   """Counted tokens of the set that each caption is in, int32 [B, G]. A set has one caption each of
-  `set_captions` neighbouring images, as a shuffled replay buffer would mix them."""
+  `set_captions` neighbouring images (where there are so many), as a shuffled replay buffer would
+  mix them."""
   tokens_BG = counts_BGT.sum(-1)
   assert tokens_BG.size % cfg.set_captions == 0, (tokens_BG.shape, cfg.set_captions)
   tokens_SC = tokens_BG.T.reshape(-1, cfg.set_captions)

@@ -25,6 +25,7 @@ def get_config():
   config.judge.update(
     reading="generate",
     score_prompt="official",
+    score_weights="factuality=0.30,temporal_alignment=0.25,coverage=0.25,hallucination_penalty=0.20",
     score_unread="zero",
     temperature=0.2,
     max_tokens=256,

@@ -19,8 +19,4 @@ from caprl_jax.config.loading import load_config
 
 
 def get_config():
-  config = load_config(str(pathlib.Path(__file__).parents[1] / "caprl_3b.py")).unlock()
-  config.data.update(max_train_rows=20_000, draw_train_rows=True)
-  config.judge.shuffle = True
-  config.judge.abstain_letter = "F"
-  return config
+  return load_config(str(pathlib.Path(__file__).with_name("data_rows.py")))

@@ -146,10 +146,16 @@ def test_an_ablation_stays_what_it_is_under_another_preset(preset, tmp_path):
 
 def test_a_judge_that_sees_the_image_keeps_its_section():
   judge = dict(source="x", sees_image=True, reading="letter_prob", temperature=0.3)
-  config = ml_collections.ConfigDict(dict(preset="paper", judge=judge, reward=dict(length=0.7)))
-  presets.rename(config, None)
-  assert config.judge.reading == "letter_prob" and config.judge.temperature == 0.3
-  assert "length" not in config.reward
+  for own in (None, "paper"):  # in the file, or on the command line
+    config = config_file.load_config(str(ROOT / "configs" / "quickstart.py")).unlock()
+    config.judge, config.reward = judge, dict(length=0.7)
+    config.gate.ideal, config.question_filter.informed = None, ()
+    config.preset = own
+    presets.rename(config, "paper")
+    found = read_settings(config)
+    assert found.judge.reading == "letter_prob" and found.judge.temperature == 0.3
+    assert found.judge.prompt == "plain" and found.step.advantage.estimator == "grpo"
+    assert found.step.reward.length == (0.7 if own else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +181,10 @@ def test_a_preset_named_in_python_is_the_command_lines(tmp_path):
     assert made == settings(*flags, tmp_path=tmp_path), name
 
 
-def test_a_preset_named_too_late_is_refused():
-  config = training.load_config(ROOT / "configs" / "caprl_3b.py")
+@pytest.mark.parametrize("name", ["caprl_3b", "ablations/judge_size", "gpu_24gb_lora"])
+def test_a_preset_named_too_late_is_refused(name):
+  path = ROOT / "configs" / f"{name}.py"
+  config = training.load_config(path, {"reward.accuracy": 1.0})
   config.preset = "paper"
   with pytest.raises(ValueError, match="filled in with 'official_caprl_3b' already.*load_config"):
     read_settings(config)
@@ -189,6 +197,7 @@ def test_bfloat16_parameters_that_would_not_move_are_told(tmp_path, caplog):
   caplog.clear()
   settings(config="caprl_qwen3vl_4b", tmp_path=tmp_path)  # at 1e-5
   settings(config="gpu_24gb_lora", tmp_path=tmp_path)  # its adapters are float32
+  settings(flag, "--config.mode=evaluate", tmp_path=tmp_path)  # nothing is trained
   assert "bfloat16 parameter" not in caplog.text
 
 

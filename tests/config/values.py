@@ -11,10 +11,7 @@ from caprl_jax.config import keys, loading, presets, registry, schema
 def sections_of(name, preset=None):
   """The sections of configs/`name`.py, under another preset if one is given, and its top."""
   config = loading.load_config(str(ROOT / "configs" / f"{name}.py")).unlock()
-  own = config.get("preset")
-  if preset is not None:
-    config.preset = preset
-  presets.rename(config, own)
+  presets.rename(config, preset or config.get("preset"))
   (mode,) = registry.modes_of(config).values()
   sections = {
     section: schema.load_section(config, section, keys.resolve(where))

@@ -185,9 +185,10 @@ def test_what_a_judge_that_writes_is_asked(tmp_path):
   assert score_text(None, ["truth", "detail"]).count("truth, detail") == 1
   (tmp_path / "serve_rm.py").write_text('VL_JUDGE_PROMPT = """Like {{"a": 1}}.\n{}"""')
   assert score_text(str(tmp_path / "serve_rm.py"), ["a"]) == f'Like {{"a": 1}}.\n{CAPTION}'
-  (tmp_path / "other.py").write_text("VL_JUDGE_PROMPT = '{a}'")
-  with pytest.raises(ValueError, match="VL_JUDGE_PROMPT has no place {} for a caption"):
-    score_text(str(tmp_path / "other.py"), ["a"])
+  for text in ("{a}", "no place", "{} and {}", "{"):
+    (tmp_path / "other.py").write_text(f"VL_JUDGE_PROMPT = {text!r}")
+    with pytest.raises(ValueError, match="VL_JUDGE_PROMPT must have one place {}"):
+      score_text(str(tmp_path / "other.py"), ["a"])
 
 
 def test_the_prompt_is_the_templates(folder):
@@ -222,7 +223,7 @@ def test_a_row_is_one_question():
     (dict(int8=True), "int8 and sees_image"),
     (dict(scores=("1",)), "name two or more that differ"),
     (dict(score_prompt="Good?"), "must hold {caption} once"),
-    (dict(score_weights="a=1,b"), "'b' must be name=value"),
+    (dict(score_weights="a=1,b"), "score_weights: 'b' must be name=value"),
     (dict(score_weights="a=much"), "score_weights = 'a=much': could not convert"),
     (dict(score_weights="a=0.7,b=0.7"), "add up to 1 at most"),
     (dict(score_weights="a=nan"), "add up to 1 at most"),
@@ -234,6 +235,30 @@ def test_settings_refused(change, message):
   settings = dict(source="x", sees_image=True, reading="letter_prob") | change
   with pytest.raises(ValueError, match=message):
     JudgeSection(**settings)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(max_tokens=10), "writes 2 scores as JSON needs 32 tokens at least; set 256"),
+    (dict(score_prompt="official", max_tokens=32), "writes 4 scores as JSON needs 64 tokens"),
+    (dict(score_prompt="official", score_weights="truth=1"), "names truth, for which score_prompt"),
+    (dict(score_prompt="official", reading="letter_prob"), "set reading = 'generate'"),
+  ],
+)
+def test_settings_refused_of_a_judge_that_writes(change, message):
+  settings = dict(source="x", sees_image=True, reading="generate", max_tokens=256) | change
+  with pytest.raises(ValueError, match=message):
+    JudgeSection(**settings)
+
+
+def test_what_a_judge_that_writes_is_asked_for():
+  settings = dict(source="x", sees_image=True, reading="generate", max_tokens=256)
+  assert JudgeSection(**settings).weights == {"truth": 0.5, "completeness": 0.5}
+  asked = JudgeSection(**settings).score_text()
+  assert asked.count(CAPTION) == 1 and "truth, completeness" in asked
+  assert sum(JudgeSection(**settings, score_prompt="official").weights.values()) == 1
+  JudgeSection(**settings, score_prompt="Rate {caption} as in score.py")
 
 
 def test_it_answers_no_questions():

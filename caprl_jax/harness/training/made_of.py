@@ -48,7 +48,10 @@ def judge_digest(judge: JudgeSection) -> str:
   if not judge.named:
     return judge.name
   if judge.endpoint is None:
-    return fingerprint(judge.source)
+    found = fingerprint(judge.source)
+    if not judge.sees_image or judge.score_prompt is None:
+      return found
+    return hashlib.sha256(json.dumps([found, judge.score_text()]).encode()).hexdigest()
   decides = ("model", "temperature", "max_tokens", "repetition_penalty")
   asked = {name: getattr(judge.endpoint, name) for name in decides}
   return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

@@ -142,6 +142,8 @@ def _settings(
   settings: dict[str, Any] = section.identity()
   settings["prompt"] = columns[0].prompt if cfg.prompts is None else prompts
   settings |= {"seed": seed} | {key: getattr(cfg, key) for key in SAMPLING}
+  if cfg.repetition_penalty is None and section.sampled_as_trained:
+    settings["repetition_penalty"] = "none, as trained"  # and not that of the files
   if cfg.captions != 1:
     settings["captions"] = cfg.captions
   if cfg.existing is not None:

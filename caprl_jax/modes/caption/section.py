@@ -49,8 +49,9 @@ class CaptionConfig:
     `seed` and on its row's number in the input as well, and on nothing else.
   top_p: the likeliest tokens that have this probability together are drawn from; 1: all.
   top_k: the likeliest tokens that are drawn from; 0: all.
-  repetition_penalty: None takes the checkpoint's own (generation_config.json); CapRL's captioners
-    and those of training runs are sampled without one, as they were trained.
+  repetition_penalty: None takes the checkpoint's own (generation_config.json). Captioners of CapRL
+    (checkpoints that are called CapRL-..., as on the hub) and those of training runs here are
+    sampled without one, as they were trained, whatever their files say.
   batch_size: captions that are written at once: when one has ended, the next image takes its
     place. More of them are faster, as far as memory reaches. A quarter as many images, all of one
     bucket of shapes, are encoded at once; at the end of a shard fewer and fewer are written, so

@@ -55,9 +55,9 @@ def read_prompt(source: str) -> GenerationPrompt:
   """The prompt that `curate.prompt` names.
 
   Args:
-    source: `ours`; `official`: the released one, to the byte (`released_texts.py`); a .py file: the
-      strings SYS_PROMPT and PROMPT that it assigns, as the released gen_qa.py does; any other file:
-      the system's turn.
+    source: `ours`; `official`: the released one, to the byte (`released_texts.py`), whose user
+      says what ours says; a .py file: the strings SYS_PROMPT and PROMPT that it assigns, as the
+      released gen_qa.py does; any other file: the system's turn.
 
   Raises:
     ValueError: the file cannot be read or is empty; as `released_texts.read_strings`.

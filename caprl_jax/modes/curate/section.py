@@ -34,7 +34,8 @@ class CurateConfig:
   benchmarks: sources of images; an image that is like one of these is left out.
   similar_questions: of an image's questions that share more than this part of their words, one
     stays; None keeps all.
-  repeated_questions: keep a question that asks what an earlier one of the same reply asks, too.
+  repeated_questions: keep a question that asks what an earlier one of the same reply asks, too,
+    also where their answers differ.
   shard_rows: images that are one host's work at a time.
   bad_rows: "refuse" to go on while an image or a given row cannot be used (it cannot be decoded, or
     is too narrow for the models), or "drop" and list it. None: given rows are refused; images that

@@ -68,6 +68,7 @@ class KindAnswerer(Answerer):
 
 def kinds_of(
   rows: Sequence[QARow],
+  digests: Sequence[str],
   kinds: Mapping[str, str],
   section: PolicySection,
   mesh_section: sharding.MeshConfig,
@@ -79,6 +80,7 @@ def kinds_of(
   """The kind of each row's image. What was answered before is kept in the workdir.
 
   Args:
+    digests: of the rows' images: answers that are kept are of these.
     kinds: name -> what an image of that kind shows.
     batch_size: images that are asked about at once.
 
@@ -92,7 +94,7 @@ def kinds_of(
   sharding.check_batch_size(batch_size, mesh, "dataset.batch_size")
   section = section.settled()
   settings = section.identity() | {"kinds": dict(kinds), "seed": seed}
-  names = [row.name for row in rows]
+  names = [f"{row.name} {digest}" for row, digest in zip(rows, digests, strict=True)]
   asked = [QARow(row.image, (question,), row.name) for row in rows]
   job = ShardedJob(
     workdir / "image_kinds", asked, manifest(settings, names, SHARD_ROWS), host=0, hosts=1

@@ -61,7 +61,9 @@ def read_all(
   for part in parse_mixture(cfg.input):
     first = itertools.islice(scan_qa_rows(part.source, seed), cfg.max_rows)
     for row in counted(first, "reading", "row"):
-      problem = row if isinstance(row, BadRow) else _problem(row)
+      problem = row if isinstance(row, BadRow) else None
+      if problem is None and cfg.repeated_questions == "refuse":
+        problem = _problem(row)
       found.append(row) if problem is None else bad.append(problem)
   rows, facts, known = [], [], ImageCheck(workdir)(found)
   for row, fact in zip(usable(found, known, [fits(pixels)]), known, strict=True):
@@ -354,7 +356,10 @@ def _run(
   shown: list[ImageKind] = []
   if asked:
     kinds, size = cfg.image_kinds, cfg.batch_size
-    shown = image_kinds.kinds_of(rows, kinds, *asked, batch_size=size, workdir=workdir, seed=seed)
+    digests = [fact.sha256 for fact in facts]
+    shown = image_kinds.kinds_of(
+      rows, digests, kinds, *asked, batch_size=size, workdir=workdir, seed=seed
+    )
     figures["image_kinds"] = image_kinds.figures(shown, [*kinds])
     log.info("what the images show\n%s", image_kinds.figures_text(figures["image_kinds"]))
     write_json(workdir / "dataset.json", figures)

@@ -20,6 +20,8 @@ class DatasetConfig:
   split, name: of the dataset in a tfds:FOLDER.
   bad_rows: "refuse" ends with an error when the table is printed and writes no output; "drop"
     leaves them out of it. Rows whose image the processor refuses are among them.
+  repeated_questions: a row that asks the same thing twice is bad ("refuse"), or as good as others
+    ("keep"): so it is in training.
   repeated_images: "keep" them, or "merge" their questions into the first row that has the image.
   max_rows: of each source.
   checkpoint: whose image processor counts tokens; None: Qwen2.5-VL's, with CapRL's limit of one
@@ -34,6 +36,7 @@ class DatasetConfig:
   split: str = "train"
   name: str = "default"
   bad_rows: BadRows = "refuse"
+  repeated_questions: Literal["refuse", "keep"] = "refuse"
   repeated_images: Literal["keep", "merge"] = "keep"
   max_rows: int | None = None
   checkpoint: str | None = None
@@ -43,12 +46,20 @@ class DatasetConfig:
   def __post_init__(self):
     kinds = self.image_kinds
     if kinds and not 2 <= len(kinds) <= 10:
-      raise ValueError(f"dataset.image_kinds names {len(kinds)} kinds; name from 2 to 10")
+      raise ValueError(f"dataset.image_kinds: name from 2 to 10 kinds, not {len(kinds)}")
     odd = [name for name in kinds if not re.fullmatch(r"[\w-]+", name)]
-    if odd or len({text.strip() for text in kinds.values()} - {""}) < len(kinds):
+    told = [
+      len({text.casefold().strip() for text in texts} - {""}) for texts in (kinds, kinds.values())
+    ]
+    if odd or min(told) < len(kinds):
       raise ValueError(
         f"dataset.image_kinds = {kinds}: names are of letters, digits, _ and -, since files are "
-        "called by them, and what images of each kind show must differ"
+        "called by them; names, and what images of each kind show, must differ"
+      )
+    if not kinds and self.output is not None and KIND in self.output:
+      raise ValueError(
+        f"dataset.output = {self.output!r}: {KIND} stands for kinds of images, and "
+        "dataset.image_kinds names none; configs/image_kinds.py does"
       )
     if kinds and self.output is not None and self.output.count(KIND) != 1:
       raise ValueError(

@@ -43,7 +43,12 @@ class Read:
 
 def read_captions(judge: ImageJudge, captions: JudgeIds, sight: Sight) -> Read:
   """Runs each image with the prompt once, and each caption of its group after it, with what follows
-  the caption in the prompt."""
+  the caption in the prompt.
+
+  Args:
+    captions: [B, G, T].
+    sight: B images.
+  """
   B, G, T = captions.tokens_BGT.shape
   _, prefix = judge.run("prefill", sight.images, sight.prompts)
   tail_NL = jnp.broadcast_to(judge.prompt.tail_L, (B * G, judge.prompt.tail_L.shape[0]))

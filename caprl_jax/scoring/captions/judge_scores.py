@@ -14,13 +14,14 @@ from caprl_jax.json_files import shown
 RELEASED_WEIGHTS = (
   "factuality=0.30,temporal_alignment=0.25,coverage=0.25,hallucination_penalty=0.20"
 )
+OUR_WEIGHTS = "truth=0.5,completeness=0.5"  # of an image, which has no time
 
 
 def read_weights(text: str, key: str) -> dict[str, float]:
   """Name of a score -> its weight. Raises ValueError, which names the key, for a text that is not
   `name=weight,...`, and for weights below 0 or of more than 1 together."""
+  named = parse_named(text, key=key, example=RELEASED_WEIGHTS)
   try:
-    named = parse_named(text, key=key, example=RELEASED_WEIGHTS)
     weights = {name: float(weight) for name, weight in named.items()}
   except ValueError as error:
     raise ValueError(f"{key} = {shown(text)}: {error}") from error
@@ -36,8 +37,9 @@ def weighted_score(text: str, weights: Mapping[str, float]) -> tuple[float, bool
   """The weighted sum of the scores in a text, from 0 to 1; and whether all of them could be read.
 
   As the release reads it: a JSON object, in a code fence or with words around it, of whose numbers
-  those below 0 count 0 and those above 1 count 1. What cannot be read counts 0, too; the release
-  does not tell it apart.
+  those below 0 count 0 and those above 1 count 1. What cannot be read counts 0, too. (The release
+  does not tell that apart; and a score that is no number, or JSON that is no object, makes it give
+  0 to all captions of the request.)
 
   Args:
     weights: of each score, by its key in the object. They sum to 1 at most.

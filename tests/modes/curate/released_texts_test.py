@@ -29,6 +29,7 @@ class Site:
 
   body: bytes = PROGRAM.encode()
   status: int = 200
+  length: int = 0  # that it says it has; 0: its own
   asked: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -40,6 +41,7 @@ def site(monkeypatch, tmp_path):
     def do_GET(self):
       state.asked.append(self.path)
       self.send_response(state.status)
+      self.send_header("Content-Length", str(state.length or len(state.body)))
       self.end_headers()
       self.wfile.write(state.body)
 
@@ -76,10 +78,11 @@ def test_the_released_prompts_are_known_by_their_digests():
 
 
 def test_official_is_downloaded_once(site, tmp_path):
-  assert prompts.read_prompt("official") == (WRITTEN, "Here it is")
+  # of the program's strings only the one that is known by its digest is taken
+  assert prompts.read_prompt("official") == (WRITTEN, "Here is the image")
   assert site.asked == [f"/repo/{CURATION.commit}/{CURATION.path}"]
   site.status = 500
-  assert prompts.read_prompt("official") == (WRITTEN, "Here it is")  # from the cache
+  assert prompts.read_prompt("official").system == WRITTEN  # from the cache
   assert len(site.asked) == 1
   (kept,) = (tmp_path / "cache").rglob("*.py")
   kept.write_text("SYS_PROMPT = 'another'")
@@ -103,6 +106,27 @@ def test_what_is_not_the_release_is_refused_and_not_kept(site, tmp_path, body, s
     prompts.read_prompt("official")
   assert "name it: --config.curate.prompt=FOLDER/gen_qa.py" in str(error.value)
   assert not [*(tmp_path / "cache").rglob("*.py")]
+
+
+def test_a_cut_answer_is_told(site):
+  site.length = len(site.body) + 7
+  with pytest.raises(UserError, match="7 bytes of it did not come"):
+    prompts.read_prompt("official")
+
+
+@pytest.mark.parametrize("place", ["a file", "no home"])
+def test_a_text_that_cannot_be_kept_is_used(site, monkeypatch, tmp_path, place):
+  if place == "a file":
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  else:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(released_texts.pathlib.Path, "expanduser", _no_home)
+  assert prompts.read_prompt("official").system == WRITTEN
+
+
+def _no_home(_):
+  raise RuntimeError("Could not determine home directory.")
 
 
 def test_without_a_network(site, monkeypatch):

@@ -1,7 +1,9 @@
 """A dataset split by what its images show: the model's answers against transformers, the files and
 the page, answers that are kept, settings that are refused."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -84,13 +86,33 @@ def test_each_image_goes_where_the_model_says(folder, tmp_path, monkeypatch, cap
   assert run(folder, tmp_path, f"--config={config}") == 0
 
 
+def test_answers_are_of_the_images_that_were_asked_about(folder, tmp_path, capsys):
+  """A row that asks the same twice stays, as in training; another image of the same name is asked
+  anew."""
+  images = sorted(folder.glob("*.png"))
+  shutil.copy(images[0], tmp_path / "a.png")
+  again = dataclasses.replace(COLOR, gold=2)
+  jsonl.write_jsonl(tmp_path / "rows.jsonl", [QARow(tmp_path / "a.png", (COLOR, again), "a")])
+  source = f"--config.dataset.input={tmp_path / 'rows.jsonl'}"
+  assert run(folder, tmp_path, source) == 0
+  (written,) = (
+    path for name in ("natural", "chart_or_document") for path in tmp_path.glob(f"{name}.jsonl")
+  )
+  assert len(read_qa_rows(str(written), 0)[0].questions) == 2
+  shutil.copy(images[1], tmp_path / "a.png")
+  assert run(folder, tmp_path, source) == 2
+  assert "is left from a job with other settings" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   "change, message",
   [
-    (dict(image_kinds={"a": "x"}), "names 1 kinds; name from 2 to 10"),
+    (dict(image_kinds={"a": "x"}), "name from 2 to 10 kinds, not 1"),
     (dict(image_kinds={"a": "x", "b/c": "y"}), "names are of letters, digits"),
     (dict(image_kinds={"a": "x", "b": "x "}), "must differ"),
     (dict(image_kinds={"a": "x", "b": ""}), "must differ"),
+    (dict(image_kinds={"a": "x", "A": "y"}), "must differ"),
+    (dict(output="rows_{kind}.parquet"), "dataset.image_kinds names none"),
     (dict(image_kinds={"a": "x", "b": "y"}, output="all.parquet"), "write {kind} once"),
     (dict(batch_size=0), "batch_size = 0"),
   ],

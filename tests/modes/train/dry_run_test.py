@@ -80,7 +80,7 @@ SAME = {
   "ablations/data_domain": ("ablations/data_rows", set()),
   "ablations/leakage": ("ablations/data_rows", set()),
 }
-# What is made smaller. A microbatch has 4 captions, as the loss of CapRL-3B wants.
+# What is made smaller. A step has 8 captions, two sets of 4 as the loss of CapRL-3B wants.
 SIZES = {
   "data.batch_size": 4,
   "rollout.group_size": 2,
