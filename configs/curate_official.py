@@ -15,8 +15,7 @@ questions answered right more than 3 times in 4 with the image and less than onc
 step does. No limit of pixels but the checkpoint's; no image and no question is left out because it
 is like another. What the generator wrote is read by our parser, which leaves out what it cannot
 read without a guess (left_out.jsonl); the release's own, its second step, was not found, nor its
-fourth.
-configs/curate.py has our defaults.
+fourth. configs/curate.py has our defaults.
 
 Not run yet with these checkpoints; tests run it with tiny ones.
 """

