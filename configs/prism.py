@@ -13,9 +13,10 @@ with our scores and, if math-verify is installed, the released scorer's beside t
 are compared with the first one. An interrupted evaluation goes on from cache/. As released, a
 captioner is asked in a user's turn alone, without the system turn that Qwen2.5-VL's template would
 add, and its images have no limits of pixels but those that a row names and the checkpoint's (12.8
-million, 16,384 tokens); --config.policy.max_pixels=1000000 takes much less memory. Each question is
-answered from four captions of its own, as released; with --config.prism.captions_per=image the
-questions about an image share its captions, which is faster.
+million, 16,384 tokens); --config.policy.max_pixels=1000000 takes much less memory. A captioner that
+was trained here has its training's limit written beside it: --config.policy.max_pixels=12845056
+gives all Qwen2.5-VL's. Each question is answered from four captions of its own, as released; with
+--config.prism.captions_per=image the questions about an image share its captions, which is faster.
 
 Not run yet.
 """
