@@ -89,6 +89,10 @@ class JudgeIds:
     keep_BGT = captions.valid_BGT & (judge_id_BGT >= 0)
     return cls(jnp.maximum(judge_id_BGT, 0), keep_BGT)
 
+  def with_empty(self) -> "JudgeIds":
+    """With an empty caption as one more member of each group, the last, [B, G + 1, T]."""
+    return jax.tree.map(lambda x_BGT: jnp.pad(x_BGT, ((0, 0), (0, 1), (0, 0))), self)
+
 
 @flax.struct.dataclass
 class Branches:
@@ -126,13 +130,7 @@ def judge_ids(
 
 def with_blind(ask: Callable[[JudgeIds], Answers], captions: JudgeIds, cfg: JudgeConfig) -> Answers:
   """`ask` of captions; with `cfg.blind`, of an empty caption for each image too."""
-  if not cfg.blind:
-    return ask(captions)
-
-  def with_empty(x_BGT: Array) -> Array:  # the empty caption is one more member of each group
-    return jnp.pad(x_BGT, ((0, 0), (0, 1), (0, 0)))
-
-  return ask(jax.tree.map(with_empty, captions)).without_blind()
+  return ask(captions.with_empty()).without_blind() if cfg.blind else ask(captions)
 
 
 def answer_questions(

@@ -1,7 +1,6 @@
 """Images, captions -> what a judge that sees the image writes about each caption."""
 
 import jax
-import jax.numpy as jnp
 
 from caprl_jax.models.attention import Prefix
 from caprl_jax.rl.image_judge.branches import ImageJudge, read_captions, row_keys
@@ -23,7 +22,7 @@ def write_about_captions(
     key: consumed.
   """
   if cfg.blind:
-    captions = jax.tree.map(lambda x_BGT: jnp.pad(x_BGT, ((0, 0), (0, 1), (0, 0))), captions)
+    captions = captions.with_empty()
 
   def of_piece(piece: tuple[Array, JudgeIds, Sight]) -> tuple[Array, Array]:
     return _write(judge, *piece, cfg)
